@@ -1,0 +1,55 @@
+"""(IA)3: learnt vectors scale keys, values and the feed-forward block's inner activation.
+
+Liu et al., NeurIPS 2022, arXiv:2205.05638. `k <- l_k k`, `v <- l_v v` on the projections' outputs
+(before rotation and caching), and `W_down (l_ff h)` on the input of the down projection, which
+for gated blocks is the product. All vectors start at one. Folds exactly: output scales into rows
+and bias, input scales into columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.branch import InputScale, OutputScale
+from ...rewriter.edit import Editor
+from ...rewriter.passes import Method
+from ...rewriter.sites import LinearSite
+
+
+class IA3Output(OutputScale):
+    """`y = l * base(x)`; parameter `l [out]`."""
+
+    def __init__(self, ones: Tensor) -> None:
+        super().__init__()
+        self.l = nn.Parameter(ones)
+
+    def scale(self) -> Tensor:
+        return self.l
+
+
+class IA3Input(InputScale):
+    """`y = base(l * x)`; parameter `l [in]`."""
+
+    def __init__(self, ones: Tensor) -> None:
+        super().__init__()
+        self.l = nn.Parameter(ones)
+
+    def scale(self) -> Tensor:
+        return self.l
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+    """Scales the selected linears: inputs at `ffn.down`, outputs everywhere else."""
+
+    where: str = "k|v|ffn.down"
+
+    def insert(self, edit: Editor, site: LinearSite) -> None:
+        weight = edit.weight(site)
+        at_input = site.role == "ffn.down"
+        size = site.in_features if at_input else site.out_features
+        ones = torch.ones(size, dtype=weight.dtype, device=weight.device)
+        edit.scale(site, IA3Input(ones) if at_input else IA3Output(ones))

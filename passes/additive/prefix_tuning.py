@@ -1,0 +1,102 @@
+"""Prefix-tuning: `K <- [P_k; K]`, `V <- [P_v; V]` in every attention.
+
+Li and Liang, ACL 2021, arXiv:2101.00190. The rows join keys after rotation; the mask sees them
+everywhere; grouped queries get one row per key/value head. With `projection=m` the rows come from
+a two-layer tanh MLP of width m over an embedding, as in the paper. Not foldable: the rows take
+softmax mass (a zero prefix changes outputs, too).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.branch import KeyValue
+from ...rewriter.edit import Editor
+from ...rewriter.passes import Method, Plan
+from ...rewriter.sites import AttentionSite
+from ...rewriter.verify import Contract
+
+
+class PrefixBranch(KeyValue):
+    """Rows stored directly; parameters `key`, `value` `[length, kv_heads, head_dim]`."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__(key.shape[0])
+        self.key, self.value = nn.Parameter(key), nn.Parameter(value)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+    def describe(self) -> str:
+        return f"length={self.length}"
+
+
+class ProjectedPrefixBranch(KeyValue):
+    """Rows from `W2 tanh(W1 E)`; parameters `embedding [length, d]` and the two linears."""
+
+    def __init__(self, length: int, heads: int, dim: int, inner: int) -> None:
+        super().__init__(length)
+        width = heads * dim
+        self.heads, self.dim = heads, dim
+        self.embedding = nn.Parameter(torch.empty(length, width))
+        self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, 2 * width)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        both = self.outer(torch.tanh(self.inner(self.embedding)))
+        k, v = both.view(self.length, 2, self.heads, self.dim).unbind(1)
+        return k, v
+
+    def describe(self) -> str:
+        return f"length={self.length}, projection={self.inner.out_features}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """Prepends trainable keys and values to every selected attention.
+
+    Attributes:
+        length: rows per attention.
+        projection: width of the reparameterising MLP (one per attention), or none.
+        std: of the normal initialisation of the rows.
+        shift_positions: move the tokens' positions behind the prefix, as happens when a prefix
+            is fed as a cache; set it to import prefixes trained that way.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("attention",)
+    contract: ClassVar[Contract] = Contract("trainable")
+
+    length: int = 20
+    projection: int | None = None
+    std: float = 0.02
+    shift_positions: bool = False
+    where: str = "attention and self"
+
+    def check(self) -> None:
+        self.require(self.length >= 1, "length", "at least 1")
+        self.require(self.projection is None or self.projection >= 1, "projection", "at least 1")
+        self.require(self.std >= 0, "std", "at least 0")
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        super().apply(edit, plan)
+        if self.shift_positions:
+            edit.shift_positions(self.length)
+
+    def insert(self, edit: Editor, site: AttentionSite) -> None:
+        like = edit.like(site)
+        shape = (self.length, site.kv_heads, site.head_dim)
+        if self.projection is None:
+            key = torch.randn(shape, generator=edit.generator) * self.std
+            value = torch.randn(shape, generator=edit.generator) * self.std
+            edit.prepend_kv(site, PrefixBranch(key.to(like), value.to(like)))
+            return
+        branch = ProjectedPrefixBranch(self.length, site.kv_heads, site.head_dim, self.projection)
+        nn.init.normal_(branch.embedding, generator=edit.generator)
+        for linear in (branch.inner, branch.outer):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=edit.generator)
+            nn.init.zeros_(linear.bias)
+        edit.prepend_kv(site, branch.to(like))

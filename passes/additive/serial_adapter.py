@@ -1,0 +1,83 @@
+"""Serial adapter: `h <- h + U sigma(D h + b_D) + b_U` on each sublayer's output.
+
+Houlsby et al., ICML 2019, arXiv:1902.00751. The adapter reads the sublayer's output after its
+dropout, has its own skip connection, and comes before the residual add and the norm. D and U
+start truncated normal with std 1e-3 and zero biases: nearly the identity. The paper also trains
+all layer norms. Not foldable, because of the non-linearity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...rewriter.branch import Serial
+from ...rewriter.edit import Editor
+from ...rewriter.passes import Method, Plan
+from ...rewriter.sites import SublayerSite
+from ...rewriter.verify import Contract
+
+
+class SerialAdapterBranch(Serial):
+    """Bottleneck with skip; `down [r, d]`, `down_bias [r]`, `up [d, r]`, `up_bias [d]`."""
+
+    not_foldable = "its activation function is not linear"
+
+    def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.down_bias = nn.Parameter(down.new_zeros(down.shape[0]))
+        self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
+        self.activation = activation
+
+    def forward(self, h: Tensor) -> Tensor:
+        inner = F.linear(h, self.down, self.down_bias)
+        inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
+        return h + F.linear(inner, self.up, self.up_bias)
+
+    def describe(self) -> str:
+        return f"bottleneck={self.down.shape[0]}, {self.activation}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SerialAdapter(Method):
+    """Puts a bottleneck adapter behind every selected sublayer.
+
+    Attributes:
+        bottleneck: inner width r.
+        activation: between the projections.
+        std: of the truncated normal initialisation (cut at two deviations).
+        norms: also train all normalisation parameters, as the paper does.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
+    contract: ClassVar[Contract] = Contract("near", 0.1)
+
+    bottleneck: int = 64
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    std: float = 1e-3
+    norms: bool = True
+    where: str = "attn|ffn"
+
+    def check(self) -> None:
+        self.require(self.bottleneck >= 1, "bottleneck", "at least 1")
+        self.require(0 <= self.std < 1, "std", "in [0, 1)")
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        super().apply(edit, plan)
+        for norm in edit.norms() if self.norms else ():
+            edit.train(norm.weight)
+            if norm.bias is not None:
+                edit.train(norm.bias)
+
+    def insert(self, edit: Editor, site: SublayerSite) -> None:
+        like = edit.like(site)
+        down, up = torch.empty(self.bottleneck, site.width), torch.empty(site.width, self.bottleneck)
+        for matrix in (down, up):
+            bounds = (-2 * self.std, 2 * self.std)
+            nn.init.trunc_normal_(matrix, 0.0, self.std, *bounds, generator=edit.generator)
+        edit.after(site, SerialAdapterBranch(down.to(like), up.to(like), self.activation))

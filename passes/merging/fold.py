@@ -1,0 +1,58 @@
+"""Fold: turn trained branches into constants of the base weights, and drop them.
+
+Peephole rules run to a fixpoint from the inside out (`rewriter/fold.py`). What cannot be folded
+stays in the graph and is reported with the reason. Merging runs in at least float32 with one
+rounding; the certificate says how much of a delta the rounding lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ...rewriter.edit import Editor
+from ...rewriter.errors import FoldError, nearest
+from ...rewriter.fold import fold
+from ...rewriter.passes import Pass, Plan
+from ...rewriter.program import Program
+from ...rewriter.verify import Contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Pass):
+    """Folds adapters into the base weights.
+
+    Attributes:
+        names: which adapters; all by default. A named adapter that cannot be folded is an error.
+        tied: at weights tied to an embedding: refuse, keep (the branch), untie or both.
+    """
+
+    contract: ClassVar[Contract] = Contract("bounded")
+
+    names: tuple[str, ...] | None = None
+    tied: Literal["refuse", "keep", "untie", "both"] = "refuse"
+
+    def plan(
+        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
+    ) -> Plan:
+        for name in self.names or ():
+            if name not in program.adapters:
+                raise FoldError(
+                    f"there is no adapter {name!r}. Adapters: "
+                    f"{', '.join(program.adapters) or 'none'}; nearest: "
+                    f"{nearest(name, program.adapters)}."
+                )
+        wanted = program.adapters if self.names is None else self.names
+        return Plan({"branches": [a.path for a in program.attachments if a.adapter in wanted]})
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        paths = list(plan.decisions["branches"])
+        site_of = {a.path: a.site for a in edit.program.attachments}
+        result = fold(edit, paths, self.tied)
+        if result.kept and self.names is not None:
+            path, reason = next(iter(result.kept.items()))
+            raise FoldError(f"{site_of[path]}: {path} is {reason.removeprefix('is ')}.")
+        edit.edited.extend(site_of[path] for path in result.folded)
+        edit.skipped.extend((site_of[path], reason) for path, reason in result.kept.items())
+        edit.figures["delta_lost"] = result.lost

@@ -1,0 +1,79 @@
+"""LoRA: `y = x W^T + b + s (drop(x) A^T) B^T`, with `A [rank, in]`, `B [out, rank]`.
+
+Hu et al., ICLR 2022, arXiv:2106.09685. `s = alpha / rank`, or `alpha / sqrt(rank)` for rank
+stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732). A is Kaiming uniform (a = sqrt 5), B zero,
+so step 0 is the base model. Folds exactly: `W + s B A`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...rewriter.branch import Delta
+from ...rewriter.edit import Editor
+from ...rewriter.passes import Method
+from ...rewriter.sites import LinearSite
+
+
+class LoRABranch(Delta):
+    """The low-rank branch; parameters `a [rank, in]` and `b [out, rank]`."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+    def branch(self, x: Tensor) -> Tensor:
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.a), self.b) * self.scale
+
+    def delta(self) -> Tensor:
+        return (self.b @ self.a) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        random = self.dropout > 0 or self.features is not None
+        return None if random else (self.a, self.b, self.scale)
+
+    def describe(self) -> str:
+        return f"rank={self.a.shape[0]}, scale={self.scale:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Adds a trainable low-rank branch beside every selected linear.
+
+    Attributes:
+        rank: of the branch, at most min(in, out).
+        alpha: numerator of the scale.
+        dropout: probability on the branch's input, in training.
+        rslora: scale by alpha / sqrt(rank).
+        where: the paper adapts queries and values.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    where: str = "q|v"
+
+    def check(self) -> None:
+        self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(math.isfinite(self.alpha), "alpha", "finite")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+    def insert(self, edit: Editor, site: LinearSite) -> None:
+        limit = min(site.in_features, site.out_features)
+        self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
+        weight = edit.weight(site)
+        a = torch.empty(self.rank, site.in_features)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)
+        b = torch.zeros(site.out_features, self.rank)
+        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
+        edit.add(site, LoRABranch(a, b, scale, self.dropout))

@@ -1,0 +1,42 @@
+"""BitFit: train the biases and nothing else.
+
+Ben-Zaken et al., ACL 2022, arXiv:2106.10199. Biases of the selected linears and norms become
+trainable; a linear without bias gets a zero one (then the model has parameters that the original
+class does not know, and `export_state_dict()` says so). Nothing to fold: the biases are weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...rewriter.edit import Editor
+from ...rewriter.passes import Method
+from ...rewriter.sites import LinearSite, NormSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """Makes biases trainable.
+
+    Attributes:
+        add: give selected linears without bias a zero one; with false they are skipped.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
+
+    add: bool = True
+    where: str = "(linear or norm) and not head"
+
+    def insert(self, edit: Editor, site: LinearSite | NormSite) -> None:
+        bias = site.bias
+        if bias is None:
+            if not isinstance(site, LinearSite):
+                edit.skip(site, "this normalisation has no bias")
+                return
+            if not self.add:
+                edit.skip(site, "it has no bias and add=false")
+                return
+            bias = edit.add_bias(site)
+        edit.train(bias)
+        edit.edited.append(site.id)

@@ -1,0 +1,14 @@
+"""Imports every file below `passes/`, so that defining a pass is all it takes to have it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "passes"
+
+
+def load_passes() -> None:
+    """Imports `passes/<class>/<method>.py`, in name order."""
+    for path in sorted(FOLDER.glob("*/*.py")):
+        importlib.import_module(f"{__package__}.passes.{path.parent.name}.{path.stem}")

@@ -1,0 +1,229 @@
+"""The one file that knows ATen: operator classes and typed access to `torch.fx`.
+
+Operators are grouped by what a dataflow walk may do with them (look through a view, stop at a
+linear), never by what a model calls them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+ATEN: Any = torch.ops.aten
+
+Target = Callable[..., Any] | str
+
+
+def overloads(*names: str) -> frozenset[Any]:
+    """All overloads of the named ATen operators that this torch version has."""
+    found: set[Any] = set()
+    for name in names:
+        packet = getattr(ATEN, name, None)
+        if packet is not None:
+            found |= {getattr(packet, o) for o in packet.overloads()}
+    return frozenset(found)
+
+
+CASTS = overloads("to", "_to_copy", "type_as", "float", "half")
+VIEWS = CASTS | overloads(
+    "view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand",
+    "flatten", "unflatten", "t", "clone", "alias", "detach", "detach_", "lift_fresh_copy",
+    "swapaxes", "movedim", "repeat_interleave", "roll", "constant_pad_nd", "pad", "repeat",
+    "expand_as", "_unsafe_view", "view_as", "reshape_as", "rot90", "flip",
+)  # fmt: skip
+SLICES = overloads(
+    "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "narrow", "tensor_split"
+) | {operator.getitem}
+DROPOUTS = overloads("dropout", "dropout_", "native_dropout", "alpha_dropout", "feature_dropout")
+ARITHMETIC = overloads(
+    "mul", "mul_", "div", "div_", "neg", "cat", "stack", "add", "add_", "sub", "rsub"
+)
+ADDS = overloads("add", "add_")
+MULS = overloads("mul", "mul_", "div", "div_")
+NORMS = overloads("layer_norm", "rms_norm", "group_norm", "native_layer_norm", "batch_norm")
+NORM_PARTS = NORMS | overloads(
+    "pow", "mean", "rsqrt", "sqrt", "reciprocal", "norm", "linalg_vector_norm", "clamp",
+    "clamp_min", "square",
+)  # fmt: skip
+ACTIVATIONS = overloads(
+    "gelu", "relu", "relu_", "silu", "silu_", "tanh", "sigmoid", "softplus", "elu", "leaky_relu",
+    "hardswish", "mish", "relu6", "hardtanh",
+)  # fmt: skip
+CONVS = overloads("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d")
+SDPA = ATEN.scaled_dot_product_attention.default
+SOFTMAX = overloads("softmax", "_softmax", "_safe_softmax")
+MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATEN.baddbmm.default})
+SIZES = overloads("sym_size", "sym_numel", "sym_stride")
+EMBEDDING = ATEN.embedding.default
+LINEAR = ATEN.linear.default
+RANDOM = DROPOUTS | {SDPA}
+
+
+def is_op(node: object, targets: frozenset[Any] | object) -> bool:
+    """Whether `node` calls one of `targets` (a set of operators or one operator)."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return node.target in targets if isinstance(targets, frozenset) else node.target is targets
+
+
+def submodule(gm: GraphModule, node: object) -> nn.Module | None:
+    """The module that a `call_module` node calls, else None."""
+    if isinstance(node, Node) and node.op == "call_module":
+        return gm.get_submodule(str(node.target))
+    return None
+
+
+def attribute(gm: nn.Module, path: str) -> Any:
+    """The object at a dotted path below `gm`."""
+    found: Any = gm
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def set_attribute(gm: nn.Module, path: str, value: Any, transient: bool = True) -> None:
+    """Registers a parameter or buffer at a dotted path, making parents.
+
+    A new buffer is left out of the state dict if `transient`; anything else becomes a plain
+    attribute.
+    """
+    *parents, leaf = path.split(".")
+    owner: nn.Module = gm
+    for part in parents:
+        child = getattr(owner, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    if isinstance(value, nn.Parameter):
+        owner._buffers.pop(leaf, None)
+        owner.register_parameter(leaf, value)
+    elif not isinstance(value, Tensor):
+        setattr(owner, leaf, value)
+    elif leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        owner._parameters.pop(leaf, None)
+        owner.register_buffer(leaf, value, persistent=not transient)
+
+
+def value(node: object) -> Any:
+    """The fake value recorded for a node (None where there is none)."""
+    return node.meta.get("val") if isinstance(node, Node) else None
+
+
+def shape(node: object) -> tuple[Any, ...] | None:
+    """The (possibly symbolic) shape of a node's tensor value."""
+    val = value(node)
+    return tuple(val.shape) if isinstance(val, Tensor) else None
+
+
+def is_float(node: object) -> bool:
+    """Whether a node's value is a floating-point tensor."""
+    val = value(node)
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def inputs(node: Node) -> list[Node]:
+    """The nodes that `node` reads, in argument order."""
+    return list(node.all_input_nodes)
+
+
+def users(node: Node) -> list[Node]:
+    """The nodes that read `node`'s value, without those that only ask for its size."""
+    return [u for u in node.users if not is_op(u, SIZES)]
+
+
+def source_line(node: Node) -> str:
+    """`file.py:line` of the user's code that a node comes from, or an empty string."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    name, _, rest = lines[-1].partition('", line ')
+    file = name.rpartition("/")[2].removeprefix('File "')
+    return f"{file}:{rest.partition(',')[0]}"
+
+
+def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] | None:
+    """Follows views, casts and slices from `node` to a stored tensor: its path and the ops."""
+    steps: list[Node] = []
+    while isinstance(node, Node) and depth:
+        if node.op == "get_attr":
+            return str(node.target), tuple(reversed(steps))
+        if not (is_op(node, VIEWS) or is_op(node, SLICES)):
+            return None
+        steps.append(node)
+        node = node.args[0]
+        depth -= 1
+    return None
+
+
+def strip(node: Node, through: frozenset[Any]) -> Node:
+    """Walks up through single-input ops in `through`."""
+    while is_op(node, through) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def reaches(start: Node, stop: Callable[[Node], bool], block: Callable[[Node], bool]) -> list[Node]:
+    """Nodes satisfying `stop` found by walking forward from `start`, not through `block`."""
+    found: list[Node] = []
+    seen: set[Node] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        for user in users(node):
+            if user in seen:
+                continue
+            seen.add(user)
+            if stop(user):
+                found.append(user)
+            elif not block(user):
+                stack.append(user)
+    return found
+
+
+def ancestors(node: Node, block: Callable[[Node], bool] | None = None) -> Iterator[Node]:
+    """`node` and everything it is computed from, not walking through `block`."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if block is None or not block(current):
+            stack.extend(inputs(current))
+
+
+def placeholders(gm: GraphModule) -> dict[str, Node]:
+    """The graph's inputs by name."""
+    return {str(n.target): n for n in gm.graph.nodes if n.op == "placeholder"}
+
+
+def output_node(gm: GraphModule) -> Node:
+    """The graph's output node."""
+    return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+
+
+def erase_dead(gm: GraphModule) -> int:
+    """Removes nodes without users, also random ones; mode modules that update state stay."""
+    erased = 0
+    for node in reversed(list(gm.graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        module = submodule(gm, node)
+        if module is not None and getattr(module, "updates_state", False):
+            continue
+        if is_op(node, frozenset({ATEN.copy_.default})):
+            continue
+        gm.graph.erase_node(node)
+        erased += 1
+    return erased

@@ -1,0 +1,369 @@
+"""A captured model: a trainable graph, its sites, and the history of what was done to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .aten import attribute, set_attribute, submodule
+from .errors import ExportError, PassError, nearest
+from .generate import generate
+from .identity import merkle_root, tensor_digest
+from .sites import Sites
+from .spec import InputSpec
+from .text import diff_text, program_text
+
+if TYPE_CHECKING:
+    from .passes import Pass, Plan
+    from .verify import Certificate
+
+BRANCHES = "peftfx"
+"""Name below which the module holds everything that passes insert."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One branch at one site: which adapter it belongs to and where its module is."""
+
+    adapter: str
+    site: str
+    slot: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a program's history.
+
+    Attributes:
+        text: the pass as pipeline text.
+        adapter: the adapter it inserted, or None.
+        edited: ids of the edited sites.
+        skipped: (site id, reason) of sites that were selected but left alone.
+        certificate: what was promised and what was measured.
+        seconds: time of planning, forking, editing and checking, by name.
+    """
+
+    text: str
+    adapter: str | None
+    edited: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    certificate: Certificate
+    seconds: Mapping[str, float]
+    applied: Pass
+    plan: Plan
+
+    def __str__(self) -> str:
+        lines = [f"{self.text}: {len(self.edited)} sites edited; {self.certificate}"]
+        lines += [f"  skipped {site}: {reason}" for site, reason in self.skipped]
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class Program:
+    """A captured model. `peftfx.run` returns new programs; it never changes one.
+
+    Attributes:
+        module: a plain `fx.GraphModule`, trainable, usable wherever an `nn.Module` is; call it
+            with the model's keyword inputs.
+        spec: the inputs it accepts, with the range of every dynamic size.
+        sites: the places that passes rewrite.
+        history: what was done, in order.
+        aliases: tied parameter names -> the first name of their tensor.
+        attachments: the branches now in the graph.
+        owned: adapter -> names of base parameters that it trains.
+    """
+
+    module: GraphModule
+    spec: InputSpec
+    sites: Sites
+    aliases: Mapping[str, str]
+    symbols: Mapping[str, str]
+    extras: Mapping[str, Tensor]
+    state_names: tuple[str, ...]
+    sample: Mapping[str, Tensor]
+    generation: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The model's own end and padding tokens for `generate`."""
+    history: tuple[Record, ...] = ()
+    attachments: tuple[Attachment, ...] = ()
+    owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+    added: tuple[str, ...] = ()
+    """Names of parameters that the original model does not have (biases)."""
+    untied: tuple[str, ...] = ()
+    """Aliases that have a tensor of their own now."""
+    removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Tensors of folded branches, kept so that unfolding is exact."""
+    origin: Program | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model; takes its positional and keyword inputs, returns its output type.
+
+        Raises:
+            InputError: inputs that were not captured or are out of range.
+        """
+        bound = self.spec.bind(args, kwargs)
+        return self.module(**bound)
+
+    def __repr__(self) -> str:
+        name = type(self.module).__name__
+        done = "; ".join(r.text for r in self.history) or "as captured"
+        return f"Program({name}({self.spec}), {len(self.sites)} sites, {done})"
+
+    # Parameters and modes.
+
+    def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter for everything that gradients reach."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What to hand to an optimizer."""
+        return list(self.named_trainable_parameters().values())
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode (dropout, batch statistics) for the whole program; returns itself."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Evaluation mode; returns itself."""
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        """Whether the program is in training mode."""
+        return self.module.training
+
+    # Looking at it.
+
+    def text(self) -> str:
+        """The graph as stable, readable text: one line a node."""
+        return program_text(self)
+
+    def diff(self, other: Program | None = None) -> str:
+        """What changed from `other` (default: the captured program) as a unified diff of text,
+        with the counts of added nodes, sites and trainable parameters."""
+        return diff_text(other or self.origin or self, self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def verify(self) -> list[Certificate]:
+        """Checks the graph and measures every contract of the history again.
+
+        Raises:
+            VerifyError: the graph is malformed or a measured contract does not hold.
+        """
+        from .verify import verify_program
+
+        return verify_program(self)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters in this program, in the order of insertion."""
+        return tuple(r.adapter for r in self.history if r.adapter is not None)
+
+    @property
+    def base(self) -> Program:
+        """The program as captured."""
+        return self.origin or self
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the names, dtypes, shapes and bytes of the captured base tensors."""
+        return merkle_root({n: tensor_digest(t) for n, t in self.base.base_tensors().items()})
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor outside of the branches, by canonical name."""
+        found: dict[str, Tensor] = dict(self.extras)
+        prefix = f"{BRANCHES}."
+        for name, tensor in self._stored():
+            if not name.startswith(prefix) and self.aliases.get(name, name) == name:
+                found[name] = tensor.detach()
+        return dict(sorted(found.items()))
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_parameters()
+        yield from self.module.named_buffers()
+
+    # Getting results out.
+
+    def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
+        """The tensors under their original names; loads into the original, unmodified model.
+
+        Args:
+            strict: refuse if the program holds tensors that the original model has no name
+                for (branches not folded, added biases); False returns them too.
+
+        Raises:
+            ExportError: such tensors exist; the message lists them.
+        """
+        held = dict(self._stored())
+        state: dict[str, Tensor] = {}
+        for name in self.state_names:
+            source = name if name in self.untied else self.aliases.get(name, name)
+            tensor = held.get(source, self.extras.get(source, self.extras.get(name)))
+            if tensor is None:
+                raise ExportError(f"the tensor {name!r} of the original model is lost.")
+            state[name] = tensor.detach()
+        prefix = f"{BRANCHES}."
+        extra = [n for n in held if n.startswith(prefix) or n in self.added]
+        extra += [n for n in self.untied if n not in state]
+        if extra and strict:
+            more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
+            raise ExportError(
+                f"{len(extra)} tensors have no place in the original model: "
+                f"{', '.join(extra[:6])}{more}. So load_state_dict(strict=True) cannot be "
+                "promised. Fold the branches first (run(program, 'fold')), or take everything "
+                "with export_state_dict(strict=False)."
+            )
+        if not strict:
+            state.update({n: held[n].detach() for n in extra})
+        return state
+
+    def without(self, name: str) -> Program:
+        """The program without one adapter; every other adapter keeps its current values.
+
+        Raises:
+            PassError: there is no such adapter.
+        """
+        self._known(name)
+        keep = tuple(a for a in self.adapters if a != name)
+        return self.only(keep)
+
+    def only(self, names: tuple[str, ...]) -> Program:
+        """The program with just the named adapters, rebuilt exactly from the captured base."""
+        from .pipeline import replay
+
+        for name in names:
+            self._known(name)
+        return replay(self, names)
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise PassError(
+                f"there is no adapter {name!r}. Adapters: {', '.join(self.adapters) or 'none'}; "
+                f"nearest: {nearest(name, self.adapters)}."
+            )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 20,
+        eos_token_id: int | tuple[int, ...] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """Greedy continuation without a cache.
+
+        Args:
+            input_ids: `[batch, sequence]` integer prompt (pad on the left).
+            attention_mask: `[batch, sequence]`, 1 for real tokens; needed if it was captured.
+            max_new_tokens: how many tokens to add at most.
+            eos_token_id: stops a row (default: the model's own, if it has one).
+            pad_token_id: fills rows that have stopped (default: the model's, else the first end).
+
+        Returns:
+            Prompt and continuation, `[batch, sequence + new]`.
+
+        Raises:
+            InputError: the program does not return logits per token.
+        """
+        return generate(
+            self, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id
+        )
+
+    # Structure.
+
+    def fork(self) -> Program:
+        """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
+        return replace(self, module=fork_module(self.module), origin=self.base)
+
+    def branch(self, attachment: Attachment) -> nn.Module:
+        """The module of one attached branch."""
+        return self.module.get_submodule(attachment.path)
+
+    def adapter_tensors(self, name: str) -> dict[str, Tensor]:
+        """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
+        prefix = f"{BRANCHES}.{name}."
+        persistent = set(self.module.state_dict(keep_vars=True))
+        found = {
+            n: t.detach() for n, t in self._stored() if n.startswith(prefix) and n in persistent
+        }
+        found |= {n: t for n, t in self.removed.items() if n.startswith(prefix)}
+        for owned in self.owned.get(name, ()):
+            found[owned] = self.module.get_parameter(owned).detach()
+        return found
+
+
+def state_buffers(gm: GraphModule) -> set[str]:
+    """Names of buffers that training updates (batch statistics)."""
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if getattr(submodule(gm, node), "updates_state", False):
+            found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+    return found
+
+
+def fork_module(gm: GraphModule) -> GraphModule:
+    """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
+    memo: dict[int, Any] = {}
+    for parameter in gm.parameters():
+        data = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(
+            data.clone() if parameter.requires_grad else data, parameter.requires_grad
+        )
+    updated = state_buffers(gm)
+    root = nn.Module()
+    for name, buffer in gm.named_buffers():
+        memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
+    graph = Graph()
+    graph.set_codegen(gm.graph._codegen)
+    copied: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, copied, return_output_node=True)
+    if isinstance(result, tuple):
+        values, original = result
+        graph.output(values, original.type).meta = dict(original.meta)
+    for node in gm.graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and not _has(root, path):
+            _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
+        elif node.op == "get_attr" and not _has(root, path):
+            held = attribute(gm, path)
+            set_attribute(root, path, memo.get(id(held), held), path in _transient(gm))
+    forked = GraphModule(root, graph, class_name=type(gm).__name__)
+    forked.training = gm.training
+    return forked
+
+
+def _transient(gm: nn.Module) -> set[str]:
+    """Names of buffers that are not part of the state dict."""
+    found: set[str] = set()
+    for prefix, module in gm.named_modules():
+        for name in module._non_persistent_buffers_set:
+            found.add(f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        attribute(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = getattr(root, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
+    root.add_module(leaf, module)
