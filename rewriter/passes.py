@@ -45,8 +45,10 @@ class Pass(ABC):
     Class attributes:
         text: the name in pipeline text, taken from the file's stem.
         contract: what it promises about the outputs.
+        portable: part of a saved artifact (a lowering is not: it depends on the machine).
     """
 
+    portable: ClassVar[bool] = True
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")
 

@@ -178,6 +178,10 @@ class Program:
         """sha256 over the names, dtypes, shapes and bytes of the captured base tensors."""
         return merkle_root({n: tensor_digest(t) for n, t in self.base.base_tensors().items()})
 
+    def spec_of_base(self) -> InputSpec:
+        """The input spec of the captured program (prompts narrow a program's own)."""
+        return self.base.spec
+
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
