@@ -5,9 +5,13 @@
     program.module(**batch)                                   # train it with anything
     peftfx.save(program, "adapter/")
     merged = peftfx.run(program, "fold").export_state_dict()  # loads into the original model
+
+Pass classes (`peftfx.LoRA`, ...) are found in `passes/`; `__init__.pyi` lists them for editors.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from .registry import load_passes
 from .rewriter.artifact import load, save
@@ -16,21 +20,36 @@ from .rewriter.errors import RewriteError
 from .rewriter.passes import REGISTRY, Pass
 from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
+from .rewriter.sites import Site, Sites
 
 __version__ = "0.1.0"
 
 load_passes()
 globals().update({cls.__name__: cls for cls in REGISTRY.values()})
 
+
+def export_onnx(program: Program, path: Any, **options: Any) -> Any:
+    """Writes a program as ONNX and proves it; see `exporters/onnx_export.py`."""
+    from .exporters.onnx_export import export_onnx as export
+
+    return export(program, path, **options)
+
+
+def __dir__() -> list[str]:
+    return sorted(globals())
+
+
 __all__ = [
-    "Pass", "Pipeline", "Program", "RewriteError", "capture", "export_onnx", "load", "parse",
-    "run", "save", *(cls.__name__ for cls in REGISTRY.values()),
-]  # fmt: skip
-
-
-def __getattr__(name: str) -> object:
-    if name == "export_onnx":
-        from .exporters.onnx_export import export_onnx
-
-        return export_onnx
-    raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
+    "Pass",
+    "Pipeline",
+    "Program",
+    "RewriteError",
+    "Site",
+    "Sites",
+    "capture",
+    "export_onnx",
+    "load",
+    "parse",
+    "run",
+    "save",
+]

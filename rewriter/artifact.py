@@ -18,8 +18,15 @@ from torch import Tensor, nn
 
 from .capture import capture
 from .errors import (
-    ArtifactError, BaseMismatchError, CorruptFileError, FormatTooNewError, MetaTensorError,
-    NonFiniteError, OptionError, PassError, RewriteError,
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    FormatTooNewError,
+    MetaTensorError,
+    NonFiniteError,
+    OptionError,
+    PassError,
+    RewriteError,
 )  # fmt: skip
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
@@ -44,9 +51,7 @@ _STEP_KEYS = {
 }  # fmt: skip
 
 
-def save(
-    program: Program, directory: str | Path, adapters: Sequence[str] | None = None
-) -> None:
+def save(program: Program, directory: str | Path, adapters: Sequence[str] | None = None) -> None:
     """Saves adapters (never the base weights) atomically.
 
     Args:
@@ -233,7 +238,9 @@ def _tensors_of(
     for name, tensor in wanted.items():
         given = tensors.get(name)
         if given is None:
-            raise CorruptFileError(f"{where}: the tensor {name!r} of adapter {adapter!r} is missing.")
+            raise CorruptFileError(
+                f"{where}: the tensor {name!r} of adapter {adapter!r} is missing."
+            )
         if given.shape != tensor.shape or given.dtype != tensor.dtype:
             raise CorruptFileError(
                 f"{where}: {name!r} is {tuple(given.shape)} {given.dtype}, "

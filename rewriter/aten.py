@@ -129,6 +129,11 @@ def is_float(node: object) -> bool:
     return isinstance(val, Tensor) and val.is_floating_point()
 
 
+def operands(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a node, untyped as fx has them."""
+    return node.args
+
+
 def inputs(node: Node) -> list[Node]:
     """The nodes that `node` reads, in argument order."""
     return list(node.all_input_nodes)

@@ -54,9 +54,9 @@ def _inline_grad_region(gm: GraphModule, node: Node) -> None:
 
 def _is_noop(node: Node) -> bool:
     if is_op(node, _SLICE):
-        args = node.args
-        return len(args) >= 4 and args[2] in (0, None) and args[3] in (_END, None) and (
-            len(args) < 5 or args[4] == 1
+        begin, end, step = (*node.args[2:], None, None, None)[:3]
+        return begin in (0, None) and end in (_END, None) and step in (1, None) and (
+            len(node.args) > 2
         )  # fmt: skip
     if is_op(node, CASTS) and node.target not in overloads("_to_copy"):
         before, after = value(node.args[0]), value(node)
@@ -99,11 +99,11 @@ def canonicalize(gm: GraphModule, aliases: Mapping[str, str]) -> None:
         if node.op == "call_function" and name == "wrap_with_set_grad_enabled":
             _inline_grad_region(gm, node)
     for node in list(gm.graph.nodes):
-        if node.op == "call_module" and str(node.target) == "_guards_fn":
-            gm.graph.erase_node(node)
-        elif is_op(node, ATEN._assert_tensor_metadata.default):
-            gm.graph.erase_node(node)
-        elif isinstance(node.target, torch._ops.OpOverload) and "assert" in str(node.target):
+        if (
+            (node.op == "call_module" and str(node.target) == "_guards_fn")
+            or is_op(node, ATEN._assert_tensor_metadata.default)
+            or (isinstance(node.target, torch._ops.OpOverload) and "assert" in str(node.target))
+        ):
             gm.graph.erase_node(node)
         elif _is_noop(node):
             node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]

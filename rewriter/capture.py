@@ -227,8 +227,10 @@ def _user_line(error: BaseException) -> str:
 def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    both = [*model.named_parameters(remove_duplicate=False)]
-    both += model.named_buffers(remove_duplicate=False)
+    both: list[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     for name, tensor in both:
         known = first.setdefault(id(tensor), name)
         if known != name:
@@ -279,7 +281,8 @@ def _spec(
     for name, node in placeholders(gm).items():
         tensor = tensors[name]
         sizes: list[int | str] = []
-        for axis, size in enumerate(shape(node) or ()):
+        dims: tuple[Any, ...] = shape(node) or ()
+        for axis, size in enumerate(dims):
             if isinstance(size, int):
                 sizes.append(size)
                 continue

@@ -15,14 +15,45 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .aten import (
-    ACTIVATIONS, ADDS, ARITHMETIC, ATEN, CASTS, DROPOUTS, EMBEDDING, LINEAR, MATMULS, MULS,
-    NORM_PARTS, NORMS, SLICES, SOFTMAX, VIEWS, ancestors, attribute, inputs, is_op, overloads,
-    parameter_of, placeholders, shape, strip, submodule, users, value,
+    ACTIVATIONS,
+    ADDS,
+    ARITHMETIC,
+    ATEN,
+    CASTS,
+    DROPOUTS,
+    EMBEDDING,
+    LINEAR,
+    MATMULS,
+    MULS,
+    NORM_PARTS,
+    NORMS,
+    SLICES,
+    SOFTMAX,
+    VIEWS,
+    ancestors,
+    attribute,
+    inputs,
+    is_op,
+    overloads,
+    parameter_of,
+    placeholders,
+    shape,
+    strip,
+    submodule,
+    users,
+    value,
 )  # fmt: skip
 from .modes import AlphaDropout, Attention
 from .probe import feature_sets
 from .sites import (
-    AttentionSite, EmbeddingSite, FeedForwardSite, LinearSite, NormSite, Site, Sites, SublayerSite,
+    AttentionSite,
+    EmbeddingSite,
+    FeedForwardSite,
+    LinearSite,
+    NormSite,
+    Site,
+    Sites,
+    SublayerSite,
 )  # fmt: skip
 
 _MASKS = overloads("masked_fill", "where", "masked_fill_", "clamp", "clamp_min", "maximum")
@@ -175,9 +206,9 @@ class _Graph:
         return found
 
     def _eager_core(self, softmax: Node) -> _Core | None:
-        below: Node | None = softmax
-        product = None
-        while below is not None:
+        below = softmax
+        product: Node | None = None
+        while True:
             following = [
                 u for u in users(below)
                 if is_op(u, VIEWS) or self.is_dropout(u) or is_op(u, MATMULS)
@@ -352,10 +383,8 @@ def _probe_fused(gm: GraphModule, drafts: list[_Draft], sample: Mapping[str, Ten
 
 def _build(graph: _Graph, drafts: list[_Draft], aliases: Mapping[str, str]) -> Sites:
     order = {n.name: i for i, n in enumerate(graph.gm.graph.nodes)}
-    tables = {
-        parameter_of(n.args[0])[0]  # pyright: ignore[reportOptionalSubscript]
-        for n in graph.gm.graph.nodes if is_op(n, EMBEDDING) and parameter_of(n.args[0])
-    }  # fmt: skip
+    lookups = [parameter_of(n.args[0]) for n in graph.gm.graph.nodes if is_op(n, EMBEDDING)]
+    tables = {found[0] for found in lookups if found}
     by_weight: dict[str, list[_Linear]] = {}
     for linear in graph.linears.values():
         by_weight.setdefault(linear.weight, []).append(linear)
@@ -411,7 +440,9 @@ def _block_sites(graph: _Graph, draft: _Draft, ids: dict[str, str]) -> list[Site
     stream, layer = (sub.stream, sub.layer) if sub else ("", None)
     core = draft.core
     kind = "cross" if draft.cross else draft.kind
-    name = f"{stream}.layer{layer}.{kind}" if sub else f"{ids.get('q', ids.get('ffn.up', ''))}.{kind}"
+    name = (
+        f"{stream}.layer{layer}.{kind}" if sub else f"{ids.get('q', ids.get('ffn.up', ''))}.{kind}"
+    )
     made: list[Site] = []
     if core is not None:
         q, k = shape(core.q), shape(core.k)

@@ -244,7 +244,9 @@ def compose(program: Program, call: Node, weight: str) -> None:
         with gm.graph.inserting_after(tail):
             delta = emit("call_module", path, (x,), path.replace(".", "_"))
         with gm.graph.inserting_after(delta):
-            tail = emit("call_function", ATEN.add.Tensor, (tail, delta), path.replace(".", "_") + "_add")
+            tail = emit(
+                "call_function", ATEN.add.Tensor, (tail, delta), path.replace(".", "_") + "_add"
+            )
     for path in slot("output_scale"):
         with gm.graph.inserting_after(tail):
             tail = emit("call_module", path, (tail,), path.replace(".", "_"))
@@ -295,4 +297,3 @@ def fold_ready(program: Program) -> None:
                 if name not in done:
                     compose(program, site_nodes(program.module)[name], site.weight)
                     done.add(name)
-

@@ -220,5 +220,3 @@ def _untie(edit: Editor, site: LinearSite) -> LinearSite:
     items = tuple(fresh if s.id == site.id else s for s in edit.program.sites)
     edit.program.sites = replace(edit.program.sites, items=items)
     return fresh
-
-

@@ -21,7 +21,7 @@ def tensor_digest(tensor: Tensor) -> str:
         raise MetaTensorError("a tensor on the meta device has no values to hash; load weights.")
     digest = hashlib.sha256(f"{str(tensor.dtype)[6:]}{list(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().view(-1)
-    digest.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+    digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 

@@ -56,4 +56,3 @@ def restore_deltas(edit: Editor) -> None:
         branch = edit.program.branch(attachment)
         if isinstance(branch, Delta):
             branch.lowered = None
-

@@ -98,7 +98,8 @@ _BATCH_NORM = frozenset({ATEN.batch_norm.default})
 
 
 def _sdpa_arguments(node: Node) -> tuple[float, tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = list(node.args), dict(node.kwargs)
+    args: list[Any] = list(node.args)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     p = args.pop(4) if len(args) > 4 else kwargs.pop("dropout_p", 0.0)
     mask = args.pop(3) if len(args) > 3 else kwargs.pop("attn_mask", None)
     causal = args.pop(3) if len(args) > 3 else kwargs.pop("is_causal", False)

@@ -89,9 +89,7 @@ class Pass(ABC):
         """Name of the adapter that this pass inserts, or None."""
         return None
 
-    def plan(
-        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
-    ) -> Plan:
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         """Decides what to do, reading `program` (and data or other artifacts), changing nothing."""
         del program, data, sources
         return Plan()
@@ -144,9 +142,7 @@ class Method(Pass, abstract=True):
         """The sites to edit."""
         return program.sites.select(self.where, self.kinds)
 
-    def plan(
-        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
-    ) -> Plan:
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         return Plan({"sites": [s.id for s in self.sites(program)]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .aten import ADDS, ATEN, LINEAR, is_op, submodule, users
+from .aten import ADDS, ATEN, LINEAR, is_op, operands, submodule, users
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,11 @@ def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         return node.args[0], node.args[1], bias
     if is_op(node, ATEN.addmm.default):
-        return node.args[1], node.args[2], node.args[0]
+        bias, x, weight = operands(node)[:3]
+        return x, weight, bias
     if is_op(node, ATEN.matmul.default) or is_op(node, ATEN.mm.default):
-        return node.args[0], node.args[1], None
+        x, weight = operands(node)[:2]
+        return x, weight, None
     return None
 
 

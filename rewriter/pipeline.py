@@ -87,7 +87,9 @@ def _split(text: str, mark: str) -> list[str]:
 def _parse_pass(part: str, whole: str) -> Pass:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\{(.*)\})?\s*", part, re.DOTALL)
     if match is None:
-        raise OptionError(f"{part.strip()!r} in {whole!r} is not a pass: write name{{option=value}}.")
+        raise OptionError(
+            f"{part.strip()!r} in {whole!r} is not a pass: write name{{option=value}}."
+        )
     return make(match[1], _parse_map(match[2] or "", part))
 
 
@@ -162,7 +164,7 @@ def parse_yaml(text: str, where: str = "the recipe") -> Pipeline:
         OptionError: malformed YAML, duplicate keys, unknown passes or options.
     """
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a subclass of SafeLoader
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise OptionError(f"{where} is not YAML: {error}") from error
     if isinstance(data, dict) and set(data) == {"passes"}:  # pyright: ignore[reportUnknownArgumentType]
@@ -216,7 +218,9 @@ def as_pipeline(passes: Passes) -> Pipeline:
         if not found:
             raise OptionError("the list of passes is empty.")
         return Pipeline(tuple(found))
-    raise OptionError(f"passes must be a Pass, a list, text or a path, not {type(passes).__name__}.")
+    raise OptionError(
+        f"passes must be a Pass, a list, text or a path, not {type(passes).__name__}."
+    )
 
 
 # Running.
@@ -246,7 +250,9 @@ def run(
         RewriteError: the first pass that fails; nothing is changed.
     """
     if not isinstance(program, Program):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise PassError(f"run takes a Program, not {type(program).__name__}; capture the model first.")
+        raise PassError(
+            f"run takes a Program, not {type(program).__name__}; capture the model first."
+        )
     done: list[str] = []
     for item in as_pipeline(passes):
         if progress is not None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -278,9 +277,7 @@ class Program:
         Raises:
             InputError: the program does not return logits per token.
         """
-        return generate(
-            self, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id
-        )
+        return generate(self, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
 
     # Structure.
 
@@ -329,10 +326,9 @@ def fork_module(gm: GraphModule) -> GraphModule:
     graph = Graph()
     graph.set_codegen(gm.graph._codegen)
     copied: dict[Node, Node] = {}
-    result = graph.graph_copy(gm.graph, copied, return_output_node=True)
-    if isinstance(result, tuple):
-        values, original = result
-        graph.output(values, original.type).meta = dict(original.meta)
+    result: Any = graph.graph_copy(gm.graph, copied, return_output_node=True)
+    values, original = result
+    graph.output(values, original.type).meta = dict(original.meta)
     for node in gm.graph.nodes:
         path = str(node.target)
         if node.op == "call_module" and not _has(root, path):

@@ -66,7 +66,8 @@ class _Fakes:
                 return self.tensor(held) if isinstance(held, Tensor) else held
             return n.meta["val"]
 
-        args, kwargs = map_arg((node.args, node.kwargs), load)
+        loaded: Any = map_arg((node.args, node.kwargs), load)
+        args, kwargs = loaded
         if node.op == "get_attr":
             return load(node)
         if node.op == "output":

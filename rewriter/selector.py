@@ -24,8 +24,30 @@ if TYPE_CHECKING:
     from .sites import Site
 
 WORDS = frozenset(
-    "q k v o attn ffn ffn.up ffn.gate ffn.down head other linear attention feedforward sublayer "
-    "embedding embedding.token embedding.position embedding.type norm cross self".split()
+    [
+        "q",
+        "k",
+        "v",
+        "o",
+        "attn",
+        "ffn",
+        "ffn.up",
+        "ffn.gate",
+        "ffn.down",
+        "head",
+        "other",
+        "linear",
+        "attention",
+        "feedforward",
+        "sublayer",
+        "embedding",
+        "embedding.token",
+        "embedding.position",
+        "embedding.type",
+        "norm",
+        "cross",
+        "self",
+    ]
 )
 """Roles and kinds: the words that never name a module."""
 
@@ -46,7 +68,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         if match is None:
             raise SelectorError(
                 f"selector {text!r} is malformed at {text[position:]!r}. Example: "
-                "\"q|v and layer>=6\", \"not ffn\", \"layer in [0,3]\", \"name:query\"."
+                '"q|v and layer>=6", "not ffn", "layer in [0,3]", "name:query".'
             )
         position = match.end()
         kind = match.lastgroup or ""

@@ -5,6 +5,7 @@ A site names its graph nodes by node name, so that a fork of the graph keeps the
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -250,16 +251,6 @@ class Sites:
         for site in self.items:
             layer = "" if site.layer is None else str(site.layer)
             table.add_row(site.id, site.kind, site.role, layer, site.describe())
-        console = Console(width=140, record=True, file=_Null())
-        console.print(table)
-        return "\n".join(line.rstrip() for line in console.export_text().splitlines())
-
-
-class _Null:
-    """A text sink for rich's recorder."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
+        text = io.StringIO()
+        Console(width=140, file=text, color_system=None).print(table)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -15,8 +15,26 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .aten import (
-    ADDS, ATEN, CASTS, EMBEDDING, MATMULS, SOFTMAX, VIEWS, ancestors, inputs, is_float, is_op,
-    output_node, overloads, placeholders, reaches, shape, strip, submodule, users,
+    ADDS,
+    ATEN,
+    CASTS,
+    EMBEDDING,
+    MATMULS,
+    SOFTMAX,
+    VIEWS,
+    ancestors,
+    inputs,
+    is_float,
+    is_op,
+    operands,
+    output_node,
+    overloads,
+    placeholders,
+    reaches,
+    shape,
+    strip,
+    submodule,
+    users,
 )  # fmt: skip
 from .branch import Tokens
 from .errors import PassError
@@ -138,7 +156,8 @@ def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> No
     product = core if fused else _scores(core)
     if product is None:
         raise PassError(f"the scores of the attention at {core.name} cannot be found.")
-    key, value = (core.args[1], core.args[2]) if fused else (product.args[1], core.args[1])
+    above, below = operands(product), operands(core)
+    key, value = (below[1], below[2]) if fused else (above[1], below[1])
     if not isinstance(key, Node) or not isinstance(value, Node):
         raise PassError(f"the attention at {core.name} has no key or value tensor.")
     graph = gm.graph
@@ -157,13 +176,13 @@ def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> No
             "call_function", operator.getitem, (both, 1), {}, name=f"{name}_value"
         )
         if fused:
-            mask = core.args[3] if len(core.args) > 3 else None
-            causal = bool(core.args[4]) if len(core.args) > 4 else False
+            mask = below[3] if len(below) > 3 else None
+            causal = bool(below[4]) if len(below) > 4 else False
             if causal:
-                mask = _module(gm, "causal_mask", CausalMask(length), (core.args[0], key))
+                mask = _module(gm, "causal_mask", CausalMask(length), (below[0], key))
             elif isinstance(mask, Node):
                 mask = _widened(gm, mask, length, 1.0 if not is_float(mask) else 0.0)
-            core.args = (core.args[0], new_key, new_value, mask, False)
+            core.args = (below[0], new_key, new_value, mask, False)
     if not fused:
         product.update_arg(1, new_key)
         core.update_arg(1, new_value)
@@ -207,9 +226,7 @@ def _widen_scores(gm: GraphModule, product: Node, core: Node, length: int) -> No
         for index, other in enumerate(following.args):
             if not isinstance(other, Node) or other is current:
                 continue
-            if is_op(following, ADDS):
-                fill = 0.0
-            elif is_op(following, _FILLS):
+            if is_op(following, ADDS) or is_op(following, _FILLS):
                 fill = 0.0
             elif is_op(following, _WHERE) and index == 0:
                 fill = 1.0 if following.args[1] is current else 0.0
@@ -317,7 +334,9 @@ def prepend_tokens(
         fills = {"ids": 0, "types": 0, "mask": 1, "labels": -100}
         with gm.graph.inserting_after(source):
             pad: nn.Module = (
-                PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
+                PadPositions(length)
+                if meaning == "positions"
+                else PadTokens(length, fills[meaning])
             )
             padded = _module(gm, "pad_tokens", pad, (source,))
         source.replace_all_uses_with(padded, delete_user_cb=lambda u, p=padded: u is not p)
@@ -357,4 +376,5 @@ def _first_token(node: Node, symbol: str) -> bool:
     size = shape(node.args[0])
     if size is None or len(size) != 3 or str(size[1]) != symbol or node.args[1] != 1:
         return False
-    return node.args[2] == 0 and (is_op(node, ATEN.select.int) or node.args[3:4] == (1,))
+    first = bool(node.args[2] == 0)
+    return first and (is_op(node, ATEN.select.int) or bool(node.args[3:4] == (1,)))

@@ -113,7 +113,9 @@ def measure(before: Program, after: Program) -> dict[str, float]:
                 raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
             for x, y in zip(a, b, strict=True):
                 if x.shape != y.shape:
-                    raise VerifyError(f"an output changes from {tuple(x.shape)} to {tuple(y.shape)}.")
+                    raise VerifyError(
+                        f"an output changes from {tuple(x.shape)} to {tuple(y.shape)}."
+                    )
                 wide = torch.promote_types(x.dtype, torch.float32)
                 gap = (x.to(wide) - y.to(wide)).abs()
                 gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)

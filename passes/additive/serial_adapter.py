@@ -76,7 +76,10 @@ class SerialAdapter(Method):
 
     def insert(self, edit: Editor, site: SublayerSite) -> None:
         like = edit.like(site)
-        down, up = torch.empty(self.bottleneck, site.width), torch.empty(site.width, self.bottleneck)
+        down, up = (
+            torch.empty(self.bottleneck, site.width),
+            torch.empty(site.width, self.bottleneck),
+        )
         for matrix in (down, up):
             bounds = (-2 * self.std, 2 * self.std)
             nn.init.trunc_normal_(matrix, 0.0, self.std, *bounds, generator=edit.generator)

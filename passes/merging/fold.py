@@ -33,9 +33,7 @@ class Fold(Pass):
     names: tuple[str, ...] | None = None
     tied: Literal["refuse", "keep", "untie", "both"] = "refuse"
 
-    def plan(
-        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
-    ) -> Plan:
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         for name in self.names or ():
             if name not in program.adapters:
                 raise FoldError(

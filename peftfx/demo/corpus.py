@@ -142,7 +142,9 @@ def _functions(body: Sequence[ast.stmt], prefix: str = "") -> Iterator[tuple[str
             yield from _functions(node.body, f"{prefix}{node.name}.")
         elif isinstance(node, ast.If | ast.Try):
             parts = [node.body, node.orelse]
-            parts += [handler.body for handler in node.handlers] if isinstance(node, ast.Try) else []
+            parts += (
+                [handler.body for handler in node.handlers] if isinstance(node, ast.Try) else []
+            )
             for part in parts:
                 yield from _functions(part, prefix)
 

@@ -1,0 +1,190 @@
+"""In-batch contrastive training of an encoder's adapters (van den Oord et al. 2018, 1807.03748).
+
+For a batch of n pairs with embeddings q and c the loss is the mean over i of
+
+    -log( exp(q_i c_i / t) / sum_j exp(q_i c_j / t) )
+
+averaged with the same loss from code to query; every other function of the batch is a negative.
+AdamW, linear warm-up and linear decay. Batches are a function of the seed. The encoder runs in
+evaluation mode: MiniLM's dropout costs time and, in one short epoch, buys nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .corpus import Pair
+from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
+
+Scores = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one adapter is trained.
+
+    Attributes:
+        learning_rate: highest rate, after warm-up.
+        steps: number of batches.
+        batch: pairs in a batch.
+        warmup: share of the steps in which the rate rises.
+        weight_decay: AdamW's.
+        temperature: t of the loss.
+        seed: seeds the order of the pairs.
+    """
+
+    learning_rate: float
+    steps: int = 30
+    batch: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    temperature: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run left behind.
+
+    Attributes:
+        losses: loss of every step.
+        step_seconds: median time of a step.
+        seconds: time of the whole run.
+        saved_bytes: what one step keeps for its backward pass (parameters not counted).
+        state_bytes: gradients and AdamW's two moments.
+    """
+
+    losses: tuple[float, ...]
+    step_seconds: float
+    seconds: float
+    saved_bytes: int
+    state_bytes: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that training holds beside the model itself."""
+        return self.saved_bytes + self.state_bytes
+
+
+class SavedBytes:
+    """Counts the distinct storages that autograd saves; parameters are not counted."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self.total = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context in which what is saved is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+
+def contrastive_loss(queries: Tensor, answers: Tensor, temperature: float) -> Tensor:
+    """The loss above, both ways.
+
+    Args:
+        queries: `[n, hidden]`, normalised.
+        answers: `[n, hidden]`, normalised; row i answers query i.
+        temperature: t.
+    """
+    scores = queries @ answers.T / temperature
+    target = torch.arange(len(scores), device=scores.device)
+    both = nn.functional.cross_entropy(scores, target) + nn.functional.cross_entropy(
+        scores.T, target
+    )
+    return both / 2
+
+
+def rate(step: int, settings: Settings) -> float:
+    """The learning rate of a step: up linearly during warm-up, then down linearly to 0."""
+    warmup = max(1, round(settings.warmup * settings.steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    return settings.learning_rate * (settings.steps - step) / max(1, settings.steps - warmup)
+
+
+def batches(pairs: Sequence[Pair], settings: Settings) -> Iterator[list[Pair]]:
+    """`settings.steps` batches; pairs are shuffled again whenever they run out.
+
+    Within stretches of eight batches, pairs of similar length go together, which keeps padding
+    small; the batches' own order stays random.
+    """
+    generator = random.Random(settings.seed)
+    size = min(settings.batch, len(pairs))
+    queue: list[list[Pair]] = []
+    pool_: list[Pair] = []
+    for _ in range(settings.steps):
+        if not queue:
+            stretch: list[Pair] = []
+            while len(stretch) < size * min(8, len(pairs) // size):
+                if not pool_:
+                    pool_ = list(pairs)
+                    generator.shuffle(pool_)
+                stretch.append(pool_.pop())
+            stretch.sort(key=lambda p: len(p.code))
+            queue = [stretch[i : i + size] for i in range(0, len(stretch), size)]
+            generator.shuffle(queue)
+        yield queue.pop()
+
+
+def train(
+    forward: Forward,
+    parameters: Sequence[nn.Parameter],
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    settings: Settings,
+    advance: Callable[[float], None] = lambda loss: None,
+) -> Training:
+    """Trains `parameters` in place.
+
+    Args:
+        forward: the encoder, whose output depends on the parameters.
+        parameters: what to train.
+        tokenizer: makes the encoder's inputs.
+        pairs: training pairs.
+        settings: how.
+        advance: called with the loss after every step.
+    """
+    started = time.perf_counter()
+    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    losses: list[float] = []
+    seconds: list[float] = []
+    saved = SavedBytes(parameters)
+    for step, chosen in enumerate(batches(pairs, settings)):
+        begun = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, settings)
+        queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
+        codes, code_mask = tokenizer([p.code for p in chosen], CODE_TOKENS).tensors()
+        loss = contrastive_loss(
+            pool(forward(queries, query_mask), query_mask),
+            pool(forward(codes, code_mask), code_mask),
+            settings.temperature,
+        )
+        optimizer.zero_grad()
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - begun)
+        advance(losses[-1])
+    count = sum(p.numel() * p.element_size() for p in parameters)
+    return Training(
+        tuple(losses),
+        statistics.median(seconds),
+        time.perf_counter() - started,
+        saved.total,
+        3 * count,
+    )
