@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..rewriter.edit import Editor
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
+from ..rewriter.lowering import restore_deltas
 from ..rewriter.program import Program
 from ..rewriter.verify import evaluation, is_meta
 
@@ -133,6 +135,9 @@ def export_onnx(
 def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> OnnxReport:
     onnx: Any = require("onnx")
     fork = program.fork()
+    plain = Editor(fork)
+    restore_deltas(plain)
+    plain.finish()
     names = _output_names(fork)
     with evaluation(fork), _silence():
         exported, symbols = _reexport(fork)

@@ -1,0 +1,52 @@
+"""Lower: replace a linear and its low-rank branch by one fused operator, and back.
+
+`lower{target=cpu}` and `lower{target=triton}` call `peftfx::lora_linear`, whose backward saves
+less and writes no temporaries; `lower{target=off}` restores the plain graph. Found by pattern;
+parameters keep their names and keep training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ...kernels.lora_linear import lora_linear, require_triton
+from ...rewriter.edit import Editor
+from ...rewriter.errors import PassError
+from ...rewriter.lowering import fuse_deltas, restore_deltas
+from ...rewriter.passes import Pass, Plan
+from ...rewriter.program import Program
+from ...rewriter.verify import Contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lower(Pass):
+    """Chooses how low-rank branches run.
+
+    Attributes:
+        target: `cpu` (torch operators, also right on GPUs), `triton` (kernels on a CUDA device),
+            or `off` (undo).
+    """
+
+    portable: ClassVar[bool] = False
+    contract: ClassVar[Contract] = Contract("bounded")
+
+    target: Literal["cpu", "triton", "off"] = "cpu"
+
+    def plan(
+        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
+    ) -> Plan:
+        if self.target == "triton":
+            try:
+                require_triton()
+            except RuntimeError as error:
+                raise PassError(f"lower: {error}") from error
+        if self.target != "off" and not any(a.slot == "delta" for a in program.attachments):
+            raise PassError("lower: there is no low-rank branch to lower. Run lora first.")
+        return Plan()
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        restore_deltas(edit)
+        if self.target != "off":
+            fuse_deltas(edit, lora_linear)
