@@ -189,10 +189,17 @@ def _output_names(program: Program) -> tuple[str, ...]:
     names: list[str] = []
     for path, leaf in pytree.tree_flatten_with_path(output)[0]:
         if isinstance(leaf, Tensor):
-            parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path]
+            parts = [
+                str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path
+            ]
             text = "_".join(p for p in parts if p)
             names.append(text if text and not text[0].isdigit() else f"output_{text or 0}")
     return tuple(names)
+
+
+def _key(part: Any) -> str:
+    found = (getattr(part, n) for n in ("key", "name", "idx") if hasattr(part, n))
+    return str(next(found, ""))
 
 
 def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
@@ -201,7 +208,7 @@ def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
         exported = torch.export.export(
             program.module, (), example, dynamic_shapes=program.spec.dynamic_shapes(), strict=False
         )
-    except Exception as error:  # noqa: BLE001 - torch.export raises anything
+    except Exception as error:
         raise ExportError(f"re-export fails: {type(error).__name__}: {error}") from error
     symbols: dict[str, str] = {}
     held = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
@@ -228,7 +235,7 @@ def _translate(exported: Any, opset: int, inputs: Sequence[str], outputs: Sequen
             output_names=list(outputs),
         )
         return result.model_proto
-    except Exception as error:  # noqa: BLE001 - torch.onnx raises anything
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"translation fails: {type(error).__name__}: {reason[0] if reason else ''}"
@@ -257,7 +264,7 @@ def session(path: str | Path, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base
+    except Exception as error:
         raise ExportError(f"ONNX Runtime refuses {path}: {error}") from error
 
 
@@ -267,7 +274,7 @@ def _verify(
     onnx: Any = require("onnx")
     try:
         onnx.checker.check_model(path, full_check=True)
-    except Exception as error:  # noqa: BLE001 - several error classes of onnx
+    except Exception as error:
         raise ExportError(f"the ONNX checker refuses the model: {error}") from error
     running = session(path)
     wanted = {i.name for i in running.get_inputs()}
@@ -277,7 +284,7 @@ def _verify(
         arrays = {n: t.cpu().numpy() for n, t in feed.items() if n in wanted}
         try:
             found = running.run(None, arrays)
-        except Exception as error:  # noqa: BLE001 - the runtime's exceptions share no base
+        except Exception as error:
             raise ExportError(f"ONNX Runtime fails at {batch} x {tokens}: {error}") from error
         with evaluation(program):
             leaves = pytree.tree_leaves(program.module(**feed))

@@ -218,6 +218,13 @@ def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
+def _updates_stored(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    first = node.args[0] if node.args else None
+    stored = isinstance(first, Node) and first.op == "get_attr"
+    return schema is not None and schema.is_mutable and stored
+
+
 def erase_dead(gm: GraphModule) -> int:
     """Removes nodes without users, also random ones; mode modules that update state stay."""
     erased = 0
@@ -227,7 +234,7 @@ def erase_dead(gm: GraphModule) -> int:
         module = submodule(gm, node)
         if module is not None and getattr(module, "updates_state", False):
             continue
-        if is_op(node, frozenset({ATEN.copy_.default})):
+        if _updates_stored(node):
             continue
         gm.graph.erase_node(node)
         erased += 1

@@ -225,7 +225,9 @@ def compose(program: Program, call: Node, weight: str) -> None:
     key = call.meta.get("call", call.name)
     _decompose(gm, call, key)
     mine = at_weight(program, weight)
-    slot: Callable[[str], list[str]] = lambda s: [a.path for a in mine if a.slot == s]
+
+    def slot(kind: str) -> list[str]:
+        return [a.path for a in mine if a.slot == kind]
 
     def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
         node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
@@ -262,7 +264,8 @@ def _raise(gm: GraphModule, call: Node) -> Node:
     if call.op != "call_module":
         return call
     with gm.graph.inserting_before(call):
-        linear = gm.graph.call_function(LINEAR, call.args)
+        name = str(call.meta.get("call", call.name))
+        linear = gm.graph.create_node("call_function", LINEAR, call.args, {}, name=name)
     linear.meta.update({k: v for k, v in call.meta.items() if k != "composed"})
     call.replace_all_uses_with(linear)
     gm.graph.erase_node(call)

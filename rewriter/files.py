@@ -201,3 +201,25 @@ def write_directory(target: str | Path, files: Mapping[str, bytes], mark: str) -
         raise ArtifactError(
             f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
         ) from error
+
+
+def write_file(target: str | Path, content: bytes) -> None:
+    """Writes one file atomically.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is unchanged.
+    """
+    target = Path(target)
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(fresh, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        fresh.replace(target)
+    except OSError as error:
+        raise ArtifactError(
+            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -75,7 +75,7 @@ class Pass(ABC):
                 )
         self.check()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - optional
         """Raises OptionError for values out of range; overridden by methods."""
 
     def require(self, holds: bool, option: str, rule: str) -> None:

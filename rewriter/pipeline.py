@@ -9,6 +9,7 @@ A comma at depth 0 ends a value, so words may hold spaces and `|` (`where=q|v an
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -296,7 +297,7 @@ def apply_plan(
         certificate = certify(item.contract, program, after)
         certificate = replace(certificate, measured={**certificate.measured, **edit.figures})
     clock.append(time.perf_counter())
-    spans = (b - a for a, b in zip(clock, clock[1:], strict=False))
+    spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}
     edited = tuple(dict.fromkeys(edit.edited))
     record = Record(

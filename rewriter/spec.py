@@ -1,4 +1,4 @@
-"""What a captured program accepts: input names, dtypes, shapes, and the range of each dynamic size."""
+"""What a captured program accepts: input names, dtypes, shapes and the ranges of dynamic sizes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ class _Names:
             name = node.name
             if node.op == "call_module" and path.startswith("peftfx."):
                 name = path.removeprefix("peftfx.")
-            elif node.op != "placeholder":
+            elif node.op == "placeholder":
+                name = path
+            else:
                 name = re.sub(r"(_\d+)+$", "", name).removeprefix("peftfx_")
             count = self.counts.get(name, 0)
             self.counts[name] = count + 1

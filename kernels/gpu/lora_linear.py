@@ -33,7 +33,8 @@ SMALL: dict[str, int] = {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stag
 
 @triton.jit
 def shrink(x, a, s, M, K, R, sxm, sxk, sar, sak, scale,
-           RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """S[m, r] = scale * sum_k x[m, k] a[r, k]."""
     om = tl.program_id(0) * BM + tl.arange(0, BM)
     orr = tl.arange(0, RP)
@@ -85,7 +86,8 @@ def expand(x, w, s, b, bias, y, M, N, K, R, sxm, sxk, swn, swk, sbn, sbr, scale,
 
 @triton.jit
 def reduce(left, x, out, M, K, R, sxm, sxk, scale,
-           RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """out[r, k] = scale * sum_m left[m, r] x[m, k], rows in order."""
     kk = tl.program_id(0) * BK + tl.arange(0, BK)
     orr = tl.arange(0, RP)

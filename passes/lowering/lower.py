@@ -34,9 +34,7 @@ class Lower(Pass):
 
     target: Literal["cpu", "triton", "off"] = "cpu"
 
-    def plan(
-        self, program: Program, data: Any = None, sources: Sequence[Any] = ()
-    ) -> Plan:
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         if self.target == "triton":
             try:
                 require_triton()

@@ -1,0 +1,255 @@
+"""The command line: `peftfx sites|print|diff|run|fold|export|verify|demo|search`.
+
+A user error is one readable line on stderr and exit code 2. `--json` prints one JSON document
+instead of tables, for machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .models import load_model
+from .rewriter.artifact import load, save
+from .rewriter.capture import capture
+from .rewriter.errors import OptionError, RewriteError
+from .rewriter.files import write_file, write_tensors
+from .rewriter.passes import REGISTRY
+from .rewriter.pipeline import run
+from .rewriter.program import Program
+from .rewriter.sites import Sites
+
+ERR = Console(stderr=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        result = options.command(options)
+    except RewriteError as error:
+        return _fail(options, str(error))
+    except KeyboardInterrupt:
+        return _fail(options, "interrupted", 130)
+    except BrokenPipeError:
+        return 0
+    if options.json:
+        print(json.dumps(result, indent=1, default=str))
+    return 0
+
+
+def _fail(options: Any, message: str, code: int = 2) -> int:
+    line = " ".join(message.split())
+    if options.json:
+        print(json.dumps({"error": line}))
+    else:
+        ERR.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True, highlight=False)
+    return code
+
+
+@contextlib.contextmanager
+def progress(options: Any, text: str) -> Generator[None]:
+    """A moving bar with the elapsed time while something runs (terminals only)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TimeElapsedColumn(),
+    )
+    quiet = options.json or not ERR.is_terminal
+    with Progress(*columns, console=ERR, transient=True, disable=quiet) as bar:
+        bar.add_task(escape(text), total=None)
+        yield
+
+
+def _say(options: Any, text: str) -> None:
+    if not options.json:
+        print(text)
+
+
+def _program(options: Any, passes: str | None = None) -> Program:
+    with progress(options, f"loading {options.model}"):
+        named = load_model(options.model)
+    with progress(options, "capturing the model as a graph"):
+        program = capture(named.model, kwargs=named.example)
+    adapter = getattr(options, "adapter", None)
+    if adapter:
+        with progress(options, f"loading {adapter}"):
+            program = load(program, adapter)
+    if passes:
+        with progress(options, f"running {passes}"):
+            program = run(program, passes)
+    return program
+
+
+def _report(options: Any, program: Program) -> list[dict[str, Any]]:
+    for record in program.history:
+        _say(options, str(record))
+    return [
+        {
+            "pass": r.text, "adapter": r.adapter, "edited": r.edited, "skipped": r.skipped,
+            "certificate": {"kind": r.certificate.kind, **r.certificate.measured},
+            "seconds": dict(r.seconds),
+        }
+        for r in program.history
+    ]  # fmt: skip
+
+
+def sites(options: Any) -> Any:
+    """`peftfx sites MODEL [--where SELECTOR]`"""
+    program = _program(options)
+    chosen = program.sites.select(options.where) if options.where else list(program.sites)
+    _say(options, str(Sites(tuple(chosen))))
+    _say(options, f"{len(chosen)} of {len(program.sites)} sites; inputs: {program.spec}")
+    return [
+        {"id": s.id, "kind": s.kind, "role": s.role, "layer": s.layer, "about": s.describe()}
+        for s in chosen
+    ]
+
+
+def show(options: Any) -> Any:
+    """`peftfx print MODEL [PASSES] [--adapter DIR]`"""
+    text = _program(options, options.passes).text()
+    _say(options, text)
+    return {"text": text}
+
+
+def diff(options: Any) -> Any:
+    """`peftfx diff MODEL [PASSES] [--adapter DIR]`"""
+    if not options.passes and not options.adapter:
+        raise OptionError("diff needs passes or --adapter: peftfx diff MODEL 'lora{rank=8}'.")
+    text = _program(options, options.passes).diff()
+    _say(options, text)
+    return {"diff": text}
+
+
+def run_passes(options: Any) -> Any:
+    """`peftfx run MODEL PASSES [--out DIR]`"""
+    program = _program(options, options.passes)
+    records = _report(options, program)
+    count = sum(p.numel() for p in program.trainable_parameters())
+    _say(options, f"{count:,} trainable parameters")
+    if options.out:
+        save(program, options.out)
+        _say(options, f"saved to {options.out}")
+    return {"records": records, "trainable": count, "out": options.out}
+
+
+def fold(options: Any) -> Any:
+    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`"""
+    program = _program(options, f"fold{{tied={options.tied}}}")
+    records = _report(options, program)
+    state = program.export_state_dict()
+    write_file(options.out, write_tensors(state))
+    _say(options, f"{len(state)} tensors under their original names: {options.out}")
+    return {"records": records, "tensors": len(state), "out": options.out}
+
+
+def export(options: Any) -> Any:
+    """`peftfx export MODEL [PASSES] [--adapter DIR] --out FILE.onnx`"""
+    from .exporters.onnx_export import export_onnx
+
+    program = _program(options, options.passes)
+    with progress(options, "exporting to ONNX and running it"):
+        report = export_onnx(program, options.out, opset=options.opset)
+    _say(options, str(report))
+    return {
+        "out": str(report.path), "opset": report.opset, "nodes": report.nodes,
+        "bytes": report.size, "parity": dict(report.parity),
+    }  # fmt: skip
+
+
+def verify(options: Any) -> Any:
+    """`peftfx verify MODEL [ADAPTER | PASSES]`"""
+    program = _program(options, options.passes)
+    with progress(options, "measuring every contract again"):
+        found = program.verify()
+    lines = [str(c) for c in found] or ["the captured graph is well formed"]
+    for line in lines:
+        _say(options, f"ok  {line}")
+    return {"certificates": lines}
+
+
+def passes(options: Any) -> Any:
+    """`peftfx passes`"""
+    listed: dict[str, str] = {}
+    for name, cls in sorted(REGISTRY.items()):
+        listed[name] = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+        _say(options, f"{name:16}{listed[name]}")
+    return listed
+
+
+def demo(options: Any) -> Any:
+    """`peftfx demo [--source DIR] [--all] [--out DIR]`"""
+    from .demo import demo as run_demo
+
+    return run_demo(source=options.source, all_methods=options.all, output=options.out)
+
+
+def search(options: Any) -> Any:
+    """`peftfx search QUERY [--out DIR]`"""
+    from .demo import search as run_search
+
+    return run_search(options.query, options.out, count=options.count)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", help="a Hugging Face model directory, or module:function")
+    parser = argparse.ArgumentParser(
+        prog="peftfx", description="Parameter-efficient fine-tuning as graph rewriting."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, action: Any, about: str, *parents: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about, parents=[common, *parents])
+        made.set_defaults(command=action)
+        return made
+
+    listing = add("sites", sites, "list the places that passes can rewrite", model)
+    listing.add_argument("--where", help="a selector, such as 'q|v and layer>=6'")
+    for name, action, about in (
+        ("print", show, "print the graph, after passes if given"),
+        ("diff", diff, "show what passes change in the graph"),
+        ("verify", verify, "measure every promise of passes or an adapter again"),
+    ):
+        command = add(name, action, about, model)
+        command.add_argument("passes", nargs="?", help="pipeline text or a .yaml recipe")
+        command.add_argument("--adapter", help="a saved adapter to load first")
+    command = add("run", run_passes, "apply passes and save the adapter", model)
+    command.add_argument("passes", help="pipeline text or a .yaml recipe")
+    command.add_argument("--adapter", help="a saved adapter to load first")
+    command.add_argument("--out", help="directory for the adapter")
+    command = add("fold", fold, "merge a saved adapter into the model's weights", model)
+    command.add_argument("adapter", help="a saved adapter")
+    command.add_argument("--out", required=True, help="safetensors file for the merged weights")
+    command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
+    command = add("export", export, "write a verified ONNX file", model)
+    command.add_argument("passes", nargs="?", help="pipeline text, such as fold")
+    command.add_argument("--adapter", help="a saved adapter to load first")
+    command.add_argument("--out", required=True, help="the ONNX file")
+    command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
+    add("passes", passes, "list the passes")
+    command = add("demo", demo, "adapt a real embedding model to a code base for search")
+    command.add_argument("--source", help="a Python source tree (default: the standard library)")
+    command.add_argument("--all", action="store_true", help="compare all methods")
+    command.add_argument("--out", default="demo-output", help="directory for report and model")
+    command = add("search", search, "search with the model that the demo exported")
+    command.add_argument("query", help="what the function does, in words")
+    command.add_argument("--out", default="demo-output", help="the demo's directory")
+    command.add_argument("--count", type=int, default=5, help="number of answers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

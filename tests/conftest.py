@@ -1,0 +1,39 @@
+"""Captured programs, made once a session; tests never change them (and a test checks that)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import peftfx
+
+from . import models
+
+torch.set_num_threads(1)
+
+
+class Captured:
+    """Models and their programs by name, captured on first use."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, tuple[Any, peftfx.Program]] = {}
+
+    def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
+        if name not in self.made:
+            model = models.build(name)
+            inputs = models.batch()
+            if name == "fused":
+                del inputs["attention_mask"]
+            self.made[name] = model, peftfx.capture(model, kwargs=inputs)
+        return self.made[name]
+
+
+@pytest.fixture(scope="session")
+def captured() -> Captured:
+    return Captured()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
