@@ -32,7 +32,7 @@ from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_direct
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
 from .passes import Pass, Plan
-from .pipeline import apply_plan, load_values, parse, replay
+from .pipeline import apply_plan, load_values, parse
 from .program import Program, Record
 from .spec import InputSpec
 from .verify import check_graph
@@ -70,7 +70,7 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
     if not names:
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
     if set(names) != set(program.adapters):
-        program = replay(program, names)
+        program = program.only(names)
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors.update(program.adapter_tensors(name))

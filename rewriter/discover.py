@@ -399,9 +399,11 @@ def _build(graph: _Graph, drafts: list[_Draft], aliases: Mapping[str, str]) -> S
     def linear_site(linear: _Linear, role: str, draft: _Draft | None) -> LinearSite:
         features = draft.features.get(role) if draft else None
         sub = draft.sublayer if draft else None
-        shared = bool(set(other_names(linear.weight))) and linear.weight in tables
+        tied = other_names(linear.weight)
+        # A head tied to an embedding goes by its own name, the table by the first one.
+        name = tied[0] if linear.weight in tables and tied[0] in aliases else linear.weight
         return LinearSite(
-            id=linear.weight + (f":{role}" if features is not None else ""),
+            id=name + (f":{role}" if features is not None else ""),
             kind="linear", role=role, layer=sub.layer if sub else None,
             stream=sub.stream if sub else "",
             nodes=tuple(p.node.name for p in by_weight[linear.weight]),
@@ -409,7 +411,7 @@ def _build(graph: _Graph, drafts: list[_Draft], aliases: Mapping[str, str]) -> S
             in_features=linear.sizes[0],
             out_features=linear.sizes[1] if features is None else len(features),
             in_out=linear.in_out,
-            tied=other_names(linear.weight) if shared or other_names(linear.weight) else (),
+            tied=tied,
             cross=bool(draft and draft.cross),
         )  # fmt: skip
 

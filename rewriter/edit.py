@@ -211,20 +211,27 @@ def site_nodes(gm: GraphModule) -> dict[str, Node]:
     return {n.meta.get("call", n.name): n for n in gm.graph.nodes}
 
 
-def at_weight(program: Program, weight: str) -> list[Attachment]:
-    """The branches of all sites of one weight, in the fixed order of composition."""
+def at_weight(
+    program: Program, weight: str, first: frozenset[str] = frozenset()
+) -> list[Attachment]:
+    """The branches of all sites of one weight, in the fixed order of composition.
+
+    Of the same slot, those with a path in `first` come innermost (sums and products commute).
+    """
     ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
     found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
-    return sorted(found, key=lambda a: (_ORDER[a.slot], a.adapter, a.site))
+    return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
-def compose(program: Program, call: Node, weight: str) -> None:
+def compose(
+    program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()
+) -> None:
     """Emits all branches of one linear call afresh, in the fixed order."""
     gm = program.module
     call = _raise(gm, call)
     key = call.meta.get("call", call.name)
     _decompose(gm, call, key)
-    mine = at_weight(program, weight)
+    mine = at_weight(program, weight, first)
 
     def slot(kind: str) -> list[str]:
         return [a.path for a in mine if a.slot == kind]
@@ -291,12 +298,12 @@ def _decompose(gm: GraphModule, call: Node, key: str) -> None:
         gm.graph.erase_node(node)
 
 
-def fold_ready(program: Program) -> None:
-    """Re-emits every composed call in its plain, unlowered form."""
+def fold_ready(program: Program, first: frozenset[str] = frozenset()) -> None:
+    """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
     done: set[str] = set()
     for site in program.sites:
         if isinstance(site, LinearSite) and at_weight(program, site.weight):
             for name in site.nodes:
                 if name not in done:
-                    compose(program, site_nodes(program.module)[name], site.weight)
+                    compose(program, site_nodes(program.module)[name], site.weight, first)
                     done.add(name)

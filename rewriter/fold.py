@@ -93,7 +93,7 @@ def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
         FoldError: a tied weight and `tied="refuse"`.
     """
     result = Folding()
-    fold_ready(edit.program)
+    fold_ready(edit.program, frozenset(paths))
     wanted = [a for a in edit.program.attachments if a.path in paths]
     progress = True
     while progress:
@@ -108,6 +108,7 @@ def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
                 result.kept[attachment.path] = reason
     done = set(result.folded)
     edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
+    fold_ready(edit.program)
     return result
 
 

@@ -104,6 +104,8 @@ class Pass(ABC):
             for f in fields(self)
             if f.default is MISSING or getattr(self, f.name) != f.default
         }
+        common = [f.name for f in fields(Method)]
+        given = dict(sorted(given.items(), key=lambda i: common.index(i[0]) if i[0] in common else -1))
         if not given:
             return self.text
         return f"{self.text}{{{','.join(f'{k}={write_value(v)}' for k, v in given.items())}}}"
@@ -237,7 +239,10 @@ def write_value(item: Any) -> str:
     if isinstance(item, Mapping):
         return "{" + ",".join(f"{k}={write_value(v)}" for k, v in item.items()) + "}"  # pyright: ignore[reportUnknownVariableType]
     text = str(item)
-    plain = re.fullmatch(r"[^\s,;{}\[\]'\"=\\][^,;{}\[\]'\"\\]*", text)
+    balanced = re.sub(r"[^()]", "", text)
+    while "()" in balanced:
+        balanced = balanced.replace("()", "")
+    plain = not balanced and re.fullmatch(r"[^\s,;{}\[\]'\"=\\][^,;{}\[\]'\"\\]*", text)
     number = re.fullmatch(r"[-+]?(\d|\.\d|inf|nan).*", text, re.IGNORECASE)
     if plain and not number and text not in ("true", "false", "none") and text == text.strip():
         return text

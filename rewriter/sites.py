@@ -76,7 +76,8 @@ class LinearSite(Site):
 
     @property
     def module(self) -> str:
-        return self.weight.rpartition(".")[0] or self.weight
+        name = self.id.partition(":")[0]
+        return name.rpartition(".")[0] or name
 
     @property
     def tags(self) -> frozenset[str]:

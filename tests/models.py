@@ -283,4 +283,4 @@ def randomise(program: Any, scale: float = 0.1, seed: int = 0) -> Any:
 
 def moved(before: Tensor, after: Tensor) -> float:
     """Largest change relative to the largest output."""
-    return float((after - before).abs().max() / before.abs().max())
+    return float((after - before).detach().abs().max() / before.detach().abs().max())

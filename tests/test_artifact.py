@@ -1,0 +1,237 @@
+"""Artifacts: atomic, hashed, strict; a bad file is a clear error and loads nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peftfx
+from peftfx.rewriter import files
+from peftfx.rewriter.errors import (
+    ArtifactError, BaseMismatchError, CorruptFileError, FormatTooNewError, NonFiniteError,
+    PassError,
+)  # fmt: skip
+
+from .models import batch, build, first, randomise
+
+
+@pytest.fixture
+def saved(captured: Any, tmp_path: Path) -> tuple[Any, peftfx.Program, Path]:
+    model, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora{rank=2,where=q}"))
+    peftfx.save(program, tmp_path / "a")
+    return model, program, tmp_path / "a"
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_several_adapters_and_a_choice(captured: Any, tmp_path: Path) -> None:
+    model, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora{name=en};ia3{name=de};fold{names=en}"))
+    peftfx.save(program, tmp_path / "both")
+    loaded = peftfx.load(model, tmp_path / "both")
+    assert loaded.adapters == ("en", "de")
+    assert torch.equal(first(loaded(**batch())), first(program(**batch())))
+    peftfx.save(program, tmp_path / "one", adapters=["en"])
+    alone = peftfx.load(model, tmp_path / "one")
+    assert alone.adapters == ("en",)
+    want = first(program.without("de")(**batch()))
+    assert torch.equal(first(alone(**batch())), want)
+    with pytest.raises(PassError, match="no adapter 'fr'"):
+        peftfx.save(program, tmp_path / "x", adapters=["fr"])
+    with pytest.raises(PassError, match="no adapter to save"):
+        peftfx.save(base, tmp_path / "x")
+
+
+def test_another_base_is_refused_by_one_ulp(saved: Any) -> None:
+    _, _, folder = saved
+    other = build("encoder")
+    weight = other.get_parameter("layers.1.fc1.weight")
+    with torch.no_grad():
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    with pytest.raises(BaseMismatchError, match=r"1 differ \(first: layers.1.fc1.weight\)"):
+        peftfx.load(other, folder)
+    assert peftfx.load(other, folder, allow_base_mismatch=True).adapters == ("lora",)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda d: d.update(format_version=99), FormatTooNewError, "Upgrade"),
+        (lambda d: d.update(surprise=1), CorruptFileError, "unknown key 'surprise'"),
+        (lambda d: d.pop("recipe"), CorruptFileError, "'recipe' is missing"),
+        (lambda d: d["recipe"][0].update({"pass": "loar"}), CorruptFileError, "Nearest: lora"),
+        (lambda d: d["recipe"][0].update({"pass": "lora{rank=-1}"}), CorruptFileError, "rank"),
+        (lambda d: d["recipe"][0].update(extra=1), CorruptFileError, "unknown key"),
+        (lambda d: d["base"].update(root="0"), CorruptFileError, "do not add up"),
+        (lambda d: d["tensors"].popitem(), CorruptFileError, "unknown tensors"),
+        (lambda d: d["recipe"][0]["decisions"].update(sites=["nowhere"]), ArtifactError, "site"),
+        (lambda d: d["recipe"].clear(), CorruptFileError, "belongs to no adapter"),
+        (lambda d: d.update(inputs={}), CorruptFileError, "input spec"),
+        (lambda d: d.update(adapters=3), CorruptFileError, "wrong type"),
+    ],
+)
+def test_altered_manifests(saved: Any, change: Any, error: Any, message: str) -> None:
+    _, program, folder = saved
+    edit(folder, change)
+    with pytest.raises(error, match=message):
+        peftfx.load(program.base, folder)
+
+
+def test_every_truncation_and_flip_of_the_tensors_is_found(saved: Any) -> None:
+    _, program, folder = saved
+    path = folder / "tensors.safetensors"
+    good = path.read_bytes()
+    digests = json.loads((folder / "manifest.json").read_text())["tensors"]
+    for cut in (*range(0, len(good), max(1, len(good) // 60)), len(good) - 1):
+        path.write_bytes(good[:cut])
+        with pytest.raises(CorruptFileError):
+            files.read_tensors(path, digests)
+    unharmed = files.read_tensors
+    for position in range(0, len(good), max(1, len(good) // 150)):
+        bad = bytearray(good)
+        bad[position] ^= 1 << (position % 8)
+        path.write_bytes(bytes(bad))
+        try:
+            found = unharmed(path, digests)
+        except CorruptFileError:
+            continue
+        path.write_bytes(good)  # a flip in insignificant header space must not change anything
+        assert all(torch.equal(t, unharmed(path, digests)[n]) for n, t in found.items())
+    path.write_bytes(good)
+    assert peftfx.load(program.base, folder).adapters == ("lora",)
+
+
+def test_nan_is_refused_on_save_and_missing_files_on_load(saved: Any, tmp_path: Path) -> None:
+    _, program, folder = saved
+    (folder / "tensors.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        peftfx.load(program.base, folder)
+    with pytest.raises(ArtifactError, match="not a directory"):
+        peftfx.load(program.base, tmp_path / "nowhere")
+    with torch.no_grad():
+        program.trainable_parameters()[0][1, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"first at \[1, 0\]"):
+        peftfx.save(program, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_foreign_directory_is_not_replaced(saved: Any, tmp_path: Path) -> None:
+    _, program, folder = saved
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    with pytest.raises(ArtifactError, match="other files"):
+        peftfx.save(program, tmp_path / "photos")
+    peftfx.save(program, folder)  # an artifact is
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "photos"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_crash_at_any_step_keeps_the_old_artifact(
+    saved: Any, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+) -> None:
+    _, program, folder = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    owner: Any = os if call == "fsync" else Path
+    real, count = getattr(owner, call), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    randomise(program, seed=3)
+    monkeypatch.setattr(owner, call, failing)
+    try:
+        peftfx.save(program, folder)
+    except ArtifactError as error:
+        assert "No space left" in str(error)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    monkeypatch.undo()
+    assert peftfx.load(program.base, folder).adapters == ("lora",)
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]
+
+
+WRITER = """
+import resource, signal, sys
+from pathlib import Path
+from peftfx.rewriter.files import write_directory
+if sys.argv[2] != "0":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+big = bytes(200_000)
+print("ready", flush=True)
+for i in range(10**6 if sys.argv[2] == "0" else 1):
+    write_directory(sys.argv[1], {"manifest.json": b"%d" % i, "big": big + b"%d" % i}, "manifest.json")
+"""
+
+
+def test_kill_and_full_disk(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    files.write_directory(target, {"manifest.json": b"x", "big": b"x"}, "manifest.json")
+    command = [sys.executable, "-c", WRITER, str(target)]
+    full = subprocess.run([*command, "100000"], capture_output=True, text=True)
+    assert full.returncode != 0 and "cannot be written" in full.stderr
+    assert (target / "big").read_bytes() == b"x"
+    for attempt in range(4):
+        process = subprocess.Popen([*command, "0"], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.01 + 0.013 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        files.write_directory(tmp_path / "b", {"manifest.json": b""}, "manifest.json")
+        files._clean(target)
+        number = (target / "manifest.json").read_bytes()
+        assert (target / "big").read_bytes().endswith(number)
+    files.write_directory(target, {"manifest.json": b"y"}, "manifest.json")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"a":1,"a":2}', b'{"a":NaN}', b'{"a":Infinity}', b"\xff", b"[" * 50 + b"]" * 50, b"{", b""],
+)
+def test_strict_json(text: bytes) -> None:
+    with pytest.raises(CorruptFileError):
+        files.parse_json(text, "the file")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, width=32),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+).filter(lambda x: x not in (float("inf"), float("-inf")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.booleans(), max_size=4))
+def test_json_round_trip(data: dict[str, Any]) -> None:
+    assert files.parse_json(files.write_json(data), "it") == data
+
+
+def test_nothing_is_pickled(saved: Any) -> None:
+    _, _, folder = saved
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]

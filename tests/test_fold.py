@@ -1,0 +1,170 @@
+"""Folding: exact, order-free, reversible bit for bit, and honest about what cannot be folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftfx
+from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.errors import FoldError, NonFiniteError, VerifyError
+
+from .models import Decoder, Encoder, batch, bert, build, first, llama, moved, randomise
+
+EVERYWHERE = "lora{where=linear and not head}"
+FRESH = {"encoder": Encoder, "decoder": Decoder, "bert": bert, "llama": llama}
+
+
+@pytest.mark.parametrize("name", FRESH)
+@pytest.mark.parametrize("text", [EVERYWHERE, "ia3", f"{EVERYWHERE};ia3"])
+def test_folded_weights_load_into_the_original_class(captured: Any, name: str, text: str) -> None:
+    model, base = captured[name]
+    program = randomise(peftfx.run(base, text), 1.0 if text == "ia3" else 0.1)
+    want = first(program(**batch(4, 11, pad=3)))
+    assert moved(first(model(**batch(4, 11, pad=3))), want) > 0.01
+    folded = peftfx.run(program, "fold")
+    assert not folded.attachments and not folded.trainable_parameters()
+    other = FRESH[name]().eval()
+    other.load_state_dict(folded.export_state_dict(), strict=True)
+    got = first(other(**batch(4, 11, pad=3)))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    bare = [n for n in folded.module.graph.nodes if str(n.target).startswith("peftfx")]
+    assert not bare and folded.text().count("linear(") == base.text().count("linear(")
+
+
+def test_order_does_not_matter(captured: Any) -> None:
+    _, base = captured["decoder"]
+    one = randomise(peftfx.run(base, f"{EVERYWHERE};ia3"))
+    two = peftfx.run(base, f"ia3;{EVERYWHERE}")
+    assert one.text() == two.text()
+    values = one.named_trainable_parameters()
+    with torch.no_grad():
+        for name, parameter in two.named_trainable_parameters().items():
+            parameter.copy_(values[name])
+    assert torch.equal(first(one(**batch())), first(two(**batch())))
+    a, b = peftfx.run(one, "fold"), peftfx.run(two, "fold")
+    assert a.text() == b.text()
+    assert torch.equal(first(a(**batch())), first(b(**batch())))
+
+
+def test_unfolding_is_bit_exact_and_the_base_untouched(captured: Any) -> None:
+    model, base = captured["encoder"]
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    program = randomise(peftfx.run(base, "lora;ia3"))
+    want = first(program(**batch()))
+    folded = peftfx.run(program, "fold")
+    assert torch.equal(first(program(**batch())), want)
+    bare = folded.without("lora").without("ia3")
+    assert torch.equal(first(bare(**batch())), first(model(**batch())))
+    state = bare.export_state_dict()
+    assert all(torch.equal(state[n], tensors[n]) for n in tensors)
+    assert all(torch.equal(t, tensors[n]) for n, t in model.state_dict().items())
+
+
+def test_one_of_several_adapters(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora{name=en};lora{name=de,where=k|v}"))
+    assert program.adapters == ("en", "de")
+    folded = peftfx.run(program, "fold{names=en}")
+    assert {a.adapter for a in folded.attachments} == {"de"}
+    torch.testing.assert_close(first(folded(**batch())), first(program(**batch())))
+    alone = program.without("de")
+    torch.testing.assert_close(first(folded.without("de")(**batch())), first(alone(**batch())))
+    with pytest.raises(FoldError, match="nearest: en"):
+        peftfx.run(program, "fold{names=[em]}")
+
+
+def test_what_cannot_fold_is_reported_with_the_reason(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = peftfx.run(base, "lora;serial_adapter;prefix_tuning;prompt_tuning;fold")
+    reasons = dict(program.history[-1].skipped)
+    assert "not foldable: its activation function is not linear" in reasons["s0.layer0.attn"]
+    assert "softmax" in reasons["s0.layer0.attn.core"]
+    assert "prompt" in reasons["words.weight"]
+    assert len(program.history[-1].edited) == 4
+    with pytest.raises(FoldError, match="not linear"):
+        peftfx.run(program, "fold{names=serial_adapter}")
+
+
+def test_an_outer_scale_waits_for_the_inner_delta(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora{where=k};ia3{where=k}"))
+    with pytest.raises(FoldError, match="stands between"):
+        peftfx.run(program, "fold{names=ia3}")
+    folded = peftfx.run(peftfx.run(program, "fold{names=lora}"), "fold{names=ia3}")
+    torch.testing.assert_close(first(folded(**batch())), first(program(**batch())))
+
+
+@pytest.mark.parametrize("tied", ["keep", "untie", "both"])
+def test_tied_head_asks_and_obeys(tied: str) -> None:
+    model = build("tied")
+    program = randomise(peftfx.run(peftfx.capture(model, kwargs=batch()), "lora{where=head}"))
+    with pytest.raises(FoldError, match=r"tied=untie"):
+        peftfx.run(program, "fold")
+    if tied == "both":  # changes the embedding, too: the verifier must notice
+        with pytest.raises(VerifyError, match="bounded"):
+            peftfx.run(program, "fold{tied=both}")
+        return
+    folded = peftfx.run(program, f"fold{{tied={tied}}}")
+    torch.testing.assert_close(first(folded(**batch())), first(program(**batch())))
+    if tied == "untie":
+        state = folded.export_state_dict()
+        assert not torch.equal(state["head.weight"], state["embed.weight"])
+        fresh = Decoder()
+        fresh.load_state_dict(state)
+        torch.testing.assert_close(fresh(**batch()), first(program(**batch())))
+    else:
+        assert folded.attachments
+
+
+def scaled(branch: LoRABranch) -> Tensor:
+    return branch.b @ branch.a
+
+
+def transposed(branch: LoRABranch) -> Tensor:
+    return ((branch.b @ branch.a) * branch.scale).T
+
+
+def shifted(branch: LoRABranch) -> Tensor:
+    return (branch.b @ branch.a).roll(1, 0) * branch.scale
+
+
+@pytest.mark.parametrize("wrong", [scaled, transposed, shifted])
+def test_wrong_merges_are_caught(
+    captured: Any, monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    _, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora{where=q|k|v|o}"))
+    monkeypatch.setattr(LoRABranch, "delta", wrong)
+    with pytest.raises(VerifyError, match="does not hold"):
+        peftfx.run(program, "fold")
+
+
+def test_a_changed_weight_is_caught_by_verify(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = peftfx.run(randomise(peftfx.run(base, "lora")), "fold")
+    assert all(c.holds for c in program.verify())
+    with torch.no_grad():
+        program.module.get_parameter("layers.0.query.weight").mul_(1.01)
+    with pytest.raises(VerifyError, match="not what its history says"):
+        program.verify()
+
+
+def test_non_finite_branches_are_refused(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "lora"))
+    with torch.no_grad():
+        program.trainable_parameters()[0][0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="keep the branch"):
+        peftfx.run(program, "fold")
+
+
+def test_low_precision_reports_what_rounding_loses() -> None:
+    model = build("encoder").to(torch.bfloat16)
+    base = peftfx.capture(model, kwargs=batch())
+    program = randomise(peftfx.run(base, "lora"), 0.01)
+    folded = peftfx.run(program, "fold")
+    assert 0 < folded.history[-1].certificate.measured["delta_lost"] < 1.5

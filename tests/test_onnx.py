@@ -1,0 +1,64 @@
+"""ONNX: every method exports, names stay, ONNX Runtime agrees, and failure leaves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peftfx
+from peftfx.exporters import onnx_export
+from peftfx.rewriter.errors import ExportError, NonFiniteError
+from peftfx.rewriter.passes import REGISTRY, Method
+
+from .models import batch, first, moved, randomise
+
+onnx = pytest.importorskip("onnx")
+METHODS = sorted(n for n, c in REGISTRY.items() if issubclass(c, Method))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora;ia3;fold"])
+def test_every_method_exports(captured: Any, method: str, tmp_path: Path) -> None:
+    name = "llama" if method in ("prefix_tuning", "lora;ia3;fold") else "encoder"
+    _, base = captured[name]
+    passes, _, last = method.rpartition(";")
+    program = randomise(peftfx.run(base, passes or last), 0.3)
+    assert moved(first(base(**batch())), first(program(**batch()))) > 0.01
+    if passes:
+        program = peftfx.run(program, last)
+    report = peftfx.export_onnx(program, tmp_path / "m.onnx")
+    assert report.error <= 1e-5 and len(report.parity) == 3
+    graph = onnx.load(str(report.path)).graph
+    kept = {n for n, _ in program.module.named_parameters()}
+    assert kept <= {i.name for i in graph.initializer}
+    sizes = [d.dim_param for d in graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == ["batch", "sequence"]
+    assert [i.name for i in graph.input] == ["input_ids", "attention_mask"]
+    assert graph.output[0].name == ("logits" if name == "llama" else "output_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_wrong_file_never_appears(
+    captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base = captured["encoder"]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(onnx_export, "OPSETS", (20,))
+    with pytest.raises(ExportError, match="differs by"):
+        peftfx.export_onnx(base, path, tolerance=-1.0)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    program = randomise(peftfx.run(base, "lora"))
+    with torch.no_grad():
+        program.trainable_parameters()[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        peftfx.export_onnx(program, path)
+    with pytest.raises(ExportError, match="does not exist"):
+        peftfx.export_onnx(base, tmp_path / "no" / "m.onnx")
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"peftfx\[onnx\]"):
+        onnx_export.require("a_package_that_is_not_there")

@@ -1,0 +1,142 @@
+"""Pipelines: three spellings, one meaning; transactional; every step recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peftfx
+from peftfx.rewriter.errors import OptionError, PassError
+from peftfx.rewriter.passes import write_value
+from peftfx.rewriter.pipeline import as_pipeline, parse, parse_value, parse_yaml, to_yaml
+
+from .models import batch, first
+
+TEXT = "lora{rank=2,alpha=4.0,where=q|v and layer>=1};ia3{name=x};fold{names=[lora]}"
+LIST = [
+    peftfx.LoRA(rank=2, alpha=4.0, where="q|v and layer>=1"),
+    peftfx.IA3(name="x"),
+    peftfx.Fold(names=("lora",)),
+]
+YAML = """
+passes:
+  - lora: {rank: 2, alpha: 4e0, where: "q|v and layer>=1"}
+  - ia3: {name: x}
+  - fold: {names: [lora]}
+"""
+
+
+def test_text_list_and_yaml_mean_the_same(captured: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(YAML)
+    pipelines = [as_pipeline(p) for p in (TEXT, LIST, recipe, str(recipe), [TEXT])]
+    assert all(p == pipelines[0] for p in pipelines)
+    assert str(pipelines[0]) == TEXT
+    assert parse_yaml(to_yaml(pipelines[0])) == pipelines[0]
+    _, base = captured["encoder"]
+    texts = {peftfx.run(base, p).text() for p in (TEXT, LIST, recipe)}
+    assert len(texts) == 1
+
+
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.from_regex(r"[a-z_]\w{0,5}", fullmatch=True), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(VALUE)
+def test_values_survive_text(value: Any) -> None:
+    assert parse_value(write_value(value)) == value
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 99), st.floats(-9, 9), st.text(min_size=1, max_size=10), st.booleans(),
+    st.none() | st.lists(st.text(max_size=6), max_size=3),
+)  # fmt: skip
+def test_pipelines_survive_text(
+    rank: int, alpha: float, where: str, rslora: bool, names: list[str] | None
+) -> None:
+    lora = peftfx.LoRA(rank=rank, alpha=alpha, where=where, rslora=rslora)
+    fold = peftfx.Fold(names=None if names is None else tuple(names))
+    pipeline = as_pipeline([lora, fold])
+    assert parse(str(pipeline)) == pipeline
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"), ("loar", "Nearest: lora"), ("lora{rnk=2}", "Nearest: rank"),
+        ("lora{rank=two}", "must be int"), ("lora{rank=2.5}", "must be int"), ("lora{rank=0}", "at least 1"),
+        ("lora{dropout=1}", r"in \[0, 1\)"), ("lora{rank=2", "not closed"), ("lora}", "closes nothing"),
+        ("lora{rank=1,rank=2}", "given twice"), ("lora{rank}", "not option=value"),
+        ("lora{rank=}", "empty"), ("lora{name='a.b'}", "not a name"), ("lora{rank=true}", "must be int"),
+        ("serial_adapter{activation=tanh}", "one of gelu, relu, silu"), ("lora{where='q}", "not closed"),
+        ("lora;;{}", "not a pass"), ("missing.yaml", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_bad_text(captured: Any, text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        peftfx.run(captured["encoder"][1], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- lora: {rank: 2, rank: 3}", "duplicate key 'rank'"), ("lora: {}", "must be a list"),
+        ("- [1]", "not a pass"), ("- lora: 3", "must be a mapping"), ("- {", "not YAML"),
+    ],
+)  # fmt: skip
+def test_bad_yaml(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_yaml(text)
+
+
+def test_yaml_reads_exponents_as_numbers() -> None:
+    (item,) = parse_yaml("- serial_adapter: {std: 1e-3}")
+    assert item == peftfx.SerialAdapter(std=0.001)
+
+
+def test_a_failing_pass_changes_nothing(captured: Any) -> None:
+    _, base = captured["encoder"]
+    before, want = base.text(), first(base(**batch()))
+    with pytest.raises(OptionError, match="at most 32") as caught:
+        peftfx.run(base, "ia3;lora{rank=500}")
+    assert "after ia3" in "".join(caught.value.__notes__)
+    with pytest.raises(PassError, match="another name"):
+        peftfx.run(base, "lora;lora")
+    assert base.text() == before and torch.equal(first(base(**batch())), want)
+    assert base.history == () and base.adapters == ()
+
+
+def test_history_records_decisions_and_certificates(captured: Any) -> None:
+    _, base = captured["decoder"]
+    program = peftfx.run(base, "lora{where=q};bitfit;lora{name=b,where=v};fold{names=[lora, b]}")
+    texts = [r.text for r in program.history]
+    assert texts[0] == "lora{where=q}"
+    assert program.history[0].plan.decisions == {
+        "sites": ["layers.0.q_proj.weight", "layers.1.q_proj.weight"]
+    }
+    assert [r.certificate.kind for r in program.history] == [
+        "identity", "identity", "identity", "bounded",
+    ]  # fmt: skip
+    assert program.history[1].skipped[0][1] == "this normalisation has no bias"
+    assert program.history[0].certificate.measured["max_abs"] == 0.0
+
+
+def test_wrong_arguments_are_named(captured: Any) -> None:
+    with pytest.raises(PassError, match="capture the model first"):
+        peftfx.run(torch.nn.Linear(2, 2), "lora")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="must be a Pass"):
+        peftfx.run(captured["encoder"][1], 3)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="list of passes is empty"):
+        peftfx.run(captured["encoder"][1], [])
