@@ -191,14 +191,17 @@ def demo(options: Any) -> Any:
     """`peftfx demo [--source DIR] [--all] [--out DIR]`"""
     from .demo import demo as run_demo
 
-    return run_demo(source=options.source, all_methods=options.all, output=options.out)
+    return run_demo(source=options.source, all_methods=options.all, output=options.out, json=options.json)
 
 
 def search(options: Any) -> Any:
     """`peftfx search QUERY [--out DIR]`"""
     from .demo import search as run_search
 
-    return run_search(options.query, options.out, count=options.count)
+    found = run_search(options.query, options.out, count=options.count)
+    for answer in found:
+        _say(options, f"{answer['score']:.3f}  {answer['function']}:{answer['line']}  {answer['about']}")
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ evaluation mode: MiniLM's dropout costs time and, in one short epoch, buys nothi
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
@@ -22,8 +23,6 @@ from torch import Tensor, nn
 
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
-
-Scores = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -147,6 +146,7 @@ def train(
     pairs: Sequence[Pair],
     settings: Settings,
     advance: Callable[[float], None] = lambda loss: None,
+    frozen: Sequence[Tensor] = (),
 ) -> Training:
     """Trains `parameters` in place.
 
@@ -157,23 +157,25 @@ def train(
         pairs: training pairs.
         settings: how.
         advance: called with the loss after every step.
+        frozen: parameters that do not train, left out of the count of saved bytes.
     """
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
     losses: list[float] = []
     seconds: list[float] = []
-    saved = SavedBytes(parameters)
+    saved = SavedBytes([*parameters, *frozen])
     for step, chosen in enumerate(batches(pairs, settings)):
         begun = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
         queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
         codes, code_mask = tokenizer([p.code for p in chosen], CODE_TOKENS).tensors()
-        loss = contrastive_loss(
-            pool(forward(queries, query_mask), query_mask),
-            pool(forward(codes, code_mask), code_mask),
-            settings.temperature,
-        )
+        with saved.hooks() if step == 0 else contextlib.nullcontext():
+            loss = contrastive_loss(
+                pool(forward(queries, query_mask), query_mask),
+                pool(forward(codes, code_mask), code_mask),
+                settings.temperature,
+            )
         optimizer.zero_grad()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,164 @@
+"""The comparison: every method on the same splits, settings chosen on validation, test read once.
+
+Settings (the learning rate) are chosen on the validation part of the first split alone and then
+fixed for all splits; the seeds are the splits' own. Test sets are scored exactly once a split.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from ..rewriter.pipeline import run
+from ..rewriter.program import Program
+from .corpus import Pair, Split
+from .encoder import CODE_TOKENS, QUERY_TOKENS, Tokenizer, embed
+from .evaluation import Interval, Ranks, mrr, paired_bootstrap, ranks, recall, reciprocal
+from .training import Settings, Training, train
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a recipe and the learning rates to choose from."""
+
+    name: str
+    recipe: str
+    rates: tuple[float, ...]
+
+
+METHODS = (
+    Method("LoRA", "lora{rank=8,where=linear}", (1e-3, 2e-3)),
+    Method("BitFit", "bitfit", (3e-3, 1e-2)),
+    Method("(IA)3", "ia3", (1e-2, 3e-2)),
+    Method("serial adapter", "serial_adapter{bottleneck=64}", (1e-3, 3e-3)),
+    Method("prefix-tuning", "prefix_tuning{length=20}", (1e-2, 3e-2)),
+    Method("prompt tuning", "prompt_tuning{length=20}", (3e-3, 1e-2)),
+)
+
+
+@dataclass
+class Outcome:
+    """What one method reached.
+
+    Attributes:
+        name, recipe: of the method.
+        parameters: trained parameters.
+        rate: the learning rate chosen on validation (None without training).
+        validation: rate -> MRR on the first split's validation part.
+        found: ranks of the right function, per split.
+        runs: the training runs, per split.
+        program: the trained program of the first split.
+    """
+
+    name: str
+    recipe: str
+    parameters: int
+    rate: float | None = None
+    validation: dict[float, float] = field(default_factory=dict[float, float])
+    found: list[Ranks] = field(default_factory=list[Ranks])
+    runs: list[Training] = field(default_factory=list[Training])
+    program: Program | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        """All splits' ranks together."""
+        return np.concatenate(self.found)
+
+    @property
+    def mrr(self) -> float:
+        """Mean reciprocal rank over all test queries."""
+        return mrr(self.ranks)
+
+    @property
+    def recall(self) -> float:
+        """Share of test queries whose function comes first."""
+        return recall(self.ranks)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest MRR of a split."""
+        each = [mrr(f) for f in self.found]
+        return min(each), max(each)
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a training step."""
+        return statistics.median(r.step_seconds for r in self.runs) if self.runs else 0.0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that training holds beside the model."""
+        return max((r.memory for r in self.runs), default=0)
+
+    def gain(self, over: Outcome) -> Interval:
+        """Difference of reciprocal ranks, with its paired bootstrap interval over queries."""
+        return paired_bootstrap(reciprocal(self.ranks), reciprocal(over.ranks))
+
+
+def encoder_of(program: Program) -> Callable[[Tensor, Tensor], Tensor]:
+    """The program as (ids, mask) -> hidden states."""
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        return program.module(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return forward
+
+
+def score(program: Program, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Ranks:
+    """Rank of each query's function among the functions of `pairs`."""
+    forward = encoder_of(program.eval())
+    queries = embed(forward, tokenizer, [p.query for p in pairs], QUERY_TOKENS)
+    codes = embed(forward, tokenizer, [p.code for p in pairs], CODE_TOKENS)
+    return ranks(queries, codes)
+
+
+def zero_shot(base: Program, tokenizer: Tokenizer, splits: Sequence[Split]) -> Outcome:
+    """The model as it came."""
+    outcome = Outcome("zero-shot", "", 0)
+    outcome.found = [score(base, tokenizer, s.test) for s in splits]
+    return outcome
+
+
+def compare(
+    method: Method,
+    base: Program,
+    tokenizer: Tokenizer,
+    splits: Sequence[Split],
+    steps: int,
+    advance: Callable[[str], None],
+) -> Outcome:
+    """Chooses a method's learning rate on validation, then trains and tests it on every split."""
+    started = run(base, method.recipe)
+    count = sum(p.numel() for p in started.trainable_parameters())
+    outcome = Outcome(method.name, method.recipe, count)
+
+    def fit(rate: float, split: Split) -> tuple[Program, Training]:
+        program = started.fork().eval()
+        trained = {id(p) for p in program.trainable_parameters()}
+        frozen = [p for p in program.module.parameters() if id(p) not in trained]
+        made = train(
+            encoder_of(program),
+            program.trainable_parameters(),
+            tokenizer,
+            split.train,
+            Settings(rate, steps=steps, seed=split.seed),
+            lambda loss: advance(f"{method.name}, lr {rate:g}: loss {loss:.3f}"),
+            frozen,
+        )
+        return program, made
+
+    first: dict[float, tuple[Program, Training]] = {}
+    for rate in method.rates:
+        first[rate] = fit(rate, splits[0])
+        outcome.validation[rate] = mrr(score(first[rate][0], tokenizer, splits[0].validation))
+    outcome.rate = max(outcome.validation, key=lambda r: outcome.validation[r])
+    outcome.program = first[outcome.rate][0]
+    for index, split in enumerate(splits):
+        program, made = first[outcome.rate] if index == 0 else fit(outcome.rate, split)
+        outcome.runs.append(made)
+        outcome.found.append(score(program, tokenizer, split.test))
+    return outcome

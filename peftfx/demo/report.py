@@ -1,0 +1,199 @@
+"""The demo's report: one self-contained HTML file with plots drawn as inline SVG."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+COLOURS = ("#4263eb", "#e8590c", "#2f9e44", "#9c36b5", "#0c8599", "#c2255c", "#868e96")
+
+STYLE = """
+body{font:16px/1.55 system-ui,sans-serif;color:#212529;max-width:960px;margin:2.5rem auto;
+padding:0 1.2rem}h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
+p.lead{color:#495057;margin-top:0}table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{padding:.4rem .6rem;border-bottom:1px solid #dee2e6;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}th{color:#495057;font-weight:600}
+td.wide{text-align:left;white-space:normal}figure{margin:0}figcaption,small{color:#6c757d;
+font-size:.85rem}.plots{display:grid;grid-template-columns:1fr 1fr;gap:1.5rem}
+pre{background:#f8f9fa;border:1px solid #e9ecef;border-radius:6px;padding:.8rem;overflow-x:auto;
+font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}.add{color:#2b8a3e;background:#ebfbee}
+.del{color:#c92a2a;background:#fff5f5}svg text{font:12px system-ui,sans-serif;fill:#495057}
+@media(max-width:720px){.plots{grid-template-columns:1fr}}
+"""
+
+
+def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+    span = (high - low) or 1.0
+    step = 10 ** math.floor(math.log10(span / count))
+    step = next(step * m for m in (1, 2, 5, 10) if span / (step * m) <= count)
+    start = math.ceil(low / step) * step
+    return [start + i * step for i in range(int((high - start) / step + 1e-9) + 1)]
+
+
+class Plot:
+    """Axes with labels; data are placed in data coordinates."""
+
+    width, height, left, bottom, top, right = 460, 300, 58, 46, 14, 16
+
+    def __init__(
+        self, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], log: bool = False
+    ) -> None:
+        self.log = log
+        xs = [math.log10(v) for v in x] if log else list(x)
+        pad_x = 0.08 * ((max(xs) - min(xs)) or 1)
+        pad_y = 0.1 * ((max(y) - min(y)) or 0.01)
+        self.x = (min(xs) - (pad_x if log else 0), max(xs) + pad_x)
+        self.y = (min(y) - pad_y, max(y) + pad_y)
+        self.parts: list[str] = []
+        self._axes(labels)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Pixel position of a data point."""
+        if self.log:
+            x = math.log10(x)
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return (
+            self.left + across * (self.width - self.left - self.right),
+            self.height - self.bottom - up * (self.height - self.bottom - self.top),
+        )
+
+    def _axes(self, labels: tuple[str, str]) -> None:
+        bottom = self.height - self.bottom
+        marks = (
+            [float(10**e) for e in range(math.ceil(self.x[0]), math.floor(self.x[1]) + 1)]
+            if self.log
+            else _ticks(*self.x)
+        )
+        for tick in _ticks(*self.y):
+            _, y = self.at(10 ** self.x[0] if self.log else self.x[0], tick)
+            self.parts.append(
+                f'<line x1="{self.left}" x2="{self.width - self.right}" y1="{y:.1f}" '
+                f'y2="{y:.1f}" stroke="#e9ecef"/>'
+                f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
+            )
+        for tick in marks:
+            x, _ = self.at(tick, self.y[0])
+            label = f"{tick:,.0f}" if self.log else f"{tick:g}"
+            self.parts.append(
+                f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>'
+            )
+        self.parts.append(
+            f'<line x1="{self.left}" x2="{self.width - self.right}" y1="{bottom}" y2="{bottom}" '
+            'stroke="#adb5bd"/>'
+            f'<text x="{(self.left + self.width) / 2}" y="{self.height - 8}" '
+            f'text-anchor="middle">{html.escape(labels[0])}</text>'
+            f'<text transform="translate(14 {self.height / 2 - 16}) rotate(-90)" '
+            f'text-anchor="middle">{html.escape(labels[1])}</text>'
+        )
+
+    def point(self, x: float, y: float, label: str, colour: str) -> None:
+        """A dot with its name."""
+        px, py = self.at(x, y)
+        side = ("end", -8) if px > 0.7 * self.width else ("start", 8)
+        self.parts.append(
+            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour}"/>'
+            f'<text x="{px + side[1]:.1f}" y="{py - 7:.1f}" text-anchor="{side[0]}">'
+            f"{html.escape(label)}</text>"
+        )
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], colour: str) -> None:
+        """A curve."""
+        path = " ".join(
+            f"{px:.1f},{py:.1f}" for px, py in (self.at(x, y) for x, y in zip(xs, ys, strict=True))
+        )
+        self.parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+        )
+
+    def level(self, y: float, label: str) -> None:
+        """A dashed horizontal line with a name."""
+        _, py = self.at(10 ** self.x[0] if self.log else self.x[0], y)
+        self.parts.append(
+            f'<line x1="{self.left}" x2="{self.width - self.right}" y1="{py:.1f}" y2="{py:.1f}" '
+            'stroke="#868e96" stroke-dasharray="4 3"/>'
+            f'<text x="{self.width - self.right}" y="{py - 5:.1f}" text-anchor="end">'
+            f"{html.escape(label)}</text>"
+        )
+
+    def legend(self, names: Sequence[str]) -> None:
+        """Names of curves, top right."""
+        for index, name in enumerate(names):
+            y = self.top + 14 + 16 * index
+            x = self.width - self.right - 112
+            self.parts.append(
+                f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke-width="3" '
+                f'stroke="{COLOURS[index % len(COLOURS)]}"/>'
+                f'<text x="{x + 22}" y="{y}">{html.escape(name)}</text>'
+            )
+
+    def svg(self) -> str:
+        """The drawing."""
+        return (
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'xmlns="http://www.w3.org/2000/svg">{"".join(self.parts)}</svg>'
+        )
+
+
+def quality_plot(points: Sequence[tuple[str, int, float]], base: float) -> str:
+    """MRR against trained parameters (logarithmic), with the zero-shot level."""
+    parameters = [max(p, 1) for _, p, _ in points]
+    span = [min(parameters) / 3, *parameters, max(parameters) * 3]
+    plot = Plot(span, [base, *(v for _, _, v in points)], ("trained parameters", "MRR"), log=True)
+    plot.level(base, "zero-shot")
+    for index, (name, count, value) in enumerate(points):
+        plot.point(max(count, 1), value, name, COLOURS[index % len(COLOURS)])
+    return plot.svg()
+
+
+def loss_plot(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Loss per step, averaged over the last three steps."""
+    smooth = [
+        (name, [sum(c[max(0, i - 2) : i + 1]) / len(c[max(0, i - 2) : i + 1]) for i in range(len(c))])
+        for name, c in curves
+    ]
+    longest = max(len(c) for _, c in smooth)
+    values = [v for _, c in smooth for v in c]
+    plot = Plot([0, longest], values, ("step", "loss"))
+    for index, (_, curve) in enumerate(smooth):
+        plot.line(range(1, len(curve) + 1), curve, COLOURS[index % len(COLOURS)])
+    plot.legend([name for name, _ in smooth])
+    return plot.svg()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:
+    """An HTML table; `wide` columns wrap and align left."""
+    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f"<td{' class=wide' if i in wide else ''}>{html.escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def diff_block(diff: str) -> str:
+    """A coloured unified diff."""
+    lines: list[str] = []
+    for line in diff.splitlines():
+        kind = {"+": "add", "-": "del"}.get(line[:1])
+        text = html.escape(line)
+        lines.append(f'<span class="{kind}">{text}</span>' if kind else text)
+    return f"<pre>{chr(10).join(lines)}</pre>"
+
+
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]], foot: str) -> str:
+    """The whole document."""
+    body = "".join(f"<h2>{html.escape(head)}</h2>{content}" for head, content in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
+        f'<h1>{html.escape(title)}</h1><p class="lead">{lead}</p>{body}'
+        f"<p><small>{html.escape(foot)}</small></p></body></html>"
+    )
