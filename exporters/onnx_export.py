@@ -189,10 +189,7 @@ def _output_names(program: Program) -> tuple[str, ...]:
     names: list[str] = []
     for path, leaf in pytree.tree_flatten_with_path(output)[0]:
         if isinstance(leaf, Tensor):
-            parts = [
-                str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path
-            ]
-            text = "_".join(p for p in parts if p)
+            text = "_".join(s for p in path if (s := _key(p)))
             names.append(text if text and not text[0].isdigit() else f"output_{text or 0}")
     return tuple(names)
 
@@ -214,7 +211,8 @@ def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
     held = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
     for spec in program.spec.inputs:
         value = held.get(spec.name)
-        for size, label in zip(value.shape if value is not None else (), spec.shape, strict=False):
+        held_shape: tuple[Any, ...] = tuple(value.shape) if value is not None else ()
+        for size, label in zip(held_shape, spec.shape, strict=False):
             if isinstance(label, str) and not isinstance(size, int):
                 symbols[str(size)] = label
     return exported, symbols

@@ -191,7 +191,9 @@ def demo(options: Any) -> Any:
     """`peftfx demo [--source DIR] [--all] [--out DIR]`"""
     from .demo import demo as run_demo
 
-    return run_demo(source=options.source, all_methods=options.all, output=options.out, json=options.json)
+    return run_demo(
+        source=options.source, all_methods=options.all, output=options.out, json=options.json
+    )
 
 
 def search(options: Any) -> Any:
@@ -200,7 +202,10 @@ def search(options: Any) -> Any:
 
     found = run_search(options.query, options.out, count=options.count)
     for answer in found:
-        _say(options, f"{answer['score']:.3f}  {answer['function']}:{answer['line']}  {answer['about']}")
+        _say(
+            options,
+            f"{answer['score']:.3f}  {answer['function']}:{answer['line']}  {answer['about']}",
+        )
     return found
 
 
@@ -220,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     listing = add("sites", sites, "list the places that passes can rewrite", model)
-    listing.add_argument("--where", help="a selector, such as 'q|v and layer>=6'")
+    listing.add_argument("--where", help="a selector, such as '(q|v) and layer>=6'")
     for name, action, about in (
         ("print", show, "print the graph, after passes if given"),
         ("diff", diff, "show what passes change in the graph"),

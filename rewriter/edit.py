@@ -223,9 +223,7 @@ def at_weight(
     return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
-def compose(
-    program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()
-) -> None:
+def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
     """Emits all branches of one linear call afresh, in the fixed order."""
     gm = program.module
     call = _raise(gm, call)

@@ -105,7 +105,9 @@ class Pass(ABC):
             if f.default is MISSING or getattr(self, f.name) != f.default
         }
         common = [f.name for f in fields(Method)]
-        given = dict(sorted(given.items(), key=lambda i: common.index(i[0]) if i[0] in common else -1))
+        given = dict(
+            sorted(given.items(), key=lambda i: common.index(i[0]) if i[0] in common else -1)
+        )
         if not given:
             return self.text
         return f"{self.text}{{{','.join(f'{k}={write_value(v)}' for k, v in given.items())}}}"

@@ -109,8 +109,8 @@ def pattern(function: Callable[..., Term]) -> Pattern:
 def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
     """(x, weight, bias) of a linear call, None if it is none."""
     if is_op(node, LINEAR):
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        return node.args[0], node.args[1], bias
+        x, weight, bias = (*operands(node), node.kwargs.get("bias"))[:3]
+        return x, weight, bias
     if is_op(node, ATEN.addmm.default):
         bias, x, weight = operands(node)[:3]
         return x, weight, bias

@@ -68,7 +68,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         if match is None:
             raise SelectorError(
                 f"selector {text!r} is malformed at {text[position:]!r}. Example: "
-                '"q|v and layer>=6", "not ffn", "layer in [0,3]", "name:query".'
+                '"(q|v) and layer>=6", "not ffn", "layer in [0,3]", "name:query".'
             )
         position = match.end()
         kind = match.lastgroup or ""

@@ -156,7 +156,8 @@ def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> No
     product = core if fused else _scores(core)
     if product is None:
         raise PassError(f"the scores of the attention at {core.name} cannot be found.")
-    above, below = operands(product), operands(core)
+    above: Any = operands(product)
+    below: Any = operands(core)
     key, value = (below[1], below[2]) if fused else (above[1], below[1])
     if not isinstance(key, Node) or not isinstance(value, Node):
         raise PassError(f"the attention at {core.name} has no key or value tensor.")

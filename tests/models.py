@@ -195,7 +195,7 @@ def batch(rows: int = 3, tokens: int = 9, seed: int = 0, pad: int = 0) -> dict[s
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     """A model by name, with fixed random weights, in evaluation mode."""
     torch.manual_seed(0)
     made: nn.Module
@@ -250,7 +250,8 @@ def scramble(model: nn.Module) -> nn.Module:
     def rename(owner: nn.Module) -> None:
         nonlocal count
         names: dict[str, str] = {}
-        for kind in (owner._modules, owner._parameters):
+        kinds: Any = (owner._modules, owner._parameters)
+        for kind in kinds:
             for key in list(kind):
                 count += 1
                 names[key] = f"z{(count * 7919) % 10007}"
@@ -260,7 +261,7 @@ def scramble(model: nn.Module) -> nn.Module:
             fresh = type(f"Q{count}", (type(owner),), {})
             for old, new in names.items():
                 setattr(fresh, old, property(lambda self, n=new: getattr(self, n)))
-            for kind in (owner._modules, owner._parameters):
+            for kind in kinds:
                 for key in list(kind):
                     kind[names[key]] = kind.pop(key)
             owner.__class__ = fresh

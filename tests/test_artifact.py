@@ -20,7 +20,11 @@ from hypothesis import strategies as st
 import peftfx
 from peftfx.rewriter import files
 from peftfx.rewriter.errors import (
-    ArtifactError, BaseMismatchError, CorruptFileError, FormatTooNewError, NonFiniteError,
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    FormatTooNewError,
+    NonFiniteError,
     PassError,
 )  # fmt: skip
 

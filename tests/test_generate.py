@@ -20,12 +20,12 @@ def test_equals_transformers(captured: Any, pad: int) -> None:
     inputs["attention_mask"][0, :pad] = 0
     want = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=False)
     if not pad:
-        got = program.generate(**inputs, max_new_tokens=12)
+        got = program.generate(*inputs.values(), max_new_tokens=12)
         assert torch.equal(got, want)
     positions = peftfx.capture(
         model, kwargs={**inputs, "position_ids": torch.arange(6).expand(3, -1)}
     )
-    assert torch.equal(positions.generate(**inputs, max_new_tokens=12), want)
+    assert torch.equal(positions.generate(*inputs.values(), max_new_tokens=12), want)
 
 
 def test_end_tokens_stop_rows(captured: Any) -> None:
@@ -40,7 +40,7 @@ def test_prompted_and_prefixed_programs_generate(captured: Any) -> None:
     _, base = captured["decoder"]
     for text in ("prompt_tuning{length=3}", "prefix_tuning{length=3}"):
         program = randomise(peftfx.run(base, text), 0.5)
-        assert program.generate(**batch(2, 5), max_new_tokens=4).shape == (2, 9)
+        assert program.generate(*batch(2, 5).values(), max_new_tokens=4).shape == (2, 9)
     assert not program.training
 
 

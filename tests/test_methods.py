@@ -271,7 +271,9 @@ def test_ia3_equals_peft(make: Any) -> None:
     copied(program, other, {"l": "ia3_l.default"})
     inputs = batch(4, 11, pad=2)
     torch.testing.assert_close(first(program(**inputs)), first(other(**inputs)))
-    assert moved(first(base(**inputs)), first(program(**inputs))) > (0.001 if make is bert else 0.01)
+    assert moved(first(base(**inputs)), first(program(**inputs))) > (
+        0.001 if make is bert else 0.01
+    )
 
 
 @pytest.mark.parametrize("make", [bert, llama])

@@ -38,7 +38,9 @@ def test_every_linear_has_its_role(captured: Any, name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_have_attention_and_two_sublayers(captured: Any, name: str) -> None:
     _, program = captured[name]
-    found = [(s.kind, s.role, s.layer) for s in program.sites if s.kind in ("attention", "sublayer")]
+    found = [
+        (s.kind, s.role, s.layer) for s in program.sites if s.kind in ("attention", "sublayer")
+    ]
     for layer in (0, 1):
         for want in (("attention", "attn"), ("sublayer", "attn"), ("sublayer", "ffn")):
             assert found.count((*want, layer)) == 1

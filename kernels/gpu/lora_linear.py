@@ -11,6 +11,9 @@ dX = dy W + dS A is `expand` with transposed strides. Tiles come from a small ta
 capability; nothing is autotuned at run time.
 """
 
+# Kernel parameters are typed by Triton, not by Python.
+# pyright: basic
+
 from __future__ import annotations
 
 from typing import Any

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def demo(
     model = load_model().requires_grad_(False)
     ids = torch.arange(32).view(2, 16)
     base = capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    methods = METHODS if all_methods else METHODS[:1]
+    methods = METHODS if all_methods else (replace(METHODS[0], rates=METHODS[0].rates[:1]),)
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json) as bar:
@@ -83,9 +84,9 @@ def demo(
         for method in methods:
             outcomes.append(compare(method, base, tokenizer, splits, steps, advance))
         bar.update(task, description="folding and exporting to ONNX")
+        shutil.copyfile(model_directory() / "tokenizer.json", folder / "tokenizer.json")
         shipped = _ship(outcomes[1], folder)
         bar.update(task, description="embedding every function with ONNX Runtime")
-        shutil.copyfile(model_directory() / "tokenizer.json", folder / "tokenizer.json")
         build_index(folder, corpus.pairs)
     queries = [p.query for p in splits[0].test if 40 < len(p.query) < 110][:3]
     answers = find(Encoder(folder), folder, queries, 3)
@@ -98,11 +99,17 @@ def demo(
     seconds = time.perf_counter() - started
     results = _results(corpus, splits, outcomes, shipped, seconds)
     write_file(folder / "results.json", write_json(results))
-    examples = [(q, a.title, f"{a.score:.3f}") for q, f in zip(queries, answers, strict=True) for a in f]
+    examples = [
+        (q, a.title, f"{a.score:.3f}") for q, f in zip(queries, answers, strict=True) for a in f
+    ]
     page = _page(corpus, splits, outcomes, shipped, examples, seconds)
     write_file(folder / "report.html", page.encode())
-    console.print(f"\n{folder / 'report.html'} ({seconds:.0f} s). Now try: ", end="", highlight=False)
-    console.print(f'[bold]peftfx search "open a file and lock it" --out {folder}[/]', highlight=False)
+    console.print(
+        f"\n{folder / 'report.html'} ({seconds:.0f} s). Now try: ", end="", highlight=False
+    )
+    console.print(
+        f'[bold]peftfx search "open a file and lock it" --out {folder}[/]', highlight=False
+    )
     return results
 
 
@@ -204,7 +211,11 @@ def environment() -> str:
 
 
 def _results(
-    corpus: Corpus, splits: Sequence[Split], outcomes: Sequence[Outcome], shipped: Any, seconds: float
+    corpus: Corpus,
+    splits: Sequence[Split],
+    outcomes: Sequence[Outcome],
+    shipped: Any,
+    seconds: float,
 ) -> dict[str, Any]:
     written: OnnxReport = shipped["onnx"]
     return {
@@ -249,8 +260,9 @@ def _page(
     diff = _around_one_layer(program.diff()) if program is not None else ""
     method = (
         "<p>Three splits hold out whole top-level modules: no function of a test module is "
-        "trained on. Learning rates were chosen on the first split's validation part and then "
-        "fixed; each test set was read once. The interval is a paired bootstrap over queries "
+        "trained on. Learning rates were chosen on the first split's validation part (by "
+        "`peftfx demo --all`; the short demo takes that choice) and then fixed; each test set "
+        "was read once. The interval is a paired bootstrap over queries "
         "(2,000 resamples). Memory is what a training step keeps for backward, plus gradients and "
         "optimiser state; the frozen model comes on top.</p>"
     )

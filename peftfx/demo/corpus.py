@@ -227,7 +227,8 @@ def read_corpus(source: str | os.PathLike[str] | None = None) -> Corpus:
         what = f"none of its {files} Python files has" if files else "it holds no Python files with"
         raise CorpusError(
             f"nothing to search in {root}: {what} a function with a docstring of "
-            f"{MIN_WORDS} words and {MIN_LINES} lines of source or more (tests are left out).{note} Give another folder."
+            f"{MIN_WORDS} words and {MIN_LINES} lines of source or more (tests are left "
+            f"out).{note} Give another folder."
         )
     return Corpus(root, tuple(pairs), files, tuple(skipped), duplicates, unusable)
 

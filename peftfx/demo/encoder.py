@@ -30,7 +30,7 @@ CODE_TOKENS = 96
 Ids = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 Forward = Callable[[Tensor, Tensor], Tensor]
-"""(`input_ids`, `attention_mask`), both int64 `[batch, sequence]` -> `[batch, sequence, hidden]`."""
+"""(`input_ids`, `attention_mask`), int64 `[batch, sequence]` -> `[batch, sequence, hidden]`."""
 
 
 class DemoError(RewriteError, RuntimeError):
@@ -74,6 +74,7 @@ def load_model() -> nn.Module:
             "the demo needs the package transformers. Install the extra: pip install 'peftfx[hf]'."
         ) from error
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     loader = cast("Any", AutoModel)
     model = loader.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return cast("nn.Module", model.eval())
@@ -88,7 +89,7 @@ class Batch:
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The same as tensors."""
-        return torch.from_numpy(self.input_ids), torch.from_numpy(self.attention_mask)  # pyright: ignore[reportUnknownMemberType]
+        return torch.from_numpy(self.input_ids), torch.from_numpy(self.attention_mask)
 
 
 class Tokenizer:

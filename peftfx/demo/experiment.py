@@ -133,6 +133,8 @@ def compare(
 ) -> Outcome:
     """Chooses a method's learning rate on validation, then trains and tests it on every split."""
     started = run(base, method.recipe)
+    if any(a.slot == "delta" for a in started.attachments):
+        started = run(started, "lower{target=cpu}")
     count = sum(p.numel() for p in started.trainable_parameters())
     outcome = Outcome(method.name, method.recipe, count)
 
@@ -154,8 +156,10 @@ def compare(
     first: dict[float, tuple[Program, Training]] = {}
     for rate in method.rates:
         first[rate] = fit(rate, splits[0])
-        outcome.validation[rate] = mrr(score(first[rate][0], tokenizer, splits[0].validation))
-    outcome.rate = max(outcome.validation, key=lambda r: outcome.validation[r])
+        if len(method.rates) > 1:
+            found = score(first[rate][0], tokenizer, splits[0].validation)
+            outcome.validation[rate] = mrr(found)
+    outcome.rate = max(method.rates, key=lambda r: outcome.validation.get(r, 0.0))
     outcome.program = first[outcome.rate][0]
     for index, split in enumerate(splits):
         program, made = first[outcome.rate] if index == 0 else fit(outcome.rate, split)

@@ -150,7 +150,10 @@ def quality_plot(points: Sequence[tuple[str, int, float]], base: float) -> str:
 def loss_plot(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Loss per step, averaged over the last three steps."""
     smooth = [
-        (name, [sum(c[max(0, i - 2) : i + 1]) / len(c[max(0, i - 2) : i + 1]) for i in range(len(c))])
+        (
+            name,
+            [sum(c[max(0, i - 2) : i + 1]) / len(c[max(0, i - 2) : i + 1]) for i in range(len(c))],
+        )
         for name, c in curves
     ]
     longest = max(len(c) for _, c in smooth)

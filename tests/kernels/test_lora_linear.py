@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.kernels.lora_linear import has_triton, lora_linear, reference, require_triton
+from peftfx.kernels import lora_linear as kernel
+from peftfx.kernels.lora_linear import has_triton, require_triton
 
 from ..models import batch, first, randomise
 
 HERE = Path(__file__).parent
-Op = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+Op = Callable[..., Tensor]
+lora_linear: Op = kernel.lora_linear
+reference: Op = kernel.reference
 
 
 def operands(*rows: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> list[Tensor]:
@@ -93,7 +96,9 @@ def test_autocast_is_respected() -> None:
     torch.testing.assert_close(y.float(), reference(x, w, c, a, b, 0.5), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("text", ["lora{where=linear}", "lora{where=linear};ia3", "lora;lora{name=b}"])
+@pytest.mark.parametrize(
+    "text", ["lora{where=linear}", "lora{where=linear};ia3", "lora;lora{name=b}"]
+)
 def test_lowering_is_exact_reversible_and_compiles(captured: Any, text: str) -> None:
     _, base = captured["bert"]
     plain = randomise(peftfx.run(base, text))
@@ -158,10 +163,10 @@ def test_triton_kernels_in_the_interpreter() -> None:
 def test_triton_kernels_compile_without_spills(tmp_path: Path) -> None:
     usage = run_script("compiled.py", TRITON_CACHE_DIR=str(tmp_path))
     assert len(usage) == 6
-    for kernel, found in usage.items():
-        limit = 163 * 1024 if kernel.endswith("80") else 227 * 1024
-        assert found["spill"] == 0 and found["registers"] <= 255, (kernel, found)
-        assert found["shared"] <= limit, (kernel, found)
+    for name, found in usage.items():
+        limit = 163 * 1024 if name.endswith("80") else 227 * 1024
+        assert found["spill"] == 0 and found["registers"] <= 255, (name, found)
+        assert found["shared"] <= limit, (name, found)
 
 
 @pytest.mark.gpu

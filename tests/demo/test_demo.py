@@ -1,0 +1,91 @@
+"""The demo's parts: corpus, evaluation and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from peftfx.demo import report
+from peftfx.demo.corpus import CorpusError, make_splits, read_corpus
+from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
+from peftfx.demo.training import Settings, rate
+
+FUNCTION = '''
+def {name}(path):
+    """{text}
+
+    More text that is not part of the query.
+    """
+    handle = open(path)
+    data = handle.read()
+    return data.{name}()
+'''
+
+
+def tree(folder: Path, modules: int, each: int) -> Path:
+    for m in range(modules):
+        lines = [
+            FUNCTION.format(name=f"f{m}_{i}", text=f"Reads thing number {m} {i} from a file.")
+            for i in range(each)
+        ]
+        (folder / f"mod{m}.py").write_text("\n".join(lines))
+    return folder
+
+
+def test_pairs_are_paragraph_and_source_without_docstring(tmp_path: Path) -> None:
+    corpus = read_corpus(tree(tmp_path, 2, 3))
+    assert len(corpus.pairs) == 6
+    pair = corpus.pairs[0]
+    assert pair.query == "Reads thing number 0 0 from a file."
+    assert "More text" not in pair.code and "handle.read()" in pair.code
+
+
+def test_bad_files_are_skipped_with_a_reason(tmp_path: Path) -> None:
+    tree(tmp_path, 2, 3)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    corpus = read_corpus(tmp_path)
+    assert len(corpus.skipped) == 1 and "broken.py" in corpus.skipped[0][0]
+    with pytest.raises(CorpusError, match="too small"):
+        make_splits(corpus)
+    with pytest.raises(CorpusError):
+        read_corpus(tmp_path / "nowhere")
+
+
+def test_splits_share_no_module(tmp_path: Path) -> None:
+    splits = make_splits(read_corpus(tree(tmp_path, 40, 12)))
+    again = make_splits(read_corpus(tmp_path))
+    assert splits == again and len(splits) == 3
+    for split in splits:
+        train, test, chosen = (
+            {p.module for p in part} for part in (split.train, split.test, split.validation)
+        )
+        assert not train & test and not train & chosen and not test & chosen
+
+
+def test_ranks_and_scores() -> None:
+    queries = torch.eye(3)
+    answers = torch.tensor([[0.9, 0.1, 0.0], [0.95, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    found = ranks(queries, answers)
+    assert found.tolist() == [2, 1, 1]
+    assert recall(found) == pytest.approx(2 / 3) and mrr(found) == pytest.approx(2.5 / 3)
+    interval = paired_bootstrap(np.full(50, 0.7), np.full(50, 0.5))
+    assert (interval.low, interval.high) == pytest.approx((0.2, 0.2))
+
+
+def test_the_rate_warms_up_and_decays() -> None:
+    settings = Settings(1.0, steps=20)
+    rates = [rate(s, settings) for s in range(20)]
+    assert rates[0] == 0.5 and max(rates) == 1.0 and rates[-1] == pytest.approx(1 / 18)
+
+
+def test_the_page_is_self_contained() -> None:
+    plots = report.quality_plot([("LoRA", 300_000, 0.69), ("(IA)3", 9_000, 0.66)], 0.64)
+    plots += report.loss_plot([("LoRA", [0.5, 0.4, 0.3]), ("(IA)3", [0.6, 0.5, 0.5])])
+    page = report.page(
+        "T", "lead", [("a < b", plots), ("diff", report.diff_block("+<x>\n-y"))], "env"
+    )
+    assert page.count("<svg") == 2 and "a &lt; b" in page and "+&lt;x&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page

@@ -1,0 +1,93 @@
+"""The command line: every command, `--json`, and one readable line for every user error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftfx.cli import main
+
+from .models import Decoder, batch, bert
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return Decoder().eval(), batch()
+
+
+def broken() -> Any:
+    return 3
+
+
+TINY = f"{__name__}:tiny"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*args: object) -> tuple[int, str, str]:
+        code = main([str(a) for a in args])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_sites_print_diff_and_verify(run: Any) -> None:
+    code, out, _ = run("sites", TINY, "--where", "(q|v) and layer>=1")
+    assert code == 0 and "layers.1.q_proj.weight" in out and "2 of 28 sites" in out
+    code, out, _ = run("sites", TINY, "--json")
+    assert {s["role"] for s in json.loads(out)} >= {"q", "ffn.gate", "head", "token", "norm"}
+    code, out, _ = run("print", TINY)
+    assert out.startswith("program Decoder(input_ids: i64[batch, sequence]")
+    code, out, _ = run("diff", TINY, "lora{rank=2,where=q}")
+    assert "+2 sites" in out and "+  %lora.layers.0.q_proj.delta" in out
+    code, out, _ = run("verify", TINY, "lora;ia3")
+    assert code == 0 and out.count("ok  identity") == 2
+    assert "lora" in run("passes")[1]
+
+
+def test_run_fold_and_export(run: Any, tmp_path: Path) -> None:
+    adapter, merged, model = tmp_path / "a", tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    code, out, _ = run("run", TINY, "lora{rank=2};ia3", "--out", adapter)
+    assert code == 0 and "4 sites edited" in out and "trainable" in out
+    code, out, _ = run("fold", TINY, adapter, "--out", merged)
+    assert code == 0 and "original names" in out
+    Decoder().load_state_dict(load_file(merged), strict=True)
+    code, out, _ = run("export", TINY, "fold", "--adapter", adapter, "--out", model, "--json")
+    report = json.loads(out)
+    assert code == 0 and model.stat().st_size == report["bytes"]
+    assert max(report["parity"].values()) < 1e-5
+
+
+def test_a_model_directory(run: Any, tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path / "bert")
+    code, out, _ = run("sites", tmp_path / "bert", "--where", "query")
+    assert code == 0 and out.count("attention.self.query") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("sites", TINY, "--where", "qq"), "Nearest"),
+        (("sites", "nowhere"), "neither a model directory nor module:function"),
+        (("sites", "nowhere:f"), "cannot be imported"),
+        (("sites", f"{__name__}:broken"), "must return (model, example inputs)"),
+        (("run", TINY, "loar"), "Nearest: lora"),
+        (("diff", TINY), "needs passes"),
+        (("fold", TINY, "nowhere", "--out", "x"), "not a directory"),
+        (("export", TINY, "--out", "no/such/folder/x.onnx"), "does not exist"),
+        (("search", "query", "--out", "nowhere"), "peftfx demo"),
+        (("demo", "--source", "nowhere", "--out", "nowhere"), "nowhere"),
+    ],
+)
+def test_user_errors_are_one_line(run: Any, args: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*args)
+    assert code == 2 and message in err and not out
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    code, out, _ = run(*args, "--json")
+    assert code == 2 and message in json.loads(out)["error"]

@@ -1,0 +1,139 @@
+"""The layout and the architecture's invariants, as ARCHITECTURE.md states them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peftfx
+from peftfx import stubs
+from peftfx.rewriter.passes import REGISTRY, Method
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("rewriter", "passes", "kernels", "exporters")
+SOURCES = sorted(p for d in (*LAYERS, "peftfx") for p in (ROOT / d).rglob("*.py")
+                 if not any((ROOT / "peftfx" / x) in p.parents for x in LAYERS))  # fmt: skip
+METHODS = [
+    p
+    for d in ("additive", "selective", "reparameterized")
+    for p in (ROOT / "passes" / d).glob("*.py")
+]
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """First parts of everything a file imports; relative imports resolved inside the package."""
+    found: set[str] = set()
+    depth = len(path.relative_to(ROOT).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == depth:  # from ..layer import
+                found.add(module.partition(".")[0])
+            elif not node.level:
+                found.add(module.removeprefix("peftfx.").partition(".")[0])
+    return found
+
+
+def test_links_and_namespaces() -> None:
+    for name in LAYERS:
+        link = ROOT / "peftfx" / name
+        assert link.is_symlink() and link.resolve() == ROOT / name, (
+            f"peftfx/{name} must be a symbolic link to ../{name}; was the copy made without links?"
+        )
+        assert not list((ROOT / name).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize(
+    ("name", "banned"),
+    [
+        ("rewriter", {"passes", "kernels", "exporters"}),
+        ("kernels", {"passes", "rewriter", "exporters"}),
+        ("passes", {"exporters"}),
+    ],
+)
+def test_layers_import_downwards_only(name: str, banned: set[str]) -> None:
+    for path in SOURCES:
+        if layer(path) == name:
+            assert not imports(path) & banned, path
+
+
+def test_methods_touch_no_graph_nodes() -> None:
+    assert len(METHODS) >= 6
+    for path in METHODS:
+        text = path.read_text()
+        assert "torch.fx" not in text and "graph_module" not in text and "Node" not in text, path
+        code = [
+            line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")
+        ]
+        assert len(code) < 130, path
+
+
+def test_no_forbidden_constructs() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            assert not isinstance(node, ast.Assert), where
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), where
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "torch.export.load"), where
+        assert "pickle" not in imports(path), path
+
+
+def test_files_stay_small() -> None:
+    long = {str(p): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_one_file_one_method() -> None:
+    for name, cls in REGISTRY.items():
+        assert cls.__name__.lower() == name.replace("_", "")
+        assert getattr(peftfx, cls.__name__) is cls
+        if issubclass(cls, Method):
+            assert (ROOT / "passes").glob(f"*/{name}.py")
+
+
+def test_importing_needs_no_extras() -> None:
+    code = "import sys, peftfx; print([m for m in ('transformers','onnx','onnxruntime','triton') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_folder_names_shadow_no_package() -> None:
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or "site-packages" in spec.origin
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import transformers"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_stub_is_fresh() -> None:
+    assert stubs.STUB.read_text() == stubs.stub(), "run `make stubs`"
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pyright"]]
+)
+def test_style(command: list[str]) -> None:
+    tool = Path(sys.executable).with_name(command[0])
+    if not tool.exists():
+        pytest.skip(f"{command[0]} is not installed")
+    extra = ["--pythonpath", sys.executable] if command[0] == "pyright" else []
+    done = subprocess.run(
+        [str(tool), *command[1:], *extra], cwd=ROOT, capture_output=True, text=True
+    )
+    if command[0] == "pyright" and "error:" not in done.stdout and "errors" not in done.stdout:
+        pytest.skip("pyright cannot run here (it needs node)")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-500:]
