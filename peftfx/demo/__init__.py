@@ -194,10 +194,11 @@ HEAD = (
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for index, head in enumerate(HEAD):
-        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
+    shown = [i for i, head in enumerate(HEAD) if head not in ("MRR of splits", "lr")]
+    for index in shown:
+        table.add_column(HEAD[index], justify="left" if index == 0 else "right", no_wrap=True)
     for row in _rows(outcomes):
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(row[i]) for i in shown))
     return table
 
 
