@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from .registry import load_passes
-from .rewriter.artifact import load, save
+from .rewriter.artifact import VERSION, load, save
 from .rewriter.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.passes import REGISTRY, Pass
@@ -22,7 +22,7 @@ from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
 from .rewriter.sites import Site, Sites
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 load_passes()
 globals().update({cls.__name__: cls for cls in REGISTRY.values()})

@@ -38,6 +38,7 @@ from .spec import InputSpec
 from .verify import check_graph
 
 FORMAT = 1
+VERSION = "0.1.0"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 
@@ -85,7 +86,7 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
         "base": {"root": merkle_root(base), "tensors": base},
         "inputs": program.spec_of_base().to_json(),
         "versions": {
-            "peftfx": "0.1.0", "torch": torch.__version__, "python": platform.python_version(),
+            "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
     files = {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}

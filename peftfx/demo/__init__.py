@@ -262,14 +262,15 @@ def _page(
     method = (
         "<p>Three splits hold out whole top-level modules: no function of a test module is "
         "trained on. Learning rates were chosen on the first split's validation part (by "
-        "`peftfx demo --all`; the short demo takes that choice) and then fixed; each test set "
-        "was read once. The interval is a paired bootstrap over queries "
+        "<code>peftfx demo --all</code>; the short demo takes that choice) and then fixed; each "
+        "test set was read once. The interval is a paired bootstrap over queries "
         "(2,000 resamples). Memory is what a training step keeps for backward, plus gradients and "
         "optimiser state; the frozen model comes on top.</p>"
     )
     shipping = "".join(f"<p>{line}</p>" for line in shipped["text"].splitlines())
+    size = sum(p.numel() for p in program.base.module.parameters()) if program else 0
     lead = (
-        f"MiniLM (22.6 M parameters) adapted to {len(corpus.pairs):,} functions of "
+        f"MiniLM ({size / 1e6:.1f} M parameters) adapted to {len(corpus.pairs):,} functions of "
         f"{escape(corpus.root.name)}, then folded, exported and searched. {seconds:.0f} seconds."
     )
     return report.page(
