@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_sites_print_diff_and_verify(run: Any) -> None:
     code, out, _ = run("sites", TINY, "--where", "(q|v) and layer>=1")
-    assert code == 0 and "layers.1.q_proj.weight" in out and "2 of 28 sites" in out
+    assert code == 0 and "layers.1.q_proj.weight" in out and "2 of 29 sites" in out
     code, out, _ = run("sites", TINY, "--json")
     assert {s["role"] for s in json.loads(out)} >= {"q", "ffn.gate", "head", "token", "norm"}
     code, out, _ = run("print", TINY)

@@ -23,7 +23,11 @@ from .training import Settings, Training, train
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: a recipe and the learning rates to choose from."""
+    """One row of the table: a recipe and the learning rates to choose from.
+
+    The first rate is the one that validation chose on the standard library; the short demo
+    takes it without choosing again.
+    """
 
     name: str
     recipe: str
@@ -31,7 +35,7 @@ class Method:
 
 
 METHODS = (
-    Method("LoRA", "lora{rank=8,where=linear}", (1e-3, 2e-3)),
+    Method("LoRA", "lora{rank=8,where=linear}", (2e-3, 1e-3)),
     Method("BitFit", "bitfit", (3e-3, 1e-2)),
     Method("(IA)3", "ia3", (1e-2, 3e-2)),
     Method("serial adapter", "serial_adapter{bottleneck=64}", (1e-3, 3e-3)),
