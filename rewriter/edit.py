@@ -100,7 +100,7 @@ class Editor:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
         path = self._attach(site, branch)
         output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
-        current = output
+        current = composed_value(self.graph_module, output)
         while True:  # behind earlier serial branches
             chained = next((u for u in users(current) if u.meta.get("serial") == site.id), None)
             if chained is None:
@@ -165,6 +165,7 @@ class Editor:
                 bias = self.graph_module.graph.get_attr(name)
             if is_op(node, LINEAR):
                 node.args = (node.args[0], node.args[1], bias)
+                self._know_bias(site.weight, name)
             elif is_op(node, ATEN.addmm.default):
                 raise PassError(f"{site.id} has a bias already.")
             else:
@@ -173,6 +174,14 @@ class Editor:
                 node.replace_all_uses_with(added, delete_user_cb=lambda u, a=added: u is not a)
         self._nodes = site_nodes(self.graph_module)
         return name
+
+    def _know_bias(self, weight: str, bias: str) -> None:
+        sites = self.program.sites
+        items = tuple(
+            replace(s, bias=bias) if isinstance(s, LinearSite) and s.weight == weight else s
+            for s in sites
+        )
+        self.program.sites = replace(sites, items=items)
 
     def norms(self) -> tuple[NormSite, ...]:
         """All normalisations with learnt parameters."""
@@ -277,13 +286,21 @@ def _raise(gm: GraphModule, call: Node) -> Node:
     return linear
 
 
+def composed_value(gm: GraphModule, call: Node) -> Node:
+    """The value of a linear call with all branches composed around it; other nodes themselves."""
+    key = call.meta.get("call", call.name)
+    mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
+    inside = {*mine, call}
+    return next((n for n in reversed(mine) if any(u not in inside for u in n.users)), call)
+
+
 def _decompose(gm: GraphModule, call: Node, key: str) -> None:
     """Removes the composed branches around a call, leaving the bare linear."""
     mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
     if not mine:
         return
     inside = {*mine, call}
-    tail = next((n for n in reversed(mine) if any(u not in inside for u in n.users)), call)
+    tail = composed_value(gm, call)
     data = 1 if is_op(call, ATEN.addmm.default) else 0
     x = call.args[data]
     while isinstance(x, Node) and x in inside:

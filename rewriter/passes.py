@@ -89,6 +89,10 @@ class Pass(ABC):
         """Name of the adapter that this pass inserts, or None."""
         return None
 
+    def promise(self) -> Contract:
+        """The contract with these options."""
+        return self.contract
+
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         """Decides what to do, reading `program` (and data or other artifacts), changing nothing."""
         del program, data, sources

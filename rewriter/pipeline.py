@@ -294,7 +294,7 @@ def apply_plan(
     propagate(after)
     if check:
         check_graph(after)
-        certificate = certify(item.contract, program, after)
+        certificate = certify(item.promise(), program, after)
         certificate = replace(certificate, measured={**certificate.measured, **edit.figures})
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))

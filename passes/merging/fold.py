@@ -25,13 +25,17 @@ class Fold(Pass):
 
     Attributes:
         names: which adapters; all by default. A named adapter that cannot be folded is an error.
-        tied: at weights tied to an embedding: refuse, keep (the branch), untie or both.
+        tied: at weights tied to an embedding: refuse, keep (the branch), untie or both (change
+            the shared tensor, so outputs change; by how much is measured and not limited).
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
 
     names: tuple[str, ...] | None = None
     tied: Literal["refuse", "keep", "untie", "both"] = "refuse"
+
+    def promise(self) -> Contract:
+        return Contract("trainable") if self.tied == "both" else self.contract
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         for name in self.names or ():
