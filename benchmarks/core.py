@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -191,14 +190,21 @@ def trainable_program() -> tuple[peftfx.Program, list[nn.Parameter]]:
     return program, program.trainable_parameters()
 
 
-def memory(variant: str) -> dict[str, float]:
+def memory(variant: str) -> dict[str, int]:
     """Run in a process of its own: peak resident memory of three training steps with AdamW."""
     module, parameters = trainable(variant)
+    before = resident("VmRSS")
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     for _ in range(3):
         step(module, parameters, inputs())
         optimizer.step()
-    return {"MB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+    return {"process": resident("VmHWM"), "training": resident("VmHWM") - before}
+
+
+def resident(field: str) -> int:
+    """MB of this process: `VmRSS` now, `VmHWM` at most (`ru_maxrss` would inherit the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(n for n in lines if n.startswith(field)).split()[1]) / 1024)
 
 
 def main() -> None:
@@ -213,11 +219,11 @@ def main() -> None:
         return
     rounds = options.rounds
     captures = [cpu(capture) for _ in range(3)]
-    peaks: dict[str, float] = {}
+    peaks: dict[str, dict[str, int]] = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--memory", variant]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[variant] = json.loads(done.stdout.splitlines()[-1])["MB"]
+        peaks[variant] = json.loads(done.stdout.splitlines()[-1])
     with tempfile.TemporaryDirectory() as folder:
         report = peftfx.export_onnx(trainable_program()[0], Path(folder) / "m.onnx")
     results = {
@@ -227,8 +233,9 @@ def main() -> None:
         "inserting LoRA on all linears [s]": insertion(rounds),
         "folding [s]": folding(rounds),
         "training step, 16 x 64 tokens": steps(rounds),
-        "peak memory [MB]": {**peaks, **{f"{v}/peft": round(peaks[v] / peaks["peft"], 3)
-                                         for v in VARIANTS[1:]}},
+        "peak memory [MB]": {**peaks, **{
+            f"{v}/peft": {k: round(peaks[v][k] / peaks["peft"][k], 3) for k in peaks[v]}
+            for v in VARIANTS[1:]}},
         "ONNX parity, of the largest output": report.error,
     }  # fmt: skip
     text = json.dumps(results, indent=1)

@@ -325,6 +325,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
     graph = Graph()
     graph.set_codegen(gm.graph._codegen)
+    transient = _transient(gm)
     copied: dict[Node, Node] = {}
     result: Any = graph.graph_copy(gm.graph, copied, return_output_node=True)
     values, original = result
@@ -335,7 +336,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
             _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
         elif node.op == "get_attr" and not _has(root, path):
             held = attribute(gm, path)
-            set_attribute(root, path, memo.get(id(held), held), path in _transient(gm))
+            set_attribute(root, path, memo.get(id(held), held), path in transient)
     forked = GraphModule(root, graph, class_name=type(gm).__name__)
     forked.training = gm.training
     return forked

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .sites import LinearSite
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+
+
 @dataclass
 class Weight:
     """A weight and bias under edit; `store` writes them back as new Parameters."""
@@ -71,8 +76,9 @@ class Weight:
         wide = torch.promote_types(self.dtype, torch.float32)
         exact = self.dense().to(wide) + delta.to(wide)
         rounded = exact.to(self.dtype)
-        norm = float(delta.norm())
-        lost = float((rounded.to(wide) - exact).norm()) / norm if norm else 0.0
+        lost = 0.0
+        if self.dtype != wide and (norm := float(delta.norm())):
+            lost = float((rounded.to(wide) - exact).norm()) / norm
         return self._with(rounded, self.bias), lost
 
     def with_rows(self, scale: Tensor) -> Weight:
@@ -104,12 +110,14 @@ class Weight:
                 continue
             if tensor.is_meta:
                 raise MetaTensorError(f"{name} is on the meta device; load weights before folding.")
-            if not bool(torch.isfinite(tensor).all()):
+            old = self.module.get_parameter(name)
+            if tensor.data_ptr() == old.data_ptr():  # a bias that no rule touched
+                continue
+            if not all_finite(tensor):
                 raise NonFiniteError(
                     f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}. Look "
                     "for non-finite branch parameters, or keep the branch."
                 )
-            old = self.module.get_parameter(name)
             if old.shape != tensor.shape:
                 raise FoldError(f"{name}: folded shape {tuple(tensor.shape)} is not {old.shape}.")
             set_attribute(self.module, name, nn.Parameter(tensor, requires_grad=False))
