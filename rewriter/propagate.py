@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -72,7 +73,7 @@ class _Fakes:
             return load(node)
         if node.op == "output":
             return args[0]
-        with self.mode:
+        with self.mode, enable_python_dispatcher():
             if node.op == "call_module":
                 module = self.gm.get_submodule(str(node.target))
                 if isinstance(module, Attention):
