@@ -264,8 +264,9 @@ def _page(
         "trained on. Learning rates were chosen on the first split's validation part (by "
         "<code>peftfx demo --all</code>; the short demo takes that choice) and then fixed; each "
         "test set was read once. The interval is a paired bootstrap over queries "
-        "(2,000 resamples). Memory is what a training step keeps for backward, plus gradients and "
-        "optimiser state; the frozen model comes on top.</p>"
+        "(2,000 resamples). Step times are CPU seconds of all threads. Memory is what a training "
+        "step keeps for backward, plus gradients and optimiser state; the frozen model comes on "
+        "top.</p>"
     )
     shipping = "".join(f"<p>{line}</p>" for line in shipped["text"].splitlines())
     size = sum(p.numel() for p in program.base.module.parameters()) if program else 0

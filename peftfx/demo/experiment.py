@@ -90,7 +90,7 @@ class Outcome:
 
     @property
     def step_seconds(self) -> float:
-        """Median time of a training step."""
+        """Median CPU seconds of a training step."""
         return statistics.median(r.step_seconds for r in self.runs) if self.runs else 0.0
 
     @property

@@ -54,7 +54,7 @@ class Training:
 
     Attributes:
         losses: loss of every step.
-        step_seconds: median time of a step.
+        step_seconds: median CPU seconds of a step, all threads together.
         seconds: time of the whole run.
         saved_bytes: what one step keeps for its backward pass (parameters not counted).
         state_bytes: gradients and AdamW's two moments.
@@ -165,7 +165,7 @@ def train(
     seconds: list[float] = []
     saved = SavedBytes([*parameters, *frozen])
     for step, chosen in enumerate(batches(pairs, settings)):
-        begun = time.perf_counter()
+        begun = time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = rate(step, settings)
         queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
@@ -180,7 +180,7 @@ def train(
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         losses.append(loss.item())
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
         advance(losses[-1])
     count = sum(p.numel() * p.element_size() for p in parameters)
     return Training(
