@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.fx import Node
 
 from .aten import (
+    ADDS,
     EMBEDDING,
     MULS,
     SLICES,
@@ -98,7 +99,7 @@ class _Builder:
 
     def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
         """Adds the site of a linear in a role, once; returns its id."""
-        features = draft.features.get(role) if draft and linear is draft.parts[role][0] else None
+        features = draft.features.get((role, linear.weight)) if draft else None
         sub = draft.sublayer if draft else self.found.owner.get(linear.node)
         name, tied = self._names(linear.weight)
         site_id = name + (f":{role}" if features is not None else "")
@@ -163,8 +164,9 @@ class _Builder:
         dim = int(q[-1])
 
         def count(role: str, width: int, fallback: int) -> int:
-            features = draft.features.get(role)
-            total = len(features) if features else draft.parts[role][0].sizes[1]
+            linear = draft.parts[role][0]
+            features = draft.features.get((role, linear.weight))
+            total = len(features) if features else linear.sizes[1]
             return fallback if total % width else total // width
 
         heads = count("q", dim, int(q[-3]) if len(q) > 3 else 1)
@@ -182,7 +184,7 @@ class _Builder:
 
 def _sublayer(sub: Sublayer) -> Site:
     size: list[Any] = list(shape(sub.output) or [0])
-    width = size[1] if sub.kind == "conv" and len(size) > 3 else size[-1]
+    width = size[1] if len(size) > 3 or not isinstance(size[-1], int) else size[-1]
     return SublayerSite(
         id=f"{sub.stream}.layer{sub.layer}.{sub.kind}", kind="sublayer",
         role="attn" if sub.kind == "cross" else sub.kind, layer=sub.layer, stream=sub.stream,
@@ -203,7 +205,9 @@ def _is_head(start: Node) -> bool:
                 return True
             capped = is_op(user, overloads("tanh")) and is_op(node, MULS)
             moved = is_op(user, overloads("einsum")) and len(inputs(user)) == 1
-            if user not in seen and (is_op(user, VIEWS | SLICES | MULS) or capped or moved):
+            biased = is_op(user, ADDS) and any(i.op == "get_attr" for i in inputs(user))
+            known = is_op(user, VIEWS | SLICES | MULS) or capped or moved or biased
+            if user not in seen and known:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -113,7 +113,7 @@ class _Discovery:
             if draft is not None:
                 self._routers(draft, linears)
                 return "ffn", [draft]
-        if within or nested:
+        if within or nested or any(p.stack for p in linears):
             return None
         draft = mixer(self.graph, branch.output, linears, nodes)
         if draft is not None:
@@ -138,11 +138,12 @@ class _Discovery:
         draft = Draft("attn", parts, core=core, cross=not alike)
         owners = [p.node for role in "qkv" for p in parts[role]]
         for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-            linear = parts[role][0]
-            if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
-                found = self.probe.features(linear.node, operand)
-                if len(found) < linear.sizes[1]:
-                    draft.features[role] = found
+            for linear in parts[role]:
+                if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
+                    found = self.probe.features(linear.node, operand)
+                    if len(found) < linear.sizes[1]:
+                        draft.features[role, linear.weight] = found
+            parts[role].sort(key=lambda p, r=role: -len(draft.features.get((r, p.weight), ())))
         return draft
 
     def _sliced(self, top: Node, bottom: Node) -> bool:

@@ -31,6 +31,7 @@ from .aten import (
     VIEWS,
     attribute,
     inputs,
+    is_index,
     is_op,
     named_arguments,
     overloads,
@@ -43,7 +44,7 @@ from .aten import (
 from .modes import AlphaDropout, BatchNorm
 
 _TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes", "mT", "numpy_T")
-UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS
+UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
 """What lies between a projection and the attention that reads it: layout, rotation, norms."""
 FFN_UP = UP | ACTIVATIONS | POINTWISE
 OUT = VIEWS | NORM_PARTS | MULS | SLICES
@@ -239,10 +240,10 @@ class Walk:
             elif node in self.writers:
                 stack.extend((w, active) for w in self.writers[node])
             elif written(node) is not None and not node.users:
-                stack.extend((i, active) for i in inputs(node)[1:])
+                stack.extend((i, active) for i in inputs(node)[1:] if not is_index(i))
             elif self.passes(node, through) or (conv and conv.depthwise):
                 now = active or is_op(node, ACTIVATIONS)
-                stack.extend((i, now) for i in inputs(node))
+                stack.extend((i, now) for i in inputs(node) if not is_index(i))
             elif node.op not in ("get_attr", "placeholder"):
                 result.stopped.add(node)
         return result

@@ -145,7 +145,7 @@ def _weight(text: str, path: str, layer: int) -> tuple[str, tuple[int, ...] | No
     name, _, ranges = text.partition("[")
     name = name[1:] if name.startswith("/") else path + name
     name = name.replace("{i}", str(layer))
-    if not re.search(r"(weight|experts\.\w+)$", name):
+    if not re.search(r"(weight|bias_table|experts\.\w+)$", name):
         name += ".weight"
     if not ranges:
         return name, None
