@@ -32,7 +32,7 @@ from .aten import (
     submodule,
     users,
 )  # fmt: skip
-from .modes import AlphaDropout, Attention
+from .modes import AlphaDropout, Attention, TrainingOnly
 
 _MASKS = overloads("masked_fill", "where", "masked_fill_", "clamp", "clamp_min", "maximum")
 _TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes")
@@ -126,7 +126,7 @@ class Walk:
 
     def is_dropout(self, node: Node) -> bool:
         return is_op(node, DROPOUTS) or isinstance(
-            submodule(self.gm, node), nn.Dropout | AlphaDropout
+            submodule(self.gm, node), nn.Dropout | AlphaDropout | TrainingOnly
         )
 
     def producers(self, start: Node, through: frozenset[object]) -> dict[Node, bool]:

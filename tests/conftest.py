@@ -10,6 +10,7 @@ import torch
 import peftfx
 
 from . import models
+from .zoo import ZOO
 
 torch.set_num_threads(1)
 
@@ -28,6 +29,21 @@ class Captured:
                 del inputs["attention_mask"]
             self.made[name] = model, peftfx.capture(model, kwargs=inputs)
         return self.made[name]
+
+
+class CapturedZoo(Captured):
+    """The same for the architectures of `zoo.py`."""
+
+    def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
+        if name not in self.made:
+            model = ZOO[name].build()
+            self.made[name] = model, peftfx.capture(model, kwargs=ZOO[name].inputs(3, 9))
+        return self.made[name]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> CapturedZoo:
+    return CapturedZoo()
 
 
 @pytest.fixture(scope="session")
