@@ -93,6 +93,23 @@ class AlphaDropout(nn.Module):
         return F.alpha_dropout(x, self.p, self.training)
 
 
+class TrainingOnly(nn.Module):
+    """A region that acts in training only, such as stochastic depth: a dropout of its own kind.
+
+    Its first input is the value in evaluation; the others are what the region reads, or, without
+    a region of its own, the one value in training.
+    """
+
+    def __init__(self, region: GraphModule | None) -> None:
+        super().__init__()
+        self.region = region
+
+    def forward(self, evaluated: Tensor, *operands: Tensor) -> Tensor:
+        if not self.training:
+            return evaluated
+        return operands[0] if self.region is None else self.region(*operands)
+
+
 _COUNTS = overloads("add_")
 _BATCH_NORM = frozenset({ATEN.batch_norm.default})
 

@@ -103,6 +103,21 @@ def is_meta(program: Program) -> bool:
     return any(p.is_meta for p in program.module.parameters())
 
 
+def gaps(want: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
+    """Largest absolute difference of tensors of equal shapes, and largest finite value."""
+    worst, largest = 0.0, 0.0
+    for x, y in zip(want, got, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gap = (x.to(wide) - y.to(wide)).abs()
+        gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)
+        if not gap.numel():
+            continue
+        worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
+        finite = x[torch.isfinite(x)]
+        largest = max(largest, float(finite.abs().max()) if finite.numel() else 0.0)
+    return worst, largest
+
+
 def measure(before: Program, after: Program) -> dict[str, float]:
     """Largest output difference, absolute and relative to the largest output."""
     worst, largest = 0.0, 0.0
@@ -116,14 +131,8 @@ def measure(before: Program, after: Program) -> dict[str, float]:
                     raise VerifyError(
                         f"an output changes from {tuple(x.shape)} to {tuple(y.shape)}."
                     )
-                wide = torch.promote_types(x.dtype, torch.float32)
-                gap = (x.to(wide) - y.to(wide)).abs()
-                gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)
-                if not gap.numel():
-                    continue
-                worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
-                finite = x[torch.isfinite(x)]
-                largest = max(largest, float(finite.abs().max()) if finite.numel() else 0.0)
+            here = gaps(a, b)
+            worst, largest = max(worst, here[0]), max(largest, here[1])
     return {"max_abs": worst, "max_rel": worst / largest if largest else worst}
 
 

@@ -31,22 +31,19 @@ class Captured:
         return self.made[name]
 
 
-class Zoo:
-    """Programs of the zoo's architectures by name, captured on first use."""
+class CapturedZoo(Captured):
+    """The same for the architectures of `zoo.py`."""
 
-    def __init__(self) -> None:
-        self.made: dict[str, peftfx.Program] = {}
-
-    def __getitem__(self, name: str) -> peftfx.Program:
+    def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         if name not in self.made:
-            entry = ZOO[name]
-            self.made[name] = peftfx.capture(entry.build(), kwargs=entry.inputs(3, 9))
+            model = ZOO[name].build()
+            self.made[name] = model, peftfx.capture(model, kwargs=ZOO[name].inputs(3, 9))
         return self.made[name]
 
 
 @pytest.fixture(scope="session")
-def zoo() -> Zoo:
-    return Zoo()
+def zoo() -> CapturedZoo:
+    return CapturedZoo()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,155 @@
+"""Regions that run in training only, found by comparing the training graph with the other one.
+
+Dropout and batch norm have modules of their own (`modes`). Anything else that a forward does under
+`if self.training` (stochastic depth, label dropout, noise) is found by aligning both graphs
+node by node; where they part, the training graph's region moves into a `TrainingOnly`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from .aten import erase_dead, output_node, source_line, submodule
+from .errors import CaptureError
+from .modes import TrainingOnly
+
+_HANDLED = frozenset({torch.Tag.nondeterministic_seeded})
+
+
+def draws(gm: GraphModule) -> bool:
+    """Whether the graph draws random numbers other than through a mode's module."""
+    return any(
+        n.op == "call_function" and not _HANDLED.isdisjoint(getattr(n.target, "tags", ()))
+        for n in gm.graph.nodes
+    )
+
+
+class _Alignment:
+    """Pairs of nodes of the two graphs that do the same at the same line, in the same order.
+
+    Attributes:
+        partner: evaluation node -> training node.
+        parted: (training user, its training input, the evaluation input at the same place).
+    """
+
+    def __init__(self, training: GraphModule, evaluation: GraphModule) -> None:
+        self.gm = training
+        ours, theirs = list(training.graph.nodes), list(evaluation.graph.nodes)
+        keys = [[_key(gm, n) for n in gm.graph.nodes] for gm in (training, evaluation)]
+        blocks = SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks()
+        self.partner: dict[Node, Node] = {}
+        for i, j, size in blocks:
+            self.partner.update(zip(theirs[j : j + size], ours[i : i + size], strict=True))
+        self.taken = set(self.partner.values())
+        self.parted = [
+            (a, x, y)
+            for b, a in self.partner.items()
+            for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=True)
+            if not self._same(x, y)
+        ]
+
+    def _same(self, x: Node, y: Node) -> bool:
+        """Whether `x` is `y`'s partner, up to dropouts, which evaluation may leave out."""
+        while x not in self.taken and isinstance(submodule(self.gm, x), nn.Dropout):
+            x = x.all_input_nodes[0]
+        return self.partner.get(y) is x
+
+
+def _key(gm: GraphModule, node: Node) -> tuple[str, ...]:
+    module = submodule(gm, node)
+    what = str(node.target) if module is None else type(module).__name__
+    held: Any = map_arg((node.args, node.kwargs), lambda n: "?")
+    constants = "" if node.op == "output" else str(held)
+    return node.op, what, source_line(node), constants, str(len(node.all_input_nodes))
+
+
+def part_modes(training: GraphModule, evaluation: GraphModule) -> int:
+    """Edits `training` so that it follows `.training` everywhere.
+
+    Args:
+        training: canonical graph, exported in training mode, with its modes restored.
+        evaluation: the same, exported in evaluation mode.
+
+    Returns:
+        The number of regions that run in training only.
+
+    Raises:
+        CaptureError: the two modes return different things, or what evaluation computes cannot
+            be expressed in the training graph.
+    """
+    alignment = _Alignment(training, evaluation)
+    if output_node(evaluation) not in alignment.partner:
+        raise CaptureError(
+            "the forward returns another number of tensors in training than in evaluation. Wrap "
+            "the model so that both return the same."
+        )
+    for index, (user, a, b) in enumerate(alignment.parted):
+        _insert(alignment, index, user, a, b)
+    erase_dead(training)
+    training.recompile()
+    return len(alignment.parted)
+
+
+def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:
+    gm = at.gm
+    region = list(_region(a, at.taken))
+    outer = {u for n in region if n is not a for u in n.users} - set(region)
+    region = [a] if outer else region
+    operands = list(dict.fromkeys(i for n in region for i in n.all_input_nodes if i not in region))
+    module = TrainingOnly(_outlined(gm, region, operands, a)) if not outer else TrainingOnly(None)
+    path = f"modes.training_{index}"
+    gm.add_submodule(path, module)
+    with gm.graph.inserting_before(user):
+        evaluated = _copied(at, b)
+        args = (evaluated, a) if outer else (evaluated, *operands)
+        new = gm.graph.create_node("call_module", path, args, {}, name=f"training_{index}")
+    new.meta.update(a.meta)
+    user.replace_input_with(a, new)
+
+
+def _region(end: Node, boundary: set[Node]) -> Iterator[Node]:
+    """What only `end` needs, from the nodes that both graphs have up to it, in graph order."""
+    found: set[Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node in found or node in boundary or node.op in ("placeholder", "get_attr"):
+            continue
+        found.add(node)
+        stack.extend(node.all_input_nodes)
+    yield from (n for n in end.graph.nodes if n in found)
+
+
+def _outlined(gm: GraphModule, region: list[Node], operands: list[Node], end: Node) -> GraphModule:
+    graph = Graph()
+    made: dict[Node, Node] = {n: graph.placeholder(f"x{i}") for i, n in enumerate(operands)}
+    for node in region:
+        made[node] = graph.node_copy(node, lambda n: made[n])
+    graph.output(made[end])
+    root = nn.Module()
+    for node in region:
+        if node.op == "call_module":
+            root.add_module(str(node.target).replace(".", "_"), gm.get_submodule(str(node.target)))
+            made[node].target = str(node.target).replace(".", "_")
+    return GraphModule(root, graph)
+
+
+def _copied(at: _Alignment, node: Node) -> Node:
+    """The training graph's counterpart of an evaluation node, copied if it has none."""
+    if node in at.partner:
+        return at.partner[node]
+    if node.op != "call_function":
+        raise CaptureError(
+            f"{node.name} ({source_line(node) or node.target}) runs in evaluation only. Compute "
+            "it in both modes and choose the result."
+        )
+    made = {n: _copied(at, n) for n in node.all_input_nodes}
+    at.partner[node] = at.gm.graph.node_copy(node, lambda n: made[n])
+    return at.partner[node]
