@@ -159,6 +159,15 @@ def named_arguments(node: Node) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def data_index(call: Node) -> int:
+    """Which argument of a linear call is its input: not the first in `addmm` and `W @ x`."""
+    if is_op(call, LINEAR):
+        return 0
+    if is_op(call, ATEN.addmm.default):
+        return 1
+    return int(parameter_of(call.args[0]) is not None and parameter_of(call.args[1]) is None)
+
+
 def inputs(node: Node) -> list[Node]:
     """The nodes that `node` reads, in argument order."""
     return list(node.all_input_nodes)

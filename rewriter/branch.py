@@ -29,6 +29,9 @@ class Branch(nn.Module):
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
 
+    axis: int = -1
+    """The axis of the features in the values that the branch reads and writes."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("features", None, persistent=False)
@@ -36,6 +39,14 @@ class Branch(nn.Module):
     def describe(self) -> str:
         """Options for graph text, such as `rank=8`."""
         return ""
+
+    def features_last(self, x: Tensor) -> Tensor:
+        """`x` with its features on the last axis."""
+        return x if self.axis == -1 else x.movedim(self.axis, -1)
+
+    def features_back(self, y: Tensor) -> Tensor:
+        """Undoes `features_last`."""
+        return y if self.axis == -1 else y.movedim(-1, self.axis)
 
 
 class Delta(Branch):
@@ -66,10 +77,10 @@ class Delta(Branch):
         factors = self.factors() if weight is not None else None
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
-        y = self.branch(x)
+        y = self.branch(self.features_last(x))
         if self.features is not None:
             y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
-        return y
+        return self.features_back(y)
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
@@ -94,7 +105,7 @@ class Scale(Branch):
         return s
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.full_scale()
+        return self.features_back(self.features_last(x) * self.full_scale())
 
 
 class InputScale(Scale):
@@ -114,6 +125,13 @@ class Serial(Branch):
 
     slot = "serial"
     not_foldable = "it is not linear"
+
+    def transform(self, h: Tensor) -> Tensor:
+        """`f(h)`: `[..., width] -> [..., width]`."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.features_back(self.transform(self.features_last(h)))
 
 
 class KeyValue(Branch):

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .aten import ATEN, LINEAR, erase_dead, is_op, set_attribute, users
+from .aten import ATEN, CONVS, LINEAR, data_index, erase_dead, is_op, set_attribute, users, value
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .errors import PassError
 from .program import BRANCHES, Attachment, Program
-from .sites import AttentionSite, EmbeddingSite, LinearSite, NormSite, Site, SublayerSite
-from .soft import prepend_key_value, prepend_tokens, shift_positions
+from .sites import AttentionSite, ConvSite, EmbeddingSite, LinearSite, NormSite, Site, SublayerSite
+from .keyvalue import prepend_key_value
+from .tokens import prepend_tokens, shift_positions
 from .weight import Weight
 
 _ORDER = {"input_scale": 0, "delta": 1, "output_scale": 2}
@@ -79,6 +81,8 @@ class Editor:
             index = torch.zeros(full, dtype=torch.long)
             index[list(site.features)] = torch.arange(1, len(site.features) + 1)
             branch.register_buffer("features", index, persistent=False)
+        if site.left:
+            branch.axis = -2
         self._attach(site, branch)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
@@ -98,6 +102,8 @@ class Editor:
 
     def after(self, site: SublayerSite, branch: Serial) -> None:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
+        if site.role == "conv":
+            branch.axis = 1
         path = self._attach(site, branch)
         output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
         current = composed_value(self.graph_module, output)
@@ -151,34 +157,54 @@ class Editor:
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
         self.program.owned = owned
 
-    def add_bias(self, site: LinearSite) -> str:
-        """Gives a linear without bias a zero one; returns the new parameter's name."""
-        name = f"{site.weight.rpartition('.')[0]}.bias".lstrip(".")
-        weight = self.weight(site)
-        if name not in self.program.added:
-            zeros = torch.zeros(weight.out_features, dtype=weight.dtype, device=weight.device)
-            set_attribute(self.graph_module, name, nn.Parameter(zeros, requires_grad=False))
-            self.program.added = (*self.program.added, name)
+    def add_bias(self, site: LinearSite | ConvSite) -> str:
+        """Gives a linear or convolution without bias a zero one; returns the parameter's name."""
+        weight = self.graph_module.get_parameter(site.weight)
+        if isinstance(site, ConvSite):
+            size = site.channels[1]
+        else:
+            size = self.weight(site).out_features
+        name = self._bias_name(site.weight)
+        if name in self.program.added:
+            return name
+        zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        set_attribute(self.graph_module, name, nn.Parameter(zeros, requires_grad=False))
+        self.program.added = (*self.program.added, name)
+        graph = self.graph_module.graph
         for call in site.nodes:
             node = self.node(call)
-            with self.graph_module.graph.inserting_before(node):
-                bias = self.graph_module.graph.get_attr(name)
-            if is_op(node, LINEAR):
-                node.args = (node.args[0], node.args[1], bias)
+            with graph.inserting_before(node):
+                bias = graph.get_attr(name)
+            if is_op(node, CONVS | {LINEAR}):
+                bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
+                node.args = (node.args[0], node.args[1], bias, *node.args[3:])
                 self._know_bias(site.weight, name)
             elif is_op(node, ATEN.addmm.default):
                 raise PassError(f"{site.id} has a bias already.")
             else:
-                with self.graph_module.graph.inserting_after(node):
-                    added = self.graph_module.graph.call_function(ATEN.add.Tensor, (node, bias))
+                with graph.inserting_before(node):
+                    if isinstance(site, LinearSite) and site.left:
+                        bias = graph.call_function(ATEN.unsqueeze.default, (bias, -1))
+                with graph.inserting_after(node):
+                    added = graph.call_function(ATEN.add.Tensor, (node, bias))
                 node.replace_all_uses_with(added, delete_user_cb=lambda u, a=added: u is not a)
         self._nodes = site_nodes(self.graph_module)
         return name
 
+    def _bias_name(self, weight: str) -> str:
+        """Where the added bias of a weight is kept; the model's own tensors keep their names."""
+        name = f"{weight.rpartition('.')[0]}.bias".lstrip(".")
+        if name in self.program.added:
+            return name
+        own = {n for n, _ in self.graph_module.named_parameters()} | set(self.program.extras)
+        return f"{name}_added" if name in own else name
+
     def _know_bias(self, weight: str, bias: str) -> None:
         sites = self.program.sites
         items = tuple(
-            replace(s, bias=bias) if isinstance(s, LinearSite) and s.weight == weight else s
+            replace(s, bias=bias)
+            if isinstance(s, LinearSite | ConvSite) and s.weight == weight
+            else s
             for s in sites
         )
         self.program.sites = replace(sites, items=items)
@@ -215,6 +241,15 @@ class Editor:
         self.graph_module.recompile()
 
 
+def _fake(node: Node, size: int) -> Tensor | None:
+    """A fake vector of the kind of a node's value."""
+    val: Any = value(node)
+    if val is None:
+        return None
+    with val.fake_mode:
+        return val.new_empty([size])
+
+
 def site_nodes(gm: GraphModule) -> dict[str, Node]:
     """Graph nodes by the name that sites use; a lowered call stands for its linear."""
     return {n.meta.get("call", n.name): n for n in gm.graph.nodes}
@@ -248,7 +283,7 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         node.meta["composed"] = key
         return node
 
-    data = 1 if is_op(call, ATEN.addmm.default) else 0
+    data = data_index(call)
     x = call.args[data]
     with gm.graph.inserting_before(call):
         for path in slot("input_scale"):
@@ -301,7 +336,7 @@ def _decompose(gm: GraphModule, call: Node, key: str) -> None:
         return
     inside = {*mine, call}
     tail = composed_value(gm, call)
-    data = 1 if is_op(call, ATEN.addmm.default) else 0
+    data = data_index(call)
     x = call.args[data]
     while isinstance(x, Node) and x in inside:
         x = x.args[0]

@@ -29,8 +29,8 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
         if not isinstance(branch, Delta) or branch.factors() is None:
             edit.skip(site, "its branch has no factors (dropout, or part of a fused weight)")
             continue
-        if isinstance(site, LinearSite) and site.in_out:
-            edit.skip(site, "its weight is stored [in, out]")
+        if isinstance(site, LinearSite) and (site.in_out or site.left):
+            edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
             continue
         linear = next(n for n in match.nodes if n not in (root, call))
         branch.lowered = operator

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from .edit import Editor
-from .errors import OptionError, nearest
+from .errors import OptionError, SelectorError, nearest
 from .program import Program
 from .sites import Site
 from .verify import Contract
@@ -146,14 +147,63 @@ class Method(Pass, abstract=True):
                 "starting with a letter, at most 64 characters."
             )
 
+    @property
+    def placed(self) -> bool:
+        """Whether the user said where; without, the method's own placement is taken."""
+        return self.where != type(self).where
+
     def sites(self, program: Program) -> list[Site]:
-        """The sites to edit."""
-        return program.sites.select(self.where, self.kinds)
+        """The sites to edit.
+
+        The method's own placement takes each of its alternatives that the model has.
+
+        Raises:
+            SelectorError: what the user selected, or the whole placement, matches nothing.
+        """
+        found, _ = self._found(program)
+        return found
+
+    def _found(self, program: Program) -> tuple[list[Site], list[str]]:
+        """The sites, and the alternatives of the placement that the model does not have."""
+        if self.placed:
+            return program.sites.select(self.where, self.kinds), []
+        found: list[Site] = []
+        absent: list[str] = []
+        for part in self.where.split("|"):
+            try:
+                found += program.sites.select(part, self.kinds)
+            except SelectorError:
+                absent.append(part)
+        if not found:
+            raise SelectorError(self._nowhere(program))
+        return [s for s in program.sites if s in found], absent
+
+    def _nowhere(self, program: Program) -> str:
+        roles = Counter(s.role for s in program.sites.of(*self.kinds))
+        kinds = " or ".join(self.kinds)
+        if not roles:
+            have = Counter(s.kind for s in program.sites)
+            other = ", ".join(f"{n} {kind}" for kind, n in sorted(have.items()))
+            return (
+                f"{self.text} does not apply to this model: it works on {kinds} sites, and the "
+                f"model has none. It has: {other or 'no sites'}. Choose another method."
+            )
+        listed = ", ".join(f"{role} ({n})" for role, n in sorted(roles.items()))
+        return (
+            f"{self.text}: the usual places ({self.where}) are not in this model. Its {kinds} "
+            f"sites have the roles {listed}. Say where, for example "
+            f"{self.text}{{where={roles.most_common(1)[0][0]}}}; print program.sites to see them all."
+        )
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
-        return Plan({"sites": [s.id for s in self.sites(program)]})
+        decisions: dict[str, Any] = {"sites": [s.id for s in self.sites(program)]}
+        if absent := self._found(program)[1]:
+            decisions["absent"] = absent
+        return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
+        for part in plan.decisions.get("absent", ()):
+            edit.skipped.append((part, "the model has no such place"))
         for site_id in plan.decisions["sites"]:
             self.insert(edit, edit.program.sites[site_id])
 

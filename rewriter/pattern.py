@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .aten import ADDS, ATEN, LINEAR, is_op, operands, submodule, users
+from .aten import ADDS, ATEN, LINEAR, data_index, is_op, operands, submodule, users
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
         bias, x, weight = operands(node)[:3]
         return x, weight, bias
     if is_op(node, ATEN.matmul.default) or is_op(node, ATEN.mm.default):
-        x, weight = operands(node)[:2]
+        x, weight = operands(node)[:2] if not data_index(node) else operands(node)[1::-1]
         return x, weight, None
     return None
 

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 def _symbol(size: object, symbols: dict[str, str]) -> str:
     text = str(size)
-    for name, label in symbols.items():
-        text = text.replace(name, label)
-    return text
+    if text in symbols:
+        return symbols[text]
+
+    def label(match: re.Match[str]) -> str:
+        found = symbols.get(match[0], match[0])
+        return f"({found})" if " " in found else found
+
+    return re.sub(r"\b\w+\b", label, text)
 
 
 def _type(val: Any, symbols: dict[str, str]) -> str:

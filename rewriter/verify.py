@@ -81,13 +81,21 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is put back."""
+    """Evaluation mode without gradients; everything is put back.
+
+    Also the flags are off: torch picks another kernel where a weight asks for a gradient.
+    """
     modes = [(m, m.training) for m in program.module.modules()]
+    trained = program.trainable_parameters()
     program.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
 

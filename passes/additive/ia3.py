@@ -9,6 +9,7 @@ and bias, input scales into columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branch import InputScale, OutputScale
 from ...rewriter.edit import Editor
 from ...rewriter.passes import Method
-from ...rewriter.sites import LinearSite
+from ...rewriter.sites import ExpertsSite, LinearSite
 
 
 class IA3Output(OutputScale):
@@ -45,9 +46,14 @@ class IA3Input(InputScale):
 class IA3(Method):
     """Scales the selected linears: inputs at `ffn.down`, outputs everywhere else."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
+
     where: str = "k|v|ffn.down"
 
-    def insert(self, edit: Editor, site: LinearSite) -> None:
+    def insert(self, edit: Editor, site: LinearSite | ExpertsSite) -> None:
+        if isinstance(site, ExpertsSite):
+            edit.skip(site, "a stack of experts: one vector an expert needs the routing")
+            return
         weight = edit.weight(site)
         at_input = site.role == "ffn.down"
         size = site.in_features if at_input else site.out_features

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ...rewriter.branch import Tokens
 from ...rewriter.edit import Editor
 from ...rewriter.passes import Method
-from ...rewriter.sites import EmbeddingSite
+from ...rewriter.program import Program
+from ...rewriter.sites import EmbeddingSite, Site
+from ...rewriter.tokens import entrances
 from ...rewriter.verify import Contract
 
 
@@ -42,6 +44,8 @@ class PromptTuning(Method):
         length: number of prompt tokens.
         init: `vocabulary` (rows of the table, drawn from the first `common` ids) or `uniform`.
         common: how many of the table's first rows to draw from.
+
+    Without `where`, an encoder-decoder takes its prompt in the encoder.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
@@ -55,6 +59,10 @@ class PromptTuning(Method):
     def check(self) -> None:
         self.require(self.length >= 1, "length", "at least 1")
         self.require(self.common >= 1, "common", "at least 1")
+
+    def sites(self, program: Program) -> list[Site]:
+        found = super().sites(program)
+        return found if self.placed else entrances(program, found)
 
     def insert(self, edit: Editor, site: EmbeddingSite) -> None:
         table = edit.table(site)

@@ -34,7 +34,7 @@ class SerialAdapterBranch(Serial):
         self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
         self.activation = activation
 
-    def forward(self, h: Tensor) -> Tensor:
+    def transform(self, h: Tensor) -> Tensor:
         inner = F.linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
         return h + F.linear(inner, self.up, self.up_bias)

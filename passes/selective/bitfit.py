@@ -1,7 +1,7 @@
 """BitFit: train the biases and nothing else.
 
-Ben-Zaken et al., ACL 2022, arXiv:2106.10199. Biases of the selected linears and norms become
-trainable; a linear without bias gets a zero one (then the model has parameters that the original
+Ben-Zaken et al., ACL 2022, arXiv:2106.10199. Biases of the selected linears, convolutions and
+norms become trainable; a linear or convolution without bias gets a zero one (then the model has parameters that the original
 class does not know, and `export_state_dict()` says so). Nothing to fold: the biases are weights.
 """
 
@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from ...rewriter.edit import Editor
 from ...rewriter.passes import Method
-from ...rewriter.sites import LinearSite, NormSite
+from ...rewriter.sites import ConvSite, LinearSite, NormSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +20,19 @@ class BitFit(Method):
     """Makes biases trainable.
 
     Attributes:
-        add: give selected linears without bias a zero one; with false they are skipped.
+        add: give selected linears and convolutions without bias a zero one; with false they are
+            skipped.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "norm")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm")
 
     add: bool = True
-    where: str = "(linear or norm) and not head"
+    where: str = "linear and not head|conv|norm"
 
-    def insert(self, edit: Editor, site: LinearSite | NormSite) -> None:
+    def insert(self, edit: Editor, site: LinearSite | ConvSite | NormSite) -> None:
         bias = site.bias
         if bias is None:
-            if not isinstance(site, LinearSite):
+            if isinstance(site, NormSite):
                 edit.skip(site, "this normalisation has no bias")
                 return
             if not self.add:

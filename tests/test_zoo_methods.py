@@ -1,0 +1,155 @@
+"""Every registered method in every architecture of the zoo."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftfx
+from peftfx.rewriter.errors import RewriteError
+from peftfx.rewriter.passes import REGISTRY
+from peftfx.rewriter.verify import floats
+
+from .conftest import CapturedZoo
+from .models import randomise
+from .placements import METHODS, PAGE, REASONS, WHERE, cell_of, read, render, text_of
+from .zoo import ZOO
+
+ROWS, TOKENS, PADDED = 3, 7, 3
+FOLDABLE = ("ia3", "lora")
+CELLS = read(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+
+
+def outputs(program: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return floats(program(**inputs))
+
+
+def moved(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest change of any output, relative to that output."""
+    assert [t.shape for t in before] == [t.shape for t in after]
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-9))
+        for a, b in zip(after, before, strict=True)
+    )
+
+
+def close(got: list[Tensor], want: list[Tensor], limit: float = 1e-4) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ZOO)
+def test_method_in_architecture(zoo: CapturedZoo, name: str, method: str, tmp_path: Path) -> None:
+    model, base = zoo[name]
+    if (name, method) in REASONS or (name, method) in WHERE:
+        check_refusal(base, method)
+    if (name, method) in REASONS:
+        assert CELLS[name, method] == cell_of(method, name, base)
+        return
+    where = WHERE.get((name, method), "")
+    program = peftfx.run(base, text_of(method, where))
+    record = program.history[-1]
+    assert record.edited
+    edited = f"{len(record.edited)} at `{where}`" if where else str(len(record.edited))
+    assert CELLS[name, method] == edited
+    check_effect(method, record.certificate)
+    inputs = sized(base, name)
+    before = outputs(base, inputs)
+    randomise(program, 0.3)
+    check_gradients(base, program, floats(program(**inputs)))
+    after = outputs(program, inputs)
+    assert moved(before, after) > 0.01
+    check_rows(program, inputs, after)
+    if method in FOLDABLE:
+        folded = peftfx.run(program, "fold")
+        assert folded.history[-1].certificate.holds and not folded.attachments
+        merged = copy.deepcopy(model)
+        merged.load_state_dict(folded.export_state_dict(), strict=True)
+        close(floats(merged(**inputs)), after, 1e-3)
+    peftfx.save(program, tmp_path / "adapter")
+    loaded = peftfx.load(base, tmp_path / "adapter")
+    assert loaded.text() == program.text()
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, inputs), after, strict=True))
+
+
+def check_refusal(base: peftfx.Program, method: str) -> None:
+    """The method's defaults do not fit, and the error says what there is and what to do."""
+    with pytest.raises(RewriteError, match=r"(has|have|exactly) .*(Choose|Say where|choose)"):
+        peftfx.run(base, text_of(method))
+
+
+def check_effect(method: str, certificate: Any) -> None:
+    kind = REGISTRY[method].contract.kind
+    change = certificate.measured["max_rel"]
+    assert certificate.holds and certificate.kind == kind
+    assert {"identity": change == 0, "near": change < 0.1, "trainable": change > 0}[kind]
+
+
+def check_gradients(base: peftfx.Program, program: peftfx.Program, outs: list[Tensor]) -> None:
+    """Gradients reach what trains, nothing else; a step changes no tensor of the base."""
+    weights = torch.Generator().manual_seed(2)
+    loss = sum((t * torch.randn(t.shape, generator=weights)).sum() for t in outs)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    held = dict(program.module.named_parameters())
+    trained = program.named_trainable_parameters()
+    reached = {n for n, p in held.items() if p.grad is not None and bool(p.grad.any())}
+    assert reached <= set(trained)
+    assert len(reached) >= 0.6 * len(trained)
+    for name, own in base.module.named_parameters():
+        if name in held and name not in trained:
+            assert held[name].data_ptr() == own.data_ptr() and held[name]._version == own._version
+        elif name in trained:
+            assert held[name].data_ptr() != own.data_ptr()
+    program.module.zero_grad()
+
+
+def sized(base: peftfx.Program, name: str) -> dict[str, Tensor]:
+    """Inputs of another size than captured; with a mask, row 0 ends in padding."""
+    sizes = {s for i in base.spec.inputs for s in i.shape}
+    inputs = ZOO[name].inputs(ROWS, TOKENS if "sequence" in sizes else 9)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, -PADDED:] = 0
+    return inputs
+
+
+def check_rows(program: peftfx.Program, inputs: dict[str, Tensor], together: list[Tensor]) -> None:
+    """Each row alone, without its padding, gives what it gives beside longer ones."""
+    if any(isinstance(i.shape[0], int) for i in program.spec.inputs):
+        return
+    mask = inputs.get("attention_mask")
+    for row in (0, 1):
+        alone = {n: t[row : row + 1] for n, t in inputs.items()}
+        length = None
+        if mask is not None:
+            length = int(mask[row].sum())
+            for name in ("input_ids", "attention_mask"):
+                alone[name] = alone[name][:, :length]
+        got = outputs(program, alone)
+        want = [part(t, row, g, mask) for t, g in zip(together, got, strict=True)]
+        close(got, want)
+
+
+def part(t: Tensor, row: int, like: Tensor, mask: Tensor | None) -> Tensor:
+    """A row of a batch's output, cut to the tokens that the row has alone."""
+    if t.shape[:2] == (ROWS, ROWS) and like.shape[:2] == (1, 1):  # similarity of text and image
+        return t[row : row + 1, row : row + 1]
+    t = t[row : row + 1]
+    if mask is not None and t.dim() > 2 and t.shape[1] == mask.shape[1]:
+        t = t[:, : like.shape[1]]
+    return t
+
+
+def test_the_page_is_fresh() -> None:
+    assert set(CELLS) == {(name, method) for name in ZOO for method in METHODS}
+    assert PAGE.read_text(encoding="utf-8") == render(CELLS)
