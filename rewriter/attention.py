@@ -40,13 +40,19 @@ _O_DOWN = VIEWS | SLICES | MULS | NORM_PARTS | overloads("sigmoid")
 
 @dataclass
 class Core:
-    """One attention: `node` gives the weighted values; `scores` is its product if unfused."""
+    """One attention.
+
+    Attributes:
+        node: the weighted sum of the values.
+        weights: what weighs them, or the fused operator.
+        scores: the product of queries and keys, None if fused.
+    """
 
     node: Node
     q: Node
     k: Node
     v: Node
-    softmax: Node
+    weights: Node
     scores: Node | None
 
     @property
@@ -56,7 +62,7 @@ class Core:
 
     def causal(self, probe: Probe) -> bool:
         """Whether no query sees a later key, by operator or by mask."""
-        return probe.causal(self.softmax, self.scores)
+        return probe.causal(self.weights, self.scores)
 
 
 def cores(graph: Walk) -> list[Core]:
@@ -89,7 +95,7 @@ def _unfused(graph: Walk, softmax: Node) -> Core | None:
     found = _weighted_sum(graph, softmax)
     if found is None:
         return None
-    product, values = found
+    product, values, weights = found
     wanted = {graph.source(graph.linears[n].x) for n in graph.climb(values, UP).found}
     best: Core | None = None
     seen: set[Node] = set()
@@ -100,7 +106,7 @@ def _unfused(graph: Walk, softmax: Node) -> Core | None:
             continue
         seen.add(node)
         if two := _factors(graph, node):
-            core = Core(product, *two, values, softmax, node)
+            core = Core(product, *two, values, weights, node)
             keys = {graph.source(graph.linears[n].x) for n in graph.climb(two[1], UP).found}
             if keys & wanted:  # keys of the same tokens as the values, not of positions
                 return core
@@ -110,15 +116,15 @@ def _unfused(graph: Walk, softmax: Node) -> Core | None:
     return best
 
 
-def _weighted_sum(graph: Walk, softmax: Node) -> tuple[Node, Node] | None:
-    """The product of a softmax with values, and the values; None if it is no attention's."""
+def _weighted_sum(graph: Walk, softmax: Node) -> tuple[Node, Node, Node] | None:
+    """The product of a softmax with values, the values and the weights, if it is an attention."""
     stack = [softmax]
     while stack:
         node = stack.pop()
         for user in users(node):
             two = _factors(graph, user)
             if two is not None and node in two:
-                return user, two[1] if two[0] is node else two[0]
+                return user, two[1] if two[0] is node else two[0], node
             if is_op(user, _WEIGHTS_DOWN) or graph.is_dropout(user):
                 stack.append(user)
     return None
