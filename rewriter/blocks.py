@@ -81,9 +81,11 @@ def _activation(graph: Walk, start: Node, nodes: set[Node]) -> str:
 def _argument(activation: Node) -> str:
     """What an activation is applied to: `scaled` x, a `cubic` polynomial of x, or plain x."""
     node = inputs(activation)[0]
-    if not is_op(node, MULS) or len(inputs(node)) != 1:
+    if not is_op(node, MULS):
         return ""
-    return "cubic" if is_op(inputs(node)[0], ADDS) else "scaled"
+    if any(is_op(i, ADDS) for i in inputs(node)):
+        return "cubic"
+    return "scaled" if len(inputs(node)) == 1 else ""
 
 
 def _gated(

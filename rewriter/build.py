@@ -138,10 +138,10 @@ class _Builder:
         sub = draft.sublayer
         stream, layer = (sub.stream, sub.layer) if sub else ("", None)
         kind = "cross" if draft.cross else draft.kind
-        name = f"{stream}.layer{layer}.{kind}" if sub else f"{next(iter(ids.values()))[0]}.{kind}"
+        name = sub.name if sub else f"{next(iter(ids.values()))[0]}.{kind}"
         first = {role: found[0] for role, found in ids.items() if found}
         if draft.core is not None:
-            return self._attention(draft, draft.core, f"{name}.core", first)
+            return self._attention(draft, draft.core, self._unique(f"{name}.core"), first)
         if draft.kind == "mixer":
             return MixerSite(
                 id=f"{name}.block", kind="mixer", role="mixer", layer=layer, stream=stream,
@@ -150,11 +150,20 @@ class _Builder:
             )  # fmt: skip
         down = draft.parts["ffn.down"][0]
         return FeedForwardSite(
-            id=f"{name}.{'experts' if down.stack else 'block'}", kind="feedforward", role="ffn",
-            layer=layer, stream=stream, nodes=(down.node.name,), up=first["ffn.up"],
+            id=self._unique(f"{name}.{'experts' if down.stack else 'block'}"),
+            kind="feedforward", role="ffn", layer=layer, stream=stream,
+            nodes=(down.node.name,), up=first["ffn.up"],
             gate=first.get("ffn.gate"), down=first["ffn.down"], activation=draft.activation,
             router=routed if down.stack else None, experts=down.stack,
         )  # fmt: skip
+
+    def _unique(self, name: str) -> str:
+        """`name`, numbered where a sublayer holds several blocks."""
+        count = 1
+        while (found := name if count == 1 else f"{name}_{count}") in self.claimed:
+            count += 1
+        self.claimed.add(found)
+        return found
 
     def _attention(self, draft: Draft, core: Core, name: str, ids: dict[str, str]) -> Site:
         sub = draft.sublayer
@@ -184,9 +193,10 @@ class _Builder:
 
 def _sublayer(sub: Sublayer) -> Site:
     size: list[Any] = list(shape(sub.output) or [0])
-    width = size[1] if len(size) > 3 or not isinstance(size[-1], int) else size[-1]
+    images = sub.kind == "conv" and len(size) > 3
+    width = size[1] if images or not isinstance(size[-1], int) else size[-1]
     return SublayerSite(
-        id=f"{sub.stream}.layer{sub.layer}.{sub.kind}", kind="sublayer",
+        id=sub.name, kind="sublayer",
         role="attn" if sub.kind == "cross" else sub.kind, layer=sub.layer, stream=sub.stream,
         nodes=(sub.output.name, sub.branch.add.name),
         width=int(width) if isinstance(width, int) else 0, parallel=sub.parallel,

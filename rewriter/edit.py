@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .aten import ATEN, CONVS, LINEAR, data_index, erase_dead, is_op, set_attribute, users, value
+from .aten import (
+    ADDS,
+    ATEN,
+    CONVS,
+    LINEAR,
+    data_index,
+    erase_dead,
+    is_op,
+    parameter_of,
+    set_attribute,
+    users,
+    value,
+)  # fmt: skip
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .errors import PassError
 from .program import BRANCHES, Attachment, Program
@@ -158,12 +170,18 @@ class Editor:
         self.program.owned = owned
 
     def add_bias(self, site: LinearSite | ConvSite) -> str:
-        """Gives a linear or convolution without bias a zero one; returns the parameter's name."""
+        """Gives a linear or convolution without bias a zero one; returns the parameter's name.
+
+        A bias that the model itself adds behind the product is returned as it is.
+        """
         weight = self.graph_module.get_parameter(site.weight)
         if isinstance(site, ConvSite):
             size = site.channels[1]
         else:
             size = self.weight(site).out_features
+        own = {self._own_bias(self.node(call), size) for call in site.nodes}
+        if len(own) == 1 and (found := own.pop()) is not None:
+            return found
         name = self._bias_name(site.weight)
         if name in self.program.added:
             return name
@@ -191,9 +209,19 @@ class Editor:
         self._nodes = site_nodes(self.graph_module)
         return name
 
+    def _own_bias(self, call: Node, size: int) -> str | None:
+        """The parameter `[size]` that the model adds to a call's value."""
+        for add in (u for u in users(call) if is_op(u, ADDS)):
+            for other in add.args[:2]:
+                found = parameter_of(other) if other is not call else None
+                if found is not None and self.graph_module.get_parameter(found[0]).shape == (size,):
+                    return found[0]
+        return None
+
     def _bias_name(self, weight: str) -> str:
         """Where the added bias of a weight is kept; the model's own tensors keep their names."""
-        name = f"{weight.rpartition('.')[0]}.bias".lstrip(".")
+        stem, _, leaf = weight.rpartition(".")
+        name = f"{stem}.bias".lstrip(".") if leaf == "weight" else f"{weight}_bias"
         if name in self.program.added:
             return name
         own = {n for n, _ in self.graph_module.named_parameters()} | set(self.program.extras)

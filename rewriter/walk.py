@@ -167,7 +167,8 @@ class Walk:
         named = parameter_of(bias)
         sizes = (rows, columns) if in_out else (columns, rows)
         stack = int(held.shape[0]) if held.dim() == 3 else 0
-        return Linear(node, x, path, named[0] if named else None, in_out, sizes, stack, left)
+        name = named[0] if named else None
+        return Linear(node, x, path, name, in_out, sizes, stack, left)
 
     def _matrix(self, node: object) -> tuple[str, Tensor, bool] | None:
         """(path, parameter, transposed) of a stored matrix or stack of matrices."""

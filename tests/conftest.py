@@ -13,6 +13,7 @@ from . import models
 from .zoo import ZOO
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.expect")
 
 
 class Captured:

@@ -169,6 +169,27 @@ OTHER: dict[str, Expect] = {
             ),
         ),
     ),
+    "segformer": Expect(
+        (
+            Stream(
+                "segformer.stages.0.blocks.{i}.",
+                (
+                    Attn(_VIT.q, _VIT.k, _VIT.v, _VIT.o, before="dropout"),
+                    FF("mlp.fc1", "mlp.fc2", before="dropout"),
+                ),
+                norms=3,
+            ),
+        ),
+        head=("classifier",), norms=2,
+        convs=(
+            "segformer.stages.0.patch_embeddings.proj",
+            *(
+                f"conv.patch:segformer.stages.0.blocks.{i}.attention"
+                ".sequence_reduction.sequence_reduction" for i in (0, 1)
+            ),
+            *(f"conv.depthwise:segformer.stages.0.blocks.{i}.mlp.dwconv.dwconv" for i in (0, 1)),
+        ),
+    ),
     "clip": Expect(
         (
             Stream("vision_model.encoder.layers.{i}.", (_CLIP, _MLP)),

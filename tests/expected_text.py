@@ -135,6 +135,43 @@ def bart_streams(norms: tuple[int, int] = (2, 3)) -> tuple[Stream, ...]:
 
 _GPT2_QKV = "attn.c_attn"
 
+# Beyond the list.
+_FALCON = "self_attention.query_key_value"
+_BLOOM = Attn(
+    f"{_FALCON}[0:8,24:32,48:56,72:80]", f"{_FALCON}[8:16,32:40,56:64,80:88]",
+    f"{_FALCON}[16:24,40:48,64:72,88:96]", "self_attention.dense", causal=True, before="dropout",
+)  # fmt: skip
+_LATENT = Attn(  # keys: 8 features a head from the latent, 4 shared ones with the rotation
+    "self_attn.q_b_proj", "self_attn.kv_b_proj[0:8,16:24,32:40,48:56]",
+    "self_attn.kv_b_proj[8:16,24:32,40:48,56:64]", "self_attn.o_proj", dim=12, causal=True,
+    rotated="self_attn.kv_a_proj_with_mqa[12:16]", inner=("self_attn.q_a_proj",),
+)  # fmt: skip
+_DEEPSEEK_MOE = replace(
+    _experts(24), before="add", experts=6,
+    shared=FF("mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj",
+              "mlp.shared_experts.gate_proj", act="silu"),
+)  # fmt: skip
+_ALBERT = Stream(  # one layer's weights, called twice
+    "encoder.albert_layer_groups.0.albert_layers.0.",
+    (
+        Attn("attention.query", "attention.key", "attention.value", "attention.dense",
+             before="dropout"),
+        FF("ffn", "ffn_output"),
+    ),
+)  # fmt: skip
+_ALBERT_CALLS = [
+    f"{_ALBERT.path}{name}" for part in _ALBERT.parts for _, name in part.roles()
+]  # fmt: skip
+_ODD, _EVEN = (",".join(f"{i}:{i + 1}" for i in range(s, 112, 2)) for s in (1, 0))
+_LFM_FF = FF("feed_forward.w3", "feed_forward.w2", "feed_forward.w1", act="silu")
+_LFM = (
+    Stream(_LAYERS, (Mix("conv.in_proj", "conv.out_proj"), _LFM_FF), layers=1),
+    Stream(
+        _LAYERS,
+        (replace(_LLAMA, o="self_attn.out_proj"), _LFM_FF), layers=1, norms=4, first=1,
+    ),
+)  # fmt: skip
+
 TEXT: dict[str, Expect] = {
     "bert": Expect(
         (_bert("bert."),), head=("classifier",), other=("bert.pooler.dense",),
@@ -195,6 +232,43 @@ TEXT: dict[str, Expect] = {
     ),
     "mixtral": _decoder(_LLAMA, _experts(56)),
     "qwen2_moe": _decoder(_LLAMA, _QWEN_MOE),
+    "falcon": Expect(
+        (
+            Stream("transformer.h.{i}.", (
+                Attn(f"{_FALCON}[0:16,32:48]", f"{_FALCON}[16:24,48:56]",
+                     f"{_FALCON}[24:32,56:64]", "self_attention.dense", kv=2, causal=True,
+                     before="matmul"),
+                FF("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", before="matmul"),
+            ), parallel=True),
+        ),
+        head=("lm_head",), ties=("lm_head",), norms=1,
+        embeddings=("token:transformer.word_embeddings",),
+    ),
+    "bloom": Expect(
+        (
+            Stream("transformer.h.{i}.", (
+                _BLOOM, FF("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", before="dropout"),
+            )),
+        ),
+        head=("lm_head",), ties=("lm_head",), norms=2,
+        embeddings=("token:transformer.word_embeddings",),
+    ),
+    "deepseek_v3": _decoder(_LATENT, _DEEPSEEK_MOE, norms=4),
+    "albert": Expect(
+        (replace(_ALBERT, shared=True),), other=("encoder.embedding_hidden_mapping_in", "pooler"),
+        embeddings=_tables("embeddings.", *_BERT_TABLES), norms=1,
+        calls={name: 2 for name in _ALBERT_CALLS},
+    ),
+    "gpt_oss": _decoder(
+        _LLAMA,
+        replace(_EXPERTS, up=f"mlp.experts.gate_up_proj[{_ODD}]", router="mlp.router",
+                gate=f"mlp.experts.gate_up_proj[{_EVEN}]", act="gelu"),
+    ),
+    "lfm2": Expect(
+        _LFM, one_stream=True, head=("lm_head",), ties=("lm_head",), norms=1,
+        embeddings=("token:model.embed_tokens",),
+        convs=("conv.depthwise:model.layers.0.conv.conv",),
+    ),
     "t5": T5,
     "bart": Expect(
         bart_streams(), head=("lm_head",), ties=("lm_head",), norms=2,
