@@ -145,7 +145,7 @@ class KeyValue(Branch):
         self.length = length
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """(keys, values), each `[length, kv_heads, head_dim]`."""
+        """(keys, values), each `[length, kv_heads, width]`."""
         raise NotImplementedError
 
     def forward(self, key: Tensor, value: Tensor, transposed: bool = False) -> tuple[Any, ...]:

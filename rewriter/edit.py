@@ -20,6 +20,7 @@ from .aten import (
     ATEN,
     CONVS,
     LINEAR,
+    attribute,
     data_index,
     erase_dead,
     is_op,
@@ -32,7 +33,7 @@ from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, To
 from .errors import PassError
 from .program import BRANCHES, Attachment, Program
 from .sites import AttentionSite, ConvSite, EmbeddingSite, LinearSite, NormSite, Site, SublayerSite
-from .keyvalue import prepend_key_value
+from .keyvalue import key_value_widths, prepend_key_value
 from .tokens import prepend_tokens, shift_positions
 from .weight import Weight
 
@@ -131,6 +132,10 @@ class Editor:
         for reader in readers:
             reader.replace_input_with(current, new)
 
+    def key_value_widths(self, site: AttentionSite) -> tuple[int, int]:
+        """Width of one head's keys and of its values."""
+        return key_value_widths(self.graph_module, self.node(site.nodes[0]))
+
     def prepend_kv(self, site: AttentionSite, branch: KeyValue) -> None:
         """Prepends rows to keys and values (after rotation), widening the mask."""
         path = self._attach(site, branch)
@@ -214,7 +219,8 @@ class Editor:
         for add in (u for u in users(call) if is_op(u, ADDS)):
             for other in add.args[:2]:
                 found = parameter_of(other) if other is not call else None
-                if found is not None and self.graph_module.get_parameter(found[0]).shape == (size,):
+                held = attribute(self.graph_module, found[0]) if found is not None else None
+                if isinstance(held, nn.Parameter) and held.shape == (size,) and found is not None:
                     return found[0]
         return None
 

@@ -7,6 +7,7 @@ so that a method only says what its rows are.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from .aten import (
     ADDS,
+    ATEN,
     MATMULS,
     SOFTMAX,
     ancestors,
@@ -89,42 +91,68 @@ def _widened(gm: GraphModule, mask: Node, length: int, fill: float) -> Node:
         return add_call(gm, "widen_mask", WidenMask(length, fill), (mask,))
 
 
-def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
-    """Feeds keys and values of one attention through the branch at `path`."""
+@dataclass(frozen=True)
+class _Operands:
+    """One attention's keys and values, and the call and argument that read the keys.
+
+    Keys of unfused attentions are `[..., dim, tokens]`, all others `[..., tokens, dim]`.
+    """
+
+    product: Node
+    index: int
+    key: Node
+    value: Node
+    fused: bool
+
+
+def _operands(gm: GraphModule, core: Node) -> _Operands:
     fused = isinstance(submodule(gm, core), Attention)
     product = core if fused else _scores(core)
     if product is None:
         raise PassError(f"the scores of the attention at {core.name} cannot be found.")
-    above: Any = operands(product)
-    below: Any = operands(core)
-    key, value = (below[1], below[2]) if fused else (above[1], below[1])
-    if not isinstance(key, Node) or not isinstance(value, Node):
+    index = 2 if is_op(product, ATEN.baddbmm.default) else 1
+    key: Any = operands(product)[index]
+    held: Any = operands(core)[2 if fused else 1]
+    if not isinstance(key, Node) or not isinstance(held, Node):
         raise PassError(f"the attention at {core.name} has no key or value tensor.")
-    graph = gm.graph
-    if not fused:
+    return _Operands(product, index, key, held, fused)
+
+
+def key_value_widths(gm: GraphModule, core: Node) -> tuple[int, int]:
+    """Width of one head's keys and of its values; they differ in latent attention."""
+    found = _operands(gm, core)
+    key, held = shape(found.key), shape(found.value)
+    if key is None or held is None:
+        raise PassError(f"the attention at {core.name} has no recorded shapes.")
+    return int(key[-1 if found.fused else -2]), int(held[-1])
+
+
+def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
+    """Feeds keys and values of one attention through the branch at `path`."""
+    found = _operands(gm, core)
+    product, graph = found.product, gm.graph
+    if not found.fused:
         _widen_scores(gm, product, core, length)
-    place = product if fused else min((product, core), key=list(graph.nodes).index)
-    with graph.inserting_before(place):
-        if not fused:
-            _move_before(gm, value, place)
+    with graph.inserting_before(product):
+        if not found.fused:
+            _move_before(gm, found.value, product)
         name = path.replace(".", "_")
-        both = graph.create_node("call_module", path, (key, value, not fused), {}, name=name)
-        new_key = graph.create_node(
-            "call_function", operator.getitem, (both, 0), {}, name=f"{name}_key"
+        args = (found.key, found.value, not found.fused)
+        both = graph.create_node("call_module", path, args, {}, name=name)
+        new_key, new_value = (
+            graph.create_node("call_function", operator.getitem, (both, i), {}, name=f"{name}_{n}")
+            for i, n in enumerate(("key", "value"))
         )
-        new_value = graph.create_node(
-            "call_function", operator.getitem, (both, 1), {}, name=f"{name}_value"
-        )
-        if fused:
+        if found.fused:
+            below: Any = operands(core)
             mask = below[3] if len(below) > 3 else None
-            causal = bool(below[4]) if len(below) > 4 else False
-            if causal:
-                mask = add_call(gm, "causal_mask", CausalMask(length), (below[0], key))
+            if len(below) > 4 and below[4]:
+                mask = add_call(gm, "causal_mask", CausalMask(length), (below[0], found.key))
             elif isinstance(mask, Node):
                 mask = _widened(gm, mask, length, 1.0 if not is_float(mask) else 0.0)
             core.args = (below[0], new_key, new_value, mask, False)
-    if not fused:
-        product.update_arg(1, new_key)
+    if not found.fused:
+        product.update_arg(found.index, new_key)
         core.update_arg(1, new_value)
 
 
@@ -159,6 +187,9 @@ def _widen_scores(gm: GraphModule, product: Node, core: Node, length: int) -> No
     """Widens everything that meets the scores between the product and the softmax."""
     above = set(ancestors(core, block=lambda n: n is product))
     current = product
+    bias = product.args[0]
+    if is_op(product, ATEN.baddbmm.default) and isinstance(bias, Node):
+        product.update_arg(0, _widened(gm, bias, length, 0.0))
     while not is_op(current, SOFTMAX):
         following = next((u for u in users(current) if u in above), None)
         if following is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .edit import Editor
 from .errors import OptionError, SelectorError, nearest
 from .program import Program
+from .selector import WORDS
 from .sites import Site
 from .verify import Contract
 
@@ -188,11 +189,14 @@ class Method(Pass, abstract=True):
                 f"{self.text} does not apply to this model: it works on {kinds} sites, and the "
                 f"model has none. It has: {other or 'no sites'}. Choose another method."
             )
+        role = roles.most_common(1)[0][0]
+        site = next(s for s in program.sites.of(*self.kinds) if s.role == role)
+        example = max(sorted(site.tags & WORDS), key=len)
         listed = ", ".join(f"{role} ({n})" for role, n in sorted(roles.items()))
         return (
             f"{self.text}: the usual places ({self.where}) are not in this model. Its {kinds} "
             f"sites have the roles {listed}. Say where, for example "
-            f"{self.text}{{where={roles.most_common(1)[0][0]}}}; print program.sites to see them all."
+            f"{self.text}{{where={example}}}; print program.sites to see them all."
         )
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:

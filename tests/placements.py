@@ -31,9 +31,9 @@ WHERE = {
     ("resnet", "lora"): "head",
     ("resnet", "serial_adapter"): "conv",
     ("convnext", "lora"): "ffn",
-    ("mamba", "lora"): "mixer",
+    ("mamba", "lora"): "mixer.in|mixer.out",
     ("mamba", "serial_adapter"): "mixer",
-    ("mamba2", "lora"): "mixer",
+    ("mamba2", "lora"): "mixer.in|mixer.out",
     ("mamba2", "serial_adapter"): "mixer",
 }
 """Where a model has none of the places that the method's paper names; an error says so."""
@@ -44,8 +44,8 @@ NO_BLOCK = "the model has neither attention nor feed-forward blocks"
 REASONS = {
     **{(n, "prefix_tuning"): NO_ATTENTION for n in ("mlp", "resnet", "convnext", "mamba", "mamba2")},
     **{(n, "prompt_tuning"): NO_IDS for n in (
-        "mlp", "resnet", "transformer_encoder", "multihead_attention", "vit", "swin", "convnext",
-        "unet", "dit",
+        "mlp", "resnet", "transformer_encoder", "multihead_attention", "segformer", "vit", "swin",
+        "convnext", "unet", "dit",
     )},
     ("mamba", "prompt_tuning"): "the graph unrolls a loop over a fixed number of tokens",
     **{(n, "ia3"): NO_BLOCK for n in ("mlp", "resnet", "mamba", "mamba2")},
@@ -67,8 +67,10 @@ def cell_of(method: str, name: str, base: peftfx.Program) -> str:
     try:
         edited = len(peftfx.run(base, text_of(method, where)).history[-1].edited)
     except RewriteError:
+        if (name, method) not in REASONS:
+            raise
         return _refused(name, method)
-    return f"{edited} at `{where}`" if where else str(edited)
+    return f"{edited} at `{where}`".replace("|", "\\|") if where else str(edited)
 
 
 def _refused(name: str, method: str) -> str:

@@ -22,7 +22,7 @@ from ...rewriter.verify import Contract
 
 
 class PrefixBranch(KeyValue):
-    """Rows stored directly; parameters `key`, `value` `[length, kv_heads, head_dim]`."""
+    """Rows stored directly; parameters `key`, `value` `[length, kv_heads, width]`."""
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__(key.shape[0])
@@ -38,17 +38,17 @@ class PrefixBranch(KeyValue):
 class ProjectedPrefixBranch(KeyValue):
     """Rows from `W2 tanh(W1 E)`; parameters `embedding [length, d]` and the two linears."""
 
-    def __init__(self, length: int, heads: int, dim: int, inner: int) -> None:
+    def __init__(self, length: int, heads: int, widths: tuple[int, int], inner: int) -> None:
         super().__init__(length)
-        width = heads * dim
-        self.heads, self.dim = heads, dim
+        width = heads * widths[0]
+        self.heads, self.widths = heads, widths
         self.embedding = nn.Parameter(torch.empty(length, width))
-        self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, 2 * width)
+        self.inner, self.outer = nn.Linear(width, inner), nn.Linear(inner, heads * sum(widths))
 
     def rows(self) -> tuple[Tensor, Tensor]:
         both = self.outer(torch.tanh(self.inner(self.embedding)))
-        k, v = both.view(self.length, 2, self.heads, self.dim).unbind(1)
-        return k, v
+        k, v = both.split([self.heads * w for w in self.widths], 1)
+        return k.unflatten(1, (self.heads, -1)), v.unflatten(1, (self.heads, -1))
 
     def describe(self) -> str:
         return f"length={self.length}, projection={self.inner.out_features}"
@@ -87,13 +87,15 @@ class PrefixTuning(Method):
 
     def insert(self, edit: Editor, site: AttentionSite) -> None:
         like = edit.like(site)
-        shape = (self.length, site.kv_heads, site.head_dim)
+        widths = edit.key_value_widths(site)
         if self.projection is None:
-            key = torch.randn(shape, generator=edit.generator) * self.std
-            value = torch.randn(shape, generator=edit.generator) * self.std
+            key, value = (
+                torch.randn(self.length, site.kv_heads, w, generator=edit.generator) * self.std
+                for w in widths
+            )
             edit.prepend_kv(site, PrefixBranch(key.to(like), value.to(like)))
             return
-        branch = ProjectedPrefixBranch(self.length, site.kv_heads, site.head_dim, self.projection)
+        branch = ProjectedPrefixBranch(self.length, site.kv_heads, widths, self.projection)
         nn.init.normal_(branch.embedding, generator=edit.generator)
         for linear in (branch.inner, branch.outer):
             bound = linear.in_features**-0.5
