@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import peftfx
-from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.passes import REGISTRY, Method
 
 from .zoo import ZOO
@@ -31,9 +30,9 @@ WHERE = {
     ("resnet", "lora"): "head",
     ("resnet", "serial_adapter"): "conv",
     ("convnext", "lora"): "ffn",
-    ("mamba", "lora"): "mixer.in|mixer.out",
+    ("mamba", "lora"): "mixer.in or mixer.out",
     ("mamba", "serial_adapter"): "mixer",
-    ("mamba2", "lora"): "mixer.in|mixer.out",
+    ("mamba2", "lora"): "mixer.in or mixer.out",
     ("mamba2", "serial_adapter"): "mixer",
 }
 """Where a model has none of the places that the method's paper names; an error says so."""
@@ -63,17 +62,20 @@ def text_of(method: str, where: str = "") -> str:
 
 def cell_of(method: str, name: str, base: peftfx.Program) -> str:
     """What the page says of a method in an architecture: edited sites, or why there are none."""
+    if (name, method) in REASONS:
+        return refused(name, method)
     where = WHERE.get((name, method), "")
-    try:
-        edited = len(peftfx.run(base, text_of(method, where)).history[-1].edited)
-    except RewriteError:
-        if (name, method) not in REASONS:
-            raise
-        return _refused(name, method)
-    return f"{edited} at `{where}`".replace("|", "\\|") if where else str(edited)
+    return shown(peftfx.run(base, text_of(method, where)), where)
 
 
-def _refused(name: str, method: str) -> str:
+def shown(program: peftfx.Program, where: str) -> str:
+    """The cell of a program that a method was run on."""
+    edited = len(program.history[-1].edited)
+    return f"{edited} at `{where}`" if where else str(edited)
+
+
+def refused(name: str, method: str) -> str:
+    """The cell of a combination that makes no sense."""
     reasons = sorted(set(REASONS.values()))
     return f"–[^{reasons.index(REASONS[name, method]) + 1}]"
 
