@@ -31,9 +31,9 @@ from .aten import (
 )  # fmt: skip
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .errors import PassError
+from .keyvalue import key_value_widths, prepend_key_value
 from .program import BRANCHES, Attachment, Program
 from .sites import AttentionSite, ConvSite, EmbeddingSite, LinearSite, NormSite, Site, SublayerSite
-from .keyvalue import key_value_widths, prepend_key_value
 from .tokens import prepend_tokens, shift_positions
 from .weight import Weight
 
@@ -89,6 +89,9 @@ class Editor:
         self._attach_linear(site, branch)
 
     def _attach_linear(self, site: LinearSite, branch: Delta | InputScale | OutputScale) -> None:
+        if site.sliced:
+            self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
+            return
         if site.features is not None:
             full = self.weight(site).out_features
             index = torch.zeros(full, dtype=torch.long)
@@ -119,7 +122,7 @@ class Editor:
             branch.axis = 1
         path = self._attach(site, branch)
         output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
-        current = composed_value(self.graph_module, output)
+        current = composed_value(output)
         while True:  # behind earlier serial branches
             chained = next((u for u in users(current) if u.meta.get("serial") == site.id), None)
             if chained is None:
@@ -315,8 +318,10 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
     def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
         node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
         node.meta["composed"] = key
+        inside.add(node)
         return node
 
+    inside: set[Node] = set()
     data = data_index(call)
     x = call.args[data]
     with gm.graph.inserting_before(call):
@@ -336,7 +341,6 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         with gm.graph.inserting_after(tail):
             tail = emit("call_module", path, (tail,), path.replace(".", "_"))
     if tail is not call:
-        inside = {n for n in gm.graph.nodes if n.meta.get("composed") == key}
         for reader in [*readers, *(u for u in call.users if u not in readers)]:
             if reader not in inside:
                 reader.replace_input_with(call, tail)
@@ -355,21 +359,20 @@ def _raise(gm: GraphModule, call: Node) -> Node:
     return linear
 
 
-def composed_value(gm: GraphModule, call: Node) -> Node:
+def composed_value(call: Node) -> Node:
     """The value of a linear call with all branches composed around it; other nodes themselves."""
-    key = call.meta.get("call", call.name)
-    mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
+    mine = _composed(call, call.meta.get("call", call.name))
     inside = {*mine, call}
-    return next((n for n in reversed(mine) if any(u not in inside for u in n.users)), call)
+    return next((n for n in mine if any(u not in inside for u in n.users)), call)
 
 
 def _decompose(gm: GraphModule, call: Node, key: str) -> None:
     """Removes the composed branches around a call, leaving the bare linear."""
-    mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
+    mine = _composed(call, key)
     if not mine:
         return
     inside = {*mine, call}
-    tail = composed_value(gm, call)
+    tail = composed_value(call)
     data = data_index(call)
     x = call.args[data]
     while isinstance(x, Node) and x in inside:
@@ -378,16 +381,35 @@ def _decompose(gm: GraphModule, call: Node, key: str) -> None:
     if tail is not call:
         for reader in [u for u in tail.users if u not in inside]:
             reader.replace_input_with(tail, call)
-    for node in reversed(mine):
-        gm.graph.erase_node(node)
+    while mine:
+        unread = next(n for n in mine if not n.users)
+        gm.graph.erase_node(unread)
+        mine.remove(unread)
+
+
+def _composed(call: Node, key: str) -> list[Node]:
+    """The nodes emitted around a call, found from it (a scan of the graph for every call would
+    be quadratic)."""
+    found: dict[Node, None] = {}
+    stack = [call]
+    while stack:
+        node = stack.pop()
+        for near in (*node.all_input_nodes, *node.users):
+            if near.meta.get("composed") == key and near not in found:
+                found[near] = None
+                stack.append(near)
+    return list(found)
 
 
 def fold_ready(program: Program, first: frozenset[str] = frozenset()) -> None:
     """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
+    attached = {a.site for a in program.attachments}
+    weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
+    nodes = site_nodes(program.module)
     done: set[str] = set()
     for site in program.sites:
-        if isinstance(site, LinearSite) and at_weight(program, site.weight):
+        if isinstance(site, LinearSite) and site.weight in weights:
             for name in site.nodes:
                 if name not in done:
-                    compose(program, site_nodes(program.module)[name], site.weight, first)
+                    compose(program, nodes[name], site.weight, first)
                     done.add(name)

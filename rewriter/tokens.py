@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -109,7 +108,9 @@ def shift_positions(program: Program, length: int) -> None:
         if site.kind == "embedding" and site.role == "position":
             node = next(n for n in gm.graph.nodes if n.name == site.nodes[0])
             targets.append((node, 1))
-            learnt |= {program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols}
+            learnt |= {
+                program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols
+            }
     seen: set[Node] = set()
     for wave in gm.graph.nodes:
         if not is_op(wave, _WAVES):
@@ -130,7 +131,7 @@ def shift_positions(program: Program, length: int) -> None:
             start = position[0] if rows else position
             moved = gm.graph.call_function(ATEN.add.Tensor, (start, length))
         node.update_arg(index, [moved] if rows else moved)
-    for label in sorted(n for n in learnt if not n.startswith("batch")):
+    for label in sorted(n for n in learnt if n and not n.startswith("batch")):
         program.spec = _shorter(program, label, length)
 
 
@@ -201,7 +202,7 @@ def prepend_tokens(
     """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
     gm, length = program.module, branch.length
     ids = _token_ids(program, site, embedding)
-    symbol = str((shape(ids) or ())[1])
+    symbol = str(value(ids).shape[1])
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     pooled = [n for n in gm.graph.nodes if _first_token(n, symbol)]
@@ -261,6 +262,8 @@ def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
 
 def _fresh_size(ids: Node, label: str) -> Any:
     """A new symbolic size for the inputs, which are shorter than the graph's own values."""
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+
     mode: Any = value(ids).fake_mode
     names = len(mode.shape_env.var_to_range)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]

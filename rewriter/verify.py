@@ -81,16 +81,17 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; everything is put back.
+    """Evaluation mode without gradients; the mode is put back.
 
-    Also the flags are off: torch picks another kernel where a weight asks for a gradient.
+    Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
+    that flag, and the last bit of the result depends on the kernel.
     """
     modes = [(m, m.training) for m in program.module.modules()]
     trained = program.trainable_parameters()
     program.eval()
-    for parameter in trained:
-        parameter.requires_grad_(False)
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:

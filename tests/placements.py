@@ -77,7 +77,7 @@ def shown(program: peftfx.Program, where: str) -> str:
 def refused(name: str, method: str) -> str:
     """The cell of a combination that makes no sense."""
     reasons = sorted(set(REASONS.values()))
-    return f"–[^{reasons.index(REASONS[name, method]) + 1}]"
+    return f"-[^{reasons.index(REASONS[name, method]) + 1}]"
 
 
 def render(cells: dict[tuple[str, str], str]) -> str:

@@ -1,8 +1,9 @@
 """BitFit: train the biases and nothing else.
 
 Ben-Zaken et al., ACL 2022, arXiv:2106.10199. Biases of the selected linears, convolutions and
-norms become trainable; a linear or convolution without bias gets a zero one (then the model has parameters that the original
-class does not know, and `export_state_dict()` says so). Nothing to fold: the biases are weights.
+norms become trainable; a linear or convolution without bias gets a zero one (then the model has
+parameters that the original class does not know, and `export_state_dict()` says so). Nothing to
+fold: the biases are weights.
 """
 
 from __future__ import annotations
