@@ -81,15 +81,24 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is put back."""
+    """Evaluation mode without gradients; mode and flags are put back.
+
+    No parameter requires gradients meanwhile: `matmul` chooses its kernel by that flag, so that a
+    pass which only freezes would seem to change the outputs by a rounding.
+    """
     modes = [(m, m.training) for m in program.module.modules()]
+    trained = [p for p in program.module.parameters() if p.requires_grad]
     program.eval()
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def floats(output: Any) -> list[Tensor]:
