@@ -83,6 +83,9 @@ class Editor:
         self._attach_linear(site, branch)
 
     def _attach_linear(self, site: LinearSite, branch: Delta | InputScale | OutputScale) -> None:
+        if site.sliced:
+            self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
+            return
         if site.features is not None:
             full = self.weight(site).out_features
             index = torch.zeros(full, dtype=torch.long)

@@ -87,6 +87,17 @@ class Rows(nn.Module):
         return x
 
 
+class Cross(nn.Module):
+    """`nn.MultiheadAttention` on another sequence slices its weight instead of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x + self.attention(x, memory, memory, need_weights=False)[0]
+
+
 def program(make: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, Any, Tensor]:
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(3, 5, WIDTH)
@@ -116,6 +127,19 @@ def test_a_weight_on_the_left_takes_branches_on_its_features() -> None:
     torch.testing.assert_close(adapted.module(x), moved, rtol=1e-5, atol=1e-5)
     kept = peftfx.run(adapted, "fold").history[-1].skipped
     assert kept == (("step", "not foldable: the weight is the left operand of its product"),)
+
+
+def test_slices_of_a_weight_are_sites_without_branches() -> None:
+    inputs = torch.randn(3, 5, WIDTH), torch.randn(3, 4, WIDTH)
+    found = peftfx.capture(Cross().eval(), inputs)
+    (core,) = found.sites.of("attention")
+    assert isinstance(core, AttentionSite) and core.cross and (core.heads, core.head_dim) == (2, 8)
+    parts = {s.role: s for s in found.sites if isinstance(s, LinearSite)}
+    for index, role in enumerate("qkv"):
+        assert parts[role].features == tuple(range(WIDTH * index, WIDTH * (index + 1)))
+    adapted = peftfx.run(found, "lora{rank=2,where=q|v|o}")
+    assert adapted.history[-1].edited == ("attention.out_proj.weight",)
+    assert [s for s, _ in adapted.history[-1].skipped] == [parts["q"].id, parts["v"].id]
 
 
 def test_repeated_sublayers_have_names_of_their_own() -> None:
