@@ -74,9 +74,9 @@ class _Builder:
     def __post_init__(self) -> None:
         lookups = [n.args[0] for n in self.graph.nodes if is_op(n, EMBEDDING)]
         self.tables = {found[0] for t in lookups if (found := parameter_of(t))}
-        self.calls: dict[str, list[Linear]] = {}
+        self.calls: dict[tuple[str, tuple[int, ...] | None], list[Linear]] = {}
         for linear in self.graph.linears.values():
-            self.calls.setdefault(linear.weight, []).append(linear)
+            self.calls.setdefault((linear.weight, linear.rows), []).append(linear)
 
     def blocks(self) -> None:
         """Sites of attentions, feed-forward blocks and mixers, and of their linears."""
@@ -99,7 +99,7 @@ class _Builder:
 
     def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
         """Adds the site of a linear in a role, once; returns its id."""
-        features = draft.features.get((role, linear.weight)) if draft else None
+        features = draft.features.get((role, linear.weight)) if draft else linear.rows
         sub = draft.sublayer if draft else self.found.owner.get(linear.node)
         name, tied = self._names(linear.weight)
         site_id = name + (f":{role}" if features is not None else "")
@@ -107,7 +107,7 @@ class _Builder:
             return site_id
         self.claimed |= {site_id, linear.weight}
         layer, stream = (sub.layer, sub.stream) if sub else (None, "")
-        nodes = tuple(p.node.name for p in self.calls[linear.weight])
+        nodes = tuple(p.node.name for p in self.calls[linear.weight, linear.rows])
         size = linear.sizes[1] if features is None else len(features)
         if linear.stack:
             self.sites.append(ExpertsSite(
@@ -121,6 +121,7 @@ class _Builder:
                 weight=linear.weight, bias=linear.bias, features=features,
                 in_features=linear.sizes[0], out_features=size, in_out=linear.in_out, tied=tied,
                 cross=bool(draft and draft.cross), left=linear.left,
+                sliced=linear.rows is not None,
             ))  # fmt: skip
         return site_id
 

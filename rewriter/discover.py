@@ -107,9 +107,10 @@ class _Discovery:
         drafts = [d for c in within if (d := self._attention(c, branch))]
         if drafts:
             return ("cross" if drafts[0].cross else "attn"), drafts
-        joint = [c for c in self.cores if c.node in inside]
-        for linear in [o for c in joint for o in outputs(self.graph, c, nodes)]:
-            self.roles[linear.node] = "o"  # one attention that writes to two streams
+        shared = [c for c in self.cores if c.node in inside]
+        joint = [o for c in shared for o in outputs(self.graph, c, nodes)]
+        if joint:  # one attention that writes to two streams
+            self.roles[joint[0].node] = "o"
             return "attn", []
         linears = [p for n, p in self.graph.linears.items() if n in nodes]
         for down in ends(self.graph, branch.output, nodes):
@@ -117,7 +118,7 @@ class _Discovery:
             if draft is not None:
                 self._routers(draft, linears)
                 return "ffn", [draft]
-        if joint or nested or any(p.stack for p in linears):
+        if shared or nested or any(p.stack for p in linears):
             return None
         draft = mixer(self.graph, branch.output, linears, nodes)
         if draft is not None:
@@ -146,9 +147,16 @@ class _Discovery:
             for linear in parts[role]:
                 if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
                     found = self.probe.features(linear.node, operand)
-                    if len(found) < linear.sizes[1]:
-                        draft.features[role, linear.weight] = found
-            parts[role].sort(key=lambda p, r=role: -len(draft.features.get((r, p.weight), ())))
+                else:
+                    found = tuple(range(linear.sizes[1]))
+                if linear.rows is not None:
+                    draft.features[role, linear.weight] = tuple(linear.rows[i] for i in found)
+                elif len(found) < linear.sizes[1]:
+                    draft.features[role, linear.weight] = found
+            # The projection that gives most of a role's features stands for it.
+            parts[role].sort(
+                key=lambda p, r=role: -len(draft.features.get((r, p.weight), range(p.sizes[1])))
+            )
         return draft
 
     def _sliced(self, top: Node, bottom: Node) -> bool:

@@ -65,6 +65,7 @@ class LinearSite(Site):
         tied: other names of the same weight tensor, and other kinds of use.
         cross: a projection of a cross-attention.
         left: the calls are `W @ x`, with the features on the last axis but one.
+        sliced: the calls multiply by a slice of the stored weight (no branch can be added yet).
     """
 
     weight: str = ""
@@ -76,6 +77,7 @@ class LinearSite(Site):
     tied: tuple[str, ...] = ()
     cross: bool = False
     left: bool = False
+    sliced: bool = False
 
     @property
     def module(self) -> str:

@@ -6,10 +6,11 @@ leaves out sizes (a view by another tensor's size is no dataflow) and follows in
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -59,6 +60,7 @@ class Linear:
         sizes: (in, out) features.
         stack: number of matrices in a stack of experts, 0 for a plain weight.
         left: the weight is the left operand, `W @ x`: features are the last axis but one.
+        rows: the output features of the weight that the call uses, None for all.
     """
 
     node: Node
@@ -69,6 +71,7 @@ class Linear:
     sizes: tuple[int, int]
     stack: int = 0
     left: bool = False
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -161,17 +164,19 @@ class Walk:
         found = self._matrix(w)
         if found is None or not isinstance(x, Node):
             return None
-        path, held, turned = found
+        path, held, turned, rows = found
         in_out = in_out != turned
-        rows, columns = int(held.shape[-2]), int(held.shape[-1])
+        if in_out and rows is not None:
+            return None
+        height, width = int(held.shape[-2]), int(held.shape[-1])
         named = parameter_of(bias)
-        sizes = (rows, columns) if in_out else (columns, rows)
+        sizes = (height, width) if in_out else (width, len(rows) if rows else height)
         stack = int(held.shape[0]) if held.dim() == 3 else 0
         name = named[0] if named else None
-        return Linear(node, x, path, name, in_out, sizes, stack, left)
+        return Linear(node, x, path, name, in_out, sizes, stack, left, rows)
 
-    def _matrix(self, node: object) -> tuple[str, Tensor, bool] | None:
-        """(path, parameter, transposed) of a stored matrix or stack of matrices."""
+    def _matrix(self, node: object) -> tuple[str, Tensor, bool, tuple[int, ...] | None] | None:
+        """(path, parameter, transposed, rows used) of a stored matrix or stack of matrices."""
         found = parameter_of(node)
         if found is None:
             return None
@@ -179,9 +184,11 @@ class Walk:
         held = attribute(self.gm, path)
         if not isinstance(held, nn.Parameter) or held.dim() not in (2, 3):
             return None
-        if any(is_op(s, SLICES) for s in steps):
-            return None
-        return path, held, sum(is_op(s, _TRANSPOSES) for s in steps) % 2 == 1
+        turned = sum(is_op(s, _TRANSPOSES) for s in steps) % 2 == 1
+        if not any(is_op(s, SLICES) for s in steps):
+            return path, held, turned, None
+        rows = _rows(held, steps) if held.dim() == 2 and not turned else None
+        return None if rows is None else (path, held, False, rows)
 
     def _conv(self, node: Node) -> Conv | None:
         if not is_op(node, CONVS):
@@ -266,10 +273,10 @@ class Walk:
                     stack.append(user)
         return sorted(found, key=lambda linear: self.order[linear.node])
 
-    def source(self, node: Node, through: Collection[object] = VIEWS) -> Node:
+    def source(self, node: Node) -> Node:
         """`node` without views and dropout around it."""
         while isinstance(node.args[0] if node.args else None, Node) and (
-            is_op(node, frozenset(through)) or self.is_dropout(node)
+            is_op(node, VIEWS) or self.is_dropout(node)
         ):
             node = node.args[0]  # pyright: ignore[reportAssignmentType]
         return node
@@ -280,3 +287,16 @@ class Walk:
         if not is_op(node, ADDS) or len(two) != 2 or any(a.op == "get_attr" for a in two):
             return None
         return two[0], two[1]
+
+
+def _rows(held: Tensor, steps: Sequence[Node]) -> tuple[int, ...] | None:
+    """Which whole rows of a matrix are left after slicing, None if it is no such slice."""
+    if any(isinstance(a, Node) for s in steps for a in s.args[1:]):
+        return None
+    count, width = held.shape
+    index: Any = torch.arange(count).unsqueeze(1).expand(count, width)
+    for step in steps:
+        slicing: Any = step.target
+        index = slicing(index, *step.args[1:], **step.kwargs)
+    whole = index.dim() == 2 and index.shape[1] == width
+    return tuple(int(i) for i in index[:, 0]) if whole else None
