@@ -20,7 +20,8 @@ from torch.fx import Node
 
 from .aten import EMBEDDING, is_op, parameter_of, set_attribute
 from .branch import Branch, Delta, InputScale, OutputScale, Scale
-from .edit import Editor, fold_ready
+from .compose import fold_ready
+from .edit import Editor
 from .errors import FoldError
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 from .program import Attachment

@@ -7,7 +7,8 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 from __future__ import annotations
 
 from .branch import Delta, Fused
-from .edit import Editor, fold_ready
+from .compose import fold_ready
+from .edit import Editor
 from .fold import delta_rule
 from .pattern import Match
 from .sites import LinearSite

@@ -206,10 +206,10 @@ class Method(Pass, abstract=True):
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
-        for part in plan.decisions.get("absent", ()):
-            edit.skipped.append((part, "the model has no such place"))
         for site_id in plan.decisions["sites"]:
             self.insert(edit, edit.program.sites[site_id])
+        for part in plan.decisions.get("absent", ()):
+            edit.skipped.append((part, "the model has no such place"))
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""
