@@ -40,6 +40,16 @@ def test_every_method_exports(captured: Any, method: str, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.parametrize("name", ["t5", "vit", "phi3"])
+def test_folded_lora_exports_elsewhere(zoo: Any, name: str, tmp_path: Path) -> None:
+    """An encoder-decoder, a vision model, and fused projections."""
+    program = randomise(peftfx.run(zoo[name][1], "lora{rank=4}"), 0.1)
+    report = peftfx.export_onnx(peftfx.run(program, "fold"), tmp_path / "m.onnx")
+    assert report.error <= 1e-5
+    graph = onnx.load(str(report.path)).graph
+    assert not any("peftfx" in i.name for i in graph.initializer)
+
+
 def test_a_wrong_file_never_appears(
     captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

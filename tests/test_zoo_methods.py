@@ -13,6 +13,7 @@ from torch import Tensor
 import peftfx
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.passes import REGISTRY
+from peftfx.rewriter.sites import SublayerSite
 from peftfx.rewriter.verify import floats
 
 from .conftest import CapturedZoo
@@ -171,3 +172,46 @@ def part(t: Tensor, row: int, like: Tensor, mask: Tensor | None) -> Tensor:
 def test_the_page_is_fresh() -> None:
     assert set(CELLS) == {(name, method) for name in ZOO for method in METHODS}
     assert PAGE.read_text(encoding="utf-8") == render(CELLS)
+
+
+def test_a_selector_puts_the_prompt_into_the_decoder(zoo: CapturedZoo) -> None:
+    """The default is the encoder; the decoder's lookup of the shared table has an id of its own."""
+    for name in ("t5", "bart"):
+        _, base = zoo[name]
+        encoder, decoder = base.sites.select("embedding.token", ("embedding",))
+        assert peftfx.run(base, "prompt_tuning").history[-1].edited == (encoder.id,)
+        program = peftfx.run(base, "prompt_tuning{length=4,where=re:'@'}")
+        assert program.history[-1].edited == (decoder.id,)
+        inputs = sized(base, name)
+        after = outputs(program, inputs)
+        assert moved(outputs(base, inputs), after) > 0.01
+        check_rows(program, inputs, after)
+
+
+def test_weights_on_the_left_take_branches_and_fold(zoo: CapturedZoo) -> None:
+    """`W @ x` has its features on the last axis but one; the model's own bias is found."""
+    model, base = zoo["mamba"]
+    inputs = sized(base, "mamba")
+    where = "mixer.inner and name:dt_proj"
+    program = peftfx.run(base, f"lora{{rank=2,where={where}}};ia3{{where={where}}}")
+    after = [t.detach() for t in randomised(program, inputs, outputs(base, inputs), 0.01)]
+    folded = peftfx.run(program, "fold")
+    assert not folded.attachments
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(folded.export_state_dict(), strict=True)
+    close(floats(merged(**inputs)), after, 1e-3)
+    trained = peftfx.run(base, f"bitfit{{where={where}}}")
+    assert not trained.added
+    assert all(n.endswith("dt_proj.bias") for n in trained.named_trainable_parameters())
+
+
+def test_serial_adapters_on_channels_in_front(zoo: CapturedZoo) -> None:
+    _, base = zoo["unet"]
+    program = peftfx.run(base, "serial_adapter{bottleneck=3,norms=false,where=conv}")
+    sublayers = base.sites.select("conv", ("sublayer",))
+    widths = {s.width for s in sublayers if isinstance(s, SublayerSite)}
+    shapes = {p.shape[0] for n, p in program.named_trainable_parameters().items() if "up" in n}
+    assert shapes == widths
+    inputs = sized(base, "unet")
+    after = [t.detach() for t in randomised(program, inputs, outputs(base, inputs), 0.01)]
+    check_rows(program, inputs, after)
