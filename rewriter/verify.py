@@ -81,13 +81,22 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is put back."""
+    """Evaluation mode without gradients; the mode is put back.
+
+    Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
+    that flag, and the last bit of the result depends on the kernel.
+    """
     modes = [(m, m.training) for m in program.module.modules()]
+    trained = program.trainable_parameters()
     program.eval()
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with torch.no_grad():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
 
