@@ -8,15 +8,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..rewriter.errors import OptionError
 from ..rewriter.files import write_file
 from ..rewriter.program import Program
 from ..rewriter.sites import LinearSite, Site
-from .boxes import BODY, EDGE, FAMILIES, HIT_EDGE, HIT_FILL, HIT_INK, INK, MUTED, PAPER, SMALL
-from .canvas import Canvas, Circle, Line, Rect, shorten
-from .layout import Painter
+from .boxes import (
+    BODY,
+    EDGE,
+    FAMILIES,
+    HIT_EDGE,
+    HIT_FILL,
+    HIT_INK,
+    INK,
+    MUTED,
+    PAPER,
+    SMALL,
+    family,
+    tick,
+)
+from .canvas import Canvas, Rect, shorten
+from .layout import Painter, plus
 from .regions import streams
 from .repeats import compress
 
@@ -101,7 +115,7 @@ def _titled(title: str, body: Canvas, about: str = "") -> Canvas:
 def _heading(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
     made = Canvas()
     total = sum(p.numel() for p in base.module.parameters())
-    end = made.write(MARGIN, 44, type(base.module).__name__, 20, INK, True)
+    end = made.write(MARGIN, 44, shorten(type(base.module).__name__, 700, 20, True), 20, INK, True)
     if where:
         count = parameters(base, chosen)
         text = f"where={shorten(where, 420, 13)} hits {len(chosen)} of {len(base.sites)} sites"
@@ -111,27 +125,26 @@ def _heading(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
     else:
         text = f"{len(base.sites)} sites, {total:,} parameters"
     end = max(end, made.write(MARGIN, 68, text, 13, INK))
-    made.width = max(end, _legend(made, bool(where)))
+    used = {family(s) for s in base.sites}
+    made.width = max(end, _legend(made, [] if where else [f for f in FAMILIES if f in used]))
     made.height = 104
     return made
 
 
-def _legend(made: Canvas, selected: bool) -> float:
+def _legend(made: Canvas, families: Sequence[str]) -> float:
+    """Explains colours (or the mark, if no families are given) and symbols; returns its end."""
     x, y = MARGIN, 93.0
-    swatches = [(HIT_FILL, HIT_EDGE, "hit by the selector")] if selected else [
-        (fill, edge, name) for name, (fill, edge) in FAMILIES.items()
-    ]  # fmt: skip
-    for fill, edge, name in swatches:
-        made.add(Rect(x, y - 11, 20, 14, fill, edge, 2 if selected else 1.2, 3))
-        if selected:
-            tick = ((x + 15.8, y - 10.8), (x + 18.2, y - 8.2), (x + 22.4, y - 13.6))
-            made.add(Circle(x + 19, y - 11, 7, HIT_EDGE, PAPER), Line(tick, PAPER, 1.8))
-        x = made.write(x + 30, y, name, SMALL, HIT_INK if selected else MUTED) + 20
+    for name in families:
+        made.add(Rect(x, y - 11, 20, 14, *FAMILIES[name], 1.2, 3))
+        x = made.write(x + 27, y, name, SMALL, MUTED) + 20
+    if not families:
+        made.add(Rect(x, y - 11, 20, 14, HIT_FILL, HIT_EDGE, 2, 3))
+        tick(made, x + 19, y - 11)
+        x = made.write(x + 33, y, "hit by the selector", SMALL, HIT_INK) + 20
     made.add(Rect(x, y - 11, 24, 14, PAPER, EDGE, 1.2, 7))
-    x = made.write(x + 31, y, "operator without weights", SMALL, MUTED) + 20
-    made.add(Circle(x + 8, y - 4, 7, PAPER, EDGE))
-    made.add(Line(((x + 4, y - 4), (x + 12, y - 4)), INK), Line(((x + 8, y - 8), (x + 8, y)), INK))
-    x = made.write(x + 22, y, "joins the residual stream", SMALL, MUTED) + 20
+    x = made.write(x + 31, y, "no weights", SMALL, MUTED) + 20
+    made.add(*plus(x + 8, y - 4))
+    x = made.write(x + 23, y, "joins the residual stream", SMALL, MUTED) + 20
     return made.write(x, y, "bold words are what a selector can say", SMALL, MUTED)
 
 

@@ -62,7 +62,7 @@ def details(site: Site) -> list[str]:
 
 @dataclass
 class Placed:
-    """A drawn box and its place in its region."""
+    """The place of a drawn box in its region."""
 
     x: float
     y: float
@@ -74,13 +74,19 @@ class Placed:
         return self.y + self.h / 2
 
 
+def tick(canvas: Canvas, x: float, y: float) -> None:
+    """The mark of a hit."""
+    hook = ((x - 3.2, y + 0.2), (x - 0.8, y + 2.8), (x + 3.4, y - 2.6))
+    canvas.add(Circle(x, y, 7, HIT_EDGE, PAPER, 1.2), Line(hook, PAPER, 1.8))
+
+
 class BoxPainter:
     """Draws boxes; `hits` are the selected sites (None: no selection)."""
 
     def __init__(self, hits: frozenset[str] | None) -> None:
         self.hits = hits
-
         self.names: list[str] = []
+        """Patterns of the modules of the stream that is drawn, for `name`."""
 
     def name(self, box: Box) -> str:
         """The shortest end of a module's name that no other module of its stream has."""
@@ -92,8 +98,6 @@ class BoxPainter:
             if not others and not parts[-count].isdigit() and parts[-count:] != ["*"]:
                 return shorten(".".join(parts[-count:]), NAME, BODY)
         return shorten(".".join(parts), NAME, BODY)
-
-    # One box.
 
     def _colors(self, sites: Sequence[Site]) -> tuple[str, str, float, str, str]:
         """(fill, outline, its width, text, small text)"""
@@ -116,9 +120,7 @@ class BoxPainter:
         mark = "hit" if hit else "site"
         canvas.add(Rect(x, y, w, h, fill, edge, width, radius, title, mark))
         if hit:
-            cx, cy = x + w - 2, y + 1
-            tick = ((cx - 3.2, cy + 0.2), (cx - 0.8, cy + 2.8), (cx + 3.4, cy - 2.6))
-            canvas.add(Circle(cx, cy, 7, HIT_EDGE, PAPER, 1.2), Line(tick, PAPER, 1.8))
+            tick(canvas, x + w - 2, y + 1)
         return ink, muted
 
     def box(self, box: Box, copies: int) -> Canvas:
@@ -135,8 +137,9 @@ class BoxPainter:
     def _single(self, box: Box, times: int) -> Canvas:
         site = box.sites[0]
         operator = isinstance(site, AttentionSite | FeedForwardSite)
-        role = word(site) + (f"  {times} times" if times > 1 else "")
-        name = "" if operator else self.name(box)
+        role, name = word(site), "" if operator else self.name(box)
+        if times > 1:
+            name = f"{times} x  {name}"
         lines = [shorten(d, NAME + 40, SMALL) for d in details(site)]
         indent = text_width(role + "  ", BODY, True)
         inner = max(indent + text_width(name, BODY), *(text_width(t, SMALL) for t in lines), 40.0)
@@ -156,7 +159,7 @@ class BoxPainter:
         """One weight, divided by the roles of its features."""
         first = box.sites[0]
         total = sum(s.out_features for s in box.sites if isinstance(s, LinearSite))
-        name = self.name(box)
+        name = f"{times} x  {self.name(box)}" if times > 1 else self.name(box)
         into = first.in_features if isinstance(first, LinearSite) else 0
         size = f"{into} → {total}"
         cells = [

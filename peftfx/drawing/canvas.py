@@ -7,6 +7,7 @@ box with whatever sans-serif face the viewer has. Coordinates are pixels, y poin
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from dataclasses import dataclass, field, replace
@@ -194,19 +195,24 @@ class Text:
         )
 
     def paint(self, pen: Any, scale: int) -> None:
-        from PIL import ImageFont
-
-        face = ImageFont.load_default(self.size * scale)
-        x = self.x
-        for piece in self.text.replace("→", "\0→\0").split("\0"):
-            if piece == "→":  # the built-in face has no arrow
-                y, end = self.y - 0.33 * self.size, x + 0.88 * self.size
-                shaft = ((x + 0.05 * self.size, y), (end, y))
+        face = _face(self.size * scale)
+        x, middle = self.x, self.y - 0.33 * self.size
+        for letter in self.text:  # one by one: the face's own advances are rounded to pixels
+            if letter == "→":  # which the face does not have
+                shaft = ((x + 0.05 * self.size, middle), (x + 0.88 * self.size, middle))
                 Line(shaft, self.color, 1, 0.36 * self.size).paint(pen, scale)
-            else:
-                pen.text((x * scale, self.y * scale), piece, self.color, face, "ls",
-                         stroke_width=0.022 * self.size * scale if self.bold else 0)  # fmt: skip
-            x += text_width(piece, self.size, self.bold)
+            elif letter != " ":
+                stroke = 0.022 * self.size * scale if self.bold else 0
+                where = (x * scale, self.y * scale)
+                pen.text(where, letter, self.color, face, "ls", stroke_width=stroke)
+            x += text_width(letter, self.size, self.bold)
+
+
+@functools.cache
+def _face(size: float) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..rewriter.sites import LinearSite
 from .boxes import BODY, EDGE, INK, MUTED, PAPER, SMALL, BoxPainter, Placed
-from .canvas import Canvas, Circle, Line, Rect, text_width
+from .canvas import Canvas, Circle, Line, Rect, Shape, text_width
 from .parts import Box, Lane, Layer, Row, Stream
 from .parts import Line as OnLine
 from .repeats import MANY, common, pattern, runs
@@ -63,12 +63,13 @@ class Painter(BoxPainter):
         """One sublayer: its caption above its branch."""
         site = lane.head.sites[0]
         kind = site.id.rpartition(".")[2] if "." in site.id else site.role
-        title, about = f"{kind} sublayer", site.describe()
+        wide = text_width(kind, SMALL, True) + 4 + text_width("sublayer", SMALL)
         made = Canvas()
-        place = Placed(1, 1, text_width(title, SMALL, True) + 16, 19)
-        ink, _ = self.plate(made, lane.head.sites, lane.head.everything, place, radius=9.5)
-        made.write(9, 14.3, title, SMALL, ink, True)
-        made.width = made.write(place.w + 9, 14.3, about, SMALL, MUTED)
+        place = Placed(1, 1, wide + 16, 19)
+        ink, muted = self.plate(made, lane.head.sites, lane.head.everything, place, radius=9.5)
+        end = made.write(9, 14.3, kind, SMALL, ink, True)
+        made.write(end + 4, 14.3, "sublayer", SMALL, muted)
+        made.width = made.write(place.w + 13, 14.3, site.describe(), SMALL, MUTED)
         made.height = 20
         if not lane.boxes:
             made.width = max(made.width, made.write(
@@ -245,12 +246,17 @@ def _stem(canvas: Canvas, add: float | None = None, after: int = 0) -> Canvas:
     """Puts the residual line behind a piece, with the circled plus at height `add`."""
     canvas.shapes.insert(after, Line(((STEM, 0), (STEM, canvas.height)), EDGE, 2))
     if add is not None:
-        canvas.add(
-            Circle(STEM, add, 8, PAPER, EDGE, 1.6),
-            Line(((STEM - 4, add), (STEM + 4, add)), INK, 1.6),
-            Line(((STEM, add - 4), (STEM, add + 4)), INK, 1.6),
-        )
+        canvas.add(*plus(STEM, add))
     return canvas
+
+
+def plus(x: float, y: float) -> tuple[Shape, ...]:
+    """The circled plus of a residual add."""
+    return (
+        Circle(x, y, 8, PAPER, EDGE, 1.6),
+        Line(((x - 4, y), (x + 4, y)), INK, 1.6),
+        Line(((x, y - 4), (x, y + 4)), INK, 1.6),
+    )
 
 
 def _elbow(start: Placed, end: Placed, shift: float) -> Line:

@@ -157,8 +157,9 @@ class _Map:
                 if kind == "row":
                     continue
                 where = self.stream[where] if isinstance(where, Node) else where
-                shared = kind not in ("after", "line")
-                origins.add(f"from {self.owner[node].module if shared else f'stream {where}'}")
+                shared = kind not in ("after", "line") or where == stream
+                name = ".".join(self.owner[node].module.split(".")[-2:])
+                origins.add(f"from {name if shared else f'stream {where}'}")
                 continue
             elif node.op == "placeholder":
                 origins.add(f"input: {node.target}")
