@@ -14,7 +14,7 @@ from pathlib import Path
 from ..rewriter.errors import OptionError
 from ..rewriter.files import write_file
 from ..rewriter.program import Program
-from ..rewriter.sites import LinearSite, Site
+from ..rewriter.sites import Site
 from .boxes import (
     BODY,
     EDGE,
@@ -31,6 +31,7 @@ from .boxes import (
 )
 from .canvas import Canvas, Rect, shorten
 from .layout import Painter, plus
+from .parts import site_weight
 from .regions import streams
 from .repeats import compress
 
@@ -148,19 +149,20 @@ def _legend(made: Canvas, families: Sequence[str]) -> float:
     return made.write(x, y, "bold words are what a selector can say", SMALL, MUTED)
 
 
-def parameters(program: Program, chosen: list[Site]) -> int:
+def parameters(program: Program, chosen: Sequence[Site]) -> int:
     """Number of parameters in the weights of sites, each feature counted once."""
-    sizes = {n: p.numel() for n, p in program.module.named_parameters()}
-    whole = {w: sizes[w] for s in chosen if (w := getattr(s, "weight", "")) in sizes}
-    parts: dict[str, set[int]] = {}
+    count = {n: p.numel() for n, p in program.module.named_parameters()}
+    whole: set[str] = set()
+    parts: dict[str, dict[int, int]] = {}  # weight -> feature -> its number of parameters
     for site in chosen:
-        if isinstance(site, LinearSite):
-            if site.features is None:
-                parts.pop(site.weight, None)
-            else:
-                parts.setdefault(site.weight, set()).update(site.features)
-                whole[site.weight] = len(parts[site.weight]) * site.in_features
-    return sum(whole.values())
+        features = getattr(site, "features", None)
+        if features is None:
+            whole.add(site_weight(site))
+        else:
+            each = getattr(site, "in_features", 0) * getattr(site, "experts", 1)
+            parts.setdefault(site_weight(site), {}).update(dict.fromkeys(features, each))
+    total = sum(count[w] for w in whole if w in count)
+    return total + sum(sum(f.values()) for w, f in parts.items() if w not in whole)
 
 
 __all__ = ["check_drawing", "draw_sites", "picture"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..rewriter.sites import AttentionSite, EmbeddingSite, FeedForwardSite, LinearSite, Site
+from ..rewriter.sites import AttentionSite, EmbeddingSite, LinearSite, Site
 from .canvas import Canvas, Circle, Line, Rect, shorten, text_width
-from .parts import Box
+from .parts import Box, site_weight
 from .repeats import common, pattern
 
 INK, MUTED, FAINT, EDGE, PAPER = "#1f2937", "#5b6472", "#cbd2da", "#8a94a3", "#ffffff"
@@ -18,6 +18,8 @@ FAMILIES = {
     "feed-forward": ("#ddf3e4", "#63ac80"),
     "norm": ("#ececf1", "#a2a6b4"),
     "embedding": ("#ece3fb", "#a58bd8"),
+    "convolution": ("#d8f0f2", "#5da5ab"),
+    "mixer": ("#fbe4e0", "#d18b7e"),
     "other": ("#fdf3d4", "#c9ad58"),
 }
 """Fill and outline of boxes by what they belong to."""
@@ -28,18 +30,17 @@ NAME = 150.0  # longest name that is not shortened
 
 def family(site: Site) -> str:
     """The key of `FAMILIES` for a site."""
-    if site.role in ("q", "k", "v", "o", "attn"):
-        return "attention"
-    if site.role.startswith("ffn"):
-        return "feed-forward"
-    return site.kind if site.kind in FAMILIES else "other"
+    first = site.role.partition(".")[0]
+    roles = dict.fromkeys(("q", "k", "v", "o", "attn"), "attention")
+    found = (roles | {"ffn": "feed-forward", "conv": "convolution"}).get(first, first)
+    return found if found in FAMILIES else site.kind if site.kind in FAMILIES else "other"
 
 
 def word(site: Site) -> str:
     """The word of the selector grammar for a site."""
     if site.kind == "embedding":
         return f"embedding.{site.role}"
-    return site.kind if isinstance(site, AttentionSite | FeedForwardSite) else site.role
+    return site.role if site_weight(site) else site.kind
 
 
 def details(site: Site) -> list[str]:
@@ -136,7 +137,7 @@ class BoxPainter:
 
     def _single(self, box: Box, times: int) -> Canvas:
         site = box.sites[0]
-        operator = isinstance(site, AttentionSite | FeedForwardSite)
+        operator = not site_weight(site)
         role, name = word(site), "" if operator else self.name(box)
         if times > 1:
             name = f"{times} x  {name}"
@@ -158,14 +159,12 @@ class BoxPainter:
     def _fused(self, box: Box, times: int) -> Canvas:
         """One weight, divided by the roles of its features."""
         first = box.sites[0]
-        total = sum(s.out_features for s in box.sites if isinstance(s, LinearSite))
+        parts = [int(getattr(s, "out_features", 0)) for s in box.sites]
         name = f"{times} x  {self.name(box)}" if times > 1 else self.name(box)
-        into = first.in_features if isinstance(first, LinearSite) else 0
-        size = f"{into} → {total}"
-        cells = [
-            (s, word(s), str(s.out_features) if isinstance(s, LinearSite) else "")
-            for s in box.sites
-        ]
+        size = f"{getattr(first, 'in_features', 0)} → {sum(parts)}"
+        if experts := getattr(first, "experts", 0):
+            size = f"{experts} of {size}"
+        cells = [(s, word(s), str(n)) for s, n in zip(box.sites, parts, strict=True)]
         wide = max(
             text_width(w, BODY, True) + text_width(n, SMALL) + 26 for _, w, n in cells
         )  # fmt: skip

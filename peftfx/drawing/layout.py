@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..rewriter.sites import LinearSite
 from .boxes import BODY, EDGE, INK, MUTED, PAPER, SMALL, BoxPainter, Placed
 from .canvas import Canvas, Circle, Line, Rect, Shape, text_width
-from .parts import Box, Lane, Layer, Row, Stream
+from .parts import Box, Lane, Layer, Row, Stream, site_weight
 from .parts import Line as OnLine
 from .repeats import MANY, common, pattern, runs
 
@@ -212,7 +211,7 @@ class Painter(BoxPainter):
             )
         names = [
             common([s.module for s in b.everything])
-            for b in layer if b.sites and isinstance(b.sites[0], LinearSite)
+            for b in layer if b.sites and site_weight(b.sites[0])
         ]  # fmt: skip
         prefix = _prefix(names)
         note = (f"{copies} alike" + (f"; {prefix}" if prefix else "")) if copies > 1 else prefix
@@ -300,8 +299,8 @@ def _align(columns: list[list[Box]], places: dict[int, Placed]) -> None:
 
 
 def _prefix(names: Sequence[str]) -> str:
-    """The dotted prefix that all names share."""
-    split = [n.split(".") for n in names]
+    """The dotted prefix that all names share, without the last part of any."""
+    split = [n.split(".")[:-1] for n in names]
     shared: list[str] = []
     for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:

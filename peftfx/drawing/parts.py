@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from ..rewriter.sites import Site
 
 
+def site_weight(site: Site) -> str:
+    """The name of the parameter that a site is; '' for operators, which combine other sites."""
+    return getattr(site, "weight", "")
+
+
 @dataclass(eq=False)
 class Box:
     """One weight or operator; a fused weight is one box of several sites.

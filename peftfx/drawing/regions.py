@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from ..rewriter.aten import SIZES, inputs, is_op
 from ..rewriter.program import Program
-from ..rewriter.sites import LinearSite, Site
-from .parts import Box, Lane, Layer, Line, Row, Stream
+from ..rewriter.sites import Site
+from .parts import Box, Lane, Layer, Line, Row, Stream, site_weight
 from .repeats import MANY, merge
 
 
@@ -45,7 +45,7 @@ class _Map:
         self.owner: dict[Node, Site] = {}
         for site in self.sites:
             for node in self.of(site):
-                if node not in self.owner or isinstance(site, LinearSite):
+                if node not in self.owner or site_weight(site):
                     self.owner[node] = site
 
     def of(self, site: Site) -> list[Node]:
@@ -100,8 +100,8 @@ class _Map:
         grouped: dict[object, list[Site]] = {}
         for site in sites:
             key: object = site.id
-            if isinstance(site, LinearSite) and site.features is not None:
-                key = site.nodes, site.weight
+            if getattr(site, "features", None) is not None:
+                key = site.nodes, site_weight(site)
             grouped.setdefault(key, []).append(site)
         made = [Box(tuple(group)) for group in grouped.values()]
         home = {site.id: box for box in made for site in box.sites}
