@@ -53,7 +53,12 @@ class Painter(BoxPainter):
             for parent in box.parents:
                 sets = list(dict.fromkeys(tuple(readers[id(b)]) for b in columns[parent.level]))
                 lane = sets.index(tuple(readers[id(parent)])) - (len(sets) - 1) / 2
-                made.add(_elbow(places[id(parent)], places[id(box)], max(-9, min(9, 6 * lane))))
+                start, end = places[id(parent)], places[id(box)]
+                between = [places[id(b)] for c in columns[parent.level + 1 : box.level] for b in c]
+                if any(p.y - 3 < start.middle < p.y + p.h + 3 for p in between):
+                    made.add(_bridge(start, end, min(p.y for p in [start, end, *between]) - 6))
+                else:
+                    made.add(_elbow(start, end, max(-9, min(9, 6 * lane))))
         for box in boxes:
             made.paste(drawn[id(box)], places[id(box)].x, places[id(box)].y)
         return made, places
@@ -259,11 +264,20 @@ def plus(x: float, y: float) -> tuple[Shape, ...]:
 
 
 def _elbow(start: Placed, end: Placed, shift: float) -> Line:
-    turn = end.x - GAP / 2 - 1 + shift
+    """An arrow from box to box with one turn, or none where they are nearly at one height."""
     a, b = (start.x + start.w, start.middle), (end.x, end.middle)
-    if abs(a[1] - b[1]) < 1:
-        return Line((a, b), EDGE, 1.4, HEAD)
+    if abs(a[1] - b[1]) < 8:
+        return Line((a, (b[0], a[1])), EDGE, 1.4, HEAD)
+    turn = end.x - GAP / 2 - 1 + shift
     return Line((a, (turn, a[1]), (turn, b[1]), b), EDGE, 1.4, HEAD)
+
+
+def _bridge(start: Placed, end: Placed, top: float) -> Line:
+    """An arrow over the boxes that stand between two."""
+    a, b = (start.x + start.w, start.middle), (end.x, end.middle)
+    x, turn = a[0] + 8, end.x - GAP / 2 - 1
+    path = (a, (x, a[1]), (x, top), (turn, top), (turn, b[1]), b)
+    return Line(path, EDGE, 1.4, HEAD)
 
 
 def _fan(start: Sequence[tuple[float, float]], ends: Sequence[Placed], trunk: float) -> list[Line]:
