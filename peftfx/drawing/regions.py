@@ -125,7 +125,7 @@ class _Map:
                     box.parents.append(labels.setdefault(origin, Box(label=origin)))
         for box in operators:  # an activation stands right before the weight that reads it
             below = carriers[self.nodes[box.sites[0].nodes[0]]]
-            box.parents, below.parents = below.parents, [box]
+            box.parents, below.parents = _nearest(below.parents), [box]
             made.remove(box)
             made.insert(made.index(below), box)
         return merge(_levels([*labels.values(), *made]), self.hits)
@@ -164,6 +164,18 @@ class _Map:
             elif node.op == "placeholder":
                 origins.add(f"input: {node.target}")
             stack.extend(inputs(node))
+
+
+def _nearest(boxes: list[Box]) -> list[Box]:
+    """`boxes` without those that another one of them reads, however indirectly."""
+    above: set[int] = set()
+    stack = [p for b in boxes for p in b.parents]
+    while stack:
+        box = stack.pop()
+        if id(box) not in above:
+            above.add(id(box))
+            stack += box.parents
+    return [b for b in boxes if id(b) not in above]
 
 
 def _levels(boxes: list[Box]) -> list[Box]:
