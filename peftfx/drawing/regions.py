@@ -181,6 +181,7 @@ def _nearest(boxes: list[Box]) -> list[Box]:
 def _levels(boxes: list[Box]) -> list[Box]:
     for box in boxes:
         box.level = max((p.level + 1 for p in box.parents), default=0)
+    _late(boxes)
     return boxes
 
 
@@ -188,7 +189,7 @@ def _late(boxes: list[Box]) -> None:
     """Puts boxes that read nothing beside those that the same boxes read."""
     last = max((b.level for b in boxes), default=0)
     for box in boxes:
-        if not box.parents and box.sites:
+        if box.sites and not box.parents and not box.fed:
             readers = [b.level - 1 for b in boxes if box in b.parents]
             box.level = min(readers, default=last)
 
@@ -201,7 +202,6 @@ def streams(program: Program, hits: frozenset[str]) -> tuple[list[Stream], Line]
     for name in dict.fromkeys(map_.stream.values()):
         adds = [add for add, stream in map_.stream.items() if stream == name]
         lines = [map_.boxes(map_.at("line", add), name) for add in adds]
-        _late(lines[0])
         before = Line(lines[0], map_.boxes(map_.at("aside", name), name))
         after = map_.boxes(map_.at("after", name), name, set())
         layers: list[Layer] = []
