@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .drawing import draw_sites
 from .registry import load_passes
 from .rewriter.artifact import VERSION, load, save
 from .rewriter.capture import capture
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "Sites",
     "capture",
+    "draw_sites",
     "export_onnx",
     "load",
     "parse",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .drawing import check_drawing, draw_sites
 from .models import load_model
 from .rewriter.artifact import load, save
 from .rewriter.capture import capture
@@ -104,11 +105,16 @@ def _report(options: Any, program: Program) -> list[dict[str, Any]]:
 
 
 def sites(options: Any) -> Any:
-    """`peftfx sites MODEL [--where SELECTOR]`"""
+    """`peftfx sites MODEL [--where SELECTOR] [--draw FILE.svg|FILE.png]`"""
+    if options.draw:
+        check_drawing(options.draw)
     program = _program(options)
     chosen = program.sites.select(options.where) if options.where else list(program.sites)
     _say(options, str(Sites(tuple(chosen))))
     _say(options, f"{len(chosen)} of {len(program.sites)} sites; inputs: {program.spec}")
+    if options.draw:
+        draw_sites(program, options.draw, options.where)
+        _say(options, f"drawn to {options.draw}")
     return [
         {"id": s.id, "kind": s.kind, "role": s.role, "layer": s.layer, "about": s.describe()}
         for s in chosen
@@ -226,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add("sites", sites, "list the places that passes can rewrite", model)
     listing.add_argument("--where", help="a selector, such as '(q|v) and layer>=6'")
+    listing.add_argument("--draw", metavar="FILE", help="draw them too: a name in .svg or .png")
     for name, action, about in (
         ("print", show, "print the graph, after passes if given"),
         ("diff", diff, "show what passes change in the graph"),
