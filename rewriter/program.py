@@ -319,7 +319,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
         memo[id(parameter)] = nn.Parameter(
             data.clone() if parameter.requires_grad else data, parameter.requires_grad
         )
-    updated = state_buffers(gm)
+    updated, transient = state_buffers(gm), _transient(gm)
     root = nn.Module()
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
@@ -335,7 +335,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
             _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
         elif node.op == "get_attr" and not _has(root, path):
             held = attribute(gm, path)
-            set_attribute(root, path, memo.get(id(held), held), path in _transient(gm))
+            set_attribute(root, path, memo.get(id(held), held), path in transient)
     forked = GraphModule(root, graph, class_name=type(gm).__name__)
     forked.training = gm.training
     return forked
