@@ -21,6 +21,7 @@ from .rewriter.passes import REGISTRY, Pass
 from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
 from .rewriter.sites import Site, Sites
+from .rewriter.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
 
@@ -48,7 +49,9 @@ __all__ = [
     "Sites",
     "capture",
     "export_onnx",
+    "fold_checkpoint",
     "load",
+    "load_weights",
     "parse",
     "run",
     "save",

@@ -22,6 +22,7 @@ from .canonical import canonicalize
 from .discover import discover
 from .errors import CaptureError
 from .modes import restore_modes
+from .placement import buffers_on_meta, computed_buffers, is_hollow
 from .program import Program, state_buffers
 from .propagate import quiet
 from .spec import InputSpec, TensorInput, forward_parameters
@@ -65,14 +66,17 @@ def capture(
     if isinstance(model, GraphModule) and hasattr(model, "_peftfx"):
         raise CaptureError("this module is captured already; pass its Program instead.")
     names, tensors, constants = _bind(model, args, kwargs or {})
+    hollow = is_hollow(model)
+    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
     shapes = _dynamic_shapes(tensors, dynamic)
-    example = _at_least_two(tensors, shapes)
-    exported = _export(model, example, constants, shapes)
+    example = _at_least_two(given, shapes)
+    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
+        exported = _export(model, example, constants, shapes)
     aliases = _aliases(model)
     gm = exported.module(check_guards=False)
     canonicalize(gm, aliases)
     restore_modes(gm)
-    _own_tensors(gm, aliases)
+    _own_tensors(gm, aliases, computed_buffers(model) if hollow else {})
     gm.graph._tracer_cls = None
     captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
     captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
@@ -81,7 +85,7 @@ def capture(
     program = Program(
         module=captured,
         spec=spec,
-        sites=discover(captured, aliases, tensors),
+        sites=discover(captured, aliases, given),
         aliases=aliases,
         symbols=symbols,
         extras=_unused(model, captured, aliases),
@@ -238,7 +242,9 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
+def _own_tensors(
+    gm: GraphModule, aliases: Mapping[str, str], computed: Mapping[str, Tensor]
+) -> None:
     own: dict[int, nn.Parameter] = {}
     for name, parameter in list(gm.named_parameters(remove_duplicate=False)):
         if name in aliases:
@@ -251,6 +257,7 @@ def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
         set_attribute(gm, name, fresh)
     updated = state_buffers(gm)
     for name, buffer in list(gm.named_buffers()):
+        buffer = computed.get(name, buffer)
         set_attribute(gm, name, buffer.detach().clone() if name in updated else buffer.detach())
 
 
@@ -317,6 +324,8 @@ def _spec(
 def _fill(tensor: Tensor) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return True
-    if tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+    if tensor.is_floating_point() or not tensor.numel():
         return 0
+    if tensor.is_meta:
+        return 1  # as an id, a position or a mask the likeliest to be valid
     return int(tensor.max())
