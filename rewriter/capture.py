@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from .aten import placeholders, set_attribute, shape
+from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .discover import discover
 from .errors import CaptureError
@@ -44,6 +46,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    cache: bool | str | Path = False,
 ) -> Program:
     """Captures `model` as one graph that trains, runs and rewrites.
 
@@ -54,6 +57,8 @@ def capture(
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
             `{input: {axis: name}}` says exactly which.
+        cache: a directory in which captures are kept (True: the user's own), so that the same
+            model, inputs and code are not traced again; see `rewriter/cache.py`.
 
     Returns:
         A program whose outputs equal the model's bit for bit in training and evaluation mode.
@@ -66,34 +71,54 @@ def capture(
     if isinstance(model, GraphModule) and hasattr(model, "_peftfx"):
         raise CaptureError("this module is captured already; pass its Program instead.")
     names, tensors, constants = _bind(model, args, kwargs or {})
-    hollow = is_hollow(model)
-    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
     shapes = _dynamic_shapes(tensors, dynamic)
-    example = _at_least_two(given, shapes)
-    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
-        exported = _export(model, example, constants, shapes)
     aliases = _aliases(model)
-    gm = exported.module(check_guards=False)
-    canonicalize(gm, aliases)
-    restore_modes(gm)
-    _own_tensors(gm, aliases, computed_buffers(model) if hollow else {})
-    gm.graph._tracer_cls = None
-    captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
-    captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
+    about = [names, constants, {n: sorted(axes) for n, axes in shapes.items()}]
+    entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
+    traced = entry.recall() if entry else None
+    if traced is None:
+        traced = _trace(model, names, tensors, constants, shapes, aliases)
+        if entry:
+            entry.store(traced)
+    captured = traced.module
+    _own_tensors(captured, aliases, computed_buffers(model) if is_hollow(model) else {})
     captured.train(model.training)
-    symbols, spec = _spec(captured, exported, tensors, names, constants)
     program = Program(
         module=captured,
-        spec=spec,
-        sites=discover(captured, aliases, given),
+        spec=traced.spec,
+        sites=traced.sites,
         aliases=aliases,
-        symbols=symbols,
+        symbols=traced.symbols,
         extras=_unused(model, captured, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),
         sample={n: t.detach() for n, t in tensors.items()},
         generation=_generation(model),
+        cached=entry.note if entry else "",
     )
     return program
+
+
+def _trace(
+    model: nn.Module,
+    names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    constants: Mapping[str, Any],
+    shapes: dict[str, dict[int, Any]],
+    aliases: Mapping[str, str],
+) -> Traced:
+    """Exports a model, brings the graph into canonical form and finds its sites."""
+    hollow = is_hollow(model)
+    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
+    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
+        exported = _export(model, _at_least_two(given, shapes), constants, shapes)
+    gm = exported.module(check_guards=False)
+    canonicalize(gm, aliases)
+    restore_modes(gm)
+    gm.graph._tracer_cls = None
+    captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
+    captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
+    symbols, spec = _spec(captured, exported, tensors, names, constants)
+    return Traced(captured, spec, discover(captured, aliases, given), symbols)
 
 
 def _generation(model: nn.Module) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class Program:
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
     origin: Program | None = None
+    cached: str = ""
+    """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; takes its positional and keyword inputs, returns its output type.

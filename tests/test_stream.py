@@ -230,14 +230,11 @@ def test_damaged_checkpoints_are_refused(
 # Folding into checkpoints.
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("extra", ["", ";bitfit"])
+@pytest.mark.parametrize(("name", "extra"), [("llama", ""), ("bert", ""), ("gpt2", ";bitfit")])
 def test_folding_by_shard_equals_folding_in_memory(
     stored: Any, name: str, extra: str, tmp_path: Path
 ) -> None:
     s = stored(name)
-    if extra and name != "gpt2":
-        pytest.skip("one model with biases is enough")
     program = randomise(peftfx.run(s.program, EVERYWHERE + extra))
     assert moved(first(s.model(**s.inputs)), first(program(**s.inputs))) > 0.01
     peftfx.save(program, tmp_path / "adapter")
