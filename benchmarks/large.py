@@ -51,7 +51,8 @@ def hollow_llama(layers: int, width: int, inner: int, vocabulary: int) -> nn.Mod
         num_key_value_heads=width // 128, max_position_embeddings=4096,
     )  # fmt: skip
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16).eval()
 
 
 def seven_billion() -> nn.Module:

@@ -79,12 +79,8 @@ def encode(item: Any, index: Mapping[Node, int]) -> Any:
         case torch.device():
             return ["device", str(item)]
         case _ if type(item).__name__ in _SITES:
-            names = [f.name for f in fields(item)]
-            return [
-                "site",
-                type(item).__name__,
-                {n: encode(getattr(item, n), index) for n in names},
-            ]
+            held = {f.name: encode(getattr(item, f.name), index) for f in fields(item)}
+            return ["site", type(item).__name__, held]
         case _:
             raise ValueError(f"an argument is a {type(item).__name__}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import peftfx
+from peftfx.cli import main
 from peftfx.rewriter import stream
 from peftfx.rewriter.errors import (
     ArtifactError,
@@ -324,3 +325,20 @@ def test_an_interrupted_fold_leaves_nothing(
     (tmp_path / "full" / "precious.txt").write_text("x")
     with pytest.raises(ArtifactError, match="holds other files"):
         peftfx.fold_checkpoint(program, s.directory, tmp_path / "full")
+
+
+def test_the_command_line_folds_shard_by_shard(
+    stored: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = stored("llama")
+    program = randomise(peftfx.run(s.program, "lora"))
+    peftfx.save(program, tmp_path / "adapter")
+    command = ["fold", str(s.directory), str(tmp_path / "adapter"), "--stream", "--json"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert len(json.loads(capsys.readouterr().out)["changed"]) == 4
+    again = type(s.model).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(
+        first(again(**s.inputs)), first(program(**s.inputs)), rtol=1e-4, atol=1e-5
+    )
+    assert main([*command, "--out", str(tmp_path / "adapter")]) == 2
+    assert "holds other files" in capsys.readouterr().out
