@@ -16,7 +16,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy import functions
@@ -78,6 +77,8 @@ class Symbols:
                 raise ValueError(f"the guard {guard} does not hold")
 
     def _create(self, name: str, hint: int, low: int, high: int | None) -> None:
+        from torch._dynamo.source import ConstantSource  # late: it imports triton
+
         # A symbol's number is drawn from a hash of its source; find a source that gives ours.
         number = int(name[1:])
         sources = (f"size{i}" for i in itertools.count())
