@@ -22,6 +22,7 @@ from .rewriter.passes import REGISTRY, Pass
 from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
 from .rewriter.sites import Site, Sites
+from .rewriter.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
 
@@ -50,7 +51,9 @@ __all__ = [
     "capture",
     "draw_sites",
     "export_onnx",
+    "fold_checkpoint",
     "load",
+    "load_weights",
     "parse",
     "run",
     "save",

@@ -20,5 +20,7 @@ from .rewriter.pipeline import run as run
 from .rewriter.program import Program as Program
 from .rewriter.sites import Site as Site
 from .rewriter.sites import Sites as Sites
+from .rewriter.stream import fold_checkpoint as fold_checkpoint
+from .rewriter.stream import load_weights as load_weights
 
 __version__: str

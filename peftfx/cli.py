@@ -27,6 +27,7 @@ from .rewriter.passes import REGISTRY
 from .rewriter.pipeline import run
 from .rewriter.program import Program
 from .rewriter.sites import Sites
+from .rewriter.stream import fold_checkpoint
 
 ERR = Console(stderr=True)
 
@@ -150,13 +151,28 @@ def run_passes(options: Any) -> Any:
 
 
 def fold(options: Any) -> Any:
-    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`"""
+    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`, or `--stream --out DIR`"""
+    if options.stream:
+        return _fold_stream(options)
     program = _program(options, f"fold{{tied={options.tied}}}")
     records = _report(options, program)
     state = program.export_state_dict()
     write_file(options.out, write_tensors(state))
     _say(options, f"{len(state)} tensors under their original names: {options.out}")
     return {"records": records, "tensors": len(state), "out": options.out}
+
+
+def _fold_stream(options: Any) -> Any:
+    """Shard by shard, for models that memory does not hold; the new directory is a model again."""
+    with progress(options, f"capturing {options.model} without its weights"):
+        named = load_model(options.model, hollow=True)
+        program = capture(named.model, kwargs=named.example)
+    with progress(options, "folding shard by shard"):
+        done = fold_checkpoint(program, options.model, options.out, adapter=options.adapter)
+    _say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    for name in done.left_out:
+        _say(options, f"not copied (other weights): {name}")
+    return {"changed": done.changed, "left_out": done.left_out, "out": options.out}
 
 
 def export(options: Any) -> Any:
@@ -248,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("fold", fold, "merge a saved adapter into the model's weights", model)
     command.add_argument("adapter", help="a saved adapter")
     command.add_argument("--out", required=True, help="safetensors file for the merged weights")
+    streaming = "fold shard by shard; --out is then a new model directory"
+    command.add_argument("--stream", action="store_true", help=streaming)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
     command = add("export", export, "write a verified ONNX file", model)
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,12 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from .aten import placeholders, set_attribute, shape
+from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .discover import discover
 from .errors import CaptureError
 from .modes import restore_modes
+from .placement import buffers_on_meta, computed_buffers, is_hollow
 from .program import Program, state_buffers
 from .propagate import quiet
 from .spec import InputSpec, TensorInput, forward_parameters
@@ -43,6 +46,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    cache: bool | str | Path = False,
 ) -> Program:
     """Captures `model` as one graph that trains, runs and rewrites.
 
@@ -53,6 +57,8 @@ def capture(
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
             `{input: {axis: name}}` says exactly which.
+        cache: a directory in which captures are kept (True: the user's own), so that the same
+            model, inputs and code are not traced again; see `rewriter/cache.py`.
 
     Returns:
         A program whose outputs equal the model's bit for bit in training and evaluation mode.
@@ -66,30 +72,53 @@ def capture(
         raise CaptureError("this module is captured already; pass its Program instead.")
     names, tensors, constants = _bind(model, args, kwargs or {})
     shapes = _dynamic_shapes(tensors, dynamic)
-    example = _at_least_two(tensors, shapes)
-    exported = _export(model, example, constants, shapes)
     aliases = _aliases(model)
-    gm = exported.module(check_guards=False)
-    canonicalize(gm, aliases)
-    restore_modes(gm)
-    _own_tensors(gm, aliases)
-    gm.graph._tracer_cls = None
-    captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
-    captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
+    about = [names, constants, {n: sorted(axes) for n, axes in shapes.items()}]
+    entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
+    traced = entry.recall() if entry else None
+    if traced is None:
+        traced = _trace(model, names, tensors, constants, shapes, aliases)
+        if entry:
+            entry.store(traced)
+    captured = traced.module
+    _own_tensors(captured, aliases, computed_buffers(model) if is_hollow(model) else {})
     captured.train(model.training)
-    symbols, spec = _spec(captured, exported, tensors, names, constants)
     program = Program(
         module=captured,
-        spec=spec,
-        sites=discover(captured, aliases, tensors),
+        spec=traced.spec,
+        sites=traced.sites,
         aliases=aliases,
-        symbols=symbols,
+        symbols=traced.symbols,
         extras=_unused(model, captured, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),
         sample={n: t.detach() for n, t in tensors.items()},
         generation=_generation(model),
+        cached=entry.note if entry else "",
     )
     return program
+
+
+def _trace(
+    model: nn.Module,
+    names: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    constants: Mapping[str, Any],
+    shapes: dict[str, dict[int, Any]],
+    aliases: Mapping[str, str],
+) -> Traced:
+    """Exports a model, brings the graph into canonical form and finds its sites."""
+    hollow = is_hollow(model)
+    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
+    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
+        exported = _export(model, _at_least_two(given, shapes), constants, shapes)
+    gm = exported.module(check_guards=False)
+    canonicalize(gm, aliases)
+    restore_modes(gm)
+    gm.graph._tracer_cls = None
+    captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
+    captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
+    symbols, spec = _spec(captured, exported, tensors, names, constants)
+    return Traced(captured, spec, discover(captured, aliases, given), symbols)
 
 
 def _generation(model: nn.Module) -> dict[str, Any]:
@@ -238,7 +267,9 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
+def _own_tensors(
+    gm: GraphModule, aliases: Mapping[str, str], computed: Mapping[str, Tensor]
+) -> None:
     own: dict[int, nn.Parameter] = {}
     for name, parameter in list(gm.named_parameters(remove_duplicate=False)):
         if name in aliases:
@@ -251,6 +282,7 @@ def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
         set_attribute(gm, name, fresh)
     updated = state_buffers(gm)
     for name, buffer in list(gm.named_buffers()):
+        buffer = computed.get(name, buffer)
         set_attribute(gm, name, buffer.detach().clone() if name in updated else buffer.detach())
 
 
@@ -317,6 +349,8 @@ def _spec(
 def _fill(tensor: Tensor) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return True
-    if tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+    if tensor.is_floating_point() or not tensor.numel():
         return 0
+    if tensor.is_meta:
+        return 1  # as an id, a position or a mask the likeliest to be valid
     return int(tensor.max())

@@ -100,7 +100,7 @@ class Editor:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
         path = self._attach(site, branch)
         output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
-        current = composed_value(self.graph_module, output)
+        current = composed_value(output)
         while True:  # behind earlier serial branches
             chained = next((u for u in users(current) if u.meta.get("serial") == site.id), None)
             if chained is None:
@@ -246,8 +246,10 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
     def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
         node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
         node.meta["composed"] = key
+        inside.add(node)
         return node
 
+    inside: set[Node] = set()
     data = 1 if is_op(call, ATEN.addmm.default) else 0
     x = call.args[data]
     with gm.graph.inserting_before(call):
@@ -267,7 +269,6 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         with gm.graph.inserting_after(tail):
             tail = emit("call_module", path, (tail,), path.replace(".", "_"))
     if tail is not call:
-        inside = {n for n in gm.graph.nodes if n.meta.get("composed") == key}
         for reader in [*readers, *(u for u in call.users if u not in readers)]:
             if reader not in inside:
                 reader.replace_input_with(call, tail)
@@ -286,21 +287,20 @@ def _raise(gm: GraphModule, call: Node) -> Node:
     return linear
 
 
-def composed_value(gm: GraphModule, call: Node) -> Node:
+def composed_value(call: Node) -> Node:
     """The value of a linear call with all branches composed around it; other nodes themselves."""
-    key = call.meta.get("call", call.name)
-    mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
+    mine = _composed(call, call.meta.get("call", call.name))
     inside = {*mine, call}
-    return next((n for n in reversed(mine) if any(u not in inside for u in n.users)), call)
+    return next((n for n in mine if any(u not in inside for u in n.users)), call)
 
 
 def _decompose(gm: GraphModule, call: Node, key: str) -> None:
     """Removes the composed branches around a call, leaving the bare linear."""
-    mine = [n for n in gm.graph.nodes if n.meta.get("composed") == key]
+    mine = _composed(call, key)
     if not mine:
         return
     inside = {*mine, call}
-    tail = composed_value(gm, call)
+    tail = composed_value(call)
     data = 1 if is_op(call, ATEN.addmm.default) else 0
     x = call.args[data]
     while isinstance(x, Node) and x in inside:
@@ -309,16 +309,35 @@ def _decompose(gm: GraphModule, call: Node, key: str) -> None:
     if tail is not call:
         for reader in [u for u in tail.users if u not in inside]:
             reader.replace_input_with(tail, call)
-    for node in reversed(mine):
-        gm.graph.erase_node(node)
+    while mine:
+        unread = next(n for n in mine if not n.users)
+        gm.graph.erase_node(unread)
+        mine.remove(unread)
+
+
+def _composed(call: Node, key: str) -> list[Node]:
+    """The nodes emitted around a call, found from it (a scan of the graph for every call would
+    be quadratic)."""
+    found: dict[Node, None] = {}
+    stack = [call]
+    while stack:
+        node = stack.pop()
+        for near in (*node.all_input_nodes, *node.users):
+            if near.meta.get("composed") == key and near not in found:
+                found[near] = None
+                stack.append(near)
+    return list(found)
 
 
 def fold_ready(program: Program, first: frozenset[str] = frozenset()) -> None:
     """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
+    attached = {a.site for a in program.attachments}
+    weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
+    nodes = site_nodes(program.module)
     done: set[str] = set()
     for site in program.sites:
-        if isinstance(site, LinearSite) and at_weight(program, site.weight):
+        if isinstance(site, LinearSite) and site.weight in weights:
             for name in site.nodes:
                 if name not in done:
-                    compose(program, site_nodes(program.module)[name], site.weight, first)
+                    compose(program, nodes[name], site.weight, first)
                     done.add(name)

@@ -99,6 +99,8 @@ class Program:
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
     origin: Program | None = None
+    cached: str = ""
+    """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; takes its positional and keyword inputs, returns its output type.
@@ -319,7 +321,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
         memo[id(parameter)] = nn.Parameter(
             data.clone() if parameter.requires_grad else data, parameter.requires_grad
         )
-    updated = state_buffers(gm)
+    updated, transient = state_buffers(gm), _transient(gm)
     root = nn.Module()
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()

@@ -206,8 +206,9 @@ def check_graph(program: Program) -> None:
     except (RuntimeError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VerifyError(f"the graph is malformed: {first}") from error
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for attachment in program.attachments:
-        if not any(str(n.target) == attachment.path for n in gm.graph.nodes):
+        if attachment.path not in called:
             raise VerifyError(f"the branch {attachment.path} is attached but never called.")
 
 
