@@ -20,10 +20,10 @@ Target = Callable[..., Any] | str
 
 
 def overloads(*names: str) -> frozenset[Any]:
-    """All overloads of the named ATen operators that this torch version has."""
+    """All overloads of the named ATen operators, and of their in-place twins (`name_`)."""
     found: set[Any] = set()
-    for name in names:
-        packet = getattr(ATEN, name, None)
+    for name in (*names, *(f"{n}_" for n in names)):
+        packet = getattr(ATEN, name, None)  # not all torch versions have all
         if packet is not None:
             found |= {getattr(packet, o) for o in packet.overloads()}
     return frozenset(found)
@@ -34,7 +34,8 @@ VIEWS = CASTS | overloads(
     "view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand",
     "flatten", "unflatten", "t", "clone", "alias", "detach", "detach_", "lift_fresh_copy",
     "swapaxes", "movedim", "repeat_interleave", "roll", "constant_pad_nd", "pad", "repeat",
-    "expand_as", "_unsafe_view", "view_as", "reshape_as", "rot90", "flip",
+    "expand_as", "_unsafe_view", "view_as", "reshape_as", "rot90", "flip", "view_as_complex",
+    "view_as_real", "broadcast_to", "numpy_T", "mT",
 )  # fmt: skip
 SLICES = overloads(
     "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "narrow", "tensor_split"
@@ -52,9 +53,18 @@ NORM_PARTS = NORMS | overloads(
 )  # fmt: skip
 ACTIVATIONS = overloads(
     "gelu", "relu", "relu_", "silu", "silu_", "tanh", "sigmoid", "softplus", "elu", "leaky_relu",
-    "hardswish", "mish", "relu6", "hardtanh",
+    "hardswish", "mish", "relu6", "hardtanh", "glu", "selu", "hardsigmoid", "log_sigmoid", "erf",
 )  # fmt: skip
-CONVS = overloads("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d")
+POINTWISE = overloads(
+    "abs", "exp", "log", "log1p", "erf", "clamp", "clamp_min", "clamp_max", "minimum", "maximum",
+    "where", "masked_fill", "masked_fill_",
+)  # fmt: skip
+GATHERS = overloads("index", "index_select", "gather")
+TOP = overloads("topk", "max", "argmax", "sort", "argsort")
+CONVS = overloads(
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+)  # fmt: skip
+TRANSPOSED_CONVS = overloads("conv_transpose1d", "conv_transpose2d")
 SDPA = ATEN.scaled_dot_product_attention.default
 SOFTMAX = overloads("softmax", "_softmax", "_safe_softmax")
 MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATEN.baddbmm.default})
@@ -129,9 +139,24 @@ def is_float(node: object) -> bool:
     return isinstance(val, Tensor) and val.is_floating_point()
 
 
+def is_index(node: object) -> bool:
+    """Whether a node's value is a tensor of integers or booleans, or a size."""
+    val = value(node)
+    if isinstance(val, Tensor):
+        return not (val.is_floating_point() or val.is_complex())
+    return isinstance(val, int | torch.SymInt)
+
+
 def operands(node: Node) -> tuple[Any, ...]:
     """The positional arguments of a node, untyped as fx has them."""
     return node.args
+
+
+def named_arguments(node: Node) -> dict[str, Any]:
+    """A call's given arguments by the names in the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def inputs(node: Node) -> list[Node]:
@@ -218,11 +243,33 @@ def output_node(gm: GraphModule) -> Node:
     return next(n for n in reversed(gm.graph.nodes) if n.op == "output")
 
 
-def _updates_stored(node: Node) -> bool:
+def written(node: Node) -> Node | None:
+    """The tensor (looking through views of it) that an in-place operation writes to."""
     schema = getattr(node.target, "_schema", None)
-    first = node.args[0] if node.args else None
-    stored = isinstance(first, Node) and first.op == "get_attr"
-    return schema is not None and schema.is_mutable and stored
+    if schema is None or not schema.is_mutable or not node.args:
+        return None
+    target = node.args[0]
+    while isinstance(target, Node) and (is_op(target, VIEWS) or is_op(target, SLICES)):
+        target = target.args[0]
+    return target if isinstance(target, Node) else None
+
+
+def _writes_to_live(node: Node) -> bool:
+    """Whether an in-place operation without users still shows in another node's value."""
+    target = written(node)
+    if target is None:
+        return False
+    stack = [target]
+    while stack:
+        current = stack.pop()
+        if current.op in ("get_attr", "placeholder"):
+            return True
+        for user in users(current):
+            if is_op(user, VIEWS) or is_op(user, SLICES):
+                stack.append(user)
+            elif user is not node and (user.users or written(user) is None):
+                return True
+    return False
 
 
 def erase_dead(gm: GraphModule) -> int:
@@ -234,7 +281,7 @@ def erase_dead(gm: GraphModule) -> int:
         module = submodule(gm, node)
         if module is not None and getattr(module, "updates_state", False):
             continue
-        if _updates_stored(node):
+        if _writes_to_live(node):
             continue
         gm.graph.erase_node(node)
         erased += 1

@@ -1,67 +1,27 @@
 """Finds the sites of a canonical graph by dataflow, with no table of model names.
 
-Linears are calls whose weight is a parameter. Attention is where a softmax (fused or not) meets
-two products; its q, k, v and o are the nearest linears up and down. A feed-forward block is a
-linear reached from one or two others over an activation. Following an output to the add that
-closes its residual gives sublayers; chains of residual adds are streams.
+Residual sums come first (`residual`): what lies between a stream's value and what is added to it
+is a sublayer. Its contents say what it is: an attention (`attention`), a feed-forward block,
+experts, a mixer or convolutions (`blocks`). Streams are chains of residual sums, and layers are
+the blocks that repeat along them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .aten import (
-    ADDS,
-    EMBEDDING,
-    MULS,
-    NORM_PARTS,
-    SLICES,
-    VIEWS,
-    inputs,
-    is_op,
-    parameter_of,
-    shape,
-    users,
-)  # fmt: skip
-from .landmarks import embeddings, norms
-from .probe import feature_sets
-from .sites import AttentionSite, FeedForwardSite, LinearSite, Site, Sites, SublayerSite
-from .walk import Draft, Linear, Sublayer, Walk
-
-
-def _streams(graph: Walk, subs: list[Sublayer]) -> None:
-    """Names streams and numbers layers: a block starts at a self-attention or a second FFN."""
-    order = {n: i for i, n in enumerate(graph.gm.graph.nodes)}
-    adds = {s.residual for s in subs}
-    outputs = {s.output for s in subs}
-    stream_of: dict[Node, str] = {}
-    for add in sorted(adds, key=lambda n: order[n]):
-        found = None
-        seen: set[Node] = set()
-        stack = [a for a in inputs(add) if a not in outputs]
-        while stack and found is None:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in stream_of:
-                found = stream_of[node]
-            elif is_op(node, VIEWS | NORM_PARTS | MULS | ADDS) or graph.is_dropout(node):
-                stack.extend(i for i in inputs(node) if i.op != "get_attr")
-        stream_of[add] = found or f"s{len(set(stream_of.values()))}"
-    layers: dict[str, tuple[int, set[str]]] = {}
-    for sub in sorted(subs, key=lambda s: (order[s.residual], order[s.last.node])):
-        stream = stream_of[sub.residual]
-        layer, kinds = layers.get(stream, (-1, {"attn", "ffn"}))
-        if (sub.kind == "attn" and kinds) or sub.kind in kinds:
-            fresh = not (sub.parallel and sub.kind not in kinds)
-            if fresh:
-                layer, kinds = layer + 1, set()
-        layers[stream] = (layer, kinds | {sub.kind})
-        sub.stream, sub.layer = stream, layer
+from .aten import SLICES, is_op
+from .attention import Core, cores, outputs, projections, shares_source
+from .blocks import Draft, ends, feed_forward, mixer, router
+from .build import build
+from .probe import Probe
+from .residual import Branch, Residual, Streams, Sublayer, channels_last, number, residuals
+from .sites import Sites
+from .walk import Linear, Walk
 
 
 def discover(gm: GraphModule, aliases: Mapping[str, str], sample: Mapping[str, Tensor]) -> Sites:
@@ -70,148 +30,134 @@ def discover(gm: GraphModule, aliases: Mapping[str, str], sample: Mapping[str, T
     Args:
         gm: the graph, in canonical form with modes restored.
         aliases: tied names -> the canonical name.
-        sample: example inputs, used only to probe which features of a fused weight play a role.
+        sample: example inputs, which probes read where a value depends on them (masks).
     """
     graph = Walk(gm)
-    drafts = [d for core in graph.cores() if (d := graph.attention(core))]
-    taken = {p.node for d in drafts for found in d.parts.values() for p in found}
-    for linear in graph.linears.values():
-        if linear.node not in taken and (draft := graph.feed_forward(linear, taken)):
-            drafts.append(draft)
-    ends = [(d, d.parts["o" if d.kind == "attn" else "ffn.down"]) for d in drafts]
-    finals = {last[0].node for _, last in ends if last}
-    subs: list[Sublayer] = []
-    for index, (draft, last) in enumerate(ends):
-        closed = graph.residual(last[0], finals) if last else None
-        if closed is not None:
-            kind = "cross" if draft.cross else draft.kind
-            draft.sublayer = Sublayer(kind, last[0], *closed, site=index)
-            subs.append(draft.sublayer)
-    drafts = [d for d in drafts if d.kind == "attn" or d.sublayer is not None]
-    _streams(graph, subs)
-    _probe_fused(gm, drafts, sample)
-    return _build(graph, drafts, aliases)
+    probe = Probe(gm, sample, [*graph.linears, *graph.convs], graph.writers)
+    found = _Discovery(graph, probe, cores(graph))
+    found.run()
+    return build(graph, probe, aliases, found)
 
 
-def _probe_fused(gm: GraphModule, drafts: list[Draft], sample: Mapping[str, Tensor]) -> None:
-    wanted: list[tuple[Draft, str, Node, Node]] = []
-    for draft in drafts:
-        core = draft.core
-        if core is None:
-            continue
-        owners = [p.node for role in "qkv" for p in draft.parts[role]]
+@dataclass
+class _Discovery:
+    """Classifies every branch, innermost first, and remembers what is taken."""
+
+    graph: Walk
+    probe: Probe
+    cores: list[Core]
+    drafts: list[Draft] = field(default_factory=list[Draft])
+    sublayers: list[Sublayer] = field(default_factory=list[Sublayer])
+    roles: dict[Node, str] = field(default_factory=dict[Node, str])
+    taken: set[Node] = field(default_factory=set[Node])
+    owner: dict[Node, Sublayer] = field(default_factory=dict[Node, Sublayer])
+
+    def run(self) -> None:
+        streams = Streams(self.graph)
+        for residual in residuals(self.graph):
+            stream = streams.place(residual)
+            for sub in self._sublayers(residual):
+                sub.stream = stream
+                self.sublayers.append(sub)
+        for core in self.cores:
+            if core.node not in self.taken and (draft := self._attention(core, None)):
+                self.drafts.append(draft)
+        number(self.graph, self.sublayers)
+
+    def _sublayers(self, residual: Residual) -> Iterator[Sublayer]:
+        """The sublayers of one sum; experts and what is added to their output are one."""
+        groups: dict[Node, list[tuple[Branch, str, list[Draft]]]] = {}
+        for branch in residual.branches:
+            if known := self._classify(branch):
+                groups.setdefault(branch.group, []).append((branch, *known))
+        found: list[tuple[Branch, str, list[Draft]]] = []
+        for group, members in groups.items():
+            if len(members) > 1 and {kind for _, kind, _ in members} == {"ffn"}:
+                first = members[0][0]
+                nodes = [n for branch, *_ in members for n in branch.nodes]
+                whole = Branch(first.root, group, first.add, nodes, group)
+                self._shared(members)
+                found.append((whole, "ffn", [d for *_, drafts in members for d in drafts]))
+            else:
+                found.extend(members)
+        for branch, kind, drafts in found:
+            output = channels_last(branch) if drafts else branch.output
+            sub = Sublayer(kind, branch, len(found) > 1, output)
+            for draft in drafts:
+                draft.sublayer = sub
+            self.drafts.extend(drafts)
+            for node in branch.nodes:
+                self.owner.setdefault(node, sub)
+            yield sub
+
+    def _shared(self, members: list[tuple[Branch, str, list[Draft]]]) -> None:
+        """Marks the gates of dense blocks that stand beside experts."""
+        for branch, _, drafts in members:
+            if not any(d.experts for d in drafts):
+                for node in branch.nodes:
+                    if node in self.graph.linears and self.graph.linears[node].sizes[1] == 1:
+                        self.roles[node] = "router.shared"
+
+    def _classify(self, branch: Branch) -> tuple[str, list[Draft]] | None:
+        inside = set(branch.nodes)
+        nested = any(n in self.taken for n in inside if self.graph.weighted(n))
+        nodes = inside - self.taken
+        self.taken |= nodes
+        within = [c for c in self.cores if c.node in nodes]
+        drafts = [d for c in within if (d := self._attention(c, branch))]
+        if drafts:
+            return ("cross" if drafts[0].cross else "attn"), drafts
+        shared = [c for c in self.cores if c.node in inside]
+        joint = [o for c in shared for o in outputs(self.graph, c, nodes)]
+        if joint:  # one attention that writes to two streams
+            self.roles[joint[0].node] = "o"
+            return "attn", []
+        linears = [p for n, p in self.graph.linears.items() if n in nodes]
+        for down in ends(self.graph, branch.output, nodes):
+            draft = feed_forward(self.graph, self.probe, down, nodes)
+            if draft is not None:
+                self._routers(draft, linears)
+                return "ffn", [draft]
+        if shared or nested or any(p.stack for p in linears):
+            return None
+        draft = mixer(self.graph, branch.output, linears, nodes)
+        if draft is not None:
+            return "mixer", [draft]
+        convs = [n for n in branch.nodes if n in self.graph.convs]
+        return ("conv", []) if convs and not linears else None
+
+    def _routers(self, draft: Draft, linears: list[Linear]) -> None:
+        parts = {id(p) for found in draft.parts.values() for p in found}
+        for linear in linears:
+            if id(linear) not in parts and router(self.graph, linear):
+                self.roles[linear.node] = "router"
+
+    def _attention(self, core: Core, branch: Branch | None) -> Draft | None:
+        graph = self.graph
+        parts = projections(graph, core)
+        if parts is None:
+            return None
+        parts["o"] = outputs(graph, core, branch.nodes if branch else graph.nodes)
+        q, k = parts["q"][0], parts["k"][0]
+        inside = set(branch.nodes) if branch else set[Node]()
+        alike = k.node in inside if branch and q.node in inside else shares_source(graph, q, k)
+        draft = Draft("attn", parts, core=core, cross=not alike)
+        owners = [p.node for role in "qkv" for p in parts[role]]
         for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-            linear = draft.parts[role][0].node
-            if owners.count(linear) > 1:
-                wanted.append((draft, role, linear, operand))
-    found = feature_sets(gm, sample, [(linear, operand) for _, _, linear, operand in wanted])
-    for (draft, role, _, _), features in zip(wanted, found, strict=True):
-        draft.features[role] = features
+            for linear in parts[role]:
+                if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
+                    found = self.probe.features(linear.node, operand)
+                else:
+                    found = tuple(range(linear.sizes[1]))
+                if linear.rows is not None:
+                    draft.features[role, linear.weight] = tuple(linear.rows[i] for i in found)
+                elif len(found) < linear.sizes[1]:
+                    draft.features[role, linear.weight] = found
+            # The projection that gives most of a role's features stands for it.
+            parts[role].sort(
+                key=lambda p, r=role: -len(draft.features.get((r, p.weight), range(p.sizes[1])))
+            )
+        return draft
 
-
-def _build(graph: Walk, drafts: list[Draft], aliases: Mapping[str, str]) -> Sites:
-    order = {n.name: i for i, n in enumerate(graph.gm.graph.nodes)}
-    lookups = [parameter_of(n.args[0]) for n in graph.gm.graph.nodes if is_op(n, EMBEDDING)]
-    tables = {found[0] for found in lookups if found}
-    by_weight: dict[str, list[Linear]] = {}
-    for linear in graph.linears.values():
-        by_weight.setdefault(linear.weight, []).append(linear)
-
-    def other_names(weight: str) -> tuple[str, ...]:
-        names = [a for a, c in aliases.items() if c == weight]
-        return tuple(names or (["an embedding"] if weight in tables else []))
-
-    sites: list[Site] = []
-    claimed: set[str] = set()
-
-    def linear_site(linear: Linear, role: str, draft: Draft | None) -> LinearSite:
-        features = draft.features.get(role) if draft else None
-        sub = draft.sublayer if draft else None
-        tied = other_names(linear.weight)
-        # A head tied to an embedding goes by its own name, the table by the first one.
-        name = tied[0] if linear.weight in tables and tied[0] in aliases else linear.weight
-        return LinearSite(
-            id=name + (f":{role}" if features is not None else ""),
-            kind="linear", role=role, layer=sub.layer if sub else None,
-            stream=sub.stream if sub else "",
-            nodes=tuple(p.node.name for p in by_weight[linear.weight]),
-            weight=linear.weight, bias=linear.bias, features=features,
-            in_features=linear.sizes[0],
-            out_features=linear.sizes[1] if features is None else len(features),
-            in_out=linear.in_out,
-            tied=tied,
-            cross=bool(draft and draft.cross),
-        )  # fmt: skip
-
-    for draft in drafts:
-        ids: dict[str, str] = {}
-        for role, linears in draft.parts.items():
-            for linear in linears:
-                site = linear_site(linear, role, draft)
-                ids.setdefault(role, site.id)
-                if site.id not in claimed:
-                    claimed.add(site.id)
-                    claimed.add(linear.weight)
-                    sites.append(site)
-        sites.extend(_block_sites(graph, draft, ids))
-    for linear in graph.linears.values():
-        if linear.weight not in claimed:
-            claimed.add(linear.weight)
-            role = "head" if _is_head(graph, linear) else "other"
-            sites.append(linear_site(linear, role, None))
-    sites.extend(embeddings(graph.gm, aliases))
-    sites.extend(norms(graph.gm, sites, lambda n: [p.node.name for p in graph.consumers(n, VIEWS)]))
-    sites.sort(key=lambda s: min(order[n] for n in s.nodes))
-    return Sites(tuple(sites))
-
-
-def _block_sites(graph: Walk, draft: Draft, ids: dict[str, str]) -> list[Site]:
-    sub = draft.sublayer
-    stream, layer = (sub.stream, sub.layer) if sub else ("", None)
-    core = draft.core
-    kind = "cross" if draft.cross else draft.kind
-    name = (
-        f"{stream}.layer{layer}.{kind}" if sub else f"{ids.get('q', ids.get('ffn.up', ''))}.{kind}"
-    )
-    made: list[Site] = []
-    if core is not None:
-        q, k = shape(core.q), shape(core.k)
-        heads, dim = int(q[-3]) if q and len(q) > 2 else 1, int(q[-1]) if q else 0
-        seen = int(k[-3]) if k and len(k) > 2 else 1
-        keys = draft.features.get("k")
-        width = len(keys) if keys is not None else draft.parts["k"][0].sizes[1]
-        kv = max(1, width // dim) if dim else seen
-        kv = kv if seen % kv == 0 else seen
-        made.append(AttentionSite(
-            id=f"{name}.core", kind="attention", role="attn", layer=layer, stream=stream,
-            nodes=(core.node.name,), q=ids["q"], k=ids["k"], v=ids["v"], o=ids.get("o", ""),
-            heads=heads, kv_heads=kv, head_dim=dim, cross=draft.cross, causal=core.causal,
-            fused=core.fused, repeated=kv != seen,
-        ))  # fmt: skip
-    else:
-        made.append(FeedForwardSite(
-            id=f"{name}.block", kind="feedforward", role="ffn", layer=layer, stream=stream,
-            nodes=(draft.parts["ffn.down"][0].node.name,), up=ids["ffn.up"],
-            gate=ids.get("ffn.gate"), down=ids["ffn.down"], activation=draft.activation,
-        ))  # fmt: skip
-    if sub is not None:
-        size = shape(sub.output)
-        made.append(SublayerSite(
-            id=name, kind="sublayer", role="attn" if core else "ffn", layer=layer, stream=stream,
-            nodes=(sub.output.name, sub.residual.name), width=int(size[-1]) if size else 0,
-            parallel=sub.parallel,
-        ))  # fmt: skip
-    return made
-
-
-def _is_head(graph: Walk, linear: Linear) -> bool:
-    seen: set[Node] = set()
-    stack = [linear.node]
-    while stack:
-        for user in users(stack.pop()):
-            if user.op == "output":
-                return True
-            if user not in seen and is_op(user, VIEWS | SLICES):
-                seen.add(user)
-                stack.append(user)
-    return False
+    def _sliced(self, top: Node, bottom: Node) -> bool:
+        return any(is_op(n, SLICES) for n in self.graph.between(top, bottom))

@@ -139,6 +139,8 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     site = edit.program.sites[attachment.site]
     if not isinstance(site, LinearSite):
         return f"not foldable: {site.kind} sites have no weight"
+    if site.left:
+        return "not foldable: the weight is the left operand of its product"
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == attachment.path]
     found: list[tuple[Match, Fold]] = []
     for call in calls:
@@ -220,7 +222,8 @@ def _untie(edit: Editor, site: LinearSite) -> LinearSite:
     """Gives the linear calls of a tied weight a Parameter of their own, under the alias's name."""
     gm = edit.graph_module
     names = [a for a, c in edit.program.aliases.items() if c == site.weight]
-    alias = names[0] if names else f"{site.weight}_untied"
+    own = site.id.partition(":")[0]
+    alias = own if own in names else (names[0] if names else f"{site.weight}_untied")
     tensor = gm.get_parameter(site.weight).detach().clone()
     set_attribute(gm, alias, nn.Parameter(tensor, requires_grad=False))
     for node in list(gm.graph.nodes):

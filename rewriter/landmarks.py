@@ -1,20 +1,23 @@
-"""Sites that stand outside of the blocks: embedding tables and normalisations."""
+"""Sites beside the projections: embedding tables, convolutions and normalisations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .aten import (
     ADDS,
-    CASTS,
     EMBEDDING,
+    GATHERS,
     MULS,
+    NORM_PARTS,
     NORMS,
     SLICES,
+    SOFTMAX,
     VIEWS,
     attribute,
     inputs,
@@ -27,31 +30,31 @@ from .aten import (
     users,
     value,
 )  # fmt: skip
-from .modes import BatchNorm
-from .sites import EmbeddingSite, NormSite, Site
+from .modes import Attention
+from .residual import Sublayer
+from .sites import ConvSite, EmbeddingSite, NormSite, Site
+from .walk import Walk
 
-Consumers = Callable[[Node], list[str]]
-"""Names of the linear calls that read a value through views."""
 
-
-def embeddings(gm: GraphModule, aliases: Mapping[str, str]) -> list[Site]:
+def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
     """All table lookups, with what they look up."""
+    gm = graph.gm
     found: dict[str, EmbeddingSite] = {}
     fed: list[str] = []
     sources = set(placeholders(gm).values())
     for node in gm.graph.nodes:
-        table = parameter_of(node.args[0]) if is_op(node, EMBEDDING) else None
-        if table is None:
-            continue
-        path = table[0]
+        path, index = _lookup(gm, node)
+        if index is None or any(graph.depends(index, n) for n in graph.linears):
+            continue  # rows chosen by activations are biases of experts
         held: Tensor = attribute(gm, path)
-        index = node.args[1]
         site_id = path if path not in found else f"{path}@{node.name}"
-        if strip(index, VIEWS) in sources:
+        if _biases_attention(graph, node):
+            role = "relative"
+        elif strip(index, VIEWS) in sources:
             fed.append(site_id)
             role = "type" if held.shape[0] <= 16 else "position"
         else:
-            role = "type" if _is_constant_index(gm, index, int(held.shape[0])) else "position"
+            role = "type" if _is_type(gm, index, int(held.shape[0])) else "position"
         tied = tuple(a for a, c in aliases.items() if c == path)
         found[site_id] = EmbeddingSite(
             id=site_id, kind="embedding", role=role, layer=None, stream="", nodes=(node.name,),
@@ -65,9 +68,41 @@ def embeddings(gm: GraphModule, aliases: Mapping[str, str]) -> list[Site]:
     return list(found.values())
 
 
-def _is_constant_index(gm: GraphModule, index: Node, size: int) -> bool:
-    """Whether lookups always read the same row (token types left at their default)."""
-    source = strip(index, VIEWS | SLICES | overloads("gather", "index", "index_select"))
+def _biases_attention(graph: Walk, lookup: Node) -> bool:
+    """Whether rows are only added to attention scores (relative positions)."""
+    seen: set[Node] = set()
+    stack = [lookup]
+    reached = False
+    while stack:
+        for user in users(stack.pop()):
+            if is_op(user, SOFTMAX) or isinstance(submodule(graph.gm, user), Attention):
+                reached = True
+            elif user in graph.linears or is_op(user, NORMS) or user.op == "output":
+                return False
+            elif user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return reached
+
+
+def _lookup(gm: GraphModule, node: Node) -> tuple[str, Node | None]:
+    """(table, index) of an embedding, or of an index into the rows of a parameter."""
+    index: Any = None
+    if is_op(node, EMBEDDING):
+        index = node.args[1]
+    elif is_op(node, overloads("index")) and isinstance(node.args[1], list | tuple):
+        index = node.args[1][0] if len(node.args[1]) == 1 else None
+    table = parameter_of(node.args[0]) if isinstance(index, Node) else None
+    held = attribute(gm, table[0]) if table and not table[1] else None
+    matrix = isinstance(held, nn.Parameter) and held.dim() == 2
+    return (table[0], index) if table and matrix else ("", None)
+
+
+def _is_type(gm: GraphModule, index: Node, size: int) -> bool:
+    """Whether lookups read the same row everywhere (token types left at their default)."""
+    source = strip(index, VIEWS | SLICES | GATHERS)
+    if is_op(source, overloads("arange", "cumsum", "add", "sub")):
+        return False
     if source.op == "get_attr":
         held = attribute(gm, str(source.target))
         if isinstance(held, Tensor) and not held.is_meta and held.numel():
@@ -76,49 +111,95 @@ def _is_constant_index(gm: GraphModule, index: Node, size: int) -> bool:
     return size <= 16 or is_op(source, full)
 
 
-def norms(gm: GraphModule, sites: list[Site], consumers: Consumers) -> list[Site]:
-    """All normalisations with learnt parameters, fused or written out."""
-    owner: dict[str, Site] = {n: s for s in sites if s.kind == "linear" for n in s.nodes}
-    adds: dict[str, Site] = {s.nodes[1]: s for s in sites if s.kind == "sublayer"}
-    found: dict[str, NormSite] = {}
-    for node in gm.graph.nodes:
-        weights = _norm_weights(gm, node)
-        if weights is None or weights[0] in found:
+def convolutions(graph: Walk, owner: Mapping[Node, Sublayer]) -> list[Site]:
+    """All convolutions with a stored weight."""
+    found: dict[str, ConvSite] = {}
+    for node, conv in graph.convs.items():
+        if not conv.weight:
             continue
-        below = [owner[name] for name in consumers(node) if name in owner]
-        near = next((s for s in below if s.layer is not None), None)
-        above = next((adds[i.name] for i in inputs(node) if i.name in adds), None)
-        block = above if above is not None and is_op(node, NORMS) and near is None else near
-        if above is not None and near is not None and above.layer is not None:
-            # Post-norm feeds the next block; pre-norm follows the previous block's add.
-            readers = [u for u in users(node) if is_op(u, ADDS)]
-            block = above if readers else near
-        found[weights[0]] = NormSite(
-            id=weights[0], kind="norm", role="norm", layer=block.layer if block else None,
-            stream=block.stream if block else "", nodes=(node.name,), weight=weights[0],
-            bias=weights[1],
+        if conv.weight in found:
+            old = found[conv.weight]
+            found[conv.weight] = replace(old, nodes=(*old.nodes, node.name))
+            continue
+        patch = conv.kernel == conv.stride and max(conv.kernel) > 1 and not conv.transposed
+        role = "conv.depthwise" if conv.depthwise else "conv.patch" if patch else "conv"
+        sub = owner.get(node)
+        found[conv.weight] = ConvSite(
+            id=conv.weight, kind="conv", role=role, layer=sub.layer if sub else None,
+            stream=sub.stream if sub else "", nodes=(node.name,), weight=conv.weight,
+            bias=conv.bias, channels=conv.channels, groups=conv.groups, kernel=conv.kernel,
+            stride=conv.stride, transposed=conv.transposed,
         )  # fmt: skip
     return list(found.values())
 
 
-def _norm_weights(gm: GraphModule, node: Node) -> tuple[str, str | None] | None:
+def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Sublayer]) -> list[Site]:
+    """All normalisations with learnt parameters, fused or written out.
+
+    A norm inside a branch belongs to its layer. A norm of the stream itself, after a sum, belongs
+    to the sum's layer if the stream goes on from the norm's output (post-norm); otherwise it is
+    the stream's final norm and belongs to none.
+    """
+    closes = {s.branch.add: s for s in sublayers}
+    roots = {s.branch.root for s in sublayers}
+    found: dict[str, NormSite] = {}
+    after: dict[str, tuple[Node, Sublayer]] = {}
+    for node in graph.nodes:
+        weights = _norm_weights(graph, node)
+        if weights is None or weights[0] in found:
+            continue
+        sub = owner.get(node)
+        source = _normed(graph, node)
+        if sub is None and source in closes:
+            after[weights[0]] = node, closes[source]
+        found[weights[0]] = NormSite(
+            id=weights[0], kind="norm", role="norm", layer=sub.layer if sub else None,
+            stream=sub.stream if sub else "", nodes=(node.name,), weight=weights[0],
+            bias=weights[1],
+        )  # fmt: skip
+    post = {sub.stream for node, sub in after.values() if node in roots}
+    for name, (_, sub) in after.items():
+        if sub.stream in post:
+            found[name] = replace(found[name], layer=sub.layer, stream=sub.stream)
+    return list(found.values())
+
+
+def _normed(graph: Walk, node: Node) -> Node:
+    """The value that a normalisation ending at `node` normalises."""
+    if is_op(node, NORMS) or graph.is_batch_norm(node):
+        return graph.source(inputs(node)[0])
+    seen: set[Node] = set()
+    stack = [i for i in inputs(node) if i.op != "get_attr"]
+    while stack:
+        current = stack.pop()
+        if is_op(current, NORM_PARTS | overloads("pow", "square")):
+            return graph.source(inputs(current)[0]) if inputs(current) else current
+        if current not in seen and is_op(current, VIEWS | MULS | ADDS):
+            seen.add(current)
+            stack.extend(inputs(current))
+    return node
+
+
+def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
     """(weight, bias) names of a normalisation that ends at `node`."""
+    gm = graph.gm
 
     def vector(arg: object) -> str | None:
+        if is_op(arg, ADDS) and isinstance(arg, Node) and len(inputs(arg)) == 1:
+            arg = inputs(arg)[0]  # Gemma's `1 + weight`
         found = parameter_of(arg)
         held = attribute(gm, found[0]) if found else None
         return found[0] if found and isinstance(held, nn.Parameter) and held.dim() == 1 else None
 
     operands = node.args
-    module = submodule(gm, node)
-    if is_op(node, NORMS) or isinstance(module, BatchNorm):
+    if is_op(node, NORMS) or graph.is_batch_norm(node):
         names = [v for a in operands[1:] if isinstance(a, Node) and (v := vector(a))]
         return (names[0], names[1] if len(names) > 1 else None) if names else None
     if is_op(node, MULS) and len(operands) == 2 and isinstance(value(node), Tensor):
         for weight, other in (operands, operands[::-1]):
             name = vector(weight)
             if name and isinstance(other, Node):
-                scaled = strip(other, CASTS)
+                scaled = strip(other, VIEWS)
                 roots = overloads("rsqrt", "reciprocal", "sqrt")
                 if is_op(scaled, MULS) and any(is_op(i, roots) for i in inputs(scaled)):
                     return name, None

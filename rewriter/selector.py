@@ -23,32 +23,13 @@ from .errors import SelectorError, nearest
 if TYPE_CHECKING:
     from .sites import Site
 
-WORDS = frozenset(
-    [
-        "q",
-        "k",
-        "v",
-        "o",
-        "attn",
-        "ffn",
-        "ffn.up",
-        "ffn.gate",
-        "ffn.down",
-        "head",
-        "other",
-        "linear",
-        "attention",
-        "feedforward",
-        "sublayer",
-        "embedding",
-        "embedding.token",
-        "embedding.position",
-        "embedding.type",
-        "norm",
-        "cross",
-        "self",
-    ]
-)
+WORDS = frozenset([
+    "linear", "attention", "feedforward", "sublayer", "embedding", "norm", "conv", "experts",
+    "mixer", "q", "k", "v", "o", "attn", "ffn", "ffn.up", "ffn.gate", "ffn.down", "router",
+    "router.shared", "head", "other", "cross", "self", "mixer.in", "mixer.inner", "mixer.out",
+    "conv.depthwise", "conv.patch", "embedding.token", "embedding.position", "embedding.type",
+    "embedding.relative",
+])  # fmt: skip
 """Roles and kinds: the words that never name a module."""
 
 _TOKEN = re.compile(

@@ -21,7 +21,8 @@ class Site:
 
     Attributes:
         id: stable name: a weight's name, or `stream.layer.kind`.
-        kind: `linear`, `attention`, `feedforward`, `sublayer`, `embedding` or `norm`.
+        kind: `linear`, `experts`, `attention`, `feedforward`, `mixer`, `sublayer`, `embedding`,
+            `conv` or `norm`.
         role: what it does (`q`, `k`, `v`, `o`, `ffn.up`, `attn`, `token`, ...).
         layer: ordinal of its block in its stream, None outside of blocks.
         stream: name of the chain of residual sublayers that it belongs to, or ''.
@@ -63,6 +64,8 @@ class LinearSite(Site):
         in_out: the weight is stored `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
         tied: other names of the same weight tensor, and other kinds of use.
         cross: a projection of a cross-attention.
+        left: the calls are `W @ x`, with the features on the last axis but one.
+        sliced: the calls multiply by a slice of the stored weight (no branch can be added yet).
     """
 
     weight: str = ""
@@ -73,6 +76,8 @@ class LinearSite(Site):
     in_out: bool = False
     tied: tuple[str, ...] = ()
     cross: bool = False
+    left: bool = False
+    sliced: bool = False
 
     @property
     def module(self) -> str:
@@ -97,6 +102,35 @@ class LinearSite(Site):
 
 
 @dataclass(frozen=True)
+class ExpertsSite(Site):
+    """A stack of matrices, one an expert, or the features of a fused one that play one role.
+
+    Attributes:
+        weight: the parameter's original name, `[experts, out, in]`, or `[experts, in, out]` with
+            `in_out`.
+        experts, in_features, out_features: sizes (`out_features` counts `features` only).
+        features: None, or the output features of a fused weight that play the role.
+    """
+
+    weight: str = ""
+    experts: int = 0
+    in_features: int = 0
+    out_features: int = 0
+    features: tuple[int, ...] | None = None
+    in_out: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.id.partition(":")[0]
+
+    def describe(self) -> str:
+        parts = [f"{self.experts} of {self.in_features} -> {self.out_features}"]
+        if self.features is not None:
+            parts.append(f"features {_ranges(self.features)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
 class AttentionSite(Site):
     """One attention: where queries meet keys and values.
 
@@ -104,7 +138,7 @@ class AttentionSite(Site):
         q, k, v, o: ids of the projections' linear sites.
         heads, kv_heads, head_dim: `kv_heads` is smaller than `heads` for grouped queries.
         cross: queries and keys come from different streams.
-        causal: the fused operator masks the future itself (no explicit mask).
+        causal: no query sees a later key, by the operator or by an explicit mask.
         fused: one scaled-dot-product node (else matmul, softmax, matmul).
         repeated: keys and values arrive repeated for grouped queries.
     """
@@ -135,15 +169,36 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True)
 class FeedForwardSite(Site):
-    """A feed-forward block: `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
+    """A feed-forward block: `down(act(gate(x)) * up(x))` or `down(act(up(x)))`.
+
+    Attributes:
+        up, gate, down: ids of the linear sites, or of the experts' sites.
+        router: id of the linear site that chooses the experts.
+        experts: how many there are, 0 for a dense block.
+    """
 
     up: str = ""
     gate: str | None = None
     down: str = ""
     activation: str = ""
+    router: str | None = None
+    experts: int = 0
 
     def describe(self) -> str:
-        return f"{self.activation}, gated" if self.gate else self.activation
+        text = f"{self.activation}, gated" if self.gate else self.activation
+        return f"{self.experts} experts, {text}" if self.experts else text
+
+
+@dataclass(frozen=True)
+class MixerSite(Site):
+    """A token mixer that is no attention (state space, linear attention, gated convolution).
+
+    Attributes:
+        inputs, outputs: ids of the linear sites that read and write the stream.
+    """
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,12 +206,19 @@ class SublayerSite(Site):
     """A residual sublayer; `nodes[0]` is its output before the residual add, `nodes[1]` the add.
 
     Attributes:
-        width: size of the channel axis.
+        width: size of the channel axis, the last one (the second one for role `conv`).
         parallel: another sublayer is added to the same residual.
+        cross: a cross-attention.
     """
 
     width: int = 0
     parallel: bool = False
+    cross: bool = False
+
+    @property
+    def tags(self) -> frozenset[str]:
+        side = {"cross" if self.cross else "self"} if self.role == "attn" else set[str]()
+        return super().tags | side
 
     def describe(self) -> str:
         return f"width {self.width}" + (", parallel" if self.parallel else "")
@@ -164,7 +226,7 @@ class SublayerSite(Site):
 
 @dataclass(frozen=True)
 class EmbeddingSite(Site):
-    """A table lookup; role `token`, `position` or `type`."""
+    """A table lookup; role `token`, `position`, `type` or `relative` (biases of attention)."""
 
     weight: str = ""
     size: int = 0
@@ -181,6 +243,35 @@ class EmbeddingSite(Site):
 
     def describe(self) -> str:
         return f"{self.size} x {self.width}" + (f"; tied to {self.tied[0]}" if self.tied else "")
+
+
+@dataclass(frozen=True)
+class ConvSite(Site):
+    """A convolution; role `conv`, `conv.depthwise` or `conv.patch` (patches that do not overlap).
+
+    Attributes:
+        weight: the parameter's original name, `[out, in / groups, *kernel]`, or with
+            `transposed` `[in, out / groups, *kernel]`.
+        channels: (in, out).
+        kernel, stride: one number a spatial axis.
+    """
+
+    weight: str = ""
+    bias: str | None = None
+    channels: tuple[int, int] = (0, 0)
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    transposed: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.weight.rpartition(".")[0] or self.weight
+
+    def describe(self) -> str:
+        size = "x".join(str(k) for k in self.kernel)
+        text = f"{self.channels[0]} -> {self.channels[1]}, kernel {size}"
+        return text + (f", {self.groups} groups" if self.groups > 1 else "")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ import torch
 import peftfx
 
 from . import models
+from .zoo import ZOO
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.expect")
 
 
 class Captured:
@@ -28,6 +30,24 @@ class Captured:
                 del inputs["attention_mask"]
             self.made[name] = model, peftfx.capture(model, kwargs=inputs)
         return self.made[name]
+
+
+class Zoo:
+    """Programs of the zoo's architectures by name, captured on first use."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, peftfx.Program] = {}
+
+    def __getitem__(self, name: str) -> peftfx.Program:
+        if name not in self.made:
+            entry = ZOO[name]
+            self.made[name] = peftfx.capture(entry.build(), kwargs=entry.inputs(3, 9))
+        return self.made[name]
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Zoo:
+    return Zoo()
 
 
 @pytest.fixture(scope="session")
