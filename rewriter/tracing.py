@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import CaptureError
 from .propagate import quiet
+from .rows import PiecesUsedError, Rows
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From flat tensors to the positional and keyword arguments of a model's own forward."""
@@ -130,9 +132,15 @@ def export(
     try:
         with prepared(model, training), contextlib.nullcontext() if plain else flat, quiet():
             with torch.enable_grad():
-                return torch.export.export(
-                    model, (), dict(example), dynamic_shapes=shapes, strict=False
-                )
+                trace = functools.partial(
+                    torch.export.export, model, (), dict(example), dynamic_shapes=shapes,
+                    strict=False,
+                )  # fmt: skip
+                try:
+                    with Rows():
+                        return trace()
+                except PiecesUsedError:
+                    return trace()
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         remedy = next(
