@@ -7,6 +7,7 @@ and owns its Parameter objects: frozen storage is shared with the model, trainab
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from .discover import discover
 from .errors import CaptureError
 from .guards import Sizes, read_sizes
 from .modes import restore_modes
+from .module import CapturedModule
 from .nesting import template_of
 from .program import Program, state_buffers
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
@@ -38,6 +40,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    dtype: torch.dtype | None = None,
 ) -> Program:
     """Captures `model` as one graph that trains, runs and rewrites.
 
@@ -48,6 +51,7 @@ def capture(
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
             `{input: {axis: name}}` says exactly which.
+        dtype: captures a copy of the model in this floating-point dtype (default: as it is).
 
     Returns:
         A program whose outputs equal the model's bit for bit in training and evaluation mode.
@@ -55,13 +59,15 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; the message says why and what to do.
     """
+    if isinstance(model, Program | CapturedModule):
+        raise CaptureError("this model is captured already: rewrite its Program with peftfx.run.")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
-    if isinstance(model, GraphModule) and hasattr(model, "_peftfx"):
-        raise CaptureError("this module is captured already; pass its Program instead.")
     model = unwrapped(model)
     check_model(model)
-    spec, tensors = _bind(model, args, kwargs or {})
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    spec, tensors = _bind(model, args, kwargs or {}, dtype)
     shapes = _dynamic_shapes(tensors, dynamic)
     aliases = _aliases(model)
     trace = functools.partial(
@@ -71,12 +77,12 @@ def capture(
     gm = _canonical(exported, aliases, type(model).__name__)
     sizes = read_sizes(placeholders(gm), exported, shapes, tensors)
     spec = _sized(spec, sizes, tensors)
+    _own_tensors(gm, aliases)
     trial = Trial(model, gm, spec, tensors)
     if draws(gm) or (trial.possible and not trial.agrees()):
         part_modes(gm, _canonical(trace(training=False), aliases))
-        _must_agree(model, trial)
     spec = settle(spec, trial)
-    _own_tensors(gm, aliases)
+    _must_agree(model, trial)
     gm.train(model.training)
     return Program(
         module=gm,
@@ -99,7 +105,7 @@ def _canonical(
     canonicalize(gm, aliases)
     restore_modes(gm)
     gm.graph._tracer_cls = None
-    captured = GraphModule(gm, gm.graph, class_name=name)
+    captured = CapturedModule(gm, gm.graph, class_name=name)
     captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
     return captured
 
@@ -121,7 +127,7 @@ def _generation(model: nn.Module) -> dict[str, Any]:
 
 
 def _bind(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> tuple[InputSpec, dict[str, Tensor]]:
     """How the model is called, and the example tensors by flat name."""
     names, variadic = forward_parameters(model.forward)
@@ -146,6 +152,8 @@ def _bind(
             constants[name] = item
     if not tensors:
         raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     _check_example(model, tensors)
     inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
     return InputSpec(inputs, {}, names, constants, structure, variadic), tensors

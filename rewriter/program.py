@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .aten import attribute, set_attribute, submodule
-from .errors import ExportError, PassError, nearest
+from .aten import attribute, set_attribute, submodule, updates_stored
+from .errors import CaptureError, ExportError, PassError, nearest
 from .generate import generate
 from .identity import merkle_root, tensor_digest
+from .module import CapturedModule
 from .sites import Sites
 from .spec import InputSpec
 from .text import diff_text, program_text
@@ -79,7 +81,7 @@ class Program:
         owned: adapter -> names of base parameters that it trains.
     """
 
-    module: GraphModule
+    module: CapturedModule
     spec: InputSpec
     sites: Sites
     aliases: Mapping[str, str]
@@ -281,6 +283,34 @@ class Program:
 
     # Structure.
 
+    def to(self, device: torch.device | str) -> Program:
+        """A copy on another device, with the devices that the graph names.
+
+        Raises:
+            CaptureError: `device` is a dtype, which only a new capture can change.
+        """
+        if isinstance(device, torch.dtype):
+            raise CaptureError(
+                f"a captured program keeps its dtype. Capture again: "
+                f"peftfx.capture(model, ..., dtype={device})."
+            )
+        return self._moved(torch.device(device), {})
+
+    def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
+        def move(tensor: Tensor) -> Tensor:
+            # What programs share before the move, they share after it.
+            view = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if tensor.is_meta or tensor.requires_grad or not tensor.numel():
+                return tensor.to(device)
+            return done.setdefault(view, tensor.to(device))
+
+        moved = self.fork()
+        moved.module._apply(move)
+        tables = (self.extras, self.sample, self.removed)
+        extras, sample, removed = ({n: move(t) for n, t in table.items()} for table in tables)
+        origin = self.origin._moved(device, done) if self.origin is not None else None
+        return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
+
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         return replace(self, module=fork_module(self.module), origin=self.base)
@@ -306,12 +336,12 @@ def state_buffers(gm: GraphModule) -> set[str]:
     """Names of buffers that training updates (batch statistics)."""
     found: set[str] = set()
     for node in gm.graph.nodes:
-        if getattr(submodule(gm, node), "updates_state", False):
+        if getattr(submodule(gm, node), "updates_state", False) or updates_stored(node):
             found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
     return found
 
 
-def fork_module(gm: GraphModule) -> GraphModule:
+def fork_module(gm: GraphModule) -> CapturedModule:
     """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
     memo: dict[int, Any] = {}
     for parameter in gm.parameters():
@@ -336,7 +366,7 @@ def fork_module(gm: GraphModule) -> GraphModule:
         elif node.op == "get_attr" and not _has(root, path):
             held = attribute(gm, path)
             set_attribute(root, path, memo.get(id(held), held), path in _transient(gm))
-    forked = GraphModule(root, graph, class_name=type(gm).__name__)
+    forked = CapturedModule(root, graph, class_name=type(gm).__name__)
     forked.training = gm.training
     return forked
 

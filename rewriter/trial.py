@@ -63,32 +63,32 @@ class Trial:
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
     def _model(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        kept = {n: b.clone() for n, b in self.model.named_buffers()}
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
-        try:
-            with prepared(self.model, training=False), torch.no_grad(), _seeded(), quiet():
-                return floats(self.model(*args, **kwargs))
-        finally:
-            for name, buffer in self.model.named_buffers():
-                if name in kept and not torch.equal(buffer, kept[name]):
-                    buffer.data.copy_(kept[name])
+        with prepared(self.model, training=False), _undisturbed(self.model), quiet():
+            return floats(self.model(*args, **kwargs))
 
     def _graph(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         training = self.gm.training
         self.gm.eval()
         try:
-            with torch.no_grad(), _seeded():
+            with _undisturbed(self.gm):
                 return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
         finally:
             self.gm.train(training)
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """The same random numbers for model and graph; the user's stay what they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """No gradients, the same random numbers every time, and buffers put back afterwards."""
+    kept = {n: b.clone() for n, b in module.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in kept and not torch.equal(buffer, kept[name]):
+                buffer.data.copy_(kept[name])
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:

@@ -75,7 +75,8 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
         for name, (low, high) in program.spec.ranges.items():
             size = batch if name.startswith("batch") else tokens
             wanted[name] = max(low, min(size, high) if high is not None else size)
-        made.append(program.spec.resize(program.sample, **wanted))
+        inputs = program.spec.resize(program.sample, **wanted)
+        made.append({n: t.to(program.module.device) for n, t in inputs.items()})
     return made
 
 
