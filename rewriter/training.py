@@ -70,8 +70,10 @@ class _Alignment:
         ]
 
     def _same(self, x: Node, y: Node) -> bool:
-        """Whether `x` is `y`'s partner, up to dropouts, which evaluation may leave out."""
-        while x not in self.taken and isinstance(submodule(self.gm, x), nn.Dropout):
+        """Whether `x` is `y`'s partner, up to what does nothing in evaluation."""
+        while self.partner.get(y) is not x and isinstance(
+            submodule(self.gm, x), nn.Dropout | Update
+        ):
             x = x.all_input_nodes[0]
         return self.partner.get(y) is x
 
@@ -130,6 +132,7 @@ def _gate_updates(at: _Alignment) -> None:
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+        at.taken.add(new)  # regions read its result; they do not run it again
 
 
 def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:
