@@ -34,6 +34,7 @@ from .trial import Trial, settle
 
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
 
+
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -70,9 +71,7 @@ def capture(
     spec, tensors = _bind(model, args, kwargs or {}, dtype)
     shapes = _dynamic_shapes(tensors, dynamic)
     aliases = _aliases(model)
-    trace = functools.partial(
-        export, model, _at_least_two(tensors, shapes), spec.arguments, shapes
-    )
+    trace = functools.partial(export, model, _at_least_two(tensors, shapes), spec.arguments, shapes)
     exported = trace()
     gm = _canonical(exported, aliases, type(model).__name__)
     sizes = read_sizes(placeholders(gm), exported, shapes, tensors)

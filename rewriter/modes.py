@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 
 from .aten import ATEN, DROPOUTS, SDPA, is_op, overloads
 
-
 MODES = "peftfx_modes"
 """Name below which a captured module holds its mode modules."""
 

@@ -119,5 +119,7 @@ def as_bound(relation: str) -> tuple[int, int | None] | None:
     high = kept[-1]
     while broken - high > 1:
         middle = (high + broken) // 2
-        high, broken = (middle, broken) if holds(relation, {involved[0]: middle}) else (high, middle)
+        high, broken = (
+            (middle, broken) if holds(relation, {involved[0]: middle}) else (high, middle)
+        )
     return kept[0], high

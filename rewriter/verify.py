@@ -124,7 +124,8 @@ def measure(before: Program, after: Program) -> dict[str, float]:
     worst, largest = 0.0, 0.0
     with evaluation(before), evaluation(after):
         for inputs in sizes(after):
-            a, b = floats(before.module(**inputs)), floats(after.module(**inputs))
+            a = floats(before.module(**_completed(before, inputs)))
+            b = floats(after.module(**inputs))
             if len(a) != len(b):
                 raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
             for x, y in zip(a, b, strict=True):
@@ -135,6 +136,22 @@ def measure(before: Program, after: Program) -> dict[str, float]:
             here = gaps(a, b)
             worst, largest = max(worst, here[0]), max(largest, here[1])
     return {"max_abs": worst, "max_rel": worst / largest if largest else worst}
+
+
+def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the inputs that a pass has dropped, with the values that they had to have."""
+    missing = [i for i in program.spec.inputs if i.name not in inputs]
+    if not missing:
+        return dict(inputs)
+    known = {
+        size: inputs[i.name].shape[axis]
+        for i in program.spec.inputs
+        if i.name in inputs
+        for axis, size in enumerate(i.shape)
+        if isinstance(size, str)
+    }
+    example = program.spec.example(**known)
+    return {i.name: inputs.get(i.name, example[i.name]) for i in program.spec.inputs}
 
 
 def certify(contract: Contract, before: Program, after: Program) -> Certificate:

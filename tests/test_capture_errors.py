@@ -104,7 +104,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "own names": Modes,
     "nan weights": lambda: Forward(
-        lambda self, x: x.sum() + 0 * self.w.nan_to_num(), w=nn.Parameter(torch.full((4,), torch.nan))
+        lambda self, x: x.sum() + 0 * self.w.nan_to_num(),
+        w=nn.Parameter(torch.full((4,), torch.nan)),
     ),
     "frozen": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3)).requires_grad_(False),
     "lists and dicts out": lambda: Forward(lambda self, x: {"a": [x + 1, (x * 2, None)], "b": 3}),
@@ -121,7 +122,14 @@ def test_unusual_models_are_captured(name: str) -> None:
         assert same(model, program, x(rows))
         assert type(model(x(rows))) is type(program(x(rows)))
     after = model.state_dict()
-    assert all(torch.equal(before[n], after[n], ) or before[n].isnan().any() for n in before)
+    assert all(
+        torch.equal(
+            before[n],
+            after[n],
+        )
+        or before[n].isnan().any()
+        for n in before
+    )
     names = {n for n, _ in model.named_parameters()}
     assert names >= {n for n, _ in program.module.named_parameters()}
 
