@@ -20,10 +20,10 @@ Target = Callable[..., Any] | str
 
 
 def overloads(*names: str) -> frozenset[Any]:
-    """All overloads of the named ATen operators that this torch version has."""
+    """All overloads of the named ATen operators, and of their in-place twins (`name_`)."""
     found: set[Any] = set()
-    for name in names:
-        packet = getattr(ATEN, name, None)
+    for name in (*names, *(f"{n}_" for n in names)):
+        packet = getattr(ATEN, name, None)  # not all torch versions have all
         if packet is not None:
             found |= {getattr(packet, o) for o in packet.overloads()}
     return frozenset(found)
@@ -137,6 +137,14 @@ def is_float(node: object) -> bool:
     """Whether a node's value is a floating-point tensor."""
     val = value(node)
     return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def is_index(node: object) -> bool:
+    """Whether a node's value is a tensor of integers or booleans, or a size."""
+    val = value(node)
+    if isinstance(val, Tensor):
+        return not (val.is_floating_point() or val.is_complex())
+    return isinstance(val, int | torch.SymInt)
 
 
 def operands(node: Node) -> tuple[Any, ...]:

@@ -5,7 +5,9 @@ Its q, k and v are the nearest linears above, its o the nearest below.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -38,13 +40,19 @@ _O_DOWN = VIEWS | SLICES | MULS | NORM_PARTS | overloads("sigmoid")
 
 @dataclass
 class Core:
-    """One attention: `node` gives the weighted values; `scores` is its product if unfused."""
+    """One attention.
+
+    Attributes:
+        node: the weighted sum of the values.
+        weights: what weighs them, or the fused operator.
+        scores: the product of queries and keys, None if fused.
+    """
 
     node: Node
     q: Node
     k: Node
     v: Node
-    softmax: Node
+    weights: Node
     scores: Node | None
 
     @property
@@ -54,7 +62,7 @@ class Core:
 
     def causal(self, probe: Probe) -> bool:
         """Whether no query sees a later key, by operator or by mask."""
-        return probe.causal(self.softmax, self.scores)
+        return probe.causal(self.weights, self.scores)
 
 
 def cores(graph: Walk) -> list[Core]:
@@ -69,20 +77,25 @@ def cores(graph: Walk) -> list[Core]:
     return found
 
 
-def _factors(product: Node) -> tuple[Node, Node] | None:
-    two = operands(product)[-2:] if is_op(product, ATEN.baddbmm.default) else operands(product)[:2]
-    if len(two) == 2 and all(isinstance(o, Node) for o in two):
-        return two[0], two[1]
-    return None
+def _factors(graph: Walk, product: Node) -> tuple[Node, Node] | None:
+    """The two operands of a product of activations, None if it is none."""
+    two: Any = operands(product)[:2]
+    if is_op(product, overloads("einsum")):
+        two = operands(product)[1]
+    elif is_op(product, ATEN.baddbmm.default):
+        two = operands(product)[-2:]
+    elif not is_op(product, MATMULS):
+        return None
+    if product in graph.linears or len(two) != 2 or not all(isinstance(o, Node) for o in two):
+        return None
+    return two[0], two[1]
 
 
 def _unfused(graph: Walk, softmax: Node) -> Core | None:
-    product = _weighted_sum(graph, softmax)
-    if product is None:
+    found = _weighted_sum(graph, softmax)
+    if found is None:
         return None
-    values = operands(product)[1]
-    if not isinstance(values, Node):
-        return None
+    product, values, weights = found
     wanted = {graph.source(graph.linears[n].x) for n in graph.climb(values, UP).found}
     best: Core | None = None
     seen: set[Node] = set()
@@ -92,8 +105,8 @@ def _unfused(graph: Walk, softmax: Node) -> Core | None:
         if node in seen:
             continue
         seen.add(node)
-        if is_op(node, MATMULS) and node not in graph.linears and (two := _factors(node)):
-            core = Core(product, *two, values, softmax, node)
+        if two := _factors(graph, node):
+            core = Core(product, *two, values, weights, node)
             keys = {graph.source(graph.linears[n].x) for n in graph.climb(two[1], UP).found}
             if keys & wanted:  # keys of the same tokens as the values, not of positions
                 return core
@@ -103,31 +116,32 @@ def _unfused(graph: Walk, softmax: Node) -> Core | None:
     return best
 
 
-def _weighted_sum(graph: Walk, softmax: Node) -> Node | None:
-    """The product of a softmax with values, None if it is no attention's."""
+def _weighted_sum(graph: Walk, softmax: Node) -> tuple[Node, Node, Node] | None:
+    """The product of a softmax with values, the values and the weights, if it is an attention."""
     stack = [softmax]
     while stack:
         node = stack.pop()
         for user in users(node):
-            if is_op(user, MATMULS) and user not in graph.linears and user.args[0] is node:
-                return user
+            two = _factors(graph, user)
+            if two is not None and node in two:
+                return user, two[1] if two[0] is node else two[0], node
             if is_op(user, _WEIGHTS_DOWN) or graph.is_dropout(user):
                 stack.append(user)
     return None
 
 
 def projections(graph: Walk, core: Core) -> dict[str, list[Linear]] | None:
-    """The linears of q, k, v (in graph order) and o of an attention."""
+    """The linears of q, k and v of an attention, in graph order."""
     parts: dict[str, list[Linear]] = {}
     for role, start in (("q", core.q), ("k", core.k), ("v", core.v)):
         found = sorted(graph.climb(start, UP).found, key=graph.order.__getitem__)
         parts[role] = [graph.linears[n] for n in found]
-    if not all(parts.values()):
-        return None
-    taken = {p.node for found in parts.values() for p in found}
-    after = [p for p in graph.consumers(core.node, _O_DOWN) if p.node not in taken]
-    parts["o"] = after[:1]
-    return parts
+    return parts if all(parts.values()) else None
+
+
+def outputs(graph: Walk, core: Core, nodes: Collection[Node]) -> list[Linear]:
+    """The linear of o: the first among `nodes` that reads the attention's values."""
+    return [p for p in graph.consumers(core.node, _O_DOWN) if p.node in nodes][:1]
 
 
 def shares_source(graph: Walk, q: Linear, k: Linear) -> bool:

@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from .aten import ACTIVATIONS, GATHERS, MULS, TOP, VIEWS, inputs, is_op, overloads, users
+from .aten import ACTIVATIONS, ADDS, GATHERS, MULS, TOP, VIEWS, inputs, is_op, overloads, users
 from .attention import Core
 from .probe import Probe
 from .residual import Sublayer
 from .walk import FFN_UP, OUT, Linear, Walk
 
 _TO_OUTPUT = FFN_UP | GATHERS | overloads("sum", "index_add", "index_add_", "einsum", "scatter_add")
+_WRITTEN_OUT = {("tanh", "cubic"): "gelu", ("sigmoid", "scaled"): "gelu", ("erf", "scaled"): "gelu"}
 _TO_CHOICE = VIEWS | ACTIVATIONS | overloads("softmax", "add", "add_", "masked_fill", "mul")
+
+
+Features = dict[tuple[str, str], tuple[int, ...]]
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Draft:
     Attributes:
         kind: `attn`, `ffn` or `mixer`.
         parts: role -> linears.
-        features: role -> the features of a fused weight that play it.
+        features: (role, weight) -> the features of a fused weight that play the role.
     """
 
     kind: str
@@ -37,7 +41,7 @@ class Draft:
     activation: str = ""
     cross: bool = False
     sublayer: Sublayer | None = None
-    features: dict[str, tuple[int, ...]] = field(default_factory=dict[str, "tuple[int, ...]"])
+    features: Features = field(default_factory=dict[tuple[str, str], tuple[int, ...]])
 
     @property
     def experts(self) -> bool:
@@ -60,22 +64,33 @@ def feed_forward(graph: Walk, probe: Probe, down: Linear, nodes: set[Node]) -> D
 
 
 def _activation(graph: Walk, start: Node, nodes: set[Node]) -> str:
-    """The name of the nearest activation above `start`."""
+    """The name of the nearest activation above `start`, also of ones that are written out."""
     seen: set[Node] = set()
     queue = [start]
     while queue:
         node = queue.pop(0)
         if is_op(node, ACTIVATIONS):
-            return str(node.target).split(".")[1].removesuffix("_")
+            name = str(node.target).split(".")[1].removesuffix("_")
+            return _WRITTEN_OUT.get((name, _argument(node)), name)
         if node in nodes and node not in seen and node not in graph.linears:
             seen.add(node)
             queue.extend(inputs(node))
     return ""
 
 
+def _argument(activation: Node) -> str:
+    """What an activation is applied to: `scaled` x, a `cubic` polynomial of x, or plain x."""
+    node = inputs(activation)[0]
+    if not is_op(node, MULS):
+        return ""
+    if any(is_op(i, ADDS) for i in inputs(node)):
+        return "cubic"
+    return "scaled" if len(inputs(node)) == 1 else ""
+
+
 def _gated(
     graph: Walk, probe: Probe, start: Node, linears: set[Node]
-) -> tuple[Linear | None, Linear | None, dict[str, tuple[int, ...]]]:
+) -> tuple[Linear | None, Linear | None, Features]:
     """(gate, up, features of fused ones) at the product of two projections, one activated."""
     seen: set[Node] = set()
     queue = [start]
@@ -101,7 +116,14 @@ def _gated(
         axis = -2 if gate.left else -1
         gates, ups = (probe.features(gate.node, factors[i], axis) for i in (first, 1 - first))
         if not set(gates) & set(ups):
-            return gate, up, {"ffn.gate": gates, "ffn.up": ups}
+            return (
+                gate,
+                up,
+                {
+                    ("ffn.gate", gate.weight): gates,
+                    ("ffn.up", up.weight): ups,
+                },
+            )
     return None, None, {}
 
 

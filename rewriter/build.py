@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch.fx import Node
 
 from .aten import (
+    ADDS,
     EMBEDDING,
     MULS,
     SLICES,
@@ -98,7 +99,7 @@ class _Builder:
 
     def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
         """Adds the site of a linear in a role, once; returns its id."""
-        features = draft.features.get(role) if draft and linear is draft.parts[role][0] else None
+        features = draft.features.get((role, linear.weight)) if draft else None
         sub = draft.sublayer if draft else self.found.owner.get(linear.node)
         name, tied = self._names(linear.weight)
         site_id = name + (f":{role}" if features is not None else "")
@@ -137,10 +138,10 @@ class _Builder:
         sub = draft.sublayer
         stream, layer = (sub.stream, sub.layer) if sub else ("", None)
         kind = "cross" if draft.cross else draft.kind
-        name = f"{stream}.layer{layer}.{kind}" if sub else f"{next(iter(ids.values()))[0]}.{kind}"
+        name = sub.name if sub else f"{next(iter(ids.values()))[0]}.{kind}"
         first = {role: found[0] for role, found in ids.items() if found}
         if draft.core is not None:
-            return self._attention(draft, draft.core, f"{name}.core", first)
+            return self._attention(draft, draft.core, self._unique(f"{name}.core"), first)
         if draft.kind == "mixer":
             return MixerSite(
                 id=f"{name}.block", kind="mixer", role="mixer", layer=layer, stream=stream,
@@ -149,11 +150,20 @@ class _Builder:
             )  # fmt: skip
         down = draft.parts["ffn.down"][0]
         return FeedForwardSite(
-            id=f"{name}.{'experts' if down.stack else 'block'}", kind="feedforward", role="ffn",
-            layer=layer, stream=stream, nodes=(down.node.name,), up=first["ffn.up"],
+            id=self._unique(f"{name}.{'experts' if down.stack else 'block'}"),
+            kind="feedforward", role="ffn", layer=layer, stream=stream,
+            nodes=(down.node.name,), up=first["ffn.up"],
             gate=first.get("ffn.gate"), down=first["ffn.down"], activation=draft.activation,
             router=routed if down.stack else None, experts=down.stack,
         )  # fmt: skip
+
+    def _unique(self, name: str) -> str:
+        """`name`, numbered where a sublayer holds several blocks."""
+        count = 1
+        while (found := name if count == 1 else f"{name}_{count}") in self.claimed:
+            count += 1
+        self.claimed.add(found)
+        return found
 
     def _attention(self, draft: Draft, core: Core, name: str, ids: dict[str, str]) -> Site:
         sub = draft.sublayer
@@ -163,8 +173,9 @@ class _Builder:
         dim = int(q[-1])
 
         def count(role: str, width: int, fallback: int) -> int:
-            features = draft.features.get(role)
-            total = len(features) if features else draft.parts[role][0].sizes[1]
+            linear = draft.parts[role][0]
+            features = draft.features.get((role, linear.weight))
+            total = len(features) if features else linear.sizes[1]
             return fallback if total % width else total // width
 
         heads = count("q", dim, int(q[-3]) if len(q) > 3 else 1)
@@ -182,9 +193,10 @@ class _Builder:
 
 def _sublayer(sub: Sublayer) -> Site:
     size: list[Any] = list(shape(sub.output) or [0])
-    width = size[1] if sub.kind == "conv" and len(size) > 3 else size[-1]
+    images = sub.kind == "conv" and len(size) > 3
+    width = size[1] if images or not isinstance(size[-1], int) else size[-1]
     return SublayerSite(
-        id=f"{sub.stream}.layer{sub.layer}.{sub.kind}", kind="sublayer",
+        id=sub.name, kind="sublayer",
         role="attn" if sub.kind == "cross" else sub.kind, layer=sub.layer, stream=sub.stream,
         nodes=(sub.output.name, sub.branch.add.name),
         width=int(width) if isinstance(width, int) else 0, parallel=sub.parallel,
@@ -203,7 +215,9 @@ def _is_head(start: Node) -> bool:
                 return True
             capped = is_op(user, overloads("tanh")) and is_op(node, MULS)
             moved = is_op(user, overloads("einsum")) and len(inputs(user)) == 1
-            if user not in seen and (is_op(user, VIEWS | SLICES | MULS) or capped or moved):
+            biased = is_op(user, ADDS) and any(i.op == "get_attr" for i in inputs(user))
+            known = is_op(user, VIEWS | SLICES | MULS) or capped or moved or biased
+            if user not in seen and known:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -98,7 +98,7 @@ def capture(
 
 def _canonical(
     exported: torch.export.ExportedProgram, aliases: Mapping[str, str], name: str = ""
-) -> GraphModule:
+) -> CapturedModule:
     """A plain module with the exported graph in canonical form and its modes restored."""
     gm = exported.module(check_guards=False)
     canonicalize(gm, aliases)

@@ -98,7 +98,7 @@ def _difference(program: Program, mask: Node, length: int) -> str:
         sizes = {n: 2 if n.startswith("batch") else tokens for n in program.spec.ranges}
         if any(h is not None and sizes[n] > h for n, (_, h) in program.spec.ranges.items()):
             continue
-        found = _evaluate(program, mask, program.spec.example(**sizes))
+        found = _evaluate(program, mask, program.spec.example(None, **sizes))
         if found.is_meta:
             raise MetaTensorError("masks cannot be compared on meta. Move the program first.")
         if tuple(found.shape[-2:]) != (tokens, tokens):

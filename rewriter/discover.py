@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .aten import SLICES, is_op
-from .attention import Core, cores, projections, shares_source
+from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, ends, feed_forward, mixer, router
 from .build import build
 from .probe import Probe
@@ -107,13 +107,17 @@ class _Discovery:
         drafts = [d for c in within if (d := self._attention(c, branch))]
         if drafts:
             return ("cross" if drafts[0].cross else "attn"), drafts
+        joint = [c for c in self.cores if c.node in inside]
+        for linear in [o for c in joint for o in outputs(self.graph, c, nodes)]:
+            self.roles[linear.node] = "o"  # one attention that writes to two streams
+            return "attn", []
         linears = [p for n, p in self.graph.linears.items() if n in nodes]
         for down in ends(self.graph, branch.output, nodes):
             draft = feed_forward(self.graph, self.probe, down, nodes)
             if draft is not None:
                 self._routers(draft, linears)
                 return "ffn", [draft]
-        if within or nested:
+        if joint or nested or any(p.stack for p in linears):
             return None
         draft = mixer(self.graph, branch.output, linears, nodes)
         if draft is not None:
@@ -132,17 +136,19 @@ class _Discovery:
         parts = projections(graph, core)
         if parts is None:
             return None
+        parts["o"] = outputs(graph, core, branch.nodes if branch else graph.nodes)
         q, k = parts["q"][0], parts["k"][0]
         inside = set(branch.nodes) if branch else set[Node]()
         alike = k.node in inside if branch and q.node in inside else shares_source(graph, q, k)
         draft = Draft("attn", parts, core=core, cross=not alike)
         owners = [p.node for role in "qkv" for p in parts[role]]
         for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-            linear = parts[role][0]
-            if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
-                found = self.probe.features(linear.node, operand)
-                if len(found) < linear.sizes[1]:
-                    draft.features[role] = found
+            for linear in parts[role]:
+                if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
+                    found = self.probe.features(linear.node, operand)
+                    if len(found) < linear.sizes[1]:
+                        draft.features[role, linear.weight] = found
+            parts[role].sort(key=lambda p, r=role: -len(draft.features.get((r, p.weight), ())))
         return draft
 
     def _sliced(self, top: Node, bottom: Node) -> bool:

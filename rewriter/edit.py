@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .aten import ATEN, LINEAR, erase_dead, is_op, set_attribute, users
+from .aten import (
+    ATEN,
+    LINEAR,
+    MATMULS,
+    erase_dead,
+    is_op,
+    parameter_of,
+    set_attribute,
+    users,
+)  # fmt: skip
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .errors import PassError
 from .program import BRANCHES, Attachment, Program
@@ -152,10 +161,17 @@ class Editor:
         self.program.owned = owned
 
     def add_bias(self, site: LinearSite) -> str:
-        """Gives a linear without bias a zero one; returns the new parameter's name."""
-        name = f"{site.weight.rpartition('.')[0]}.bias".lstrip(".")
+        """Gives a linear without bias a zero one; returns the new parameter's name.
+
+        A bias of its own that the model adds behind the product is returned as it is.
+        """
+        stem, _, leaf = site.weight.rpartition(".")
+        name = f"{stem}.bias".lstrip(".") if leaf == "weight" else f"{site.weight}_bias"
         weight = self.weight(site)
+        known = dict(self.graph_module.named_parameters())
         if name not in self.program.added:
+            if name in known and known[name].shape == (weight.out_features,):
+                return name
             zeros = torch.zeros(weight.out_features, dtype=weight.dtype, device=weight.device)
             set_attribute(self.graph_module, name, nn.Parameter(zeros, requires_grad=False))
             self.program.added = (*self.program.added, name)
@@ -168,6 +184,11 @@ class Editor:
             elif is_op(node, ATEN.addmm.default):
                 raise PassError(f"{site.id} has a bias already.")
             else:
+                if site.left:
+                    with self.graph_module.graph.inserting_before(node):
+                        bias = self.graph_module.graph.call_function(
+                            ATEN.unsqueeze.default, (bias, 1)
+                        )
                 with self.graph_module.graph.inserting_after(node):
                     added = self.graph_module.graph.call_function(ATEN.add.Tensor, (node, bias))
                 node.replace_all_uses_with(added, delete_user_cb=lambda u, a=added: u is not a)
@@ -239,29 +260,49 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         node.meta["composed"] = key
         return node
 
-    data = 1 if is_op(call, ATEN.addmm.default) else 0
-    x = call.args[data]
+    left = _is_left(call)
+
+    def turn(node: object, name: str) -> object:
+        """`[..., features, tokens]` of a left product as branches want it, and back."""
+        return emit("call_function", ATEN.mT.default, (node,), f"{name}_mt") if left else node
+
+    def through(path: str, node: object) -> Node:
+        name = path.replace(".", "_")
+        inside = emit("call_module", path, (turn(node, name),), name)
+        turned = turn(inside, name)
+        return turned if isinstance(turned, Node) else inside
+
+    data = _data_operand(call)
+    x: object = call.args[data]
     with gm.graph.inserting_before(call):
         for path in slot("input_scale"):
-            x = emit("call_module", path, (x,), path.replace(".", "_"))
+            x = through(path, x)
     call.update_arg(data, x)
     tail = call
     readers = users(call)
     for path in slot("delta"):
-        with gm.graph.inserting_after(tail):
-            delta = emit("call_module", path, (x,), path.replace(".", "_"))
-        with gm.graph.inserting_after(delta):
-            tail = emit(
-                "call_function", ATEN.add.Tensor, (tail, delta), path.replace(".", "_") + "_add"
-            )
+        with gm.graph.inserting_before(tail.next):
+            delta = through(path, x)
+            name = path.replace(".", "_") + "_add"
+            tail = emit("call_function", ATEN.add.Tensor, (tail, delta), name)
     for path in slot("output_scale"):
-        with gm.graph.inserting_after(tail):
-            tail = emit("call_module", path, (tail,), path.replace(".", "_"))
+        with gm.graph.inserting_before(tail.next):
+            tail = through(path, tail)
     if tail is not call:
         inside = {n for n in gm.graph.nodes if n.meta.get("composed") == key}
         for reader in [*readers, *(u for u in call.users if u not in readers)]:
             if reader not in inside:
                 reader.replace_input_with(call, tail)
+
+
+def _is_left(call: Node) -> bool:
+    """Whether a linear is called as `W @ x`, with its features on the last axis but one."""
+    return is_op(call, MATMULS) and parameter_of(call.args[0]) is not None
+
+
+def _data_operand(call: Node) -> int:
+    """Which argument of a linear's call is its input."""
+    return 1 if is_op(call, ATEN.addmm.default) or _is_left(call) else 0
 
 
 def _raise(gm: GraphModule, call: Node) -> Node:
@@ -284,7 +325,7 @@ def _decompose(gm: GraphModule, call: Node, key: str) -> None:
         return
     inside = {*mine, call}
     tail = next((n for n in reversed(mine) if any(u not in inside for u in n.users)), call)
-    data = 1 if is_op(call, ATEN.addmm.default) else 0
+    data = _data_operand(call)
     x = call.args[data]
     while isinstance(x, Node) and x in inside:
         x = x.args[0]

@@ -123,6 +123,8 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     site = edit.program.sites[attachment.site]
     if not isinstance(site, LinearSite):
         return f"not foldable: {site.kind} sites have no weight"
+    if site.left:
+        return "not foldable: the weight is the left operand of its product"
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == attachment.path]
     found: list[tuple[Match, Fold]] = []
     for call in calls:

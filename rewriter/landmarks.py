@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from .aten import (
     ADDS,
-    CASTS,
     EMBEDDING,
     GATHERS,
     MULS,
@@ -45,8 +44,8 @@ def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
     sources = set(placeholders(gm).values())
     for node in gm.graph.nodes:
         path, index = _lookup(gm, node)
-        if index is None:
-            continue
+        if index is None or any(graph.depends(index, n) for n in graph.linears):
+            continue  # rows chosen by activations are biases of experts
         held: Tensor = attribute(gm, path)
         site_id = path if path not in found else f"{path}@{node.name}"
         if _biases_attention(graph, node):
@@ -175,7 +174,7 @@ def _normed(graph: Walk, node: Node) -> Node:
         current = stack.pop()
         if is_op(current, NORM_PARTS | overloads("pow", "square")):
             return graph.source(inputs(current)[0]) if inputs(current) else current
-        if current not in seen and is_op(current, CASTS | MULS | ADDS):
+        if current not in seen and is_op(current, VIEWS | MULS | ADDS):
             seen.add(current)
             stack.extend(inputs(current))
     return node
@@ -200,7 +199,7 @@ def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
         for weight, other in (operands, operands[::-1]):
             name = vector(weight)
             if name and isinstance(other, Node):
-                scaled = strip(other, CASTS)
+                scaled = strip(other, VIEWS)
                 roots = overloads("rsqrt", "reciprocal", "sqrt")
                 if is_op(scaled, MULS) and any(is_op(i, roots) for i in inputs(scaled)):
                     return name, None

@@ -67,8 +67,8 @@ class Probe:
         """Whether no query sees a later key, all scores being equal.
 
         Args:
-            attention: a fused attention, or a softmax.
-            scores: the product of queries and keys, for a softmax.
+            attention: a fused attention, or the weights of the values.
+            scores: the product of queries and keys, None if fused.
         """
         if scores is None:
             weights = self._fused_weights(attention)

@@ -70,6 +70,7 @@ class Sublayer:
     output: Node
     stream: str = ""
     layer: int | None = None
+    name: str = ""
 
 
 @dataclass
@@ -184,26 +185,31 @@ class Streams:
 
 
 def number(graph: Walk, sublayers: list[Sublayer]) -> None:
-    """Gives every sublayer its layer: the ordinal of its block in its stream.
+    """Gives every sublayer its stream's name, its layer and its own name.
 
-    Blocks repeat: the shortest period of the kinds in a stream is one block. Where they do not
-    repeat, a block starts at what mixes tokens, or at a kind that the block has already.
+    A layer is the ordinal of a block in its stream. Blocks repeat: the shortest period of the
+    kinds in a stream is one block. Where they do not repeat, a block starts at what mixes
+    tokens, or at a kind that the block has already.
     """
     streams: dict[str, list[Sublayer]] = {}
     for sub in sorted(sublayers, key=lambda s: (graph.order[s.branch.add], graph.order[s.output])):
         streams.setdefault(sub.stream, []).append(sub)
-    for members in streams.values():
+    taken: dict[str, int] = {}
+    for index, members in enumerate(streams.values()):
         blocks = [s for s in members if s.kind != "conv"] or members
         for sub, layer in zip(blocks, _ordinals(blocks), strict=True):
             sub.layer = layer
         latest = 0
         for sub in members:
             latest = sub.layer if sub.layer is not None else latest
-            sub.layer = latest
+            sub.layer, sub.stream = latest, f"s{index}"
+            name = f"{sub.stream}.layer{sub.layer}.{sub.kind}"
+            count = taken[name] = taken.get(name, 0) + 1
+            sub.name = name if count == 1 else f"{name}_{count}"
 
 
 def _ordinals(members: list[Sublayer]) -> list[int]:
-    kinds = ["mix" if s.kind in ("attn", "mixer") else s.kind for s in members]
+    kinds = [("mix" if s.kind in ("attn", "mixer") else s.kind) + _width(s) for s in members]
     count = len(kinds)
     for period in range(1, count + 1):
         repeats = count % period == 0 and kinds == kinds[:period] * (count // period)
@@ -212,11 +218,17 @@ def _ordinals(members: list[Sublayer]) -> list[int]:
     layer, held = -1, set[str]()
     found: list[int] = []
     for kind, sub in zip(kinds, members, strict=True):
-        if layer < 0 or kind in held or (kind == "mix" and held and not sub.parallel):
+        if layer < 0 or kind in held or (kind.startswith("mix") and held and not sub.parallel):
             layer, held = layer + 1, set()
         held.add(kind)
         found.append(layer)
     return found
+
+
+def _width(sub: Sublayer) -> str:
+    """Tells a feed-forward over tokens from one over channels (MLP-Mixer)."""
+    size = shape(sub.output)
+    return str(size[-1]) if size and sub.kind == "ffn" else ""
 
 
 def channels_last(branch: Branch) -> Node:

@@ -52,7 +52,7 @@ class Rows(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Sequence[type],
-        args: tuple[Any, ...] = (),
+        args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}

@@ -261,10 +261,13 @@ def shift_positions(program: Program, length: int) -> None:
     if not targets:
         raise PassError("the model has no absolute positions to shift; use shift_positions=false.")
     for node, index in targets:
-        position = node.args[index]
+        position: Any = node.args[index]
+        rows = isinstance(position, list | tuple)  # `table[positions]` instead of a lookup
         with gm.graph.inserting_before(node):
-            moved = gm.graph.call_function(ATEN.add.Tensor, (position, length))
-        node.update_arg(index, moved)
+            moved = gm.graph.call_function(
+                ATEN.add.Tensor, (position[0] if rows else position, length)
+            )
+        node.update_arg(index, [moved] if rows else moved)
     if learnt:
         program.spec = _shorter(program, length)
 

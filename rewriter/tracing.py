@@ -54,8 +54,8 @@ def check_model(model: nn.Module) -> None:
         )
     for name in RESERVED & {n for n, _ in model.named_children()}:
         raise CaptureError(
-            f"{type(model).__name__} has a submodule called {name!r}, the name below which captured "
-            "programs keep what they add. Rename it."
+            f"{type(model).__name__} has a submodule called {name!r}, the name below which "
+            "captured programs keep what they add. Rename it."
         )
 
 
@@ -128,20 +128,16 @@ def export(
     Raises:
         CaptureError: torch cannot trace it; the message says where and what to do.
     """
-    flat = _flat_forward(model, tuple(example), arguments)
     plain = arguments(example) == ((), dict(example))
+    flat = _flat_forward(model, tuple(example), arguments)
     try:
-        with prepared(model, training), contextlib.nullcontext() if plain else flat, quiet():
-            with torch.enable_grad():
-                trace = functools.partial(
-                    torch.export.export, model, (), dict(example), dynamic_shapes=shapes,
-                    strict=False,
-                )  # fmt: skip
-                try:
-                    with Rows():
-                        return trace()
-                except PiecesUsedError:
-                    return trace()
+        with (
+            prepared(model, training),
+            contextlib.nullcontext() if plain else flat,
+            quiet(),
+            torch.enable_grad(),
+        ):
+            return _export(model, dict(example), shapes)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         remedy = next(
@@ -154,6 +150,19 @@ def export(
             f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
             f"{_user_line(error)}{remedy}"
         ) from error
+
+
+def _export(
+    model: nn.Module, example: dict[str, Tensor], shapes: dict[str, dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    trace = functools.partial(
+        torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
+    )
+    try:
+        with Rows():
+            return trace()
+    except PiecesUsedError:
+        return trace()
 
 
 def _user_line(error: BaseException) -> str:

@@ -150,8 +150,11 @@ def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
         for axis, size in enumerate(i.shape)
         if isinstance(size, str)
     }
-    example = program.spec.example(**known)
-    return {i.name: inputs.get(i.name, example[i.name]) for i in program.spec.inputs}
+    example = program.spec.example(None, **known)
+    return {
+        i.name: inputs.get(i.name, example[i.name].to(program.module.device))
+        for i in program.spec.inputs
+    }
 
 
 def certify(contract: Contract, before: Program, after: Program) -> Certificate:

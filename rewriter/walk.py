@@ -31,6 +31,7 @@ from .aten import (
     VIEWS,
     attribute,
     inputs,
+    is_index,
     is_op,
     named_arguments,
     overloads,
@@ -43,7 +44,7 @@ from .aten import (
 from .modes import AlphaDropout, BatchNorm, TrainingOnly
 
 _TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes", "mT", "numpy_T")
-UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS
+UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
 """What lies between a projection and the attention that reads it: layout, rotation, norms."""
 FFN_UP = UP | ACTIVATIONS | POINTWISE
 OUT = VIEWS | NORM_PARTS | MULS | SLICES
@@ -166,7 +167,8 @@ class Walk:
         named = parameter_of(bias)
         sizes = (rows, columns) if in_out else (columns, rows)
         stack = int(held.shape[0]) if held.dim() == 3 else 0
-        return Linear(node, x, path, named[0] if named else None, in_out, sizes, stack, left)
+        name = named[0] if named else None
+        return Linear(node, x, path, name, in_out, sizes, stack, left)
 
     def _matrix(self, node: object) -> tuple[str, Tensor, bool] | None:
         """(path, parameter, transposed) of a stored matrix or stack of matrices."""
@@ -239,10 +241,10 @@ class Walk:
             elif node in self.writers:
                 stack.extend((w, active) for w in self.writers[node])
             elif written(node) is not None and not node.users:
-                stack.extend((i, active) for i in inputs(node)[1:])
+                stack.extend((i, active) for i in inputs(node)[1:] if not is_index(i))
             elif self.passes(node, through) or (conv and conv.depthwise):
                 now = active or is_op(node, ACTIVATIONS)
-                stack.extend((i, now) for i in inputs(node))
+                stack.extend((i, now) for i in inputs(node) if not is_index(i))
             elif node.op not in ("get_attr", "placeholder"):
                 result.stopped.add(node)
         return result

@@ -30,7 +30,13 @@ from peftfx.rewriter.sites import (
 
 @dataclass(frozen=True)
 class Attn:
-    """An attention sublayer; `before` is the operator whose value is added to the stream."""
+    """An attention sublayer.
+
+    Attributes:
+        before: the operator whose value is added to the stream.
+        rotated: a second projection of keys (latent attention).
+        inner: linears without a role in it.
+    """
 
     q: str
     k: str
@@ -43,11 +49,13 @@ class Attn:
     causal: bool = False
     before: str = "linear"
     inner: tuple[str, ...] = ()
+    rotated: str = ""
 
     kind = property(lambda self: "cross" if self.cross else "attn")
 
     def roles(self) -> list[tuple[str, str]]:
         parts = [("q", self.q), ("k", self.k), ("v", self.v), ("o", self.o)]
+        parts += [("k", self.rotated)] if self.rotated else []
         return parts + [("other", name) for name in self.inner]
 
 
@@ -106,7 +114,12 @@ Part = Attn | FF | Mix | Convs
 
 @dataclass(frozen=True)
 class Stream:
-    """`layers` repetitions of `parts`; `norms` counts the learnt norms of one layer."""
+    """`layers` repetitions of `parts` from layer `first` on.
+
+    Attributes:
+        norms: how many learnt norms one layer has.
+        shared: all layers use the weights (and norms) of the first one.
+    """
 
     path: str
     parts: tuple[Part, ...]
@@ -114,6 +127,8 @@ class Stream:
     layers: int = 2
     parallel: bool = False
     width: int = 32
+    first: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ class Expect:
         convs: weights of convolutions, as `role:name` where the role is not plain `conv`.
         ties: linear sites whose tensor is also another's.
         norms: learnt norms outside of layers.
+        one_stream: the `streams` are parts of one (layers of different kinds).
+        calls: weights that are called several times.
     """
 
     streams: tuple[Stream, ...] = ()
@@ -134,6 +151,7 @@ class Expect:
     convs: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()
     norms: int = 0
+    one_stream: bool = False
     calls: dict[str, int] = field(default_factory=dict[str, int])
 
 
@@ -145,7 +163,7 @@ def _weight(text: str, path: str, layer: int) -> tuple[str, tuple[int, ...] | No
     name, _, ranges = text.partition("[")
     name = name[1:] if name.startswith("/") else path + name
     name = name.replace("{i}", str(layer))
-    if not re.search(r"(weight|experts\.\w+)$", name):
+    if not re.search(r"(weight|bias_table|\.experts\.\w+)$", name):
         name += ".weight"
     if not ranges:
         return name, None
@@ -155,9 +173,10 @@ def _weight(text: str, path: str, layer: int) -> tuple[str, tuple[int, ...] | No
 
 def _layers(expect: Expect) -> Iterator[tuple[str, int, Stream, Part]]:
     for index, stream in enumerate(expect.streams):
-        for layer in range(stream.layers):
+        name = "s0" if expect.one_stream else f"s{index}"
+        for layer in range(stream.first, stream.first + stream.layers):
             for part in stream.parts:
-                yield f"s{index}", layer, stream, part
+                yield name, layer, stream, part
 
 
 def _named(names: tuple[str, ...], default: str) -> list[tuple[str, str]]:
@@ -254,11 +273,10 @@ def _check_sublayers(program: Any, expect: Expect) -> None:
             assert "add" in str(add.target)
             _check_insertion(output, add)
     assert sorted(have) == sorted(wanted)
-    for index, stream in enumerate(expect.streams):
-        for layer in range(stream.layers):
-            at = (f"s{index}", layer)
-            norms = [s for s in program.sites if isinstance(s, NormSite)]
-            assert sum((s.stream, s.layer) == at for s in norms) == stream.norms, at
+    norms = [s for s in program.sites if isinstance(s, NormSite)]
+    for name, layer, stream, _ in _layers(expect):
+        count = 0 if stream.shared and layer else stream.norms
+        assert sum((s.stream, s.layer) == (name, layer) for s in norms) == count, (name, layer)
 
 
 def _operator(program: Any, node: Node) -> str:

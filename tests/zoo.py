@@ -286,6 +286,31 @@ ZOO: dict[str, Entry] = {
         "Qwen2Moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
         shared_expert_intermediate_size=40,
     ),
+    # Beyond the list: interleaved groups, alibi, latent attention, shared layers, interleaved
+    # experts, two kinds of token mixers, reduced keys with a convolutional feed-forward.
+    "falcon": _hf(
+        "FalconForCausalLM", "FalconConfig", text, vocab_size=VOCABULARY, hidden_size=WIDTH,
+        num_hidden_layers=2, num_attention_heads=HEADS, num_kv_heads=KV_HEADS, use_cache=False,
+        new_decoder_architecture=True, ffn_hidden_size=INNER, **_IDS,
+    ),
+    "bloom": _hf(
+        "BloomForCausalLM", "BloomConfig", text, vocab_size=VOCABULARY, hidden_size=WIDTH,
+        n_layer=2, n_head=HEADS, use_cache=False, hidden_dropout=0.1, attention_dropout=0.1, **_IDS,
+    ),
+    "deepseek_v3": _decoder(
+        "DeepseekV3", num_key_value_heads=HEADS, n_shared_experts=1, n_routed_experts=6,
+        moe_intermediate_size=24, kv_lora_rank=12, q_lora_rank=20, qk_rope_head_dim=4,
+        qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2,
+        first_k_dense_replace=0,
+    ),
+    "albert": _encoder("AlbertModel", "AlbertConfig", embedding_size=24, hidden_dropout_prob=0.1),
+    "gpt_oss": _decoder("GptOss", num_local_experts=5, num_experts_per_tok=2, head_dim=8),
+    "lfm2": _decoder("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8),
+    "segformer": _hf(
+        "SegformerForImageClassification", "SegformerConfig", images(32), num_encoder_blocks=1,
+        depths=[2], sr_ratios=[2], hidden_sizes=[WIDTH], patch_sizes=[3], strides=[2],
+        num_attention_heads=[HEADS], mlp_ratios=[2], drop_path_rate=0.0,
+    ),
     # Text to text.
     "t5": _hf(
         "T5ForConditionalGeneration", "T5Config", text_to_text,
@@ -304,7 +329,7 @@ ZOO: dict[str, Entry] = {
     "swin": _hf(
         "SwinForImageClassification", "SwinConfig", images(16),
         image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
-        mlp_ratio=3.0, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        mlp_ratio=3.0, drop_path_rate=0.0, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     ),
     "convnext": _hf(
         "ConvNextForImageClassification", "ConvNextConfig", images(32),
