@@ -265,8 +265,8 @@ def _capture(model: nn.Module, spec: InputSpec) -> Program:
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
         for i in spec.inputs
     }
-    inputs: dict[str, Any] = {n: t.to(device) for n, t in example.items()}
-    return capture(model, kwargs={**inputs, **spec.constants}, dynamic=dynamic)
+    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
+    return capture(model, args, kwargs, dynamic=dynamic)
 
 
 def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:

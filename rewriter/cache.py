@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from .errors import ArtifactError, CorruptFileError
 from .files import parse_json, write_file, write_json
 from .graphfile import decode, encode, read_graph, write_graph
 from .identity import tensor_digest
+from .module import CapturedModule
 from .sites import Sites
 from .spec import InputSpec
 
@@ -43,7 +43,7 @@ _FILE = re.compile(r'File "([^"]+)", line')
 class Traced:
     """The part of a captured program that tracing finds out; the rest is the model's own."""
 
-    module: GraphModule
+    module: CapturedModule
     spec: InputSpec
     sites: Sites
     symbols: Mapping[str, str]

@@ -8,8 +8,10 @@ and owns its Parameter objects: frozen storage is shared with the model, trainab
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,26 +20,23 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from .aten import placeholders, set_attribute, shape
+from .aten import placeholders, set_attribute
 from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .discover import discover
 from .errors import CaptureError
+from .guards import Sizes, read_sizes
 from .modes import restore_modes
+from .module import CapturedModule, state_buffers
+from .nesting import template_of
 from .placement import buffers_on_meta, computed_buffers, is_hollow
-from .program import Program, state_buffers
-from .propagate import quiet
-from .spec import InputSpec, TensorInput, forward_parameters
+from .program import Program
+from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
+from .tracing import check_model, export, unwrapped
+from .training import draws, part_modes
+from .trial import Trial, settle
 
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
-
-_REMEDIES = (
-    ("data-dependent", "The forward branches on tensor values: use torch.where or torch.cond."),
-    ("GuardOnDataDependent", "Control flow depends on values: use torch.where or torch.cond."),
-    ("Could not guard", "Control flow depends on tensor values: use torch.where or torch.cond."),
-    ("aliases", "Return fresh tensors instead of views of the inputs."),
-    ("Unsupported", "Rewrite the named call with plain torch operations."),
-)
 
 
 def capture(
@@ -46,6 +45,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    dtype: torch.dtype | None = None,
     cache: bool | str | Path = False,
 ) -> Program:
     """Captures `model` as one graph that trains, runs and rewrites.
@@ -57,6 +57,7 @@ def capture(
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
             `{input: {axis: name}}` says exactly which.
+        dtype: captures a copy of the model in this floating-point dtype (default: as it is).
         cache: a directory in which captures are kept (True: the user's own), so that the same
             model, inputs and code are not traced again; see `rewriter/cache.py`.
 
@@ -66,59 +67,87 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; the message says why and what to do.
     """
+    if isinstance(model, Program | CapturedModule):
+        raise CaptureError("this model is captured already: rewrite its Program with peftfx.run.")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
-    if isinstance(model, GraphModule) and hasattr(model, "_peftfx"):
-        raise CaptureError("this module is captured already; pass its Program instead.")
-    names, tensors, constants = _bind(model, args, kwargs or {})
+    model = unwrapped(model)
+    check_model(model)
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    spec, tensors = _bind(model, args, kwargs or {}, dtype)
     shapes = _dynamic_shapes(tensors, dynamic)
     aliases = _aliases(model)
-    about = [names, constants, {n: sorted(axes) for n, axes in shapes.items()}]
+    about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
     if traced is None:
-        traced = _trace(model, names, tensors, constants, shapes, aliases)
+        traced = _trace(model, spec, tensors, shapes, aliases)
         if entry:
             entry.store(traced)
-    captured = traced.module
-    _own_tensors(captured, aliases, computed_buffers(model) if is_hollow(model) else {})
-    captured.train(model.training)
-    program = Program(
-        module=captured,
+    gm = traced.module
+    _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
+    gm.train(model.training)
+    return Program(
+        module=gm,
         spec=traced.spec,
         sites=traced.sites,
         aliases=aliases,
         symbols=traced.symbols,
-        extras=_unused(model, captured, aliases),
+        extras=_unused(model, gm, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),
         sample={n: t.detach() for n, t in tensors.items()},
         generation=_generation(model),
         cached=entry.note if entry else "",
     )
-    return program
 
 
 def _trace(
     model: nn.Module,
-    names: tuple[str, ...],
+    spec: InputSpec,
     tensors: Mapping[str, Tensor],
-    constants: Mapping[str, Any],
     shapes: dict[str, dict[int, Any]],
     aliases: Mapping[str, str],
 ) -> Traced:
-    """Exports a model, brings the graph into canonical form and finds its sites."""
+    """Exports a model, brings the graph into canonical form, tries it out and finds its sites."""
     hollow = is_hollow(model)
     given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
     with buffers_on_meta(model) if hollow else contextlib.nullcontext():
-        exported = _export(model, _at_least_two(given, shapes), constants, shapes)
+        trace = functools.partial(
+            export, model, _at_least_two(given, shapes), spec.arguments, shapes
+        )
+        exported = trace()
+        gm = _canonical(exported, aliases, type(model).__name__)
+        sizes = read_sizes(placeholders(gm), exported, shapes, given)
+        trial = Trial(model, gm, _sized(spec, sizes, tensors), given)
+        if draws(gm) or (trial.possible and not trial.agrees()):
+            part_modes(gm, _canonical(trace(training=False), aliases))
+        spec = settle(trial.spec, trial)
+        _must_agree(model, trial)
+    return Traced(gm, spec, discover(gm, aliases, given), sizes.symbols)
+
+
+def _canonical(
+    exported: torch.export.ExportedProgram, aliases: Mapping[str, str], name: str = ""
+) -> CapturedModule:
+    """A plain module with the exported graph in canonical form and its modes restored."""
     gm = exported.module(check_guards=False)
     canonicalize(gm, aliases)
     restore_modes(gm)
     gm.graph._tracer_cls = None
-    captured = GraphModule(gm, gm.graph, class_name=type(model).__name__)
+    captured = CapturedModule(gm, gm.graph, class_name=name)
     captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
-    symbols, spec = _spec(captured, exported, tensors, names, constants)
-    return Traced(captured, spec, discover(captured, aliases, given), symbols)
+    return captured
+
+
+def _must_agree(model: nn.Module, trial: Trial) -> None:
+    gap = trial.gap() if trial.possible else None
+    if gap is not None and not trial.agrees():
+        raise CaptureError(
+            f"{type(model).__name__} computes something else in evaluation mode than the captured "
+            f"graph (off by {gap:.3g} of the largest output). Its forward depends on state that is "
+            "not a tensor, or is not deterministic; make it depend on its inputs and buffers only."
+        )
 
 
 def _generation(model: nn.Module) -> dict[str, Any]:
@@ -128,35 +157,52 @@ def _generation(model: nn.Module) -> dict[str, Any]:
 
 
 def _bind(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[str, ...], dict[str, Tensor], dict[str, Any]]:
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
+) -> tuple[InputSpec, dict[str, Tensor]]:
+    """How the model is called, and the example tensors by flat name."""
     names, variadic = forward_parameters(model.forward)
-    if variadic and args:
-        raise CaptureError(
-            f"{type(model).__name__}.forward takes *args, so positional inputs have no names. "
-            "Wrap it in a module whose forward names its inputs."
-        )
-    if len(args) > len(names):
-        raise CaptureError(
-            f"{len(args)} positional inputs, but forward takes {len(names)}: {', '.join(names)}."
-        )
-    given: dict[str, Any] = dict(zip(names, args, strict=False))
-    given.update(kwargs)
+    try:
+        given = named_arguments(names, variadic, args, kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{error}.") from error
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
+    structure: dict[str, Any] = {}
     for name, item in given.items():
-        if isinstance(item, Tensor):
-            tensors[name] = item
-        elif isinstance(item, bool | int | float | str):
-            constants[name] = item
-        elif item is not None:
+        try:
+            template = template_of(name, item, tensors)
+        except TypeError as error:
             raise CaptureError(
-                f"input {name!r} is a {type(item).__name__}; capture takes tensors, numbers, "
-                "strings and booleans. Wrap the model so that its forward takes plain tensors."
-            )
+                f"input {error}; capture takes tensors, numbers, strings, booleans, None, and "
+                "lists, tuples and dicts of them. Wrap the model so that its forward takes those."
+            ) from error
+        if isinstance(item, list | tuple | dict):
+            structure[name] = template
+        elif not isinstance(item, Tensor) and item is not None:
+            constants[name] = item
     if not tensors:
         raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
-    return names, tensors, constants
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    _check_example(model, tensors)
+    inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
+    return InputSpec(inputs, {}, names, constants, structure, variadic), tensors
+
+
+def _check_example(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise CaptureError(
+                f"the example {name!r} is empty: {tuple(tensor.shape)}. Give one with at least "
+                "one element along every axis."
+            )
+        if len(devices) == 1 and tensor.dim() and tensor.device not in devices:
+            (device,) = devices
+            raise CaptureError(
+                f"the example {name!r} is on {tensor.device}, the model on {device}. Move one of "
+                "them; a captured program can be moved later with program.to(device)."
+            )
 
 
 def _dynamic_shapes(tensors: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, dict[int, Any]]:
@@ -189,68 +235,6 @@ def _at_least_two(
                 tensor = tensor.repeat_interleave(2, dim=axis)
         example[name] = tensor
     return example
-
-
-@contextlib.contextmanager
-def _export_mode(model: nn.Module, constants: Mapping[str, Any]) -> Iterator[None]:
-    """Training mode, no cache, constants bound; everything is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None}
-    cached = [c for c in configs.values() if getattr(c, "use_cache", None)]
-    bound = "forward" in model.__dict__
-    forward = model.forward
-    try:
-        for module in modes:
-            module.training = True
-        for config in cached:
-            config.use_cache = False
-        if constants:
-            model.forward = functools.partial(forward, **constants)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for config in cached:
-            config.use_cache = True
-        if constants:
-            if bound:
-                model.forward = forward
-            else:
-                del model.forward
-
-
-def _export(
-    model: nn.Module,
-    example: dict[str, Tensor],
-    constants: Mapping[str, Any],
-    shapes: dict[str, dict[int, Any]],
-) -> torch.export.ExportedProgram:
-    try:
-        with _export_mode(model, constants), torch.enable_grad(), quiet():
-            return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        remedy = next(
-            (r for key, r in _REMEDIES if key in text),
-            "Check that the model runs on these inputs with model.train(); "
-            "try dynamic=None to see whether a dynamic size is the cause.",
-        )
-        reason = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
-            f"{_user_line(error)}{remedy}"
-        ) from error
-
-
-def _user_line(error: BaseException) -> str:
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "peftfx" not in name and "/rewriter/" not in name:
-            found = f"At {name.rpartition('/')[2]}:{trace.tb_lineno}. "
-        trace = trace.tb_next
-    return found
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -297,60 +281,23 @@ def _unused(
     }
 
 
-def _spec(
-    gm: GraphModule,
-    exported: torch.export.ExportedProgram,
-    tensors: Mapping[str, Tensor],
-    parameters: tuple[str, ...],
-    constants: Mapping[str, Any],
-) -> tuple[dict[str, str], InputSpec]:
-    """Names the symbols (`batch`, `sequence`, ...) and records what the graph accepts."""
-    symbols: dict[str, str] = {}
-    batches: dict[int, str] = {}
-    inputs: list[TensorInput] = []
-    ranges: dict[str, tuple[int, int | None]] = {}
-    constraints = {str(k): v for k, v in exported.range_constraints.items()}
-    for name, node in placeholders(gm).items():
-        tensor = tensors[name]
-        sizes: list[int | str] = []
-        dims: tuple[Any, ...] = shape(node) or ()
-        for axis, size in enumerate(dims):
-            if isinstance(size, int):
-                sizes.append(size)
-                continue
-            symbol = str(size)
-            if symbol not in symbols:
-                if axis == 0:
-                    label = batches.setdefault(
-                        tensor.shape[0], "batch" if not batches else f"batch_{len(batches) + 1}"
-                    )
-                else:
-                    count = len({v for v in symbols.values() if v.startswith("sequence")})
-                    label = "sequence" if not count else f"sequence_{count + 1}"
-                symbols[symbol] = label
-            label = symbols[symbol]
-            sizes.append(label)
-            bound = constraints.get(symbol)
-            high = None
-            low = 1
-            if bound is not None:
-                high = int(bound.upper) if bound.upper.is_finite and bound.upper < 2**31 else None
-                low = int(bound.lower) if int(bound.lower) > 2 else 1
-            known = ranges.get(label)
-            if known is not None:
-                low = max(low, known[0])
-                high = min((h for h in (high, known[1]) if h is not None), default=None)
-            ranges[label] = (low, high)
-        fill = _fill(tensor)
-        inputs.append(TensorInput(name, tuple(sizes), tensor.dtype, fill))
-    return symbols, InputSpec(tuple(inputs), ranges, parameters, dict(constants))
+def _sized(spec: InputSpec, sizes: Sizes, tensors: Mapping[str, Tensor]) -> InputSpec:
+    inputs = (
+        TensorInput(name, shape, tensors[name].dtype, _fill(tensors[name]))
+        for name, shape in sizes.shapes.items()
+    )
+    return replace(
+        spec,
+        inputs=tuple(inputs),
+        ranges=sizes.ranges,
+        relations=tuple(sizes.relations),
+        reasons=sizes.reasons,
+    )
 
 
 def _fill(tensor: Tensor) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return True
-    if tensor.is_floating_point() or not tensor.numel():
+    if tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return 0
-    if tensor.is_meta:
-        return 1  # as an id, a position or a mask the likeliest to be valid
     return int(tensor.max())

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from . import modes, sites
 from .aten import attribute, set_attribute
+from .module import CapturedModule
 from .propagate import fake_mode
 from .symbols import Symbols, write_environment
 
@@ -264,7 +265,7 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
 def read_graph(
     data: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
     name: str,
-) -> GraphModule:  # fmt: skip
+) -> CapturedModule:  # fmt: skip
     """Builds a graph that `write_graph` wrote, over a model's own tensors.
 
     Args:
@@ -316,4 +317,4 @@ def read_graph(
         [str(n) for n in names], pytree.treespec_loads(structure),
         pytree.treespec_loads(data["output"]),
     )))  # fmt: skip
-    return GraphModule(root, graph, class_name=name)
+    return CapturedModule(root, graph, class_name=name)

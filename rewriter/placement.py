@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from .aten import attribute, value
+from .aten import attribute
 
 _BUILD_ERRORS = (
     TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError, ArithmeticError,
@@ -26,30 +26,32 @@ def is_hollow(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-def relocate(gm: GraphModule, device: torch.device) -> None:
+def relocate(gm: GraphModule, old: torch.device, new: torch.device) -> None:
     """Makes a graph that was captured on one device run on another; its tensors stay put.
 
-    Device literals (`arange(device=...)`) and recorded fake values follow `device`; literals of
-    a device other than the parameters' were meant, and stay.
+    Device literals (`arange(device=...)`) and recorded fake values on `old` move to `new`; literals
+    of a third device were meant, and stay.
     """
-    here = next((p.device.type for p in gm.parameters()), device.type)
 
     def moved(arg: Any) -> Any:
-        return device if isinstance(arg, torch.device) and arg.type == here else arg
+        return new if isinstance(arg, torch.device) and arg.type == old.type else arg
 
-    def fake(val: Any) -> Any:
-        if not isinstance(val, Tensor) or val.device.type != here:
-            return val
+    def fake(val: Tensor) -> Tensor:
         mode = getattr(val, "fake_mode", None)
-        with mode or contextlib.nullcontext():
-            return val.to(device)
+        if mode is None or val.device.type != old.type:
+            return val
+        with mode, torch.no_grad():
+            return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=new)
 
-    for node in gm.graph.nodes:
-        args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
-        node.args, node.kwargs = args, kwargs
-        if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(fake, value(node))
-    gm.recompile()
+    for module in gm.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+            node.args, node.kwargs = args, kwargs
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map_only(Tensor, fake, node.meta["val"])
+        module.recompile()
 
 
 @contextlib.contextmanager

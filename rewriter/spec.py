@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .nesting import differences, leaves, rebuild, template_of
+from .relation import holds
 
 Size = int | str
 
@@ -33,14 +35,23 @@ class InputSpec:
     Attributes:
         inputs: the tensor inputs in the order of the graph's placeholders.
         ranges: dynamic size name -> (smallest, largest or None).
-        parameters: names that the model's `forward` takes, in order, with their defaults.
+        parameters: names that the model's `forward` takes, in order.
         constants: non-tensor arguments whose value is part of the captured graph.
+        structure: arguments that are containers of tensors, as templates (see `nesting`).
+        variadic: name of the `*args` parameter of the model's `forward`, or ''.
+        relations: what else must hold between dynamic sizes (see `relation`).
+        reasons: why a size is bounded (by its name) or fixed (by `input.axis`), or why a
+            relation must hold (by its text).
     """
 
     inputs: tuple[TensorInput, ...]
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict[str, Any])
     parameters: tuple[str, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    structure: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    variadic: str = ""
+    relations: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,25 +59,31 @@ class InputSpec:
         return tuple(i.name for i in self.inputs)
 
     def __str__(self) -> str:
-        parts = [f"{i.name}: {short_type(i.dtype, i.shape)}" for i in self.inputs]
-        return ", ".join(parts)
+        text = ", ".join(f"{i.name}: {short_type(i.dtype, i.shape)}" for i in self.inputs)
+        notes = [*self.relations, *self._fixed()]
+        return f"{text}; {'; '.join(notes)}" if notes else text
+
+    def _fixed(self) -> list[str]:
+        """Sizes that the model fixed although they were to be dynamic, with the reason."""
+        return [
+            f"{i.name} axis {axis} is always {size} ({self.reasons[f'{i.name}.{axis}']})"
+            for i in self.inputs
+            for axis, size in enumerate(i.shape)
+            if f"{i.name}.{axis}" in self.reasons
+        ]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Matches a call to the captured inputs and checks them.
 
+        Returns:
+            The tensors by flat name, which is what the module takes.
+
         Raises:
             InputError: unknown, missing, wrongly typed or out of range inputs.
         """
-        if len(args) > len(self.parameters):
-            raise InputError(
-                f"{len(args)} positional inputs given, but forward takes "
-                f"{len(self.parameters)}: {', '.join(self.parameters)}."
-            )
-        given: dict[str, Any] = dict(zip(self.parameters, args, strict=False))
-        for name, item in kwargs.items():
-            if name in given:
-                raise InputError(f"input {name!r} is given twice (by position and by keyword).")
-            given[name] = item
+        given = self._named(args, kwargs)
+        for name in self.structure:
+            given.update(self._flattened(name, given.pop(name, None)))
         bound: dict[str, Tensor] = {}
         for spec in self.inputs:
             if given.get(spec.name) is None:
@@ -80,6 +97,37 @@ class InputSpec:
         self._check_sizes(bound)
         return bound
 
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return named_arguments(self.parameters, self.variadic, args, kwargs)
+        except TypeError as error:
+            raise InputError(f"{error}.") from error
+
+    def _flattened(self, name: str, item: Any) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        try:
+            template = template_of(name, item, tensors)
+        except TypeError as error:
+            raise InputError(f"input {error}; it was captured as a plain container.") from error
+        for difference in differences(self.structure[name], template):
+            raise InputError(
+                f"input {name!r} was captured with {difference}. Capture again with the new form."
+            )
+        return tensors
+
+    def arguments(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of the model's own forward for flat tensors."""
+        held = dict(tensors)
+        nested = {name: rebuild(template, held) for name, template in self.structure.items()}
+        inside = {n for t in self.structure.values() for n in leaves(t)}
+        named: dict[str, Any] = {n: t for n, t in held.items() if n not in inside}
+        named.update(self.constants)
+        named.update(nested)
+        if not self.variadic or self.variadic not in named:
+            return (), named
+        rest = named.pop(self.variadic)
+        return (*(named.pop(n, None) for n in self.parameters), *rest), named
+
     def _check_extra(self, name: str, item: Any) -> None:
         if name in self.constants:
             if item is not None and item != self.constants[name]:
@@ -87,6 +135,11 @@ class InputSpec:
                     f"input {name!r} was captured as the constant {self.constants[name]!r}, not "
                     f"{item!r}. Capture again with kwargs={{..., {name!r}: {item!r}}}."
                 )
+        elif item is not None and name in self.reasons:
+            raise InputError(
+                f"input {name!r} is not taken any more: {self.reasons[name]}. Leave it out, or use "
+                "the program before that pass."
+            )
         elif item is not None:
             known = ", ".join(f"{n!r}: ..." for n in self.names)
             raise InputError(
@@ -112,21 +165,40 @@ class InputSpec:
                     if size != expected:
                         raise InputError(
                             f"{where}: size {size}, but it was captured as the fixed size "
-                            f"{expected}. Capture again with dynamic={{{spec.name!r}: "
-                            f"{{{axis}: 'size'}}}} if the model allows it."
+                            f"{expected}. {self._remedy(spec.name, axis)}"
                         )
                     continue
                 low, high = self.ranges.get(expected, (1, None))
                 if size < low or (high is not None and size > high):
                     limit = f"{low}..{'' if high is None else high}"
                     raise InputError(
-                        f"{where} ({expected}): size {size} is outside the model's range {limit}."
+                        f"{where} ({expected}): size {size} is outside the model's range {limit}"
+                        f"{self._because(expected)}."
                     )
                 first, owner = sizes.setdefault(expected, (size, spec.name))
                 if size != first:
                     raise InputError(
                         f"{where}: {expected} is {size}, but {first} in input {owner!r}."
                     )
+
+        known = {name: size for name, (size, _) in sizes.items()}
+        for relation in self.relations:
+            if not holds(relation, known):
+                raise InputError(
+                    f"the sizes {known} break {relation}{self._because(relation)}. Pad the "
+                    "inputs, or capture again with an example of this size."
+                )
+
+    def _because(self, key: str) -> str:
+        return f" ({self.reasons[key]})" if key in self.reasons else ""
+
+    def _remedy(self, name: str, axis: int) -> str:
+        why = self.reasons.get(f"{name}.{axis}")
+        if why is not None:
+            return f"The model allows no other: {why}. Pad or cut to it, or capture again."
+        return (
+            f"Capture again with dynamic={{{name!r}: {{{axis}: 'size'}}}} if the model allows it."
+        )
 
     def example(self, generator: torch.Generator | None = None, **sizes: int) -> dict[str, Tensor]:
         """Builds valid inputs: filled with `fill`, or random below it with a generator."""
@@ -182,6 +254,10 @@ class InputSpec:
             "ranges": {k: list(v) for k, v in self.ranges.items()},
             "parameters": list(self.parameters),
             "constants": dict(self.constants),
+            "structure": dict(self.structure),
+            "variadic": self.variadic,
+            "relations": list(self.relations),
+            "reasons": dict(self.reasons),
         }
 
     @staticmethod
@@ -195,6 +271,10 @@ class InputSpec:
             ranges={k: (int(v[0]), v[1]) for k, v in data["ranges"].items()},
             parameters=tuple(data["parameters"]),
             constants=dict(data["constants"]),
+            structure=dict(data["structure"]),
+            variadic=str(data["variadic"]),
+            relations=tuple(str(r) for r in data["relations"]),
+            reasons=dict(data["reasons"]),
         )
 
 
@@ -206,13 +286,36 @@ def short_type(dtype: torch.dtype, shape: Sequence[object]) -> str:
     return f"{name}[{', '.join(str(s) for s in shape)}]"
 
 
-def forward_parameters(forward: Any) -> tuple[tuple[str, ...], bool]:
-    """The names `forward` takes, in order, and whether it also takes `*args`."""
+def forward_parameters(forward: Any) -> tuple[tuple[str, ...], str]:
+    """The names `forward` takes, in order, and the name of its `*args` ('' without)."""
     names: list[str] = []
-    variadic = False
+    variadic = ""
     for parameter in inspect.signature(forward).parameters.values():
         if parameter.kind == parameter.VAR_POSITIONAL:
-            variadic = True
+            variadic = parameter.name
         elif parameter.kind != parameter.VAR_KEYWORD:
             names.append(parameter.name)
     return tuple(names), variadic
+
+
+def named_arguments(
+    parameters: Sequence[str], variadic: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments by name; surplus positional ones are a tuple under `variadic`.
+
+    Raises:
+        TypeError: too many positional arguments, or one given twice.
+    """
+    given: dict[str, Any] = dict(zip(parameters, args, strict=False))
+    if len(args) > len(parameters):
+        if not variadic:
+            raise TypeError(
+                f"{len(args)} positional inputs given, but forward takes {len(parameters)}: "
+                f"{', '.join(parameters)}"
+            )
+        given[variadic] = tuple(args[len(parameters) :])
+    for name, item in kwargs.items():
+        if name in given:
+            raise TypeError(f"input {name!r} is given twice (by position and by keyword)")
+        given[name] = item
+    return given

@@ -74,7 +74,7 @@ def load_weights(
     place = torch.device(device)
     base = program.base.fork()
     gm = base.module
-    relocate(gm, place)
+    relocate(gm, gm.device, place)
     extras = dict(base.extras)
     parameters = {n for n, _ in gm.named_parameters()}
     held = parameters | {n for n, _ in gm.named_buffers()}

@@ -75,7 +75,8 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
         for name, (low, high) in program.spec.ranges.items():
             size = batch if name.startswith("batch") else tokens
             wanted[name] = max(low, min(size, high) if high is not None else size)
-        made.append(program.spec.resize(program.sample, **wanted))
+        inputs = program.spec.resize(program.sample, **wanted)
+        made.append({n: t.to(program.module.device) for n, t in inputs.items()})
     return made
 
 
@@ -112,12 +113,28 @@ def is_meta(program: Program) -> bool:
     return any(p.is_meta for p in program.module.parameters())
 
 
+def gaps(want: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
+    """Largest absolute difference of tensors of equal shapes, and largest finite value."""
+    worst, largest = 0.0, 0.0
+    for x, y in zip(want, got, strict=True):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gap = (x.to(wide) - y.to(wide)).abs()
+        gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)
+        if not gap.numel():
+            continue
+        worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
+        finite = x[torch.isfinite(x)]
+        largest = max(largest, float(finite.abs().max()) if finite.numel() else 0.0)
+    return worst, largest
+
+
 def measure(before: Program, after: Program) -> dict[str, float]:
     """Largest output difference, absolute and relative to the largest output."""
     worst, largest = 0.0, 0.0
     with evaluation(before), evaluation(after):
         for inputs in sizes(after):
-            a, b = floats(before.module(**inputs)), floats(after.module(**inputs))
+            a = floats(before.module(**_completed(before, inputs)))
+            b = floats(after.module(**inputs))
             if len(a) != len(b):
                 raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
             for x, y in zip(a, b, strict=True):
@@ -125,14 +142,8 @@ def measure(before: Program, after: Program) -> dict[str, float]:
                     raise VerifyError(
                         f"an output changes from {tuple(x.shape)} to {tuple(y.shape)}."
                     )
-                wide = torch.promote_types(x.dtype, torch.float32)
-                gap = (x.to(wide) - y.to(wide)).abs()
-                gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)
-                if not gap.numel():
-                    continue
-                worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
-                finite = x[torch.isfinite(x)]
-                largest = max(largest, float(finite.abs().max()) if finite.numel() else 0.0)
+            here = gaps(a, b)
+            worst, largest = max(worst, here[0]), max(largest, here[1])
     return {"max_abs": worst, "max_rel": worst / largest if largest else worst}
 
 
@@ -164,6 +175,25 @@ def bound(program: Program, measured: dict[str, float]) -> float:
         measured["rounding"] = rounding(program)
         allowed = max(allowed, 8 * measured["rounding"])
     return allowed
+
+
+def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the inputs that a pass has dropped, with the values that they had to have."""
+    missing = [i for i in program.spec.inputs if i.name not in inputs]
+    if not missing:
+        return dict(inputs)
+    known = {
+        size: inputs[i.name].shape[axis]
+        for i in program.spec.inputs
+        if i.name in inputs
+        for axis, size in enumerate(i.shape)
+        if isinstance(size, str)
+    }
+    example = program.spec.example(None, **known)
+    return {
+        i.name: inputs.get(i.name, example[i.name].to(program.module.device))
+        for i in program.spec.inputs
+    }
 
 
 def certify(contract: Contract, before: Program, after: Program) -> Certificate:

@@ -42,7 +42,7 @@ from .aten import (
     users,
     written,
 )  # fmt: skip
-from .modes import AlphaDropout, BatchNorm
+from .modes import AlphaDropout, BatchNorm, TrainingOnly
 
 _TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes", "mT", "numpy_T")
 UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
@@ -215,7 +215,7 @@ class Walk:
     def is_dropout(self, node: Node) -> bool:
         """Whether a node drops values in training only."""
         return is_op(node, DROPOUTS) or isinstance(
-            submodule(self.gm, node), nn.Dropout | AlphaDropout
+            submodule(self.gm, node), nn.Dropout | AlphaDropout | TrainingOnly
         )
 
     def is_batch_norm(self, node: Node) -> bool:

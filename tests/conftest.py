@@ -33,15 +33,22 @@ class Captured:
 
 
 class Zoo:
-    """Programs of the zoo's architectures by name, captured on first use."""
+    """Programs of the zoo's architectures by name, captured on first use, and their models."""
 
     def __init__(self) -> None:
         self.made: dict[str, peftfx.Program] = {}
+        self.models: dict[str, Any] = {}
+
+    def model(self, name: str) -> Any:
+        """The model that the program was captured from."""
+        if name not in self.models:
+            self.models[name] = ZOO[name].build()
+        return self.models[name]
 
     def __getitem__(self, name: str) -> peftfx.Program:
         if name not in self.made:
-            entry = ZOO[name]
-            self.made[name] = peftfx.capture(entry.build(), kwargs=entry.inputs(3, 9))
+            inputs = ZOO[name].inputs(3, 9)
+            self.made[name] = peftfx.capture(self.model(name), kwargs=inputs)
         return self.made[name]
 
 
