@@ -141,6 +141,13 @@ def _canonical(
 
 
 def _must_agree(model: nn.Module, trial: Trial) -> None:
+    lost = trial.lost_updates() if trial.possible else []
+    if lost:
+        raise CaptureError(
+            f"{type(model).__name__} writes the buffer {lost[0]!r} in training in a way that the "
+            "trace loses (an `out=` argument, for example), so the captured program would never "
+            "update it. Write it with buffer.copy_(value)."
+        )
     gap = trial.gap() if trial.possible else None
     if gap is not None and not trial.agrees():
         raise CaptureError(

@@ -47,11 +47,13 @@ class Trial:
         """
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            want = self._model(inputs)
+            with _undisturbed(self.model):
+                want = self._model(inputs)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
-            got = self._graph(inputs)
+            with _undisturbed(self.gm):
+                got = self._graph(inputs)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
         return _relative(want, got)
@@ -62,29 +64,44 @@ class Trial:
         dtype = next((p.dtype for p in self.gm.parameters()), torch.float32)
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
-    def _model(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def lost_updates(self) -> list[str]:
+        """Names of buffers that the model writes in training and the graph does not."""
+        written: list[set[str]] = []
+        for module, run in ((self.model, self._model), (self.gm, self._graph)):
+            with _undisturbed(module) as kept:
+                try:
+                    run(self.sample, training=True)
+                except Exception:  # noqa: BLE001 - as in `gap`: no evidence
+                    return []
+                held = module.named_buffers()
+                written.append({n for n, b in held if n in kept and not torch.equal(b, kept[n])})
+        return sorted(written[0] - written[1])
+
+    def _model(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
-        with prepared(self.model, training=False), _undisturbed(self.model), quiet():
+        with prepared(self.model, training), quiet():
             return floats(self.model(*args, **kwargs))
 
-    def _graph(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        training = self.gm.training
-        self.gm.eval()
+    def _graph(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+        before = self.gm.training
+        self.gm.train(training)
         try:
-            with _undisturbed(self.gm):
-                return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
+            return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
         finally:
-            self.gm.train(training)
+            self.gm.train(before)
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """No gradients, the same random numbers every time, and buffers put back afterwards."""
+def _undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """No gradients, the same random numbers every time, and buffers put back afterwards.
+
+    Yields the buffers' values from before.
+    """
     kept = {n: b.clone() for n, b in module.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            yield
+            yield kept
     finally:
         for name, buffer in module.named_buffers():
             if name in kept and not torch.equal(buffer, kept[name]):

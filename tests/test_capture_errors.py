@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[Any, ...], str]] = {
     "branching": (Branching, (x(),), r"torch\.where"),
     "state in Python": (Unsteady, (x(),), "state that is not a tensor"),
     "spectral norm": (
-        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), (x(),), "evaluation mode",
+        lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), (x(),), "trace loses",
     ),
     "reserved name": (Reserved, (x(),), "Rename it"),
     "more outputs in training": (
