@@ -141,12 +141,12 @@ def _canonical(
 
 
 def _must_agree(model: nn.Module, trial: Trial) -> None:
-    lost = trial.lost_updates() if trial.possible else []
-    if lost:
+    wrong = trial.wrong_updates() if trial.possible else []
+    if wrong:
         raise CaptureError(
-            f"{type(model).__name__} writes the buffer {lost[0]!r} in training in a way that the "
-            "trace loses (an `out=` argument, for example), so the captured program would never "
-            "update it. Write it with buffer.copy_(value)."
+            f"{type(model).__name__} writes the buffer {wrong[0]!r} in one mode only, in a way "
+            "that the trace cannot follow (an `out=` argument, for example). Write it with "
+            "buffer.copy_(value)."
         )
     gap = trial.gap() if trial.possible else None
     if gap is not None and not trial.agrees():

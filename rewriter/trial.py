@@ -8,9 +8,10 @@ the graph agree on is measured here, so that the input spec is neither too wide 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,18 +65,22 @@ class Trial:
         dtype = next((p.dtype for p in self.gm.parameters()), torch.float32)
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
-    def lost_updates(self) -> list[str]:
-        """Names of buffers that the model writes in training and the graph does not."""
-        written: list[set[str]] = []
-        for module, run in ((self.model, self._model), (self.gm, self._graph)):
-            with _undisturbed(module) as kept:
-                try:
-                    run(self.sample, training=True)
-                except Exception:  # noqa: BLE001 - as in `gap`: no evidence
-                    return []
-                held = module.named_buffers()
-                written.append({n for n, b in held if n in kept and not torch.equal(b, kept[n])})
-        return sorted(written[0] - written[1])
+    def wrong_updates(self) -> list[str]:
+        """Names of buffers that model and graph do not both write, or both leave, in each mode."""
+        wrong: set[str] = set()
+        for training in (True, False):
+            try:
+                ours = self._written(self.gm, self._graph, training)
+                wrong |= ours ^ self._written(self.model, self._model, training)
+            except Exception:  # noqa: BLE001 - as in `gap`: no evidence
+                continue
+        return sorted(wrong)
+
+    def _written(self, module: nn.Module, run: Callable[..., Any], training: bool) -> set[str]:
+        with _undisturbed(module) as kept:
+            run(self.sample, training)
+            held = module.named_buffers()
+            return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
 
     def _model(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
