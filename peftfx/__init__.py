@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .drawing import draw_sites
 from .registry import load_passes
 from .rewriter.artifact import VERSION, load, save
 from .rewriter.capture import capture
@@ -21,6 +22,7 @@ from .rewriter.passes import REGISTRY, Pass
 from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
 from .rewriter.sites import Site, Sites
+from .rewriter.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
 
@@ -47,8 +49,11 @@ __all__ = [
     "Site",
     "Sites",
     "capture",
+    "draw_sites",
     "export_onnx",
+    "fold_checkpoint",
     "load",
+    "load_weights",
     "parse",
     "run",
     "save",

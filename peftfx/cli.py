@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .drawing import check_drawing, draw_sites
 from .models import load_model
 from .rewriter.artifact import load, save
 from .rewriter.capture import capture
@@ -26,6 +27,7 @@ from .rewriter.passes import REGISTRY
 from .rewriter.pipeline import run
 from .rewriter.program import Program
 from .rewriter.sites import Sites
+from .rewriter.stream import fold_checkpoint
 
 ERR = Console(stderr=True)
 
@@ -104,11 +106,16 @@ def _report(options: Any, program: Program) -> list[dict[str, Any]]:
 
 
 def sites(options: Any) -> Any:
-    """`peftfx sites MODEL [--where SELECTOR]`"""
+    """`peftfx sites MODEL [--where SELECTOR] [--draw FILE.svg|FILE.png]`"""
+    if options.draw:
+        check_drawing(options.draw)
     program = _program(options)
     chosen = program.sites.select(options.where) if options.where else list(program.sites)
     _say(options, str(Sites(tuple(chosen))))
     _say(options, f"{len(chosen)} of {len(program.sites)} sites; inputs: {program.spec}")
+    if options.draw:
+        draw_sites(program, options.draw, options.where)
+        _say(options, f"drawn to {options.draw}")
     return [
         {"id": s.id, "kind": s.kind, "role": s.role, "layer": s.layer, "about": s.describe()}
         for s in chosen
@@ -144,13 +151,28 @@ def run_passes(options: Any) -> Any:
 
 
 def fold(options: Any) -> Any:
-    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`"""
+    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`, or `--stream --out DIR`"""
+    if options.stream:
+        return _fold_stream(options)
     program = _program(options, f"fold{{tied={options.tied}}}")
     records = _report(options, program)
     state = program.export_state_dict()
     write_file(options.out, write_tensors(state))
     _say(options, f"{len(state)} tensors under their original names: {options.out}")
     return {"records": records, "tensors": len(state), "out": options.out}
+
+
+def _fold_stream(options: Any) -> Any:
+    """Shard by shard, for models that memory does not hold; the new directory is a model again."""
+    with progress(options, f"capturing {options.model} without its weights"):
+        named = load_model(options.model, hollow=True)
+        program = capture(named.model, kwargs=named.example)
+    with progress(options, "folding shard by shard"):
+        done = fold_checkpoint(program, options.model, options.out, adapter=options.adapter)
+    _say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    for name in done.left_out:
+        _say(options, f"not copied (other weights): {name}")
+    return {"changed": done.changed, "left_out": done.left_out, "out": options.out}
 
 
 def export(options: Any) -> Any:
@@ -226,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = add("sites", sites, "list the places that passes can rewrite", model)
     listing.add_argument("--where", help="a selector, such as '(q|v) and layer>=6'")
+    listing.add_argument("--draw", metavar="FILE", help="draw them too: a name in .svg or .png")
     for name, action, about in (
         ("print", show, "print the graph, after passes if given"),
         ("diff", diff, "show what passes change in the graph"),
@@ -241,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("fold", fold, "merge a saved adapter into the model's weights", model)
     command.add_argument("adapter", help="a saved adapter")
     command.add_argument("--out", required=True, help="safetensors file for the merged weights")
+    streaming = "fold shard by shard; --out is then a new model directory"
+    command.add_argument("--stream", action="store_true", help=streaming)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
     command = add("export", export, "write a verified ONNX file", model)
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")

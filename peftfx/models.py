@@ -23,18 +23,19 @@ class Named:
     example: dict[str, Tensor]
 
 
-def load_model(name: str) -> Named:
+def load_model(name: str, hollow: bool = False) -> Named:
     """Loads what a command line names.
 
     Args:
         name: a directory with `config.json` and weights (extra `hf`), or `module:function` whose
             function returns `(model, example inputs)`, the inputs as a dict of keyword tensors.
+        hollow: build a directory's model on the meta device, without its weights.
 
     Raises:
         CaptureError: neither, or it cannot be loaded.
     """
     if Path(name).is_dir():
-        return _from_directory(Path(name))
+        return _from_directory(Path(name), hollow)
     module, colon, function = name.partition(":")
     if not colon:
         raise CaptureError(
@@ -67,7 +68,7 @@ def _parameters(model: nn.Module) -> tuple[str, ...]:
     return forward_parameters(model.forward)[0]
 
 
-def _from_directory(path: Path) -> Named:
+def _from_directory(path: Path, hollow: bool) -> Named:
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError as error:
@@ -82,7 +83,11 @@ def _from_directory(path: Path) -> Named:
         config = transformers.AutoConfig.from_pretrained(path)
         kind = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         loader = getattr(transformers, kind, transformers.AutoModel)
-        model = loader.from_pretrained(path)
+        if hollow:
+            with torch.device("meta"):
+                model = loader._from_config(config, dtype=config.dtype)
+        else:
+            model = loader.from_pretrained(path)
     except Exception as error:
         raise CaptureError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     vocabulary = getattr(config, "vocab_size", None)

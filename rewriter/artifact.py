@@ -110,7 +110,10 @@ def _step(record: Record) -> dict[str, Any]:
 
 def _finite(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
-        raise MetaTensorError(f"{name} is on the meta device and has no values.")
+        raise MetaTensorError(
+            f"{name} is on the meta device and has no values; load the model's weights first: "
+            "peftfx.load_weights(program, directory)."
+        )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}.")
@@ -207,14 +210,19 @@ def load(
     program = target if isinstance(target, Program) else _capture(target, artifact.spec)
     have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
-        raise BaseMismatchError(_difference(have, artifact.base, str(directory)))
+        raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
+    return attach(program, artifact, str(directory))
+
+
+def attach(program: Program, artifact: Artifact, directory: str) -> Program:
+    """Applies an artifact to a program whose base is known to be right; see `load`."""
     current = program
     done: set[str] = set()
     try:
         for item, plan in artifact.steps:
             current = apply_plan(current, item, plan, check=False)
             if item.adapter is not None:
-                mine = _tensors_of(current, item.adapter, artifact.tensors, str(directory))
+                mine = _tensors_of(current, item.adapter, artifact.tensors, directory)
                 load_values(current, mine)
                 done |= set(mine)
         check_graph(current)
@@ -261,7 +269,8 @@ def _capture(model: nn.Module, spec: InputSpec) -> Program:
     return capture(model, args, kwargs, dynamic=dynamic)
 
 
-def _difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:
+def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:
+    """What an error says of base weights that are not those of an artifact."""
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     changed = sorted(n for n in set(want) & set(have) if want[n] != have[n])
     parts = [

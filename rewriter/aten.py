@@ -263,6 +263,12 @@ def written(node: Node) -> Node | None:
     return target if isinstance(target, Node) else None
 
 
+def updates_stored(node: Node) -> bool:
+    """Whether a node writes a stored tensor in place."""
+    target = written(node)
+    return target is not None and target.op == "get_attr"
+
+
 def _writes_to_live(node: Node) -> bool:
     """Whether an in-place operation without users still shows in another node's value."""
     target = written(node)

@@ -7,9 +7,12 @@ and owns its Parameter objects: frozen storage is shared with the model, trainab
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,13 +21,16 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from .aten import placeholders, set_attribute
+from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .discover import discover
 from .errors import CaptureError
 from .guards import Sizes, read_sizes
 from .modes import restore_modes
+from .module import CapturedModule, state_buffers
 from .nesting import template_of
-from .program import Program, state_buffers
+from .placement import buffers_on_meta, computed_buffers, is_hollow
+from .program import Program
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
 from .tracing import check_model, export, unwrapped
 from .training import draws, part_modes
@@ -32,12 +38,15 @@ from .trial import Trial, settle
 
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
 
+
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = "auto",
+    dtype: torch.dtype | None = None,
+    cache: bool | str | Path = False,
 ) -> Program:
     """Captures `model` as one graph that trains, runs and rewrites.
 
@@ -48,6 +57,9 @@ def capture(
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
             `{input: {axis: name}}` says exactly which.
+        dtype: captures a copy of the model in this floating-point dtype (default: as it is).
+        cache: a directory in which captures are kept (True: the user's own), so that the same
+            model, inputs and code are not traced again; see `rewriter/cache.py`.
 
     Returns:
         A program whose outputs equal the model's bit for bit in training and evaluation mode.
@@ -55,56 +67,87 @@ def capture(
     Raises:
         CaptureError: the model cannot be captured; the message says why and what to do.
     """
+    if isinstance(model, Program | CapturedModule):
+        raise CaptureError("this model is captured already: rewrite its Program with peftfx.run.")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
-    if isinstance(model, GraphModule) and hasattr(model, "_peftfx"):
-        raise CaptureError("this module is captured already; pass its Program instead.")
     model = unwrapped(model)
     check_model(model)
-    spec, tensors = _bind(model, args, kwargs or {})
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    spec, tensors = _bind(model, args, kwargs or {}, dtype)
     shapes = _dynamic_shapes(tensors, dynamic)
     aliases = _aliases(model)
-    trace = functools.partial(
-        export, model, _at_least_two(tensors, shapes), spec.arguments, shapes
-    )
-    exported = trace()
-    gm = _canonical(exported, aliases, type(model).__name__)
-    sizes = read_sizes(placeholders(gm), exported, shapes, tensors)
-    spec = _sized(spec, sizes, tensors)
-    trial = Trial(model, gm, spec, tensors)
-    if draws(gm) or (trial.possible and not trial.agrees()):
-        part_modes(gm, _canonical(trace(training=False), aliases))
-        _must_agree(model, trial)
-    spec = settle(spec, trial)
-    _own_tensors(gm, aliases)
+    about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
+    entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
+    traced = entry.recall() if entry else None
+    if traced is None:
+        traced = _trace(model, spec, tensors, shapes, aliases)
+        if entry:
+            entry.store(traced)
+    gm = traced.module
+    _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
     gm.train(model.training)
     return Program(
         module=gm,
-        spec=spec,
-        sites=discover(gm, aliases, tensors),
+        spec=traced.spec,
+        sites=traced.sites,
         aliases=aliases,
-        symbols=sizes.symbols,
+        symbols=traced.symbols,
         extras=_unused(model, gm, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),
         sample={n: t.detach() for n, t in tensors.items()},
         generation=_generation(model),
+        cached=entry.note if entry else "",
     )
+
+
+def _trace(
+    model: nn.Module,
+    spec: InputSpec,
+    tensors: Mapping[str, Tensor],
+    shapes: dict[str, dict[int, Any]],
+    aliases: Mapping[str, str],
+) -> Traced:
+    """Exports a model, brings the graph into canonical form, tries it out and finds its sites."""
+    hollow = is_hollow(model)
+    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
+    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
+        trace = functools.partial(
+            export, model, _at_least_two(given, shapes), spec.arguments, shapes
+        )
+        exported = trace()
+        gm = _canonical(exported, aliases, type(model).__name__)
+        sizes = read_sizes(placeholders(gm), exported, shapes, given)
+        trial = Trial(model, gm, _sized(spec, sizes, tensors), given)
+        if draws(gm) or (trial.possible and not trial.agrees()):
+            part_modes(gm, _canonical(trace(training=False), aliases))
+        spec = settle(trial.spec, trial)
+        _must_agree(model, trial)
+    return Traced(gm, spec, discover(gm, aliases, given), sizes.symbols)
 
 
 def _canonical(
     exported: torch.export.ExportedProgram, aliases: Mapping[str, str], name: str = ""
-) -> GraphModule:
+) -> CapturedModule:
     """A plain module with the exported graph in canonical form and its modes restored."""
     gm = exported.module(check_guards=False)
     canonicalize(gm, aliases)
     restore_modes(gm)
     gm.graph._tracer_cls = None
-    captured = GraphModule(gm, gm.graph, class_name=name)
+    captured = CapturedModule(gm, gm.graph, class_name=name)
     captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
     return captured
 
 
 def _must_agree(model: nn.Module, trial: Trial) -> None:
+    wrong = trial.wrong_updates() if trial.possible else []
+    if wrong:
+        raise CaptureError(
+            f"{type(model).__name__} writes the buffer {wrong[0]!r} in one mode only, in a way "
+            "that the trace cannot follow (an `out=` argument, for example). Write it with "
+            "buffer.copy_(value)."
+        )
     gap = trial.gap() if trial.possible else None
     if gap is not None and not trial.agrees():
         raise CaptureError(
@@ -121,7 +164,7 @@ def _generation(model: nn.Module) -> dict[str, Any]:
 
 
 def _bind(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
 ) -> tuple[InputSpec, dict[str, Tensor]]:
     """How the model is called, and the example tensors by flat name."""
     names, variadic = forward_parameters(model.forward)
@@ -146,13 +189,15 @@ def _bind(
             constants[name] = item
     if not tensors:
         raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     _check_example(model, tensors)
     inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
     return InputSpec(inputs, {}, names, constants, structure, variadic), tensors
 
 
 def _check_example(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    devices = {p.device for p in model.parameters()}
+    devices = {p.device for p in model.parameters() if not p.is_meta}
     for name, tensor in tensors.items():
         if not tensor.numel():
             raise CaptureError(
@@ -213,7 +258,9 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
+def _own_tensors(
+    gm: GraphModule, aliases: Mapping[str, str], computed: Mapping[str, Tensor]
+) -> None:
     own: dict[int, nn.Parameter] = {}
     for name, parameter in list(gm.named_parameters(remove_duplicate=False)):
         if name in aliases:
@@ -226,6 +273,7 @@ def _own_tensors(gm: GraphModule, aliases: Mapping[str, str]) -> None:
         set_attribute(gm, name, fresh)
     updated = state_buffers(gm)
     for name, buffer in list(gm.named_buffers()):
+        buffer = computed.get(name, buffer)
         set_attribute(gm, name, buffer.detach().clone() if name in updated else buffer.detach())
 
 

@@ -62,6 +62,10 @@ class CorruptFileError(ArtifactError):
     """A file is truncated, altered or malformed."""
 
 
+class WeightsError(ArtifactError):
+    """A checkpoint's tensors do not fit the program."""
+
+
 class FormatTooNewError(ArtifactError):
     """A file was written by a newer format version than this one reads."""
 

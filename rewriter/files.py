@@ -6,13 +6,14 @@ files are checked byte for byte against hashes, and every problem is a CorruptFi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +153,20 @@ def _clean(target: Path) -> None:
 
 
 def write_directory(target: str | Path, files: Mapping[str, bytes], mark: str) -> None:
-    """Writes a directory atomically; an existing one is replaced only by a complete new one.
+    """Writes a directory atomically from the contents of its files; see `new_directory`."""
+    with new_directory(target, mark) as fresh:
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def new_directory(target: str | Path, mark: str | None) -> Iterator[Path]:
+    """A temporary sibling to fill, which becomes `target` if nothing fails meanwhile.
 
     Args:
-        target: the directory; if it exists, it must be empty or hold the file `mark`.
-        files: file name -> content.
-        mark: the file that shows that a directory is of our making.
+        target: the directory; if it exists, it must be empty or hold the file `mark`, and is
+            replaced only by a complete new one.
+        mark: the file that shows that a directory is of our making; None: never replace one.
 
     Raises:
         ArtifactError: it cannot be written; what was there before is still there.
@@ -169,20 +178,19 @@ def write_directory(target: str | Path, files: Mapping[str, bytes], mark: str) -
         if target.exists():
             if not target.is_dir():
                 raise ArtifactError(f"{target} is a file; give a directory.")
-            if any(target.iterdir()) and not (target / mark).exists():
+            if any(target.iterdir()) and (mark is None or not (target / mark).exists()):
                 raise ArtifactError(
-                    f"{target} holds other files (no {mark}); give an empty or new directory."
+                    f"{target} holds other files{f' (no {mark})' if mark else ''}; give an empty "
+                    "or new directory."
                 )
         token = f"{os.getpid()}-{secrets.token_hex(4)}"
         fresh = target.with_name(f".{target.name}.new-{token}")
         old = target.with_name(f".{target.name}.old-{token}")
         try:
             fresh.mkdir()
-            for name, content in files.items():
-                with open(fresh / name, "wb") as handle:
-                    handle.write(content)
-                    handle.flush()
-                    os.fsync(handle.fileno())
+            yield fresh
+            for file in fresh.iterdir():
+                _sync(file)
             _sync(fresh)
             if target.exists():
                 target.rename(old)

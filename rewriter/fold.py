@@ -24,7 +24,7 @@ from .compose import fold_ready
 from .edit import Editor
 from .errors import FoldError
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
-from .program import Attachment
+from .program import Attachment, Program
 from .sites import LinearSite
 from .weight import Weight
 
@@ -95,11 +95,31 @@ def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
     """
     result = Folding()
     fold_ready(edit.program, frozenset(paths))
-    wanted = [a for a in edit.program.attachments if a.path in paths]
+    for group in by_weight(edit.program, paths).values():
+        fold_weight(edit, group, tied, result)
+    done = set(result.folded)
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
+    fold_ready(edit.program)
+    return result
+
+
+def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachment]]:
+    """The named branches, grouped by the weight that they fold into (or by their site)."""
+    groups: dict[str, list[Attachment]] = {}
+    for attachment in program.attachments:
+        if attachment.path in paths:
+            site = program.sites[attachment.site]
+            key = site.weight if isinstance(site, LinearSite) else site.id
+            groups.setdefault(key, []).append(attachment)
+    return groups
+
+
+def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+    """Folds the branches of one weight to a fixpoint; needs the values of no other weight."""
     progress = True
     while progress:
         progress = False
-        for attachment in [a for a in wanted if a.path not in result.folded]:
+        for attachment in [a for a in group if a.path not in result.folded]:
             reason = _try(edit, attachment, tied, result)
             if reason is None:
                 progress = True
@@ -107,10 +127,6 @@ def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
                 result.kept.pop(attachment.path, None)
             else:
                 result.kept[attachment.path] = reason
-    done = set(result.folded)
-    edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
-    fold_ready(edit.program)
-    return result
 
 
 def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
@@ -144,7 +160,9 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
             )
         if tied == "untie":
             site = _untie(edit, site)
-    weight, lost = found[0][1](edit.weight(site), branch)
+    weight = edit.weight(site)
+    weight.require_values()
+    weight, lost = found[0][1](weight, branch)
     result.lost = max(result.lost, lost)
     weight.store()
     _remember(edit, attachment, branch)

@@ -68,7 +68,8 @@ def read_sizes(
     batches: dict[int, str] = {}
     for name, node in inputs.items():
         dims: list[int | str] = []
-        for axis, size in enumerate(shape(node) or ()):
+        given: tuple[Any, ...] = shape(node) or ()
+        for axis, size in enumerate(given):
             number = size if isinstance(size, int) else size.node.maybe_as_int()
             if number is not None:
                 dims.append(number)

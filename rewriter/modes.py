@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .aten import ATEN, DROPOUTS, SDPA, is_op, overloads
+
+MODES = "peftfx_modes"
+"""Name below which a captured module holds its mode modules."""
 
 
 class Attention(nn.Module):
@@ -110,6 +114,18 @@ class TrainingOnly(nn.Module):
         return operands[0] if self.region is None else self.region(*operands)
 
 
+class Update(nn.Module):
+    """Writes a buffer in training only (moving averages)."""
+
+    updates_state = True
+
+    def forward(self, state: Tensor, fresh: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                state.copy_(fresh)
+        return state
+
+
 _COUNTS = overloads("add_")
 _BATCH_NORM = frozenset({ATEN.batch_norm.default})
 
@@ -136,7 +152,7 @@ def _replacement(node: Node) -> tuple[str, nn.Module, tuple[Any, ...], dict[str,
         return "batch_norm", BatchNorm(momentum, eps), node.args[:5], {}
     if is_op(node, _COUNTS) and isinstance(node.args[0], Node):
         source = node.args[0]
-        if source.op == "get_attr" and isinstance(node.args[1], int):
+        if source.op == "get_attr" and isinstance(node.args[1], int) and not node.users:
             return "counter", Counter(), node.args[:2], {}
     return None
 
@@ -151,7 +167,7 @@ def restore_modes(gm: GraphModule) -> None:
         kind, module, args, kwargs = found
         index = counts.get(kind, 0)
         counts[kind] = index + 1
-        path = f"modes.{kind}_{index}"
+        path = f"{MODES}.{kind}_{index}"
         gm.add_submodule(path, module)
         with gm.graph.inserting_before(node):
             new = gm.graph.create_node("call_module", path, args, kwargs, name=f"{kind}_{index}")

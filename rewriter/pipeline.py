@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
+from .aten import set_attribute
 from .edit import Editor
 from .errors import OptionError, PassError, RewriteError
 from .passes import Pass, Plan, make
@@ -352,10 +354,21 @@ def replay(program: Program, adapters: Sequence[str]) -> Program:
 
 
 def load_values(program: Program, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies values into a program's own branch and trained base tensors, by name."""
+    """Copies values into a program's own branch and trained base tensors, by name.
+
+    Where a tensor has no storage yet (meta device), it gets that of the value.
+    """
     held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
     owned = {n for names in program.owned.values() for n in names}
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in held and (name.startswith(f"{BRANCHES}.") or name in owned):
-                held[name].copy_(tensor)
+                own = held[name]
+                if not own.is_meta or tensor.is_meta:
+                    own.copy_(tensor)
+                elif isinstance(own, nn.Parameter):
+                    set_attribute(
+                        program.module, name, nn.Parameter(tensor.clone(), own.requires_grad)
+                    )
+                else:
+                    set_attribute(program.module, name, tensor.clone())

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
 
-from .aten import attribute, set_attribute, submodule
-from .errors import ExportError, PassError, nearest
+from .errors import CaptureError, ExportError, PassError, nearest
 from .generate import generate
 from .identity import merkle_root, tensor_digest
+from .module import CapturedModule, fork_module
 from .sites import Sites
 from .spec import InputSpec
 from .text import diff_text, program_text
@@ -79,7 +78,7 @@ class Program:
         owned: adapter -> names of base parameters that it trains.
     """
 
-    module: GraphModule
+    module: CapturedModule
     spec: InputSpec
     sites: Sites
     aliases: Mapping[str, str]
@@ -99,6 +98,8 @@ class Program:
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
     origin: Program | None = None
+    cached: str = ""
+    """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; takes its positional and keyword inputs, returns its output type.
@@ -281,6 +282,34 @@ class Program:
 
     # Structure.
 
+    def to(self, device: torch.device | str) -> Program:
+        """A copy on another device, with the devices that the graph names.
+
+        Raises:
+            CaptureError: `device` is a dtype, which only a new capture can change.
+        """
+        if isinstance(device, torch.dtype):
+            raise CaptureError(
+                f"a captured program keeps its dtype. Capture again: "
+                f"peftfx.capture(model, ..., dtype={device})."
+            )
+        return self._moved(torch.device(device), {})
+
+    def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
+        def move(tensor: Tensor) -> Tensor:
+            # What programs share before the move, they share after it.
+            view = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if tensor.is_meta or tensor.requires_grad or not tensor.numel():
+                return tensor.to(device)
+            return done.setdefault(view, tensor.to(device))
+
+        moved = self.fork()
+        moved.module._apply(move)
+        tables = (self.extras, self.sample, self.removed)
+        extras, sample, removed = ({n: move(t) for n, t in table.items()} for table in tables)
+        origin = self.origin._moved(device, done) if self.origin is not None else None
+        return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
+
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         return replace(self, module=fork_module(self.module), origin=self.base)
@@ -300,71 +329,3 @@ class Program:
         for owned in self.owned.get(name, ()):
             found[owned] = self.module.get_parameter(owned).detach()
         return found
-
-
-def state_buffers(gm: GraphModule) -> set[str]:
-    """Names of buffers that training updates (batch statistics)."""
-    found: set[str] = set()
-    for node in gm.graph.nodes:
-        if getattr(submodule(gm, node), "updates_state", False):
-            found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
-    return found
-
-
-def fork_module(gm: GraphModule) -> GraphModule:
-    """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
-    memo: dict[int, Any] = {}
-    for parameter in gm.parameters():
-        data = parameter.detach()
-        memo[id(parameter)] = nn.Parameter(
-            data.clone() if parameter.requires_grad else data, parameter.requires_grad
-        )
-    updated = state_buffers(gm)
-    root = nn.Module()
-    for name, buffer in gm.named_buffers():
-        memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
-    graph = Graph()
-    graph.set_codegen(gm.graph._codegen)
-    transient = _transient(gm)
-    copied: dict[Node, Node] = {}
-    result: Any = graph.graph_copy(gm.graph, copied, return_output_node=True)
-    values, original = result
-    graph.output(values, original.type).meta = dict(original.meta)
-    for node in gm.graph.nodes:
-        path = str(node.target)
-        if node.op == "call_module" and not _has(root, path):
-            _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
-        elif node.op == "get_attr" and not _has(root, path):
-            held = attribute(gm, path)
-            set_attribute(root, path, memo.get(id(held), held), path in transient)
-    forked = GraphModule(root, graph, class_name=type(gm).__name__)
-    forked.training = gm.training
-    return forked
-
-
-def _transient(gm: nn.Module) -> set[str]:
-    """Names of buffers that are not part of the state dict."""
-    found: set[str] = set()
-    for prefix, module in gm.named_modules():
-        for name in module._non_persistent_buffers_set:
-            found.add(f"{prefix}.{name}" if prefix else name)
-    return found
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        attribute(root, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, leaf = path.split(".")
-    for part in parents:
-        child = getattr(root, part, None)
-        if not isinstance(child, nn.Module):
-            child = nn.Module()
-            root.add_module(part, child)
-        root = child
-    root.add_module(leaf, module)

@@ -35,6 +35,11 @@ def fake_mode(gm: GraphModule) -> Any:
     return None
 
 
+def _on_meta(gm: GraphModule) -> bool:
+    values = (value(n) for n in gm.graph.nodes)
+    return any(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
+
+
 def _same(before: Any, after: Any) -> bool:
     a, b = pytree.tree_leaves(before), pytree.tree_leaves(after)
     if len(a) != len(b):
@@ -54,10 +59,13 @@ class _Fakes:
     def __init__(self, gm: GraphModule, mode: Any) -> None:
         self.gm, self.mode = gm, mode
         self.made: dict[int, Tensor] = {}
+        self.meta = _on_meta(gm)
 
     def tensor(self, real: Tensor) -> Tensor:
         if id(real) not in self.made:
-            self.made[id(real)] = self.mode.from_tensor(real, static_shapes=True)
+            # In a graph without storage, adapters and computed buffers may have some.
+            like = real.to("meta") if self.meta else real
+            self.made[id(real)] = self.mode.from_tensor(like, static_shapes=True)
         return self.made[id(real)]
 
     def run(self, node: Node) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod, ast.Eq: operator.eq,
-    ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
+    ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
 _CALLS: dict[str, Callable[..., Any]] = {
     "min": min, "max": max, "abs": abs, "trunc": math.trunc, "floor": math.floor,
@@ -119,5 +119,7 @@ def as_bound(relation: str) -> tuple[int, int | None] | None:
     high = kept[-1]
     while broken - high > 1:
         middle = (high + broken) // 2
-        high, broken = (middle, broken) if holds(relation, {involved[0]: middle}) else (high, middle)
+        high, broken = (
+            (middle, broken) if holds(relation, {involved[0]: middle}) else (high, middle)
+        )
     return kept[0], high

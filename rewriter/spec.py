@@ -135,6 +135,11 @@ class InputSpec:
                     f"input {name!r} was captured as the constant {self.constants[name]!r}, not "
                     f"{item!r}. Capture again with kwargs={{..., {name!r}: {item!r}}}."
                 )
+        elif item is not None and name in self.reasons:
+            raise InputError(
+                f"input {name!r} is not taken any more: {self.reasons[name]}. Leave it out, or use "
+                "the program before that pass."
+            )
         elif item is not None:
             known = ", ".join(f"{n!r}: ..." for n in self.names)
             raise InputError(

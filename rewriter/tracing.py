@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CaptureError
+from .modes import MODES
+from .program import BRANCHES
 from .propagate import quiet
+from .rows import PiecesUsedError, Rows
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From flat tensors to the positional and keyword arguments of a model's own forward."""
+
+RESERVED = {BRANCHES, MODES}
 
 _REMEDIES = (
     ("data-dependent", "The forward branches on tensor values: use torch.where or torch.cond."),
@@ -46,11 +52,10 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}). "
             "Run it once on an example, then capture it."
         )
-    reserved = sorted({n.partition(".")[0] for n, _ in model.named_modules()} & {"peftfx"})
-    if reserved:
+    for name in RESERVED & {n for n, _ in model.named_children()}:
         raise CaptureError(
-            f"{type(model).__name__} has a submodule called {reserved[0]!r}, the name below which "
-            "branches are inserted. Rename it."
+            f"{type(model).__name__} has a submodule called {name!r}, the name below which "
+            "captured programs keep what they add. Rename it."
         )
 
 
@@ -58,9 +63,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside of `torch.compile`'s and data-parallel wrappers."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        inner = model.__dict__.get("_orig_mod") or model._modules.get("_orig_mod")
-        if isinstance(model, wrappers):
-            inner = model.module
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -125,14 +128,16 @@ def export(
     Raises:
         CaptureError: torch cannot trace it; the message says where and what to do.
     """
-    flat = _flat_forward(model, tuple(example), arguments)
     plain = arguments(example) == ((), dict(example))
+    flat = _flat_forward(model, tuple(example), arguments)
     try:
-        with prepared(model, training), contextlib.nullcontext() if plain else flat, quiet():
-            with torch.enable_grad():
-                return torch.export.export(
-                    model, (), dict(example), dynamic_shapes=shapes, strict=False
-                )
+        with (
+            prepared(model, training),
+            contextlib.nullcontext() if plain else flat,
+            quiet(),
+            torch.enable_grad(),
+        ):
+            return _export(model, dict(example), shapes)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         remedy = next(
@@ -145,6 +150,19 @@ def export(
             f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
             f"{_user_line(error)}{remedy}"
         ) from error
+
+
+def _export(
+    model: nn.Module, example: dict[str, Tensor], shapes: dict[str, dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    trace = functools.partial(
+        torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
+    )
+    try:
+        with Rows():
+            return trace()
+    except PiecesUsedError:
+        return trace()
 
 
 def _user_line(error: BaseException) -> str:

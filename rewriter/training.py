@@ -16,10 +16,21 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .aten import erase_dead, output_node, source_line, submodule
+from .aten import (
+    attribute,
+    erase_dead,
+    is_op,
+    output_node,
+    overloads,
+    set_attribute,
+    source_line,
+    submodule,
+    updates_stored,
+)  # fmt: skip
 from .errors import CaptureError
-from .modes import TrainingOnly
+from .modes import MODES, TrainingOnly, Update
 
+_COPIES = overloads("copy_")
 _HANDLED = frozenset({torch.Tag.nondeterministic_seeded})
 
 
@@ -36,11 +47,11 @@ class _Alignment:
 
     Attributes:
         partner: evaluation node -> training node.
-        parted: (training user, its training input, the evaluation input at the same place).
+        taken: training nodes that have a partner.
     """
 
     def __init__(self, training: GraphModule, evaluation: GraphModule) -> None:
-        self.gm = training
+        self.gm, self.other = training, evaluation
         ours, theirs = list(training.graph.nodes), list(evaluation.graph.nodes)
         keys = [[_key(gm, n) for n in gm.graph.nodes] for gm in (training, evaluation)]
         blocks = SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks()
@@ -48,7 +59,10 @@ class _Alignment:
         for i, j, size in blocks:
             self.partner.update(zip(theirs[j : j + size], ours[i : i + size], strict=True))
         self.taken = set(self.partner.values())
-        self.parted = [
+
+    def parted(self) -> list[tuple[Node, Node, Node]]:
+        """(training user, its training input, the evaluation input at the same place)."""
+        return [
             (a, x, y)
             for b, a in self.partner.items()
             for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=True)
@@ -56,8 +70,10 @@ class _Alignment:
         ]
 
     def _same(self, x: Node, y: Node) -> bool:
-        """Whether `x` is `y`'s partner, up to dropouts, which evaluation may leave out."""
-        while x not in self.taken and isinstance(submodule(self.gm, x), nn.Dropout):
+        """Whether `x` is `y`'s partner, up to what does nothing in evaluation."""
+        while self.partner.get(y) is not x and isinstance(
+            submodule(self.gm, x), nn.Dropout | Update
+        ):
             x = x.all_input_nodes[0]
         return self.partner.get(y) is x
 
@@ -90,11 +106,33 @@ def part_modes(training: GraphModule, evaluation: GraphModule) -> int:
             "the forward returns another number of tensors in training than in evaluation. Wrap "
             "the model so that both return the same."
         )
-    for index, (user, a, b) in enumerate(alignment.parted):
+    _gate_updates(alignment)
+    parted = alignment.parted()
+    for index, (user, a, b) in enumerate(parted):
         _insert(alignment, index, user, a, b)
     erase_dead(training)
     training.recompile()
-    return len(alignment.parted)
+    return len(parted)
+
+
+def _gate_updates(at: _Alignment) -> None:
+    """Makes writes of buffers that evaluation does not do follow the mode."""
+    gm = at.gm
+    writes = [n for n in gm.graph.nodes if updates_stored(n) and n not in at.taken]
+    for index, node in enumerate(writes):
+        if not is_op(node, _COPIES):
+            raise CaptureError(
+                f"{node.name} ({source_line(node)}) writes a buffer in training only, in a way "
+                "that has no counterpart here. Write it with buffer.copy_(value)."
+            )
+        path = f"{MODES}.update_{index}"
+        gm.add_submodule(path, Update())
+        with gm.graph.inserting_before(node):
+            new = gm.graph.create_node("call_module", path, node.args[:2], name=f"update_{index}")
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        at.taken.add(new)  # regions read its result; they do not run it again
 
 
 def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:
@@ -104,7 +142,7 @@ def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:
     region = [a] if outer else region
     operands = list(dict.fromkeys(i for n in region for i in n.all_input_nodes if i not in region))
     module = TrainingOnly(_outlined(gm, region, operands, a)) if not outer else TrainingOnly(None)
-    path = f"modes.training_{index}"
+    path = f"{MODES}.training_{index}"
     gm.add_submodule(path, module)
     with gm.graph.inserting_before(user):
         evaluated = _copied(at, b)
@@ -145,7 +183,10 @@ def _copied(at: _Alignment, node: Node) -> Node:
     """The training graph's counterpart of an evaluation node, copied if it has none."""
     if node in at.partner:
         return at.partner[node]
-    if node.op != "call_function":
+    if node.op == "get_attr":
+        held = attribute(at.other, str(node.target))
+        set_attribute(at.gm, str(node.target), held)
+    elif node.op != "call_function":
         raise CaptureError(
             f"{node.name} ({source_line(node) or node.target}) runs in evaluation only. Compute "
             "it in both modes and choose the result."

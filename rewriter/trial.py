@@ -8,9 +8,10 @@ the graph agree on is measured here, so that the input spec is neither too wide 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,13 @@ class Trial:
         """
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            want = self._model(inputs)
+            with _undisturbed(self.model):
+                want = self._model(inputs)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
-            got = self._graph(inputs)
+            with _undisturbed(self.gm):
+                got = self._graph(inputs)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
         return _relative(want, got)
@@ -62,33 +65,52 @@ class Trial:
         dtype = next((p.dtype for p in self.gm.parameters()), torch.float32)
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
-    def _model(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        kept = {n: b.clone() for n, b in self.model.named_buffers()}
-        args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
-        try:
-            with prepared(self.model, training=False), torch.no_grad(), _seeded(), quiet():
-                return floats(self.model(*args, **kwargs))
-        finally:
-            for name, buffer in self.model.named_buffers():
-                if name in kept and not torch.equal(buffer, kept[name]):
-                    buffer.data.copy_(kept[name])
+    def wrong_updates(self) -> list[str]:
+        """Names of buffers that model and graph do not both write, or both leave, in each mode."""
+        wrong: set[str] = set()
+        for training in (True, False):
+            try:
+                ours = self._written(self.gm, self._graph, training)
+                wrong |= ours ^ self._written(self.model, self._model, training)
+            except Exception:  # noqa: BLE001 - as in `gap`: no evidence
+                continue
+        return sorted(wrong)
 
-    def _graph(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        training = self.gm.training
-        self.gm.eval()
+    def _written(self, module: nn.Module, run: Callable[..., Any], training: bool) -> set[str]:
+        with _undisturbed(module) as kept:
+            run(self.sample, training)
+            held = module.named_buffers()
+            return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
+
+    def _model(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+        args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
+        with prepared(self.model, training), quiet():
+            return floats(self.model(*args, **kwargs))
+
+    def _graph(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+        before = self.gm.training
+        self.gm.train(training)
         try:
-            with torch.no_grad(), _seeded():
-                return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
+            return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
         finally:
-            self.gm.train(training)
+            self.gm.train(before)
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """The same random numbers for model and graph; the user's stay what they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+def _undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """No gradients, the same random numbers every time, and buffers put back afterwards.
+
+    Yields the buffers' values from before.
+    """
+    kept = {n: b.clone() for n, b in module.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield kept
+    finally:
+        for name, buffer in module.named_buffers():
+            if name in kept and not torch.equal(buffer, kept[name]):
+                buffer.data.copy_(kept[name])
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:

@@ -75,7 +75,8 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
         for name, (low, high) in program.spec.ranges.items():
             size = batch if name.startswith("batch") else tokens
             wanted[name] = max(low, min(size, high) if high is not None else size)
-        made.append(program.spec.resize(program.sample, **wanted))
+        inputs = program.spec.resize(program.sample, **wanted)
+        made.append({n: t.to(program.module.device) for n, t in inputs.items()})
     return made
 
 
@@ -132,7 +133,8 @@ def measure(before: Program, after: Program) -> dict[str, float]:
     worst, largest = 0.0, 0.0
     with evaluation(before), evaluation(after):
         for inputs in sizes(after):
-            a, b = floats(before.module(**inputs)), floats(after.module(**inputs))
+            a = floats(before.module(**_completed(before, inputs)))
+            b = floats(after.module(**inputs))
             if len(a) != len(b):
                 raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
             for x, y in zip(a, b, strict=True):
@@ -175,6 +177,25 @@ def bound(program: Program, measured: dict[str, float]) -> float:
     return allowed
 
 
+def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the inputs that a pass has dropped, with the values that they had to have."""
+    missing = [i for i in program.spec.inputs if i.name not in inputs]
+    if not missing:
+        return dict(inputs)
+    known = {
+        size: inputs[i.name].shape[axis]
+        for i in program.spec.inputs
+        if i.name in inputs
+        for axis, size in enumerate(i.shape)
+        if isinstance(size, str)
+    }
+    example = program.spec.example(None, **known)
+    return {
+        i.name: inputs.get(i.name, example[i.name].to(program.module.device))
+        for i in program.spec.inputs
+    }
+
+
 def certify(contract: Contract, before: Program, after: Program) -> Certificate:
     """Measures a contract.
 
@@ -215,8 +236,9 @@ def check_graph(program: Program) -> None:
     except (RuntimeError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VerifyError(f"the graph is malformed: {first}") from error
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for attachment in program.attachments:
-        if not any(str(n.target) == attachment.path for n in gm.graph.nodes):
+        if attachment.path not in called:
             raise VerifyError(f"the branch {attachment.path} is attached but never called.")
 
 

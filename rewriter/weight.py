@@ -98,21 +98,26 @@ class Weight:
         tensor = dense.T.contiguous() if self.in_out else dense.contiguous()
         return Weight(self.module, self.name, self.bias_name, tensor, bias, self.in_out)
 
+    def require_values(self) -> None:
+        """Raises MetaTensorError if the weight has none."""
+        if self.tensor.is_meta:
+            raise MetaTensorError(
+                f"{self.name} is on the meta device. Load weights before folding "
+                "(peftfx.load_weights), or fold into files (peftfx.fold_checkpoint)."
+            )
+
     def store(self) -> None:
         """Puts new Parameters under the old names; the old tensors stay as they are.
 
         Raises:
-            MetaTensorError: the weight has no values.
             NonFiniteError: folding produced NaN or infinity.
         """
         for name, tensor in ((self.name, self.tensor), (self.bias_name, self.bias)):
             if name is None or tensor is None:
                 continue
-            if tensor.is_meta:
-                raise MetaTensorError(f"{name} is on the meta device; load weights before folding.")
             old = self.module.get_parameter(name)
-            if tensor.data_ptr() == old.data_ptr():  # a bias that no rule touched
-                continue
+            if not tensor.is_meta and tensor.data_ptr() == old.data_ptr():
+                continue  # a bias that no rule touched
             if not all_finite(tensor):
                 raise NonFiniteError(
                     f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}. Look "

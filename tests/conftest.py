@@ -32,19 +32,29 @@ class Captured:
         return self.made[name]
 
 
-class CapturedZoo(Captured):
-    """The same for the architectures of `zoo.py`."""
+class Zoo:
+    """Programs of the zoo's architectures by name, captured on first use, and their models."""
 
-    def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
+    def __init__(self) -> None:
+        self.made: dict[str, peftfx.Program] = {}
+        self.models: dict[str, Any] = {}
+
+    def model(self, name: str) -> Any:
+        """The model that the program was captured from."""
+        if name not in self.models:
+            self.models[name] = ZOO[name].build()
+        return self.models[name]
+
+    def __getitem__(self, name: str) -> peftfx.Program:
         if name not in self.made:
-            model = ZOO[name].build()
-            self.made[name] = model, peftfx.capture(model, kwargs=ZOO[name].inputs(3, 9))
+            inputs = ZOO[name].inputs(3, 9)
+            self.made[name] = peftfx.capture(self.model(name), kwargs=inputs)
         return self.made[name]
 
 
 @pytest.fixture(scope="session")
-def zoo() -> CapturedZoo:
-    return CapturedZoo()
+def zoo() -> Zoo:
+    return Zoo()
 
 
 @pytest.fixture(scope="session")

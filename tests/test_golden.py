@@ -18,7 +18,7 @@ TEXTS = {
     "lora": "lora{rank=2}", "ia3": "ia3", "serial_adapter": "serial_adapter{bottleneck=4}",
     "prefix_tuning": "prefix_tuning{length=3}", "prompt_tuning": "prompt_tuning{length=3}",
     "bitfit": "bitfit", "fold": "lora{rank=2};ia3;fold{names=[lora]}",
-    "lower": "lora{rank=2};lower",
+    "lower": "lora{rank=2};lower", "causal": "causal",
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_every_method_exports(captured: Any, method: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["t5", "vit", "phi3"])
 def test_folded_lora_exports_elsewhere(zoo: Any, name: str, tmp_path: Path) -> None:
     """An encoder-decoder, a vision model, and fused projections."""
-    program = randomise(peftfx.run(zoo[name][1], "lora{rank=4}"), 0.1)
+    program = randomise(peftfx.run(zoo[name], "lora{rank=4}"), 0.1)
     report = peftfx.export_onnx(peftfx.run(program, "fold"), tmp_path / "m.onnx")
     assert report.error <= 1e-5
     graph = onnx.load(str(report.path)).graph

@@ -11,7 +11,7 @@ from peftfx.rewriter.aten import attribute, set_attribute
 from peftfx.rewriter.discover import discover
 from peftfx.rewriter.sites import Site, Sites
 
-from .conftest import CapturedZoo as Zoo
+from .conftest import Zoo
 from .expect import check
 from .expected_other import OTHER
 from .expected_text import TEXT
@@ -26,13 +26,13 @@ def test_every_architecture_has_an_expectation() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_sites_are_what_the_source_says(zoo: Zoo, name: str) -> None:
-    check(zoo[name][1], EXPECTED[name])
+    check(zoo[name], EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_sites_do_not_depend_on_names(zoo: Zoo, name: str) -> None:
     """With all tensors renamed and all traces of modules gone, the same sites are found."""
-    program = zoo[name][1].fork()
+    program = zoo[name].fork()
     names: dict[str, str] = {}
     for index, node in enumerate(program.module.graph.nodes):
         node.meta.pop("nn_module_stack", None)
@@ -62,7 +62,7 @@ def _nameless(sites: Sites) -> list[Any]:
 
 
 def test_selectors_reach_the_new_kinds(zoo: Zoo) -> None:
-    moe, mamba, unet = (zoo[n][1].sites for n in ("qwen2_moe", "mamba", "unet"))
+    moe, mamba, unet = (zoo[n].sites for n in ("qwen2_moe", "mamba", "unet"))
     assert {s.kind for s in moe.select("experts")} == {"experts"}
     assert len(moe.select("experts and ffn.gate")) == 2
     assert len(moe.select("router")) == 4 and len(moe.select("router and not router.shared")) == 2

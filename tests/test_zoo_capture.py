@@ -52,7 +52,7 @@ def objective(outputs: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_bit_equal_in_both_modes_at_any_size(zoo: Any, name: str) -> None:
-    model, program = zoo[name]
+    model, program = zoo.model(name), zoo[name]
     for size in SIZES[:1] if name == "mamba" else SIZES:
         inputs = ZOO[name].inputs(*size)
         for training in (False, True):
@@ -67,7 +67,7 @@ def test_bit_equal_in_both_modes_at_any_size(zoo: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_gradients_are_those_of_the_model(zoo: Any, name: str) -> None:
-    model, program = zoo[name][0], zoo[name][1].fork()
+    model, program = zoo.model(name), zoo[name].fork()
     inputs = ZOO[name].inputs(3, 9)
     with modes(True, model, program.module):
         objective(seeded(model, inputs)).backward()
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_model(zoo: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_batch_and_tokens_are_dynamic_or_the_spec_says_why_not(zoo: Any, name: str) -> None:
-    spec = zoo[name][1].spec
+    spec = zoo[name].spec
     fixed = {key for key in spec.reasons if "." in key}
     if name not in FIXED:
         assert not fixed
@@ -102,12 +102,12 @@ def test_batch_and_tokens_are_dynamic_or_the_spec_says_why_not(zoo: Any, name: s
 
 def test_ranges_are_those_of_the_model(zoo: Any) -> None:
     """Position tables bound the sequence, up to their last row, and a branch on it the batch."""
-    program = zoo["bert"][1]
+    program = zoo["bert"]
     assert program.spec.ranges["sequence"] == (1, 64)
     program(**ZOO["bert"].inputs(1, 64))
     with pytest.raises(InputError, match="64"):
         program(**ZOO["bert"].inputs(1, 65))
-    unet = zoo["unet"][1]
+    unet = zoo["unet"]
     assert unet.spec.ranges["batch"] == (1, 63)
     with pytest.raises(InputError, match=r"upsampling\.py"):
         unet(**ZOO["unet"].inputs(64, 3))
@@ -116,7 +116,7 @@ def test_ranges_are_those_of_the_model(zoo: Any) -> None:
 def test_regions_that_only_training_runs(zoo: Any) -> None:
     """Stochastic depth and label dropout act in training, and only there."""
     for name in ("swin", "dit"):
-        _, program = zoo[name]
+        program = zoo[name]
         inputs = ZOO[name].inputs(3, 9)
         with torch.no_grad():
             with modes(True, program.module):

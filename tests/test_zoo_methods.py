@@ -16,7 +16,7 @@ from peftfx.rewriter.passes import REGISTRY
 from peftfx.rewriter.sites import SublayerSite
 from peftfx.rewriter.verify import floats
 
-from .conftest import CapturedZoo
+from .conftest import Zoo
 from .models import randomise
 from .placements import METHODS, PAGE, REASONS, WHERE, read, refused, render, shown, text_of
 from .zoo import ZOO
@@ -66,8 +66,8 @@ def close(got: list[Tensor], want: list[Tensor], limit: float = 1e-4) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ZOO)
-def test_method_in_architecture(zoo: CapturedZoo, name: str, method: str, tmp_path: Path) -> None:
-    model, base = zoo[name]
+def test_method_in_architecture(zoo: Zoo, name: str, method: str, tmp_path: Path) -> None:
+    model, base = zoo.model(name), zoo[name]
     if (name, method) in REASONS or (name, method) in WHERE:
         check_refusal(base, method)
     if (name, method) in REASONS:
@@ -174,10 +174,10 @@ def test_the_page_is_fresh() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(CELLS)
 
 
-def test_a_selector_puts_the_prompt_into_the_decoder(zoo: CapturedZoo) -> None:
+def test_a_selector_puts_the_prompt_into_the_decoder(zoo: Zoo) -> None:
     """The default is the encoder; the decoder's lookup of the shared table has an id of its own."""
     for name in ("t5", "bart"):
-        _, base = zoo[name]
+        base = zoo[name]
         encoder, decoder = base.sites.select("embedding.token", ("embedding",))
         assert peftfx.run(base, "prompt_tuning").history[-1].edited == (encoder.id,)
         program = peftfx.run(base, "prompt_tuning{length=4,where=re:'@'}")
@@ -188,9 +188,9 @@ def test_a_selector_puts_the_prompt_into_the_decoder(zoo: CapturedZoo) -> None:
         check_rows(program, inputs, after)
 
 
-def test_weights_on_the_left_take_branches_and_fold(zoo: CapturedZoo) -> None:
+def test_weights_on_the_left_take_branches_and_fold(zoo: Zoo) -> None:
     """`W @ x` has its features on the last axis but one; the model's own bias is found."""
-    model, base = zoo["mamba"]
+    model, base = zoo.model("mamba"), zoo["mamba"]
     inputs = sized(base, "mamba")
     where = "mixer.inner and name:dt_proj"
     program = peftfx.run(base, f"lora{{rank=2,where={where}}};ia3{{where={where}}}")
@@ -205,8 +205,8 @@ def test_weights_on_the_left_take_branches_and_fold(zoo: CapturedZoo) -> None:
     assert all(n.endswith("dt_proj.bias") for n in trained.named_trainable_parameters())
 
 
-def test_serial_adapters_on_channels_in_front(zoo: CapturedZoo) -> None:
-    _, base = zoo["unet"]
+def test_serial_adapters_on_channels_in_front(zoo: Zoo) -> None:
+    base = zoo["unet"]
     program = peftfx.run(base, "serial_adapter{bottleneck=3,norms=false,where=conv}")
     sublayers = base.sites.select("conv", ("sublayer",))
     widths = {s.width for s in sublayers if isinstance(s, SublayerSite)}

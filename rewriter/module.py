@@ -1,0 +1,121 @@
+"""The module of a program: a graph module that knows what may be changed after capture, and forks.
+
+Devices that the graph names (`arange(device=cpu)`) move with the tensors. The dtype does not: casts
+to a literal dtype and branches on the dtype were decided when the model was traced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from .aten import attribute, set_attribute, submodule, updates_stored
+from .errors import CaptureError
+from .placement import relocate
+
+
+class CapturedModule(GraphModule):
+    """A graph module that moves between devices as a whole and refuses another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.cuda()`, `.half()` and the like call, for every tensor.
+
+        Raises:
+            CaptureError: it would change a floating-point dtype; nothing is changed.
+        """
+        before = self.device
+        held = [*self.parameters(), *self.buffers()]
+        for dtype in {t.dtype for t in held if t.is_floating_point()}:
+            changed = fn(torch.empty(0, dtype=dtype, device=before)).dtype
+            if changed != dtype:
+                raise CaptureError(
+                    f"a captured graph keeps its dtype: casts to {dtype} are part of it, so "
+                    f"{changed} would give wrong results or fail. Capture again in that dtype: "
+                    f"peftfx.capture(model, ..., dtype={changed}). For mixed precision, run it "
+                    "under torch.autocast."
+                )
+        super()._apply(fn, recurse)
+        if self.device != before:
+            relocate(self, before, self.device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stored tensors."""
+        for held in (self.parameters(), self.buffers()):
+            for tensor in held:
+                return tensor.device
+        return torch.device("cpu")
+
+
+def state_buffers(gm: GraphModule) -> set[str]:
+    """Names of buffers that training updates (batch statistics)."""
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if getattr(submodule(gm, node), "updates_state", False) or updates_stored(node):
+            found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+    return found
+
+
+def fork_module(gm: GraphModule) -> CapturedModule:
+    """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
+    memo: dict[int, Any] = {}
+    for parameter in gm.parameters():
+        data = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(
+            data.clone() if parameter.requires_grad else data, parameter.requires_grad
+        )
+    updated, transient = state_buffers(gm), _transient(gm)
+    root = nn.Module()
+    for name, buffer in gm.named_buffers():
+        memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
+    graph = Graph()
+    graph.set_codegen(gm.graph._codegen)
+    transient = _transient(gm)
+    copied: dict[Node, Node] = {}
+    result: Any = graph.graph_copy(gm.graph, copied, return_output_node=True)
+    values, original = result
+    graph.output(values, original.type).meta = dict(original.meta)
+    for node in gm.graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and not _has(root, path):
+            _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
+        elif node.op == "get_attr" and not _has(root, path):
+            held = attribute(gm, path)
+            set_attribute(root, path, memo.get(id(held), held), path in transient)
+    forked = CapturedModule(root, graph, class_name=type(gm).__name__)
+    forked.training = gm.training
+    return forked
+
+
+def _transient(gm: nn.Module) -> set[str]:
+    """Names of buffers that are not part of the state dict."""
+    found: set[str] = set()
+    for prefix, module in gm.named_modules():
+        for name in module._non_persistent_buffers_set:
+            found.add(f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        attribute(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = getattr(root, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
+    root.add_module(leaf, module)

@@ -1,0 +1,134 @@
+"""Dynamic sizes as text and back: symbols, their ranges and what is known about them.
+
+A captured graph's fake values stand on a shape environment. It is written as the symbols in order
+of creation and the guards in order of discovery; reading replays both, so that a later edit that
+would fix a size is found just as on the first day. Expressions are parsed here, never evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy import functions
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+_FUNCTIONS: dict[str, Any] = {
+    "Eq": sympy.Eq, "Ne": sympy.Ne, "And": sympy.And, "Or": sympy.Or, "Not": sympy.Not,
+} | {
+    n: getattr(functions, n)
+    for n in ("Mod", "PythonMod", "FloorDiv", "CleanDiv", "Max", "Min", "IntTrueDiv", "CeilDiv",
+              "PowByNatural")
+    if hasattr(functions, n)
+}  # fmt: skip
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.Pow: operator.pow, ast.FloorDiv: functions.FloorDiv,
+}  # fmt: skip
+_COMPARE: dict[type[ast.cmpop], Any] = {
+    ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Gt: sympy.Gt, ast.GtE: sympy.Ge,
+}  # fmt: skip
+_LIMIT = 2**62
+
+
+def write_environment(environment: Any) -> dict[str, Any]:
+    """A shape environment as JSON.
+
+    Raises:
+        ValueError: it holds sizes that depend on data.
+    """
+    hints = _hints(environment)
+    symbols: list[list[Any]] = []
+    for symbol, bound in environment.var_to_range.items():
+        if symbol not in hints or not str(symbol).startswith("s"):
+            raise ValueError(f"the size {symbol} depends on data")
+        high = int(bound.upper) if bound.upper.is_finite and bound.upper < _LIMIT else None
+        symbols.append([str(symbol), int(hints[symbol]), int(bound.lower), high])
+    return {"symbols": symbols, "guards": [str(g.expr) for g in environment.guards]}
+
+
+def _hints(environment: Any) -> Mapping[Any, Any]:
+    held = environment.__dict__
+    return held.get("backed_var_to_val") or held.get("var_to_val") or {}
+
+
+class Symbols:
+    """A shape environment read back, with the fake values that live in it."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.environment: Any = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
+        self.names: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}
+        self._tensors: dict[str, Any] = {}
+        for name, hint, low, high in data["symbols"]:
+            self._create(name, int(hint), int(low), high)
+        for guard in data["guards"]:
+            if not bool(self.environment.evaluate_expr(self._parse(guard))):
+                raise ValueError(f"the guard {guard} does not hold")
+
+    def _create(self, name: str, hint: int, low: int, high: int | None) -> None:
+        from torch._dynamo.source import ConstantSource  # late: it imports triton
+
+        # A symbol's number is drawn from a hash of its source; find a source that gives ours.
+        number = int(name[1:])
+        sources = (f"size{i}" for i in itertools.count())
+        source = next(s for s in itertools.islice(sources, 10**5) if _number(s) == number % 100)
+        symbol = self.environment.create_symbol(
+            hint, source=ConstantSource(source), dynamic_dim=DimDynamic.DYNAMIC
+        )
+        if str(symbol) != name:
+            raise ValueError(f"the symbol {name} cannot be made again")
+        upper = sympy.Integer(high) if high is not None else int_oo
+        self.environment.var_to_range[symbol] = ValueRanges(sympy.Integer(low), upper)
+        self.names[name] = symbol
+
+    def expression(self, text: str) -> Any:
+        """`text` as a SymInt (or an int, if it is constant)."""
+        if text not in self._made:
+            parsed = sympy.sympify(self._parse(text))
+            hint = int(parsed.xreplace(dict(_hints(self.environment))))
+            self._made[text] = self.environment.create_symintnode(parsed, hint=hint)
+        return self._made[text]
+
+    def tensor(self, key: str, dtype: torch.dtype, device: str, sizes: Any, strides: Any) -> Any:
+        """A fake tensor; equal ones are one object."""
+        if key not in self._tensors:
+            shape = [s if isinstance(s, int) else self.expression(s) for s in sizes]
+            steps = [s if isinstance(s, int) else self.expression(s) for s in strides]
+            meta = torch.empty_strided(shape, steps, dtype=dtype, device="meta")
+            self._tensors[key] = FakeTensor(self.mode, meta, torch.device(device))
+        return self._tensors[key]
+
+    def _parse(self, text: str) -> Any:
+        return self._build(ast.parse(text, mode="eval").body)
+
+    def _build(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=int() as number) if not isinstance(number, bool):
+                return sympy.Integer(number)
+            case ast.Name(id=name):
+                return self.names[name]
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._build(operand)
+            case ast.BinOp(left=left, op=op, right=right):
+                return _BINARY[type(op)](self._build(left), self._build(right))
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                return _COMPARE[type(op)](self._build(left), self._build(right))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+                return _FUNCTIONS[name](*(self._build(a) for a in arguments))
+            case _:
+                raise ValueError(f"{ast.unparse(node)} is not an expression of sizes")
+
+
+def _number(source: str) -> int:
+    return int(hashlib.sha256(source.encode()).hexdigest(), 16) % 100
