@@ -163,7 +163,8 @@ def part(t: Tensor, row: int, like: Tensor, mask: Tensor | None) -> Tensor:
     """A row of a batch's output, cut to the tokens that the row has alone."""
     if t.shape[:2] == (ROWS, ROWS) and like.shape[:2] == (1, 1):  # similarity of text and image
         return t[row : row + 1, row : row + 1]
-    t = t[row : row + 1]
+    count = len(like)  # more than one where a row's images or tokens are on the first axis
+    t = t[row * count : (row + 1) * count]
     if mask is not None and t.dim() > 2 and t.shape[1] == mask.shape[1]:
         t = t[:, : like.shape[1]]
     return t
