@@ -18,6 +18,7 @@ from .aten import (
     is_op,
     overloads,
     parameter_of,
+    reaches,
     shape,
     users,
 )
@@ -94,7 +95,8 @@ class _Builder:
         """Sites of the linears that no block has claimed."""
         for node, linear in self.graph.linears.items():
             if linear.weight not in self.claimed:
-                role = self.found.roles.get(node) or ("head" if _is_head(linear.node) else "other")
+                last = _is_head(node) and not reaches(node, self.graph.weighted, lambda _: False)
+                role = self.found.roles.get(node) or ("head" if last else "other")
                 self._linear(linear, role, None)
 
     def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
@@ -206,7 +208,7 @@ def _sublayer(sub: Sublayer) -> Site:
 
 
 def _is_head(start: Node) -> bool:
-    """Whether a linear's value reaches an output, through views, constant scales or a soft cap."""
+    """Whether a linear's value is an output, through views, constant scales or a soft cap."""
     seen: set[Node] = set()
     stack = [start]
     while stack:
