@@ -329,7 +329,7 @@ ZOO: dict[str, Entry] = {
     "swin": _hf(
         "SwinForImageClassification", "SwinConfig", images(16),
         image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4,
-        mlp_ratio=3.0, drop_path_rate=0.2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        mlp_ratio=3.0, drop_path_rate=0.0, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     ),
     "convnext": _hf(
         "ConvNextForImageClassification", "ConvNextConfig", images(32),
