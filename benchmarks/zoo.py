@@ -26,7 +26,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.verify import floats
+from peftfx.rewriter.running.verify import floats
 from tests.expect import check
 from tests.placements import text_of
 from tests.test_zoo import EXPECTED

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..rewriter.edit import Editor
+from ..rewriter.edits.edit import Editor
+from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
-from ..rewriter.lowering import restore_deltas
 from ..rewriter.program import Program
-from ..rewriter.verify import evaluation, is_meta
+from ..rewriter.running.verify import evaluation, is_meta
 
 OPSETS = (24, 20)
 """Tried in order: 24 has a real Attention operator; 20 runs on older runtimes."""

@@ -15,14 +15,14 @@ from typing import Any
 
 from .drawing import draw_sites
 from .registry import load_passes
-from .rewriter.artifact import VERSION, load, save
-from .rewriter.capture import capture
+from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
-from .rewriter.passes import REGISTRY, Pass
-from .rewriter.pipeline import Pipeline, parse, run
 from .rewriter.program import Program
-from .rewriter.sites import Site, Sites
-from .rewriter.stream import fold_checkpoint, load_weights
+from .rewriter.running.passes import REGISTRY, Pass
+from .rewriter.running.pipeline import Pipeline, parse, run
+from .rewriter.sites.sites import Site, Sites
+from .rewriter.storage.artifact import VERSION, load, save
+from .rewriter.storage.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
 

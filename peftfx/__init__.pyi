@@ -10,18 +10,18 @@ from .passes.lowering.lower import Lower as Lower
 from .passes.merging.fold import Fold as Fold
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
-from .rewriter.artifact import load as load
-from .rewriter.artifact import save as save
-from .rewriter.capture import capture as capture
+from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
-from .rewriter.passes import Pass as Pass
-from .rewriter.pipeline import Pipeline as Pipeline
-from .rewriter.pipeline import parse as parse
-from .rewriter.pipeline import run as run
 from .rewriter.program import Program as Program
-from .rewriter.sites import Site as Site
-from .rewriter.sites import Sites as Sites
-from .rewriter.stream import fold_checkpoint as fold_checkpoint
-from .rewriter.stream import load_weights as load_weights
+from .rewriter.running.passes import Pass as Pass
+from .rewriter.running.pipeline import Pipeline as Pipeline
+from .rewriter.running.pipeline import parse as parse
+from .rewriter.running.pipeline import run as run
+from .rewriter.sites.sites import Site as Site
+from .rewriter.sites.sites import Sites as Sites
+from .rewriter.storage.artifact import load as load
+from .rewriter.storage.artifact import save as save
+from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
+from .rewriter.storage.stream import load_weights as load_weights
 
 __version__: str

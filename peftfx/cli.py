@@ -19,15 +19,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from .drawing import check_drawing, draw_sites
 from .models import load_model
-from .rewriter.artifact import load, save
-from .rewriter.capture import capture
+from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError, RewriteError
-from .rewriter.files import write_file, write_tensors
-from .rewriter.passes import REGISTRY
-from .rewriter.pipeline import run
 from .rewriter.program import Program
-from .rewriter.sites import Sites
-from .rewriter.stream import fold_checkpoint
+from .rewriter.running.passes import REGISTRY
+from .rewriter.running.pipeline import run
+from .rewriter.sites.sites import Sites
+from .rewriter.storage.artifact import load, save
+from .rewriter.storage.files import write_file, write_tensors
+from .rewriter.storage.stream import fold_checkpoint
 
 ERR = Console(stderr=True)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from .aten import attribute, set_attribute, submodule, updates_stored
+from .capture.placement import relocate
 from .errors import CaptureError
-from .placement import relocate
 
 
 class CapturedModule(GraphModule):

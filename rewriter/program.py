@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from .capture.spec import InputSpec
 from .errors import CaptureError, ExportError, PassError, nearest
 from .generate import generate
-from .identity import merkle_root, tensor_digest
 from .module import CapturedModule, fork_module
-from .sites import Sites
-from .spec import InputSpec
+from .sites.sites import Sites
+from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
 
 if TYPE_CHECKING:
-    from .passes import Pass, Plan
-    from .verify import Certificate
+    from .running.passes import Pass, Plan
+    from .running.verify import Certificate
 
 BRANCHES = "peftfx"
 """Name below which the module holds everything that passes insert."""
@@ -159,7 +159,7 @@ class Program:
         Raises:
             VerifyError: the graph is malformed or a measured contract does not hold.
         """
-        from .verify import verify_program
+        from .running.verify import verify_program
 
         return verify_program(self)
 
@@ -242,7 +242,7 @@ class Program:
 
     def only(self, names: tuple[str, ...]) -> Program:
         """The program with just the named adapters, rebuilt exactly from the captured base."""
-        from .pipeline import replay
+        from .running.pipeline import replay
 
         for name in names:
             self._known(name)

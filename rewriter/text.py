@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .aten import attribute, submodule, value
-from .spec import short_type
+from .capture.spec import short_type
 
 if TYPE_CHECKING:
     from .program import Program

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from peftfx.rewriter.aten import submodule
-from peftfx.rewriter.sites import (
+from peftfx.rewriter.sites.sites import (
     AttentionSite,
     ConvSite,
     EmbeddingSite,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import peftfx
-from peftfx.rewriter.passes import REGISTRY, Method
+from peftfx.rewriter.running.passes import REGISTRY, Method
 
 from .zoo import ZOO
 

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftfx
-from peftfx.rewriter import files
 from peftfx.rewriter.errors import (
     ArtifactError,
     BaseMismatchError,
@@ -27,6 +26,7 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )  # fmt: skip
+from peftfx.rewriter.storage import files
 
 from .models import batch, build, first, randomise
 
@@ -179,7 +179,7 @@ def test_a_crash_at_any_step_keeps_the_old_artifact(
 WRITER = """
 import resource, signal, sys
 from pathlib import Path
-from peftfx.rewriter.files import write_directory
+from peftfx.rewriter.storage.files import write_directory
 if sys.argv[2] != "0":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)

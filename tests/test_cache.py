@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import peftfx
-from peftfx.rewriter import graphfile
 from peftfx.rewriter.aten import shape, source_line
-from peftfx.rewriter.files import parse_json, write_json
+from peftfx.rewriter.capture import graphfile
+from peftfx.rewriter.storage.files import parse_json, write_json
 
 from .models import Convolutional, Decoder, Encoder, batch, bert, first, llama, moved, randomise
 

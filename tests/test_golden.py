@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import peftfx
-from peftfx.rewriter.passes import REGISTRY
+from peftfx.rewriter.running.passes import REGISTRY
 
 FOLDER = Path(__file__).parent / "golden"
 TEXTS = {

@@ -12,7 +12,7 @@ import pytest
 
 import peftfx
 from peftfx import stubs
-from peftfx.rewriter.passes import REGISTRY, Method
+from peftfx.rewriter.running.passes import REGISTRY, Method
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("rewriter", "passes", "kernels", "exporters")

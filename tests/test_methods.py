@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.passes import REGISTRY, Method
-from peftfx.rewriter.sites import AttentionSite
+from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.sites.sites import AttentionSite
 
 from .models import batch, bert, first, llama, moved, randomise
 from .reference import eager

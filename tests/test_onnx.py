@@ -11,7 +11,7 @@ import torch
 import peftfx
 from peftfx.exporters import onnx_export
 from peftfx.rewriter.errors import ExportError, NonFiniteError
-from peftfx.rewriter.passes import REGISTRY, Method
+from peftfx.rewriter.running.passes import REGISTRY, Method
 
 from .models import batch, first, moved, randomise
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import peftfx
-from peftfx.rewriter.discover import discover
 from peftfx.rewriter.errors import SelectorError
-from peftfx.rewriter.sites import AttentionSite, LinearSite, Sites
+from peftfx.rewriter.sites.discover import discover
+from peftfx.rewriter.sites.sites import AttentionSite, LinearSite, Sites
 
 from .models import batch, build, scramble
 

@@ -14,7 +14,6 @@ from torch import nn
 
 import peftfx
 from peftfx.cli import main
-from peftfx.rewriter import stream
 from peftfx.rewriter.errors import (
     ArtifactError,
     BaseMismatchError,
@@ -23,6 +22,7 @@ from peftfx.rewriter.errors import (
     MetaTensorError,
     WeightsError,
 )
+from peftfx.rewriter.storage import stream
 
 from .models import VOCABULARY, Encoder, batch, bert, first, llama, moved, randomise
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from peftfx.rewriter.aten import attribute, set_attribute
-from peftfx.rewriter.discover import discover
-from peftfx.rewriter.sites import Site, Sites
+from peftfx.rewriter.sites.discover import discover
+from peftfx.rewriter.sites.sites import Site, Sites
 
 from .conftest import Zoo
 from .expect import check

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import peftfx
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.passes import REGISTRY
-from peftfx.rewriter.sites import SublayerSite
-from peftfx.rewriter.verify import floats
+from peftfx.rewriter.running.passes import REGISTRY
+from peftfx.rewriter.running.verify import floats
+from peftfx.rewriter.sites.sites import SublayerSite
 
 from .conftest import Zoo
 from .models import randomise

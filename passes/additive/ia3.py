@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branch import InputScale, OutputScale
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method
-from ...rewriter.sites import ExpertsSite, LinearSite
+from ...rewriter.edits.branch import InputScale, OutputScale
+from ...rewriter.edits.edit import Editor
+from ...rewriter.running.passes import Method
+from ...rewriter.sites.sites import ExpertsSite, LinearSite
 
 
 class IA3Output(OutputScale):

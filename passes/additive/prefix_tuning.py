@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branch import KeyValue
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method, Plan
-from ...rewriter.sites import AttentionSite
-from ...rewriter.verify import Contract
+from ...rewriter.edits.branch import KeyValue
+from ...rewriter.edits.edit import Editor
+from ...rewriter.running.passes import Method, Plan
+from ...rewriter.running.verify import Contract
+from ...rewriter.sites.sites import AttentionSite
 
 
 class PrefixBranch(KeyValue):

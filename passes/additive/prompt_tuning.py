@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branch import Tokens
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method
+from ...rewriter.edits.branch import Tokens
+from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.tokens import entrances
 from ...rewriter.program import Program
-from ...rewriter.sites import EmbeddingSite, Site
-from ...rewriter.tokens import entrances
-from ...rewriter.verify import Contract
+from ...rewriter.running.passes import Method
+from ...rewriter.running.verify import Contract
+from ...rewriter.sites.sites import EmbeddingSite, Site
 
 
 class PromptBranch(Tokens):

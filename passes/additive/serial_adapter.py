@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branch import Serial
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method, Plan
-from ...rewriter.sites import SublayerSite
-from ...rewriter.verify import Contract
+from ...rewriter.edits.branch import Serial
+from ...rewriter.edits.edit import Editor
+from ...rewriter.running.passes import Method, Plan
+from ...rewriter.running.verify import Contract
+from ...rewriter.sites.sites import SublayerSite
 
 
 class SerialAdapterBranch(Serial):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...kernels.lora_linear import lora_linear, require_triton
-from ...rewriter.edit import Editor
+from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.lowering import fuse_deltas, restore_deltas
 from ...rewriter.errors import PassError
-from ...rewriter.lowering import fuse_deltas, restore_deltas
-from ...rewriter.passes import Pass, Plan
 from ...rewriter.program import Program
-from ...rewriter.verify import Contract
+from ...rewriter.running.passes import Pass, Plan
+from ...rewriter.running.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Fold: turn trained branches into constants of the base weights, and drop them.
 
-Peephole rules run to a fixpoint from the inside out (`rewriter/fold.py`). What cannot be folded
+Peephole rules run to a fixpoint from the inside out (`rewriter/edits/fold.py`). What cannot be folded
 stays in the graph and is reported with the reason. Merging runs in at least float32 with one
 rounding; the certificate says how much of a delta the rounding lost.
 """
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ...rewriter.edit import Editor
+from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.fold import fold
 from ...rewriter.errors import FoldError, nearest
-from ...rewriter.fold import fold
-from ...rewriter.passes import Pass, Plan
 from ...rewriter.program import Program
-from ...rewriter.verify import Contract
+from ...rewriter.running.passes import Pass, Plan
+from ...rewriter.running.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)

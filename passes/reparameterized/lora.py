@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branch import Delta
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method
-from ...rewriter.sites import LinearSite
+from ...rewriter.edits.branch import Delta
+from ...rewriter.edits.edit import Editor
+from ...rewriter.running.passes import Method
+from ...rewriter.sites.sites import LinearSite
 
 
 class LoRABranch(Delta):

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...rewriter.edit import Editor
-from ...rewriter.passes import Method
-from ...rewriter.sites import ConvSite, LinearSite, NormSite
+from ...rewriter.edits.edit import Editor
+from ...rewriter.running.passes import Method
+from ...rewriter.sites.sites import ConvSite, LinearSite, NormSite
 
 
 @dataclass(frozen=True, kw_only=True)

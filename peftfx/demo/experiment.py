@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ..rewriter.pipeline import run
 from ..rewriter.program import Program
+from ..rewriter.running.pipeline import run
 from .corpus import Pair, Split
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Tokenizer, embed
 from .evaluation import Interval, Ranks, mrr, paired_bootstrap, ranks, recall, reciprocal

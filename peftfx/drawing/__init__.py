@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..rewriter.errors import OptionError
-from ..rewriter.files import write_file
 from ..rewriter.program import Program
-from ..rewriter.sites import Site
+from ..rewriter.sites.sites import Site
+from ..rewriter.storage.files import write_file
 from .boxes import (
     BODY,
     EDGE,

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..rewriter.aten import SIZES, inputs, is_op
 from ..rewriter.program import Program
-from ..rewriter.sites import Site
+from ..rewriter.sites.sites import Site
 from .parts import Box, Lane, Layer, Line, Row, Stream, site_weight
 from .repeats import MANY, merge
 

@@ -1,0 +1,293 @@
+"""The capture cache: a model that was captured before is not traced again.
+
+An entry is one file, a checksum and strict JSON (`graphfile.py`), named by a hash of everything
+that a trace depends on: the code of the model's classes, every attribute of its modules, names,
+shapes, dtypes and ties of its tensors, inputs, and versions. It also lists the source files that
+the traced operations came from, with their hashes. What cannot be described or written is not
+cached; an entry that is damaged or stale is traced again and replaced. Neither is ever an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError, CorruptFileError
+from ..module import CapturedModule
+from ..sites.sites import Sites
+from ..storage.files import parse_json, write_file, write_json
+from ..storage.identity import tensor_digest
+from .graphfile import decode, encode, read_graph, write_graph
+from .spec import InputSpec
+
+FORMAT = 1
+LIMIT = 64 * 2**20
+_DAMAGE = (CorruptFileError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FILE = re.compile(r'File "([^"]+)", line')
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The part of a captured program that tracing finds out; the rest is the model's own."""
+
+    module: CapturedModule
+    spec: InputSpec
+    sites: Sites
+    symbols: Mapping[str, str]
+
+
+def place(cache: bool | str | Path) -> Path:
+    """The directory that `capture(cache=...)` names; True is the user's own cache."""
+    if isinstance(cache, bool):
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(root) / "peftfx" / "captures"
+    return Path(cache)
+
+
+class Entry:
+    """The place of one capture in a cache.
+
+    Attributes:
+        note: what happened, for `Program.cached`.
+    """
+
+    def __init__(
+        self, directory: Path, model: nn.Module, inputs: Mapping[str, Tensor], about: Any,
+        aliases: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        self.model, self.path = model, None
+        self.note = ""
+        self.packages = frozenset(
+            type(m).__module__.partition(".")[0] for m in model.modules()
+        ) - {"torch", "builtins"}  # fmt: skip
+        persistent = set(model.state_dict(keep_vars=True))
+        stored = [*model.named_parameters(), *model.named_buffers()]
+        self.held = {n: (t, n in persistent) for n, t in stored}
+        try:
+            key = _key(model, inputs, about, aliases, self.packages)
+        except ValueError as error:
+            self.note = f"not cached: {error}"
+        else:
+            self.path = directory / f"{key}.json"
+
+    def recall(self) -> Traced | None:
+        """What was stored, or None."""
+        if self.path is None:
+            return None
+        try:
+            data = _read(self.path)
+            for file, digest in data["files"].items():
+                if _file_digest(Path(file)) != digest:
+                    raise ValueError(f"{file} has changed")
+            name = type(self.model).__name__
+            found = Traced(
+                read_graph(data["graph"], self.held, self.packages, name),
+                InputSpec.from_json(data["spec"]),
+                Sites(decode(data["sites"], [])),
+                dict(data["symbols"]),
+            )
+        except FileNotFoundError:
+            self.note = "stored"
+            return None
+        except (*_DAMAGE, OSError) as error:
+            self.note = f"stored again: {error}"
+            return None
+        self.note = "recalled"
+        return found
+
+    def store(self, traced: Traced) -> None:
+        """Writes a capture, if it reads back as it is."""
+        if self.path is None:
+            return
+        try:
+            graph = write_graph(traced.module, frozenset(self.held), self.packages)
+            files = set(_FILE.findall("\n".join(graph["traces"])))
+            data = {
+                "graph": graph,
+                "spec": traced.spec.to_json(),
+                "sites": encode(tuple(traced.sites), {}),
+                "symbols": dict(traced.symbols),
+                "files": {f: _file_digest(Path(f)) for f in sorted(files) if Path(f).is_absolute()},
+            }
+            body = write_json(data)
+            again = InputSpec.from_json(data["spec"])
+            if decode(data["sites"], []) != tuple(traced.sites) or again != traced.spec:
+                raise ValueError("its sites or inputs do not read back as they are")
+            read_graph(parse_json(write_json(graph), "", LIMIT), self.held, self.packages, "Check")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        except (*_DAMAGE, ArtifactError, OSError) as error:
+            self.note = f"not cached: {error}"
+
+
+def _read(path: Path) -> Any:
+    if path.stat().st_size > LIMIT:
+        raise CorruptFileError(f"{path} is larger than {LIMIT} bytes.")
+    digest, _, body = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CorruptFileError(f"{path} was altered or is truncated.")
+    return parse_json(body, str(path), LIMIT)
+
+
+# The key.
+
+
+def _key(
+    model: nn.Module, inputs: Mapping[str, Tensor], about: Any, aliases: Mapping[str, str],
+    packages: frozenset[str],
+) -> str:  # fmt: skip
+    """A hash of everything that a trace depends on; ValueError if that cannot be told."""
+    describe = _Description()
+    persistent = set(model.state_dict(keep_vars=True))
+    modules: list[Any] = []
+    for path, module in model.named_modules():
+        if "forward" in vars(module) or any(getattr(module, h, None) for h in _HOOKS):
+            raise ValueError(f"the module {path!r} has hooks or a forward of its own")
+        own = {k: v for k, v in vars(module).items() if k not in _INTERNAL}
+        modules.append([path, describe(type(module)), describe(own)])
+    tensors: list[Any] = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensors.append([name, *_layout(tensor), isinstance(tensor, nn.Parameter)])
+        if name not in persistent and not tensor.is_floating_point() and not tensor.is_meta:
+            tensors.append(tensor_digest(tensor))  # discovery reads such tables
+    payload = {
+        "format": FORMAT, "modules": modules, "tensors": tensors, "aliases": dict(aliases),
+        "inputs": [[n, *_layout(t), _largest(t)] for n, t in inputs.items()],
+        "about": describe(about),
+        "state": [str(torch.get_default_dtype()), torch.is_autocast_enabled()],
+        "versions": {p: _version(p) for p in sorted(packages | {"torch", "peftfx"})},
+        "code": dict(sorted(describe.files.items())), "self": _own_digest(),
+    }  # fmt: skip
+    return hashlib.sha256(write_json(payload)).hexdigest()
+
+
+def _layout(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype), str(tensor.device), list(tensor.shape), list(tensor.stride())]
+
+
+def _largest(tensor: Tensor) -> Any:
+    """The value that the input spec keeps of an example."""
+    whole = not (tensor.is_meta or tensor.is_floating_point()) and tensor.numel()
+    return int(tensor.max()) if whole else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _own_digest() -> str:
+    """A hash of this package's code: a newer one may see other sites."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    del changed, size
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Description:
+    """Any attribute of a module as JSON, with the source files of all code that it names."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self._known: dict[int, str] = {}
+        self._alive: list[Any] = []
+
+    def __call__(self, item: Any) -> Any:
+        match item:
+            case None | bool() | int() | str():
+                return item
+            case float() | complex() | bytes() | torch.dtype() | torch.device() | torch.Size():
+                return repr(item)
+            case Tensor():
+                if item.is_meta:
+                    return ["tensor", *_layout(item)]
+                return ["tensor", tensor_digest(item)]
+            case nn.Module():
+                return ["module", type(item).__qualname__]
+            case type():
+                return self._class(item)
+            case functools.partial():
+                return ["partial", self(item.func), self(item.args), self(item.keywords)]
+            case _:
+                pass
+        if id(item) not in self._known:
+            self._alive.append(item)  # so that no id is used twice
+            self._known[id(item)] = "itself"
+            # By content, not identity: equal values are often one object or two by chance.
+            text = write_json(self._compound(item))
+            self._known[id(item)] = hashlib.sha256(text).hexdigest()
+        return self._known[id(item)]
+
+    def _compound(self, item: Any) -> Any:
+        match item:
+            case list() | tuple():
+                return [type(item).__name__, *(self(i) for i in item)]  # pyright: ignore[reportUnknownVariableType]
+            case set() | frozenset():
+                return ["set", *sorted(repr(self(i)) for i in item)]  # pyright: ignore[reportUnknownVariableType]
+            case dict():
+                return ["dict", *([self(k), self(v)] for k, v in item.items())]  # pyright: ignore[reportUnknownVariableType]
+            case _:
+                pass
+        if callable(item) and hasattr(item, "__qualname__"):
+            return self._function(item)
+        state = getattr(item, "__dict__", None)
+        if not isinstance(state, dict):
+            raise ValueError(f"an attribute is a {type(item).__name__}")
+        return ["object", self._class(type(item)), self(state)]
+
+    def _class(self, kind: type[Any]) -> Any:
+        for base in kind.__mro__:
+            self._source(base.__module__)
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+    def _function(self, item: Any) -> Any:
+        self._source(str(item.__module__ or "builtins"))
+        code = getattr(item, "__code__", None)
+        cells = [c.cell_contents for c in getattr(item, "__closure__", None) or ()]
+        line = code.co_firstlineno if code is not None else 0
+        owner = getattr(item, "__self__", None)
+        bound = None if owner is None or isinstance(owner, type(sys)) else self(owner)
+        return ["function", item.__qualname__, line, bound, self(cells)]
+
+    def _source(self, module: str) -> None:
+        """Notes a module's code and, unless it is installed (its version says enough), that of
+        all modules that it names."""
+        if module.partition(".")[0] in ("torch", *sys.stdlib_module_names) or module in self.files:
+            if module != "__main__" or module in self.files:
+                return
+        file = getattr(sys.modules.get(module), "__file__", None)
+        if file is None:
+            raise ValueError(f"the code of {module!r} is in no file")
+        self.files[module] = _file_digest(Path(file))
+        if "site-packages" in file or "dist-packages" in file:
+            return
+        for item in list(vars(sys.modules[module]).values()):
+            is_module = isinstance(item, type(sys))
+            name = item.__name__ if is_module else getattr(item, "__module__", None)
+            if isinstance(name, str) and getattr(sys.modules.get(name), "__file__", None):
+                self._source(name)

@@ -1,0 +1,310 @@
+"""Capture: any PyTorch model to a `Program`, through `torch.export` in non-strict mode.
+
+The model is only read. Capture runs in training mode with example sizes of at least two (sizes
+0 and 1 would be specialised), then canonicalises the graph, gives the train/eval switch back,
+and owns its Parameter objects: frozen storage is shared with the model, trainable storage copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from ..aten import placeholders, set_attribute
+from ..errors import CaptureError
+from ..module import CapturedModule, state_buffers
+from ..program import Program
+from ..sites.discover import discover
+from .cache import Entry, Traced, place
+from .canonical import canonicalize
+from .guards import Sizes, read_sizes
+from .modes import restore_modes
+from .nesting import template_of
+from .placement import buffers_on_meta, computed_buffers, is_hollow
+from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
+from .tracing import check_model, export, unwrapped
+from .training import draws, part_modes
+from .trial import Trial, settle
+
+Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Dynamic = "auto",
+    dtype: torch.dtype | None = None,
+    cache: bool | str | Path = False,
+) -> Program:
+    """Captures `model` as one graph that trains, runs and rewrites.
+
+    Args:
+        model: any `nn.Module`; it is not changed in any way.
+        args: positional example inputs of its forward (tensors, or constants to bake in).
+        kwargs: keyword example inputs.
+        dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
+            of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
+            `{input: {axis: name}}` says exactly which.
+        dtype: captures a copy of the model in this floating-point dtype (default: as it is).
+        cache: a directory in which captures are kept (True: the user's own), so that the same
+            model, inputs and code are not traced again; see `rewriter/capture/cache.py`.
+
+    Returns:
+        A program whose outputs equal the model's bit for bit in training and evaluation mode.
+
+    Raises:
+        CaptureError: the model cannot be captured; the message says why and what to do.
+    """
+    if isinstance(model, Program | CapturedModule):
+        raise CaptureError("this model is captured already: rewrite its Program with peftfx.run.")
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CaptureError(f"capture takes an nn.Module, not {type(model).__name__}.")
+    model = unwrapped(model)
+    check_model(model)
+    if dtype is not None:
+        model = copy.deepcopy(model).to(dtype)
+    spec, tensors = _bind(model, args, kwargs or {}, dtype)
+    shapes = _dynamic_shapes(tensors, dynamic)
+    aliases = _aliases(model)
+    about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
+    entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
+    traced = entry.recall() if entry else None
+    if traced is None:
+        traced = _trace(model, spec, tensors, shapes, aliases)
+        if entry:
+            entry.store(traced)
+    gm = traced.module
+    _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
+    gm.train(model.training)
+    return Program(
+        module=gm,
+        spec=traced.spec,
+        sites=traced.sites,
+        aliases=aliases,
+        symbols=traced.symbols,
+        extras=_unused(model, gm, aliases),
+        state_names=tuple(model.state_dict(keep_vars=True)),
+        sample={n: t.detach() for n, t in tensors.items()},
+        generation=_generation(model),
+        cached=entry.note if entry else "",
+    )
+
+
+def _trace(
+    model: nn.Module,
+    spec: InputSpec,
+    tensors: Mapping[str, Tensor],
+    shapes: dict[str, dict[int, Any]],
+    aliases: Mapping[str, str],
+) -> Traced:
+    """Exports a model, brings the graph into canonical form, tries it out and finds its sites."""
+    hollow = is_hollow(model)
+    given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
+    with buffers_on_meta(model) if hollow else contextlib.nullcontext():
+        trace = functools.partial(
+            export, model, _at_least_two(given, shapes), spec.arguments, shapes
+        )
+        exported = trace()
+        gm = _canonical(exported, aliases, type(model).__name__)
+        sizes = read_sizes(placeholders(gm), exported, shapes, given)
+        trial = Trial(model, gm, _sized(spec, sizes, tensors), given)
+        if draws(gm) or (trial.possible and not trial.agrees()):
+            part_modes(gm, _canonical(trace(training=False), aliases))
+        spec = settle(trial.spec, trial)
+        _must_agree(model, trial)
+    return Traced(gm, spec, discover(gm, aliases, given), sizes.symbols)
+
+
+def _canonical(
+    exported: torch.export.ExportedProgram, aliases: Mapping[str, str], name: str = ""
+) -> CapturedModule:
+    """A plain module with the exported graph in canonical form and its modes restored."""
+    gm = exported.module(check_guards=False)
+    canonicalize(gm, aliases)
+    restore_modes(gm)
+    gm.graph._tracer_cls = None
+    captured = CapturedModule(gm, gm.graph, class_name=name)
+    captured._tracer_cls = None  # pyright: ignore[reportArgumentType]
+    return captured
+
+
+def _must_agree(model: nn.Module, trial: Trial) -> None:
+    wrong = trial.wrong_updates() if trial.possible else []
+    if wrong:
+        raise CaptureError(
+            f"{type(model).__name__} writes the buffer {wrong[0]!r} in one mode only, in a way "
+            "that the trace cannot follow (an `out=` argument, for example). Write it with "
+            "buffer.copy_(value)."
+        )
+    gap = trial.gap() if trial.possible else None
+    if gap is not None and not trial.agrees():
+        raise CaptureError(
+            f"{type(model).__name__} computes something else in evaluation mode than the captured "
+            f"graph (off by {gap:.3g} of the largest output). Its forward depends on state that is "
+            "not a tensor, or is not deterministic; make it depend on its inputs and buffers only."
+        )
+
+
+def _generation(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "generation_config", None)
+    names = ("eos_token_id", "pad_token_id")
+    return {n: v for n in names if (v := getattr(config, n, None)) is not None}
+
+
+def _bind(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype | None
+) -> tuple[InputSpec, dict[str, Tensor]]:
+    """How the model is called, and the example tensors by flat name."""
+    names, variadic = forward_parameters(model.forward)
+    try:
+        given = named_arguments(names, variadic, args, kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{error}.") from error
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    structure: dict[str, Any] = {}
+    for name, item in given.items():
+        try:
+            template = template_of(name, item, tensors)
+        except TypeError as error:
+            raise CaptureError(
+                f"input {error}; capture takes tensors, numbers, strings, booleans, None, and "
+                "lists, tuples and dicts of them. Wrap the model so that its forward takes those."
+            ) from error
+        if isinstance(item, list | tuple | dict):
+            structure[name] = template
+        elif not isinstance(item, Tensor) and item is not None:
+            constants[name] = item
+    if not tensors:
+        raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    _check_example(model, tensors)
+    inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
+    return InputSpec(inputs, {}, names, constants, structure, variadic), tensors
+
+
+def _check_example(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            raise CaptureError(
+                f"the example {name!r} is empty: {tuple(tensor.shape)}. Give one with at least "
+                "one element along every axis."
+            )
+        if len(devices) == 1 and tensor.dim() and tensor.device not in devices:
+            (device,) = devices
+            raise CaptureError(
+                f"the example {name!r} is on {tensor.device}, the model on {device}. Move one of "
+                "them; a captured program can be moved later with program.to(device)."
+            )
+
+
+def _dynamic_shapes(tensors: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, dict[int, Any]]:
+    if dynamic is None:
+        return {name: {} for name in tensors}
+    if isinstance(dynamic, Mapping):
+        unknown = sorted(set(dynamic) - set(tensors))
+        if unknown:
+            raise CaptureError(f"dynamic names {unknown}, but the inputs are {sorted(tensors)}.")
+        return {n: {axis: Dim.AUTO for axis in dynamic.get(n, {})} for n in tensors}
+    if dynamic != "auto":
+        raise CaptureError(f"dynamic must be 'auto', None or a mapping, not {dynamic!r}.")
+    shapes: dict[str, dict[int, Any]] = {}
+    for name, tensor in tensors.items():
+        axes = [0] if tensor.dim() else []
+        discrete = not tensor.is_floating_point()
+        if (discrete and tensor.dim() >= 2) or tensor.dim() == 3:
+            axes.append(1)
+        shapes[name] = {axis: Dim.AUTO for axis in axes}
+    return shapes
+
+
+def _at_least_two(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Mapping[int, Any]]
+) -> dict[str, Tensor]:
+    example: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for axis in shapes[name]:
+            if tensor.shape[axis] == 1:
+                tensor = tensor.repeat_interleave(2, dim=axis)
+        example[name] = tensor
+    return example
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    both: list[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in both:
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            aliases[name] = known
+    return aliases
+
+
+def _own_tensors(
+    gm: GraphModule, aliases: Mapping[str, str], computed: Mapping[str, Tensor]
+) -> None:
+    own: dict[int, nn.Parameter] = {}
+    for name, parameter in list(gm.named_parameters(remove_duplicate=False)):
+        if name in aliases:
+            continue
+        data = parameter.detach()
+        fresh = nn.Parameter(
+            data.clone() if parameter.requires_grad else data, parameter.requires_grad
+        )
+        own[id(parameter)] = fresh
+        set_attribute(gm, name, fresh)
+    updated = state_buffers(gm)
+    for name, buffer in list(gm.named_buffers()):
+        buffer = computed.get(name, buffer)
+        set_attribute(gm, name, buffer.detach().clone() if name in updated else buffer.detach())
+
+
+def _unused(
+    model: nn.Module, captured: GraphModule, aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    held = {n for n, _ in captured.named_parameters()} | {n for n, _ in captured.named_buffers()}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if aliases.get(name, name) not in held
+    }
+
+
+def _sized(spec: InputSpec, sizes: Sizes, tensors: Mapping[str, Tensor]) -> InputSpec:
+    inputs = (
+        TensorInput(name, shape, tensors[name].dtype, _fill(tensors[name]))
+        for name, shape in sizes.shapes.items()
+    )
+    return replace(
+        spec,
+        inputs=tuple(inputs),
+        ranges=sizes.ranges,
+        relations=tuple(sizes.relations),
+        reasons=sizes.reasons,
+    )
+
+
+def _fill(tensor: Tensor) -> float | int | bool:
+    if tensor.dtype == torch.bool:
+        return True
+    if tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return 0
+    return int(tensor.max())

@@ -1,0 +1,321 @@
+"""A captured graph as strict JSON and back: nodes, fake values, mode modules, output structure.
+
+Nothing in a file is executed: operators are looked up by name in `torch.ops` (ATEN, and the
+operators of the model's own package) or in a short list of functions, modules are the mode
+modules with their constructor's values, and paths must look like paths. What cannot be written
+so is a ValueError, and the graph is not stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from ..aten import attribute, set_attribute
+from ..module import CapturedModule
+from ..running.propagate import fake_mode
+from ..sites import sites
+from . import modes
+from .symbols import Symbols, write_environment
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{n}": getattr(operator, n) for n in (
+        "getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne",
+        "lt", "le", "gt", "ge", "and_", "or_", "not_")},
+    **{f"math.{n}": getattr(math, n) for n in ("ceil", "floor", "trunc")},
+    **{f"torch.{n}": getattr(torch, n) for n in (
+        "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_ite")
+       if hasattr(torch, n)},
+}  # fmt: skip
+_NAMES: dict[Any, str] = {f: n for n, f in FUNCTIONS.items()}
+_PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_NODE = re.compile(r"[A-Za-z_]\w*")
+CONSTANT_LIMIT = 2**20
+"""Largest tensor constant that is written, in bytes."""
+
+_MODULES: dict[str, type[nn.Module]] = {"Dropout": nn.Dropout} | {
+    c.__name__: c for c in vars(modes).values()
+    if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == modes.__name__
+}  # fmt: skip
+_SITES: dict[str, type[Any]] = {
+    c.__name__: c for c in vars(sites).values() if isinstance(c, type) and is_dataclass(c)
+}
+_TYPES: dict[str, Any] = {str(t): t for t in vars(torch).values()
+          if isinstance(t, torch.dtype | torch.layout | torch.memory_format)}  # fmt: skip
+
+
+# Values: arguments of nodes, and the fields of sites.
+
+
+def encode(item: Any, index: Mapping[Node, int]) -> Any:
+    """One argument as JSON; anything that is not itself in JSON is a list with a tag."""
+    match item:
+        case None | bool() | int() | str():
+            return item
+        case float():
+            return item if math.isfinite(item) else ["float", repr(item)]
+        case Node():
+            return ["node", index[item]]
+        case list():
+            return ["list", *(encode(i, index) for i in item)]  # pyright: ignore[reportUnknownVariableType]
+        case tuple():
+            return ["tuple", *(encode(i, index) for i in item)]  # pyright: ignore[reportUnknownVariableType]
+        case slice():
+            return ["slice", *(encode(i, index) for i in (item.start, item.stop, item.step))]
+        case dict():
+            return ["dict", *([encode(k, index), encode(v, index)] for k, v in item.items())]  # pyright: ignore[reportUnknownVariableType]
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return ["torch", str(item)]
+        case torch.device():
+            return ["device", str(item)]
+        case _ if type(item).__name__ in _SITES:
+            held = {f.name: encode(getattr(item, f.name), index) for f in fields(item)}
+            return ["site", type(item).__name__, held]
+        case _:
+            raise ValueError(f"an argument is a {type(item).__name__}")
+
+
+def decode(item: Any, nodes: list[Node]) -> Any:
+    """Reads `encode`'s form."""
+    if not isinstance(item, list):
+        return item
+    tag, rest = item[0], item[1:]  # pyright: ignore[reportUnknownVariableType]
+    match tag:
+        case "node":
+            return nodes[rest[0]]
+        case "list":
+            return [decode(i, nodes) for i in rest]
+        case "tuple":
+            return tuple(decode(i, nodes) for i in rest)
+        case "slice":
+            return slice(*(decode(i, nodes) for i in rest))
+        case "dict":
+            return {decode(k, nodes): decode(v, nodes) for k, v in rest}
+        case "float":
+            return float(rest[0])
+        case "torch":
+            return _TYPES[rest[0]]
+        case "device":
+            return torch.device(rest[0])
+        case "site":
+            return _SITES[rest[0]](**{k: decode(v, nodes) for k, v in rest[1].items()})
+        case _:
+            raise ValueError(f"unknown tag {tag!r}")
+
+
+def _write_target(node: Node, packages: frozenset[str]) -> str:
+    target = node.target
+    if isinstance(target, str):
+        pattern = _NODE if node.op in ("placeholder", "output", "call_method") else _PATH
+        if node.op == "call_method" or not pattern.fullmatch(target):
+            raise ValueError(f"{node.op} of {target!r}")
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        if target.namespace not in {"aten", *packages}:
+            raise ValueError(f"the operator {target} is of another library")
+        return str(target)
+    if target in _NAMES:
+        return _NAMES[target]
+    raise ValueError(f"a call of {target}")
+
+
+def _read_target(op: str, text: str, packages: frozenset[str]) -> Any:
+    if op != "call_function":
+        pattern = _NODE if op in ("placeholder", "output") else _PATH
+        if op not in ("placeholder", "output", "get_attr", "call_module") or (
+            not pattern.fullmatch(text)
+        ):
+            raise ValueError(f"{op} of {text!r}")
+        return text
+    if text in FUNCTIONS:
+        return FUNCTIONS[text]
+    namespace, name, overload = text.split(".")
+    if namespace not in {"aten", *packages}:
+        raise ValueError(f"the operator {text} is of another library")
+    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ValueError(f"{text} is not an operator")
+    return found
+
+
+# Fake values.
+
+
+def _size(size: Any) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _write_value(val: Any, table: dict[str, list[Any]]) -> Any:
+    match val:
+        case None | bool() | int() | float() | str():
+            return val
+        case Tensor():
+            sizes, strides = [_size(s) for s in val.shape], [_size(s) for s in val.stride()]
+            described: list[Any] = [str(val.dtype), str(val.device), sizes, strides]
+            key = repr(described)
+            table.setdefault(key, described)
+            return ["tensor", list(table).index(key)]
+        case torch.SymInt():
+            return ["size", str(val)]
+        case list() | tuple():
+            return [type(val).__name__, *(_write_value(v, table) for v in val)]  # pyright: ignore[reportUnknownVariableType]
+        case _:
+            raise ValueError(f"a value is a {type(val).__name__}")
+
+
+def _read_value(val: Any, table: list[Any], symbols: Symbols) -> Any:
+    if not isinstance(val, list):
+        return val
+    tag, rest = val[0], val[1:]  # pyright: ignore[reportUnknownVariableType]
+    if tag == "tensor":
+        dtype, device, sizes, strides = table[rest[0]]
+        return symbols.tensor(str(rest[0]), _TYPES[dtype], device, sizes, strides)
+    if tag == "size":
+        return symbols.expression(rest[0])
+    found = [_read_value(v, table, symbols) for v in rest]
+    return tuple(found) if tag == "tuple" else found
+
+
+# Modules, constants, graphs.
+
+
+def _write_module(module: nn.Module) -> list[Any]:
+    kind = type(module)
+    if _MODULES.get(kind.__name__) is not kind or list(module.state_dict()):
+        raise ValueError(f"the module {kind.__name__} has no written form")
+    wanted = inspect.signature(kind).parameters.values()
+    names = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [kind.__name__, {n: encode(getattr(module, n), {}) for n in names}]
+
+
+def _write_constant(tensor: Any) -> list[Any]:
+    if not isinstance(tensor, Tensor) or tensor.is_meta or isinstance(tensor, nn.Parameter):
+        raise ValueError("a constant is not a tensor with values")
+    if tensor.nbytes > CONSTANT_LIMIT:
+        raise ValueError(f"a constant has {tensor.nbytes} bytes")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return [str(tensor.dtype), list(tensor.shape), base64.b64encode(data).decode()]
+
+
+def _read_constant(dtype: str, sizes: list[int], data: str) -> Tensor:
+    raw = bytearray(base64.b64decode(data, validate=True))
+    if not raw:
+        return torch.empty(sizes, dtype=_TYPES[dtype])
+    return torch.frombuffer(raw, dtype=torch.uint8).view(_TYPES[dtype]).view(sizes)
+
+
+def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str]) -> dict[str, Any]:
+    """A captured graph as JSON.
+
+    Args:
+        gm: the graph, in canonical form.
+        held: names of the model's own parameters and buffers, which are not written.
+        packages: libraries whose operators may be called beside ATen's.
+
+    Raises:
+        ValueError: it holds something that has no written form.
+    """
+    mode = fake_mode(gm)
+    codegen = gm.graph._codegen
+    if mode is None or type(codegen) is not _PyTreeCodeGen:
+        raise ValueError("the graph has no recorded values or structure")
+    info: Any = codegen.pytree_info
+    index = {n: i for i, n in enumerate(gm.graph.nodes)}
+    values: dict[str, list[Any]] = {}
+    traces: dict[str, int] = {}
+    stacks: dict[str, tuple[int, Any]] = {}
+    nodes: list[Any] = []
+    modules: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        target = _write_target(node, packages)
+        if node.op == "call_module":
+            modules[target] = _write_module(gm.get_submodule(target))
+        elif node.op == "get_attr" and target not in held:
+            constants[target] = _write_constant(attribute(gm, target))
+        trace = "\n".join(str(node.meta.get("stack_trace") or "").splitlines()[-2:])
+        stack = [[k, list(v)] for k, v in (node.meta.get("nn_module_stack") or {}).items()]
+        nodes.append([
+            node.op, node.name, target, encode(tuple(node.args), index),
+            encode(dict(node.kwargs), index), _write_value(node.meta.get("val"), values),
+            traces.setdefault(trace, len(traces)),
+            stacks.setdefault(repr(stack), (len(stacks), stack))[0],
+        ])  # fmt: skip
+    return {
+        "nodes": nodes, "values": list(values.values()), "traces": list(traces),
+        "stacks": [s for _, s in stacks.values()], "modules": modules, "constants": constants,
+        "environment": write_environment(mode.shape_env),
+        "inputs": [list(info.orig_args), pytree.treespec_dumps(info.in_spec)],
+        "output": pytree.treespec_dumps(info.out_spec),
+    }  # fmt: skip
+
+
+def read_graph(
+    data: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
+    name: str,
+) -> CapturedModule:  # fmt: skip
+    """Builds a graph that `write_graph` wrote, over a model's own tensors.
+
+    Args:
+        data: its JSON.
+        held: the model's parameters and buffers; True marks those in its state dict.
+        packages: as when writing.
+        name: class name of the result.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: it is malformed.
+    """
+    symbols = Symbols(data["environment"])
+    root = nn.Module()
+    for path, (kind, options) in data["modules"].items():
+        module = _MODULES[kind](**{k: decode(v, []) for k, v in options.items()})
+        *parents, leaf = path.split(".")
+        owner = root
+        for part in parents:
+            child = owner._modules.get(part)
+            if child is None:
+                child = nn.Module()
+                owner.add_module(part, child)
+            owner = child
+        owner.add_module(leaf, module)
+    graph = Graph()
+    nodes: list[Node] = []
+    for op, title, text, args, kwargs, val, trace, stack in data["nodes"]:
+        target = _read_target(op, text, packages)
+        if op == "get_attr":
+            if target in held:
+                tensor, persistent = held[target]
+            else:
+                tensor, persistent = _read_constant(*data["constants"][target]), True
+            set_attribute(root, target, tensor, not persistent)
+        made = graph.create_node(op, target, decode(args, nodes), decode(kwargs, nodes), title)
+        if made.name != title:
+            raise ValueError(f"the node {title} cannot be made again")
+        if op != "output":
+            made.meta["val"] = _read_value(val, data["values"], symbols)
+        if data["traces"][trace]:
+            made.meta["stack_trace"] = data["traces"][trace]
+        if data["stacks"][stack]:
+            made.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
+        nodes.append(made)
+    names, structure = data["inputs"]
+    if not all(_NODE.fullmatch(n) for n in names):
+        raise ValueError("an input's name is not a name")
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(
+        [str(n) for n in names], pytree.treespec_loads(structure),
+        pytree.treespec_loads(data["output"]),
+    )))  # fmt: skip
+    return CapturedModule(root, graph, class_name=name)

@@ -1,0 +1,176 @@
+"""Running `torch.export` on a model without changing the model, and explaining its failures."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaptureError
+from ..program import BRANCHES
+from ..running.propagate import quiet
+from .modes import MODES
+from .rows import PiecesUsedError, Rows
+
+Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""From flat tensors to the positional and keyword arguments of a model's own forward."""
+
+RESERVED = {BRANCHES, MODES}
+
+_REMEDIES = (
+    ("data-dependent", "The forward branches on tensor values: use torch.where or torch.cond."),
+    ("GuardOnDataDependent", "Control flow depends on values: use torch.where or torch.cond."),
+    ("Could not guard", "Control flow depends on tensor values: use torch.where or torch.cond."),
+    ("aliases", "Return fresh tensors instead of views of the inputs."),
+    ("Unsupported", "Rewrite the named call with plain torch operations."),
+    ("device", "Move the example inputs to the device of the model's parameters."),
+    ("dtype", "Give the example inputs the dtype that the model expects."),
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses what cannot be traced before torch fails in an obscure way.
+
+    Raises:
+        CaptureError: a scripted model, or parameters that are not initialised yet.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is TorchScript, whose Python forward is lost. Capture the "
+            "module that was scripted."
+        )
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = [n for n, t in tensors if torch.nn.parameter.is_lazy(t)]
+    if lazy:
+        raise CaptureError(
+            f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}). "
+            "Run it once on an example, then capture it."
+        )
+    for name in RESERVED & {n for n, _ in model.named_children()}:
+        raise CaptureError(
+            f"{type(model).__name__} has a submodule called {name!r}, the name below which "
+            "captured programs keep what they add. Rename it."
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of `torch.compile`'s and data-parallel wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module, training: bool) -> Iterator[None]:
+    """One mode for every submodule and no cache; everything is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None}
+    cached = [c for c in configs.values() if getattr(c, "use_cache", None)]
+    try:
+        for module in modes:
+            module.training = training
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for config in cached:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _flat_forward(model: nn.Module, names: tuple[str, ...], arguments: Arguments) -> Iterator[None]:
+    """A forward that takes flat tensors by keyword and calls the model's own."""
+    bound = model.__dict__.get("forward")
+    forward = model.forward
+
+    def flat(**tensors: Tensor) -> Any:
+        args, kwargs = arguments(tensors)
+        return forward(*args, **kwargs)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    described: Any = flat
+    described.__signature__ = inspect.Signature([inspect.Parameter(n, keyword) for n in names])
+    model.forward = flat
+    try:
+        yield
+    finally:
+        if bound is None:
+            del model.forward
+        else:
+            model.forward = bound
+
+
+def export(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    arguments: Arguments,
+    shapes: dict[str, dict[int, Any]],
+    training: bool = True,
+) -> torch.export.ExportedProgram:
+    """Exports `model` in one mode.
+
+    Args:
+        example: flat example inputs, no dynamic size below 2.
+        arguments: how the model takes them.
+        shapes: the dynamic axes of each.
+
+    Raises:
+        CaptureError: torch cannot trace it; the message says where and what to do.
+    """
+    plain = arguments(example) == ((), dict(example))
+    flat = _flat_forward(model, tuple(example), arguments)
+    try:
+        with (
+            prepared(model, training),
+            contextlib.nullcontext() if plain else flat,
+            quiet(),
+            torch.enable_grad(),
+        ):
+            return _export(model, dict(example), shapes)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        remedy = next(
+            (r for key, r in _REMEDIES if key in text),
+            "Check that the model runs on these inputs with model.train(); "
+            "try dynamic=None to see whether a dynamic size is the cause.",
+        )
+        reason = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
+            f"{_user_line(error)}{remedy}"
+        ) from error
+
+
+def _export(
+    model: nn.Module, example: dict[str, Tensor], shapes: dict[str, dict[int, Any]]
+) -> torch.export.ExportedProgram:
+    trace = functools.partial(
+        torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
+    )
+    try:
+        with Rows():
+            return trace()
+    except PiecesUsedError:
+        return trace()
+
+
+def _user_line(error: BaseException) -> str:
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "peftfx" not in name and "/rewriter/" not in name:
+            found = f"At {name.rpartition('/')[2]}:{trace.tb_lineno}. "
+        trace = trace.tb_next
+    return found

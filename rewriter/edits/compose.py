@@ -1,0 +1,145 @@
+"""Composing the branches of one linear call: always emitted in one fixed order.
+
+Input scale, base plus deltas, output scale: so the order of passes does not change the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..aten import ATEN, LINEAR, data_index, users
+from ..program import Attachment, Program
+from ..sites.sites import LinearSite
+
+_ORDER = {"input_scale": 0, "delta": 1, "output_scale": 2}
+
+
+def site_nodes(gm: GraphModule) -> dict[str, Node]:
+    """Graph nodes by the name that sites use; a lowered call stands for its linear."""
+    return {n.meta.get("call", n.name): n for n in gm.graph.nodes}
+
+
+def at_weight(
+    program: Program, weight: str, first: frozenset[str] = frozenset()
+) -> list[Attachment]:
+    """The branches of all sites of one weight, in the fixed order of composition.
+
+    Of the same slot, those with a path in `first` come innermost (sums and products commute).
+    """
+    ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
+    found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
+    return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
+
+
+def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
+    """Emits all branches of one linear call afresh, in the fixed order."""
+    gm = program.module
+    call = _raise(gm, call)
+    key = call.meta.get("call", call.name)
+    _decompose(gm, call, key)
+    mine = at_weight(program, weight, first)
+
+    def slot(kind: str) -> list[str]:
+        return [a.path for a in mine if a.slot == kind]
+
+    def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
+        node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
+        node.meta["composed"] = key
+        inside.add(node)
+        return node
+
+    inside: set[Node] = set()
+    data = data_index(call)
+    x = call.args[data]
+    with gm.graph.inserting_before(call):
+        for path in slot("input_scale"):
+            x = emit("call_module", path, (x,), path.replace(".", "_"))
+    call.update_arg(data, x)
+    tail = call
+    readers = users(call)
+    for path in slot("delta"):
+        with gm.graph.inserting_after(tail):
+            delta = emit("call_module", path, (x,), path.replace(".", "_"))
+        with gm.graph.inserting_after(delta):
+            tail = emit(
+                "call_function", ATEN.add.Tensor, (tail, delta), path.replace(".", "_") + "_add"
+            )
+    for path in slot("output_scale"):
+        with gm.graph.inserting_after(tail):
+            tail = emit("call_module", path, (tail,), path.replace(".", "_"))
+    if tail is not call:
+        for reader in [*readers, *(u for u in call.users if u not in readers)]:
+            if reader not in inside:
+                reader.replace_input_with(call, tail)
+
+
+def _raise(gm: GraphModule, call: Node) -> Node:
+    """Turns a lowered call back into the bare linear it stands for."""
+    if call.op != "call_module":
+        return call
+    with gm.graph.inserting_before(call):
+        name = str(call.meta.get("call", call.name))
+        linear = gm.graph.create_node("call_function", LINEAR, call.args, {}, name=name)
+    linear.meta.update({k: v for k, v in call.meta.items() if k != "composed"})
+    call.replace_all_uses_with(linear)
+    gm.graph.erase_node(call)
+    return linear
+
+
+def composed_value(call: Node) -> Node:
+    """The value of a linear call with all branches composed around it; other nodes themselves."""
+    mine = _composed(call, call.meta.get("call", call.name))
+    inside = {*mine, call}
+    return next((n for n in mine if any(u not in inside for u in n.users)), call)
+
+
+def _decompose(gm: GraphModule, call: Node, key: str) -> None:
+    """Removes the composed branches around a call, leaving the bare linear."""
+    mine = _composed(call, key)
+    if not mine:
+        return
+    inside = {*mine, call}
+    tail = composed_value(call)
+    data = data_index(call)
+    x = call.args[data]
+    while isinstance(x, Node) and x in inside:
+        x = x.args[0]
+    call.update_arg(data, x)
+    if tail is not call:
+        for reader in [u for u in tail.users if u not in inside]:
+            reader.replace_input_with(tail, call)
+    while mine:
+        unread = next(n for n in mine if not n.users)
+        gm.graph.erase_node(unread)
+        mine.remove(unread)
+
+
+def _composed(call: Node, key: str) -> list[Node]:
+    """The nodes emitted around a call, found from it (a scan of the graph for every call would
+    be quadratic)."""
+    found: dict[Node, None] = {}
+    stack = [call]
+    while stack:
+        node = stack.pop()
+        for near in (*node.all_input_nodes, *node.users):
+            if near.meta.get("composed") == key and near not in found:
+                found[near] = None
+                stack.append(near)
+    return list(found)
+
+
+def fold_ready(program: Program, first: frozenset[str] = frozenset()) -> None:
+    """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
+    attached = {a.site for a in program.attachments}
+    weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
+    nodes = site_nodes(program.module)
+    done: set[str] = set()
+    for site in program.sites:
+        if isinstance(site, LinearSite) and site.weight in weights:
+            for name in site.nodes:
+                if name not in done:
+                    compose(program, nodes[name], site.weight, first)
+                    done.add(name)

@@ -1,0 +1,243 @@
+"""Folding: peephole rules that turn branches into constants, from the inside out, to a fixpoint.
+
+Each rule is a pattern around one linear and what it does to the weight:
+
+    linear(x) + delta(x)   ->  W + dW
+    output_scale(linear)   ->  diag(s) W, s b
+    linear(input_scale(x)) ->  W diag(s)
+
+A rule matches only when nothing stands between, so order takes care of itself. New tensors are
+written; the old ones stay in earlier programs, and nothing is ever subtracted back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..aten import EMBEDDING, is_op, parameter_of, set_attribute
+from ..errors import FoldError
+from ..program import Attachment, Program
+from ..sites.sites import LinearSite
+from .branch import Branch, Delta, InputScale, OutputScale, Scale
+from .compose import fold_ready
+from .edit import Editor
+from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
+from .weight import Weight
+
+
+@pattern
+def delta_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
+    return op.add(op.linear(x, w, b), op.module(Delta, branch, x))  # pyright: ignore[reportArgumentType]
+
+
+@pattern
+def output_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
+    return op.module(OutputScale, branch, op.linear(x, w, b))  # pyright: ignore[reportArgumentType]
+
+
+@pattern
+def input_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
+    return op.linear(op.module(InputScale, branch, x), w, b)  # pyright: ignore[reportArgumentType]
+
+
+Fold = Callable[[Weight, Branch], tuple[Weight, float]]
+
+
+def _fold_delta(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+    if not isinstance(branch, Delta):
+        raise FoldError(f"{type(branch).__name__} is not a delta.")
+    return weight.with_delta(branch.full_delta().detach())
+
+
+def _fold_output(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+    if not isinstance(branch, Scale):
+        raise FoldError(f"{type(branch).__name__} is not a scale.")
+    return weight.with_rows(branch.full_scale().detach()), 0.0
+
+
+def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+    if not isinstance(branch, Scale):
+        raise FoldError(f"{type(branch).__name__} is not a scale.")
+    return weight.with_columns(branch.full_scale().detach()), 0.0
+
+
+RULES: tuple[tuple[Pattern, Fold], ...] = (
+    (delta_rule, _fold_delta),
+    (output_rule, _fold_output),
+    (input_rule, _fold_input),
+)
+
+
+@dataclass
+class Folding:
+    """The result: what folded, what did not and why, and the largest share of a delta lost."""
+
+    folded: list[str] = field(default_factory=list[str])
+    kept: dict[str, str] = field(default_factory=dict[str, str])
+    lost: float = 0.0
+
+
+def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
+    """Folds the named branches as far as possible.
+
+    Args:
+        edit: an editor over a fork.
+        paths: module paths of the branches to fold.
+        tied: what to do at tied weights: `refuse`, `keep` (leave the branch), `untie` (give this
+            linear a tensor of its own) or `both` (change the shared tensor).
+
+    Raises:
+        FoldError: a tied weight and `tied="refuse"`.
+    """
+    result = Folding()
+    fold_ready(edit.program, frozenset(paths))
+    for group in by_weight(edit.program, paths).values():
+        fold_weight(edit, group, tied, result)
+    done = set(result.folded)
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
+    fold_ready(edit.program)
+    return result
+
+
+def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachment]]:
+    """The named branches, grouped by the weight that they fold into (or by their site)."""
+    groups: dict[str, list[Attachment]] = {}
+    for attachment in program.attachments:
+        if attachment.path in paths:
+            site = program.sites[attachment.site]
+            key = site.weight if isinstance(site, LinearSite) else site.id
+            groups.setdefault(key, []).append(attachment)
+    return groups
+
+
+def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+    """Folds the branches of one weight to a fixpoint; needs the values of no other weight."""
+    progress = True
+    while progress:
+        progress = False
+        for attachment in [a for a in group if a.path not in result.folded]:
+            reason = _try(edit, attachment, tied, result)
+            if reason is None:
+                progress = True
+                result.folded.append(attachment.path)
+                result.kept.pop(attachment.path, None)
+            else:
+                result.kept[attachment.path] = reason
+
+
+def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
+    """Folds one branch; returns the reason if it cannot be folded (now)."""
+    gm = edit.graph_module
+    branch = gm.get_submodule(attachment.path)
+    if not isinstance(branch, Branch):
+        return "its module is not a branch"
+    if branch.not_foldable:
+        return f"not foldable: {branch.not_foldable}"
+    site = edit.program.sites[attachment.site]
+    if not isinstance(site, LinearSite):
+        return f"not foldable: {site.kind} sites have no weight"
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == attachment.path]
+    found: list[tuple[Match, Fold]] = []
+    for call in calls:
+        match = _match_at(edit, call)
+        if isinstance(match, Mismatch):
+            return match.reason
+        found.append(match)
+    if {str(m["w"].name) for m, _ in found} == set() or len(found) < len(site.nodes):
+        return "not every call of the weight has the branch"
+    if site.tied:
+        if tied == "keep":
+            return f"not foldable: {site.weight} is tied to {', '.join(site.tied)} (tied=keep)"
+        if tied == "refuse":
+            raise FoldError(
+                f"{site.id}: the weight is tied to {', '.join(site.tied)}, so folding would change "
+                "both. Choose fold{tied=untie} (an own tensor here), fold{tied=both} (change the "
+                "shared tensor) or fold{tied=keep} (leave the branch in the graph)."
+            )
+        if tied == "untie":
+            site = _untie(edit, site)
+    weight = edit.weight(site)
+    weight.require_values()
+    weight, lost = found[0][1](weight, branch)
+    result.lost = max(result.lost, lost)
+    weight.store()
+    _remember(edit, attachment, branch)
+    for match, _ in found:
+        _erase(edit, match)
+    gm.delete_submodule(attachment.path)
+    return None
+
+
+def _match_at(edit: Editor, call: Node) -> tuple[Match, Fold] | Mismatch:
+    """The rule that fits around a branch's call; the most telling reason if none does."""
+    gm = edit.graph_module
+    roots = [call, *call.users]
+    reason: Mismatch | None = None
+    for rule, action in RULES:
+        for root in roots:
+            found = rule.match(gm, root)
+            if isinstance(found, Match) and found["branch"] is call:
+                return found, action
+            if isinstance(found, Mismatch) and found.node is not None and (
+                "also read" in found.reason or reason is None
+            ):  # fmt: skip
+                reason = found
+    blocker = reason.reason if reason is not None else "no rule fits"
+    if "also read" not in blocker:
+        blocker = "another branch that does not fold stands between it and the weight"
+    return Mismatch(f"not foldable now: {blocker}", call)
+
+
+def _erase(edit: Editor, match: Match) -> None:
+    """Removes the branch's nodes of one match, leaving the bare linear."""
+    graph = edit.graph_module.graph
+    call: Node = match["branch"]
+    root = match.root
+    linear = next(n for n in match.nodes if n is not call and n not in (root,)) if (
+        root is not call and len(match.nodes) == 3
+    ) else next(n for n in match.nodes if n is not call)  # fmt: skip
+    if linear is root:  # input scale: linear(scale(x))
+        linear.replace_input_with(call, match["x"])
+        graph.erase_node(call)
+        return
+    root.replace_all_uses_with(linear)
+    if root is not call:
+        graph.erase_node(root)
+    graph.erase_node(call)
+
+
+def _remember(edit: Editor, attachment: Attachment, branch: nn.Module) -> None:
+    kept = dict(edit.program.removed)
+    state: dict[str, Tensor] = branch.state_dict()
+    kept.update({f"{attachment.path}.{n}": t.detach().clone() for n, t in state.items()})
+    edit.program.removed = kept
+
+
+def _untie(edit: Editor, site: LinearSite) -> LinearSite:
+    """Gives the linear calls of a tied weight a Parameter of their own, under the alias's name."""
+    gm = edit.graph_module
+    names = [a for a, c in edit.program.aliases.items() if c == site.weight]
+    own = site.id.partition(":")[0]
+    alias = own if own in names else (names[0] if names else f"{site.weight}_untied")
+    tensor = gm.get_parameter(site.weight).detach().clone()
+    set_attribute(gm, alias, nn.Parameter(tensor, requires_grad=False))
+    for node in list(gm.graph.nodes):
+        if node.name not in site.nodes:
+            continue
+        for operand in node.all_input_nodes:
+            found = parameter_of(operand)
+            if found is not None and found[0] == site.weight and not is_op(node, EMBEDDING):
+                with gm.graph.inserting_before(node):
+                    own = gm.graph.get_attr(alias)
+                if operand.op != "get_attr":
+                    raise FoldError(f"{site.id}: a tied weight behind a view cannot be untied.")
+                node.replace_input_with(operand, own)
+    edit.program.untied = (*edit.program.untied, alias)
+    fresh = replace(site, weight=alias, tied=())
+    items = tuple(fresh if s.id == site.id else s for s in edit.program.sites)
+    edit.program.sites = replace(edit.program.sites, items=items)
+    return fresh

@@ -1,0 +1,59 @@
+"""Fusing a linear and the branch beside it into one call, by pattern, reversibly.
+
+The branch module stays where it is, with its parameters; only its call changes: from `branch(x)`
+to `branch(x, weight, bias)`, which runs the fused operator on the branch's factors.
+"""
+
+from __future__ import annotations
+
+from ..sites.sites import LinearSite
+from .branch import Delta, Fused
+from .compose import fold_ready
+from .edit import Editor
+from .fold import delta_rule
+from .pattern import Match
+
+
+def fuse_deltas(edit: Editor, operator: Fused) -> None:
+    """Lowers every innermost delta that has factors; reports the others with the reason."""
+    gm = edit.graph_module
+    sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
+    fused: set[str] = set()
+    for root in list(gm.graph.nodes):
+        match = delta_rule.match(gm, root)
+        if not isinstance(match, Match):
+            continue
+        call = match["branch"]
+        path = str(call.target)
+        branch = gm.get_submodule(path)
+        site = sites[path]
+        if not isinstance(branch, Delta) or branch.factors() is None:
+            edit.skip(site, "its branch has no factors (dropout, or part of a fused weight)")
+            continue
+        if isinstance(site, LinearSite) and (site.in_out or site.left):
+            edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
+            continue
+        linear = next(n for n in match.nodes if n not in (root, call))
+        branch.lowered = operator
+        call.args = (match["x"], match["w"], match["b"])
+        call.meta["call"] = linear.meta.get("call", linear.name)
+        call.meta.pop("composed", None)
+        root.replace_all_uses_with(call)
+        gm.graph.erase_node(root)
+        gm.graph.erase_node(linear)
+        fused.add(path)
+        edit.edited.append(site.id)
+    skipped = {site_id for site_id, _ in edit.skipped}
+    for path, site in sites.items():
+        branch = gm.get_submodule(path)
+        if isinstance(branch, Delta) and path not in fused and site.id not in skipped:
+            edit.skip(site, "another branch stands between it and the linear")
+
+
+def restore_deltas(edit: Editor) -> None:
+    """Undoes `fuse_deltas`."""
+    fold_ready(edit.program)
+    for attachment in edit.program.attachments:
+        branch = edit.program.branch(attachment)
+        if isinstance(branch, Delta):
+            branch.lowered = None

@@ -1,0 +1,317 @@
+"""Edits for tokens before the input, and for moved positions.
+
+The graph itself keeps its sizes: inputs are padded in front of it and outputs are stripped behind
+it, so masks, causality and positions follow by themselves, and only the inputs get shorter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from ..aten import (
+    ADDS,
+    ATEN,
+    CASTS,
+    EMBEDDING,
+    MATMULS,
+    SOFTMAX,
+    VIEWS,
+    ancestors,
+    is_float,
+    is_op,
+    output_node,
+    overloads,
+    placeholders,
+    reaches,
+    shape,
+    strip,
+    submodule,
+    users,
+    value,
+)  # fmt: skip
+from ..capture.modes import Attention
+from ..errors import PassError
+from ..sites.sites import AttentionSite
+from .branch import Tokens
+from .keyvalue import add_call
+
+if TYPE_CHECKING:
+    from ..capture.spec import InputSpec
+    from ..program import Program
+    from ..sites.sites import EmbeddingSite, Site
+
+_LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
+_WAVES = overloads("cos", "sin")
+_EQUALITIES = overloads("eq", "ne")
+
+
+class PadTokens(nn.Module):
+    """Adds `length` entries with a fixed value on the left of axis 1."""
+
+    def __init__(self, length: int, fill: float) -> None:
+        super().__init__()
+        self.length, self.fill = length, fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = torch.full_like(x[:, :1], self.fill).expand(-1, self.length)
+        return torch.cat([left, x], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, fill={self.fill:g}"
+
+
+class PadPositions(nn.Module):
+    """Positions 0..length-1 for the prompt; the given ones move behind it."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, positions: Tensor) -> Tensor:
+        own = torch.arange(self.length, dtype=positions.dtype, device=positions.device)
+        return torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}"
+
+
+class StripTokens(nn.Module):
+    """Removes the prompt's positions from the given axes."""
+
+    def __init__(self, length: int, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.length, self.axes = length, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in self.axes:
+            x = x.narrow(axis, self.length, x.shape[axis] - self.length)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, axes={self.axes}"
+
+
+def shift_positions(program: Program, length: int) -> None:
+    """Adds `length` to every absolute position: learnt tables and rotary angles alike."""
+    gm = program.module
+    targets: list[tuple[Node, int]] = []
+    learnt: set[str] = set()
+    for site in program.sites:
+        if site.kind == "embedding" and site.role == "position":
+            node = next(n for n in gm.graph.nodes if n.name == site.nodes[0])
+            targets.append((node, 1))
+            learnt |= {
+                program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols
+            }
+    seen: set[Node] = set()
+    for wave in gm.graph.nodes:
+        if not is_op(wave, _WAVES):
+            continue
+        for node in ancestors(wave, block=lambda n: is_op(n, MATMULS | overloads("outer"))):
+            two = [a for a in node.args[:2] if isinstance(a, Node)]
+            products = MATMULS | overloads("outer", "mul")
+            if node in seen or not is_op(node, products) or len(two) != 2:
+                continue
+            seen.add(node)
+            targets += [(node, i) for i, a in enumerate(two) if _counts(a)]
+    if not targets:
+        raise PassError("the model has no absolute positions to shift; use shift_positions=false.")
+    for node, index in targets:
+        position: Any = node.args[index]
+        rows = isinstance(position, list | tuple)  # `table[positions]` instead of a lookup
+        with gm.graph.inserting_before(node):
+            start = position[0] if rows else position
+            moved = gm.graph.call_function(ATEN.add.Tensor, (start, length))
+        node.update_arg(index, [moved] if rows else moved)
+    for label in sorted(n for n in learnt if n and not n.startswith("batch")):
+        program.spec = _shorter(program, label, length)
+
+
+def _counts(node: Node) -> bool:
+    """Whether a value is a position: cast from a range, a running sum or an integer input."""
+    source = strip(node, VIEWS | CASTS | ADDS)
+    if source.op == "placeholder":
+        return not is_float(source)
+    return is_op(source, overloads("arange", "cumsum", "sub"))
+
+
+def _shorter(program: Program, label: str, length: int) -> InputSpec:
+    """The input spec with `length` less of the size named `label`, which the graph adds itself."""
+    spec = program.spec
+    low, high = spec.ranges[label]
+    if high is not None and high <= length:
+        raise PassError(
+            f"a prompt of {length} tokens leaves no position for the input: {label} is at most "
+            f"{high}. Make it shorter."
+        )
+    ranges = {**spec.ranges, label: (max(1, low - length), high and high - length)}
+
+    def longer(text: str) -> str:
+        return re.sub(rf"\b{label}\b", f"({label} + {length})", text)
+
+    relations = tuple(longer(r) for r in spec.relations)
+    reasons = {longer(k) if k in spec.relations else k: v for k, v in spec.reasons.items()}
+    return replace(spec, ranges=ranges, relations=relations, reasons=reasons)
+
+
+def _meaning(program: Program, source: Node, site: EmbeddingSite) -> str:
+    """What an input other than the token ids is, from where its values go."""
+    gm = program.module
+
+    def stop(node: Node) -> bool:
+        return (
+            is_op(node, _LOSSES | SOFTMAX | _WAVES | {EMBEDDING})
+            or isinstance(submodule(gm, node), Attention)
+        )  # fmt: skip
+
+    roles = {s.nodes[0]: s.role for s in program.sites if s.kind == "embedding"}
+    for node in reaches(source, stop, block=lambda n: False):
+        if is_op(node, _LOSSES):
+            return "labels"
+        if is_op(node, EMBEDDING):
+            return "positions" if roles.get(node.name) == "position" else "types"
+        if is_op(node, _WAVES):
+            return "positions"
+        return "mask"
+    raise PassError(
+        f"input {source.name!r} has a token axis, but where its values go does not show how a "
+        f"prompt continues it. Capture without it, or prepend at another embedding than {site.id}."
+    )
+
+
+def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
+    """Of several token embeddings, those that cross-attention looks at: the encoder's."""
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    cores = [s for s in program.sites if isinstance(s, AttentionSite) and s.cross]
+    keys = [nodes[name] for core in cores for name in program.sites[core.k].nodes]
+    attended = {n.name for key in keys for n in ancestors(key)}
+    return [s for s in sites if attended.intersection(s.nodes)] or list(sites)
+
+
+def prepend_tokens(
+    program: Program, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
+) -> Program:
+    """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
+    gm, length = program.module, branch.length
+    ids = _token_ids(program, site, embedding)
+    symbol = str(value(ids).shape[1])
+    label = program.symbols[symbol]
+    outputs = _token_outputs(gm, symbol)
+    pooled = [n for n in gm.graph.nodes if _first_token(n, symbol)]
+    size = _fresh_size(ids, label)
+    fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
+    for source in placeholders(gm).values():
+        dims = shape(source)
+        if dims is None or symbol not in [str(d) for d in dims]:
+            continue
+        if len(dims) != 2 or str(dims[1]) != symbol:
+            raise PassError(f"input {source.name!r} has its tokens on another axis than 1.")
+        meaning = "ids" if source is ids else _meaning(program, source, site)
+        pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
+        with gm.graph.inserting_after(source):
+            padded = add_call(gm, "pad_tokens", pad, (source,))
+        source.replace_all_uses_with(padded, delete_user_cb=lambda u, p=padded: u is not p)
+        padded.meta["val"] = value(source)
+        source.meta["val"] = _resized(source, symbol, size)
+    with gm.graph.inserting_after(embedding):
+        name = path.replace(".", "_")
+        prompt = gm.graph.create_node("call_module", path, (embedding,), {}, name=name)
+    prompt.meta["val"] = value(embedding)
+    embedding.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
+    for node in pooled:
+        node.update_arg(2, length)
+        if not is_op(node, ATEN.select.int):
+            node.update_arg(3, length + 1)
+    end = output_node(gm)
+    for leaf, axes in outputs.items():
+        with gm.graph.inserting_before(end):
+            stripped = add_call(gm, "strip_tokens", StripTokens(length, axes), (leaf,))
+        stripped.meta["val"] = _resized(leaf, symbol, size)
+        end.replace_input_with(leaf, stripped)
+    program.spec = _shorter(program, label, length)
+    program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
+    return program
+
+
+def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
+    """The input that an embedding looks up, `[batch, sequence]`."""
+    ids = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
+    size = shape(ids)
+    if ids.op != "placeholder" or size is None or len(size) != 2:
+        raise PassError(
+            f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
+            "can be put in front. Choose another embedding with where=, or prefix_tuning."
+        )
+    if str(size[1]) not in program.symbols:
+        why = program.spec.reasons.get(f"{ids.target}.1", "it was captured so")
+        raise PassError(
+            f"the graph is made for exactly {size[1]} tokens of {ids.target!r} ({why}), so none "
+            "can be put in front. Capture with a dynamic number of tokens, or choose another "
+            "method, such as lora."
+        )
+    return ids
+
+
+def _fresh_size(ids: Node, label: str) -> Any:
+    """A new symbolic size for the inputs, which are shorter than the graph's own values."""
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+
+    mode: Any = value(ids).fake_mode
+    names = len(mode.shape_env.var_to_range)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
+    source = ConstantSource(f"{label}_{names}")
+    return mode.from_tensor(torch.empty(8), symbolic_context=context, source=source).shape[0]
+
+
+def _resized(node: Node, symbol: str, size: Any) -> Tensor:
+    """A fake value like a node's, with another size where it had `symbol`."""
+    val: Any = value(node)
+    with val.fake_mode:
+        return val.new_empty([size if str(d) == symbol else d for d in val.shape])
+
+
+def _neutral(ids: Node) -> int:
+    """A token id that the model compares with nothing (padding, image places)."""
+    special: set[object] = set()
+    stack = [ids]
+    while stack:
+        for user in users(stack.pop()):
+            if is_op(user, _EQUALITIES):
+                special.add(user.args[1])
+            elif is_op(user, VIEWS):
+                stack.append(user)
+    return next(i for i in range(len(special) + 1) if i not in special)
+
+
+def _token_outputs(gm: GraphModule, symbol: str) -> dict[Node, tuple[int, ...]]:
+    found: dict[Node, tuple[int, ...]] = {}
+    for leaf in output_node(gm).all_input_nodes:
+        sizes = [str(d) for d in shape(leaf) or ()]
+        if merged := [d for d in sizes if d != symbol and re.search(rf"\b{symbol}\b", d)]:
+            raise PassError(
+                f"the output {leaf.name} has an axis of {merged[0]} values, from which no tokens "
+                "can be stripped. Wrap the model so that it returns tokens on an axis of their own."
+            )
+        axes = tuple(i for i, d in enumerate(sizes) if d == symbol)
+        if axes:
+            found[leaf] = axes
+    return found
+
+
+def _first_token(node: Node, symbol: str) -> bool:
+    """Whether a node picks the first token of a hidden state."""
+    if not (is_op(node, ATEN.select.int) or is_op(node, ATEN.slice.Tensor)) or not is_float(node):
+        return False
+    size = shape(node.args[0])
+    if size is None or len(size) != 3 or str(size[1]) != symbol or node.args[1] != 1:
+        return False
+    first = bool(node.args[2] == 0)
+    return first and (is_op(node, ATEN.select.int) or bool(node.args[3:4] == (1,)))

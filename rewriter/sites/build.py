@@ -1,0 +1,226 @@
+"""Turns what discovery found into sites, in graph order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch.fx import Node
+
+from ..aten import (
+    ADDS,
+    EMBEDDING,
+    MULS,
+    SLICES,
+    VIEWS,
+    inputs,
+    is_op,
+    overloads,
+    parameter_of,
+    reaches,
+    shape,
+    users,
+)
+from .attention import Core
+from .blocks import Draft
+from .landmarks import convolutions, embeddings, norms
+from .probe import Probe
+from .residual import Sublayer
+from .sites import (
+    AttentionSite,
+    ExpertsSite,
+    FeedForwardSite,
+    LinearSite,
+    MixerSite,
+    Site,
+    Sites,
+    SublayerSite,
+)
+from .walk import Linear, Walk
+
+
+class Found(Protocol):
+    """What discovery hands over."""
+
+    drafts: list[Draft]
+    sublayers: list[Sublayer]
+    roles: dict[Node, str]
+    owner: dict[Node, Sublayer]
+
+
+def build(graph: Walk, probe: Probe, aliases: Mapping[str, str], found: Found) -> Sites:
+    """All sites of a graph."""
+    builder = _Builder(graph, probe, aliases, found)
+    builder.blocks()
+    builder.rest()
+    sites = builder.sites
+    sites.extend(embeddings(graph, aliases))
+    sites.extend(convolutions(graph, found.owner))
+    sites.extend(norms(graph, found.owner, found.sublayers))
+    order = {n.name: i for i, n in enumerate(graph.nodes)}
+    sites.sort(key=lambda s: min(order[n] for n in s.nodes))
+    return Sites(tuple(sites))
+
+
+@dataclass
+class _Builder:
+    graph: Walk
+    probe: Probe
+    aliases: Mapping[str, str]
+    found: Found
+    sites: list[Site] = field(default_factory=list[Site])
+    claimed: set[str] = field(default_factory=set[str])
+
+    def __post_init__(self) -> None:
+        lookups = [n.args[0] for n in self.graph.nodes if is_op(n, EMBEDDING)]
+        self.tables = {found[0] for t in lookups if (found := parameter_of(t))}
+        self.calls: dict[tuple[str, tuple[int, ...] | None], list[Linear]] = {}
+        for linear in self.graph.linears.values():
+            self.calls.setdefault((linear.weight, linear.rows), []).append(linear)
+
+    def blocks(self) -> None:
+        """Sites of attentions, feed-forward blocks and mixers, and of their linears."""
+        routers = [n for n, role in self.found.roles.items() if role == "router"]
+        routed = {id(self.found.owner[n]): self.graph.linears[n].weight for n in routers}
+        for draft in self.found.drafts:
+            ids: dict[str, list[str]] = {}
+            for role, linears in draft.parts.items():
+                ids[role] = [self._linear(linear, role, draft) for linear in linears]
+            self.sites.append(self._block(draft, ids, routed.get(id(draft.sublayer))))
+        for sub in self.found.sublayers:
+            self.sites.append(_sublayer(sub))
+
+    def rest(self) -> None:
+        """Sites of the linears that no block has claimed."""
+        for node, linear in self.graph.linears.items():
+            if linear.weight not in self.claimed:
+                last = _is_head(node) and not reaches(node, self.graph.weighted, lambda _: False)
+                role = self.found.roles.get(node) or ("head" if last else "other")
+                self._linear(linear, role, None)
+
+    def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
+        """Adds the site of a linear in a role, once; returns its id."""
+        features = draft.features.get((role, linear.weight)) if draft else linear.rows
+        sub = draft.sublayer if draft else self.found.owner.get(linear.node)
+        name, tied = self._names(linear.weight)
+        site_id = name + (f":{role}" if features is not None else "")
+        if site_id in self.claimed:
+            return site_id
+        self.claimed |= {site_id, linear.weight}
+        layer, stream = (sub.layer, sub.stream) if sub else (None, "")
+        nodes = tuple(p.node.name for p in self.calls[linear.weight, linear.rows])
+        size = linear.sizes[1] if features is None else len(features)
+        if linear.stack:
+            self.sites.append(ExpertsSite(
+                id=site_id, kind="experts", role=role, layer=layer, stream=stream, nodes=nodes,
+                weight=linear.weight, experts=linear.stack, in_features=linear.sizes[0],
+                out_features=size, features=features, in_out=linear.in_out,
+            ))  # fmt: skip
+        else:
+            self.sites.append(LinearSite(
+                id=site_id, kind="linear", role=role, layer=layer, stream=stream, nodes=nodes,
+                weight=linear.weight, bias=linear.bias, features=features,
+                in_features=linear.sizes[0], out_features=size, in_out=linear.in_out, tied=tied,
+                cross=bool(draft and draft.cross), left=linear.left,
+                sliced=linear.rows is not None,
+            ))  # fmt: skip
+        return site_id
+
+    def _names(self, weight: str) -> tuple[str, tuple[str, ...]]:
+        """A linear's own name and the other names of its tensor.
+
+        A head tied to an embedding goes by the last name, the table by the first one.
+        """
+        names = [weight, *(a for a, c in self.aliases.items() if c == weight)]
+        own = names[-1] if weight in self.tables else weight
+        others = tuple(n for n in names if n != own)
+        return own, others or (("an embedding",) if weight in self.tables else ())
+
+    def _block(self, draft: Draft, ids: dict[str, list[str]], routed: str | None) -> Site:
+        sub = draft.sublayer
+        stream, layer = (sub.stream, sub.layer) if sub else ("", None)
+        kind = "cross" if draft.cross else draft.kind
+        name = sub.name if sub else f"{next(iter(ids.values()))[0]}.{kind}"
+        first = {role: found[0] for role, found in ids.items() if found}
+        if draft.core is not None:
+            return self._attention(draft, draft.core, self._unique(f"{name}.core"), first)
+        if draft.kind == "mixer":
+            return MixerSite(
+                id=f"{name}.block", kind="mixer", role="mixer", layer=layer, stream=stream,
+                nodes=(draft.parts["mixer.out"][0].node.name,), inputs=tuple(ids["mixer.in"]),
+                outputs=tuple(ids["mixer.out"]),
+            )  # fmt: skip
+        down = draft.parts["ffn.down"][0]
+        return FeedForwardSite(
+            id=self._unique(f"{name}.{'experts' if down.stack else 'block'}"),
+            kind="feedforward", role="ffn", layer=layer, stream=stream,
+            nodes=(down.node.name,), up=first["ffn.up"],
+            gate=first.get("ffn.gate"), down=first["ffn.down"], activation=draft.activation,
+            router=routed if down.stack else None, experts=down.stack,
+        )  # fmt: skip
+
+    def _unique(self, name: str) -> str:
+        """`name`, numbered where a sublayer holds several blocks."""
+        count = 1
+        while (found := name if count == 1 else f"{name}_{count}") in self.claimed:
+            count += 1
+        self.claimed.add(found)
+        return found
+
+    def _attention(self, draft: Draft, core: Core, name: str, ids: dict[str, str]) -> Site:
+        sub = draft.sublayer
+        sizes: list[tuple[Any, ...]] = [shape(n) or (1,) for n in (core.q, core.k, core.v)]
+        q, k, v = sizes
+        seen = k[-3] if len(k) > 2 and isinstance(k[-3], int) else 0
+        dim = int(q[-1])
+
+        def count(role: str, width: int, fallback: int) -> int:
+            linear = draft.parts[role][0]
+            features = draft.features.get((role, linear.weight))
+            total = len(features) if features else linear.sizes[1]
+            return fallback if total % width else total // width
+
+        heads = count("q", dim, int(q[-3]) if len(q) > 3 else 1)
+        kv = count("v", int(v[-1]), seen or heads)
+        if heads % kv:
+            kv = heads
+        return AttentionSite(
+            id=name, kind="attention", role="attn", layer=sub.layer if sub else None,
+            stream=sub.stream if sub else "", nodes=(core.node.name,), q=ids["q"], k=ids["k"],
+            v=ids["v"], o=ids.get("o", ""), heads=heads, kv_heads=kv, head_dim=dim,
+            cross=draft.cross, causal=not draft.cross and core.causal(self.probe),
+            fused=core.fused, repeated=bool(seen) and kv < seen,
+        )  # fmt: skip
+
+
+def _sublayer(sub: Sublayer) -> Site:
+    size: list[Any] = list(shape(sub.output) or [0])
+    images = sub.kind == "conv" and len(size) > 3
+    width = size[1] if images or not isinstance(size[-1], int) else size[-1]
+    return SublayerSite(
+        id=sub.name, kind="sublayer",
+        role="attn" if sub.kind == "cross" else sub.kind, layer=sub.layer, stream=sub.stream,
+        nodes=(sub.output.name, sub.branch.add.name),
+        width=int(width) if isinstance(width, int) else 0, parallel=sub.parallel,
+        cross=sub.kind == "cross",
+    )  # fmt: skip
+
+
+def _is_head(start: Node) -> bool:
+    """Whether a linear's value is an output, through views, constant scales or a soft cap."""
+    seen: set[Node] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        for user in users(node):
+            if user.op == "output":
+                return True
+            capped = is_op(user, overloads("tanh")) and is_op(node, MULS)
+            moved = is_op(user, overloads("einsum")) and len(inputs(user)) == 1
+            biased = is_op(user, ADDS) and any(i.op == "get_attr" for i in inputs(user))
+            known = is_op(user, VIEWS | SLICES | MULS) or capped or moved or biased
+            if user not in seen and known:
+                seen.add(user)
+                stack.append(user)
+    return False

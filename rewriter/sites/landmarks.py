@@ -1,0 +1,206 @@
+"""Sites beside the projections: embedding tables, convolutions and normalisations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..aten import (
+    ADDS,
+    EMBEDDING,
+    GATHERS,
+    MULS,
+    NORM_PARTS,
+    NORMS,
+    SLICES,
+    SOFTMAX,
+    VIEWS,
+    attribute,
+    inputs,
+    is_op,
+    overloads,
+    parameter_of,
+    placeholders,
+    strip,
+    submodule,
+    users,
+    value,
+)  # fmt: skip
+from ..capture.modes import Attention
+from .residual import Sublayer
+from .sites import ConvSite, EmbeddingSite, NormSite, Site
+from .walk import Walk
+
+
+def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
+    """All table lookups, with what they look up."""
+    gm = graph.gm
+    found: dict[str, EmbeddingSite] = {}
+    fed: list[str] = []
+    sources = set(placeholders(gm).values())
+    for node in gm.graph.nodes:
+        path, index = _lookup(gm, node)
+        if index is None or any(graph.depends(index, n) for n in graph.linears):
+            continue  # rows chosen by activations are biases of experts
+        held: Tensor = attribute(gm, path)
+        site_id = path if path not in found else f"{path}@{node.name}"
+        if _biases_attention(graph, node):
+            role = "relative"
+        elif strip(index, VIEWS) in sources:
+            fed.append(site_id)
+            role = "type" if held.shape[0] <= 16 else "position"
+        else:
+            role = "type" if _is_type(gm, index, int(held.shape[0])) else "position"
+        tied = tuple(a for a, c in aliases.items() if c == path)
+        found[site_id] = EmbeddingSite(
+            id=site_id, kind="embedding", role=role, layer=None, stream="", nodes=(node.name,),
+            weight=path, size=int(held.shape[0]), width=int(held.shape[-1]), tied=tied,
+        )  # fmt: skip
+    if fed:
+        largest = max(found[i].size for i in fed)
+        for site_id in fed:
+            if found[site_id].size == largest:
+                found[site_id] = replace(found[site_id], role="token")
+    return list(found.values())
+
+
+def _biases_attention(graph: Walk, lookup: Node) -> bool:
+    """Whether rows are only added to attention scores (relative positions)."""
+    seen: set[Node] = set()
+    stack = [lookup]
+    reached = False
+    while stack:
+        for user in users(stack.pop()):
+            if is_op(user, SOFTMAX) or isinstance(submodule(graph.gm, user), Attention):
+                reached = True
+            elif user in graph.linears or is_op(user, NORMS) or user.op == "output":
+                return False
+            elif user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return reached
+
+
+def _lookup(gm: GraphModule, node: Node) -> tuple[str, Node | None]:
+    """(table, index) of an embedding, or of an index into the rows of a parameter."""
+    index: Any = None
+    if is_op(node, EMBEDDING):
+        index = node.args[1]
+    elif is_op(node, overloads("index")) and isinstance(node.args[1], list | tuple):
+        index = node.args[1][0] if len(node.args[1]) == 1 else None
+    table = parameter_of(node.args[0]) if isinstance(index, Node) else None
+    held = attribute(gm, table[0]) if table and not table[1] else None
+    matrix = isinstance(held, nn.Parameter) and held.dim() == 2
+    return (table[0], index) if table and matrix else ("", None)
+
+
+def _is_type(gm: GraphModule, index: Node, size: int) -> bool:
+    """Whether lookups read the same row everywhere (token types left at their default)."""
+    source = strip(index, VIEWS | SLICES | GATHERS)
+    if is_op(source, overloads("arange", "cumsum", "add", "sub")):
+        return False
+    if source.op == "get_attr":
+        held = attribute(gm, str(source.target))
+        if isinstance(held, Tensor) and not held.is_meta and held.numel():
+            return bool((held == held.flatten()[0]).all())
+    full = overloads("zeros", "zeros_like", "new_zeros", "full", "full_like")
+    return size <= 16 or is_op(source, full)
+
+
+def convolutions(graph: Walk, owner: Mapping[Node, Sublayer]) -> list[Site]:
+    """All convolutions with a stored weight."""
+    found: dict[str, ConvSite] = {}
+    for node, conv in graph.convs.items():
+        if not conv.weight:
+            continue
+        if conv.weight in found:
+            old = found[conv.weight]
+            found[conv.weight] = replace(old, nodes=(*old.nodes, node.name))
+            continue
+        patch = conv.kernel == conv.stride and max(conv.kernel) > 1 and not conv.transposed
+        role = "conv.depthwise" if conv.depthwise else "conv.patch" if patch else "conv"
+        sub = owner.get(node)
+        found[conv.weight] = ConvSite(
+            id=conv.weight, kind="conv", role=role, layer=sub.layer if sub else None,
+            stream=sub.stream if sub else "", nodes=(node.name,), weight=conv.weight,
+            bias=conv.bias, channels=conv.channels, groups=conv.groups, kernel=conv.kernel,
+            stride=conv.stride, transposed=conv.transposed,
+        )  # fmt: skip
+    return list(found.values())
+
+
+def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Sublayer]) -> list[Site]:
+    """All normalisations with learnt parameters, fused or written out.
+
+    A norm inside a branch belongs to its layer. A norm of the stream itself, after a sum, belongs
+    to the sum's layer if the stream goes on from the norm's output (post-norm); otherwise it is
+    the stream's final norm and belongs to none.
+    """
+    closes = {s.branch.add: s for s in sublayers}
+    roots = {s.branch.root for s in sublayers}
+    found: dict[str, NormSite] = {}
+    after: dict[str, tuple[Node, Sublayer]] = {}
+    for node in graph.nodes:
+        weights = _norm_weights(graph, node)
+        if weights is None or weights[0] in found:
+            continue
+        sub = owner.get(node)
+        source = _normed(graph, node)
+        if sub is None and source in closes:
+            after[weights[0]] = node, closes[source]
+        found[weights[0]] = NormSite(
+            id=weights[0], kind="norm", role="norm", layer=sub.layer if sub else None,
+            stream=sub.stream if sub else "", nodes=(node.name,), weight=weights[0],
+            bias=weights[1],
+        )  # fmt: skip
+    post = {sub.stream for node, sub in after.values() if node in roots}
+    for name, (_, sub) in after.items():
+        if sub.stream in post:
+            found[name] = replace(found[name], layer=sub.layer, stream=sub.stream)
+    return list(found.values())
+
+
+def _normed(graph: Walk, node: Node) -> Node:
+    """The value that a normalisation ending at `node` normalises."""
+    if is_op(node, NORMS) or graph.is_batch_norm(node):
+        return graph.source(inputs(node)[0])
+    seen: set[Node] = set()
+    stack = [i for i in inputs(node) if i.op != "get_attr"]
+    while stack:
+        current = stack.pop()
+        if is_op(current, NORM_PARTS | overloads("pow", "square")):
+            return graph.source(inputs(current)[0]) if inputs(current) else current
+        if current not in seen and is_op(current, VIEWS | MULS | ADDS):
+            seen.add(current)
+            stack.extend(inputs(current))
+    return node
+
+
+def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
+    """(weight, bias) names of a normalisation that ends at `node`."""
+    gm = graph.gm
+
+    def vector(arg: object) -> str | None:
+        if is_op(arg, ADDS) and isinstance(arg, Node) and len(inputs(arg)) == 1:
+            arg = inputs(arg)[0]  # Gemma's `1 + weight`
+        found = parameter_of(arg)
+        held = attribute(gm, found[0]) if found else None
+        return found[0] if found and isinstance(held, nn.Parameter) and held.dim() == 1 else None
+
+    operands = node.args
+    if is_op(node, NORMS) or graph.is_batch_norm(node):
+        names = [v for a in operands[1:] if isinstance(a, Node) and (v := vector(a))]
+        return (names[0], names[1] if len(names) > 1 else None) if names else None
+    if is_op(node, MULS) and len(operands) == 2 and isinstance(value(node), Tensor):
+        for weight, other in (operands, operands[::-1]):
+            name = vector(weight)
+            if name and isinstance(other, Node):
+                scaled = strip(other, VIEWS)
+                roots = overloads("rsqrt", "reciprocal", "sqrt")
+                if is_op(scaled, MULS) and any(is_op(i, roots) for i in inputs(scaled)):
+                    return name, None
+    return None

@@ -1,0 +1,302 @@
+"""Facts about a canonical graph that discovery stands on: linears, convolutions, dependence.
+
+A *linear* is a call whose weight is a stored matrix, or a stack of them (experts). Dependence
+leaves out sizes (a view by another tensor's size is no dataflow) and follows in-place writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..aten import (
+    ACTIVATIONS,
+    ADDS,
+    ARITHMETIC,
+    ATEN,
+    CONVS,
+    DROPOUTS,
+    LINEAR,
+    MATMULS,
+    MULS,
+    NORM_PARTS,
+    POINTWISE,
+    SIZES,
+    SLICES,
+    TRANSPOSED_CONVS,
+    VIEWS,
+    attribute,
+    inputs,
+    is_index,
+    is_op,
+    named_arguments,
+    overloads,
+    parameter_of,
+    shape,
+    submodule,
+    users,
+    written,
+)  # fmt: skip
+from ..capture.modes import AlphaDropout, BatchNorm, TrainingOnly
+
+_TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes", "mT", "numpy_T")
+UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
+"""What lies between a projection and the attention that reads it: layout, rotation, norms."""
+FFN_UP = UP | ACTIVATIONS | POINTWISE
+OUT = VIEWS | NORM_PARTS | MULS | SLICES
+
+
+@dataclass
+class Linear:
+    """One call of a weight matrix.
+
+    Attributes:
+        in_out: the weight is stored `[in, out]`.
+        sizes: (in, out) features.
+        stack: number of matrices in a stack of experts, 0 for a plain weight.
+        left: the weight is the left operand, `W @ x`: features are the last axis but one.
+        rows: the output features of the weight that the call uses, None for all.
+    """
+
+    node: Node
+    x: Node
+    weight: str
+    bias: str | None
+    in_out: bool
+    sizes: tuple[int, int]
+    stack: int = 0
+    left: bool = False
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass
+class Conv:
+    """One convolution; `weight` is '' where it is not a stored parameter."""
+
+    node: Node
+    weight: str
+    bias: str | None
+    channels: tuple[int, int]
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is filtered by itself."""
+        return self.groups > 1 and self.groups == self.channels[0]
+
+
+@dataclass
+class Climb:
+    """What a walk upwards met: linears (with an activation on the way or not), and dead ends."""
+
+    found: dict[Node, bool] = field(default_factory=dict[Node, bool])
+    stopped: set[Node] = field(default_factory=set[Node])
+
+
+class Walk:
+    """One graph under discovery: node classes, dependence, and walks."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.nodes = list(gm.graph.nodes)
+        self.order = {n: i for i, n in enumerate(self.nodes)}
+        self.writers: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            target = written(node)
+            if target is not None and not node.users:
+                self.writers.setdefault(target, []).append(node)
+        self.linears = {n: found for n in self.nodes if (found := self._linear(n))}
+        self.convs = {n: found for n in self.nodes if (found := self._conv(n))}
+        self._above: list[int] = []
+        for index, node in enumerate(self.nodes):
+            bits = 0
+            if not is_op(node, SIZES) and node.op != "get_attr":
+                bits = 1 << index
+                for source in inputs(node):
+                    bits |= self._above[self.order[source]]
+                    for writer in self.writers.get(source, ()):
+                        if self.order[writer] < index:
+                            bits |= self._above[self.order[writer]]
+            self._above.append(bits)
+
+    def depends(self, node: Node, source: Node) -> bool:
+        """Whether `node` is computed from `source` (or is it)."""
+        return bool(self._above[self.order[node]] >> self.order[source] & 1)
+
+    def between(self, top: Node, bottom: Node) -> list[Node]:
+        """The nodes computed from `top` that `bottom` is computed from, `bottom` included."""
+        first, last = self.order[top], self.order[bottom]
+        bits, above = 1 << first, self._above
+        wanted = above[last]
+        return [
+            self.nodes[i] for i in range(first + 1, last + 1) if wanted >> i & 1 and above[i] & bits
+        ]
+
+    # Node classes.
+
+    def _linear(self, node: Node) -> Linear | None:
+        left = False
+        bias: object = None
+        if is_op(node, LINEAR):
+            x, w = node.args[:2]
+            bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+            in_out = False
+        elif is_op(node, ATEN.addmm.default):
+            bias, x, w = node.args[:3]
+            in_out = True
+        elif (is_op(node, MATMULS) and not is_op(node, ATEN.baddbmm.default)) or (
+            node.op == "call_function" and "grouped_mm" in str(node.target)
+        ):
+            x, w = node.args[:2]
+            in_out = True
+            if self._matrix(w) is None and self._matrix(x) is not None:
+                x, w, left, in_out = w, x, True, False
+        else:
+            return None
+        found = self._matrix(w)
+        if found is None or not isinstance(x, Node):
+            return None
+        path, held, turned, rows = found
+        in_out = in_out != turned
+        if in_out and rows is not None:
+            return None
+        height, width = int(held.shape[-2]), int(held.shape[-1])
+        named = parameter_of(bias)
+        sizes = (height, width) if in_out else (width, len(rows) if rows else height)
+        stack = int(held.shape[0]) if held.dim() == 3 else 0
+        name = named[0] if named else None
+        return Linear(node, x, path, name, in_out, sizes, stack, left, rows)
+
+    def _matrix(self, node: object) -> tuple[str, Tensor, bool, tuple[int, ...] | None] | None:
+        """(path, parameter, transposed, rows used) of a stored matrix or stack of matrices."""
+        found = parameter_of(node)
+        if found is None:
+            return None
+        path, steps = found
+        held = attribute(self.gm, path)
+        if not isinstance(held, nn.Parameter) or held.dim() not in (2, 3):
+            return None
+        turned = sum(is_op(s, _TRANSPOSES) for s in steps) % 2 == 1
+        if not any(is_op(s, SLICES) for s in steps):
+            return path, held, turned, None
+        rows = _rows(held, steps) if held.dim() == 2 and not turned else None
+        return None if rows is None else (path, held, False, rows)
+
+    def _conv(self, node: Node) -> Conv | None:
+        if not is_op(node, CONVS):
+            return None
+        weight, bias = parameter_of(node.args[1]), None
+        kernel: tuple[Any, ...] = shape(node.args[1]) or (0, 0)
+        if len(node.args) > 2:
+            bias = parameter_of(node.args[2])
+        transposed = is_op(node, TRANSPOSED_CONVS)
+        given = named_arguments(node)
+        groups = given.get("groups", 1)
+        stride = given.get("stride", 1)
+        count = groups if isinstance(groups, int) else 1
+        steps = tuple(stride) if isinstance(stride, list | tuple) else (stride,)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        first, second = int(kernel[0]), int(kernel[1])
+        channels = (first, second * count) if transposed else (second * count, first)
+        sizes = tuple(int(k) for k in kernel[2:])
+        strides = tuple(int(s) for s in steps if isinstance(s, int)) or (1,)
+        if len(strides) < len(sizes):
+            strides = strides * len(sizes)
+        return Conv(node, weight[0] if weight else "", bias[0] if bias else None, channels,
+                    count, sizes, strides, transposed)  # fmt: skip
+
+    def is_dropout(self, node: Node) -> bool:
+        """Whether a node drops values in training only."""
+        return is_op(node, DROPOUTS) or isinstance(
+            submodule(self.gm, node), nn.Dropout | AlphaDropout | TrainingOnly
+        )
+
+    def is_batch_norm(self, node: Node) -> bool:
+        """Whether a node is a batch norm with its train/eval switch."""
+        return isinstance(submodule(self.gm, node), BatchNorm)
+
+    def passes(self, node: Node, through: frozenset[object]) -> bool:
+        """Whether a walk through `through` goes on at `node`."""
+        return is_op(node, through) or self.is_dropout(node) or self.is_batch_norm(node)
+
+    def weighted(self, node: Node) -> bool:
+        """Whether a node is a linear or a convolution."""
+        return node in self.linears or node in self.convs
+
+    # Walks.
+
+    def climb(self, start: Node, through: frozenset[object]) -> Climb:
+        """Walks up from `start`: the nearest linears, and where the walk cannot go on."""
+        result = Climb()
+        seen: set[tuple[Node, bool]] = set()
+        stack = [(start, False)]
+        while stack:
+            node, active = stack.pop()
+            if (node, active) in seen:
+                continue
+            seen.add((node, active))
+            conv = self.convs.get(node)
+            if node in self.linears:
+                result.found[node] = result.found.get(node, False) or active
+            elif node in self.writers:
+                stack.extend((w, active) for w in self.writers[node])
+            elif written(node) is not None and not node.users:
+                stack.extend((i, active) for i in inputs(node)[1:] if not is_index(i))
+            elif self.passes(node, through) or (conv and conv.depthwise):
+                now = active or is_op(node, ACTIVATIONS)
+                stack.extend((i, now) for i in inputs(node) if not is_index(i))
+            elif node.op not in ("get_attr", "placeholder"):
+                result.stopped.add(node)
+        return result
+
+    def consumers(self, start: Node, through: frozenset[object]) -> list[Linear]:
+        """Nearest linears below `start` that read it as their input."""
+        found: list[Linear] = []
+        seen: set[Node] = set()
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            for user in users(node):
+                if user in seen:
+                    continue
+                seen.add(user)
+                if user in self.linears:
+                    found.append(self.linears[user])
+                elif is_op(user, through) or self.is_dropout(user):
+                    stack.append(user)
+        return sorted(found, key=lambda linear: self.order[linear.node])
+
+    def source(self, node: Node) -> Node:
+        """`node` without views and dropout around it."""
+        while isinstance(node.args[0] if node.args else None, Node) and (
+            is_op(node, VIEWS) or self.is_dropout(node)
+        ):
+            node = node.args[0]  # pyright: ignore[reportAssignmentType]
+        return node
+
+    def summands(self, node: Node) -> tuple[Node, Node] | None:
+        """The two tensors that a node adds, None if it is no such sum."""
+        two = [a for a in node.args[:2] if isinstance(a, Node) and shape(a) is not None]
+        if not is_op(node, ADDS) or len(two) != 2 or any(a.op == "get_attr" for a in two):
+            return None
+        return two[0], two[1]
+
+
+def _rows(held: Tensor, steps: Sequence[Node]) -> tuple[int, ...] | None:
+    """Which whole rows of a matrix are left after slicing, None if it is no such slice."""
+    if any(isinstance(a, Node) for s in steps for a in s.args[1:]):
+        return None
+    count, width = held.shape
+    index: Any = torch.arange(count).unsqueeze(1).expand(count, width)
+    for step in steps:
+        slicing: Any = step.target
+        index = slicing(index, *step.args[1:], **step.kwargs)
+    whole = index.dim() == 2 and index.shape[1] == width
+    return tuple(int(i) for i in index[:, 0]) if whole else None

@@ -1,0 +1,284 @@
+"""Adapter artifacts: a directory with a strict `manifest.json` and one safetensors file.
+
+The manifest holds the recipe with every decision, the hashes of all tensors and of the base they
+were trained on, the input spec and the certificates. Loading replays the decisions, checks every
+hash, and changes nothing until everything fits. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.capture import capture
+from ..capture.spec import InputSpec
+from ..errors import (
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    FormatTooNewError,
+    MetaTensorError,
+    NonFiniteError,
+    OptionError,
+    PassError,
+    RewriteError,
+)  # fmt: skip
+from ..program import Program, Record
+from ..running.passes import Pass, Plan
+from ..running.pipeline import apply_plan, load_values, parse
+from ..running.verify import check_graph
+from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
+from .files import write_tensors as tensor_file
+from .identity import merkle_root, tensor_digest
+
+FORMAT = 1
+VERSION = "0.1.0"
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+
+_KEYS = {
+    "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
+    "inputs": dict, "versions": dict,
+}  # fmt: skip
+_STEP_KEYS = {
+    "pass": str, "adapter": (str, type(None)), "decisions": dict, "edited": list, "skipped": list,
+    "certificate": str,
+}  # fmt: skip
+
+
+def save(program: Program, directory: str | Path, adapters: Sequence[str] | None = None) -> None:
+    """Saves adapters (never the base weights) atomically.
+
+    Args:
+        program: a program with at least one adapter, folded or not.
+        directory: new, empty, or an artifact to replace.
+        adapters: which ones; all by default.
+
+    Raises:
+        PassError: there is nothing to save, or an adapter's name is unknown.
+        NonFiniteError: a tensor holds NaN or infinity.
+        ArtifactError: the directory cannot be written; what was there stays.
+    """
+    names = program.adapters if adapters is None else tuple(adapters)
+    if isinstance(adapters, str):
+        raise PassError(f"adapters must be a list of names: save(..., adapters=[{adapters!r}]).")
+    if not names:
+        raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
+    if set(names) != set(program.adapters):
+        program = program.only(names)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors.update(program.adapter_tensors(name))
+    for name, tensor in tensors.items():
+        _finite(name, tensor)
+    base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    manifest = {
+        "format_version": FORMAT,
+        "adapters": list(names),
+        "recipe": [_step(r) for r in program.history if _kept(r)],
+        "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
+        "base": {"root": merkle_root(base), "tensors": base},
+        "inputs": program.spec_of_base().to_json(),
+        "versions": {
+            "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
+        },
+    }  # fmt: skip
+    files = {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
+    write_directory(directory, files, MANIFEST)
+
+
+def _kept(record: Record) -> bool:
+    return record.applied.portable
+
+
+def _step(record: Record) -> dict[str, Any]:
+    return {
+        "pass": record.text,
+        "adapter": record.adapter,
+        "decisions": dict(record.plan.decisions),
+        "edited": list(record.edited),
+        "skipped": [list(s) for s in record.skipped],
+        "certificate": record.certificate.text,
+    }
+
+
+def _finite(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise MetaTensorError(
+            f"{name} is on the meta device and has no values; load the model's weights first: "
+            "peftfx.load_weights(program, directory)."
+        )
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}.")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A read and checked artifact, not yet applied to anything."""
+
+    adapters: tuple[str, ...]
+    steps: tuple[tuple[Pass, Plan], ...]
+    tensors: Mapping[str, Tensor]
+    base_root: str
+    base: Mapping[str, str]
+    spec: InputSpec
+
+
+def read(directory: str | Path) -> Artifact:
+    """Reads and checks an artifact.
+
+    Raises:
+        CorruptFileError: truncated, altered, malformed, or unknown keys.
+        FormatTooNewError: written by a newer version.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
+    where = str(path / MANIFEST)
+    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{where} is not a JSON object.")
+    version = data.get("format_version")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    if isinstance(version, int) and version > FORMAT:
+        raise FormatTooNewError(
+            f"{where} has format {version}; this version reads up to {FORMAT}. Upgrade peftfx."
+        )
+    manifest = _checked(data, _KEYS, where)  # pyright: ignore[reportUnknownArgumentType]
+    if version != FORMAT:
+        raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
+    steps: list[tuple[Pass, Plan]] = []
+    for index, raw in enumerate(manifest["recipe"]):
+        step = _checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
+        try:
+            (item,) = parse(step["pass"])
+        except (OptionError, ValueError) as error:
+            raise CorruptFileError(f"{where}, recipe[{index}]: {error}") from error
+        steps.append((item, Plan(step["decisions"])))
+    base = _checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
+    if merkle_root(base["tensors"]) != base["root"]:
+        raise CorruptFileError(f"{where}: the base hashes do not add up to their root.")
+    try:
+        spec = InputSpec.from_json(manifest["inputs"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CorruptFileError(f"{where}: the input spec is malformed ({error}).") from error
+    tensors = read_tensors(path / TENSORS, manifest["tensors"])
+    for name, tensor in tensors.items():
+        _finite(name, tensor)
+    names = tuple(manifest["adapters"])
+    return Artifact(names, tuple(steps), tensors, base["root"], base["tensors"], spec)
+
+
+def _checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{where} is not a JSON object.")
+    found: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]
+    unknown = sorted(set(found) - set(keys))
+    missing = sorted(set(keys) - set(found))
+    if unknown or missing:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
+        raise CorruptFileError(f"{where}: {what}. The file was altered or is of another format.")
+    for key, kind in keys.items():
+        if not isinstance(found[key], kind):
+            raise CorruptFileError(f"{where}: {key!r} has the wrong type.")
+    return found
+
+
+def load(
+    target: nn.Module | Program, directory: str | Path, *, allow_base_mismatch: bool = False
+) -> Program:
+    """Loads saved adapters onto a model or program.
+
+    Args:
+        target: the base model (captured with the saved input spec) or a program.
+        directory: what `save` wrote.
+        allow_base_mismatch: accept base weights other than those trained on.
+
+    Returns:
+        A new program in evaluation mode if `target` is; `target` is not changed.
+
+    Raises:
+        ArtifactError: (CorruptFileError, FormatTooNewError, BaseMismatchError) nothing is loaded.
+    """
+    artifact = read(directory)
+    program = target if isinstance(target, Program) else _capture(target, artifact.spec)
+    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
+        raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
+    return attach(program, artifact, str(directory))
+
+
+def attach(program: Program, artifact: Artifact, directory: str) -> Program:
+    """Applies an artifact to a program whose base is known to be right; see `load`."""
+    current = program
+    done: set[str] = set()
+    try:
+        for item, plan in artifact.steps:
+            current = apply_plan(current, item, plan, check=False)
+            if item.adapter is not None:
+                mine = _tensors_of(current, item.adapter, artifact.tensors, directory)
+                load_values(current, mine)
+                done |= set(mine)
+        check_graph(current)
+    except (KeyError, TypeError) as error:
+        raise CorruptFileError(
+            f"{directory}: the recipe does not fit this model: {error!r} is not a site here."
+        ) from error
+    except ArtifactError:
+        raise
+    except RewriteError as error:
+        raise ArtifactError(f"{directory} cannot be applied to this model: {error}") from error
+    left = sorted(set(artifact.tensors) - done)
+    if left:
+        raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
+    return current
+
+
+def _tensors_of(
+    program: Program, adapter: str, tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    wanted = program.adapter_tensors(adapter)
+    for name, tensor in wanted.items():
+        given = tensors.get(name)
+        if given is None:
+            raise CorruptFileError(
+                f"{where}: the tensor {name!r} of adapter {adapter!r} is missing."
+            )
+        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+            raise CorruptFileError(
+                f"{where}: {name!r} is {tuple(given.shape)} {given.dtype}, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}."
+            )
+    return {name: tensors[name] for name in wanted}
+
+
+def _capture(model: nn.Module, spec: InputSpec) -> Program:
+    example = {n: t for n, t in spec.example().items()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dynamic = {
+        i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
+        for i in spec.inputs
+    }
+    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
+    return capture(model, args, kwargs, dynamic=dynamic)
+
+
+def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:
+    """What an error says of base weights that are not those of an artifact."""
+    missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+    changed = sorted(n for n in set(want) & set(have) if want[n] != have[n])
+    parts = [
+        f"{len(names)} {what} (first: {names[0]})"
+        for names, what in ((changed, "differ"), (missing, "are missing"), (extra, "are new"))
+        if names
+    ]
+    return (
+        f"{where} was trained on other base weights: of {len(want)} tensors, {'; '.join(parts)}. "
+        "Load the base it was trained on, or pass allow_base_mismatch=True."
+    )

@@ -1,0 +1,263 @@
+"""Checkpoints on disk: a directory with one safetensors file, or an index and its shards.
+
+Only headers are read at first; tensors follow one at a time, mapped from their file or copied.
+Everything that does not add up (a missing or truncated shard, an index of other files, tensors
+that do not fit a program) is an error before any tensor is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, CorruptFileError, WeightsError
+from .files import HEADER_LIMIT, parse_json, read_file
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+INDEX = ".safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CHUNK = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is: file name, dtype, shape and its bytes `[begin, end)` in the file."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a directory, by name.
+
+    Attributes:
+        directory: where they are.
+        index: name of the index file, or None for a single file.
+        shards: file name -> the names of its tensors in the order of their bytes.
+        entries: tensor name -> where it is.
+    """
+
+    directory: Path
+    index: str | None
+    shards: Mapping[str, tuple[str, ...]]
+    entries: Mapping[str, Entry]
+
+    @staticmethod
+    def read(directory: str | Path) -> Checkpoint:
+        """Reads the headers of a checkpoint.
+
+        Raises:
+            ArtifactError: there is none.
+            CorruptFileError: a shard is missing, truncated or malformed, or the index names
+                other tensors than the shards hold.
+        """
+        path = Path(directory)
+        index, listed, files = _files(path)
+        shards: dict[str, tuple[str, ...]] = {}
+        entries: dict[str, Entry] = {}
+        for file in files:
+            held = _header(path / file)
+            for name in held:
+                if name in entries:
+                    raise CorruptFileError(f"{path}: {name!r} is in {entries[name].file}, {file}.")
+            entries.update(held)
+            shards[file] = tuple(sorted(held, key=lambda n: (held[n].begin, n)))
+        wrong = [n for n, file in listed.items() if n not in entries or entries[n].file != file]
+        extra = sorted(set(entries) - set(listed)) if index else []
+        if wrong or extra:
+            what = f"lists {wrong[0]!r}, which its file lacks" if wrong else f"lacks {extra[0]!r}"
+            raise CorruptFileError(f"{path / str(index)} {what}; it belongs to other files.")
+        return Checkpoint(path, index, shards, entries)
+
+    def mapped(self, name: str) -> Tensor:
+        """A tensor that lives in its file until it is touched (copied if it is not aligned)."""
+        entry = self.entries[name]
+        if entry.begin % entry.dtype.itemsize or entry.begin == entry.end:
+            return self.tensor(name)
+        storage: Any = _map(self.directory / entry.file)
+        data: Any = torch.empty(0, dtype=torch.uint8)
+        data.set_(storage, entry.begin, (entry.end - entry.begin,))
+        return data.view(entry.dtype).view(entry.shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in memory of its own."""
+        entry = self.entries[name]
+        data = bytearray(entry.end - entry.begin)
+        with open(self.directory / entry.file, "rb") as handle:
+            handle.seek(entry.begin)
+            if handle.readinto(data) != len(data):
+                raise CorruptFileError(f"{self.directory / entry.file} is truncated.")
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
+        return flat.view(entry.dtype).view(entry.shape)
+
+    def chunks(self, name: str, source: BinaryIO) -> Iterator[bytes]:
+        """A tensor's bytes in pieces, from its open file."""
+        entry = self.entries[name]
+        source.seek(entry.begin)
+        left = entry.end - entry.begin
+        while left:
+            piece = source.read(min(left, CHUNK))
+            if not piece:
+                raise CorruptFileError(f"{self.directory / entry.file} is truncated.")
+            left -= len(piece)
+            yield piece
+
+    def match(self, program: Program, strict: bool = True) -> dict[str, str]:
+        """Finds every stored tensor of a program's base: canonical name -> name here.
+
+        Args:
+            program: its state names, ties, shapes and dtypes say what is wanted.
+            strict: refuse tensors that the program has no place for.
+
+        Raises:
+            WeightsError: missing or unexpected tensors, other shapes or dtypes, or two tensors
+                for tied weights.
+        """
+        base = program.base
+        stored = base.base_tensors()
+        names: dict[str, list[str]] = {}
+        for name in base.state_names:
+            names.setdefault(base.aliases.get(name, name), []).append(name)
+        here = {c: [n for n in group if n in self.entries] for c, group in names.items()}
+        missing = sorted(c for c, found in here.items() if not found)
+        unexpected = sorted(set(self.entries) - set(base.state_names))
+        if missing or (unexpected and strict):
+            raise WeightsError(
+                f"{self.directory} does not hold this model's tensors: {len(missing)} are missing"
+                f"{_some(missing)}, {len(unexpected)} are unexpected{_some(unexpected)}. "
+                + _advice(missing, unexpected)
+            )
+        for canonical, found in here.items():
+            entry, want = self.entries[found[0]], stored[canonical]
+            if entry.shape != tuple(want.shape) or entry.dtype != want.dtype:
+                raise WeightsError(
+                    f"{found[0]!r} in {self.directory / entry.file} is {_about(entry)}, but the "
+                    f"program has {str(want.dtype)[6:]}{list(want.shape)}. Capture the model with "
+                    "the checkpoint's own configuration and dtype."
+                )
+            for other in found[1:]:
+                if not torch.equal(self.mapped(found[0]), self.mapped(other)):
+                    raise WeightsError(
+                        f"{self.directory} holds different tensors for {found[0]!r} and {other!r}, "
+                        "which this model ties. Capture it with untied weights."
+                    )
+        return {canonical: found[0] for canonical, found in here.items()}
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _advice(missing: list[str], unexpected: list[str]) -> str:
+    if missing and unexpected:
+        return (
+            "The files use other names than the model: write them with "
+            "model.save_pretrained(directory, save_original_format=False)."
+        )
+    if missing:
+        return "The checkpoint is of another model, or incomplete."
+    return "Capture the model class that the checkpoint is of, or pass strict=False."
+
+
+def _about(entry: Entry) -> str:
+    return f"{str(entry.dtype)[6:]}{list(entry.shape)}"
+
+
+@functools.lru_cache(maxsize=4)
+def _mapping(path: Path, size: int, changed: int) -> Any:
+    del changed  # part of the key: a file that was replaced is mapped anew
+    return torch.UntypedStorage.from_file(str(path), False, size)
+
+
+def _map(path: Path) -> Any:
+    status = path.stat()
+    return _mapping(path, status.st_size, status.st_mtime_ns)
+
+
+def _files(path: Path) -> tuple[str | None, dict[str, str], list[str]]:
+    """(index file, tensor -> file that the index lists, all files)."""
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory with safetensors files.")
+    indices = sorted(p.name for p in path.glob(f"*{INDEX}"))
+    single = sorted(p.name for p in path.glob("*.safetensors"))
+    if "model.safetensors" in single:
+        return None, {}, ["model.safetensors"]
+    if len(indices) == 1:
+        where = path / indices[0]
+        data: Any = parse_json(read_file(where, HEADER_LIMIT), str(where), HEADER_LIMIT)
+        listed: Any = data.get("weight_map") if isinstance(data, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):  # pyright: ignore[reportUnknownVariableType]
+            raise CorruptFileError(f"{where} has no weight_map from tensors to files.")
+        files: list[str] = sorted(set(listed.values()))  # pyright: ignore[reportUnknownArgumentType]
+        for file in files:
+            if Path(file).name != file:
+                raise CorruptFileError(f"{where} names {file!r}, which is not a file beside it.")
+        return indices[0], dict(listed), files  # pyright: ignore[reportUnknownArgumentType]
+    if len(single) == 1 and not indices:
+        return None, {}, single
+    raise ArtifactError(
+        f"{path} holds {len(single)} safetensors files and {len(indices)} indices; it needs one "
+        f"file, or one *{INDEX} that lists the shards. Write it with model.save_pretrained(...)."
+    )
+
+
+def header_size(path: Path) -> int:
+    """Length of a safetensors file's header, its 8 bytes of length included."""
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(8)
+    except OSError as error:
+        raise CorruptFileError(f"the shard {path} is missing ({error.strerror}).") from error
+    if len(start) < 8:
+        raise CorruptFileError(f"{path} is truncated ({len(start)} bytes).")
+    return 8 + int(struct.unpack("<Q", start)[0])
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    begin = header_size(path)
+    total = path.stat().st_size
+    if begin > min(HEADER_LIMIT, total):
+        raise CorruptFileError(f"{path}: the header claims {begin} bytes; the file is damaged.")
+    with open(path, "rb") as handle:
+        raw = handle.read(begin)[8:]
+    data = parse_json(raw.rstrip(b" "), f"the header of {path}", HEADER_LIMIT)
+    found: dict[str, Entry] = {}
+    try:
+        for name, about in data.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = DTYPES[about["dtype"]], tuple(int(s) for s in about["shape"])
+            first, last = (int(o) for o in about["data_offsets"])
+            if last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name!r} has {last - first} bytes")
+            found[name] = Entry(path.name, dtype, shape, begin + first, begin + last)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(f"the header of {path} is malformed: {error!r}.") from error
+    end = begin
+    for entry in sorted(found.values(), key=lambda e: (e.begin, e.end)):
+        if entry.begin != end:
+            raise CorruptFileError(f"{path}: its tensors overlap or leave gaps.")
+        end = entry.end
+    if end != total:
+        what = "truncated" if total < end else "longer than its header says"
+        raise CorruptFileError(f"{path} is {what} ({total} bytes, expected {end}).")
+    return found

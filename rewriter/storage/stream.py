@@ -1,0 +1,335 @@
+"""Weights in and out, tensor by tensor: programs for models that no memory holds twice.
+
+`load_weights` gives a program that was captured on the meta device its weights, mapped from
+their files. `fold_checkpoint` writes a checkpoint with adapters folded in, shard by shard: it
+holds one weight at a time and uses the fold rules of `fold.py`, the same bytes as in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..aten import set_attribute
+from ..capture.placement import relocate, still_hollow
+from ..edits.compose import fold_ready
+from ..edits.edit import Editor
+from ..edits.fold import Folding, by_weight, fold_weight
+from ..errors import BaseMismatchError, FoldError, MetaTensorError
+from ..program import Program
+from ..running.pipeline import apply_plan, load_values
+from ..sites.sites import EmbeddingSite, LinearSite
+from .artifact import attach, base_difference, read
+from .checkpoint import Checkpoint, Entry, header_size
+from .files import new_directory
+from .identity import tensor_bytes, tensor_digest, tensor_prefix
+
+WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
+                  ".onnx", ".npz", ".index.json")  # fmt: skip
+"""Files that hold weights: not copied beside folded ones, which would contradict them."""
+
+
+def load_weights(
+    program: Program,
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Program:
+    """Gives a captured program the weights of a Hugging Face style checkpoint, tensor by tensor.
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        program = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": mask})
+        program = peftfx.load_weights(program, "model/")
+
+    On the CPU, weights stay in their files until they are read (memory mapping), so the model may
+    be larger than memory; do not change the files meanwhile. They are frozen, as adapters want
+    them. Adapters that the program has are inserted again by its plans (an adapter that has
+    values keeps them), and their contracts, unmeasured so far, are measured.
+
+    Args:
+        program: usually captured on the meta device; it is not changed.
+        directory: `model.safetensors`, or shards with their `*.safetensors.index.json`.
+        device: where the weights go.
+        strict: refuse tensors in the files that the program has no place for.
+        buffers: values of buffers that no checkpoint holds, for models whose classes do not
+            keep what is needed to compute them again.
+
+    Raises:
+        ArtifactError: there is no checkpoint (CorruptFileError: it is damaged; WeightsError:
+            its tensors do not fit).
+        MetaTensorError: buffers whose values are not known; pass `buffers`.
+    """
+    checkpoint = Checkpoint.read(directory)
+    names = checkpoint.match(program, strict)
+    place = torch.device(device)
+    base = program.base.fork()
+    gm = base.module
+    relocate(gm, gm.device, place)
+    extras = dict(base.extras)
+    parameters = {n for n, _ in gm.named_parameters()}
+    held = parameters | {n for n, _ in gm.named_buffers()}
+    with torch.no_grad():
+        for canonical, name in names.items():
+            tensor = checkpoint.mapped(name).to(place)
+            if canonical in parameters:
+                set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
+            elif canonical in held:
+                set_attribute(gm, canonical, tensor.clone())
+            if canonical in extras:
+                extras[canonical] = tensor
+        for name, buffer in list(gm.named_buffers()):
+            given = (buffers or {}).get(name, buffer)
+            if not given.is_meta:
+                set_attribute(gm, name, given.to(place, buffer.dtype))
+    hollow = still_hollow(gm, extras)
+    if hollow:
+        raise MetaTensorError(
+            f"{', '.join(hollow[:4])}: no checkpoint holds these buffers, and the model's class "
+            "does not keep what is needed to compute them. Pass load_weights(..., buffers={name: "
+            "tensor}), for example dict(small_model.named_buffers()) of a small real model."
+        )
+    sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
+    current = replace(base, origin=None, extras=extras, sample=sample)
+    current.module.train(program.training)
+    for record in program.history:
+        current = apply_plan(current, record.applied, record.plan)
+        if record.adapter is not None:
+            values = program.adapter_tensors(record.adapter)
+            load_values(current, {n: t.to(place) for n, t in values.items() if not t.is_meta})
+    return current
+
+
+def _real(program: Program, name: str, sample: Tensor) -> Tensor:
+    if not sample.is_meta:
+        return sample
+    fill = next(i.fill for i in program.base.spec.inputs if i.name == name)
+    if sample.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(sample.shape, generator=generator).to(sample.dtype)
+    return torch.full(sample.shape, fill, dtype=sample.dtype)
+
+
+@dataclass
+class FoldedCheckpoint:
+    """What `fold_checkpoint` wrote.
+
+    Attributes:
+        directory: the new checkpoint.
+        changed: names of the tensors that folding wrote; all others are the source's bytes.
+        copied, left_out: other files of the source; left out are weights in other formats.
+        lost: largest share of a delta that rounding lost.
+    """
+
+    directory: Path
+    changed: list[str] = field(default_factory=list[str])
+    copied: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
+    lost: float = 0.0
+
+
+def fold_checkpoint(
+    program: Program,
+    source: str | Path,
+    target: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> FoldedCheckpoint:
+    """Folds adapters into a checkpoint directory, writing a new one with the same layout.
+
+    Args:
+        program: the captured model (the meta device is enough), with its adapters in it unless
+            `adapter` is given; it is not changed.
+        source: the base model's checkpoint directory; it is only read.
+        target: a new or empty directory. It appears complete, by rename, or not at all.
+        adapter: what `save` wrote; the source's hashes are checked against it.
+        progress: called with the name of each shard before it is written.
+
+    Raises:
+        FoldError: something cannot be folded into the checkpoint's tensors.
+        BaseMismatchError: the adapter was trained on other weights than the source's.
+        ArtifactError: source or adapter are damaged or do not fit, or the target cannot be
+            written (CorruptFileError, WeightsError). In every case the target stays absent.
+    """
+    checkpoint = Checkpoint.read(source)
+    expected: Mapping[str, str] | None = None
+    if adapter is not None:
+        artifact = read(adapter)
+        expected = artifact.base
+        program = attach(program, artifact, str(adapter))
+    elif not any(t.is_meta for t in program.base.base_tensors().values()):
+        expected = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    where = str(adapter or "the program")
+    folder = _Folder(program, checkpoint)
+    found: dict[str, str] = {}
+    result = FoldedCheckpoint(Path(target))
+    with new_directory(target, None) as fresh:
+        _copy_others(checkpoint, fresh, result)
+        for file, names in checkpoint.shards.items():
+            if progress is not None:
+                progress(file)
+            with open(checkpoint.directory / file, "rb") as old, open(fresh / file, "wb") as new:
+                new.write(old.read(header_size(checkpoint.directory / file)))
+                for name in names:
+                    canonical = folder.canonical(name)
+                    digest = _copy(checkpoint, name, old, folder.folded(name), new)
+                    if found.setdefault(canonical, digest) != digest:
+                        raise BaseMismatchError(f"{source} holds two tensors for {canonical!r}.")
+                    if expected is not None and expected.get(canonical) != digest:
+                        raise BaseMismatchError(
+                            f"{where} was trained on other base weights: {name!r} differs. Fold "
+                            "into the checkpoint that it was trained on."
+                        )
+        folder.finish()
+        want = {n: d for n, d in (expected or found).items() if n in program.base.state_names}
+        if found != want:
+            raise BaseMismatchError(base_difference(found, want, where))
+    result.changed = folder.changed
+    result.lost = folder.result.lost
+    return result
+
+
+def _copy(
+    checkpoint: Checkpoint, name: str, old: BinaryIO, folded: Tensor | None, new: BinaryIO
+) -> str:
+    """Writes one tensor, folded or as it is; returns the digest of what it was."""
+    entry: Entry = checkpoint.entries[name]
+    digest = hashlib.sha256(tensor_prefix(entry.dtype, entry.shape))
+    for piece in checkpoint.chunks(name, old):
+        digest.update(piece)
+        if folded is None:
+            new.write(piece)
+    if folded is not None:
+        if folded.dtype != entry.dtype or tuple(folded.shape) != entry.shape:
+            raise FoldError(
+                f"{name}: the folded tensor is {folded.dtype} {tuple(folded.shape)}, but the "
+                f"checkpoint's is {entry.dtype} {entry.shape}."
+            )
+        new.write(tensor_bytes(folded))
+    return digest.hexdigest()
+
+
+def _copy_others(checkpoint: Checkpoint, fresh: Path, result: FoldedCheckpoint) -> None:
+    """Configuration, tokenizer and so on; weights in other formats would be stale."""
+    for path in sorted(checkpoint.directory.iterdir()):
+        if path.name in checkpoint.shards:
+            continue
+        if path.name != checkpoint.index and path.name.endswith(WEIGHT_FORMATS):
+            result.left_out.append(path.name)
+        elif path.is_dir():
+            result.left_out.append(f"{path.name}/")
+        else:
+            shutil.copyfile(path, fresh / path.name)
+            result.copied.append(path.name)
+
+
+class _Folder:
+    """A program whose base is hollow; weights get values while they are folded, one at a time."""
+
+    def __init__(self, program: Program, checkpoint: Checkpoint) -> None:
+        self.program = program.fork()
+        self.checkpoint = checkpoint
+        self.names = checkpoint.match(program)
+        self.result = Folding()
+        self.changed: list[str] = []
+        self.edit = Editor(self.program)
+        self.owned = {n for names in program.owned.values() for n in names}
+        self.hollowed = {n for n in self.names if n not in self.owned}
+        self._refuse()
+        for name in self.hollowed:
+            self._hollow(name)
+        paths = [a.path for a in program.attachments]
+        fold_ready(self.program, frozenset(paths))
+        self.groups = by_weight(self.program, paths)
+        self.sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
+        self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
+        self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
+        self.ready: dict[str, Tensor] = {}
+
+    def _refuse(self) -> None:
+        """Everything that a checkpoint has no place for, before anything is written."""
+        program = self.program
+        if program.added:
+            raise FoldError(
+                f"{program.added[0]!r} and {len(program.added) - 1} more biases were added to the "
+                "model; its checkpoint has no place for them."
+            )
+        tables = {s.weight for s in program.sites if isinstance(s, EmbeddingSite)}
+        for attachment in program.attachments:
+            site = program.sites[attachment.site]
+            reason = getattr(program.branch(attachment), "not_foldable", "")
+            if isinstance(site, LinearSite) and site.weight in tables:
+                reason = f"its weight is tied to {', '.join(site.tied)}, which must not change"
+            if reason or not isinstance(site, LinearSite):
+                raise FoldError(
+                    f"{attachment.site}: the adapter {attachment.adapter!r} cannot be folded"
+                    f"{f': {reason}' if reason else ''}. Fold the others with "
+                    "save(program, directory, adapters=[...])."
+                )
+        if not program.attachments and not self.owned:
+            raise FoldError("there is no adapter to fold. Pass adapter=DIRECTORY.")
+
+    def canonical(self, name: str) -> str:
+        return self.program.aliases.get(name, name)
+
+    def _members(self, weight: str) -> list[str]:
+        bias = self.sites[weight].bias
+        return [weight] if bias is None else [weight, bias]
+
+    def _hollow(self, name: str) -> None:
+        parameter = self._parameter(name)
+        if parameter is not None and not parameter.is_meta:
+            set_attribute(self.program.module, name, nn.Parameter(parameter.to("meta"), False))
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        try:
+            return self.program.module.get_parameter(name)
+        except AttributeError:  # a buffer, or not in the graph: it is copied as it is
+            return None
+
+    def folded(self, name: str) -> Tensor | None:
+        """The new value of a checkpoint's tensor; None if it stays as it is."""
+        canonical = self.canonical(name)
+        weight = self.weight_of.get(canonical)
+        if weight is None and canonical not in self.owned:
+            return None
+        self.changed.append(name)
+        if weight is None:
+            return self.program.module.get_parameter(canonical).detach()
+        if canonical not in self.ready:
+            self._fold(weight)
+        self.uses[canonical] -= 1
+        return self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
+
+    def _fold(self, weight: str) -> None:
+        gm = self.program.module
+        members = self._members(weight)
+        for member in members:
+            if gm.get_parameter(member).is_meta:
+                value = self.checkpoint.tensor(self.names[member])
+                set_attribute(gm, member, nn.Parameter(value, requires_grad=False))
+        fold_weight(self.edit, self.groups[weight], "both", self.result)
+        if self.result.kept:
+            path, reason = next(iter(self.result.kept.items()))
+            raise FoldError(f"{weight}: the branch {path} cannot be folded: {reason}.")
+        for member in members:
+            self.ready[member] = gm.get_parameter(member).detach()
+            set_attribute(gm, member, nn.Parameter(self.ready[member].to("meta"), False))
+
+    def finish(self) -> None:
+        """Everything was folded, or it is an error."""
+        left = [p for group in self.groups.values() for p in group]
+        left = [a for a in left if a.path not in self.result.folded]
+        if left:
+            raise FoldError(f"{left[0].site}: its weight is not in the checkpoint.")
