@@ -26,6 +26,8 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python benchmarks/large.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

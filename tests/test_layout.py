@@ -105,7 +105,7 @@ def test_one_file_one_method() -> None:
 
 
 def test_importing_needs_no_extras() -> None:
-    code = "import sys, peftfx; print([m for m in ('transformers','onnx','onnxruntime','triton') if m in sys.modules])"
+    code = "import sys, peftfx; print([m for m in ('transformers','onnx','onnxruntime','triton','PIL') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

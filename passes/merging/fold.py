@@ -1,8 +1,8 @@
 """Fold: turn trained branches into constants of the base weights, and drop them.
 
-Peephole rules run to a fixpoint from the inside out (`rewriter/edits/fold.py`). What cannot be folded
-stays in the graph and is reported with the reason. Merging runs in at least float32 with one
-rounding; the certificate says how much of a delta the rounding lost.
+Peephole rules run to a fixpoint from the inside out (`rewriter/edits/fold.py`). What cannot be
+folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
+one rounding; the certificate says how much of a delta the rounding lost.
 """
 
 from __future__ import annotations
