@@ -64,6 +64,17 @@ def test_several_adapters_and_a_choice(captured: Any, tmp_path: Path) -> None:
         peftfx.save(base, tmp_path / "x")
 
 
+def test_certificates_are_kept_and_measured_again(saved: Any, tmp_path: Path) -> None:
+    model, program, folder = saved
+    loaded = peftfx.load(model, folder)
+    said = "as saved, identity: max_abs 0, max_rel 0"
+    assert [r.certificate.text for r in loaded.history] == [said]
+    peftfx.save(loaded, tmp_path / "b")
+    again = peftfx.load(model, tmp_path / "b")
+    assert [r.certificate.text for r in again.history] == [said]
+    assert again.verify()[0] == program.history[0].certificate
+
+
 def test_another_base_is_refused_by_one_ulp(saved: Any) -> None:
     _, _, folder = saved
     other = build("encoder")

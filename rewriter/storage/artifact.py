@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ..errors import (
 from ..program import Program, Record
 from ..running.passes import Pass, Plan
 from ..running.pipeline import apply_plan, load_values, parse
-from ..running.verify import check_graph
+from ..running.verify import Certificate, check_graph
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
@@ -41,6 +41,9 @@ FORMAT = 1
 VERSION = "0.1.0"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
+
+_SAVED = "as saved, "
+"""Marks certificates that were measured before saving; `program.verify()` measures them again."""
 
 _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
@@ -104,7 +107,7 @@ def _step(record: Record) -> dict[str, Any]:
         "decisions": dict(record.plan.decisions),
         "edited": list(record.edited),
         "skipped": [list(s) for s in record.skipped],
-        "certificate": record.certificate.text,
+        "certificate": record.certificate.text.removeprefix(_SAVED),
     }
 
 
@@ -124,7 +127,8 @@ class Artifact:
     """A read and checked artifact, not yet applied to anything."""
 
     adapters: tuple[str, ...]
-    steps: tuple[tuple[Pass, Plan], ...]
+    steps: tuple[tuple[Pass, Plan, str], ...]
+    """Each pass with what it decided and the text of its certificate."""
     tensors: Mapping[str, Tensor]
     base_root: str
     base: Mapping[str, str]
@@ -153,14 +157,14 @@ def read(directory: str | Path) -> Artifact:
     manifest = _checked(data, _KEYS, where)  # pyright: ignore[reportUnknownArgumentType]
     if version != FORMAT:
         raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
-    steps: list[tuple[Pass, Plan]] = []
+    steps: list[tuple[Pass, Plan, str]] = []
     for index, raw in enumerate(manifest["recipe"]):
         step = _checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
         try:
             (item,) = parse(step["pass"])
         except (OptionError, ValueError) as error:
             raise CorruptFileError(f"{where}, recipe[{index}]: {error}") from error
-        steps.append((item, Plan(step["decisions"])))
+        steps.append((item, Plan(step["decisions"]), step["certificate"]))
     base = _checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
     if merkle_root(base["tensors"]) != base["root"]:
         raise CorruptFileError(f"{where}: the base hashes do not add up to their root.")
@@ -219,8 +223,13 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     current = program
     done: set[str] = set()
     try:
-        for item, plan in artifact.steps:
+        for item, plan, certificate in artifact.steps:
             current = apply_plan(current, item, plan, check=False)
+            said = Certificate(f"{_SAVED}{certificate}")
+            current.history = (
+                *current.history[:-1],
+                replace(current.history[-1], certificate=said),
+            )
             if item.adapter is not None:
                 mine = _tensors_of(current, item.adapter, artifact.tensors, directory)
                 load_values(current, mine)
