@@ -70,6 +70,21 @@ def _is_noop(node: Node) -> bool:
     return False
 
 
+def _is_neutral(node: Node) -> bool:
+    """Whether a node adds integer 0 or multiplies by 1, which changes no bit."""
+    if not (is_op(node, ATEN.add.Tensor) or is_op(node, ATEN.mul.Tensor)) or node.kwargs:
+        return False
+    x, other = node.args[0], node.args[1]
+    before, after = value(x), value(node)
+    if type(other) not in (int, float) or not isinstance(before, Tensor):
+        return False
+    if not isinstance(after, Tensor) or before.dtype != after.dtype:
+        return False
+    if is_op(node, ATEN.mul.Tensor):
+        return bool(other == 1)
+    return bool(other == 0) and not before.is_floating_point()
+
+
 def _merge_tied(gm: GraphModule, aliases: Mapping[str, str]) -> None:
     first: dict[int, Node] = {}
     for node in list(gm.graph.nodes):
@@ -105,7 +120,7 @@ def canonicalize(gm: GraphModule, aliases: Mapping[str, str]) -> None:
             or (isinstance(node.target, torch._ops.OpOverload) and "assert" in str(node.target))
         ):
             gm.graph.erase_node(node)
-        elif _is_noop(node):
+        elif _is_noop(node) or _is_neutral(node):
             node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
             gm.graph.erase_node(node)
     _merge_tied(gm, aliases)
