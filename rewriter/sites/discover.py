@@ -19,7 +19,7 @@ from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, ends, feed_forward, mixer, router
 from .build import build
 from .probe import Probe
-from .residual import Branch, Residual, Streams, Sublayer, channels_last, number, residuals
+from .residual import ResidualBranch, Residual, Streams, Sublayer, channels_last, number, residuals
 from .sites import Sites
 from .walk import Linear, Walk
 
@@ -66,16 +66,16 @@ class _Discovery:
 
     def _sublayers(self, residual: Residual) -> Iterator[Sublayer]:
         """The sublayers of one sum; experts and what is added to their output are one."""
-        groups: dict[Node, list[tuple[Branch, str, list[Draft]]]] = {}
+        groups: dict[Node, list[tuple[ResidualBranch, str, list[Draft]]]] = {}
         for branch in residual.branches:
             if known := self._classify(branch):
                 groups.setdefault(branch.group, []).append((branch, *known))
-        found: list[tuple[Branch, str, list[Draft]]] = []
+        found: list[tuple[ResidualBranch, str, list[Draft]]] = []
         for group, members in groups.items():
             if len(members) > 1 and {kind for _, kind, _ in members} == {"ffn"}:
                 first = members[0][0]
                 nodes = [n for branch, *_ in members for n in branch.nodes]
-                whole = Branch(first.root, group, first.add, nodes, group)
+                whole = ResidualBranch(first.root, group, first.add, nodes, group)
                 self._shared(members)
                 found.append((whole, "ffn", [d for *_, drafts in members for d in drafts]))
             else:
@@ -90,7 +90,7 @@ class _Discovery:
                 self.owner.setdefault(node, sub)
             yield sub
 
-    def _shared(self, members: list[tuple[Branch, str, list[Draft]]]) -> None:
+    def _shared(self, members: list[tuple[ResidualBranch, str, list[Draft]]]) -> None:
         """Marks the gates of dense blocks that stand beside experts."""
         for branch, _, drafts in members:
             if not any(d.experts for d in drafts):
@@ -98,7 +98,7 @@ class _Discovery:
                     if node in self.graph.linears and self.graph.linears[node].sizes[1] == 1:
                         self.roles[node] = "router.shared"
 
-    def _classify(self, branch: Branch) -> tuple[str, list[Draft]] | None:
+    def _classify(self, branch: ResidualBranch) -> tuple[str, list[Draft]] | None:
         inside = set(branch.nodes)
         nested = any(n in self.taken for n in inside if self.graph.weighted(n))
         nodes = inside - self.taken
@@ -132,7 +132,7 @@ class _Discovery:
             if id(linear) not in parts and router(self.graph, linear):
                 self.roles[linear.node] = "router"
 
-    def _attention(self, core: Core, branch: Branch | None) -> Draft | None:
+    def _attention(self, core: Core, branch: ResidualBranch | None) -> Draft | None:
         graph = self.graph
         parts = projections(graph, core)
         if parts is None:

@@ -33,7 +33,7 @@ _CARRIES = VIEWS | NORM_PARTS | MULS | ADDS | ACTIVATIONS
 
 
 @dataclass
-class Branch:
+class ResidualBranch:
     """One summand beside the stream.
 
     Attributes:
@@ -57,7 +57,7 @@ class Residual:
 
     add: Node
     stream: Node
-    branches: list[Branch]
+    branches: list[ResidualBranch]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Sublayer:
     """A branch with a known kind: `attn`, `cross`, `ffn`, `mixer` or `conv`."""
 
     kind: str
-    branch: Branch
+    branch: ResidualBranch
     parallel: bool
     output: Node
     stream: str = ""
@@ -131,7 +131,7 @@ def _split(graph: Walk, add: Node, terms: list[_Term]) -> Residual | None:
     for stream in terms:
         for root in dict.fromkeys((stream.node, _root(graph, stream.node))):
             branches = [
-                Branch(root, t.node, add, nodes, t.group)
+                ResidualBranch(root, t.node, add, nodes, t.group)
                 for t in terms
                 if t is not stream
                 and graph.depends(t.node, root)
@@ -155,7 +155,9 @@ def _shortcut(graph: Walk, add: Node, terms: list[_Term]) -> Residual | None:
         root = _root(graph, inputs(node)[0])
         nodes = graph.between(root, other.node) if graph.depends(other.node, root) else []
         if sum(n in graph.convs for n in nodes) > 1 and node not in nodes:
-            return Residual(add, stream.node, [Branch(root, other.node, add, nodes, other.node)])
+            return Residual(
+                add, stream.node, [ResidualBranch(root, other.node, add, nodes, other.node)]
+            )
     return None
 
 
@@ -231,7 +233,7 @@ def _width(sub: Sublayer) -> str:
     return str(size[-1]) if size and sub.kind == "ffn" else ""
 
 
-def channels_last(branch: Branch) -> Node:
+def channels_last(branch: ResidualBranch) -> Node:
     """The branch's output where its channels are the last axis: before views that move it."""
     output = node = branch.output
     while is_op(node, VIEWS) and len(users(node)) == 1 and isinstance(node.args[0], Node):
