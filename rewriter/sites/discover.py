@@ -19,7 +19,7 @@ from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, ends, feed_forward, mixer, router
 from .build import build
 from .probe import Probe
-from .residual import ResidualBranch, Residual, Streams, Sublayer, channels_last, number, residuals
+from .residual import Residual, ResidualBranch, Streams, Sublayer, channels_last, number, residuals
 from .sites import Sites
 from .walk import Linear, Walk
 
