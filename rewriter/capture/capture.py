@@ -120,7 +120,7 @@ def _trace(
         gm = _canonical(exported, aliases, type(model).__name__)
         sizes = read_sizes(placeholders(gm), exported, shapes, given)
         trial = Trial(model, gm, _sized(spec, sizes, tensors), given)
-        if draws(gm) or (trial.possible and not trial.agrees()):
+        if draws(gm) or not trial.agrees():
             part_modes(gm, _canonical(trace(training=False), aliases))
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
@@ -141,15 +141,15 @@ def _canonical(
 
 
 def _must_agree(model: nn.Module, trial: Trial) -> None:
-    wrong = trial.wrong_updates() if trial.possible else []
+    wrong = trial.wrong_updates()
     if wrong:
         raise CaptureError(
             f"{type(model).__name__} writes the buffer {wrong[0]!r} in one mode only, in a way "
             "that the trace cannot follow (an `out=` argument, for example). Write it with "
             "buffer.copy_(value)."
         )
-    gap = trial.gap() if trial.possible else None
-    if gap is not None and not trial.agrees():
+    gap = trial.gap()
+    if gap is not None and not trial.accepts(gap):
         raise CaptureError(
             f"{type(model).__name__} computes something else in evaluation mode than the captured "
             f"graph (off by {gap:.3g} of the largest output). Its forward depends on state that is "

@@ -42,10 +42,13 @@ class Trial:
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
-        """Largest output difference relative to the largest output; None if the model fails.
+        """Largest output difference relative to the largest output.
 
-        Infinite if the graph fails, or returns something of another form.
+        None if nothing can be said (the model fails, or has no values); infinite if the graph
+        fails, or returns something of another form.
         """
+        if not self.possible:
+            return None
         inputs = self.spec.resize(self.sample, **sizes)
         try:
             with _undisturbed(self.model):
@@ -61,13 +64,18 @@ class Trial:
 
     def agrees(self, **sizes: int) -> bool:
         """Whether nothing speaks against the graph at the given sizes."""
-        gap = self.gap(**sizes)
+        return self.accepts(self.gap(**sizes))
+
+    def accepts(self, gap: float | None) -> bool:
+        """Whether a gap is none, or one of rounding."""
         dtype = next((p.dtype for p in self.gm.parameters()), torch.float32)
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
     def wrong_updates(self) -> list[str]:
         """Names of buffers that model and graph do not both write, or both leave, in each mode."""
         wrong: set[str] = set()
+        if not self.possible or not any(True for _ in self.model.buffers()):
+            return []
         for training in (True, False):
             try:
                 ours = self._written(self.gm, self._graph, training)
