@@ -32,7 +32,7 @@ from . import report
 from .corpus import Corpus, Split, make_splits, read_corpus
 from .encoder import QUERY_TOKENS, load_model, load_tokenizer, model_directory
 from .evaluation import mrr, recall
-from .experiment import METHODS, Outcome, compare, encoder_of, zero_shot
+from .experiment import METHODS, Outcome, compare, encoder_of, prepare, zero_shot
 from .search import Encoder, build_index, find, search
 
 __all__ = ["demo", "search"]
@@ -80,9 +80,12 @@ def demo(
         def advance(text: str) -> None:
             bar.update(task, advance=1, description=escape(text))
 
+        programs = [prepare(method, base) for method in methods]  # before anything slow
         outcomes.append(zero_shot(base, tokenizer, splits))
-        for method in methods:
-            outcomes.append(compare(method, base, tokenizer, splits, steps, advance))
+        for method, program in zip(methods, programs, strict=True):
+            outcomes.append(compare(method, program, tokenizer, splits, steps, advance))
+            done = outcomes[-1]
+            bar.console.print(f"{done.name}: MRR {done.mrr:.3f}, recall@1 {done.recall:.3f}")
         bar.update(task, description="folding and exporting to ONNX")
         shutil.copyfile(model_directory() / "tokenizer.json", folder / "tokenizer.json")
         shipped = _ship(outcomes[1], folder)

@@ -127,18 +127,23 @@ def zero_shot(base: Program, tokenizer: Tokenizer, splits: Sequence[Split]) -> O
     return outcome
 
 
+def prepare(method: Method, base: Program) -> Program:
+    """The program with a method's fresh branches, lowered where it has low-rank ones."""
+    started = run(base, method.recipe)
+    if any(a.slot == "delta" for a in started.attachments):
+        started = run(started, "lower{target=cpu}")
+    return started
+
+
 def compare(
     method: Method,
-    base: Program,
+    started: Program,
     tokenizer: Tokenizer,
     splits: Sequence[Split],
     steps: int,
     advance: Callable[[str], None],
 ) -> Outcome:
     """Chooses a method's learning rate on validation, then trains and tests it on every split."""
-    started = run(base, method.recipe)
-    if any(a.slot == "delta" for a in started.attachments):
-        started = run(started, "lower{target=cpu}")
     count = sum(p.numel() for p in started.trainable_parameters())
     outcome = Outcome(method.name, method.recipe, count)
 
