@@ -31,7 +31,7 @@ class LoRABranch(Delta):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a), self.b) * self.scale
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)  # scales rank columns, not out
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale
