@@ -14,7 +14,7 @@ padding:0 1.2rem}h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;ma
 p.lead{color:#495057;margin-top:0}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:.4rem .6rem;border-bottom:1px solid #dee2e6;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:#495057;font-weight:600}
-td.wide{text-align:left;white-space:normal}figure{margin:0}figcaption,small{color:#6c757d;
+th.wide,td.wide{text-align:left}td.wide{white-space:normal}figure{margin:0}figcaption,small{color:#6c757d;
 font-size:.85rem}.plots{display:grid;grid-template-columns:1fr 1fr;gap:1.5rem}
 pre{background:#f8f9fa;border:1px solid #e9ecef;border-radius:6px;padding:.8rem;overflow-x:auto;
 font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}.add{color:#2b8a3e;background:#ebfbee}
@@ -167,7 +167,9 @@ def loss_plot(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:
     """An HTML table; `wide` columns wrap and align left."""
-    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    top = "".join(
+        f"<th{' class=wide' if i in wide else ''}>{html.escape(h)}</th>" for i, h in enumerate(head)
+    )
     body = "".join(
         "<tr>"
         + "".join(
