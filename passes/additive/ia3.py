@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import ExpertsSite, LinearSite
 class IA3Output(OutputScale):
     """`y = l * base(x)`; parameter `l [out]`."""
 
+    axes = {"l": ("out",)}
+
     def __init__(self, ones: Tensor) -> None:
         super().__init__()
         self.l = nn.Parameter(ones)
@@ -33,6 +35,8 @@ class IA3Output(OutputScale):
 
 class IA3Input(InputScale):
     """`y = base(l * x)`; parameter `l [in]`."""
+
+    axes = {"l": ("in",)}
 
     def __init__(self, ones: Tensor) -> None:
         super().__init__()

@@ -24,6 +24,8 @@ from ...rewriter.sites.sites import AttentionSite
 class PrefixBranch(KeyValue):
     """Rows stored directly; parameters `key`, `value` `[length, kv_heads, width]`."""
 
+    axes = {n: ("length", "kv_heads", "width") for n in ("key", "value")}
+
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__(key.shape[0])
         self.key, self.value = nn.Parameter(key), nn.Parameter(value)
@@ -37,6 +39,11 @@ class PrefixBranch(KeyValue):
 
 class ProjectedPrefixBranch(KeyValue):
     """Rows from `W2 tanh(W1 E)`; parameters `embedding [length, d]` and the two linears."""
+
+    axes = {
+        "embedding": ("length", "d"), "inner.weight": ("inner", "d"), "inner.bias": ("inner",),
+        "outer.weight": ("rows", "inner"), "outer.bias": ("rows",),
+    }  # fmt: skip
 
     def __init__(self, length: int, heads: int, widths: tuple[int, int], inner: int) -> None:
         super().__init__(length)

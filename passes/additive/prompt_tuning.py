@@ -25,6 +25,8 @@ from ...rewriter.sites.sites import EmbeddingSite, Site
 class PromptBranch(Tokens):
     """Parameter `prompt [length, width]`."""
 
+    axes = {"prompt": ("length", "width")}
+
     def __init__(self, prompt: Tensor) -> None:
         super().__init__(prompt.shape[0])
         self.prompt = nn.Parameter(prompt)

@@ -26,6 +26,10 @@ class SerialAdapterBranch(Serial):
     """Bottleneck with skip; `down [r, d]`, `down_bias [r]`, `up [d, r]`, `up_bias [d]`."""
 
     not_foldable = "its activation function is not linear"
+    axes = {
+        "down": ("rank", "width"), "down_bias": ("rank",),
+        "up": ("width", "rank"), "up_bias": ("width",),
+    }  # fmt: skip
 
     def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
         super().__init__()

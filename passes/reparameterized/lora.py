@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import LinearSite
 class LoRABranch(Delta):
     """The low-rank branch; parameters `a [rank, in]` and `b [out, rank]`."""
 
+    axes = {"a": ("rank", "in"), "b": ("out", "rank")}
+
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)

@@ -6,7 +6,7 @@ classes are the slots a branch can fill; a method subclasses one and gives the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +21,16 @@ class Branch(nn.Module):
     Class attributes:
         slot: where it sits at its site.
         not_foldable: why it cannot become a constant; empty if it can.
+        reads, writes: what the feature axis of its input and of its output is called.
+        axes: names of the axes of its parameters and buffers; those called like `reads` or
+            `writes` are cut with the channels there.
     """
 
     slot: ClassVar[str] = ""
     not_foldable: ClassVar[str] = ""
+    reads: ClassVar[str] = ""
+    writes: ClassVar[str] = ""
+    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
@@ -53,6 +59,7 @@ class Delta(Branch):
     """`y = base(x) + f(x)` with linear f, so that f folds into the weight."""
 
     slot = "delta"
+    reads, writes = "in", "out"
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,18 +119,21 @@ class InputScale(Scale):
     """`y = base(s * x)`."""
 
     slot = "input_scale"
+    reads = writes = "in"
 
 
 class OutputScale(Scale):
     """`y = s * base(x)`, bias and deltas included."""
 
     slot = "output_scale"
+    reads = writes = "out"
 
 
 class Serial(Branch):
     """`h' = f(h)` on a sublayer's output, with its own skip connection inside."""
 
     slot = "serial"
+    reads = writes = "width"
     not_foldable = "it is not linear"
 
     def transform(self, h: Tensor) -> Tensor:
@@ -173,6 +183,7 @@ class Tokens(Branch):
     """Vectors that take the place of `length` tokens prepended to the input."""
 
     slot = "tokens"
+    reads = writes = "width"
     not_foldable = "prompt tokens are inputs of the network, not weights"
 
     def __init__(self, length: int) -> None:

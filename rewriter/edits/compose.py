@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from ..aten import ATEN, LINEAR, data_index, users
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
+from .branch import Delta, Scale
 
 _ORDER = {"input_scale": 0, "delta": 1, "output_scale": 2}
 
@@ -32,6 +33,23 @@ def at_weight(
     ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
     found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
     return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
+
+
+def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> Tensor:
+    """What the linear of a site multiplies by with all its branches, `[out, in]`.
+
+    The whole of a fused weight; without `scales`, only the deltas are added.
+    """
+    weight = program.module.get_parameter(site.weight).detach()
+    dense = weight.T if site.in_out else weight
+    for attachment in sorted(at_weight(program, site.weight), key=lambda a: a.slot != "delta"):
+        branch = program.branch(attachment)
+        if isinstance(branch, Delta):
+            dense = dense + branch.full_delta().detach()
+        elif isinstance(branch, Scale) and scales:
+            scale = branch.full_scale().detach()
+            dense = dense * (scale if attachment.slot == "input_scale" else scale[:, None])
+    return dense
 
 
 def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:

@@ -5,7 +5,7 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +32,16 @@ from ..sites.sites import (
     AttentionSite,
     ConvSite,
     EmbeddingSite,
+    FeedForwardSite,
     LinearSite,
     NormSite,
     Site,
     SublayerSite,
 )
+from .axes import Channels, channels
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .compose import compose, composed_value, site_nodes
+from .cut import cut_channels
 from .keyvalue import key_value_widths, prepend_key_value
 from .tokens import prepend_tokens, shift_positions
 from .weight import Weight
@@ -253,6 +256,16 @@ class Editor:
     def norms(self) -> tuple[NormSite, ...]:
         """All normalisations with learnt parameters."""
         return tuple(s for s in self.program.sites if isinstance(s, NormSite))
+
+    # Channels.
+
+    def channels(self, site: FeedForwardSite) -> Channels:
+        """The inner channels of a block with everything that is coupled to them."""
+        return channels(self.program, site)
+
+    def cut(self, group: Channels, keep: Sequence[int]) -> None:
+        """Shrinks weights, biases, branches and sizes to the channels that are kept."""
+        cut_channels(self.program, group, keep)
 
     # Plumbing.
 
