@@ -22,6 +22,7 @@ from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import Pipeline, parse, run
 from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
+from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
@@ -53,8 +54,10 @@ __all__ = [
     "export_onnx",
     "fold_checkpoint",
     "load",
+    "load_program",
     "load_weights",
     "parse",
     "run",
     "save",
+    "save_program",
 ]

@@ -185,9 +185,9 @@ class Program:
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
-        prefix = f"{BRANCHES}."
+        branches = tuple(f"{a.path}." for a in self.attachments)
         for name, tensor in self._stored():
-            if not name.startswith(prefix) and self.aliases.get(name, name) == name:
+            if not name.startswith(branches) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
 
@@ -202,7 +202,8 @@ class Program:
 
         Args:
             strict: refuse if the program holds tensors that the original model has no name
-                for (branches not folded, added biases); False returns them too.
+                for (branches not folded, added biases), or that do not fit it any more (cut
+                channels); False returns them too.
 
         Raises:
             ExportError: such tensors exist; the message lists them.
@@ -217,7 +218,14 @@ class Program:
             state[name] = tensor.detach()
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
-        extra += [n for n in self.untied if n not in state]
+        extra = [n for n in (*extra, *self.untied) if n not in state]
+        if strict and (cut := self._reshaped(state)):
+            raise ExportError(
+                f"{len(cut)} tensors have another shape than the original model's, first "
+                f"{cut[0]}: {tuple(state[cut[0]].shape)}. So load_state_dict cannot work. Save "
+                "the program itself (peftfx.save_program), or take the tensors with "
+                "export_state_dict(strict=False)."
+            )
         if extra and strict:
             more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
             raise ExportError(
@@ -229,6 +237,15 @@ class Program:
         if not strict:
             state.update({n: held[n].detach() for n in extra})
         return state
+
+    def _reshaped(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tensors whose shape is not that of the captured program."""
+        before = dict(self.base._stored()) if self.origin is not None else {}
+        return [
+            name for name, tensor in state.items()
+            if (old := before.get(self.aliases.get(name, name))) is not None
+            and old.shape != tensor.shape
+        ]  # fmt: skip
 
     def without(self, name: str) -> Program:
         """The program without one adapter; every other adapter keeps its current values.

@@ -275,6 +275,12 @@ class Editor:
             raise PassError("only a pass with an adapter name can insert branches.")
         name = site.id.removesuffix(".weight").replace(":", ".")
         path = f"{BRANCHES}.{adapter}.{name}.{branch.slot}"
+        mine = any(a.adapter == adapter for a in self.program.attachments)
+        if not mine and hasattr(getattr(self.graph_module, BRANCHES, None), adapter):
+            raise PassError(
+                f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
+                "another name with name=."
+            )
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         attachment = Attachment(adapter, site.id, branch.slot, path)
