@@ -51,8 +51,12 @@ def _name(index: int, node: Node) -> str:
     return f"x{index}_{node.name}"
 
 
-def inline_calls(program: Program) -> None:
+def inline_calls(program: Program) -> set[Node]:
     """Inlines every module that passes inserted, in place; branches end as plain parameters.
+
+    Returns:
+        The nodes that stand for results of the calls, with the calls' recorded values (a padded
+        input keeps the size that the graph was made for).
 
     Raises:
         CaptureError: a module cannot be traced.
@@ -64,7 +68,8 @@ def inline_calls(program: Program) -> None:
         if n.op == "call_module" and not str(n.target).startswith(f"{MODES}.")
     ]  # fmt: skip
     if not calls:
-        return
+        return set()
+    settled: set[Node] = set()
     traced = _traced(gm, calls)
     names = [[_name(i, n) for n in c.all_input_nodes] for i, c in enumerate(calls)]
     results: list[Node] = list(output_node(traced).args[0])  # pyright: ignore
@@ -72,12 +77,13 @@ def inline_calls(program: Program) -> None:
         count = len(pytree.tree_leaves(value(call)))
         mine, results = results[:count], results[count:]
         sources = dict(zip(names[index], call.all_input_nodes, strict=True))  # inlined by now
-        _place(gm, traced, calls, call, sources, mine)
+        settled |= _place(gm, traced, calls, call, sources, mine)
     for path in dict.fromkeys(str(c.target) for c in calls):
         _dissolve(gm, path)
     program.attachments = ()
     erase_dead(gm)
     gm.recompile()
+    return settled
 
 
 def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
@@ -113,7 +119,7 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
 def _place(
     gm: GraphModule, traced: GraphModule, calls: Sequence[Node], call: Node,
     sources: Mapping[str, Node], results: list[Node],
-) -> None:  # fmt: skip
+) -> set[Node]:  # fmt: skip
     """Puts the part of `traced` that computes `results` where one of the calls was."""
     made: dict[Node, Node] = {}
     needed = {n for r in results for n in ancestors(r)}
@@ -132,6 +138,11 @@ def _place(
                 path = _fresh(gm, str(node.target))
                 gm.add_submodule(path, traced.get_submodule(str(node.target)))
                 made[node].target = path
+    settled: set[Node] = set()
+    for result, val in zip(results, pytree.tree_leaves(value(call)), strict=True):
+        if result.op not in ("placeholder", "get_attr"):
+            made[result].meta["val"] = val
+            settled.add(made[result])
     if not isinstance(value(call), tuple | list):
         call.replace_all_uses_with(made[results[0]])
     for user in list(call.users):
@@ -140,6 +151,7 @@ def _place(
         user.replace_all_uses_with(made[results[user.args[1]]])  # pyright: ignore
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
+    return settled
 
 
 def _kept(gm: GraphModule, traced: GraphModule, calls: Sequence[Node], target: str) -> str:

@@ -5,6 +5,8 @@ name, see `capture/graphfile.py`) and `tensors.safetensors` (what the graph read
 unread tensors, and the example inputs, which verification runs on). Inserted branches are written
 as the operators that they run and stay ordinary parameters under their names, trainable as before.
 
+Classes of outputs become `Outputs`, a dict with attributes.
+
 What is not kept: the history, hence unfolding, `only` and `without`; and a lowering, which depends
 on the machine. A loaded program is a base of its own: passes run on it as on a captured one.
 """
@@ -42,6 +44,7 @@ from .artifact import VERSION, checked, require_finite, version_of
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
 from .identity import tensor_digest
+from .outputs import portable
 
 FORMAT = 1
 MANIFEST = "program.json"
@@ -82,9 +85,9 @@ def save_program(program: Program, directory: str | Path) -> None:
     for name, parameter in gm.named_parameters():
         require_finite(name, parameter)
     try:
-        graph = write_json(_anonymous(write_graph(gm, frozenset(held), _NO_PACKAGES)))
+        graph = write_json(_portable(write_graph(gm, frozenset(held), _NO_PACKAGES)))
         sites = encode(tuple(flat.sites), {})
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise ExportError(f"the program cannot be saved: {error}.") from error
     sample = {f"{_SAMPLE}{n}": t for n, t in program.sample.items()}
     tensors = {**held, **flat.extras, **sample}
@@ -127,8 +130,7 @@ def flattened(program: Program) -> Program:
         restore_deltas(edit)
         edit.finish()
         propagate(flat)
-        inline_calls(flat)
-        propagate(flat)
+        propagate(flat, settled=inline_calls(flat))
         check_graph(flat)
     except RewriteError as error:
         raise ExportError(f"the program cannot be written as operators: {error}") from error
@@ -141,9 +143,10 @@ def flattened(program: Program) -> Program:
     return flat
 
 
-def _anonymous(graph: dict[str, Any]) -> dict[str, Any]:
-    """The graph without the source lines of the machine that captured it."""
-    return {**graph, "traces": ["" for _ in graph["traces"]]}
+def _portable(graph: dict[str, Any]) -> dict[str, Any]:
+    """The graph without source lines of this machine, and without classes of the model's."""
+    blank = {"traces": ["" for _ in graph["traces"]]}
+    return {**graph, **blank, "output": portable(graph["output"])}
 
 
 def _state_names(program: Program, flat: Program) -> list[str]:
