@@ -44,6 +44,7 @@ class ChannelPruning(Pass):
         round_to: widths stay multiples of it (rounded up).
     """
 
+    reshapes: ClassVar[bool] = True
     contract: ClassVar[Contract] = Contract("trainable")
 
     ratio: float = 0.25

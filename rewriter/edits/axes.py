@@ -20,7 +20,7 @@ from ..aten import attribute, data_index, is_op, shape, source_line, submodule, 
 from ..errors import PassError
 from ..program import Program
 from ..sites.sites import FeedForwardSite, LinearSite
-from .branch import Branch
+from .branch import Branch, RowScale
 from .ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
 
 
@@ -205,6 +205,8 @@ def _reason(gm: GraphModule, node: Node) -> str:
         return "they are an output of the model"
     if node.op == "placeholder":
         return "they are an input of the model"
+    if isinstance(module, RowScale):
+        return f"the branch {node.target} rescales rows by what depends on all of their columns"
     if isinstance(module, Branch):
         return (
             f"the branch {node.target} ({type(module).__name__}) does not say which axes of its "

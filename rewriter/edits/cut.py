@@ -19,7 +19,7 @@ from ..errors import PassError
 from ..program import Program
 from ..sites.sites import LinearSite, Site, Sites
 from .axes import Channels
-from .branch import Branch
+from .branch import Branch, RowScale
 from .ties import DIVISIONS, EXPANSIONS, RESHAPES, Ref, owner, pieces, span
 
 _SPANS = overloads("slice", "narrow")
@@ -45,6 +45,8 @@ def cut_channels(program: Program, group: Channels, keep: Sequence[int]) -> None
         if isinstance(branch, Branch) and branch.features is not None and isinstance(held, Node):
             if axis == branch.axis % held.meta["val"].dim() and len(rows) == len(branch.features):
                 branch.features = _renumbered(branch.features, rows)
+            if isinstance(branch, RowScale) and branch.own is not None:
+                branch.own = (branch.features > 0).nonzero().flatten()
     program.sites = _sites(program.sites, left, set(group.stored))
     touched = {held for held, _ in left}
     for node in gm.graph.nodes:

@@ -80,7 +80,7 @@ def inline_calls(program: Program) -> set[Node]:
         settled |= _place(gm, traced, calls, call, sources, mine)
     for path in dict.fromkeys(str(c.target) for c in calls):
         _dissolve(gm, path)
-    program.attachments = ()
+    program.attachments, program.shared = (), ()
     erase_dead(gm)
     gm.recompile()
     return settled
@@ -143,12 +143,14 @@ def _place(
         if result.op not in ("placeholder", "get_attr"):
             made[result].meta["val"] = val
             settled.add(made[result])
-    if not isinstance(value(call), tuple | list):
+    held = value(call)
+    if isinstance(held, Tensor):
         call.replace_all_uses_with(made[results[0]])
+    keys: list[Any] = list(held) if isinstance(held, Mapping) else list(range(len(results)))
     for user in list(call.users):
-        if not is_op(user, GETITEM):
-            raise PassError(f"{user.name} reads all results of {call.name} at once.")
-        user.replace_all_uses_with(made[results[user.args[1]]])  # pyright: ignore
+        if not is_op(user, GETITEM) or not isinstance(value(user), Tensor):
+            raise PassError(f"{user.name} reads several results of {call.name} at once.")
+        user.replace_all_uses_with(made[results[keys.index(user.args[1])]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
     return settled

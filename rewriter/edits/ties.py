@@ -30,7 +30,7 @@ from ..aten import (
     submodule,
 )  # fmt: skip
 from ..capture.modes import AlphaDropout, Attention, BatchNorm
-from .branch import Branch
+from .branch import Branch, RowScale
 
 Ref = tuple[Node | str, int]
 """An axis: of a graph node's value, or of a stored tensor (by its name)."""
@@ -343,7 +343,8 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     axis = branch.axis % len(_sizes(x))
     found = [t for k in range(len(_sizes(x))) if k != axis for t in _aligned(x, k, node, k)]
     held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
-    held.pop("features", None)
+    for name in ("features", "own"):
+        held.pop(name, None)
     if any(len(branch.axes.get(n, ())) != t.dim() for n, t in held.items()):
         return found
     declared = [(n, k, a) for n in held for k, a in enumerate(branch.axes[n])]
@@ -356,9 +357,19 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
             found.append(Tie((owner(x), axis), ref))
     if branch.reads == branch.writes and any(a == branch.reads for _, _, a in declared):
         found.append(Tie((owner(x), axis), (node, axis)))
-    if len(node.args) > 1:  # lowered: the linear is inside
+    if isinstance(branch, RowScale):
+        found += _rows(node, branch)
+    elif len(node.args) > 1:  # lowered: the linear is inside
         found += _linear(node)
     return found
+
+
+def _rows(node: Node, branch: RowScale) -> list[Relation]:
+    """Rows of the weight that a row scale reads; its columns are none, because rows depend on
+    all of them."""
+    w, *bias = _tensors(node.args[2:4])
+    found: list[Relation] = [_tie(w, 1 if branch.in_out else 0, node, branch.axis)]
+    return [*found, *(_tie(b, 0, node, branch.axis) for b in bias)]
 
 
 _RULES: tuple[tuple[frozenset[Any], Rule], ...] = (

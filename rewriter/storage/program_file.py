@@ -212,7 +212,7 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
         symbols=dict(manifest["symbols"]),
         extras={n: tensors[n] for n in sorted(extras)},
         state_names=tuple(manifest["state_names"]),
-        sample={n: tensors[f"{_SAMPLE}{n}"] for n in spec.names},
+        sample={n: tensors[f"{_SAMPLE}{n}"] for n in spec.names if f"{_SAMPLE}{n}" in tensors},
         generation=dict(manifest["generation"]),
         added=tuple(manifest["added"]),
         untied=tuple(manifest["untied"]),
