@@ -46,7 +46,8 @@ def cut_channels(program: Program, group: Channels, keep: Sequence[int]) -> None
             if axis == branch.axis % held.meta["val"].dim() and len(rows) == len(branch.features):
                 branch.features = _renumbered(branch.features, rows)
             if isinstance(branch, RowScale) and branch.own is not None:
-                branch.own = (branch.features > 0).nonzero().flatten()
+                placed = (branch.features > 0).nonzero().flatten()
+                branch.own = placed[branch.features[placed].argsort()]
     program.sites = _sites(program.sites, left, set(group.stored))
     touched = {held for held, _ in left}
     for node in gm.graph.nodes:

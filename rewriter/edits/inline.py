@@ -16,20 +16,31 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..aten import ancestors, attribute, erase_dead, is_op, output_node, set_attribute, value
+from ..aten import (
+    ancestors,
+    attribute,
+    erase_dead,
+    is_op,
+    output_node,
+    placeholders,
+    set_attribute,
+    shape,
+    value,
+)
 from ..capture.canonical import canonicalize
 from ..capture.modes import MODES, restore_modes
 from ..capture.tracing import export
 from ..capture.training import part_modes
 from ..errors import PassError
 from ..program import Program
+from ..running.propagate import fake_mode
 from .ties import GETITEM
 
 _HELD = "held"
 
 
 class _Calls(nn.Module):
-    """Runs every call by itself, on tensors named `<call>_<argument node>`."""
+    """Runs every call by itself, on tensors named by call and by place among its inputs."""
 
     def __init__(self, gm: GraphModule, calls: Sequence[Node]) -> None:
         super().__init__()
@@ -39,24 +50,22 @@ class _Calls(nn.Module):
     def forward(self, tensors: Mapping[str, Tensor]) -> list[Any]:
         results: list[Any] = []
         for index, (module, call) in enumerate(zip(self.held, self.calls, strict=True)):
-            loaded: Any = map_arg(
-                (call.args, call.kwargs), lambda n, i=index: tensors[_name(i, n)]
-            )
+            mine = {node: tensors[name] for name, node in _sources(index, call).items()}
+            loaded: Any = map_arg((call.args, call.kwargs), lambda n, m=mine: m[n])
             args, kwargs = loaded
             results += pytree.tree_leaves(module(*args, **kwargs))
         return results
 
 
-def _name(index: int, node: Node) -> str:
-    return f"x{index}_{node.name}"
+def _sources(index: int, call: Node) -> dict[str, Node]:
+    return {f"x{index}_{place}": node for place, node in enumerate(call.all_input_nodes)}
 
 
-def inline_calls(program: Program) -> set[Node]:
+def inline_calls(program: Program) -> None:
     """Inlines every module that passes inserted, in place; branches end as plain parameters.
 
-    Returns:
-        The nodes that stand for results of the calls, with the calls' recorded values (a padded
-        input keeps the size that the graph was made for).
+    Results keep the recorded values of their calls (a padded input has the size that the graph
+    was made for).
 
     Raises:
         CaptureError: a module cannot be traced.
@@ -68,22 +77,19 @@ def inline_calls(program: Program) -> set[Node]:
         if n.op == "call_module" and not str(n.target).startswith(f"{MODES}.")
     ]  # fmt: skip
     if not calls:
-        return set()
-    settled: set[Node] = set()
+        return
     traced = _traced(gm, calls)
-    names = [[_name(i, n) for n in c.all_input_nodes] for i, c in enumerate(calls)]
+    translate = _Translation(gm, traced, calls)
     results: list[Node] = list(output_node(traced).args[0])  # pyright: ignore
     for index, call in enumerate(calls):
         count = len(pytree.tree_leaves(value(call)))
         mine, results = results[:count], results[count:]
-        sources = dict(zip(names[index], call.all_input_nodes, strict=True))  # inlined by now
-        settled |= _place(gm, traced, calls, call, sources, mine)
+        _place(gm, traced, calls, index, mine, translate)
     for path in dict.fromkeys(str(c.target) for c in calls):
         _dissolve(gm, path)
     program.attachments, program.shared = (), ()
     erase_dead(gm)
     gm.recompile()
-    return settled
 
 
 def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
@@ -91,13 +97,13 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
     example: dict[str, Tensor] = {}
     shapes: dict[str, dict[int, Any]] = {}
     for index, call in enumerate(calls):
-        for node in call.all_input_nodes:
+        for name, node in _sources(index, call).items():
             val = value(node)
             if not isinstance(val, Tensor):
                 raise PassError(f"{call.name} is called with {node.name}, which is no tensor.")
             sizes = [s if isinstance(s, int) else s.node.hint for s in val.shape]
-            example[_name(index, node)] = torch.zeros(sizes, dtype=val.dtype, device=val.device)
-            shapes[_name(index, node)] = {
+            example[name] = torch.zeros(sizes, dtype=val.dtype, device=val.device)
+            shapes[name] = {
                 axis: torch.export.Dim.AUTO
                 for axis, size in enumerate(val.shape)
                 if not isinstance(size, int)
@@ -117,11 +123,13 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
 
 
 def _place(
-    gm: GraphModule, traced: GraphModule, calls: Sequence[Node], call: Node,
-    sources: Mapping[str, Node], results: list[Node],
-) -> set[Node]:  # fmt: skip
-    """Puts the part of `traced` that computes `results` where one of the calls was."""
+    gm: GraphModule, traced: GraphModule, calls: Sequence[Node], index: int, results: list[Node],
+    translate: _Translation,
+) -> None:  # fmt: skip
+    """Puts the part of `traced` that computes `results` where call number `index` was."""
+    call = calls[index]
     made: dict[Node, Node] = {}
+    sources = _sources(index, call)
     needed = {n for r in results for n in ancestors(r)}
     with gm.graph.inserting_before(call):
         for node in traced.graph.nodes:
@@ -131,19 +139,17 @@ def _place(
                 made[node] = sources[str(node.target)]
                 continue
             made[node] = gm.graph.node_copy(node, lambda n: made[n])
-            made[node].meta = {}
+            made[node].meta = {"val": translate(value(node))}
             if node.op == "get_attr":
                 made[node].target = _kept(gm, traced, calls, str(node.target))
             elif node.op == "call_module":
                 path = _fresh(gm, str(node.target))
                 gm.add_submodule(path, traced.get_submodule(str(node.target)))
                 made[node].target = path
-    settled: set[Node] = set()
-    for result, val in zip(results, pytree.tree_leaves(value(call)), strict=True):
+    held = value(call)
+    for result, val in zip(results, pytree.tree_leaves(held), strict=True):
         if result.op not in ("placeholder", "get_attr"):
             made[result].meta["val"] = val
-            settled.add(made[result])
-    held = value(call)
     if isinstance(held, Tensor):
         call.replace_all_uses_with(made[results[0]])
     keys: list[Any] = list(held) if isinstance(held, Mapping) else list(range(len(results)))
@@ -153,7 +159,42 @@ def _place(
         user.replace_all_uses_with(made[results[keys.index(user.args[1])]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
-    return settled
+
+
+class _Translation:
+    """Fake values of the traced graph in the program's own sizes."""
+
+    def __init__(self, gm: GraphModule, traced: GraphModule, calls: Sequence[Node]) -> None:
+        self.mode = fake_mode(gm)
+        self.sizes: dict[Any, Any] = {}
+        held = placeholders(traced)
+        for index, call in enumerate(calls):
+            for name, node in _sources(index, call).items():
+                theirs = shape(held[name]) if name in held else None
+                for ours, size in zip(shape(node) or (), theirs or (), strict=False):
+                    if isinstance(size, torch.SymInt):
+                        self.sizes[size.node.expr] = ours
+
+    def __call__(self, val: Any) -> Any:
+        return pytree.tree_map(self._one, val)
+
+    def _one(self, val: Any) -> Any:
+        if isinstance(val, torch.SymInt):
+            return self._size(val)
+        if not isinstance(val, Tensor):
+            return val
+        sizes, strides = [self._size(s) for s in val.shape], [self._size(s) for s in val.stride()]
+        with self.mode, torch.no_grad():
+            return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
+
+    def _size(self, size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        ours = {s: n if isinstance(n, int) else n.node.expr for s, n in self.sizes.items()}
+        expression = size.node.expr.xreplace(ours)
+        if expression.is_number:
+            return int(expression)
+        return self.mode.shape_env.create_symintnode(expression, hint=size.node.hint)
 
 
 def _kept(gm: GraphModule, traced: GraphModule, calls: Sequence[Node], target: str) -> str:

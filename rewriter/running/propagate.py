@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,12 +144,8 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def propagate(program: Program, settled: Collection[Node] = ()) -> int:
+def propagate(program: Program) -> int:
     """Recomputes the fake values of new nodes and of nodes downstream whose shapes change.
-
-    Args:
-        program: edited in place.
-        settled: nodes whose recorded value stands, whatever they read.
 
     Returns:
         How many nodes were computed.
@@ -162,16 +158,16 @@ def propagate(program: Program, settled: Collection[Node] = ()) -> int:
     if mode is None:
         return 0
     with _ranges(mode.shape_env, program), quiet():
-        return _propagate(gm, mode, settled)
+        return _propagate(gm, mode)
 
 
-def _propagate(gm: GraphModule, mode: Any, settled: Collection[Node]) -> int:
+def _propagate(gm: GraphModule, mode: Any) -> int:
     environment = mode.shape_env
     fakes = _Fakes(gm, mode)
     changed: set[Node] = set()
     computed = 0
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output") or node in settled:
+        if node.op in ("placeholder", "output"):
             continue
         fresh = "val" not in node.meta
         if not fresh and not any(i in changed for i in node.all_input_nodes):

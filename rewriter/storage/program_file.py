@@ -130,7 +130,7 @@ def flattened(program: Program) -> Program:
         restore_deltas(edit)
         edit.finish()
         propagate(flat)
-        propagate(flat, settled=inline_calls(flat))
+        inline_calls(flat)
         check_graph(flat)
     except RewriteError as error:
         raise ExportError(f"the program cannot be written as operators: {error}") from error
