@@ -3,7 +3,8 @@ everything that is coupled to them: rows of up and gate, columns of down, biases
 
 Coupled groups and their importance follow DepGraph (Fang et al., CVPR 2023, arXiv:2301.12900) and
 LLM-Pruner (Ma et al., NeurIPS 2023, arXiv:2305.11627), on the adapted weights `V = W + s B A` as in
-structured pruning adapters (Hedegaard et al. 2022, arXiv:2211.10155). With c's rows and columns V_c,
+structured pruning adapters (Hedegaard et al. 2022, arXiv:2211.10155). With V_c the rows and columns
+of channel c,
 
     magnitude   I_c = sum |v|^2,  divided by the block's mean   (v in V_c)
     taylor      I_c = sum |v dL/dv|                              (gradients summed over the batches)

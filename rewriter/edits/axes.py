@@ -1,9 +1,9 @@
 """Which indices of which axes are one channel: the analysis that structured cuts stand on.
 
 An axis of a value carries a label for every index: the channel it belongs to, or none (-1). From a
-first axis labels spread both ways through everything that keeps channels apart: element-wise steps,
-views, slices, concatenations, the axes of weights, biases and branches. A contraction ends them. Two
-labels that meet at one index become one channel (rotary pairs, query heads of one key head).
+first axis labels spread both ways through everything that keeps channels apart: element-wise
+steps, views, slices, concatenations, the axes of weights, biases and branches. A contraction ends
+them. Two labels that meet at one index become one channel (query heads of one key head).
 Anything that mixes labelled indices (a norm, a softmax, an unknown operator) refuses the cut.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import attribute, data_index, is_op, shape, source_line, submodule, users, value
+from ..aten import data_index, is_op, shape, source_line, submodule, users, value
 from ..errors import PassError
 from ..program import Program
 from ..sites.sites import FeedForwardSite, LinearSite

@@ -12,6 +12,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+Axes = Mapping[str, tuple[str, ...]]
+"""Name of a tensor -> the names of its axes."""
+
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
@@ -35,7 +38,7 @@ class Branch(nn.Module):
     single: ClassVar[str] = ""
     reads: ClassVar[str] = ""
     writes: ClassVar[str] = ""
-    axes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    axes: ClassVar[Axes] = {}
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""

@@ -36,10 +36,11 @@ def gradients(program: Program, data: Any, names: Iterable[str]) -> dict[str, Te
             "this score needs batches with a loss: run(program, ..., data=batches), where a batch "
             "is a mapping of inputs or a pair (inputs, function from outputs to loss)."
         )
-    count = 0
-    for count, batch in enumerate(data, 1):
+    ran = False
+    for batch in data:
         _loss(fork, batch).backward()
-    if not count:
+        ran = True
+    if not ran:
         raise OptionError("this score needs batches with a loss, but data is empty.")
     return {
         n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in wanted.items()
@@ -47,7 +48,9 @@ def gradients(program: Program, data: Any, names: Iterable[str]) -> dict[str, Te
 
 
 def _loss(program: Program, batch: Any) -> Tensor:
-    inputs, measure = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+    inputs, measure = (
+        batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
+    )
     if not isinstance(inputs, Mapping):
         raise OptionError(
             f"a batch must be a mapping of inputs, or a pair of one and a function from the "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,50 @@ from peftfx.rewriter.sites.sites import FeedForwardSite, LinearSite
 
 from .. import models
 from ..models import batch, first, moved, randomise
-from ..reference.masked import Linear, masked
 from ..zoo import ZOO
 
 NAMES = ("encoder", "decoder", "gpt2", "phi3", "t5")
 ADAPTED = "lora{rank=4,where=ffn|q};ia3;serial_adapter{bottleneck=4,norms=false}"
 PRUNE = "channel_pruning{ratio=0.4}"
+
+
+@dataclass
+class Linear:
+    """What stands around one linear: `y = out * (W x' + b + sum s B A x')`, `x' = in * mask * x`.
+
+    A delta is (a, b, s, rows): rows None for all outputs, else those of a fused weight.
+    `serial` are the tensors of a bottleneck with skip on y.
+    """
+
+    mask: Tensor | None = None
+    input_scale: Tensor | None = None
+    deltas: list[tuple[Tensor, Tensor, float, Tensor | None]] = field(default_factory=list)
+    output_scale: Tensor | None = None
+    serial: Mapping[str, Tensor] | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, _: Any) -> Tensor:
+        x = inputs[0]
+        for factor in (self.mask, self.input_scale):
+            x = x if factor is None else x * factor
+        y = module.forward(x)
+        for a, b, scale, rows in self.deltas:
+            d = scale * (x @ a.T) @ b.T
+            y = y + d if rows is None else y.index_add(-1, rows, d)
+        y = y if self.output_scale is None else y * self.output_scale
+        if self.serial is None:
+            return y
+        t = self.serial
+        return y + F.gelu(y @ t["down"].T + t["down_bias"]) @ t["up"].T + t["up_bias"]
+
+
+def masked(model: nn.Module, linears: Mapping[str, Linear], inputs: Mapping[str, Tensor]) -> Any:
+    """The model's output with the given linears, by module name."""
+    handles = [model.get_submodule(n).register_forward_hook(f) for n, f in linears.items()]
+    try:
+        return model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def inputs_of(name: str, rows: int = 3, tokens: int = 9) -> dict[str, Tensor]:
@@ -108,13 +148,13 @@ def check(model: Any, before: Any, after: Any, name: str, limit: float) -> None:
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cut_program_is_the_masked_model(pair: Pair, name: str, adapted: bool) -> None:
-    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model, base = pair(name, dtype)
         program = randomise(peftfx.run(base, ADAPTED), 0.2) if adapted else base
         inputs = inputs_of(name, 2, 12)
         plain = masked(model, linears_of(program, {}), inputs)
         torch.testing.assert_close(  # the reference itself is right about the adapters
-            first(program(**inputs)), first(plain), rtol=1e3 * limit, atol=1e2 * limit
+            first(program(**inputs)), first(plain), rtol=10 * limit, atol=10 * limit
         )
         pruned = peftfx.run(program, PRUNE)
         check(model, program, pruned, name, limit)
@@ -134,7 +174,8 @@ def test_folding_before_or_after_gives_the_same(pair: Pair, name: str) -> None:
     check(model, program, peftfx.run(program, PRUNE), name, 1e-12)
     inputs = inputs_of(name, 2, 12)
     for a, b in zip(floats(one(**inputs)), floats(two(**inputs)), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1.0, float(b.abs().max())))
+        limit = 1e-12 * max(1.0, float(b.detach().abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=limit)
     shapes = [{n: p.shape for n, p in q.module.named_parameters()} for q in (one, two)]
     assert shapes[0] == shapes[1]
 
@@ -196,7 +237,8 @@ def test_artifacts_replay_the_cut(pair: Pair, recipe: str, tmp_path: Path) -> No
     model, base = pair("encoder")
     program = base
     for step in recipe.split(";"):
-        program = randomise(peftfx.run(program, step), 0.2)
+        program = peftfx.run(program, step)
+        program = randomise(program, 0.2) if program.adapters else program
     inputs = batch(2, 12, pad=3)
     want = first(program(**inputs))
     assert moved(first(base(**inputs)), want) > 0.01
@@ -243,7 +285,9 @@ def test_magnitude_scores_the_adapted_weight(pair: Pair) -> None:
     folded = peftfx.run(program, "fold")
     held = dict(folded.module.named_parameters())
     for layer, keep in enumerate(kept_of(pruned).values()):
-        gate, up, down = (held[f"layers.{layer}.{n}.weight"].detach() for n in ("gate", "up", "down"))
+        gate, up, down = (
+            held[f"layers.{layer}.{n}.weight"].detach() for n in ("gate", "up", "down")
+        )
         score = gate.pow(2).sum(1) + up.pow(2).sum(1) + down.pow(2).sum(0)
         assert keep == sorted(score.topk(len(keep)).indices.tolist())
     plain = peftfx.run(base, PRUNE)
@@ -296,7 +340,9 @@ def test_global_ranking_and_rounding(pair: Pair) -> None:
     assert widths("channel_pruning{ratio=0.3,round_to=16}") == [48, 48]
     assert all(w % 8 == 0 for w in widths("channel_pruning{ratio=0.3,scope=global,round_to=8}"))
     whole = peftfx.run(program, "channel_pruning{ratio=0.1,round_to=64}")
-    assert [reason for _, reason in whole.history[-1].skipped] == ["all of its channels are kept"] * 2
+    assert [reason for _, reason in whole.history[-1].skipped] == [
+        "all of its channels are kept"
+    ] * 2
     one = peftfx.run(program, "channel_pruning{where=layer in [1]}")
     assert list(kept_of(one)) == ["s0.layer1.ffn.block"]
     for text in ("ratio=0.0", "ratio=1.0", "round_to=0", "score=luck", "where=attn"):
@@ -316,13 +362,18 @@ def test_it_stacks(pair: Pair, recipe: str) -> None:
     _, base = pair("decoder", torch.float64)
     program = randomise(peftfx.run(base, recipe), 0.0)
     others = [p for p in recipe.split(";") if not p.startswith("channel_pruning")]
-    swapped = [*others, "channel_pruning"] if recipe.startswith("channel") else ["channel_pruning", *others]
+    swapped = (
+        [*others, "channel_pruning"]
+        if recipe.startswith("channel")
+        else ["channel_pruning", *others]
+    )
     other = peftfx.run(base, ";".join(swapped))
     inputs = batch(2, 12)
     if "causal" in recipe:
         del inputs["attention_mask"]
     want, got = first(other(**inputs)), first(program(**inputs))
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+    limit = 1e-12 * float(want.detach().abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=limit)
 
 
 class Normed(nn.Module):
@@ -400,7 +451,7 @@ def test_experts_and_shared_weights() -> None:
     pruned = peftfx.run(mixed, PRUNE)
     assert len(pruned.history[-1].edited) == 2
     assert all("experts share one tensor" in reason for _, reason in pruned.history[-1].skipped)
-    with pytest.raises(PassError, match="no block can be cut. its 5 experts"):
+    with pytest.raises(PassError, match=r"no block can be cut\. its 5 experts"):
         peftfx.run(peftfx.capture(ZOO["mixtral"].build(), kwargs=inputs_of("mixtral")), PRUNE)
     albert = peftfx.capture(ZOO["albert"].build(), kwargs=inputs_of("albert"))
     once = peftfx.run(albert, PRUNE)
@@ -408,16 +459,14 @@ def test_experts_and_shared_weights() -> None:
     assert "shares its weights with" in once.history[-1].skipped[0][1]
 
 
-def test_a_branch_without_axes_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_branch_without_axes_is_refused(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     _, base = pair("encoder")
     program = peftfx.run(base, "lora{where=ffn.down and layer in [0]}")
     monkeypatch.setattr(LoRABranch, "axes", {})
     pruned = peftfx.run(program, PRUNE)
     ((site, reason),) = pruned.history[-1].skipped
     assert site == "s0.layer0.ffn.block" and "does not say which axes" in reason
-    with pytest.raises(PassError, match="peftfx.lora.layers.0.fc2.delta"):
+    with pytest.raises(PassError, match=r"peftfx\.lora\.layers\.0\.fc2\.delta"):
         peftfx.run(program, "channel_pruning{where=layer in [0]}")
 
 
