@@ -191,12 +191,15 @@ class Program:
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
-        inserted = (*(a.path for a in self.attachments), *self.shared)
-        branches = tuple(f"{path}." for path in inserted)
         for name, tensor in self._stored():
-            if not name.startswith(branches) and self.aliases.get(name, name) == name:
+            if not name.startswith(self.inserted) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        """What the names of all tensors of branches and shared modules start with."""
+        return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_parameters()

@@ -236,9 +236,9 @@ class Editor:
 
     def freeze(self, keep: Iterable[str] = ()) -> None:
         """Stops gradients to all parameters but the named ones and the branches."""
-        kept = set(keep)
+        kept, inserted = set(keep), self.program.inserted
         for name, parameter in self.graph_module.named_parameters():
-            if not name.startswith(f"{BRANCHES}.") and name not in kept:
+            if not name.startswith(inserted) and name not in kept:
                 parameter.requires_grad_(False)
 
     def train(self, name: str) -> None:
@@ -299,8 +299,7 @@ class Editor:
         name = site.id.removesuffix(".weight").replace(":", ".")
         path = f"{BRANCHES}.{adapter}.{tail or f'{name}.{branch.slot}'}"
         held = getattr(self.graph_module, BRANCHES, None)
-        known = {p.split(".")[1] for p in (a.path for a in self.program.attachments)}
-        known |= {p.split(".")[1] for p in self.program.shared}
+        known = {path.split(".")[1] for path in self.program.inserted}
         if adapter not in known and hasattr(held, adapter):
             raise PassError(
                 f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "

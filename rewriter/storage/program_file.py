@@ -39,7 +39,7 @@ from ..errors import (
 from ..program import Program
 from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
-from ..sites.sites import Sites
+from ..sites.sites import LinearSite, Sites
 from .artifact import VERSION, checked, require_finite, version_of
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
@@ -222,7 +222,10 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
 def _must_fit(gm: GraphModule, sites: Sites, held: dict[str, tuple[Tensor, bool]]) -> None:
     """ValueError unless tensors have the recorded shapes and sites name nodes of the graph."""
     names = {n.name for n in gm.graph.nodes}
+    stored = {n for n, (t, _) in held.items() if isinstance(t, nn.Parameter)}
     for site in sites:
+        if isinstance(site, LinearSite) and site.weight not in stored:
+            raise ValueError(f"the weight {site.weight} of a site is no parameter")
         if missing := [n for n in site.nodes if n not in names]:
             raise ValueError(f"the site {site.id} names the node {missing[0]}, which is missing")
     for node in gm.graph.nodes:
