@@ -101,11 +101,12 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
             val = value(node)
             if not isinstance(val, Tensor):
                 raise PassError(f"{call.name} is called with {node.name}, which is no tensor.")
-            sizes = [s if isinstance(s, int) else s.node.hint for s in val.shape]
+            dims: tuple[Any, ...] = tuple(val.shape)
+            sizes = [s if isinstance(s, int) else s.node.hint for s in dims]
             example[name] = torch.zeros(sizes, dtype=val.dtype, device=val.device)
             shapes[name] = {
                 axis: torch.export.Dim.AUTO
-                for axis, size in enumerate(val.shape)
+                for axis, size in enumerate(dims)
                 if not isinstance(size, int)
             }
     module = _Calls(gm, calls)
@@ -171,18 +172,19 @@ class _Translation:
         for index, call in enumerate(calls):
             for name, node in _sources(index, call).items():
                 theirs = shape(held[name]) if name in held else None
-                for ours, size in zip(shape(node) or (), theirs or (), strict=False):
-                    if isinstance(size, torch.SymInt):
-                        self.sizes[size.node.expr] = ours
+                pairs: Any = zip(shape(node) or (), theirs or (), strict=False)
+                for ours, size in pairs:
+                    if not isinstance(size, int):
+                        self.sizes[size.node.expr] = (
+                            ours if isinstance(ours, int) else ours.node.expr
+                        )
 
     def __call__(self, val: Any) -> Any:
         return pytree.tree_map(self._one, val)
 
     def _one(self, val: Any) -> Any:
-        if isinstance(val, torch.SymInt):
-            return self._size(val)
         if not isinstance(val, Tensor):
-            return val
+            return self._size(val) if hasattr(val, "node") else val
         sizes, strides = [self._size(s) for s in val.shape], [self._size(s) for s in val.stride()]
         with self.mode, torch.no_grad():
             return torch.empty_strided(sizes, strides, dtype=val.dtype, device=val.device)
@@ -190,8 +192,7 @@ class _Translation:
     def _size(self, size: Any) -> Any:
         if isinstance(size, int):
             return size
-        ours = {s: n if isinstance(n, int) else n.node.expr for s, n in self.sizes.items()}
-        expression = size.node.expr.xreplace(ours)
+        expression = size.node.expr.xreplace(self.sizes)
         if expression.is_number:
             return int(expression)
         return self.mode.shape_env.create_symintnode(expression, hint=size.node.hint)

@@ -56,11 +56,11 @@ def _loss(program: Program, batch: Any) -> Tensor:
             f"a batch must be a mapping of inputs, or a pair of one and a function from the "
             f"outputs to the loss; this one is a {type(inputs).__name__}."
         )
-    output: Any = program(**inputs)  # pyright: ignore[reportUnknownArgumentType]
+    output: Any = program(**inputs)
     if measure is not None:
         found = measure(output)
     elif isinstance(output, Mapping):
-        found = output.get("loss")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        found = output.get("loss")
     else:
         found = getattr(output, "loss", output)
     if not isinstance(found, Tensor) or found.numel() != 1:

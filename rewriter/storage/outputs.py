@@ -61,8 +61,8 @@ def _portable(spec: Any) -> Any:
     if spec["type"] in _PLAIN | {_NAME}:
         return {**spec, "children_spec": children}
     names: Any = json.loads(spec["context"]) if spec["context"] else None
-    if not isinstance(names, list) or len(names) != len(children):  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(names, list) or len(names) != len(children):
         raise ValueError(f"the outputs are a {spec['type']}, whose parts have no names")
-    if not all(isinstance(n, str) for n in names):  # pyright: ignore[reportUnknownVariableType]
+    if not all(isinstance(n, str) for n in names):
         raise ValueError(f"the outputs are a {spec['type']}, whose parts have no names")
     return {"type": _NAME, "context": json.dumps(names), "children_spec": children}

@@ -137,6 +137,12 @@ def linears_of(program: Any, kept: dict[str, list[int]]) -> dict[str, Linear]:
     return found
 
 
+def site_of(program: Any, site_id: str) -> LinearSite:
+    site = program.sites[site_id]
+    assert isinstance(site, LinearSite)
+    return site
+
+
 def check(model: Any, before: Any, after: Any, name: str, limit: float) -> None:
     """`after` is `before` with masked channels, at another size than captured."""
     inputs = inputs_of(name, 2, 12)
@@ -186,11 +192,11 @@ def test_everything_coupled_shrinks(pair: Pair, name: str) -> None:
     program = peftfx.run(base, ADAPTED)
     pruned = peftfx.run(program, PRUNE)
     for site_id, keep in kept_of(pruned).items():
-        block = pruned.sites[site_id]
-        down = pruned.sites[block.down]
+        block: Any = pruned.sites[site_id]
+        down: Any = pruned.sites[block.down]
         for linear in {block.up, block.gate or block.up}:
-            assert pruned.sites[linear].out_features == len(keep)
-        assert down.in_features == len(keep) < program.sites[block.down].in_features
+            assert site_of(pruned, linear).out_features == len(keep)
+        assert down.in_features == len(keep) < site_of(program, block.down).in_features
     for attachment in pruned.attachments:
         site = pruned.sites[attachment.site]
         for n, p in pruned.branch(attachment).named_parameters():
