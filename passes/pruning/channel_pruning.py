@@ -37,6 +37,8 @@ from ...rewriter.sites.sites import LinearSite
 class ChannelPruning(Pass):
     """Shrinks feed-forward blocks.
 
+    The certificate says which share of all parameters, adapters included, was removed.
+
     Attributes:
         ratio: the share of channels that is removed.
         where: which blocks.
@@ -81,6 +83,7 @@ class ChannelPruning(Pass):
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         edit.skipped += list(plan.decisions["skipped"].items())
+        before = _size(edit.program)
         for site_id, kept in plan.decisions["kept"].items():
             group = edit.channels(edit.program.sites[site_id])  # pyright: ignore[reportArgumentType]
             if len(kept) == group.count:
@@ -88,6 +91,7 @@ class ChannelPruning(Pass):
                 continue
             edit.cut(group, kept)
             edit.edited.append(site_id)
+        edit.figures["removed"] = 1 - _size(edit.program) / before
 
     def _scores(
         self, program: Program, groups: Mapping[str, Channels], data: Any
@@ -119,6 +123,10 @@ class ChannelPruning(Pass):
             order = score.sort(descending=True, stable=True).indices[:width]
             kept[site_id] = torch.isin(roots, roots[order]).nonzero().flatten().tolist()
         return kept
+
+
+def _size(program: Program) -> int:
+    return sum(p.numel() for p in program.module.parameters())
 
 
 def _elements(program: Program, site: LinearSite, slope: Tensor | None) -> Tensor:

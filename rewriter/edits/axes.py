@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from ..aten import data_index, is_op, shape, source_line, submodule, users, value
 from ..errors import PassError
 from ..program import Program
-from ..sites.sites import FeedForwardSite, LinearSite
+from ..sites.sites import AttentionSite, FeedForwardSite, LinearSite
 from .branch import Branch, RowScale
 from .ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
 
@@ -52,12 +52,16 @@ class Channels:
         return len(self.roots)
 
 
-def channels(program: Program, site: FeedForwardSite) -> Channels:
-    """The inner channels of a feed-forward block, numbered as the inputs of its down projection.
+def channels(program: Program, site: FeedForwardSite | AttentionSite) -> Channels:
+    """What a block can lose: the inner channels of a feed-forward block, numbered as the inputs of
+    its down projection, or the heads of an attention, coupled where they share keys and values.
 
     Raises:
         PassError: they cannot be told apart everywhere; says where and why.
     """
+    nodes = {n.meta.get("call", n.name): n for n in program.module.graph.nodes}
+    if isinstance(site, AttentionSite):
+        return _Spread(program.module).run((nodes[site.nodes[0]], 1), site.heads, site.id)
     if site.experts:
         raise PassError(
             f"{site.id}: its {site.experts} experts share one tensor, and every expert would have "
@@ -66,7 +70,6 @@ def channels(program: Program, site: FeedForwardSite) -> Channels:
     down = program.sites[site.down]
     if not isinstance(down, LinearSite):
         raise PassError(f"{site.id}: its down projection is not a linear.")
-    nodes = {n.meta.get("call", n.name): n for n in program.module.graph.nodes}
     call = nodes[down.nodes[0]]
     data = call.args[data_index(call) if call.op == "call_function" else 0]
     rank = len(shape(data) or ())

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from ..aten import ATEN, attribute, is_op, named_arguments, overloads, set_attribute, submodule
 from ..errors import PassError
 from ..program import Program
-from ..sites.sites import LinearSite, Site, Sites
+from ..sites.sites import AttentionSite, LinearSite, Site, Sites
 from .axes import Channels
 from .branch import Branch, RowScale
 from .ties import DIVISIONS, EXPANSIONS, RESHAPES, Ref, owner, pieces, span
@@ -160,7 +160,19 @@ def _resize_division(node: Node, left: Mapping[Ref, Tensor]) -> None:
 
 
 def _sites(sites: Sites, left: Mapping[Ref, Tensor], names: set[str]) -> Sites:
-    return replace(sites, items=tuple(_site(s, left, names) for s in sites))
+    sites = replace(sites, items=tuple(_site(s, left, names) for s in sites))
+    return replace(sites, items=tuple(_heads(s, sites, names) for s in sites))
+
+
+def _heads(site: Site, sites: Sites, names: set[str]) -> Site:
+    """An attention with the heads that its projections have left."""
+    if not isinstance(site, AttentionSite):
+        return site
+    q, k = sites[site.q], sites[site.k]
+    if not isinstance(q, LinearSite) or not isinstance(k, LinearSite) or q.weight not in names:
+        return site
+    heads, kv_heads = (s.out_features // site.head_dim for s in (q, k))
+    return replace(site, heads=heads, kv_heads=kv_heads)
 
 
 def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str]) -> Site:

@@ -267,8 +267,8 @@ class Editor:
 
     # Channels.
 
-    def channels(self, site: FeedForwardSite) -> Channels:
-        """The inner channels of a block with everything that is coupled to them."""
+    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
+        """Inner channels or heads of a block, with everything that is coupled to them."""
         return channels(self.program, site)
 
     def cut(self, group: Channels, keep: Sequence[int]) -> None:

@@ -67,7 +67,10 @@ RESHAPES = overloads(
     "reshape_as",
 )  # fmt: skip
 EXPANSIONS = overloads("expand", "expand_as", "broadcast_to")
-COPIES = CASTS | overloads("clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy")
+COPIES = CASTS | overloads(
+    "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy", "where", "masked_fill"
+)
+"""Element-wise operators that torch does not tag so."""
 _SWAPS = overloads("transpose", "swapaxes", "swapdims")
 _TURNS = overloads("t", "mT", "numpy_T", "permute") | _SWAPS
 _NORMS = overloads("layer_norm", "rms_norm")
@@ -289,6 +292,8 @@ def _attention(node: Node) -> list[Relation]:
     """Heads; the width of queries and keys is none, because the scale depends on it."""
     q, k, v = _tensors(node.args[:3])
     found = [*_leading(q, node, 2), *_leading(k, v, 2), *_aligned(v, -1, node, -1)]
+    for mask in _tensors(node.args[3:4]):
+        found += _leading(mask, node, 2)
     heads, groups = _sizes(q)[1], _sizes(k)[1]
     if heads == groups:
         return [*found, *_aligned(k, 1, q, 1)]

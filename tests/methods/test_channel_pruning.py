@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits.axes import channels
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import ExportError, OptionError, PassError
+from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
-from peftfx.rewriter.sites.sites import FeedForwardSite, LinearSite
+from peftfx.rewriter.sites.sites import AttentionSite, FeedForwardSite, LinearSite
 
 from .. import models
 from ..models import batch, first, moved, randomise
@@ -206,6 +207,8 @@ def test_everything_coupled_shrinks(pair: Pair, name: str) -> None:
                 assert p.shape[1] == site.in_features
     sizes = [sum(p.numel() for p in q.module.parameters()) for q in (program, pruned)]
     assert sizes[1] < sizes[0]
+    said = pruned.history[-1].certificate.measured["removed"]
+    assert said == pytest.approx(1 - sizes[1] / sizes[0])
     before = {n: p for n, p in program.module.named_parameters()}
     assert pruned.named_trainable_parameters().keys() == program.named_trainable_parameters().keys()
     assert all(before[n].shape == p.shape for n, p in base.module.named_parameters())
@@ -489,3 +492,56 @@ def test_the_editor_guards_its_cut(pair: Pair) -> None:
         with pytest.raises(PassError, match="channels to keep"):
             edit.cut(group, wrong)
     assert channels(base, site).count == 64
+
+
+@pytest.mark.parametrize(("name", "keep"), [("decoder", (2, 3)), ("gpt2", (0, 2))])
+def test_heads_are_channels_as_well(pair: Pair, name: str, keep: tuple[int, ...]) -> None:
+    """The same analysis: heads with their shared keys and values, rotation, fused projections."""
+    _, base = pair(name, torch.float64)
+    program = randomise(peftfx.run(base, "lora{rank=2,where=q|k|v|o};ia3"), 0.2)
+    site = program.sites.select("attention and self", ("attention",))[0]
+    assert isinstance(site, AttentionSite)
+    o = site_of(program, site.o)
+    gone = [i for i in range(o.in_features) if i // site.head_dim not in keep]
+    hidden = program.fork()
+    with torch.no_grad():
+        weight = hidden.module.get_parameter(o.weight)
+        weight[gone if o.in_out else slice(None), slice(None) if o.in_out else gone] = 0
+        hidden.module.get_parameter(f"peftfx.lora.{o.id.removesuffix('.weight')}.delta.a")[
+            :, gone
+        ] = 0
+    edit = Editor(program.fork())
+    group = edit.channels(site)
+    if site.kv_heads < site.heads:
+        assert group.roots.tolist() == [0, 0, 2, 2]
+        with pytest.raises(PassError, match="goes only together with"):
+            edit.cut(group, [1, 2, 3])
+    edit.cut(group, keep)
+    edit.finish()
+    propagate(edit.program)
+    after = edit.program.sites[site.id]
+    assert isinstance(after, AttentionSite) and after.heads == len(keep)
+    inputs = inputs_of(name, 2, 12)
+    want, got = first(hidden(**inputs)).detach(), first(edit.program(**inputs)).detach()
+    assert float((want - got).abs().max()) < 1e-12 * float(want.abs().max())
+    assert moved(first(program(**inputs)), got) > 0.001
+
+
+def test_what_a_norm_mixes_is_no_channel(pair: Pair) -> None:
+    _, base = pair("decoder")
+    edit = Editor(base.fork())
+    (site,) = (s for s in base.sites.of("feedforward") if s.layer == 0)
+    assert isinstance(site, FeedForwardSite)
+    wide = replace(site, down=site.up)  # the inputs of up: the residual width
+    with pytest.raises(PassError, match=r"mean\.dim mixes them"):
+        edit.channels(wide)
+
+
+def test_heads_with_one_table_of_biases_are_refused(pair: Pair) -> None:
+    """T5's layers share the biases of their heads; an embedding is no part of a cut yet."""
+    _, base = pair("t5")
+    edit = Editor(base.fork())
+    site = base.sites.select("attention and self", ("attention",))[0]
+    assert isinstance(site, AttentionSite)
+    with pytest.raises(PassError, match="embedding site cannot be cut yet"):
+        edit.cut(edit.channels(site), [1])
