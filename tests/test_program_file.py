@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import (
@@ -285,3 +287,31 @@ def test_saving_changes_nothing(captured: Any, tmp_path: Path) -> None:
     save(program, tmp_path / "p")
     assert program.module is before and program.text() == text
     assert [a.adapter for a in program.attachments].count("lora") == 4
+
+
+class Noisy(nn.Module):
+    """A residual block whose branch is dropped at random in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(8, 24), nn.Linear(24, 8), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(F.gelu(self.fc1(x)))
+        if self.training:
+            y = self.drop(y) * (torch.rand(x.shape[0], 1, 1) < 0.5) / 0.5
+        return x + y
+
+
+def test_what_only_training_runs_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = peftfx.capture(Noisy().eval(), (torch.randn(4, 3, 8),))
+    assert any(type(m).__name__ == "TrainingOnly" for m in program.module.modules())
+    save(program, tmp_path / "p")
+    loaded = peftfx.load_program(tmp_path / "p")
+    x = torch.randn(6, 5, 8)
+    for mode in (True, False):
+        torch.manual_seed(1)
+        want = program.train(mode)(x)
+        torch.manual_seed(1)
+        assert torch.equal(loaded.train(mode)(x), want)
