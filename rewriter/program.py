@@ -229,10 +229,10 @@ class Program:
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
         extra = [n for n in (*extra, *self.untied) if n not in state]
-        if strict and (cut := self._reshaped(state)):
+        if strict and (cut := self.reshaped()):
             raise ExportError(
                 f"{len(cut)} tensors have another shape than the original model's, first "
-                f"{cut[0]}: {tuple(state[cut[0]].shape)}. So load_state_dict cannot work. Save "
+                f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
                 "the program itself (peftfx.save_program), or take the tensors with "
                 "export_state_dict(strict=False)."
             )
@@ -248,14 +248,10 @@ class Program:
             state.update({n: held[n].detach() for n in extra})
         return state
 
-    def _reshaped(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors whose shape is not that of the captured program."""
+    def reshaped(self) -> list[str]:
+        """Names of the captured program's tensors that have another shape now."""
         before = dict(self.base._stored()) if self.origin is not None else {}
-        return [
-            name for name, tensor in state.items()
-            if (old := before.get(self.aliases.get(name, name))) is not None
-            and old.shape != tensor.shape
-        ]  # fmt: skip
+        return [n for n, t in self._stored() if n in before and before[n].shape != t.shape]
 
     def without(self, name: str) -> Program:
         """The program without one adapter; every other adapter keeps its current values.

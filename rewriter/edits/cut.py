@@ -20,10 +20,10 @@ from ..program import Program
 from ..sites.sites import AttentionSite, LinearSite, Site, Sites
 from .axes import Channels
 from .branch import Branch, RowScale
-from .ties import DIVISIONS, EXPANSIONS, RESHAPES, Ref, owner, pieces, span
+from .ties import DIVISIONS, Ref, owner, pieces, span
 
 _SPANS = overloads("slice", "narrow")
-_LISTS = (RESHAPES | EXPANSIONS) - overloads("unflatten")
+_LISTS = overloads("view", "reshape", "_unsafe_view", "expand", "broadcast_to")
 
 
 def cut_channels(program: Program, group: Channels, keep: Sequence[int]) -> None:

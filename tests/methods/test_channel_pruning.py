@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits.axes import channels
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.errors import ExportError, OptionError, PassError
+from peftfx.rewriter.errors import ExportError, FoldError, OptionError, PassError
 from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
 from peftfx.rewriter.sites.sites import AttentionSite, FeedForwardSite, LinearSite
@@ -272,6 +273,20 @@ def test_the_original_model_does_not_take_it(pair: Pair) -> None:
         pruned.export_state_dict()
     state = pruned.export_state_dict(strict=False)
     assert state["layers.0.fc1.bias"].shape == (39,) and set(state) == set(model.state_dict())
+
+
+def test_checkpoints(pair: Pair, tmp_path: Path) -> None:
+    """Weights stream into a program whose artifact cuts them; nothing is folded into old shapes."""
+    model, base = pair("encoder")
+    (tmp_path / "base").mkdir()
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    save_file(state, tmp_path / "base" / "model.safetensors")
+    program = randomise(peftfx.run(base, "lora{where=ffn};channel_pruning"), 0.2)
+    with pytest.raises(FoldError, match="another shape than in the checkpoint"):
+        peftfx.fold_checkpoint(program, tmp_path / "base", tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+    loaded = peftfx.load_weights(program, tmp_path / "base")
+    assert torch.equal(first(loaded(**batch())), first(program(**batch())))
 
 
 def test_onnx_is_smaller_and_agrees(pair: Pair, tmp_path: Path) -> None:
