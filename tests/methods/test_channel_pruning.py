@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits.axes import channels
+from peftfx.rewriter.edits.branch import Axes, RowScale
 from peftfx.rewriter.edits.edit import Editor
+from peftfx.rewriter.edits.fold import fold
 from peftfx.rewriter.errors import ExportError, FoldError, OptionError, PassError
 from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
@@ -560,3 +562,61 @@ def test_heads_with_one_table_of_biases_are_refused(pair: Pair) -> None:
     assert isinstance(site, AttentionSite)
     with pytest.raises(PassError, match="embedding site cannot be cut yet"):
         edit.cut(edit.channels(site), [1])
+
+
+class Rows(RowScale):
+    """`W' = m (W + B A) / |W + B A|`, row by row."""
+
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "b": ("out", "rank"), "m": ("out",)}
+
+    def __init__(self, site: LinearSite) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, site.in_features, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(site.out_features, 2, dtype=torch.float64))
+        self.m = nn.Parameter(torch.rand(site.out_features, dtype=torch.float64))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return (x @ self.a.T) @ self.b.T
+
+    def delta(self) -> Tensor:
+        return self.b @ self.a
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return self.m / (weight + self.delta()).norm(dim=1)
+
+
+@pytest.mark.parametrize("name", ["decoder", "phi3", "gpt2"])
+def test_row_scales(pair: Pair, name: str) -> None:
+    """Rows go with their magnitudes; columns do not go, because every row's norm has them."""
+    _, base = pair(name, torch.float64)
+    torch.manual_seed(0)
+
+    def with_rows(role: str) -> Any:
+        edit = Editor(base.fork(), "rows")
+        for site in base.sites.select(role, ("linear",)):
+            assert isinstance(site, LinearSite)
+            edit.rescale(site, Rows(site))
+        edit.finish()
+        propagate(edit.program)
+        return edit.program
+
+    program = with_rows("ffn.up")
+    pruned = peftfx.run(program, PRUNE)
+    hidden = program.fork()
+    with torch.no_grad():
+        for site_id, keep in kept_of(pruned).items():
+            block: Any = program.sites[site_id]
+            down = site_of(program, block.down)
+            gone = sorted(set(range(down.in_features)) - set(keep))
+            weight = hidden.module.get_parameter(down.weight)
+            weight[gone if down.in_out else slice(None), slice(None) if down.in_out else gone] = 0
+    inputs = inputs_of(name, 2, 12)
+    want, got = first(hidden(**inputs)).detach(), first(pruned(**inputs)).detach()
+    assert float((want - got).abs().max()) < 1e-12 * float(want.abs().max())
+    assert moved(first(program(**inputs)), got) > 0.001
+    edit = Editor(pruned.fork())
+    assert not fold(edit, [a.path for a in pruned.attachments], "refuse").kept
+    edit.finish()
+    torch.testing.assert_close(first(edit.program(**inputs)).detach(), got, rtol=0, atol=1e-12)
+    with pytest.raises(PassError, match="rescales rows by what depends on all of their columns"):
+        peftfx.run(with_rows("ffn.down"), PRUNE)
