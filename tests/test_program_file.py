@@ -315,3 +315,11 @@ def test_what_only_training_runs_is_kept(tmp_path: Path) -> None:
         want = program.train(mode)(x)
         torch.manual_seed(1)
         assert torch.equal(loaded.train(mode)(x), want)
+
+
+def test_it_exports(captured: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    _, base = captured["llama"]
+    save(randomise(peftfx.run(base, "lora{where=ffn};channel_pruning")), tmp_path / "p")
+    report = peftfx.export_onnx(peftfx.load_program(tmp_path / "p"), tmp_path / "m.onnx")
+    assert report.error <= 1e-5 and report.outputs == ("logits",)
