@@ -17,16 +17,18 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits.axes import channels
-from peftfx.rewriter.edits.branch import Axes, RowScale
+from peftfx.rewriter.edits.branch import Axes, InputScale, RowScale
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.edits.fold import fold
 from peftfx.rewriter.errors import ExportError, FoldError, OptionError, PassError
+from peftfx.rewriter.running.passes import Method
 from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
 from peftfx.rewriter.sites.sites import AttentionSite, FeedForwardSite, LinearSite
 
 from .. import models
 from ..models import batch, first, moved, randomise
+from ..recipes import METHODS, RECIPES
 from ..zoo import ZOO
 
 NAMES = ("encoder", "decoder", "gpt2", "phi3", "t5")
@@ -620,3 +622,44 @@ def test_row_scales(pair: Pair, name: str) -> None:
     torch.testing.assert_close(first(edit.program(**inputs)).detach(), got, rtol=0, atol=1e-12)
     with pytest.raises(PassError, match="rescales rows by what depends on all of their columns"):
         peftfx.run(with_rows("ffn.down"), PRUNE)
+
+
+class Mask(InputScale):
+    """A fixed mask on what enters a linear and its branches."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.mask: Tensor
+
+    def scale(self) -> Tensor:
+        return self.mask
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_cut_in_place_or_refuses(pair: Pair, method: str) -> None:
+    """At the feed-forward block where it works on linears, else at its own place."""
+    _, base = pair("decoder", torch.float64)
+    *before, item = peftfx.parse(RECIPES[method])
+    assert isinstance(item, Method)
+    if "linear" in item.kinds:
+        item = replace(item, where="ffn")
+    program = randomise(peftfx.run(base, [*before, item]), 0.2)
+    try:
+        pruned = peftfx.run(program, PRUNE)
+    except PassError as error:
+        assert "its channels cannot be cut, because" in str(error)
+        return
+    assert len(pruned.history[-1].edited) == 2
+    edit = Editor(program.fork(), "hidden")
+    for site_id, keep in kept_of(pruned).items():
+        block: Any = program.sites[site_id]
+        mask = torch.zeros(site_of(program, block.down).in_features, dtype=torch.float64)
+        mask[keep] = 1
+        edit.scale(site_of(program, block.down), Mask(mask))
+    edit.finish()
+    propagate(edit.program)
+    inputs = batch(2, 12, pad=3)
+    want, got = first(edit.program(**inputs)).detach(), first(pruned(**inputs)).detach()
+    assert float((want - got).abs().max()) < 1e-12 * float(want.abs().max())
+    assert moved(first(program(**inputs)), got) > 0.01
