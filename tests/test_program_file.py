@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.rewriter.edits.branch import Delta, Expression
+from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import (
     ArtifactError,
     CorruptFileError,
@@ -23,7 +25,9 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )
+from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
+from peftfx.rewriter.sites.sites import LinearSite
 
 from .models import Convolutional, batch, first, moved, randomise
 
@@ -323,3 +327,67 @@ def test_it_exports(captured: Any, tmp_path: Path) -> None:
     save(randomise(peftfx.run(base, "lora{where=ffn};channel_pruning")), tmp_path / "p")
     report = peftfx.export_onnx(peftfx.load_program(tmp_path / "p"), tmp_path / "m.onnx")
     assert report.error <= 1e-5 and report.outputs == ("logits",)
+
+
+class Whole(Expression):
+    """Holds a weight itself."""
+
+    replaces = True
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(weight.clone())
+
+    def forward(self) -> Tensor:
+        return self.w * 2
+
+
+class Generator(nn.Module):
+    """Evaluated once a forward; two sites read what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.randn(3))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {"up": self.g + 1, "down": self.g * 3}
+
+
+class Gated(Delta):
+    """A dense branch times a gate that is read from the graph."""
+
+    def __init__(self, site: LinearSite) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(site.out_features, site.in_features) * 0.1)
+
+    def branch(self, x: Tensor, gate: Tensor) -> Tensor:
+        return (x @ self.w.T) * gate.sum()
+
+
+def test_expressions_and_shared_modules_become_operators(captured: Any, tmp_path: Path) -> None:
+    _, base = captured["encoder"]
+    torch.manual_seed(0)
+    edit = Editor(base.fork(), "mine")
+    up, down = (base.sites[f"layers.0.fc{i}.weight"] for i in (1, 2))
+    assert isinstance(up, LinearSite) and isinstance(down, LinearSite)
+    made = edit.share("generator", Generator())
+    edit.add(up, Gated(up), gate=edit.item(made, "up"))
+    edit.add(down, Gated(down), gate=edit.item(made, "down"))
+    other = base.sites["layers.1.fc1.weight"]
+    weight = base.module.get_parameter(other.id).detach()
+    edit.express(other, other.id, Whole(weight))
+    edit.finish()
+    propagate(edit.program)
+    save(edit.program, tmp_path / "p")
+    loaded = peftfx.load_program(tmp_path / "p")
+    inputs = batch(2, 12, pad=3)
+    want = first(edit.program(**inputs))
+    assert torch.equal(first(loaded(**inputs)), want)
+    assert moved(first(base(**inputs)), want) > 0.01
+    theirs = dict(loaded.module.named_parameters())
+    assert torch.equal(theirs["peftfx.mine.generator.g"], made_parameter(edit.program))
+    assert other.id not in theirs
+
+
+def made_parameter(program: Any) -> Tensor:
+    return program.module.get_parameter("peftfx.mine.generator.g")

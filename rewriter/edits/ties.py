@@ -342,9 +342,9 @@ def _repeat(node: Node) -> list[Relation]:
 
 def _branch(node: Node, branch: Branch) -> list[Relation]:
     """Ties of what a branch reads and writes to its own tensors, by the axes that it declares."""
-    x: Any = node.args[0]
-    if not branch.reads or shape(x) is None or shape(node) is None:
+    if not branch.reads or shape(node) is None:
         return []
+    x: Any = node.args[0]
     axis = branch.axis % len(_sizes(x))
     found = [t for k in range(len(_sizes(x))) if k != axis for t in _aligned(x, k, node, k)]
     held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}

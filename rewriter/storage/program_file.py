@@ -114,6 +114,10 @@ def save_program(program: Program, directory: str | Path) -> None:
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
+    try:
+        check_graph(_assembled(manifest, parse_json(graph, GRAPH, GRAPH_LIMIT), tensors))
+    except (*_DAMAGE, RewriteError) as error:
+        raise ExportError(f"the program cannot be saved: it does not read back: {error}") from error
     files = {GRAPH: graph, TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
     write_directory(directory, files, MANIFEST)
 
@@ -224,7 +228,7 @@ def _must_fit(gm: GraphModule, sites: Sites, held: dict[str, tuple[Tensor, bool]
     names = {n.name for n in gm.graph.nodes}
     stored = {n for n, (t, _) in held.items() if isinstance(t, nn.Parameter)}
     for site in sites:
-        if isinstance(site, LinearSite) and site.weight not in stored:
+        if isinstance(site, LinearSite) and site.weight in set(held) - stored:
             raise ValueError(f"the weight {site.weight} of a site is no parameter")
         if missing := [n for n in site.nodes if n not in names]:
             raise ValueError(f"the site {site.id} names the node {missing[0]}, which is missing")
