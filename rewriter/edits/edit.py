@@ -44,7 +44,7 @@ from .branch import (
 )
 from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
-from .replacing import express, settle
+from .replacing import express, matrix_of, settle
 from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
@@ -91,6 +91,10 @@ class Editor:
     def weight(self, site: LinearSite) -> Weight:
         """What the site multiplies by."""
         return Weight.of(self.graph_module, site)
+
+    def matrix(self, site: LinearSite) -> Tensor:
+        """What the site multiplies by now, expressions included, `[own out, in]`."""
+        return matrix_of(self, site)
 
     def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
