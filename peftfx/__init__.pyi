@@ -9,13 +9,14 @@ from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake
 from .passes.merging.fold import Fold as Fold
+from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import Controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
@@ -30,3 +31,4 @@ from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
 
 __version__: str
+controllers = Controllers

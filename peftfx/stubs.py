@@ -19,7 +19,7 @@ from .exporters.onnx_export import export_onnx as export_onnx
 _TAIL = """from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import Controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
@@ -34,6 +34,7 @@ from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
 
 __version__: str
+controllers = Controllers
 """
 
 
