@@ -25,6 +25,7 @@ from .rewriter.running.pipeline import Pipeline, parse, run
 from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
 from .rewriter.storage.stream import fold_checkpoint, load_weights
+from .trainers import lightning_callback, trainer_callback
 
 __version__ = VERSION
 
@@ -55,6 +56,7 @@ __all__ = [
     "draw_sites",
     "export_onnx",
     "fold_checkpoint",
+    "lightning_callback",
     "load",
     "load_weights",
     "observe",
@@ -62,4 +64,5 @@ __all__ = [
     "run",
     "save",
     "tap",
+    "trainer_callback",
 ]

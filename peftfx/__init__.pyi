@@ -29,6 +29,8 @@ from .rewriter.storage.artifact import load as load
 from .rewriter.storage.artifact import save as save
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
+from .trainers import lightning_callback as lightning_callback
+from .trainers import trainer_callback as trainer_callback
 
 __version__: str
 controllers = Controllers

@@ -144,10 +144,10 @@ class AdaLoRAController(Controller):
         return {"sensitivity": dict(self.sensitivity), "uncertainty": dict(self.uncertainty)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        shapes = {n: t.shape for n, t in self._parameters().items()}
-        given: list[dict[str, Tensor]] = [
-            {n: t.clone() for n, t in state[key].items()} for key in ("sensitivity", "uncertainty")
-        ]
+        held, given = self._parameters(), (state["sensitivity"], state["uncertainty"])
+        shapes = {n: t.shape for n, t in held.items()}
         if any(g and {n: t.shape for n, t in g.items()} != shapes for g in given):
             raise PassError(f"{self.method.adapter}: the state is of other branches or ranks.")
-        self.sensitivity, self.uncertainty = given
+        self.sensitivity, self.uncertainty = (
+            {n: t.detach().to(held[n].device, copy=True) for n, t in g.items()} for g in given
+        )
