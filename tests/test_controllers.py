@@ -110,7 +110,7 @@ class Recorder(Controller):
         self.seen.append(("after", step))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": len(self.seen), "last": torch.tensor(self.seen[-1][1])}
+        return {"count": len(self.seen), "last": torch.ones(2)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seen = ["loaded"] * int(state["count"])
@@ -145,7 +145,7 @@ def test_the_loop_calls_in_order(captured: Any, recorded: str) -> None:
 def test_misuse_is_named(captured: Any) -> None:
     _, base = captured["encoder"]
     with pytest.raises(PassError, match="nothing trains"):
-        peftfx.controllers(base).param_groups(lr=1e-3)
+        peftfx.controllers(peftfx.run(base, "lora;fold")).param_groups(lr=1e-3)
     controllers = peftfx.controllers(peftfx.run(base, "lora;ia3"))
     for call in (controllers.before_step, controllers.after_step):
         with pytest.raises(PassError, match=r"call controllers.start\(optimizer, total_steps\)"):
@@ -225,7 +225,8 @@ def trainer(
         "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", **options,
     })  # fmt: skip
     made = InOrder(
-        model=program.module, args=arguments, train_dataset=Batches(labels), callbacks=[callback],
+        model=program.module, args=arguments, callbacks=[callback], train_dataset=Batches(labels),
+        eval_dataset=torch.utils.data.Subset(Batches(labels), range(3)),
         optimizers=(torch.optim.AdamW(controllers.param_groups(0.02, 0.01)), None),
         compute_loss_func=None if labels else callback.compute_loss(
             lambda outputs, _, num_items_in_batch: task_loss(outputs)
@@ -294,7 +295,6 @@ def test_trainer_calls_in_order(
         program, tmp_path, labels, gradient_accumulation_steps=2, max_steps=3,
         eval_strategy="steps" if labels else "no", eval_steps=1,
     )  # fmt: skip
-    made.eval_dataset = torch.utils.data.Subset(Batches(labels), range(3))
     made.train()
     assert controllers.each["lora"].seen == [("start", 3), *expected(range(3), parts=2)]
 
