@@ -123,6 +123,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> str:
     return "lora{rank=2,where=q}"
 
 
+def recorder(controllers: Any) -> Any:
+    """The recording controller."""
+    return controllers.each["lora"]
+
+
 def expected(steps: range, parts: int = 1) -> list[Any]:
     found: list[Any] = []
     for step in steps:
@@ -139,7 +144,7 @@ def test_the_loop_calls_in_order(captured: Any, recorded: str) -> None:
     assert rates["b"] == 0.16 and rates["a"] == 0.01
     controllers.start(torch.optim.SGD(groups), 3)
     loop(program, controllers, torch.optim.SGD(groups), range(3))
-    assert controllers.each["lora"].seen == [("start", 3), *expected(range(3))]
+    assert recorder(controllers).seen == [("start", 3), *expected(range(3))]
 
 
 def test_misuse_is_named(captured: Any) -> None:
@@ -214,16 +219,17 @@ def trainer(
     import transformers
 
     class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(train_dataset or Batches(labels))
 
     controllers = peftfx.controllers(program)
     callback = peftfx.trainer_callback(controllers, resume)
-    arguments = transformers.TrainingArguments(**{
+    usual: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 3,
         "save_steps": 4, "report_to": [], "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no", **options,
-    })  # fmt: skip
+        "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no",
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(**(usual | options))
     made = InOrder(
         model=program.module, args=arguments, callbacks=[callback], train_dataset=Batches(labels),
         eval_dataset=torch.utils.data.Subset(Batches(labels), range(3)),
@@ -296,7 +302,7 @@ def test_trainer_calls_in_order(
         eval_strategy="steps" if labels else "no", eval_steps=1,
     )  # fmt: skip
     made.train()
-    assert controllers.each["lora"].seen == [("start", 3), *expected(range(3), parts=2)]
+    assert recorder(controllers).seen == [("start", 3), *expected(range(3), parts=2)]
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -319,8 +325,8 @@ def test_accumulated_terms_count_once(
         program, tmp_path, labels, gradient_accumulation_steps=2, max_steps=1
     )
     seen: list[Any] = []
-    controllers.each["lora"].after_step = lambda step: seen.extend(
-        (g.clone(), w.clone()) for g, w in controllers.each["lora"].seen
+    recorder(controllers).after_step = lambda step: seen.extend(
+        (g.clone(), w.clone()) for g, w in recorder(controllers).seen
     )
     made.train()
     assert len(seen) == 2
@@ -412,7 +418,7 @@ def test_lightning_calls_in_order(captured: Any, recorded: str) -> None:
     controllers = peftfx.controllers(program)
     optimizer = torch.optim.SGD(controllers.param_groups(lr=0.01))
     Fit(optimizer, peftfx.lightning_callback(controllers)).run(program, range(6), 2)
-    assert controllers.each["lora"].seen == [("start", STEPS), *expected(range(3), parts=2)]
+    assert recorder(controllers).seen == [("start", STEPS), *expected(range(3), parts=2)]
 
 
 def test_importing_needs_neither_trainer() -> None:
