@@ -19,7 +19,7 @@ from .exporters.onnx_export import export_onnx as export_onnx
 _TAIL = """from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
-from .rewriter.running.controller import Controllers
+from .rewriter.running.controller import controllers as controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
@@ -36,7 +36,6 @@ from .trainers import lightning_callback as lightning_callback
 from .trainers import trainer_callback as trainer_callback
 
 __version__: str
-controllers = Controllers
 """
 
 

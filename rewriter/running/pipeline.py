@@ -43,7 +43,7 @@ class Pipeline:
         return iter(self.passes)
 
 
-Passes = Pipeline | Pass | Sequence[Pass | str] | str | Path
+Passes = Pass | Pipeline | Sequence[Pass | str] | str | Path
 
 
 # Parsing.
