@@ -13,8 +13,9 @@ Folds exactly: `diag(c) (W + s B A)`.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,12 @@ def squared_norms(weight: Tensor) -> Tensor:
 def root(squares: Tensor) -> Tensor:
     """Square roots; a row of zeros has the smallest norm that can be divided by."""
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands, under autocast, too."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class DoRABranch(RowScale):
@@ -61,8 +68,9 @@ class DoRABranch(RowScale):
         w, a, b = factors if self.through_norm else (t.detach() for t in factors)
         squares = squared_norms(w)
         w, a, b = (t.to(squares.dtype) for t in (w, a, b))
-        crossed = (F.linear(w, a) * b).sum(1)
-        moved = (b @ F.linear(a, a) * b).sum(1)
+        with full_precision(w):
+            crossed = (F.linear(w, a) * b).sum(1)
+            moved = (b @ F.linear(a, a) * b).sum(1)
         return self.m / root(squares + 2 * self.scale * crossed + self.scale**2 * moved)
 
     def describe(self) -> str:

@@ -238,6 +238,23 @@ def test_norms_in_low_precision_are_those_of_float32() -> None:
     torch.testing.assert_close(stored.double(), want[:, None] * v, rtol=2**-8, atol=1e-6)
 
 
+def test_norms_under_autocast_are_those_of_float32(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "dora{rank=4,where=q}"))
+    attachment = program.attachments[0]
+    branch, weight = program.branch(attachment), program.module.get_parameter(attachment.site)
+    assert isinstance(branch, DoRABranch)
+    want = branch.rows(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(branch.rows(weight), want)
+        x = torch.randn(5, 32)
+        assert branch(F.linear(x, weight), x, weight).dtype == torch.bfloat16
+    compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = first(compiled(**batch())), first(program(**batch()))
+    torch.testing.assert_close(got, plain, rtol=0.02, atol=0.02)
+
+
 class Doubled(Expression):
     """w' = (1 + g) w."""
 
