@@ -26,6 +26,7 @@ from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
 from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
+from .trainers import lightning_callback, trainer_callback
 
 __version__ = VERSION
 
@@ -56,6 +57,7 @@ __all__ = [
     "draw_sites",
     "export_onnx",
     "fold_checkpoint",
+    "lightning_callback",
     "load",
     "load_program",
     "load_weights",
@@ -65,4 +67,5 @@ __all__ = [
     "save",
     "save_program",
     "tap",
+    "trainer_callback",
 ]

@@ -18,12 +18,15 @@ from ..aten import (
     is_op,
     parameter_of,
     set_attribute,
+    submodule,
     users,
     value,
 )  # fmt: skip
 from ..errors import PassError
 from ..program import Program
 from ..sites.sites import ConvSite, LinearSite
+from .branch import RowScale
+from .compose import at_weight, compose, composed_value
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -37,7 +40,7 @@ def add_bias(edit: Editor, site: LinearSite | ConvSite) -> str:
         size = site.channels[1]
     else:
         size = edit.weight(site).out_features
-    own = {_own_bias(gm, edit.node(call), size) for call in site.nodes}
+    own = {_own_bias(gm, composed_value(edit.node(call)), size) for call in site.nodes}
     if len(own) == 1 and (found := own.pop()) is not None:
         return found
     name = _bias_name(program, site.weight)
@@ -59,12 +62,16 @@ def _add(edit: Editor, site: LinearSite | ConvSite, node: Node, name: str, size:
         bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
         node.args = (node.args[0], node.args[1], bias, *node.args[3:])
         _know_bias(edit.program, site.weight, name)
+        if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
+            compose(edit.program, node, site.weight)  # a row scale leaves the bias alone
     elif is_op(node, ATEN.addmm.default):
         raise PassError(f"{site.id} has a bias already.")
     else:
         with graph.inserting_before(node):
             if isinstance(site, LinearSite) and site.left:
                 bias = graph.call_function(ATEN.unsqueeze.default, (bias, -1))
+        scaled = (u for u in users(node) if isinstance(submodule(edit.graph_module, u), RowScale))
+        node = next(scaled, node)
         with graph.inserting_after(node):
             added = graph.call_function(ATEN.add.Tensor, (node, bias))
         node.replace_all_uses_with(added, delete_user_cb=lambda u: u is not added)

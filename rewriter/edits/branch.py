@@ -199,10 +199,10 @@ class RowScale(Branch):
         return self._spread(self.delta().mT, 0.0).mT
 
     def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        c = self.full_rows(weight).to(y.dtype)
-        y = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
-        y = y * c if bias is None else y * c + (1 - c) * bias
-        return self.features_back(y)
+        c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
+        own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
+        scaled = own * c if bias is None else own * c + (1 - c) * bias
+        return self.features_back(scaled.to(y.dtype))
 
 
 class Expression(Branch):

@@ -47,7 +47,7 @@ from .branch import (
 from .compose import compose, composed_value, site_nodes
 from .cut import cut_channels
 from .keyvalue import key_value_widths, prepend_key_value
-from .replacing import express, settle
+from .replacing import express, matrix_of, settle
 from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
@@ -95,6 +95,10 @@ class Editor:
         """What the site multiplies by."""
         return Weight.of(self.graph_module, site)
 
+    def matrix(self, site: LinearSite) -> Tensor:
+        """What the site multiplies by now, expressions included, `[own out, in]`."""
+        return matrix_of(self, site)
+
     def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
         self._attach_linear(site, branch, reads)
@@ -109,7 +113,8 @@ class Editor:
         """Rescales the rows of a linear's weight, below all its other branches."""
         branch.in_out = site.in_out
         if site.features is not None:
-            branch.register_buffer("own", torch.tensor(site.features), persistent=False)
+            own = self._index(site, torch.tensor(site.features))
+            branch.register_buffer("own", own, persistent=False)
         self._attach_linear(site, branch)
 
     def _attach_linear(
@@ -122,12 +127,17 @@ class Editor:
             full = self.weight(site).out_features
             index = torch.zeros(full, dtype=torch.long)
             index[list(site.features)] = torch.arange(1, len(site.features) + 1)
-            branch.register_buffer("features", index, persistent=False)
+            branch.register_buffer("features", self._index(site, index), persistent=False)
         if site.left:
             branch.axis = -2
         self._attach(site, branch, reads)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
+
+    def _index(self, site: LinearSite, index: Tensor) -> Tensor:
+        """An index on the weight's device; without storage there, it keeps its values here."""
+        device = self.weight(site).device
+        return index if device.type == "meta" else index.to(device)
 
     def like(self, site: Site) -> Tensor:
         """An empty tensor with the dtype and device of a site's value, for `.to(...)`."""

@@ -14,6 +14,7 @@ written; the old ones stay in earlier programs, and nothing is ever subtracted b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -55,10 +56,18 @@ def input_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term
 Fold = Callable[[Weight, Branch], tuple[Weight, float]]
 
 
+def _exact_delta(weight: Weight, branch: Delta | RowScale) -> Tensor:
+    """What a branch adds, in at least float32: it is rounded once, with the sum."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype != wide:
+        branch = copy.deepcopy(branch).to(wide)
+    return branch.full_delta().detach()
+
+
 def _fold_delta(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Delta):
         raise FoldError(f"{type(branch).__name__} is not a delta.")
-    return weight.with_delta(branch.full_delta().detach())
+    return weight.with_delta(_exact_delta(weight, branch))
 
 
 def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
@@ -67,7 +76,7 @@ def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         c = branch.full_rows(weight.tensor).to(wide)
-        moved = weight.dense().to(wide) + branch.full_delta().to(wide)
+        moved = weight.dense().to(wide) + _exact_delta(weight, branch).to(wide)
         return weight.replaced(c[:, None] * moved)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ..aten import expression_of
@@ -14,6 +16,7 @@ from ..errors import PassError
 from ..sites.sites import LinearSite
 from .branch import Branch, Expression
 from .compose import compose
+from .pattern import linear_parts
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -39,6 +42,31 @@ def express(
             if reader is not made and expression_of(reader) != name:
                 reader.replace_input_with(source, made)
     return made
+
+
+def matrix_of(edit: Editor, site: LinearSite) -> Tensor:
+    """See `Editor.matrix`."""
+    parts = linear_parts(edit.node(site.nodes[0]))
+    node = parts[1] if parts is not None else None
+    chain: list[Node] = []
+    while isinstance(node, Node) and expression_of(node) is not None:
+        chain.append(node)
+        node = node.args[0] if node.args else None
+    tensor = None if chain and node is None else edit.graph_module.get_parameter(site.weight)
+    with torch.no_grad():
+        for call in reversed(chain):
+            if call.kwargs:
+                raise PassError(
+                    f"{site.id}: its weight is computed from {', '.join(call.kwargs)} on every "
+                    "forward, so it has no value yet. Bake that adapter first, or select other "
+                    "sites with where=."
+                )
+            branch = edit.graph_module.get_submodule(str(call.target))
+            tensor = branch() if tensor is None else branch(tensor)
+    if tensor is None:
+        raise PassError(f"{site.id} has no stored weight.")
+    dense = tensor.detach().mT if site.in_out else tensor.detach()
+    return dense if site.features is None else dense[list(site.features)]
 
 
 def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:

@@ -181,7 +181,7 @@ class Controllers:
         return {name: c.state_dict() for name, c in self.each.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
+        """Takes back what `state_dict` gave, after `start`.
 
         Raises:
             PassError: it is of another program.
