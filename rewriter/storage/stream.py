@@ -102,11 +102,13 @@ def load_weights(
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample)
     current.module.train(program.training)
-    for record in program.history:
+    for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
-        if record.adapter is not None:
-            values = program.adapter_tensors(record.adapter)
-            load_values(current, {n: t.to(place) for n, t in values.items() if not t.is_meta})
+        reshaped = any(later.applied.reshapes for later in program.history[index + 1 :])
+        for name in current.adapters:
+            values = program.adapter_tensors(name)
+            given = {n: t.to(place) for n, t in values.items() if not t.is_meta}
+            load_values(current, given, reshaped)
     return current
 
 
