@@ -135,6 +135,7 @@ class DiffPruning(Method):
     def insert_all(self, edit: Editor, sites: Sequence[Site]) -> None:
         for part in edit.parts(sites, self.bias):
             edit.express(part.site, part.name, GatedDelta(part, edit.stored(part.name), self))
+            edit.edited.extend(site.id for site in part.sites)
 
     def settle(
         self, program: Program, data: Any, inputs: Mapping[str, int]

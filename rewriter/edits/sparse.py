@@ -25,17 +25,22 @@ class Part:
     """What the chosen sites hold of one stored tensor: all of it, or slices along one axis.
 
     Attributes:
-        site: the first of the sites.
-        name: of the tensor; tied sites share one.
+        sites: those that share the tensor.
+        name: of the tensor.
         shape: of the whole tensor.
         axis, rows: the slices that belong to the sites (features of a fused weight); None: all.
     """
 
-    site: Site
+    sites: tuple[Site, ...]
     name: str
     shape: tuple[int, ...]
     axis: int = 0
     rows: tuple[int, ...] | None = None
+
+    @property
+    def site(self) -> Site:
+        """The first of the sites, where an expression of the tensor is attached."""
+        return self.sites[0]
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -66,17 +71,17 @@ def parts_of(edit: Editor, sites: Iterable[Site], bias: bool) -> list[Part]:
             held.setdefault(name, []).append((site, axis, features))
     found: list[Part] = []
     for name, owners in held.items():
-        site, axis, _ = owners[0]
+        chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
         tensor = attribute(edit.graph_module, name)
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            edit.skip(site, f"{name} is not a floating-point parameter")
+            edit.skip(chosen[0], f"{name} is not a floating-point parameter")
             continue
         shape = tuple(tensor.shape)
         rows: set[int] = set()
         for _, _, features in owners:
             rows |= set(range(shape[axis]) if features is None else features)
         some = tuple(sorted(rows)) if len(rows) < shape[axis] else None
-        found.append(Part(site, name, shape, axis, some))
+        found.append(Part(chosen, name, shape, axis, some))
     return found
 
 
