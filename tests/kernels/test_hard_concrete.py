@@ -22,7 +22,7 @@ def test_probability_of_an_open_gate_equals_monte_carlo(low: float, high: float,
         closed = float(open_probability(torch.tensor(alpha), low, high, t))
         assert closed == pytest.approx(want, abs=1e-6)
         assert float((z > 0).double().mean()) == pytest.approx(closed, abs=3e-3)
-        assert 0 <= float(z.min()) and float(z.max()) <= 1
+        assert float(z.min()) >= 0 and float(z.max()) <= 1
 
 
 @pytest.mark.parametrize(("low", "high", "t"), STRETCHES)
@@ -30,14 +30,14 @@ def test_values_and_gradients_equal_the_formula(low: float, high: float, t: floa
     torch.manual_seed(0)
     alpha = (torch.randn(500, dtype=torch.float64) * 2).requires_grad_()
     u = gate_noise(alpha).detach()
-    assert 1e-4 <= float(u.min()) and float(u.max()) <= 1 - 1e-4
+    assert float(u.min()) >= 1e-4 and float(u.max()) <= 1 - 1e-4
     for noise, scale in ((u, t), (None, 1.0)):
         shift = 0.0 if noise is None else noise.log() - (1 - noise).log()
         s = 1 / (1 + torch.exp(-(shift + alpha.detach()) / scale))
         raw = s * (high - low) + low
         z = hard_concrete(alpha, noise, low, high, t)
         torch.testing.assert_close(z.detach(), raw.clip(0, 1))
-        assert 0 < int((z == 0).sum()) and 0 < int((z == 1).sum()) < 400
+        assert int((z == 0).sum()) > 0 and 0 < int((z == 1).sum()) < 400
         (got,) = torch.autograd.grad(z.sum(), alpha)
         inside = (raw > 0) & (raw < 1)
         torch.testing.assert_close(got, (high - low) * s * (1 - s) / scale * inside)
