@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.edits.sparse import DenseDelta, Part, SparseDelta, keep_largest, largest
+import peftfx
+from peftfx.rewriter.edits.sparse import (
+    DenseDelta,
+    Part,
+    SparseDelta,
+    keep_largest,
+    largest,
+    parts_of,
+)
 from peftfx.rewriter.errors import NonFiniteError
 
 
@@ -91,12 +98,15 @@ def test_gradients_of_a_sparse_delta_are_those_of_its_entries() -> None:
 
 def test_each_stored_tensor_is_one_part(captured: Any) -> None:
     _, fused = captured["fused"]
-    edit = Editor(fused.fork())
     q, v = (fused.sites.select(f"{role} and layer==0", ("linear",)) for role in "qv")
-    weight, bias = edit.parts([*q, *v])
-    assert weight.shape == (96, 32) and weight.rows == (*range(32), *range(64, 96))
+    (weight, bias), left = parts_of(fused, [*q, *v])
+    assert weight.shape == (96, 32) and weight.rows == (*range(32), *range(64, 96)) and not left
     assert (bias.name, bias.own_shape) == ("layers.0.qkv.bias", (64,))
-    assert [p.rows for p in edit.parts(fused.sites.of("linear"), bias=False)] == [None] * 9
+    assert [p.rows for p in parts_of(fused, fused.sites.of("linear"), False)[0]] == [None] * 9
     _, tied = captured["tied"]
-    (part,) = Editor(tied.fork()).parts([*tied.sites.select("head"), *tied.sites.of("embedding")])
+    (part,), _ = parts_of(tied, [*tied.sites.select("head"), *tied.sites.of("embedding")])
     assert len(part.sites) == 2 and part.rows is None
+    trained = peftfx.run(fused, "bitfit")
+    (weight,), ((site, reason),) = parts_of(trained, q)
+    assert site == q[0]
+    assert reason == "the adapter 'bitfit' trains layers.0.qkv.bias already"

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from ...kernels.hard_concrete import gate_noise, hard_concrete, open_probability
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.sparse import DenseDelta, Part, keep_largest
+from ...rewriter.edits.sparse import DenseDelta, Part, keep_largest, parts_of
 from ...rewriter.program import Program
 from ...rewriter.running.controller import Controller, Forward
-from ...rewriter.running.passes import Method, Pass
+from ...rewriter.running.passes import Method, Pass, Plan
 from ...rewriter.sites.sites import Site
 from ..merging.bake import Bake
 
@@ -132,10 +132,18 @@ class DiffPruning(Method):
         self.require(-math.inf < self.low < 0, "low", "below 0")
         self.require(1 < self.high < math.inf, "high", "above 1")
 
-    def insert_all(self, edit: Editor, sites: Sequence[Site]) -> None:
-        for part in edit.parts(sites, self.bias):
-            edit.express(part.site, part.name, GatedDelta(part, edit.stored(part.name), self))
-            edit.edited.extend(site.id for site in part.sites)
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        decided = super().plan(program, data, sources).decisions
+        parts, left = parts_of(program, self.sites(program), self.bias)
+        tensors, reasons = [p.name for p in parts], [[s.id, why] for s, why in left]
+        return Plan({**decided, "tensors": tensors, "left": reasons})
+
+    def insert_all(self, edit: Editor, sites: Sequence[Site], plan: Plan) -> None:
+        for part in parts_of(edit.program, sites, self.bias)[0]:
+            if part.name in plan.decisions["tensors"]:
+                edit.express(part.site, part.name, GatedDelta(part, edit.stored(part.name), self))
+                edit.edited.extend(site.id for site in part.sites)
+        edit.skipped.extend((site, why) for site, why in plan.decisions["left"])
 
     def settle(
         self, program: Program, data: Any, inputs: Mapping[str, int]

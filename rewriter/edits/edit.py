@@ -46,7 +46,6 @@ from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, settle
 from .signature import add_input, drop_input
-from .sparse import Part, parts_of
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
 from .weight import Weight
@@ -226,15 +225,6 @@ class Editor:
         settle(self, path, decided)
 
     # Base parameters.
-
-    def parts(self, sites: Iterable[Site], bias: bool = True) -> list[Part]:
-        """What sites hold of stored tensors, each tensor once, whoever shares it.
-
-        Args:
-            sites: linears, experts, convolutions, norms or embeddings.
-            bias: with the biases.
-        """
-        return parts_of(self, sites, bias)
 
     def stored(self, name: str) -> Tensor:
         """A parameter of the base by name."""

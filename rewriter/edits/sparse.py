@@ -17,7 +17,7 @@ from ..sites.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, Norm
 from .branch import Expression
 
 if TYPE_CHECKING:
-    from .edit import Editor
+    from ..program import Program
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,36 @@ class Part:
         return flat
 
 
-def parts_of(edit: Editor, sites: Iterable[Site], bias: bool) -> list[Part]:
-    """See `Editor.parts`."""
+def parts_of(
+    program: Program, sites: Iterable[Site], bias: bool = True
+) -> tuple[list[Part], list[tuple[Site, str]]]:
+    """What sites hold of stored tensors, each tensor once, whoever shares it.
+
+    Args:
+        program: whose tensors.
+        sites: linears, experts, convolutions, norms or embeddings.
+        bias: with the biases.
+
+    Returns:
+        The parts, and (site, reason) of tensors that are none: not of a floating-point type, or
+        trained by another adapter already.
+    """
     held: dict[str, list[tuple[Site, int, tuple[int, ...] | None]]] = {}
     for site in sites:
         for name, axis in _names(site, bias):
             features = getattr(site, "features", None)
             held.setdefault(name, []).append((site, axis, features))
+    trained = {name: adapter for adapter, names in program.owned.items() for name in names}
     found: list[Part] = []
+    left: list[tuple[Site, str]] = []
     for name, owners in held.items():
         chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
-        tensor = attribute(edit.graph_module, name)
+        tensor = attribute(program.module, name)
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            edit.skip(chosen[0], f"{name} is not a floating-point parameter")
+            left.append((chosen[0], f"{name} is not a floating-point parameter"))
+            continue
+        if name in trained:
+            left.append((chosen[0], f"the adapter {trained[name]!r} trains {name} already"))
             continue
         shape = tuple(tensor.shape)
         rows: set[int] = set()
@@ -82,7 +99,7 @@ def parts_of(edit: Editor, sites: Iterable[Site], bias: bool) -> list[Part]:
             rows |= set(range(shape[axis]) if features is None else features)
         some = tuple(sorted(rows)) if len(rows) < shape[axis] else None
         found.append(Part(chosen, name, shape, axis, some))
-    return found
+    return found, left
 
 
 def _names(site: Site, bias: bool) -> list[tuple[str, int]]:
@@ -101,7 +118,7 @@ class DenseDelta(Expression):
     """`w' = w + delta()` on a part of a stored tensor; settles to a `SparseDelta`.
 
     Args:
-        part: see `Editor.parts`.
+        part: see `parts_of`.
         stored: the whole tensor; the delta adds to its dtype on its device.
     """
 

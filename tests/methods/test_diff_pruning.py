@@ -415,6 +415,24 @@ def test_beside_every_other_method(other: str) -> None:
             assert alone.history[-1].certificate.measured["max_rel"] < 1e-11
 
 
+def test_what_another_adapter_trains_is_left_to_it(captured: Any) -> None:
+    for name in ("encoder", "decoder"):
+        model, base = captured[name]
+        program = randomise(peftfx.run(base, f"bitfit;{SMALL}"), 0.3)
+        assert all(a.path.endswith(".weight.expression") for a in program.attachments)
+        assert any("'bitfit' trains" in why for _, why in program.history[-1].skipped)
+        sparse = randomise(baked(program), 0.3)
+        for stage in (program, sparse, peftfx.run(sparse, "fold")):
+            alone = stage.without("bitfit")
+            assert {a.path for a in alone.attachments} == {a.path for a in stage.attachments}
+            want = first(
+                reference(model, values(sparse if stage is not program else stage))(**batch())
+            )
+            torch.testing.assert_close(first(alone(**batch())), want, rtol=1e-4, atol=1e-5)
+            bare = stage.without("diff_pruning").without("bitfit")
+            assert torch.equal(first(bare(**batch())), first(model(**batch())))
+
+
 class Magnitudes(RowScale):
     """`y = m / ||w|| (w x)`: the row norms are those of the weight with its difference."""
 
