@@ -12,6 +12,7 @@ from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
+from .passes.selective.diff_pruning import DiffPruning as DiffPruning
 from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program

@@ -239,6 +239,10 @@ class Editor:
 
     # Base parameters.
 
+    def stored(self, name: str) -> Tensor:
+        """A parameter of the base by name."""
+        return self.graph_module.get_parameter(name)
+
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
         path = self._attach(site, branch, reads, f"{name}.{branch.slot}")

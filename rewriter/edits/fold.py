@@ -207,7 +207,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
 def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -> str | None:
     """Stores the value of an expression under the parameter's name."""
     gm = edit.graph_module
-    call = edit.node(attachment.path.replace(".", "_"))
+    call = next(n for n in gm.graph.nodes if n.target == attachment.path)
     name = str(call.meta["expression"])
     source = call.args[0]
     if not isinstance(source, Node) or source.op != "get_attr":
@@ -218,7 +218,7 @@ def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -
             f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
         )
     with torch.no_grad():
-        made = branch(held.detach()).clone()
+        made = branch.eval()(held.detach()).clone()  # in training it may be random
     if not all_finite(made):
         raise NonFiniteError(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..aten import attribute, source_line, value
+from ..aten import attribute, expression_of, source_line, value
 from ..capture.modes import Attention
 from ..errors import PassError
 
@@ -182,7 +182,9 @@ def _propagate(gm: GraphModule, mode: Any) -> int:
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"
             ) from error
-        if fresh or not _same(node.meta["val"], result):
-            node.meta["val"] = result
+        # An expression stands for the tensor that it reads; its readers have seen that already.
+        before = value(node.args[0]) if expression_of(node) and node.args else value(node)
+        node.meta["val"] = result
+        if before is None or not _same(before, result):
             changed.add(node)
     return computed
