@@ -20,7 +20,7 @@ SOURCES = sorted(p for d in (*LAYERS, "peftfx") for p in (ROOT / d).rglob("*.py"
                  if not any((ROOT / "peftfx" / x) in p.parents for x in LAYERS))  # fmt: skip
 METHODS = [
     p
-    for d in ("additive", "selective", "reparameterized")
+    for d in ("additive", "selective", "reparameterized", "hybrid")
     for p in (ROOT / "passes" / d).glob("*.py")
 ]
 
