@@ -50,7 +50,8 @@ class Gate(nn.Module):
     def __init__(self, weight: Tensor, axes: Axes, reach: Reach) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(weight.new_zeros(1))
-        self.axes, self.reach = axes, reach
+        self.axes = axes
+        self.reach: Reach = reach
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         opened = torch.sigmoid(F.linear(hidden, self.weight, self.bias))

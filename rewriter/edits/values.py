@@ -63,12 +63,12 @@ def valid_of(program: Program, states: Node) -> Value | None:
     size = shape(states)
     if size is None:
         raise PassError(f"{states.name} has no recorded shape.")
-    sizes = {str(s) for s in size}
+    sizes = {program.symbols.get(str(s), str(s)) for s in size}
     for source in placeholders(gm).values():
         given = shape(source)
-        if given is None or len(given) != 2 or str(given[1]) not in sizes:
+        if given is None or len(given) != 2 or isinstance(given[1], int):
             continue
-        if isinstance(given[1], int) or meaning_of(program, source) != "mask":
+        if program.symbols.get(str(given[1])) not in sizes or meaning_of(program, source) != "mask":
             continue
         padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
         name = f"valid_{source.name}"
