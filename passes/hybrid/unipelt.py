@@ -47,23 +47,24 @@ from ..reparameterized.lora import LoRA
 class Gate(nn.Module):
     """`mean_t sigmoid(w h_t + b)`; parameters `weight [1, width]`, `bias [1]`."""
 
+    reach: Reach
+
     def __init__(self, weight: Tensor, axes: Axes, reach: Reach) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(weight.new_zeros(1))
-        self.axes = axes
-        self.reach: Reach = reach
+        self.axes, self.reach = axes, reach
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
         opened = torch.sigmoid(F.linear(hidden, self.weight, self.bias))
         return self.axes.mean(opened, valid, self.reach)
 
+    def extra_repr(self) -> str:
+        return self.reach
+
     def total(self, gate: Tensor) -> Tensor:
         """The sum over samples, of each over all its tokens, and their number, `[2]`."""
         whole = gate.select(self.axes.tokens[0], -1) if self.reach == "past" else gate
         return torch.stack([whole.double().sum(), whole.new_tensor(whole.numel()).double()])
-
-    def extra_repr(self) -> str:
-        return self.reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,7 @@ class UniPELT(Method):
         rank, alpha: of LoRA; the gate takes the place of alpha / rank unless alpha is given.
         length, projection: of the prefix, see `prefix_tuning`.
         bottleneck, activation: of the adapter.
-        placement: the adapter reads the stream behind the block (`pfeiffer`), or the block's
-            output before the residual (`houlsby`).
+        placement: the adapter reads the stream behind the block, or (`houlsby`) its output.
         padding: let padding count in the gates, as in the authors' code.
         std: of the normal initialisation of gates, prefixes and adapters.
     """
@@ -100,18 +100,19 @@ class UniPELT(Method):
 
     def parts(self) -> tuple[LoRA, PrefixTuning, SerialAdapter]:
         """The three methods that are gated, with their options."""
-        alpha = float(self.rank) if self.alpha is None else self.alpha
-        prefix = PrefixTuning(length=self.length, projection=self.projection, std=self.std)
-        adapter = SerialAdapter(
-            bottleneck=self.bottleneck, activation=self.activation, std=self.std
+        return (
+            LoRA(rank=self.rank, alpha=float(self.rank) if self.alpha is None else self.alpha),
+            PrefixTuning(length=self.length, projection=self.projection, std=self.std),
+            SerialAdapter(bottleneck=self.bottleneck, activation=self.activation, std=self.std),
         )
-        return LoRA(rank=self.rank, alpha=alpha), prefix, adapter
 
     def insert(self, edit: Editor, site: LinearSite | AttentionSite | SublayerSite) -> None:
         lora, prefix, adapter = self.parts()
         seen = None
         if isinstance(site, SublayerSite):
             seen = edit.behind(site) if self.placement == "pfeiffer" else edit.output(site)
+            if seen is None:
+                return
         gate = self.gate(edit, site, seen)
         if gate is None:
             return
@@ -127,13 +128,11 @@ class UniPELT(Method):
         hidden = edit.hidden(site, seen)
         if hidden is None:
             return None
-        reach: Reach = "all"
-        if hidden.causal:
-            reach = "first" if isinstance(site, AttentionSite) else "past"
+        shared = hidden.causal and isinstance(site, AttentionSite)
         weight = torch.randn(1, hidden.width, generator=edit.generator) * self.std
-        made = Gate(weight.to(edit.like(site)), hidden.axes, reach)
+        gate = Gate(weight.to(edit.like(site)), hidden.axes, "first" if shared else hidden.reach)
         valid = None if self.padding else hidden.valid
-        return edit.share(f"{edit.name(site)}.gate", made, hidden=hidden.value, valid=valid)
+        return edit.share(f"{edit.name(site)}.gate", gate, hidden=hidden.value, valid=valid)
 
     def settle(
         self, program: Program, data: Any, inputs: Mapping[str, int]

@@ -209,13 +209,16 @@ class Editor:
         self.skip(site, found)
         return None
 
-    def behind(self, site: SublayerSite) -> Value:
-        """The stream behind a sublayer, as it is now: residual plus output, and normed where a
-        norm is all that reads the sum.
+    def behind(self, site: SublayerSite) -> Value | None:
+        """The stream behind a sublayer, as it is now: residual plus output, normed in a post-norm
+        model. None where it is laid out differently from the output, which is reported.
 
         It is a copy, so that branches put on the sublayer's output later do not change it.
         """
-        return behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        found = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        if found is None:
+            self.skip(site, "its output and the stream have different shapes")
+        return found
 
     def add_input(self, name: str, example: Tensor) -> Value:
         """A new input of the program; a call that leaves it out gets `example`."""

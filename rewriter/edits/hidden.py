@@ -9,13 +9,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import CASTS, VIEWS, ancestors, inputs, is_op, overloads, shape, strip, users
+from ..aten import (
+    ATEN,
+    CASTS,
+    VIEWS,
+    ancestors,
+    inputs,
+    is_op,
+    overloads,
+    shape,
+    strip,
+    users,
+    value,
+)
 from ..sites.sites import AttentionSite, LinearSite, MixerSite
 from .values import Value, input_of, latest, valid_of
 
@@ -87,6 +99,11 @@ class Hidden:
     axes: Axes
     causal: bool
 
+    @property
+    def reach(self) -> Reach:
+        """What a mean for each token may be over: with causal attention, its past."""
+        return "past" if self.causal else "all"
+
 
 def hidden_of(
     program: Program, site: Site, nodes: Mapping[str, Node], given: Value | None
@@ -108,7 +125,7 @@ def hidden_of(
     valid, causal = valid_of(program, states), is_causal(program, at)
     if len(tokens) > 1 and (causal or valid is not None):
         return "its tokens lie on several axes"
-    return Hidden(states, int(width), valid, Axes(batch, tokens), causal)
+    return Hidden(states, int(width), valid, Axes(batch, tokens), causal and bool(tokens))
 
 
 def _batch_axis(program: Program, states: Node) -> int | None:
@@ -139,14 +156,16 @@ def is_causal(program: Program, site: Site) -> bool:
     return any(isinstance(s, MixerSite) or (s.causal and not s.cross) for s in near)
 
 
-def behind_of(gm: GraphModule, output: Node, add: Node) -> Value:
-    """See `Editor.behind`: copies what lies between a sublayer's output and the stream."""
+def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
+    """See `Editor.behind`: copies what lies between a sublayer's output and the stream, and moves
+    the axes back; None if the shape changes for another reason."""
     above = set(ancestors(add))
     path: dict[Node, None] = {output: None}
     for node in gm.graph.nodes:
         if node in above and any(i in path for i in node.all_input_nodes):
             path[node] = None
     del path[output]
+    moves = [n for n in path if is_op(n, ATEN.permute.default)]
     after = users(add)
     if len(after) == 1 and is_op(after[0], _TOKEN_NORMS) and _normed(add):
         path[after[0]] = None
@@ -157,7 +176,18 @@ def behind_of(gm: GraphModule, output: Node, add: Node) -> Value:
         with gm.graph.inserting_after(place):
             place = gm.graph.node_copy(node, lambda n: copies.get(n, n))
         copies[node] = place
-    return place
+    for move in reversed(moves):
+        order: Any = move.args[1]
+        place = _permuted(gm, place, [order.index(i) for i in range(len(order))])
+    return place if str(shape(place)) == str(shape(output)) else None
+
+
+def _permuted(gm: GraphModule, states: Node, order: list[int]) -> Node:
+    with gm.graph.inserting_after(states):
+        made = gm.graph.call_function(ATEN.permute.default, (states, order))
+    with value(states).fake_mode:
+        made.meta["val"] = value(states).permute(order)
+    return made
 
 
 def _normed(add: Node) -> bool:
