@@ -348,7 +348,7 @@ def test_settling_puts_mean_gates_in_their_place(trained: Any) -> None:
     paths = {p: p for p in program.shared}
     assert len(paths) == 8
     seen = [peftfx.tap(program, paths)(**b)[1] for b in data]
-    means = {p: float(torch.cat([s[p].flatten() for s in seen]).mean()) for p in paths}
+    means = {p: float(torch.cat([s[p].detach().flatten() for s in seen]).mean()) for p in paths}
     settled = peftfx.run(program, "bake{names=[unipelt]}", data=iter(data))
     assert not settled.shared and not any(a.reads.get("gate") for a in settled.attachments)
     for attachment in settled.attachments:
@@ -374,7 +374,7 @@ def test_settling_a_causal_gate_takes_its_last_value(captured: Any) -> None:
     program = randomise(peftfx.run(base, RECIPE), 0.4)
     data = [batch(4, 9, seed=1, pad=4)]
     path = "peftfx.unipelt.s0.layer0.ffn.gate"
-    gate = peftfx.tap(program, {"g": path})(**data[0])[1]["g"]
+    gate = peftfx.tap(program, {"g": path})(**data[0])[1]["g"].detach()
     settled = peftfx.run(program, "bake", data=data)
     branch: Any = settled.module.get_submodule("peftfx.unipelt.s0.layer0.ffn.serial")
     assert branch.constant == pytest.approx(float(gate[:, -1].mean()), abs=1e-6)
@@ -466,3 +466,40 @@ def test_both_forms_compile_and_train(captured: Any, form: str) -> None:
     if form == "gated":
         gates = [p for n, p in program.named_trainable_parameters().items() if ".gate." in n]
         assert len(gates) == 16 and all(p.grad is not None and p.grad.any() for p in gates)
+
+
+# Beside other methods at the same sites.
+
+
+def by_name(program: peftfx.Program) -> peftfx.Program:
+    """Moves every trainable parameter by an amount that depends on its name alone."""
+    with torch.no_grad():
+        for name, p in program.named_trainable_parameters().items():
+            g = torch.Generator().manual_seed(sum(map(ord, name)))
+            p.add_(torch.randn(p.shape, generator=g) * 0.2)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("other", "commutes"),
+    [("lora{rank=2}", True), ("lora{rank=2,where=ffn.down}", True), ("ia3", True),
+     ("bitfit", True), ("prefix_tuning{length=2}", True), ("prompt_tuning{length=2}", True),
+     ("serial_adapter{bottleneck=4}", False)],
+)  # fmt: skip
+def test_stacks(hand: Any, other: str, commutes: bool) -> None:
+    _, _, base = hand
+    one, two = (by_name(peftfx.run(base, p)) for p in ([RECIPE, other], [other, RECIPE]))
+    inputs = batch(3, 9, pad=3)
+    real = inputs["attention_mask"].bool()
+    a, b = first(one(**inputs))[real], first(two(**inputs))[real]
+    assert (moved(a, b) < 1e-5) == commutes
+    alone = {n: t[:1, :6] for n, t in inputs.items()}
+    for program in (one, two):
+        got = first(program(**alone))
+        torch.testing.assert_close(first(program(**inputs))[:1, :6], got, rtol=1e-4, atol=1e-5)
+        settled = peftfx.run(program, "bake{names=[unipelt]}", data=[inputs])
+        folded = peftfx.run(settled, "fold")
+        assert len([s for s in folded.history[-1].edited if "q" in s or "v" in s]) >= 4
+        rest = program.without("unipelt")
+        assert rest.adapters == tuple(n for n in program.adapters if n != "unipelt")
+        assert "unipelt" not in rest.text()
