@@ -5,6 +5,7 @@ from .passes.additive.ia3 import IA3 as IA3
 from .passes.additive.prefix_tuning import PrefixTuning as PrefixTuning
 from .passes.additive.prompt_tuning import PromptTuning as PromptTuning
 from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
+from .passes.hybrid.unipelt import UniPELT as UniPELT
 from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake

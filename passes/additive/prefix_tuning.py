@@ -95,6 +95,10 @@ class PrefixTuning(Method):
             edit.shift_positions(self.length)
 
     def insert(self, edit: Editor, site: AttentionSite) -> None:
+        edit.prepend_kv(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: AttentionSite) -> KeyValue:
+        """The branch for one site, freshly initialised."""
         like = edit.like(site)
         widths = edit.key_value_widths(site)
         if self.projection is None:
@@ -102,12 +106,11 @@ class PrefixTuning(Method):
                 torch.randn(self.length, site.kv_heads, w, generator=edit.generator) * self.std
                 for w in widths
             )
-            edit.prepend_kv(site, PrefixBranch(key.to(like), value.to(like)))
-            return
+            return PrefixBranch(key.to(like), value.to(like))
         branch = ProjectedPrefixBranch(self.length, site.kv_heads, widths, self.projection)
         nn.init.normal_(branch.embedding, generator=edit.generator)
         for linear in (branch.inner, branch.outer):
             bound = linear.in_features**-0.5
             nn.init.uniform_(linear.weight, -bound, bound, generator=edit.generator)
             nn.init.zeros_(linear.bias)
-        edit.prepend_kv(site, branch.to(like))
+        return branch.to(like)

@@ -38,10 +38,13 @@ class SerialAdapterBranch(Serial):
         self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
         self.activation = activation
 
-    def transform(self, h: Tensor) -> Tensor:
+    def change(self, h: Tensor) -> Tensor:
         inner = F.linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
-        return h + F.linear(inner, self.up, self.up_bias)
+        return F.linear(inner, self.up, self.up_bias)
+
+    def transform(self, h: Tensor) -> Tensor:
+        return h + self.change(h)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"
@@ -81,6 +84,10 @@ class SerialAdapter(Method):
                 edit.train(norm.bias)
 
     def insert(self, edit: Editor, site: SublayerSite) -> None:
+        edit.after(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: SublayerSite) -> SerialAdapterBranch:
+        """The branch for one site, freshly initialised."""
         like = edit.like(site)
         down, up = (
             torch.empty(self.bottleneck, site.width),
@@ -89,4 +96,4 @@ class SerialAdapter(Method):
         for matrix in (down, up):
             bounds = (-2 * self.std, 2 * self.std)
             nn.init.trunc_normal_(matrix, 0.0, self.std, *bounds, generator=edit.generator)
-        edit.after(site, SerialAdapterBranch(down.to(like), up.to(like), self.activation))
+        return SerialAdapterBranch(down.to(like), up.to(like), self.activation)

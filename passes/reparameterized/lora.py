@@ -73,6 +73,10 @@ class LoRA(Method):
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     def insert(self, edit: Editor, site: LinearSite) -> None:
+        edit.add(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: LinearSite) -> LoRABranch:
+        """The branch for one site, freshly initialised."""
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
         weight = edit.weight(site)
@@ -81,4 +85,4 @@ class LoRA(Method):
         b = torch.zeros(site.out_features, self.rank)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
-        edit.add(site, LoRABranch(a, b, scale, self.dropout))
+        return LoRABranch(a, b, scale, self.dropout)

@@ -232,6 +232,10 @@ class Serial(Branch):
         """`f(h, **reads)`: `[..., width] -> [..., width]`."""
         raise NotImplementedError
 
+    def change(self, h: Tensor) -> Tensor:
+        """`f(h) - h`; overridden where that needs no subtraction."""
+        return self.transform(h) - h
+
     def forward(self, h: Tensor, **reads: Tensor) -> Tensor:
         return self.features_back(self.transform(self.features_last(h), **reads))
 

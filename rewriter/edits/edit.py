@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import (
-    erase_dead,
-    set_attribute,
-    users,
-)  # fmt: skip
+from ..aten import ancestors, erase_dead, set_attribute, users
 from ..errors import PassError
 from ..program import BRANCHES, Attachment, Program
 from ..sites.sites import (
@@ -46,6 +42,7 @@ from .branch import (
 )
 from .compose import compose, composed_value, site_nodes
 from .cut import cut_channels
+from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, matrix_of, settle
 from .signature import add_input, drop_input
@@ -84,6 +81,10 @@ class Editor:
     def node(self, name: str) -> Node:
         """The graph node of a site."""
         return self._nodes[name]
+
+    def name(self, site: Site) -> str:
+        """A site's id as the name of a module."""
+        return site.id.removesuffix(".weight").replace(":", ".")
 
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""
@@ -157,15 +158,11 @@ class Editor:
         if site.role == "conv":
             branch.axis = 1
         path = self._attach(site, branch, reads)
-        output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
-        current = composed_value(output)
-        while True:  # behind earlier serial branches
-            chained = next((u for u in users(current) if u.meta.get("serial") == site.id), None)
-            if chained is None:
-                break
-            current = chained
-        readers = [add] if add in current.users else users(current)
-        with self.graph_module.graph.inserting_after(current):
+        add, current = self.node(site.nodes[1]), self.output(site)
+        known = latest(self.graph_module, {"": current, **_given(reads)})
+        above = set(ancestors(add))
+        readers = [add] if add in current.users else [u for u in users(current) if u in above]
+        with self.graph_module.graph.inserting_after(known):
             new = self._call(path, (current,), reads)
         new.meta["serial"] = site.id
         for reader in readers:
@@ -202,12 +199,39 @@ class Editor:
         return input_of(site, self._nodes)
 
     def output(self, site: Site) -> Value:
-        """The value of a site, with what is composed around it now."""
-        return composed_value(self.node(site.nodes[0]))
+        """The value of a site, with what is composed around it or put behind it now."""
+        current = composed_value(self.node(site.nodes[0]))
+        while chained := [u for u in users(current) if u.meta.get("serial") == site.id]:
+            current = chained[0]
+        return current
 
     def valid(self, site: Site) -> Value | None:
         """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if all are."""
-        return valid_of(self.program, site, self._nodes)
+        return valid_of(self.program, self.node(site.nodes[0]))
+
+    def hidden(self, site: Site, value: Value | None = None) -> Hidden | None:
+        """The hidden states that a site reads, with what tells samples and tokens apart.
+
+        For a linear its operand, for an attention that of its queries, for a sublayer the residual
+        that it adds to; or `value`, which lies in the site's stream. None where samples and tokens
+        cannot be told, which is reported.
+        """
+        found = hidden_of(self.program, site, self._nodes, value)
+        if isinstance(found, Hidden):
+            return found
+        self.skip(site, found)
+        return None
+
+    def behind(self, site: SublayerSite) -> Value | None:
+        """The stream behind a sublayer, as it is now: residual plus output, normed in a post-norm
+        model. None where it is laid out differently from the output, which is reported.
+
+        It is a copy, so that branches put on the sublayer's output later do not change it.
+        """
+        found = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        if found is None:
+            self.skip(site, "its output and the stream have different shapes")
+        return found
 
     def add_input(self, name: str, example: Tensor) -> Value:
         """A new input of the program; a call that leaves it out gets `example`."""
@@ -310,8 +334,7 @@ class Editor:
                 f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
-        name = site.id.removesuffix(".weight").replace(":", ".")
-        path = f"{BRANCHES}.{adapter}.{tail or f'{name}.{branch.slot}'}"
+        path = f"{BRANCHES}.{adapter}.{tail or f'{self.name(site)}.{branch.slot}'}"
         held = getattr(self.graph_module, BRANCHES, None)
         known = {path.split(".")[1] for path in self.program.inserted}
         if adapter not in known and hasattr(held, adapter):

@@ -27,6 +27,9 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
         path = str(call.target)
         branch = gm.get_submodule(path)
         site = sites[path]
+        if call.kwargs:
+            edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
+            continue
         if not isinstance(branch, Delta) or branch.factors() is None:
             edit.skip(site, "its branch has no factors (dropout, or part of a fused weight)")
             continue

@@ -76,7 +76,7 @@ def observe(
     program: Program,
     data: Iterable[Mapping[str, Tensor]],
     values: Mapping[str, Site | str],
-    reduce: Reduce,
+    reduce: Reduce | Mapping[str, Reduce],
     at: str = "output",
 ) -> dict[str, Tensor]:
     """The mean over batches of a reduction of values inside a program, in evaluation mode.
@@ -85,7 +85,8 @@ def observe(
         program: not changed.
         data: batches of the program's inputs; other keys are ignored.
         values, at: as for `tap`.
-        reduce: a value -> what to average (of one shape for all batches).
+        reduce: a value -> what to average (of one shape for all batches); for all values, or for
+            each by name.
 
     Raises:
         PassError: there are no batches.
@@ -100,7 +101,7 @@ def observe(
         for batch in data:
             bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
             for name, value in tapped(**bound)[1].items():
-                reduced = reduce(value)
+                reduced = (reduce[name] if isinstance(reduce, Mapping) else reduce)(value)
                 totals[name] = totals[name] + reduced if name in totals else reduced
             count += 1
     if not count:
