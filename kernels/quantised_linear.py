@@ -256,3 +256,6 @@ torch.library.register_fake("peftfx::quantised_linear_backward", _gradients_fake
 torch.library.register_autograd(
     "peftfx::quantised_linear", _backward, setup_context=_setup, lib=_LIBRARY
 )
+
+OPERATOR = torch.ops.peftfx.quantised_linear.default
+"""The operator itself, for graphs."""

@@ -8,6 +8,7 @@ from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
 from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
 from .passes.merging.fold import Fold as Fold
+from .passes.quantization.peqa import PEQA as PEQA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .rewriter.capture.capture import capture as capture

@@ -71,6 +71,9 @@ MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATE
 SIZES = overloads("sym_size", "sym_numel", "sym_stride")
 EMBEDDING = ATEN.embedding.default
 LINEAR = ATEN.linear.default
+QUANTISED = "peftfx::quantised_linear"
+"""Name of the operator `(x, codes, scale, zero, bias, bits, group)`, a linear over integers."""
+
 RANDOM = DROPOUTS | {SDPA}
 
 
@@ -79,6 +82,14 @@ def is_op(node: object, targets: frozenset[Any] | object) -> bool:
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return node.target in targets if isinstance(targets, frozenset) else node.target is targets
+
+
+def is_quantised(node: object) -> bool:
+    """Whether `node` is a linear whose weight is stored as integers."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name == QUANTISED
 
 
 def submodule(gm: GraphModule, node: object) -> nn.Module | None:
@@ -161,7 +172,7 @@ def named_arguments(node: Node) -> dict[str, Any]:
 
 def data_index(call: Node) -> int:
     """Which argument of a linear call is its input: not the first in `addmm` and `W @ x`."""
-    if is_op(call, LINEAR):
+    if is_op(call, LINEAR) or is_quantised(call):
         return 0
     if is_op(call, ATEN.addmm.default):
         return 1

@@ -5,7 +5,8 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..aten import (
     attribute,
     erase_dead,
     is_op,
+    is_quantised,
     parameter_of,
     set_attribute,
     users,
@@ -40,8 +42,9 @@ from ..sites.sites import (
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
+from .quantised import QuantisedWeight, quantise_weight, whole_weights
 from .tokens import prepend_tokens, shift_positions
-from .weight import Weight
+from .weight import DenseWeight, Weight
 
 
 class Editor:
@@ -52,15 +55,23 @@ class Editor:
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
         figures: measured by the pass itself, added to its certificate.
+        decided: the plan's decisions; what only applying can tell is added for replays.
     """
 
-    def __init__(self, program: Program, adapter: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        adapter: str | None = None,
+        seed: int = 0,
+        decisions: Mapping[str, Any] | None = None,
+    ) -> None:
         self.program = program
         self.adapter = adapter
         self.generator = torch.Generator().manual_seed(seed)
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+        self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -80,7 +91,43 @@ class Editor:
 
     def weight(self, site: LinearSite) -> Weight:
         """What the site multiplies by."""
-        return Weight.of(self.graph_module, site)
+        call = self._nodes.get(site.nodes[0])
+        if call is not None and is_quantised(call):
+            return QuantisedWeight.of(self.graph_module, site, call)
+        return DenseWeight.of(self.graph_module, site)
+
+    def whole(self, ids: Sequence[str]) -> list[LinearSite]:
+        """A site for each stored weight that the named sites have all of; reports the others."""
+        return whole_weights(self, ids)
+
+    def quantise(
+        self,
+        site: LinearSite,
+        bits: int,
+        group: int | None,
+        operator: Callable[..., Tensor],
+        real_zeros: bool = False,
+    ) -> bool:
+        """Stores a linear's weight as integers; its scales are the parameter `{weight}.scale`.
+
+        The digest of the integers goes into the plan, and a replay has to find the same.
+
+        Args:
+            site: of the weight, all of which is rounded.
+            bits, group: see `integers.quantise`.
+            operator: what the calls become, registered under the name `aten.QUANTISED`.
+            real_zeros: zero points are a floating-point parameter `{weight}.zero`.
+
+        Returns:
+            Whether it was done; if not, the report has the reason.
+
+        Raises:
+            PassError: the weight is quantised already or not finite, or the integers are not
+                those of the plan.
+        """
+        done = quantise_weight(self, site, bits, group, operator, real_zeros)
+        self._nodes = site_nodes(self.graph_module)
+        return done
 
     def add(self, site: LinearSite, branch: Delta) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
@@ -186,11 +233,11 @@ class Editor:
 
         A bias that the model itself adds behind the product is returned as it is.
         """
-        weight = self.graph_module.get_parameter(site.weight)
         if isinstance(site, ConvSite):
-            size = site.channels[1]
+            weight, size = self.graph_module.get_parameter(site.weight), site.channels[1]
         else:
-            size = self.weight(site).out_features
+            weight = self.weight(site)
+            size = weight.out_features
         own = {self._own_bias(self.node(call), size) for call in site.nodes}
         if len(own) == 1 and (found := own.pop()) is not None:
             return found
@@ -208,6 +255,10 @@ class Editor:
             if is_op(node, CONVS | {LINEAR}):
                 bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
                 node.args = (node.args[0], node.args[1], bias, *node.args[3:])
+                self._know_bias(site.weight, name)
+            elif is_quantised(node):
+                bias.meta["val"] = _fake(node, size)
+                node.update_arg(4, bias)
                 self._know_bias(site.weight, name)
             elif is_op(node, ATEN.addmm.default):
                 raise PassError(f"{site.id} has a bias already.")

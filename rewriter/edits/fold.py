@@ -149,6 +149,8 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         found.append(match)
     if {str(m["w"].name) for m, _ in found} == set() or len(found) < len(site.nodes):
         return "not every call of the weight has the branch"
+    if reason := edit.weight(site).refuses(branch):
+        return f"not foldable: {reason}"
     if site.tied:
         if tied == "keep":
             return f"not foldable: {site.weight} is tied to {', '.join(site.tied)} (tied=keep)"

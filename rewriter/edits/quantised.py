@@ -1,143 +1,281 @@
-"""Integers for weights: rounding to nearest by group, and how the integers are stored.
+"""Quantised weights: integers, scales and zero points in the place of one tensor.
 
-    W[i, j] = scale[i, G] (code[i, j] - zero[i, G]),   G = j // group
-
-The layout is that of ONNX Runtime's MatMulNBits (com.microsoft): uint8 `[out, groups, bytes]`, the
-first code of a group in the lowest bits of its first byte.
+The parameter `name` leaves the program; `name.codes`, `name.scale` and `name.zero` take its place
+and the linear's calls become `operator(x, codes, scale, zero, bias, bits, group)`. Sites, branches
+and patterns see a linear as before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
-SHRINK = tuple(1 - 0.02 * i for i in range(31))
-"""How far the range of a group is clipped: each is tried."""
+from ..aten import (
+    SLICES,
+    VIEWS,
+    attribute,
+    is_op,
+    is_quantised,
+    set_attribute,
+    shape,
+    users,
+    value,
+)  # fmt: skip
+from ..errors import ExportError, FoldError, PassError
+from ..sites.sites import LinearSite
+from ..storage.identity import merkle_root, tensor_digest
+from .branch import Branch, OutputScale
+from .compose import compose, site_nodes
+from .integers import Quantised, quantise
+from .pattern import linear_parts
+from .weight import Weight, all_finite
 
-CHUNK = 1 << 20
-"""Weights searched at a time: bounds the float64 temporaries."""
+if TYPE_CHECKING:
+    from ..program import Program
+    from .edit import Editor
 
 
-@dataclass(frozen=True)
-class Quantised:
-    """A quantised matrix, pure tensors.
+@dataclass(kw_only=True)
+class QuantisedWeight(Weight):
+    """Integers with a scale and a zero point a group; `compute` is the product's dtype.
 
-    Attributes:
-        codes: uint8 `[out, groups, bytes]`.
-        scale: `[out, groups]`, at least float32.
-        zero: uint8, packed along the groups (`[out, bytes]`), or floating `[out, groups]`.
-        bits: 2, 4 or 8.
-        group: columns a group; the last group of a row may have fewer.
-        in_features: columns.
+    Output scales fold exactly into the scales. What would need other integers does not fold.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    bits: int
-    group: int
-    in_features: int
+    tensor: Quantised
+    compute: torch.dtype
 
-    def integers(self) -> Tensor:
-        """The codes, uint8 `[out, in]`."""
-        return unpack(self.codes, self.bits, self.group).flatten(1)[:, : self.in_features]
+    @staticmethod
+    def of(module: GraphModule, site: LinearSite, call: Node) -> QuantisedWeight:
+        """What the quantised linear `call` of a site multiplies by."""
+        bias = module.get_parameter(site.bias).detach() if site.bias else None
+        return QuantisedWeight(
+            module=module, name=site.weight, bias_name=site.bias, bias=bias,
+            tensor=_stored(module, site, call), compute=value(call).dtype,
+        )  # fmt: skip
 
-    def zeros(self) -> Tensor:
-        """The zero points, `[out, groups]` in the dtype of the scales."""
-        if self.zero.is_floating_point():
-            return self.zero
-        return unpack(self.zero, self.bits, self.codes.shape[1]).to(self.scale.dtype)
+    @property
+    def out_features(self) -> int:
+        return self.tensor.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.tensor.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.compute
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.codes.device
 
     def dense(self) -> Tensor:
-        """The matrix, `[out, in]` in the dtype of the scales."""
-        of = torch.arange(self.in_features, device=self.codes.device) // self.group
-        offsets = self.integers().to(self.scale.dtype) - self.zeros()[:, of]
-        return offsets * self.scale[:, of]
+        return self.tensor.dense().to(self.compute)
 
-    def regrouped(self, group: int) -> Quantised:
-        """The same matrix in smaller groups, which repeat the scales; `group` divides the old."""
-        count = -(-self.in_features // group)
-        repeat = self.group // group
-        scale = self.scale.repeat_interleave(repeat, 1)[:, :count].contiguous()
-        zero = self.zeros().repeat_interleave(repeat, 1)[:, :count].contiguous()
-        if not self.zero.is_floating_point():
-            zero = pack(zero.to(torch.uint8), self.bits)
-        codes = pack(_grouped(self.integers(), group), self.bits)
-        return replace(self, codes=codes, scale=scale, zero=zero, group=group)
+    def stored(self) -> Mapping[str, Tensor]:
+        return {f"{self.name}.scale": self.tensor.scale}
 
-
-def quantise(weight: Tensor, bits: int, group: int | None = None) -> Quantised:
-    """Rounds to nearest, with the scale of each group that minimises its squared error.
-
-    Each candidate clips the group's range (which includes 0) by a factor of `SHRINK` and rounds;
-    its scale is then the least-squares one for its codes. The search runs in float64, so that
-    the codes do not depend on the machine.
-
-    Args:
-        weight: `[out, in]`, floating; on the meta device the result has no values either.
-        bits: 2, 4 or 8.
-        group: columns that share a scale and a zero point; None for a whole row. `group * bits`
-            must be a multiple of 8.
-    """
-    out, size = weight.shape
-    group = size if group is None else min(group, size)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if weight.is_meta:
-        groups = -(-size // group)
-        codes = weight.new_empty((out, groups, -(-group * bits // 8)), dtype=torch.uint8)
-        zero = weight.new_empty((out, -(-groups * bits // 8)), dtype=torch.uint8)
-        return Quantised(
-            codes, weight.new_empty((out, groups), dtype=wide), zero, bits, group, size
+    def refuses(self, branch: Branch) -> str:
+        if isinstance(branch, OutputScale):
+            return ""
+        return (
+            f"the weight is stored in {self.tensor.bits} bits, and rounding to them again would "
+            "lose most of what the branch learnt. Keep the branch beside the integers, or fold it "
+            "before the weight is quantised"
         )
-    rows = max(1, CHUNK // size)
-    parts = [_search(w, bits, group) for w in weight.split(rows)]
-    codes, scale, zero = (torch.cat(p) for p in zip(*parts, strict=True))
-    return Quantised(codes, scale.to(wide), pack(zero, bits), bits, group, size)
+
+    def with_delta(self, delta: Tensor) -> tuple[Self, float]:
+        raise FoldError(f"{self.name}: a delta does not fold into integers. Keep the branch.")
+
+    def with_rows(self, scale: Tensor) -> Self:
+        old = self.tensor.scale
+        tensor = replace(self.tensor, scale=old * scale.to(old.dtype)[:, None])
+        return replace(self, tensor=tensor, bias=self.scaled_bias(scale))
+
+    def with_columns(self, scale: Tensor) -> Self:
+        raise FoldError(f"{self.name}: the columns of a group share a scale. Keep the branch.")
+
+    def pack(self, layout: str) -> Quantised:
+        """The tensors as another runtime takes them.
+
+        Args:
+            layout: `matmulnbits`, ONNX Runtime's: groups are powers of two from 16 on. Other
+                groups are cut into such ones, which repeat the scale; the matrix is the same.
+
+        Raises:
+            ExportError: the layout is unknown, or cannot hold groups of this size.
+        """
+        if layout != "matmulnbits":
+            raise ExportError(f"{self.name}: there is no layout {layout!r}. Layouts: matmulnbits.")
+        block = self.tensor.group & -self.tensor.group
+        if block < 16 and self.tensor.codes.shape[1] == 1:  # padding completes a group of a row
+            block = max(16, 1 << (self.tensor.group - 1).bit_length())
+        if block < 16:
+            raise ExportError(
+                f"{self.name}: MatMulNBits has groups of 16, 32, 64, ... columns, and "
+                f"{self.tensor.group} is no multiple of 16. Quantise with group=16, 32, 64 or 128."
+            )
+        return self.tensor if block == self.tensor.group else self.tensor.regrouped(block)
 
 
-def _search(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, scales and unpacked zero points of a few rows."""
-    most = (1 << bits) - 1
-    w = _grouped(weight.double(), group)  # padded with 0, which every group represents exactly
-    low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    full = (high - low) / most
-    full = torch.where(full > 0, full, torch.ones_like(full))
-    zero = (-low / full).round_()
-    best = torch.full_like(full, -1.0)
-    scale = full.clone()
-    codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
-    for shrink in SHRINK:
-        rounded = (w / (full * shrink).unsqueeze(-1)).round_().add_(zero.unsqueeze(-1))
-        rounded.clamp_(0, most)
-        offsets = rounded - zero.unsqueeze(-1)
-        dot, norm = (w * offsets).sum(-1), offsets.square().sum(-1)
-        fitted = dot / norm.clamp(min=1)  # least squares; the error is |w|^2 - dot^2 / norm
-        gain = dot * fitted
-        better = gain > best
-        best = torch.where(better, gain, best)
-        scale = torch.where(better & (norm > 0), fitted, scale)
-        codes = torch.where(better.unsqueeze(-1), rounded.to(torch.uint8), codes)
-    return pack(codes, bits), scale, zero.to(torch.uint8)
+def _stored(module: GraphModule, site: LinearSite, call: Node) -> Quantised:
+    """The stored tensors that a quantised linear's call reads."""
+    operands: Any = call.args
+    codes, scale, zero = (attribute(module, str(n.target)).detach() for n in operands[1:4])
+    return Quantised(codes, scale, zero, operands[5], operands[6], site.in_features)
 
 
-def _grouped(rows: Tensor, group: int) -> Tensor:
-    """`[out, in]` -> `[out, groups, group]`, padded with zeros."""
-    missing = -rows.shape[1] % group
-    return torch.nn.functional.pad(rows, (0, missing)).unflatten(1, (-1, group))
+def quantised_calls(program: Program) -> dict[str, Node]:
+    """One call of each quantised weight, by the weight's name."""
+    nodes = site_nodes(program.module)
+    found: dict[str, Node] = {}
+    for site in program.sites:
+        call = nodes.get(site.nodes[0])
+        if isinstance(site, LinearSite) and call is not None and is_quantised(call):
+            found[site.weight] = call
+    return found
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 `[..., count]` -> uint8 `[..., bytes]`, the first value in the lowest bits."""
-    each = 8 // bits
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % each))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
-    return (padded.unflatten(-1, (-1, each)) << shifts).sum(-1, dtype=torch.uint8)
+def dense_weights(program: Program) -> dict[str, Tensor]:
+    """The quantised weights as dense ones, stored as the model does, by name."""
+    sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
+    found: dict[str, Tensor] = {}
+    for name, call in quantised_calls(program).items():
+        dense = QuantisedWeight.of(program.module, sites[name], call).dense()
+        found[name] = dense.T.contiguous() if sites[name].in_out else dense
+    return found
 
 
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undoes `pack`: uint8 `[..., bytes]` -> uint8 `[..., count]`."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    values = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return values.flatten(-2)[..., :count]
+def repack(edit: Editor, layout: str) -> bool:
+    """Stores every quantised weight as another runtime takes it; returns whether there is one.
+
+    Raises:
+        ExportError: see `QuantisedWeight.pack`.
+    """
+    nodes = site_nodes(edit.graph_module)
+    found: dict[str, Quantised] = {}
+    for site in edit.program.sites:
+        weight = edit.weight(site) if isinstance(site, LinearSite) else None
+        if not isinstance(site, LinearSite) or not isinstance(weight, QuantisedWeight):
+            continue
+        if site.weight not in found:
+            found[site.weight] = weight.pack(layout)
+            replace_tensor(edit.graph_module, site.weight, found[site.weight])
+        for name in site.nodes:
+            nodes[name].update_arg(6, found[site.weight].group)
+    return bool(found)
+
+
+def whole_weights(edit: Editor, ids: Sequence[str]) -> list[LinearSite]:
+    """See `Editor.whole`."""
+    chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], LinearSite)}
+    found: dict[str, LinearSite] = {}
+    for site in chosen.values():
+        same = [s for s in edit.program.sites if isinstance(s, LinearSite)]
+        rest = [s.id for s in same if s.weight == site.weight and s.id not in chosen]
+        if rest:
+            edit.skip(site, f"{site.weight} also holds {', '.join(rest)}: select all or none of it")
+        else:
+            found.setdefault(site.weight, site)
+    return list(found.values())
+
+
+def quantise_weight(
+    edit: Editor,
+    site: LinearSite,
+    bits: int,
+    group: int | None,
+    operator: Callable[..., Tensor],
+    real_zeros: bool,
+) -> bool:
+    """See `Editor.quantise`."""
+    gm = edit.graph_module
+    weight = edit.weight(site)
+    if isinstance(weight, QuantisedWeight):
+        raise PassError(f"{site.id} is quantised already. Select other sites with where=.")
+    for name in site.nodes:
+        compose(edit.program, edit.node(name), site.weight)  # a lowered call becomes a linear
+    nodes = site_nodes(gm)
+    calls = [nodes[name] for name in site.nodes]
+    if reason := _obstacle(gm, site, calls):
+        edit.skip(site, reason)
+        return False
+    dense = weight.dense()
+    if not dense.is_meta and not all_finite(dense):
+        raise PassError(f"{site.weight} holds NaN or infinity; it cannot be quantised.")
+    made = quantise(dense, bits, group)
+    _require_known(edit, site.weight, made)
+    if real_zeros:
+        made = replace(made, zero=made.zeros())
+    parts = [linear_parts(call) for call in calls]
+    replace_tensor(gm, site.weight, made)
+    for call, found in zip(calls, parts, strict=True):
+        if found is None:
+            raise PassError(f"{site.id}: {call.name} is not a linear.")
+        x, _, bias = found
+        with gm.graph.inserting_before(call):
+            stored = [gm.graph.get_attr(f"{site.weight}.{p}") for p in PARTS]
+            operands = (x, *stored, bias, made.bits, made.group)
+            new = gm.graph.create_node("call_function", operator, operands, {}, "quantised_linear")
+        new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
+        call.replace_all_uses_with(new)
+        gm.graph.erase_node(call)
+    edit.edited.append(site.id)
+    return True
+
+
+def _require_known(edit: Editor, name: str, made: Quantised) -> None:
+    """Records the digest of a weight's integers, or compares it with what the plan says."""
+    if made.codes.is_meta:
+        return
+    digest = merkle_root({"codes": tensor_digest(made.codes), "zero": tensor_digest(made.zero)})
+    known: dict[str, str] = edit.decided.setdefault("codes", {})
+    if known.setdefault(name, digest) != digest:
+        raise PassError(
+            f"{name}: rounding the base weight gives other integers than those that the scales "
+            "were trained with. Load the base that it was trained on, with the version of peftfx "
+            "that saved it."
+        )
+
+
+PARTS = ("codes", "scale", "zero")
+"""What stands below a quantised weight's name, in the operator's order."""
+
+
+def replace_tensor(gm: GraphModule, name: str, made: Quantised) -> None:
+    """Stores a quantised matrix under a weight's name, in the place of what is there."""
+    path, _, leaf = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    owner._parameters.pop(leaf, None)
+    owner._modules.pop(leaf, None)
+    set_attribute(gm, f"{name}.codes", made.codes, transient=False)
+    set_attribute(gm, f"{name}.scale", nn.Parameter(made.scale, requires_grad=False))
+    zero = nn.Parameter(made.zero, requires_grad=False) if made.zero.is_floating_point() else None
+    set_attribute(gm, f"{name}.zero", made.zero if zero is None else zero, transient=False)
+
+
+def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
+    """Why a site's weight cannot be stored as integers; empty if it can."""
+    if site.tied:
+        return f"its weight is tied to {', '.join(site.tied)}"
+    if site.sliced or site.left:
+        return "its calls multiply by a slice of the weight, or from the left"
+    stack = list(gm.graph.find_nodes(op="get_attr", target=site.weight))
+    while stack:
+        for reader in users(stack.pop()):
+            if is_op(reader, VIEWS) or is_op(reader, SLICES):
+                stack.append(reader)
+            elif reader not in calls:
+                return f"its weight is also read by {reader.name}"
+    for call in calls:
+        x, _, bias = linear_parts(call) or (None, None, None)
+        flat = bias is None or len(shape(bias) or ()) == 1
+        if x is None or not flat or set(call.kwargs) - {"bias"}:
+            return f"{call.name} is not a plain linear"
+    return ""
