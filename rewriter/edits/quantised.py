@@ -90,8 +90,8 @@ class QuantisedWeight(Weight):
             "before the weight is quantised"
         )
 
-    def with_delta(self, delta: Tensor) -> tuple[Self, float]:
-        raise FoldError(f"{self.name}: a delta does not fold into integers. Keep the branch.")
+    def replaced(self, exact: Tensor) -> tuple[Self, float]:
+        raise FoldError(f"{self.name}: another matrix needs other integers. Keep the branch.")
 
     def with_rows(self, scale: Tensor) -> Self:
         old = self.tensor.scale

@@ -162,8 +162,9 @@ def _shorter(program: Program, label: str, length: int) -> InputSpec:
     return replace(spec, ranges=ranges, relations=relations, reasons=reasons)
 
 
-def _meaning(program: Program, source: Node, site: EmbeddingSite) -> str:
-    """What an input other than the token ids is, from where its values go."""
+def meaning_of(program: Program, source: Node) -> str | None:
+    """What an input other than the token ids is, from where its values go: `mask`, `labels`,
+    `positions` or `types`; None if they go nowhere telling."""
     gm = program.module
 
     def stop(node: Node) -> bool:
@@ -178,13 +179,8 @@ def _meaning(program: Program, source: Node, site: EmbeddingSite) -> str:
             return "labels"
         if is_op(node, EMBEDDING):
             return "positions" if roles.get(node.name) == "position" else "types"
-        if is_op(node, _WAVES):
-            return "positions"
-        return "mask"
-    raise PassError(
-        f"input {source.name!r} has a token axis, but where its values go does not show how a "
-        f"prompt continues it. Capture without it, or prepend at another embedding than {site.id}."
-    )
+        return "positions" if is_op(node, _WAVES) else "mask"
+    return None
 
 
 def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
@@ -214,7 +210,13 @@ def prepend_tokens(
             continue
         if len(dims) != 2 or str(dims[1]) != symbol:
             raise PassError(f"input {source.name!r} has its tokens on another axis than 1.")
-        meaning = "ids" if source is ids else _meaning(program, source, site)
+        meaning = "ids" if source is ids else meaning_of(program, source)
+        if meaning is None:
+            raise PassError(
+                f"input {source.name!r} has a token axis, but where its values go does not show "
+                "how a prompt continues it. Capture without it, or prepend at another embedding "
+                f"than {site.id}."
+            )
         pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
         with gm.graph.inserting_after(source):
             padded = add_call(gm, "pad_tokens", pad, (source,))
