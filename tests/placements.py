@@ -46,7 +46,8 @@ class Placement:
         if self.program is None:
             sentence = re.split(r"(?<=[a-z)])[.;] ", self.errors[-1])[0]
             reason = sentence.rpartition(" model: ")[2].strip(" .")
-            return f"{reason[0].upper()}{reason[1:]}"
+            named = "." in reason.split()[0]  # a site keeps its spelling
+            return reason if named else f"{reason[0].upper()}{reason[1:]}"
         edited = len(self.program.history[-1].edited)
         return f"{edited} at `{self.where}`" if self.where else str(edited)
 
