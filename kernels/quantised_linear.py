@@ -42,15 +42,18 @@ def _offsets(codes: Tensor, zero: Tensor, bits: int, group: int, wide: torch.dty
     """`code - zero`, `[rows, groups, group]`."""
     if zero.dtype == torch.uint8:
         zero = unpack(zero, bits, codes.shape[1])
-    return unpack(codes, bits, group).to(wide).sub_(zero.to(wide).unsqueeze(-1))
+    return unpack(codes, bits, group).to(wide) - zero.to(wide).unsqueeze(-1)
 
 
 def dequantise(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, size: int
 ) -> Tensor:
-    """The dense weight, `[N, size]`, in the dtype of `scale`."""
+    """The dense weight, `[N, size]`, in the dtype of `scale`; plain operators, differentiable.
+
+    Also `peftfx::dequantise`, for branches that read the weight itself.
+    """
     offsets = _offsets(codes, zero, bits, group, scale.dtype)
-    return offsets.mul_(scale.unsqueeze(-1)).flatten(1)[:, :size]
+    return (offsets * scale.unsqueeze(-1)).flatten(1)[:, :size]
 
 
 def reference(
@@ -247,6 +250,10 @@ _LIBRARY.define(
     "quantised_linear_backward(Tensor dy, Tensor x, Tensor codes, Tensor scale, Tensor zero, "
     "int bits, int group, SymInt size, bool[] needs) -> Tensor[]"
 )
+_LIBRARY.define(
+    "dequantise(Tensor codes, Tensor scale, Tensor zero, int bits, int group, int size) -> Tensor"
+)
+_LIBRARY.impl("dequantise", dequantise, "CompositeImplicitAutograd")
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("quantised_linear", _forward, _key)
     _LIBRARY.impl("quantised_linear_backward", _gradients, _key)

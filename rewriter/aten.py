@@ -73,6 +73,8 @@ EMBEDDING = ATEN.embedding.default
 LINEAR = ATEN.linear.default
 QUANTISED = "peftfx::quantised_linear"
 """Name of the operator `(x, codes, scale, zero, bias, bits, group)`, a linear over integers."""
+DEQUANTISE = "peftfx::dequantise"
+"""Name of the operator `(codes, scale, zero, bits, group, size)`, the dense weight."""
 
 RANDOM = DROPOUTS | {SDPA}
 
@@ -82,6 +84,12 @@ def is_op(node: object, targets: frozenset[Any] | object) -> bool:
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return node.target in targets if isinstance(targets, frozenset) else node.target is targets
+
+
+def operator(name: str) -> Any:
+    """An operator of a library that is loaded, by its qualified name."""
+    space, _, leaf = name.partition("::")
+    return getattr(getattr(torch.ops, space), leaf).default
 
 
 def is_quantised(node: object) -> bool:

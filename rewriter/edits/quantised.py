@@ -226,6 +226,7 @@ def quantise_weight(
         new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
         call.replace_all_uses_with(new)
         gm.graph.erase_node(call)
+        compose(edit.program, new, site.weight)
     edit.edited.append(site.id)
     return True
 
@@ -266,12 +267,13 @@ def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
         return f"its weight is tied to {', '.join(site.tied)}"
     if site.sliced or site.left:
         return "its calls multiply by a slice of the weight, or from the left"
+    keys = {call.meta.get("call") or call.name for call in calls}
     stack = list(gm.graph.find_nodes(op="get_attr", target=site.weight))
     while stack:
         for reader in users(stack.pop()):
             if is_op(reader, VIEWS) or is_op(reader, SLICES):
                 stack.append(reader)
-            elif reader not in calls:
+            elif reader not in calls and reader.meta.get("composed") not in keys:
                 return f"its weight is also read by {reader.name}"
     for call in calls:
         x, _, bias = linear_parts(call) or (None, None, None)
