@@ -4,21 +4,33 @@ Kim et al., NeurIPS 2023, arXiv:2305.14152. The weights of the selected linears 
 `bits` (`W_int = clamp(round(W / s) + z)`, s and z minimising |W - s (W_int - z)| by group), and
 training moves only the scales, `out * in / group` a linear, kept in at least float32. Nothing to
 fold: a task is a set of scales. Outputs change by the error of rounding, which is measured.
-Scales need no weight decay (pass `weight_decay=0` to the optimizer).
+Scales get no weight decay.
 
 An adapter holds the scales and a hash of the integers, which loading computes again from the base.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from ...kernels.quantised_linear import OPERATOR
 from ...rewriter.edits.edit import Editor
+from ...rewriter.running.controller import Controller
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
 from ...rewriter.sites.sites import LinearSite
+
+
+class Scales(Controller):
+    """Scales and zero points are no weights: they do not decay."""
+
+    def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        del name, parameter
+        return {"weight_decay": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +45,8 @@ class PEQA(Method):
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
+    controller: ClassVar[type[Controller]] = Scales
+    folds: ClassVar[str] = "nothing to fold"
 
     bits: int = 4
     group: int | None = 32

@@ -265,8 +265,10 @@ def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
     """Why a site's weight cannot be stored as integers; empty if it can."""
     if site.tied:
         return f"its weight is tied to {', '.join(site.tied)}"
-    if site.sliced or site.left:
-        return "its calls multiply by a slice of the weight, or from the left"
+    if site.sliced:
+        return f"its calls multiply by a slice of {site.weight}, not by all of it"
+    if site.left:
+        return "its calls multiply from the left (W @ x)"
     keys = {call.meta.get("call") or call.name for call in calls}
     stack = list(gm.graph.find_nodes(op="get_attr", target=site.weight))
     while stack:

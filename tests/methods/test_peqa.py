@@ -122,7 +122,9 @@ def test_training_moves_the_scales_alone(captured: Any) -> None:
     before = {n: t.clone() for n, t in program.module.state_dict().items()}
     trained = set(program.named_trainable_parameters())
     assert trained and all(n.endswith(".weight.scale") for n in trained)
-    optimizer = torch.optim.AdamW(program.trainable_parameters(), lr=1e-3, weight_decay=0.0)
+    groups = peftfx.controllers(program).param_groups(lr=1e-3, weight_decay=0.1)
+    assert [g["weight_decay"] for g in groups] == [0.0]
+    optimizer = torch.optim.AdamW(groups)
     losses: list[float] = []
     for _ in range(8):
         torch.manual_seed(0)
