@@ -42,18 +42,28 @@ def _offsets(codes: Tensor, zero: Tensor, bits: int, group: int, wide: torch.dty
     """`code - zero`, `[rows, groups, group]`."""
     if zero.dtype == torch.uint8:
         zero = unpack(zero, bits, codes.shape[1])
-    return unpack(codes, bits, group).to(wide) - zero.to(wide).unsqueeze(-1)
+    return unpack(codes, bits, group).to(wide).sub_(zero.to(wide).unsqueeze(-1))
 
 
 def dequantise(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, size: int
 ) -> Tensor:
-    """The dense weight, `[N, size]`, in the dtype of `scale`; plain operators, differentiable.
+    """The dense weight, `[N, size]`, in the dtype of `scale`; differentiable in scale and zero.
 
-    Also `peftfx::dequantise`, for branches that read the weight itself.
+    Also `peftfx::dequantise`, for branches that read the weight itself. In plain arithmetic: no
+    exporter has shifts of bytes.
     """
-    offsets = _offsets(codes, zero, bits, group, scale.dtype)
+    offsets = _digits(codes, bits)[..., :group].to(scale.dtype)
+    if zero.dtype == torch.uint8:
+        zero = _digits(zero, bits)[..., : codes.shape[1]]
+    offsets = offsets - zero.to(scale.dtype).unsqueeze(-1)
     return (offsets * scale.unsqueeze(-1)).flatten(1)[:, :size]
+
+
+def _digits(packed: Tensor, bits: int) -> Tensor:
+    """`unpack` in floating point."""
+    powers = 2.0 ** torch.arange(0, 8, bits, device=packed.device)
+    return (torch.floor(packed.unsqueeze(-1) / powers) % (1 << bits)).flatten(-2)
 
 
 def reference(
@@ -65,16 +75,9 @@ def reference(
     bits: int,
     group: int,
 ) -> Tensor:
-    """The formula, with a dense weight, differentiable by plain autograd."""
-    places = torch.arange(codes.shape[1] * group, device=x.device)
-    values = codes.to(torch.int64).unsqueeze(-1) >> torch.arange(0, 8, bits, device=x.device)
-    values = (values % (1 << bits)).flatten(2)[..., :group].flatten(1)
-    if zero.dtype == torch.uint8:
-        zero = unpack(zero, bits, codes.shape[1])
-    of = places // group
-    weight = scale[:, of] * (values - zero[:, of].to(scale.dtype))
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight[:, : x.shape[-1]].to(x.dtype), bias)
+    """The formula, with a dense weight and plain autograd."""
+    weight = dequantise(codes, scale, zero, bits, group, x.shape[-1]).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def quantised_linear(
@@ -121,7 +124,8 @@ def _forward(
     wide = torch.promote_types(scale.dtype, x.dtype)
     y = x.new_empty((rows.shape[0], codes.shape[0]))
     for part in _slices(codes, size):
-        weight = dequantise(codes[part], scale[part].to(wide), zero[part], bits, group, size)
+        offsets = _offsets(codes[part], zero[part], bits, group, wide)
+        weight = offsets.mul_(scale[part].to(wide).unsqueeze(-1)).flatten(1)[:, :size]
         y[:, part] = rows @ weight.to(x.dtype).t()
     if bias is not None:
         y += bias.to(y.dtype)

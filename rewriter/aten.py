@@ -86,7 +86,7 @@ def is_op(node: object, targets: frozenset[Any] | object) -> bool:
     return node.target in targets if isinstance(targets, frozenset) else node.target is targets
 
 
-def operator(name: str) -> Any:
+def loaded_operator(name: str) -> Any:
     """An operator of a library that is loaded, by its qualified name."""
     space, _, leaf = name.partition("::")
     return getattr(getattr(torch.ops, space), leaf).default

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, DEQUANTISE, LINEAR, data_index, is_quantised, operator, users, value
+from ..aten import ATEN, DEQUANTISE, LINEAR, data_index, is_quantised, loaded_operator, users, value
 from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
@@ -66,7 +66,7 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         codes, scale, zero, _, bits, group = operands[1:]
         with gm.graph.inserting_after(call):
             args = (codes, scale, zero, bits, group, site.in_features)
-            made = emit("call_function", operator(DEQUANTISE), args, "dequantise")
+            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
         with gm.graph.inserting_after(made):
             made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
         if not site.in_out:

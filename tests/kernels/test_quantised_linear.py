@@ -119,6 +119,18 @@ def test_autocast_is_respected() -> None:
     assert given[0].grad.dtype == given[2].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_dense_weight_is_the_same_one(packed: bool) -> None:
+    x, codes, scale, zero, _, bits, group = operands(4, packed=packed)
+    weight = torch.ops.peftfx.dequantise(codes, scale, zero, bits, group, 7)
+    held = Quantised(codes, scale, zero, bits, group, 7)
+    torch.testing.assert_close(weight, held.dense(), rtol=0, atol=0)
+    y = quantised_linear(x, codes, scale, zero, None, bits, group)
+    torch.testing.assert_close(x @ weight.T, y)
+    grads = [torch.autograd.grad(v.sum(), scale)[0] for v in (x @ weight.T, y)]
+    torch.testing.assert_close(*grads)
+
+
 # Rounding.
 
 
