@@ -381,11 +381,14 @@ def test_the_onnx_file_holds_integers(text: str, tmp_path: Path) -> None:
     assert 8 * bytes_ / count < (4.6 if "64" in text else 4.32)
 
 
-@pytest.mark.parametrize("options", ["group=none", "group=48,zero=true", "bits=2,group=16"])
-def test_every_stored_form_exports(captured: Any, options: str, tmp_path: Path) -> None:
+def test_every_stored_form_exports(captured: Any, tmp_path: Path) -> None:
+    """A scale a row, real zero points in groups that are cut, and 2 bits, in one file."""
     pytest.importorskip("onnx")
     _, base = captured["encoder"]
-    program = randomise(peftfx.run(base, f"peqa{{{options}}}"), 0.002)
+    forms = ("group=none,where=q", "group=48,zero=true,where=k|v", "bits=2,group=16,where=ffn")
+    text = ";".join(f"peqa{{{form},name=n{i}}}" for i, form in enumerate(forms))
+    program = randomise(peftfx.run(base, text), 0.002)
+    assert program.text().count("quantised_linear(") == 10
     assert peftfx.export_onnx(program, tmp_path / "m.onnx").error < 1e-5
 
 
