@@ -226,6 +226,7 @@ def quantise_weight(
         new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
         call.replace_all_uses_with(new)
         gm.graph.erase_node(call)
+        new.name = new.meta["call"]  # sites name it so, also in files
         compose(edit.program, new, site.weight)
     edit.edited.append(site.id)
     return True

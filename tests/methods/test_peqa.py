@@ -220,6 +220,15 @@ def test_state_dicts_hold_the_dense_weights_that_integers_stand_for(
     torch.testing.assert_close(first(fresh(**inputs)), first(program(**inputs)))
 
 
+def test_a_whole_program_is_saved_with_its_integers(captured: Any, tmp_path: Path) -> None:
+    _, base = captured["decoder"]
+    program = randomise(peftfx.run(base, "peqa;lora"), 0.002)
+    peftfx.save_program(program, tmp_path / "p")
+    loaded = peftfx.load_program(tmp_path / "p")
+    assert loaded.text().count("quantised_linear(") == 14
+    assert torch.equal(first(loaded(**batch())), first(program(**batch())))
+
+
 # Beside other methods.
 
 
