@@ -11,6 +11,7 @@ from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake
 from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
+from .passes.quantization.peqa import PEQA as PEQA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning

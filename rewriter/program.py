@@ -210,6 +210,8 @@ class Program:
     def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
         """The tensors under their original names; loads into the original, unmodified model.
 
+        A quantised weight is written as the dense matrix that it stands for.
+
         Args:
             strict: refuse if the program holds tensors that the original model has no name
                 for (branches not folded, added biases), or that do not fit it any more (cut
@@ -218,7 +220,10 @@ class Program:
         Raises:
             ExportError: such tensors exist; the message lists them.
         """
+        from .edits.quantised import dense_weights
+
         held = dict(self._stored())
+        held |= dense_weights(self)
         state: dict[str, Tensor] = {}
         for name in self.state_names:
             source = name if name in self.untied else self.aliases.get(name, name)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, LINEAR, data_index, users
+from ..aten import ATEN, DEQUANTISE, LINEAR, data_index, is_quantised, loaded_operator, users, value
 from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
@@ -83,6 +83,20 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
         return node
 
+    def dense(site: Any) -> Node:
+        """The dense weight of a quantised call, stored as the model's own was."""
+        operands: Any = call.args
+        codes, scale, zero, _, bits, group = operands[1:]
+        with gm.graph.inserting_after(call):
+            args = (codes, scale, zero, bits, group, site.in_features)
+            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
+        with gm.graph.inserting_after(made):
+            made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
+        if not site.in_out:
+            return made
+        with gm.graph.inserting_after(made):
+            return emit("call_function", ATEN.t.default, (made,), "dense_t")
+
     inside: set[Node] = set()
     nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
     data = data_index(call)
@@ -97,8 +111,11 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         parts: Any = linear_parts(call)
         if parts is None:
             raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
-        with gm.graph.inserting_after(tail):
-            tail = branch(attachment, (tail, *parts))
+        x, stored, bias = parts
+        if is_quantised(call):
+            stored = dense(program.sites[attachment.site])
+        with gm.graph.inserting_after(stored if is_quantised(call) else tail):
+            tail = branch(attachment, (tail, x, stored, bias))
     for attachment in of_slot("delta"):
         with gm.graph.inserting_after(tail):
             delta = branch(attachment, (x,))

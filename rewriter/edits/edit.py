@@ -5,7 +5,8 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import ancestors, erase_dead, set_attribute, users
+from ..aten import ancestors, erase_dead, is_quantised, set_attribute, users
 from ..errors import PassError
 from ..program import BRANCHES, Attachment, Program
 from ..sites.sites import (
@@ -45,10 +46,11 @@ from .cut import cut_channels
 from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, matrix_of, settle
+from .quantised import QuantisedWeight, quantise_weight, whole_weights
 from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
-from .weight import Weight
+from .weight import DenseWeight, Weight
 
 Linear = Delta | InputScale | OutputScale | RowScale
 EMPTY: Mapping[str, None] = MappingProxyType({})
@@ -62,15 +64,23 @@ class Editor:
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
         figures: measured by the pass itself, added to its certificate.
+        decided: the plan's decisions; what only applying can tell is added for replays.
     """
 
-    def __init__(self, program: Program, adapter: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        adapter: str | None = None,
+        seed: int = 0,
+        decisions: Mapping[str, Any] | None = None,
+    ) -> None:
         self.program = program
         self.adapter = adapter
         self.generator = torch.Generator().manual_seed(seed)
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+        self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -94,7 +104,43 @@ class Editor:
 
     def weight(self, site: LinearSite) -> Weight:
         """What the site multiplies by."""
-        return Weight.of(self.graph_module, site)
+        call = self._nodes.get(site.nodes[0])
+        if call is not None and is_quantised(call):
+            return QuantisedWeight.of(self.graph_module, site, call)
+        return DenseWeight.of(self.graph_module, site)
+
+    def whole(self, ids: Sequence[str]) -> list[LinearSite]:
+        """A site for each stored weight that the named sites have all of; reports the others."""
+        return whole_weights(self, ids)
+
+    def quantise(
+        self,
+        site: LinearSite,
+        bits: int,
+        group: int | None,
+        operator: Callable[..., Tensor],
+        real_zeros: bool = False,
+    ) -> bool:
+        """Stores a linear's weight as integers; its scales are the parameter `{weight}.scale`.
+
+        The digest of the integers goes into the plan, and a replay has to find the same.
+
+        Args:
+            site: of the weight, all of which is rounded.
+            bits, group: see `integers.quantise`.
+            operator: what the calls become, registered under the name `aten.QUANTISED`.
+            real_zeros: zero points are a floating-point parameter `{weight}.zero`.
+
+        Returns:
+            Whether it was done; if not, the report has the reason.
+
+        Raises:
+            PassError: the weight is quantised already or not finite, or the integers are not
+                those of the plan.
+        """
+        done = quantise_weight(self, site, bits, group, operator, real_zeros)
+        self._nodes = site_nodes(self.graph_module)
+        return done
 
     def matrix(self, site: LinearSite) -> Tensor:
         """What the site multiplies by now, expressions included, `[own out, in]`."""

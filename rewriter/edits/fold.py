@@ -75,8 +75,9 @@ def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
         raise FoldError(f"{type(branch).__name__} is not a row scale.")
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
-        c = branch.full_rows(weight.tensor).to(wide)
-        moved = weight.dense().to(wide) + _exact_delta(weight, branch).to(wide)
+        dense = weight.dense()
+        c = branch.full_rows(dense.mT if branch.in_out else dense).to(wide)
+        moved = dense.to(wide) + _exact_delta(weight, branch).to(wide)
         return weight.replaced(c[:, None] * moved)
 
 
@@ -181,6 +182,8 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         found.append(match)
     if {str(m["w"].name) for m, _ in found} == set() or len(found) < len(site.nodes):
         return "not every call of the weight has the branch"
+    if reason := edit.weight(site).refuses(branch):
+        return f"not foldable: {reason}"
     if site.tied:
         if tied == "keep":
             return f"not foldable: {site.weight} is tied to {', '.join(site.tied)} (tied=keep)"

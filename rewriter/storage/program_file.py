@@ -52,7 +52,7 @@ GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
 GRAPH_LIMIT = 256 * 2**20
 _SAMPLE = "sample:"
-_NO_PACKAGES: frozenset[str] = frozenset()
+_PACKAGES = frozenset({"peftfx"})
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 _KEYS = {
@@ -85,7 +85,7 @@ def save_program(program: Program, directory: str | Path) -> None:
     for name, parameter in gm.named_parameters():
         require_finite(name, parameter)
     try:
-        graph = write_json(_portable(write_graph(gm, frozenset(held), _NO_PACKAGES)))
+        graph = write_json(_portable(write_graph(gm, frozenset(held), _PACKAGES)))
         sites = encode(tuple(flat.sites), {})
     except (ValueError, NotImplementedError) as error:
         raise ExportError(f"the program cannot be saved: {error}.") from error
@@ -204,7 +204,7 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
             if name in parameters:
                 tensor = nn.Parameter(tensor, name in trainable)
             held[name] = tensor, name not in transient
-    gm = read_graph(graph, held, _NO_PACKAGES, manifest["name"]).eval()
+    gm = read_graph(graph, held, _PACKAGES, manifest["name"]).eval()
     sites = Sites(decode(manifest["sites"], []))
     _must_fit(gm, sites, held)
     spec = InputSpec.from_json(manifest["inputs"])

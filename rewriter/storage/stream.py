@@ -23,6 +23,7 @@ from ..capture.placement import relocate, still_hollow
 from ..edits.compose import fold_ready
 from ..edits.edit import Editor
 from ..edits.fold import Folding, by_weight, fold_weight
+from ..edits.quantised import quantised_calls
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
@@ -271,6 +272,12 @@ class _Folder:
             raise FoldError(
                 f"{program.added[0]!r} and {len(program.added) - 1} more biases were added to the "
                 "model; its checkpoint has no place for them."
+            )
+        if quantised := list(quantised_calls(program)):
+            raise FoldError(
+                f"{quantised[0]!r} and {len(quantised) - 1} more weights are quantised; the "
+                "checkpoint has no place for integers. Export to ONNX instead, or take dense "
+                "weights from program.export_state_dict()."
             )
         tables = {s.weight for s in program.sites if isinstance(s, EmbeddingSite)}
         for attachment in program.attachments:
