@@ -187,3 +187,55 @@ class Tokens(Branch):
         """Overwrites the first `length` positions of `embedded [batch, tokens, width]`."""
         rows = self.rows().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         return torch.cat([rows, embedded[:, self.length :]], dim=1)
+
+
+class Routed(Branch):
+    """Chooses the tokens that a region of the network runs on, and what all tokens get beside it.
+
+    Of every row's n valid tokens, k = ceil(n / reduction) with the largest scores are taken.
+    """
+
+    slot = "routed"
+    not_foldable = "which tokens it takes depends on the input"
+
+    def __init__(self, reduction: float) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def scores(self, x: Tensor) -> Tensor:
+        """How much each token wants to be taken: `[batch, tokens, width] -> [batch, tokens]`."""
+        raise NotImplementedError
+
+    def weights(self, scores: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
+        """What multiplies each taken token's update; gradients reach `scores` through it.
+
+        Args:
+            scores: `[batch, tokens]`.
+            count: `[batch, 1]`, how many tokens are taken.
+            valid: `[batch, tokens]` booleans, or None where no token is padding.
+        """
+        raise NotImplementedError
+
+    def beside(self, x: Tensor) -> Tensor:
+        """What is added to every token: `[batch, tokens, width]`."""
+        raise NotImplementedError
+
+    def count(self, tokens: Any) -> Any:
+        """k of so many tokens: an integer, a symbolic one, or a tensor of them."""
+        if isinstance(tokens, Tensor):
+            return (tokens / self.reduction - 1e-6).ceil().long()
+        return torch.sym_int(tokens)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Chooses.
+
+        Args:
+            x: `[batch, tokens, width]`, what the region's first linear reads.
+            valid: `[batch, tokens]`, nonzero where a token is no padding.
+
+        Returns:
+            index `[batch, slots]` of the taken tokens in their order, their weights `[batch,
+            slots]`, whether a slot is in use `[batch, slots]`, and `beside(x)`. Slots in surplus
+            (a row with fewer valid tokens than the longest) repeat a taken token with weight 0.
+        """
+        raise NotImplementedError
