@@ -5,7 +5,7 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,9 @@ from ..sites.sites import (
 from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
 from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
+from .region import causal_sites, find_region
+from .route import run_on_chosen
+from .routing import Routed
 from .tokens import prepend_tokens, shift_positions
 from .weight import Weight
 
@@ -160,6 +163,33 @@ class Editor:
         """
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
+
+    def wrap(
+        self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False
+    ) -> None:
+        """Runs the stretch of a stream from its first to its last given sublayer on the tokens
+        that a branch takes; all else passes them by.
+
+        Raises:
+            PassError: the stretch has no single way in and out, tells tokens by their order, or
+                holds causal attention and `causal` does not allow that.
+        """
+        region = find_region(self.program, sites, self._nodes)
+        ordered = causal_sites(self.program, region)
+        if ordered and not causal:
+            raise PassError(
+                f"{ordered[0]} is causal: which of its tokens are taken would depend on later "
+                "ones, which generation does not know. Choose an encoder's blocks with where=, or "
+                "allow it for whole prompts and scoring only, with causal=prefill."
+            )
+        path = self._attach(sites[0], branch)
+        valid = self.valid(sites[0])
+        run_on_chosen(self.program, region, path, branch.reduction, valid)
+
+    def valid(self, site: Site) -> Node | None:
+        """TEMPORARY."""
+        from ..aten import placeholders
+        return placeholders(self.graph_module).get("attention_mask")
 
     # Base parameters.
 

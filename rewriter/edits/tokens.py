@@ -206,7 +206,7 @@ def prepend_tokens(
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     pooled = [n for n in gm.graph.nodes if _first_token(n, symbol)]
-    size = _fresh_size(ids, label)
+    size = fresh_size(value(ids).fake_mode, label)
     fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
     for source in placeholders(gm).values():
         dims = shape(source)
@@ -260,11 +260,10 @@ def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     return ids
 
 
-def _fresh_size(ids: Node, label: str) -> Any:
-    """A new symbolic size for the inputs, which are shorter than the graph's own values."""
+def fresh_size(mode: Any, label: str) -> Any:
+    """A new symbolic size, 2 at least, which nothing relates to the others."""
     from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
 
-    mode: Any = value(ids).fake_mode
     names = len(mode.shape_env.var_to_range)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
     source = ConstantSource(f"{label}_{names}")
