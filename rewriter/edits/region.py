@@ -94,7 +94,7 @@ def find_region(
     """
     order = {n: i for i, n in enumerate(program.module.graph.nodes)}
     chain = sorted(sites, key=lambda s: order[nodes[s.nodes[1]]])
-    first, entry = chain[0].id, _entry(chain[0], nodes)
+    first, entry = chain[0].id, _entry(program, chain[0], nodes)
     end = _exit(program, chain[-1], nodes)
     size, after = shape(entry), shape(end)
     if size is None or len(size) != 3 or str(size) != str(after):
@@ -132,7 +132,7 @@ def _below(entry: Node) -> set[Node]:
     return found
 
 
-def _entry(site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+def _entry(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The summand beside a sublayer's output that the output is computed from."""
     output, add = (nodes[n] for n in site.nodes[:2])
     above = set(ancestors(output)) - {output}
@@ -140,13 +140,18 @@ def _entry(site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     while stack:
         for operand in inputs(stack.pop()):
             root = operand
-            while root not in above and is_op(root, VIEWS | DROPOUTS | MULS):
+            while root not in above and _same_tokens(program, root):
                 root = inputs(root)[0]
             if root in above and root.op != "get_attr":
                 return root
             if is_op(operand, ADDS):
                 stack.append(operand)
     raise PassError(f"{site.id}: the stream that it adds to cannot be found.")
+
+
+def _same_tokens(program: Program, node: Node) -> bool:
+    taken = isinstance(submodule(program.module, node), TakeTokens)
+    return taken or is_op(node, VIEWS | DROPOUTS | MULS)
 
 
 def _exit(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
@@ -156,7 +161,7 @@ def _exit(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> No
         s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream
     ]
     sums = {nodes[s.nodes[1]] for s in stream}
-    entries = [_entry(s, nodes) for s in stream]
+    entries = [_entry(program, s, nodes) for s in stream]
     post = any(is_op(e, NORMS) and inputs(e)[0] in sums for e in entries)
     readers = users(add)
     return readers[0] if post and len(readers) == 1 and is_op(readers[0], NORMS) else add
