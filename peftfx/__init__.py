@@ -18,6 +18,8 @@ from .registry import load_passes
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.program import Program
+from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.observe import observe, tap
 from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import Pipeline, parse, run
 from .rewriter.sites.sites import Site, Sites
@@ -49,12 +51,15 @@ __all__ = [
     "Site",
     "Sites",
     "capture",
+    "controllers",
     "draw_sites",
     "export_onnx",
     "fold_checkpoint",
     "load",
     "load_weights",
+    "observe",
     "parse",
     "run",
     "save",
+    "tap",
 ]

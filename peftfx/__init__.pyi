@@ -7,12 +7,15 @@ from .passes.additive.prompt_tuning import PromptTuning as PromptTuning
 from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
 from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
+from .passes.merging.bake import Bake as Bake
 from .passes.merging.fold import Fold as Fold
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
+from .rewriter.running.observe import observe as observe
+from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
 from .rewriter.running.pipeline import Pipeline as Pipeline
 from .rewriter.running.pipeline import parse as parse

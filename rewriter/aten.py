@@ -189,12 +189,21 @@ def source_line(node: Node) -> str:
     return f"{file}:{rest.partition(',')[0]}"
 
 
+def expression_of(node: object) -> str | None:
+    """The stored tensor's path if `node` is an expression that computes it afresh."""
+    return node.meta.get("expression") if isinstance(node, Node) else None
+
+
 def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] | None:
-    """Follows views, casts and slices from `node` to a stored tensor: its path and the ops."""
+    """Follows views, casts and slices from `node` to a stored tensor: its path and the ops.
+
+    An expression of a stored tensor counts as that tensor.
+    """
     steps: list[Node] = []
     while isinstance(node, Node) and depth:
-        if node.op == "get_attr":
-            return str(node.target), tuple(reversed(steps))
+        path = str(node.target) if node.op == "get_attr" else expression_of(node)
+        if path is not None:
+            return path, tuple(reversed(steps))
         if not (is_op(node, VIEWS) or is_op(node, SLICES)):
             return None
         steps.append(node)

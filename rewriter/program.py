@@ -27,12 +27,16 @@ BRANCHES = "peftfx"
 
 @dataclass(frozen=True)
 class Attachment:
-    """One branch at one site: which adapter it belongs to and where its module is."""
+    """One branch at one site: which adapter it belongs to and where its module is.
+
+    `reads`: keyword of the branch's forward -> name of the graph node that it reads.
+    """
 
     adapter: str
     site: str
     slot: str
     path: str
+    reads: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Program:
     """The model's own end and padding tokens for `generate`."""
     history: tuple[Record, ...] = ()
     attachments: tuple[Attachment, ...] = ()
+    shared: tuple[str, ...] = ()
+    """Paths of modules evaluated once a forward, which branches of several sites read."""
     owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
     added: tuple[str, ...] = ()
     """Names of parameters that the original model does not have (biases)."""

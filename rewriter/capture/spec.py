@@ -26,6 +26,8 @@ class TensorInput:
     dtype: torch.dtype
     fill: float | int | bool = 0
     """A value that was valid in the captured example (its largest one for integers)."""
+    optional: bool = False
+    """A call may leave it out: it is `fill` then. Its shape is fixed."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class InputSpec:
             given.update(self._flattened(name, given.pop(name, None)))
         bound: dict[str, Tensor] = {}
         for spec in self.inputs:
+            if given.get(spec.name) is None and spec.optional:
+                given[spec.name] = self.default(spec, bound)
             if given.get(spec.name) is None:
                 raise InputError(
                     f"input {spec.name!r} is missing. The program was captured with: {self}. "
@@ -96,6 +100,13 @@ class InputSpec:
             self._check_extra(name, item)
         self._check_sizes(bound)
         return bound
+
+    @staticmethod
+    def default(spec: TensorInput, beside: Mapping[str, Tensor]) -> Tensor:
+        """What an optional input is where it is not given, on the device of the others."""
+        device = next((t.device for t in beside.values()), torch.device("cpu"))
+        shape = [s for s in spec.shape if isinstance(s, int)]
+        return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -248,7 +259,13 @@ class InputSpec:
         """A JSON form that `from_json` reads back."""
         return {
             "inputs": [
-                {"name": i.name, "shape": list(i.shape), "dtype": str(i.dtype)[6:], "fill": i.fill}
+                {
+                    "name": i.name,
+                    "shape": list(i.shape),
+                    "dtype": str(i.dtype)[6:],
+                    "fill": i.fill,
+                    "optional": i.optional,
+                }
                 for i in self.inputs
             ],
             "ranges": {k: list(v) for k, v in self.ranges.items()},
@@ -265,7 +282,13 @@ class InputSpec:
         """Reads `to_json`'s form; raises KeyError, TypeError or AttributeError if malformed."""
         return InputSpec(
             inputs=tuple(
-                TensorInput(i["name"], tuple(i["shape"]), getattr(torch, i["dtype"]), i["fill"])
+                TensorInput(
+                    i["name"],
+                    tuple(i["shape"]),
+                    getattr(torch, i["dtype"]),
+                    i["fill"],
+                    bool(i.get("optional", False)),
+                )
                 for i in data["inputs"]
             ),
             ranges={k: (int(v[0]), v[1]) for k, v in data["ranges"].items()},

@@ -7,7 +7,7 @@ classes are the slots a branch can fill; a method subclasses one and gives the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,18 @@ Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 class Branch(nn.Module):
     """Base of all inserted modules.
 
+    Values of the graph that it reads beside its own operand (a gate, a mask, generated weights)
+    are keyword arguments of `forward`, under the names that the method gave to the editor.
+
     Class attributes:
         slot: where it sits at its site.
         not_foldable: why it cannot become a constant; empty if it can.
+        single: why a site takes only one branch of this slot; empty if it takes several.
     """
 
     slot: ClassVar[str] = ""
     not_foldable: ClassVar[str] = ""
+    single: ClassVar[str] = ""
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
@@ -39,6 +44,18 @@ class Branch(nn.Module):
     def describe(self) -> str:
         """Options for graph text, such as `rank=8`."""
         return ""
+
+    def settled(self, **decided: Any) -> Self | Branch | None:
+        """The branch that takes this one's place once training has decided (see `Bake`).
+
+        Args:
+            decided: what the method decided for it: kept ranks, a mask, and the constants that
+                take the place of values it read.
+
+        Returns:
+            A branch of the same slot that reads none of the decided values, or None to remove it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
 
     def features_last(self, x: Tensor) -> Tensor:
         """`x` with its features on the last axis."""
@@ -58,8 +75,8 @@ class Delta(Branch):
         super().__init__()
         self.lowered: Fused | None = None
 
-    def branch(self, x: Tensor) -> Tensor:
-        """`f(x)`: `[..., in] -> [..., out]`."""
+    def branch(self, *x: Any, **reads: Any) -> Tensor:
+        """`f(x, **reads)`: `[..., in] -> [..., out]`."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
@@ -72,12 +89,12 @@ class Delta(Branch):
         return None
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **reads: Tensor
     ) -> Tensor:
         factors = self.factors() if weight is not None else None
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
-        y = self.branch(self.features_last(x))
+        y = self.branch(self.features_last(x), **reads)
         if self.features is not None:
             y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
         return self.features_back(y)
@@ -120,18 +137,89 @@ class OutputScale(Scale):
     slot = "output_scale"
 
 
+class RowScale(Branch):
+    """`y = c * (W x + f(x)) + b`: rescales the rows of a weight and of its own linear part f.
+
+    c may depend on the weight. It acts on the weight itself, below all other branches of the
+    linear; f folds with it.
+    """
+
+    slot = "row_scale"
+    single = "the rows of a weight have one magnitude"
+
+    own: Tensor | None
+    """For a part of a fused weight: its rows, `[own features]`."""
+
+    in_out: bool = False
+    """The stored weight is `[in, out]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("own", None, persistent=False)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """`f(x)`: `[..., in] -> [..., out]`."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """The weight that f adds, `[out, in]`."""
+        raise NotImplementedError
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """c `[out]` for the weight `[out, in]`, without f."""
+        raise NotImplementedError
+
+    def _spread(self, own: Tensor, fill: float) -> Tensor:
+        """Puts own features on the last axis at their places in the fused weight."""
+        if self.features is None:
+            return own
+        rest = torch.full_like(own[..., :1], fill)
+        return torch.cat([rest, own], -1).index_select(-1, self.features)
+
+    def full_rows(self, weight: Tensor) -> Tensor:
+        """`rows` of the whole stored weight, with ones at untouched features."""
+        dense = weight.mT if self.in_out else weight
+        return self._spread(self.rows(dense if self.own is None else dense[self.own]), 1.0)
+
+    def full_delta(self) -> Tensor:
+        """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
+        return self._spread(self.delta().mT, 0.0).mT
+
+    def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        c = self.full_rows(weight).to(y.dtype)
+        y = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
+        y = y * c if bias is None else y * c + (1 - c) * bias
+        return self.features_back(y)
+
+
+class Expression(Branch):
+    """`w' = f(w)`: computes a stored tensor afresh on every forward.
+
+    Class attributes:
+        replaces: it holds the value itself, so the stored tensor leaves the program and
+            `forward` takes no argument.
+    """
+
+    slot = "expression"
+    replaces: ClassVar[bool] = False
+
+    def forward(self, *w: Any, **reads: Any) -> Tensor:
+        """f(w, **reads), of the shape and dtype of w."""
+        raise NotImplementedError
+
+
 class Serial(Branch):
     """`h' = f(h)` on a sublayer's output, with its own skip connection inside."""
 
     slot = "serial"
     not_foldable = "it is not linear"
 
-    def transform(self, h: Tensor) -> Tensor:
-        """`f(h)`: `[..., width] -> [..., width]`."""
+    def transform(self, *h: Any, **reads: Any) -> Tensor:
+        """`f(h, **reads)`: `[..., width] -> [..., width]`."""
         raise NotImplementedError
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.features_back(self.transform(self.features_last(h)))
+    def forward(self, h: Tensor, **reads: Tensor) -> Tensor:
+        return self.features_back(self.transform(self.features_last(h), **reads))
 
 
 class KeyValue(Branch):
@@ -144,11 +232,13 @@ class KeyValue(Branch):
         super().__init__()
         self.length = length
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """(keys, values), each `[length, kv_heads, width]`."""
+    def rows(self, *_: Any, **reads: Any) -> tuple[Tensor, Tensor]:
+        """(keys, values), each `[length, kv_heads, width]`, or with the batch in front."""
         raise NotImplementedError
 
-    def forward(self, key: Tensor, value: Tensor, transposed: bool = False) -> tuple[Any, ...]:
+    def forward(
+        self, key: Tensor, value: Tensor, transposed: bool = False, **reads: Tensor
+    ) -> tuple[Any, ...]:
         """Prepends the rows.
 
         Args:
@@ -156,16 +246,20 @@ class KeyValue(Branch):
                 the first two axes may be merged into one.
             value: `[batch, heads, tokens, dim]`, or merged.
         """
-        k, v = self.rows()
+        k, v = self.rows(**reads)
         return self._join(k, key, transposed), self._join(v, value, False)
 
     def _join(self, rows: Tensor, x: Tensor, transposed: bool) -> Tensor:
-        rows = rows.permute(1, 2, 0) if transposed else rows.transpose(0, 1)
+        rows = rows.transpose(-2, -3)  # [..., kv_heads, length, width]
+        heads = rows.shape[-3]
         if x.dim() == 4:
-            rows = rows.repeat_interleave(x.shape[1] // rows.shape[0], dim=0)
-            rows = rows.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
+            rows = rows.repeat_interleave(x.shape[1] // heads, dim=-3)
+            rows = rows.expand(x.shape[0], -1, -1, -1)
+        elif rows.dim() == 4:
+            rows = rows.flatten(0, 1)
         else:
-            rows = rows.repeat(x.shape[0] // rows.shape[0], 1, 1)
+            rows = rows.repeat(x.shape[0] // heads, 1, 1)
+        rows = rows.mT if transposed else rows
         return torch.cat([rows.to(x.dtype), x], dim=-1 if transposed else -2)
 
 

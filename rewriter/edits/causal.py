@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from ..aten import (
     ATEN,
@@ -36,6 +34,7 @@ from ..errors import MetaTensorError, PassError
 from ..program import Program
 from ..sites.sites import AttentionSite, Sites
 from .edit import Editor
+from .signature import forget_input
 
 _RESHAPES = overloads("reshape", "view", "_unsafe_view")
 _SHORT = (1, 2, 3, 7, 16, 33)
@@ -179,18 +178,7 @@ def _drop(program: Program, placeholder: Node) -> None:
             raise PassError(f"only the padding mask {name!r} says what {label} is.")
         query.args = found[0]
     gm.graph.erase_node(placeholder)
-    _forget_input(gm, name)
-
-
-def _forget_input(gm: GraphModule, name: str) -> None:
-    codegen = gm.graph._codegen
-    if not isinstance(codegen, _PyTreeCodeGen):
-        return
-    info = codegen.pytree_info
-    names = list(placeholders(gm))
-    _, spec = pytree.tree_flatten(((), dict.fromkeys(names)))
-    left = [a for a in info.orig_args if a != name]
-    gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(left, spec, info.out_spec)))
+    forget_input(gm, name)
 
 
 def _narrowed(

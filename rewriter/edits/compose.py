@@ -1,20 +1,24 @@
 """Composing the branches of one linear call: always emitted in one fixed order.
 
-Input scale, base plus deltas, output scale: so the order of passes does not change the graph.
+Input scale, base (its weight maybe an expression), row scale, deltas, output scale: so the order
+of passes does not change the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..aten import ATEN, LINEAR, data_index, users
+from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
+from .pattern import linear_parts
 
-_ORDER = {"input_scale": 0, "delta": 1, "output_scale": 2}
+_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "output_scale": 3}
 
 
 def site_nodes(gm: GraphModule) -> dict[str, Node]:
@@ -38,12 +42,12 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
     """Emits all branches of one linear call afresh, in the fixed order."""
     gm = program.module
     call = _raise(gm, call)
-    key = call.meta.get("call", call.name)
+    key: str = call.meta.get("call") or call.name
     _decompose(gm, call, key)
     mine = at_weight(program, weight, first)
 
-    def slot(kind: str) -> list[str]:
-        return [a.path for a in mine if a.slot == kind]
+    def of_slot(kind: str) -> list[Attachment]:
+        return [a for a in mine if a.slot == kind]
 
     def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
         node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
@@ -51,25 +55,36 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         inside.add(node)
         return node
 
+    def branch(attachment: Attachment, args: tuple[object, ...]) -> Node:
+        node = emit("call_module", attachment.path, args, attachment.path.replace(".", "_"))
+        node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
+        return node
+
     inside: set[Node] = set()
+    nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
     data = data_index(call)
     x = call.args[data]
     with gm.graph.inserting_before(call):
-        for path in slot("input_scale"):
-            x = emit("call_module", path, (x,), path.replace(".", "_"))
+        for attachment in of_slot("input_scale"):
+            x = branch(attachment, (x,))
     call.update_arg(data, x)
     tail = call
     readers = users(call)
-    for path in slot("delta"):
+    for attachment in of_slot("row_scale"):
+        parts: Any = linear_parts(call)
+        if parts is None:
+            raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
         with gm.graph.inserting_after(tail):
-            delta = emit("call_module", path, (x,), path.replace(".", "_"))
+            tail = branch(attachment, (tail, *parts))
+    for attachment in of_slot("delta"):
+        with gm.graph.inserting_after(tail):
+            delta = branch(attachment, (x,))
         with gm.graph.inserting_after(delta):
-            tail = emit(
-                "call_function", ATEN.add.Tensor, (tail, delta), path.replace(".", "_") + "_add"
-            )
-    for path in slot("output_scale"):
+            name = attachment.path.replace(".", "_") + "_add"
+            tail = emit("call_function", ATEN.add.Tensor, (tail, delta), name)
+    for attachment in of_slot("output_scale"):
         with gm.graph.inserting_after(tail):
-            tail = emit("call_module", path, (tail,), path.replace(".", "_"))
+            tail = branch(attachment, (tail,))
     if tail is not call:
         for reader in [*readers, *(u for u in call.users if u not in readers)]:
             if reader not in inside:

@@ -5,8 +5,9 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,17 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..aten import (
-    ADDS,
-    ATEN,
-    CONVS,
-    LINEAR,
-    attribute,
     erase_dead,
-    is_op,
-    parameter_of,
     set_attribute,
     users,
-    value,
 )  # fmt: skip
 from ..errors import PassError
 from ..program import BRANCHES, Attachment, Program
@@ -37,14 +30,31 @@ from ..sites.sites import (
     Site,
     SublayerSite,
 )
-from .branch import Branch, Delta, InputScale, KeyValue, OutputScale, Serial, Tokens
+from .bias import add_bias
+from .branch import (
+    Branch,
+    Delta,
+    Expression,
+    InputScale,
+    KeyValue,
+    OutputScale,
+    RowScale,
+    Serial,
+    Tokens,
+)
 from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
-from .region import causal_sites, find_region
+from .region import find_region
+from .replacing import express, settle
 from .route import run_on_chosen
 from .routing import Routed
+from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
+from .values import Value, input_of, item_of, latest, unshared, valid_of
 from .weight import Weight
+
+Linear = Delta | InputScale | OutputScale | RowScale
+EMPTY: Mapping[str, None] = MappingProxyType({})
 
 
 class Editor:
@@ -85,9 +95,9 @@ class Editor:
         """What the site multiplies by."""
         return Weight.of(self.graph_module, site)
 
-    def add(self, site: LinearSite, branch: Delta) -> None:
+    def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
-        self._attach_linear(site, branch)
+        self._attach_linear(site, branch, reads)
 
     def scale(self, site: LinearSite, branch: InputScale | OutputScale) -> None:
         """Scales a linear's input or output."""
@@ -95,7 +105,16 @@ class Editor:
             site = replace(site, features=None)
         self._attach_linear(site, branch)
 
-    def _attach_linear(self, site: LinearSite, branch: Delta | InputScale | OutputScale) -> None:
+    def rescale(self, site: LinearSite, branch: RowScale) -> None:
+        """Rescales the rows of a linear's weight, below all its other branches."""
+        branch.in_out = site.in_out
+        if site.features is not None:
+            branch.register_buffer("own", torch.tensor(site.features), persistent=False)
+        self._attach_linear(site, branch)
+
+    def _attach_linear(
+        self, site: LinearSite, branch: Linear, reads: Mapping[str, Value | None] = EMPTY
+    ) -> None:
         if site.sliced:
             self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
             return
@@ -106,7 +125,7 @@ class Editor:
             branch.register_buffer("features", index, persistent=False)
         if site.left:
             branch.axis = -2
-        self._attach(site, branch)
+        self._attach(site, branch, reads)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
@@ -123,11 +142,11 @@ class Editor:
 
     # Sublayers, attention, embeddings.
 
-    def after(self, site: SublayerSite, branch: Serial) -> None:
+    def after(self, site: SublayerSite, branch: Serial, **reads: Value | None) -> None:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
         if site.role == "conv":
             branch.axis = 1
-        path = self._attach(site, branch)
+        path = self._attach(site, branch, reads)
         output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
         current = composed_value(output)
         while True:  # behind earlier serial branches
@@ -137,7 +156,7 @@ class Editor:
             current = chained
         readers = [add] if add in current.users else users(current)
         with self.graph_module.graph.inserting_after(current):
-            new = self._call(path, (current,))
+            new = self._call(path, (current,), reads)
         new.meta["serial"] = site.id
         for reader in readers:
             reader.replace_input_with(current, new)
@@ -146,10 +165,12 @@ class Editor:
         """Width of one head's keys and of its values."""
         return key_value_widths(self.graph_module, self.node(site.nodes[0]))
 
-    def prepend_kv(self, site: AttentionSite, branch: KeyValue) -> None:
+    def prepend_kv(self, site: AttentionSite, branch: KeyValue, **reads: Value | None) -> None:
         """Prepends rows to keys and values (after rotation), widening the mask."""
-        path = self._attach(site, branch)
+        path = self._attach(site, branch, reads)
         prepend_key_value(self.graph_module, self.node(site.nodes[0]), path, branch.length)
+        self._nodes = site_nodes(self.graph_module)
+        self.node(path.replace(".", "_")).kwargs = dict(_given(reads))
 
     def shift_positions(self, length: int) -> None:
         """Adds `length` to every token's position."""
@@ -164,34 +185,67 @@ class Editor:
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
 
-    def wrap(
-        self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False
-    ) -> None:
-        """Runs the stretch of a stream from its first to its last given sublayer on the tokens
-        that a branch takes; all else passes them by.
+    def wrap(self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False) -> None:
+        """Runs a stream, from its first to its last given sublayer, on the tokens that a branch
+        takes; what it returns for all tokens goes beside.
 
         Raises:
-            PassError: the stretch has no single way in and out, tells tokens by their order, or
+            PassError: the region has no single way in and out, tells tokens by their order, or
                 holds causal attention and `causal` does not allow that.
         """
-        region = find_region(self.program, sites, self._nodes)
-        ordered = causal_sites(self.program, region)
-        if ordered and not causal:
-            raise PassError(
-                f"{ordered[0]} is causal: which of its tokens are taken would depend on later "
-                "ones, which generation does not know. Choose an encoder's blocks with where=, or "
-                "allow it for whole prompts and scoring only, with causal=prefill."
-            )
-        path = self._attach(sites[0], branch)
+        region = find_region(self.program, sites, self._nodes, causal)
         valid = self.valid(sites[0])
+        path = self._attach(sites[0], branch, {"valid": valid})
         run_on_chosen(self.program, region, path, branch.reduction, valid)
 
-    def valid(self, site: Site) -> Node | None:
-        """TEMPORARY."""
-        from ..aten import placeholders
-        return placeholders(self.graph_module).get("attention_mask")
+    # Values that branches read.
+
+    def input(self, site: Site) -> Value:
+        """What enters a site: a linear's operand, or the residual that a sublayer adds to."""
+        return input_of(site, self._nodes)
+
+    def output(self, site: Site) -> Value:
+        """The value of a site, with what is composed around it now."""
+        return composed_value(self.node(site.nodes[0]))
+
+    def valid(self, site: Site) -> Value | None:
+        """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if all are."""
+        return valid_of(self.program, site, self._nodes)
+
+    def add_input(self, name: str, example: Tensor) -> Value:
+        """A new input of the program; a call that leaves it out gets `example`."""
+        return add_input(self.program, name, example)
+
+    def drop_input(self, name: str, reason: str) -> None:
+        """Removes an input that nothing reads any more."""
+        erase_dead(self.graph_module)
+        drop_input(self.program, name, reason)
+
+    def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
+        """A module evaluated once a forward, as soon as what it reads is known."""
+        path = f"{BRANCHES}.{self._owner()}.{name}"
+        module.train(self.graph_module.training)
+        self.graph_module.add_submodule(path, module)
+        self.program.shared = (*self.program.shared, path)
+        with self.graph_module.graph.inserting_after(latest(self.graph_module, _given(reads))):
+            return self._call(path, (), reads)
+
+    def item(self, source: Value, key: str | int) -> Value:
+        """One entry of what a shared module returns."""
+        return item_of(self.graph_module, source, key)
+
+    # Branches that are there already.
+
+    def settle(self, path: str, decided: Mapping[str, Any]) -> None:
+        """Replaces a branch by the one that `decided` leaves of it (see `Branch.settled`)."""
+        settle(self, path, decided)
 
     # Base parameters.
+
+    def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
+        """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
+        path = self._attach(site, branch, reads, f"{name}.{branch.slot}")
+        self._nodes |= {n.name: n for n in [express(self, name, branch, path, _given(reads))]}
 
     def freeze(self, keep: Iterable[str] = ()) -> None:
         """Stops gradients to all parameters but the named ones and the branches."""
@@ -216,69 +270,9 @@ class Editor:
 
         A bias that the model itself adds behind the product is returned as it is.
         """
-        weight = self.graph_module.get_parameter(site.weight)
-        if isinstance(site, ConvSite):
-            size = site.channels[1]
-        else:
-            size = self.weight(site).out_features
-        own = {self._own_bias(self.node(call), size) for call in site.nodes}
-        if len(own) == 1 and (found := own.pop()) is not None:
-            return found
-        name = self._bias_name(site.weight)
-        if name in self.program.added:
-            return name
-        zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-        set_attribute(self.graph_module, name, nn.Parameter(zeros, requires_grad=False))
-        self.program.added = (*self.program.added, name)
-        graph = self.graph_module.graph
-        for call in site.nodes:
-            node = self.node(call)
-            with graph.inserting_before(node):
-                bias = graph.get_attr(name)
-            if is_op(node, CONVS | {LINEAR}):
-                bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
-                node.args = (node.args[0], node.args[1], bias, *node.args[3:])
-                self._know_bias(site.weight, name)
-            elif is_op(node, ATEN.addmm.default):
-                raise PassError(f"{site.id} has a bias already.")
-            else:
-                with graph.inserting_before(node):
-                    if isinstance(site, LinearSite) and site.left:
-                        bias = graph.call_function(ATEN.unsqueeze.default, (bias, -1))
-                with graph.inserting_after(node):
-                    added = graph.call_function(ATEN.add.Tensor, (node, bias))
-                node.replace_all_uses_with(added, delete_user_cb=lambda u, a=added: u is not a)
+        name = add_bias(self, site)
         self._nodes = site_nodes(self.graph_module)
         return name
-
-    def _own_bias(self, call: Node, size: int) -> str | None:
-        """The parameter `[size]` that the model adds to a call's value."""
-        for add in (u for u in users(call) if is_op(u, ADDS)):
-            for other in add.args[:2]:
-                found = parameter_of(other) if other is not call else None
-                held = attribute(self.graph_module, found[0]) if found is not None else None
-                if isinstance(held, nn.Parameter) and held.shape == (size,) and found is not None:
-                    return found[0]
-        return None
-
-    def _bias_name(self, weight: str) -> str:
-        """Where the added bias of a weight is kept; the model's own tensors keep their names."""
-        stem, _, leaf = weight.rpartition(".")
-        name = f"{stem}.bias".lstrip(".") if leaf == "weight" else f"{weight}_bias"
-        if name in self.program.added:
-            return name
-        own = {n for n, _ in self.graph_module.named_parameters()} | set(self.program.extras)
-        return f"{name}_added" if name in own else name
-
-    def _know_bias(self, weight: str, bias: str) -> None:
-        sites = self.program.sites
-        items = tuple(
-            replace(s, bias=bias)
-            if isinstance(s, LinearSite | ConvSite) and s.weight == weight
-            else s
-            for s in sites
-        )
-        self.program.sites = replace(sites, items=items)
 
     def norms(self) -> tuple[NormSite, ...]:
         """All normalisations with learnt parameters."""
@@ -286,22 +280,40 @@ class Editor:
 
     # Plumbing.
 
-    def _attach(self, site: Site, branch: Branch) -> str:
-        adapter = self.adapter
-        if adapter is None:
+    def _owner(self) -> str:
+        if self.adapter is None:
             raise PassError("only a pass with an adapter name can insert branches.")
+        return self.adapter
+
+    def _attach(
+        self,
+        site: Site,
+        branch: Branch,
+        reads: Mapping[str, Value | None] = EMPTY,
+        tail: str = "",
+    ) -> str:
+        adapter = self._owner()
+        there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
+        if branch.single and there:
+            raise PassError(
+                f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
+                f"{branch.single}. Select other sites with where=, or fold that adapter first."
+            )
         name = site.id.removesuffix(".weight").replace(":", ".")
-        path = f"{BRANCHES}.{adapter}.{name}.{branch.slot}"
+        path = f"{BRANCHES}.{adapter}.{tail or f'{name}.{branch.slot}'}"
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
-        attachment = Attachment(adapter, site.id, branch.slot, path)
+        names = {k: v.name for k, v in _given(reads).items()}
+        attachment = Attachment(adapter, site.id, branch.slot, path, names)
         self.program.attachments = (*self.program.attachments, attachment)
         self.edited.append(site.id)
         return path
 
-    def _call(self, path: str, args: tuple[Node, ...]) -> Node:
+    def _call(
+        self, path: str, args: tuple[Node, ...], reads: Mapping[str, Value | None] = EMPTY
+    ) -> Node:
         node = self.graph_module.graph.create_node(
-            "call_module", path, args, {}, name=path.replace(".", "_")
+            "call_module", path, args, dict(_given(reads)), name=path.replace(".", "_")
         )
         self._nodes[node.name] = node
         return node
@@ -309,13 +321,10 @@ class Editor:
     def finish(self) -> None:
         """Removes what no output needs and regenerates the code."""
         erase_dead(self.graph_module)
+        self.program.shared = unshared(self.graph_module, self.program.shared)
         self.graph_module.recompile()
 
 
-def _fake(node: Node, size: int) -> Tensor | None:
-    """A fake vector of the kind of a node's value."""
-    val: Any = value(node)
-    if val is None:
-        return None
-    with val.fake_mode:
-        return val.new_empty([size])
+def _given(reads: Mapping[str, Value | None]) -> dict[str, Value]:
+    """The reads that exist: where nothing is padded, there is no mask to read."""
+    return {name: value for name, value in reads.items() if value is not None}

@@ -2,6 +2,8 @@
 
 Each rule is a pattern around one linear and what it does to the weight:
 
+    linear(x, f(W))        ->  f(W)
+    row_scale(linear)      ->  diag(c) (W + dW)
     linear(x) + delta(x)   ->  W + dW
     output_scale(linear)   ->  diag(s) W, s b
     linear(input_scale(x)) ->  W diag(s)
@@ -15,23 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..aten import EMBEDDING, is_op, parameter_of, set_attribute
-from ..errors import FoldError
+from ..aten import EMBEDDING, expression_of, is_op, parameter_of, set_attribute
+from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
-from .branch import Branch, Delta, InputScale, OutputScale, Scale
+from .branch import Branch, Delta, Expression, InputScale, OutputScale, RowScale, Scale
 from .compose import fold_ready
 from .edit import Editor
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
-from .weight import Weight
+from .weight import Weight, all_finite
 
 
 @pattern
 def delta_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
     return op.add(op.linear(x, w, b), op.module(Delta, branch, x))  # pyright: ignore[reportArgumentType]
+
+
+@pattern
+def rows_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
+    return op.module(RowScale, branch, op.linear(x, w, b), x, w, b)  # pyright: ignore[reportArgumentType]
 
 
 @pattern
@@ -53,6 +61,16 @@ def _fold_delta(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     return weight.with_delta(branch.full_delta().detach())
 
 
+def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+    if not isinstance(branch, RowScale):
+        raise FoldError(f"{type(branch).__name__} is not a row scale.")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        c = branch.full_rows(weight.tensor).to(wide)
+        moved = weight.dense().to(wide) + branch.full_delta().to(wide)
+        return weight.replaced(c[:, None] * moved)
+
+
 def _fold_output(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
@@ -66,6 +84,7 @@ def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
 
 
 RULES: tuple[tuple[Pattern, Fold], ...] = (
+    (rows_rule, _fold_rows),
     (delta_rule, _fold_delta),
     (output_rule, _fold_output),
     (input_rule, _fold_input),
@@ -137,6 +156,10 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         return "its module is not a branch"
     if branch.not_foldable:
         return f"not foldable: {branch.not_foldable}"
+    if attachment.reads:
+        return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
+    if isinstance(branch, Expression):
+        return _fold_expression(edit, attachment, branch)
     site = edit.program.sites[attachment.site]
     if not isinstance(site, LinearSite):
         return f"not foldable: {site.kind} sites have no weight"
@@ -172,6 +195,34 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     return None
 
 
+def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -> str | None:
+    """Stores the value of an expression under the parameter's name."""
+    gm = edit.graph_module
+    call = edit.node(attachment.path.replace(".", "_"))
+    name = str(call.meta["expression"])
+    source = call.args[0]
+    if not isinstance(source, Node) or source.op != "get_attr":
+        return "another expression that does not fold stands between it and the stored tensor"
+    held = gm.get_parameter(name)
+    if held.is_meta:
+        raise MetaTensorError(
+            f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
+        )
+    with torch.no_grad():
+        made = branch(held.detach()).clone()
+    if not all_finite(made):
+        raise NonFiniteError(
+            f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
+            "non-finite branch parameters, or keep the branch."
+        )
+    set_attribute(gm, name, nn.Parameter(made, requires_grad=False))
+    _remember(edit, attachment, branch)
+    call.replace_all_uses_with(source)
+    gm.graph.erase_node(call)
+    gm.delete_submodule(attachment.path)
+    return None
+
+
 def _match_at(edit: Editor, call: Node) -> tuple[Match, Fold] | Mismatch:
     """The rule that fits around a branch's call; the most telling reason if none does."""
     gm = edit.graph_module
@@ -181,6 +232,9 @@ def _match_at(edit: Editor, call: Node) -> tuple[Match, Fold] | Mismatch:
         for root in roots:
             found = rule.match(gm, root)
             if isinstance(found, Match) and found["branch"] is call:
+                if expression_of(found["w"]) is not None:
+                    blocker = "its weight is computed by an expression that does not fold"
+                    return Mismatch(f"not foldable now: {blocker}", call)
                 return found, action
             if isinstance(found, Mismatch) and found.node is not None and (
                 "also read" in found.reason or reason is None

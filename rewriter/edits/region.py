@@ -56,7 +56,6 @@ class Region:
         entry, exit: the stream before and after, `[batch, tokens, width]`.
         read: what the first linear reads, the entry itself or its norm; known for all tokens.
         nodes: what is computed from entry or read on the way to exit, in graph order.
-        cores: the attentions among them, where queries, keys and values meet.
         tokens: the size of the token axis, a number or a symbol.
     """
 
@@ -65,7 +64,6 @@ class Region:
     read: Node
     exit: Node
     nodes: tuple[Node, ...]
-    cores: tuple[Node, ...]
     tokens: Any
 
     def is_tokens(self, size: object) -> bool:
@@ -80,7 +78,7 @@ class Region:
 
 
 def find_region(
-    program: Program, sites: Sequence[SublayerSite], nodes: Mapping[str, Node]
+    program: Program, sites: Sequence[SublayerSite], nodes: Mapping[str, Node], causal: bool
 ) -> Region:
     """The region of some sublayers of one stream, and of all that lies between them.
 
@@ -88,6 +86,7 @@ def find_region(
         program: only read.
         sites: sublayers of one stream.
         nodes: graph nodes by the names that sites use.
+        causal: allow attentions in which no token sees a later one.
 
     Raises:
         PassError: it has no single way in and out on all tokens, or tells tokens by their place.
@@ -108,18 +107,11 @@ def find_region(
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)
-    names = {n for s in program.sites.of("attention") for n in s.nodes}
-    cores = tuple(n for n in inside if n.name in names)
-    region = Region(first, entry, read, end, inside, cores, size[1])
+    region = Region(first, entry, read, end, inside, size[1])
     _check(program, region)
+    if not causal:
+        _check_causal(program, region)
     return region
-
-
-def causal_sites(program: Program, region: Region) -> list[str]:
-    """Ids of the region's attentions in which no token sees a later one."""
-    names = {n.name for n in region.cores}
-    found = (s for s in program.sites if isinstance(s, AttentionSite) and names & set(s.nodes))
-    return [s.id for s in found if s.causal]
 
 
 def _below(entry: Node) -> set[Node]:
@@ -157,9 +149,7 @@ def _same_tokens(program: Program, node: Node) -> bool:
 def _exit(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The stream behind a sublayer: its sum, or the norm of that where norms are in the stream."""
     add = nodes[site.nodes[1]]
-    stream = [
-        s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream
-    ]
+    stream = [s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream]
     sums = {nodes[s.nodes[1]] for s in stream}
     entries = [_entry(program, s, nodes) for s in stream]
     post = any(is_op(e, NORMS) and inputs(e)[0] in sums for e in entries)
@@ -187,6 +177,8 @@ def _check(program: Program, region: Region) -> None:
             "Leave this block out with where=."
         )
 
+    if isinstance(submodule(gm, region.entry), TakeTokens):
+        refuse(region.entry, "runs on some tokens already")
     mixers = {n for s in program.sites.of("mixer", "conv") for n in s.nodes}
     for node in region.nodes:
         if isinstance(submodule(gm, node), TakeTokens):
@@ -204,6 +196,17 @@ def _check(program: Program, region: Region) -> None:
     width = shape(region.entry)
     if isinstance(region.tokens, int) and width is not None and region.tokens in width[2:]:
         refuse(region.entry, f"has {region.tokens} tokens and as many channels")
+
+
+def _check_causal(program: Program, region: Region) -> None:
+    names = {n.name for n in region.nodes}
+    for site in program.sites:
+        if isinstance(site, AttentionSite) and site.causal and names & set(site.nodes):
+            raise PassError(
+                f"{site.id} is causal: which of its tokens are taken would depend on later ones, "
+                "which generation does not know. Choose an encoder's blocks with where=, or allow "
+                "it for whole prompts and scoring only, with causal=prefill."
+            )
 
 
 def _along_tokens(region: Region, node: Node) -> bool:

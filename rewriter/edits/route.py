@@ -8,7 +8,6 @@ Nodes keep their names, so sites stay sites and other edits inside the region do
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from ..aten import (
 )  # fmt: skip
 from ..capture.modes import Attention
 from ..errors import PassError
+from ..sites.sites import AttentionSite
 from .keyvalue import add_call
 from .region import Region
 from .routing import LiveKeys, PutTokens, TakeTokens, slots
@@ -77,8 +77,8 @@ class _Rewrite:
         graph = self.gm.graph
         early = self._before(region.read)
         with graph.inserting_after(region.read):
-            args = (region.read,) if valid is None else (region.read, valid)
-            chosen = graph.create_node("call_module", path, args, {}, name=name)
+            reads = {} if valid is None else {"valid": valid}
+            chosen = graph.create_node("call_module", path, (region.read,), reads, name=name)
         last = chosen
         found: list[Node] = []
         for place, part in enumerate(("index", "weight", "live", "aside")):
@@ -201,15 +201,16 @@ class _Rewrite:
 
     def hide(self) -> None:
         """Hides the keys of slots that are not in use from every attention on these tokens."""
-        crossing = {n for s in self.program.sites.of("attention") if s.cross for n in s.nodes}  # pyright: ignore
-        fused = [n for n in self.inside if isinstance(submodule(self.gm, n), Attention)]
-        for core in dict.fromkeys((*self.region.cores, *fused)):
-            if core.name in crossing:
+        sites = [s for s in self.program.sites if isinstance(s, AttentionSite)]
+        own = {n for s in sites if not s.cross for n in s.nodes}
+        cross = {n for s in sites if s.cross for n in s.nodes}
+        for node in self.region.nodes:
+            if node.name in cross:
                 continue
-            if core in fused:
-                self._hide_fused(core)
-            else:
-                self._hide_scores(core)
+            if isinstance(submodule(self.gm, node), Attention):
+                self._hide_fused(node)
+            elif node.name in own:
+                self._hide_scores(node)
 
     def _hide_fused(self, core: Node) -> None:
         query, key, held, mask, causal = (*operands(core), None, False)[:5]

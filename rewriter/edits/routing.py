@@ -63,7 +63,7 @@ class Routed(Branch):
 
         Args:
             x: `[batch, tokens, width]`, what the region's first linear reads.
-            valid: `[batch, tokens]`, nonzero where a token is no padding.
+            valid: booleans `[batch, tokens]`, or None where no token is padding.
 
         Returns:
             index `[batch, slots]` of the taken tokens in their order, their weights and whether
@@ -71,7 +71,6 @@ class Routed(Branch):
             with fewer valid tokens than others) repeats a taken token with weight 0.
         """
         scores = self.scores(x)
-        valid = None if valid is None else valid != 0
         count, ranked = self._rank(scores, valid)
         slot = torch.arange(slots(scores.shape[1], self.reduction), device=x.device)
         live = slot < count

@@ -40,7 +40,7 @@ from ..aten import (
 from ..capture.modes import Attention
 from ..errors import PassError
 from ..sites.sites import AttentionSite
-from .branch import Tokens
+from .branch import Branch, Tokens
 from .keyvalue import add_call
 
 if TYPE_CHECKING:
@@ -162,8 +162,9 @@ def _shorter(program: Program, label: str, length: int) -> InputSpec:
     return replace(spec, ranges=ranges, relations=relations, reasons=reasons)
 
 
-def _meaning(program: Program, source: Node, site: EmbeddingSite) -> str:
-    """What an input other than the token ids is, from where its values go."""
+def meaning_of(program: Program, source: Node) -> str | None:
+    """What an input other than the token ids is, from where its values go: `mask`, `labels`,
+    `positions` or `types`; None if they go nowhere telling."""
     gm = program.module
 
     def stop(node: Node) -> bool:
@@ -172,19 +173,17 @@ def _meaning(program: Program, source: Node, site: EmbeddingSite) -> str:
             or isinstance(submodule(gm, node), Attention)
         )  # fmt: skip
 
+    def block(node: Node) -> bool:  # a gate that reads the mask is on the way to everything
+        return isinstance(submodule(gm, node), Branch)
+
     roles = {s.nodes[0]: s.role for s in program.sites if s.kind == "embedding"}
-    for node in reaches(source, stop, block=lambda n: False):
+    for node in reaches(source, stop, block):
         if is_op(node, _LOSSES):
             return "labels"
         if is_op(node, EMBEDDING):
             return "positions" if roles.get(node.name) == "position" else "types"
-        if is_op(node, _WAVES):
-            return "positions"
-        return "mask"
-    raise PassError(
-        f"input {source.name!r} has a token axis, but where its values go does not show how a "
-        f"prompt continues it. Capture without it, or prepend at another embedding than {site.id}."
-    )
+        return "positions" if is_op(node, _WAVES) else "mask"
+    return None
 
 
 def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
@@ -214,7 +213,13 @@ def prepend_tokens(
             continue
         if len(dims) != 2 or str(dims[1]) != symbol:
             raise PassError(f"input {source.name!r} has its tokens on another axis than 1.")
-        meaning = "ids" if source is ids else _meaning(program, source, site)
+        meaning = "ids" if source is ids else meaning_of(program, source)
+        if meaning is None:
+            raise PassError(
+                f"input {source.name!r} has a token axis, but where its values go does not show "
+                "how a prompt continues it. Capture without it, or prepend at another embedding "
+                f"than {site.id}."
+            )
         pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
         with gm.graph.inserting_after(source):
             padded = add_call(gm, "pad_tokens", pad, (source,))

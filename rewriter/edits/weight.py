@@ -68,17 +68,20 @@ class Weight:
         return self.tensor.T if self.in_out else self.tensor
 
     def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
-        """Adds `delta [out, in]` in at least float32 and rounds once to the storage dtype.
+        """Adds `delta [out, in]` in at least float32; see `replaced`."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return self.replaced(self.dense().to(wide) + delta.to(wide))
+
+    def replaced(self, exact: Tensor) -> tuple[Weight, float]:
+        """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
 
         Returns:
-            The new weight and the share of the delta lost to rounding, ||lost|| / ||delta||.
+            The new weight and the share of the change lost to rounding, ||lost|| / ||change||.
         """
-        wide = torch.promote_types(self.dtype, torch.float32)
-        exact = self.dense().to(wide) + delta.to(wide)
         rounded = exact.to(self.dtype)
         lost = 0.0
-        if self.dtype != wide and (norm := float(delta.norm())):
-            lost = float((rounded.to(wide) - exact).norm()) / norm
+        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
+            lost = float((rounded.to(exact.dtype) - exact).norm()) / norm
         return self._with(rounded, self.bias), lost
 
     def with_rows(self, scale: Tensor) -> Weight:

@@ -21,6 +21,7 @@ from ..errors import OptionError, SelectorError, nearest
 from ..program import Program
 from ..sites.selector import WORDS
 from ..sites.sites import Site
+from .controller import Controller
 from .verify import Contract
 
 REGISTRY: dict[str, type[Pass]] = {}
@@ -48,9 +49,12 @@ class Pass(ABC):
         text: the name in pipeline text, taken from the file's stem.
         contract: what it promises about the outputs.
         portable: part of a saved artifact (a lowering is not: it depends on the machine).
+        reshapes: it changes shapes of what earlier passes inserted, so that replaying can only
+            load their values behind it.
     """
 
     portable: ClassVar[bool] = True
+    reshapes: ClassVar[bool] = False
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")
 
@@ -123,6 +127,11 @@ class Pass(ABC):
 class Method(Pass, abstract=True):
     """A fine-tuning method: selects sites and inserts a branch at each.
 
+    Class attributes:
+        kinds: the kinds of sites that it works on.
+        controller: what it needs while it trains.
+        folds: what becomes of it after training, in a few words (`exactly`, `no: not linear`).
+
     Attributes:
         where: selector of the sites (see `rewriter/sites/selector.py`).
         name: the adapter's name; default the method's text name.
@@ -131,6 +140,8 @@ class Method(Pass, abstract=True):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     contract: ClassVar[Contract] = Contract("identity")
+    controller: ClassVar[type[Controller]] = Controller
+    folds: ClassVar[str] = ""
 
     where: str = ""
     name: str = ""
@@ -215,6 +226,20 @@ class Method(Pass, abstract=True):
         """Edits one site."""
         raise NotImplementedError
 
+    def settle(
+        self, program: Program, data: Any, inputs: Mapping[str, int]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """What training has decided: for each branch that shall be replaced, by its path, the
+        arguments of `Branch.settled`, strict JSON or tensors. Nothing by default.
+
+        Args:
+            program: the trained program.
+            data: batches to calibrate on, or None.
+            inputs: inputs that shall be constants from now on.
+        """
+        del program, data, inputs
+        return {}
+
 
 def lookup(name: str) -> type[Pass]:
     """The pass class of a text name.
@@ -268,6 +293,12 @@ def _fits(got: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(got, h) for h in get_args(hint))
+    if origin is dict:
+        kinds = get_args(hint)
+        return isinstance(got, dict) and all(
+            _fits(k, kinds[0]) and _fits(v, kinds[1])
+            for k, v in got.items()  # pyright: ignore[reportUnknownVariableType]
+        )
     if origin is tuple:
         inner = get_args(hint)[0]
         return isinstance(got, tuple) and all(_fits(g, inner) for g in got)  # pyright: ignore[reportUnknownVariableType]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -318,30 +318,31 @@ def replay_steps(
     """
     names = program.adapters if adapters is None else tuple(adapters)
     current = program.base
-    for record in program.history:
-        if record.adapter is not None and record.adapter not in names:
-            continue
-        plan = _restricted(record.plan, names)
-        if plan is None:
-            continue
+    steps = [(r, p) for r in program.history if (p := _kept(r, names)) is not None]
+    for index, (record, plan) in enumerate(steps):
         before = current
         current = apply_plan(current, record.applied, plan, check=False)
         kept = replace(current.history[-1], certificate=record.certificate)
         current.history = (*current.history[:-1], kept)
         yield record, before, current
-        if record.adapter is not None:
-            load_values(current, program.adapter_tensors(record.adapter))
+        reshaped = any(r.applied.reshapes for r, _ in steps[index + 1 :])
+        for name in current.adapters:
+            load_values(current, program.adapter_tensors(name), reshaped)
 
 
-def _restricted(plan: Plan, names: Sequence[str]) -> Plan | None:
-    """Drops from a plan over branches those of other adapters; None if nothing is left."""
+def _kept(record: Record, names: Sequence[str]) -> Plan | None:
+    """A record's plan for the given adapters alone; None if it has nothing to do for them."""
+    plan = record.plan
+    if record.adapter is not None and record.adapter not in names:
+        return None
     paths = plan.decisions.get("branches")
-    if paths is None:
+    if not paths:
         return plan
     kept = [p for p in paths if p.split(".")[1] in names]
-    if not kept and paths:
+    if not kept:
         return None
-    return replace(plan, decisions={**plan.decisions, "branches": kept})
+    of_them = {p: paths[p] for p in kept} if isinstance(paths, Mapping) else kept
+    return replace(plan, decisions={**plan.decisions, "branches": of_them})
 
 
 def replay(program: Program, adapters: Sequence[str]) -> Program:
@@ -353,10 +354,13 @@ def replay(program: Program, adapters: Sequence[str]) -> Program:
     return current
 
 
-def load_values(program: Program, tensors: dict[str, torch.Tensor]) -> None:
+def load_values(
+    program: Program, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
+) -> None:
     """Copies values into a program's own branch and trained base tensors, by name.
 
-    Where a tensor has no storage yet (meta device), it gets that of the value.
+    Where a tensor has no storage yet (meta device), it gets that of the value. With `reshaped`,
+    a later pass gives tensors the shape that their values have: those are left for then.
     """
     held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
     owned = {n for names in program.owned.values() for n in names}
@@ -364,6 +368,8 @@ def load_values(program: Program, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if name in held and (name.startswith(f"{BRANCHES}.") or name in owned):
                 own = held[name]
+                if reshaped and own.shape != tensor.shape:
+                    continue
                 if not own.is_meta or tensor.is_meta:
                     own.copy_(tensor)
                 elif isinstance(own, nn.Parameter):

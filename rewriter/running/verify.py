@@ -178,10 +178,11 @@ def bound(program: Program, measured: dict[str, float]) -> float:
 
 
 def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds the inputs that a pass has dropped, with the values that they had to have."""
+    """The inputs that a program takes: those that a pass has dropped with the values that they had
+    to have, none that a pass has added."""
     missing = [i for i in program.spec.inputs if i.name not in inputs]
     if not missing:
-        return dict(inputs)
+        return {i.name: inputs[i.name] for i in program.spec.inputs}
     known = {
         size: inputs[i.name].shape[axis]
         for i in program.spec.inputs

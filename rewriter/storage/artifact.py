@@ -42,6 +42,9 @@ VERSION = "0.1.0"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 
+_PLAN = "plan."
+"""Prefix of the tensors that step `index` of the recipe decided: `plan.<index>.<name>`."""
+
 _SAVED = "as saved, "
 """Marks certificates that were measured before saving; `program.verify()` measures them again."""
 
@@ -75,16 +78,19 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
     if set(names) != set(program.adapters):
         program = program.only(names)
+    kept = [r for r in program.history if _kept(r)]
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors.update(program.adapter_tensors(name))
+    for index, record in enumerate(kept):
+        tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     for name, tensor in tensors.items():
         _finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     manifest = {
         "format_version": FORMAT,
         "adapters": list(names),
-        "recipe": [_step(r) for r in program.history if _kept(r)],
+        "recipe": [_step(r) for r in kept],
         "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
         "base": {"root": merkle_root(base), "tensors": base},
         "inputs": program.spec_of_base().to_json(),
@@ -175,8 +181,18 @@ def read(directory: str | Path) -> Artifact:
     tensors = read_tensors(path / TENSORS, manifest["tensors"])
     for name, tensor in tensors.items():
         _finite(name, tensor)
+    steps = [
+        (item, _with_tensors(plan, f"{_PLAN}{index}.", tensors), said)
+        for index, (item, plan, said) in enumerate(steps)
+    ]
     names = tuple(manifest["adapters"])
     return Artifact(names, tuple(steps), tensors, base["root"], base["tensors"], spec)
+
+
+def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:
+    """Moves the tensors below `prefix` into the plan that decided them."""
+    mine = {n: tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+    return replace(plan, tensors={n.removeprefix(prefix): t for n, t in mine.items()})
 
 
 def _checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -223,16 +239,17 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     current = program
     done: set[str] = set()
     try:
-        for item, plan, certificate in artifact.steps:
+        for index, (item, plan, certificate) in enumerate(artifact.steps):
             current = apply_plan(current, item, plan, check=False)
             said = Certificate(f"{_SAVED}{certificate}")
             current.history = (
                 *current.history[:-1],
                 replace(current.history[-1], certificate=said),
             )
-            if item.adapter is not None:
-                mine = _tensors_of(current, item.adapter, artifact.tensors, directory)
-                load_values(current, mine)
+            reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
+            for name in artifact.adapters:
+                mine = _tensors_of(current, name, artifact.tensors, directory, reshaped)
+                load_values(current, mine, reshaped)
                 done |= set(mine)
         check_graph(current)
     except (KeyError, TypeError) as error:
@@ -250,9 +267,13 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
 
 
 def _tensors_of(
-    program: Program, adapter: str, tensors: Mapping[str, Tensor], where: str
+    program: Program, adapter: str, tensors: Mapping[str, Tensor], where: str, reshaped: bool
 ) -> dict[str, Tensor]:
+    """An adapter's values; all must be there and fit, unless a later step reshapes them."""
     wanted = program.adapter_tensors(adapter)
+    if reshaped:
+        fitting = {n: t.shape for n, t in tensors.items() if n in wanted}
+        return {n: tensors[n] for n, shape in fitting.items() if shape == wanted[n].shape}
     for name, tensor in wanted.items():
         given = tensors.get(name)
         if given is None:

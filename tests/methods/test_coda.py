@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftfx
@@ -328,7 +328,7 @@ def test_soft_topk_is_exact(n: int, k: int, epsilon: float) -> None:
     scores = torch.randn(5, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n + k))
     m = soft_topk(scores, torch.full((5, 1), k), epsilon)
     assert float((m.sum(-1) - k).abs().max()) <= 1e-12 * max(1, k)
-    assert 0 <= float(m.min()) and float(m.max()) <= 1
+    assert float(m.min()) >= 0 and float(m.max()) <= 1
     for row in range(5):
         torch.testing.assert_close(m[row], bisection(scores[row], k, epsilon), rtol=0, atol=1e-10)
     single = soft_topk(scores.float(), torch.full((5, 1), k), epsilon)
@@ -369,7 +369,9 @@ def test_coordinate_descent_misses_the_sum() -> None:
 def test_coordinate_descent_is_an_option(captured: Any) -> None:
     _, base = captured["encoder"]
     exact, steps = (
-        first(randomise(peftfx.run(base, f"coda{{epsilon=1.0,bottleneck=8{more}}}"))(**batch(pad=3)))
+        first(
+            randomise(peftfx.run(base, f"coda{{epsilon=1.0,bottleneck=8{more}}}"))(**batch(pad=3))
+        )
         for more in ("", ",iterations=60")
     )
     torch.testing.assert_close(exact, steps, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,88 @@
+"""Bake: put what training decided in the place of what it decided it with.
+
+Ranks that a budget pruned go, gates become constants, a generator becomes what it generates, a
+learnt mask becomes indices. Which of it a method does is said in its own file; the replaced
+tensors are gone afterwards, the decisions stay in the history, and what is left trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError, nearest
+from ...rewriter.program import Program
+from ...rewriter.running.passes import Method, Pass, Plan
+from ...rewriter.running.verify import Contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bake(Pass):
+    """Settles adapters after training.
+
+    Attributes:
+        names: which adapters; all that have something to settle by default.
+        inputs: inputs of the program that become constants, such as `{task=2}`.
+    """
+
+    contract: ClassVar[Contract] = Contract("trainable")
+    reshapes: ClassVar[bool] = True
+
+    names: tuple[str, ...] | None = None
+    inputs: dict[str, int] | None = None
+
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        wanted = program.adapters if self.names is None else self.names
+        inputs = self.inputs or {}
+        if unknown := [n for n in inputs if n not in program.spec.names]:
+            raise PassError(f"bake: the program has no input {unknown[0]!r} ({program.spec}).")
+        settled: dict[str, dict[str, Any]] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in wanted:
+            method = _method(program, name)
+            found = method.settle(program, data, inputs)
+            if not found and self.names is not None:
+                raise PassError(
+                    f"bake: the adapter {name!r} ({method.text}) has nothing to settle."
+                )
+            for path, decided in found.items():
+                settled[path] = {}
+                _sort(path, decided, settled[path], tensors)
+        if not settled:
+            raise PassError("bake: no adapter has anything to settle.")
+        return Plan({"branches": settled, "inputs": inputs}, tensors)
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        for path, decided in plan.decisions["branches"].items():
+            prefix = f"{path}/"
+            tensors = {
+                n.removeprefix(prefix): t for n, t in plan.tensors.items() if n.startswith(prefix)
+            }
+            edit.settle(path, {**decided, **tensors})
+        for name, fixed in plan.decisions["inputs"].items():
+            edit.drop_input(name, f"it was fixed to {fixed}: {self}")
+
+
+def _method(program: Program, name: str) -> Method:
+    for record in program.history:
+        if record.adapter == name and isinstance(record.applied, Method):
+            return record.applied
+    raise PassError(
+        f"there is no adapter {name!r}. Adapters: {', '.join(program.adapters) or 'none'}; "
+        f"nearest: {nearest(name, program.adapters)}."
+    )
+
+
+def _sort(
+    path: str, decided: Mapping[str, Any], json: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Puts one branch's decisions where a plan keeps them."""
+    for key, item in decided.items():
+        if isinstance(item, Tensor):
+            tensors[f"{path}/{key}"] = item.detach().clone()
+        else:
+            json[key] = item

@@ -1,0 +1,80 @@
+"""Putting one thing in the place of another: an expression for a stored tensor, and for a branch
+what training left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from ..aten import expression_of
+from ..errors import PassError
+from ..sites.sites import LinearSite
+from .branch import Branch, Expression
+from .compose import compose
+
+if TYPE_CHECKING:
+    from .edit import Editor
+
+
+def express(
+    edit: Editor, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
+) -> Node:
+    """See `Editor.express`; the call stands behind those that express the tensor already."""
+    graph = edit.graph_module.graph
+    stored = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
+    if not stored:
+        raise PassError(f"the graph reads no stored tensor {name!r}, so none can be expressed.")
+    current = stored[0]
+    while chained := [u for u in current.users if expression_of(u) == name]:
+        current = chained[0]
+    with graph.inserting_after(current):
+        args = () if branch.replaces else (current,)
+        made = graph.create_node("call_module", path, args, dict(reads), path.replace(".", "_"))
+    made.meta["expression"] = name
+    for source in {current, *stored}:
+        for reader in list(source.users):
+            if reader is not made and expression_of(reader) != name:
+                reader.replace_input_with(source, made)
+    return made
+
+
+def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
+    """See `Editor.settle`."""
+    gm = edit.graph_module
+    found = next((a for a in edit.program.attachments if a.path == path), None)
+    old = gm.get_submodule(path)
+    if found is None or not isinstance(old, Branch):
+        raise PassError(f"there is no branch {path!r} to settle.")
+    new = old.settled(**decided)
+    left = {k: n for k, n in found.reads.items() if k not in decided}
+    if new is None:
+        remove(edit, found.path)
+        return
+    new.axis, new.features = old.axis, old.features
+    new.train(old.training)
+    parent, _, leaf = path.rpartition(".")
+    setattr(gm.get_submodule(parent), leaf, new)
+    fresh = replace(found, reads=left)
+    kept = (fresh if a is found else a for a in edit.program.attachments)
+    edit.program.attachments = tuple(kept)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target == path:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k in left}
+    edit.edited.append(found.site)
+
+
+def remove(edit: Editor, path: str) -> None:
+    """Takes a linear's branch out of the graph."""
+    gm = edit.graph_module
+    found = next(a for a in edit.program.attachments if a.path == path)
+    site = edit.program.sites[found.site]
+    if not isinstance(site, LinearSite):
+        raise PassError(f"{found.site}: only branches of linears can be removed.")
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
+    for name in site.nodes:
+        compose(edit.program, edit.node(name), site.weight)
+    gm.delete_submodule(path)
+    edit.edited.append(found.site)

@@ -1,0 +1,81 @@
+"""Edits of what a program takes: new inputs, and inputs that it does not need any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from ..aten import placeholders, value
+from ..capture.spec import TensorInput
+from ..errors import PassError
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+
+def add_input(program: Program, name: str, example: Tensor) -> Node:
+    """A new input of fixed shape; a call may leave it out and then gets `example`.
+
+    Raises:
+        PassError: there is an input of that name.
+    """
+    gm = program.module
+    held = placeholders(gm)
+    if name in held or name in program.spec.names:
+        raise PassError(
+            f"the program has an input {name!r} already ({program.spec}). Give the new one "
+            "another name."
+        )
+    last = list(held.values())[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node.meta["val"] = value(last).fake_mode.from_tensor(example, static_shapes=True)
+    fill = example.flatten()[0].item()
+    added = TensorInput(name, tuple(example.shape), example.dtype, fill, optional=True)
+    program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
+    program.sample = {**program.sample, name: example}
+    _sign(gm, lambda names: [*names, name])
+    return node
+
+
+def drop_input(program: Program, name: str, reason: str) -> None:
+    """Removes an input that nothing reads; `reason` is what a call that gives it is told.
+
+    Raises:
+        PassError: something reads it.
+    """
+    gm = program.module
+    node = placeholders(gm)[name]
+    if node.users:
+        raise PassError(f"the input {name!r} is still read by {next(iter(node.users)).name}.")
+    gm.graph.erase_node(node)
+    spec = program.spec
+    program.spec = replace(
+        spec,
+        inputs=tuple(i for i in spec.inputs if i.name != name),
+        reasons={**spec.reasons, name: reason},
+    )
+    program.sample = {n: t for n, t in program.sample.items() if n != name}
+    forget_input(gm, name)
+
+
+def forget_input(gm: GraphModule, name: str) -> None:
+    """Takes a placeholder that is gone out of the module's signature."""
+    _sign(gm, lambda names: [n for n in names if n != name])
+
+
+def _sign(gm: GraphModule, change: Callable[[list[str]], list[str]]) -> None:
+    """Rewrites the signature for the graph's placeholders."""
+    codegen = gm.graph._codegen
+    if not isinstance(codegen, _PyTreeCodeGen):
+        return
+    info = codegen.pytree_info
+    _, spec = pytree.tree_flatten(((), dict.fromkeys(placeholders(gm))))
+    arguments = change(list(info.orig_args))
+    gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, spec, info.out_spec)))

@@ -1,0 +1,108 @@
+"""Looking inside a program: values of its graph beside its outputs, with gradients if wanted.
+
+The looking glass is a second graph over the same Parameters; the program itself is not changed,
+and its outputs keep their form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from ..edits.compose import composed_value, site_nodes
+from ..edits.values import input_of
+from ..errors import PassError, nearest
+
+if TYPE_CHECKING:
+    from ..program import Program
+    from ..sites.sites import Site
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Tapped(nn.Module):
+    """`module(**batch) -> (outputs, {name: value})`, sharing all tensors with a program."""
+
+    def __init__(self, program: Program, values: Mapping[str, Node]) -> None:
+        super().__init__()
+        gm = program.module
+        graph = Graph()
+        copied: dict[Node, Node] = {}
+        result: Any = graph.graph_copy(gm.graph, copied)
+        graph.output((result, {name: copied[node] for name, node in values.items()}))
+        self.inner = GraphModule(gm, graph)
+        self.spec: Any = gm.graph._codegen.pytree_info.out_spec  # pyright: ignore
+        self.names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+
+    def forward(self, **batch: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        outputs, values = self.inner(*(batch[name] for name in self.names))
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self.spec), values
+
+
+def tap(program: Program, values: Mapping[str, Site | str], at: str = "output") -> Tapped:
+    """A view of a program that also returns values from inside.
+
+    Args:
+        program: not changed; its parameters are shared.
+        values: name of the value -> a site, or the path of a shared module or branch.
+        at: `output` or `input` of sites.
+
+    Raises:
+        PassError: there is no such module, or `at` is neither.
+    """
+    if at not in ("input", "output"):
+        raise PassError(f"at must be 'input' or 'output', not {at!r}.")
+    nodes = site_nodes(program.module)
+    called = {str(n.target): n for n in program.module.graph.nodes if n.op == "call_module"}
+    found: dict[str, Node] = {}
+    for name, what in values.items():
+        if not isinstance(what, str):
+            node = nodes[what.nodes[0]]
+            found[name] = input_of(what, nodes) if at == "input" else composed_value(node)
+        elif what in called:
+            found[name] = called[what]
+        else:
+            raise PassError(
+                f"the graph calls no module {what!r}. Nearest: {nearest(what, called)}."
+            )
+    return Tapped(program, found)
+
+
+def observe(
+    program: Program,
+    data: Iterable[Mapping[str, Tensor]],
+    values: Mapping[str, Site | str],
+    reduce: Reduce,
+    at: str = "output",
+) -> dict[str, Tensor]:
+    """The mean over batches of a reduction of values inside a program, in evaluation mode.
+
+    Args:
+        program: not changed.
+        data: batches of the program's inputs; other keys are ignored.
+        values, at: as for `tap`.
+        reduce: a value -> what to average (of one shape for all batches).
+
+    Raises:
+        PassError: there are no batches.
+    """
+    from .verify import evaluation
+
+    tapped = tap(program, values, at)
+    totals: dict[str, Tensor] = {}
+    taken = set(program.spec.names)
+    count = 0
+    with evaluation(program):
+        for batch in data:
+            bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
+            for name, value in tapped(**bound)[1].items():
+                reduced = reduce(value)
+                totals[name] = totals[name] + reduced if name in totals else reduced
+            count += 1
+    if not count:
+        raise PassError("there are no batches to observe: run(program, passes, data=[...]).")
+    return {name: total / count for name, total in totals.items()}
