@@ -77,7 +77,7 @@ class _Rewrite:
         graph = self.gm.graph
         early = self._before(region.read)
         with graph.inserting_after(region.read):
-            reads = {} if valid is None else {"valid": valid}
+            reads: dict[str, Any] = {} if valid is None else {"valid": valid}
             chosen = graph.create_node("call_module", path, (region.read,), reads, name=name)
         last = chosen
         found: list[Node] = []

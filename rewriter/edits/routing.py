@@ -71,25 +71,32 @@ class Routed(Branch):
             with fewer valid tokens than others) repeats a taken token with weight 0.
         """
         scores = self.scores(x)
-        count, ranked = self._rank(scores, valid)
+        count = self._count(scores, valid)
         slot = torch.arange(slots(scores.shape[1], self.reduction), device=x.device)
+        index = _largest(scores.detach(), count, valid).gather(1, slot.minimum(count - 1))
         live = slot < count
-        top = ranked.gather(1, slot.minimum(count - 1))
-        last = torch.where(live, top, 0).amax(1, keepdim=True)
-        index = torch.where(live, top, last).sort(1)[0]
         weights = self.weights(scores, count, valid).gather(1, index) * live
         return index, weights.to(x.dtype), live, self.aside(x)
 
-    def _rank(self, scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """How many tokens each row takes, `[batch, 1]`, and its tokens from the best to the worst;
-        of equal ones, the first comes first."""
-        if valid is None:
-            tokens = torch.ones_like(scores, dtype=torch.long).sum(1, keepdim=True)
-        else:
-            tokens = valid.sum(1, keepdim=True)
-            scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
-        count = ((tokens + self.reduction - 1) // self.reduction).clamp(min=1)
-        return count, scores.detach().sort(stable=True, dim=1, descending=True)[1]
+    def _count(self, scores: Tensor, valid: Tensor | None) -> Tensor:
+        """How many tokens each row takes, `[batch, 1]`; 1 at least, also of padding alone."""
+        kept = torch.ones_like(scores, dtype=torch.long) if valid is None else valid.long()
+        tokens = kept.sum(1, keepdim=True)
+        return ((tokens + self.reduction - 1) // self.reduction).clamp(min=1)
+
+
+def _largest(scores: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
+    """Where the `count [batch, 1]` largest scores are, in order, and then anything: `[batch,
+    tokens]`. Of equal scores the first ones are taken, whatever the sort does with ties."""
+    if valid is not None:
+        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
+    least = scores.sort(1, descending=True)[0].gather(1, count - 1)
+    above, equal = scores > least, scores == least
+    left = count - above.long().sum(1, keepdim=True)
+    taken = above | (equal & (equal.long().cumsum(1) <= left))
+    place = torch.arange(scores.shape[1], device=scores.device)
+    last = scores.shape[1] - 1  # also where scores are NaN and none is taken
+    return torch.where(taken, place, scores.shape[1]).sort(1)[0].clamp(max=last)
 
 
 class TakeTokens(nn.Module):
@@ -152,6 +159,10 @@ class PutTokens(nn.Module):
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """`x [batch or 1, tokens, ...]` at `index [batch, slots]`."""
-    if isinstance(x.shape[0], int) and x.shape[0] == 1:
+    if _one(x.shape[0]):
         return x[0][index]
     return x[torch.arange(index.shape[0], device=index.device).unsqueeze(1), index]
+
+
+def _one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
