@@ -30,7 +30,7 @@ from ..aten import (
 from ..capture.modes import Attention
 from ..errors import PassError
 from ..sites.sites import AttentionSite
-from .keyvalue import add_call
+from .keyvalue import WidenMask, add_call
 from .region import Region
 from .routing import LiveKeys, PutTokens, TakeTokens, slots
 from .tokens import fresh_size
@@ -154,7 +154,8 @@ class _Rewrite:
         if size is None or not any(map(self.region.has_tokens, size)) or self._stored(node):
             return node
         if not all(self.region.is_tokens(d) for d in size if self.region.has_tokens(d)):
-            return self._again(node, len(size))
+            widened = isinstance(submodule(self.gm, node), WidenMask)
+            return self._again(node, rank if widened else len(size))
         front = max(0, rank - len(size))
         axes = tuple(i + front for i, d in enumerate(size) if self.region.is_tokens(d))
         if axes[0] == 0 or not (front or self._batch(size[0])):

@@ -59,12 +59,12 @@ def valid_of(program: Program, site: Site, nodes: Mapping[str, Node]) -> Value |
         raise PassError(f"{site.id} has no recorded shape.")
     sizes = {str(s) for s in size}
     for source in placeholders(gm).values():
-        given = shape(source)
+        padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
+        given = shape(padded)
         if given is None or len(given) != 2 or str(given[1]) not in sizes:
             continue
         if isinstance(given[1], int) or meaning_of(program, source) != "mask":
             continue
-        padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
         name = f"valid_{source.name}"
         known = next((n for n in gm.graph.nodes if n.name == name), None)
         if known is None:
