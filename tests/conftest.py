@@ -57,6 +57,13 @@ def zoo() -> Zoo:
     return Zoo()
 
 
+@pytest.fixture(params=["encoder", "decoder"])
+def hand(request: Any, captured: Any) -> tuple[str, Any, peftfx.Program]:
+    """A hand-written model and its program."""
+    model, program = captured[request.param]
+    return request.param, model, program
+
+
 @pytest.fixture(scope="session")
 def captured() -> Captured:
     return Captured()

@@ -1,110 +1,108 @@
-"""Where each method goes in each architecture of the zoo, and which of them make no sense.
+"""Where each method goes in each architecture of the zoo, and where it is refused.
 
-The tests assert all of it, and `docs/methods-by-architecture.md` shows it:
+A method runs with its small recipe (see `recipes`). Where the model has none of the places that
+its paper names, the error suggests one, and that is taken; where it is refused, the error's first
+sentence is the reason. `docs/methods-by-architecture.md` shows it, and the tests check the page:
 
     python -m tests.placements     # captures every architecture, runs every method, writes the page
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import peftfx
-from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.errors import RewriteError
 
+from .recipes import METHODS, start
 from .zoo import ZOO
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods-by-architecture.md"
-METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
-
-OPTIONS = {
-    "lora": {"rank": "4"}, "serial_adapter": {"bottleneck": "6"}, "prefix_tuning": {"length": "5"},
-    "prompt_tuning": {"length": "4"},
-}  # fmt: skip
-"""Sizes that suit tiny models; everything else is at its default."""
-
-WHERE = {
-    ("mlp", "lora"): "linear",
-    ("resnet", "lora"): "head",
-    ("resnet", "serial_adapter"): "conv",
-    ("convnext", "lora"): "ffn",
-    ("mamba", "lora"): "mixer.in or mixer.out",
-    ("mamba", "serial_adapter"): "mixer",
-    ("mamba2", "lora"): "mixer.in or mixer.out",
-    ("mamba2", "serial_adapter"): "mixer",
-}
-"""Where a model has none of the places that the method's paper names; an error says so."""
-
-NO_ATTENTION = "the model has no attention"
-NO_IDS = "the model takes no token ids that a prompt could precede"
-NO_BLOCK = "the model has neither attention nor feed-forward blocks"
-REASONS = {
-    **{(n, "prefix_tuning"): NO_ATTENTION for n in ("mlp", "resnet", "convnext", "mamba", "mamba2")},
-    **{(n, "prompt_tuning"): NO_IDS for n in (
-        "mlp", "resnet", "transformer_encoder", "multihead_attention", "segformer", "vit", "swin",
-        "convnext", "unet", "dit",
-    )},
-    ("mamba", "prompt_tuning"): "the graph unrolls a loop over a fixed number of tokens",
-    **{(n, "ia3"): NO_BLOCK for n in ("mlp", "resnet", "mamba", "mamba2")},
-    ("mlp", "serial_adapter"): "the model has no residual sublayers",
-}  # fmt: skip
-"""Combinations that make no sense; the library refuses each with an error that says why."""
 
 
-def text_of(method: str, where: str = "") -> str:
-    """Pipeline text of a method with small sizes."""
-    options = OPTIONS.get(method, {}) | ({"where": where} if where else {})
-    inside = ",".join(f"{k}={v}" for k, v in options.items())
-    return f"{method}{{{inside}}}" if inside else method
+@dataclass(frozen=True)
+class Placement:
+    """What became of a method in an architecture.
+
+    Attributes:
+        before: the program that it was run on.
+        program: the result, None if it was refused.
+        where: the selector that the first error suggested, or ''.
+        errors: the messages of the errors.
+    """
+
+    before: peftfx.Program
+    program: peftfx.Program | None
+    where: str = ""
+    errors: tuple[str, ...] = ()
+
+    @property
+    def cell(self) -> str:
+        """Edited sites and the selector, or the reason of the refusal."""
+        if self.program is None:
+            sentence = re.split(r"(?<=[a-z)])[.;] ", self.errors[-1])[0]
+            reason = sentence.rpartition(" model: ")[2].strip(" .")
+            named = "." in reason.split()[0]  # a site keeps its spelling
+            return reason if named else f"{reason[0].upper()}{reason[1:]}"
+        edited = len(self.program.history[-1].edited)
+        return f"{edited} at `{self.where}`" if self.where else str(edited)
 
 
-def cell_of(method: str, name: str, base: peftfx.Program) -> str:
-    """What the page says of a method in an architecture: edited sites, or why there are none."""
-    if (name, method) in REASONS:
-        return refused(name, method)
-    where = WHERE.get((name, method), "")
-    return shown(peftfx.run(base, text_of(method, where)), where)
-
-
-def shown(program: peftfx.Program, where: str) -> str:
-    """The cell of a program that a method was run on."""
-    edited = len(program.history[-1].edited)
-    return f"{edited} at `{where}`" if where else str(edited)
-
-
-def refused(name: str, method: str) -> str:
-    """The cell of a combination that makes no sense."""
-    reasons = sorted(set(REASONS.values()))
-    return f"-[^{reasons.index(REASONS[name, method]) + 1}]"
+def place(base: peftfx.Program, method: str) -> Placement:
+    """Runs a method on an architecture, once more where the first error says where."""
+    before, text = start(base, method)
+    (item,) = peftfx.parse(text)
+    errors: list[str] = []
+    where = ""
+    for _ in range(2):
+        try:
+            return Placement(before, peftfx.run(before, item), where, tuple(errors))
+        except RewriteError as error:
+            errors.append(str(error))
+        suggested = re.search(rf"for example {method}\{{where=([^}}]+)\}}", errors[-1])
+        if suggested is None:
+            break
+        where = suggested[1]
+        item = replace(item, where=where)
+    return Placement(before, None, where, tuple(errors))
 
 
 def render(cells: dict[tuple[str, str], str]) -> str:
-    """The page for the given cells."""
+    """The page for the given cells; a cell that is no number becomes a footnote."""
+    reasons = sorted({c for c in cells.values() if c and not c[0].isdigit()})
     lines = [
         "# Methods by architecture", "",
         "The number of sites that each method edits in the tiny models of `tests/zoo.py` (two "
         "layers a", "stream), without `where` unless a cell names it: then the model has none of the "
-        "places that the", "method's paper names. Generated by `python -m tests.placements`; "
-        "`tests/test_zoo_methods.py` checks", "every cell.", "",
+        "places that the", "method's paper names, and the error suggests this one. Generated by "
+        "`python -m tests.placements`;", "`tests/test_zoo_methods.py` checks every cell.", "",
         f"| architecture | {' | '.join(METHODS)} |", f"|{'---|' * (len(METHODS) + 1)}",
     ]  # fmt: skip
     for name in ZOO:
-        lines.append(f"| {name} | {' | '.join(cells.get((name, m), '') for m in METHODS)} |")
+        row = (cells.get((name, m), "") for m in METHODS)
+        shown = (f"-[^{reasons.index(c) + 1}]" if c in reasons else c for c in row)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     lines.append("")
-    for index, reason in enumerate(sorted(set(REASONS.values())), 1):
-        lines.append(f"[^{index}]: {reason[0].upper()}{reason[1:]}.")
+    for index, reason in enumerate(reasons, 1):
+        lines.append(f"[^{index}]: {reason}.")
     return "\n".join(lines) + "\n"
 
 
 def read(text: str) -> dict[tuple[str, str], str]:
-    """The cells of a page."""
+    """The cells of a page, with the reasons in the place of footnotes."""
+    notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)\.$", text, re.MULTILINE))
     cells: dict[tuple[str, str], str] = {}
     for line in text.splitlines():
         name, *rest = [c.strip() for c in line.strip("|").split("|")]
-        if name in ZOO:
-            cells.update({(name, m): c for m, c in zip(METHODS, rest, strict=True)})
+        if name not in ZOO:
+            continue
+        for method, cell in zip(METHODS, rest, strict=True):
+            note = re.fullmatch(r"-\[\^(\d+)\]", cell)
+            cells[name, method] = notes[note[1]] if note else cell
     return cells
 
 
@@ -114,7 +112,7 @@ def main() -> None:
     cells: dict[tuple[str, str], str] = {}
     for name, entry in ZOO.items():
         base = peftfx.capture(entry.build(), kwargs=entry.inputs(3, 9))
-        cells |= {(name, method): cell_of(method, name, base) for method in METHODS}
+        cells |= {(name, method): place(base, method).cell for method in METHODS}
     PAGE.write_text(render(cells), encoding="utf-8")
 
 

@@ -46,6 +46,8 @@ class IA3Input(InputScale):
 class IA3(Method):
     """Scales the selected linears: inputs at `ffn.down`, outputs everywhere else."""
 
+    folds: ClassVar[str] = "exactly"
+
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
 
     where: str = "k|v|ffn.down"

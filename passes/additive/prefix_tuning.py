@@ -66,6 +66,8 @@ class PrefixTuning(Method):
             is fed as a cache; set it to import prefixes trained that way.
     """
 
+    folds: ClassVar[str] = "no: its rows take softmax mass"
+
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     contract: ClassVar[Contract] = Contract("trainable")
 

@@ -48,6 +48,8 @@ class PromptTuning(Method):
     Without `where`, an encoder-decoder takes its prompt in the encoder.
     """
 
+    folds: ClassVar[str] = "no: they are inputs"
+
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
     contract: ClassVar[Contract] = Contract("trainable")
 

@@ -54,6 +54,8 @@ class SerialAdapter(Method):
         norms: also train all normalisation parameters, as the paper does.
     """
 
+    folds: ClassVar[str] = "no: not linear"
+
     kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
     contract: ClassVar[Contract] = Contract("near", 0.1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class LoRA(Method):
         rslora: scale by alpha / sqrt(rank).
         where: the paper adapts queries and values.
     """
+
+    folds: ClassVar[str] = "exactly"
 
     rank: int = 8
     alpha: float = 16.0

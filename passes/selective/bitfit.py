@@ -25,6 +25,8 @@ class BitFit(Method):
             skipped.
     """
 
+    folds: ClassVar[str] = "nothing to fold"
+
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm")
 
     add: bool = True

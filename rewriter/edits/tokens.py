@@ -250,7 +250,7 @@ def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     """The input that an embedding looks up, `[batch, sequence]`."""
     ids = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
     size = shape(ids)
-    if ids.op != "placeholder" or size is None or len(size) != 2:
+    if not isinstance(ids, Node) or ids.op != "placeholder" or size is None or len(size) != 2:
         raise PassError(
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
