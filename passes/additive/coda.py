@@ -73,6 +73,8 @@ class CoDA(Method):
         causal: `refuse` decoders' blocks, or route them for whole prompts only (`prefill`).
     """
 
+    folds: ClassVar[str] = "no: which tokens it takes depends on the input"
+
     kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
     contract: ClassVar[Contract] = Contract("trainable")
 

@@ -6,11 +6,12 @@ alike but for what enters beside the stream (positions, masks). Everything else 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from ..aten import (
@@ -18,6 +19,7 @@ from ..aten import (
     CASTS,
     CONVS,
     DROPOUTS,
+    LINEAR,
     MULS,
     NORMS,
     VIEWS,
@@ -101,8 +103,7 @@ def find_region(
             f"{first}: the stream is {size} before the region and {after} behind it, but tokens "
             "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
         )
-    below = _below(entry)
-    above = set(ancestors(end, block=lambda n: n is entry))
+    below, above = _below(entry), _above(end, entry)
     between = [n for n in order if n in below and n in above]
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
@@ -124,6 +125,23 @@ def _below(entry: Node) -> set[Node]:
     return found
 
 
+def _above(end: Node, entry: Node) -> set[Node]:
+    """What `end` is computed from, down from `entry`; also what writes into such values."""
+    writers: dict[Node, list[Node]] = {}
+    for node in end.graph.nodes:
+        target = written(node)
+        if target is not None and not node.users:
+            writers.setdefault(target, []).append(node)
+    found: set[Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node not in found and node is not entry:
+            found.add(node)
+            stack += inputs(node) + writers.get(node, [])
+    return found
+
+
 def _entry(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The summand beside a sublayer's output that the output is computed from."""
     output, add = (nodes[n] for n in site.nodes[:2])
@@ -142,8 +160,9 @@ def _entry(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> N
 
 
 def _same_tokens(program: Program, node: Node) -> bool:
-    taken = isinstance(submodule(program.module, node), TakeTokens)
-    return taken or is_op(node, VIEWS | DROPOUTS | MULS)
+    if isinstance(submodule(program.module, node), TakeTokens | nn.Dropout):
+        return True
+    return is_op(node, VIEWS | DROPOUTS) or (is_op(node, MULS) and len(inputs(node)) == 1)
 
 
 def _exit(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
@@ -185,7 +204,7 @@ def _check(program: Program, region: Region) -> None:
             refuse(node, "runs on some tokens already")
         if node.name in mixers:
             refuse(node, "mixes tokens by their order")
-        outside = [u for u in users(node) if u not in inside]
+        outside = [u for u in users(node) if u not in inside and (u.users or u.op == "output")]
         if outside and node is not region.exit:
             refuse(node, f"is also read by {outside[0].name}, outside of the region")
         if is_op(node, _ORDERED) and _along_tokens(region, node):
@@ -193,9 +212,24 @@ def _check(program: Program, region: Region) -> None:
     for node in gm.graph.nodes:
         if node not in inside and written(node) in inside:
             refuse(node, "writes into the region in place")
-    width = shape(region.entry)
-    if isinstance(region.tokens, int) and width is not None and region.tokens in width[2:]:
-        refuse(region.entry, f"has {region.tokens} tokens and as many channels")
+    if isinstance(region.tokens, int):
+        _check_numbers(region, refuse)
+
+
+def _check_numbers(region: Region, refuse: Callable[[Node, str], None]) -> None:
+    """Where the number of tokens is no symbol, every value has to show which axis they are on."""
+    for node in (region.entry, *region.nodes):
+        size = shape(node)
+        if size is None:
+            continue
+        count = sum(map(region.is_tokens, size))
+        if not count:
+            refuse(node, f"{size} has no axis for the {region.tokens} tokens alone")
+        scores = count > 1 and size[-2:] == (region.tokens, region.tokens)
+        if scores and (node is region.entry or is_op(node, VIEWS | {LINEAR})):
+            scores = False
+        if count - scores > 1:
+            refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
 
 
 def _check_causal(program: Program, region: Region) -> None:
