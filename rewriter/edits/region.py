@@ -150,7 +150,7 @@ def _entry(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> N
     while stack:
         for operand in inputs(stack.pop()):
             root = operand
-            while root not in above and _same_tokens(program, root):
+            while root is not output and root not in above and _same_tokens(program, root):
                 root = inputs(root)[0]
             if root in above and root.op != "get_attr":
                 return root
