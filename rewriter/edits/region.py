@@ -97,14 +97,19 @@ def find_region(
     chain = sorted(sites, key=lambda s: order[nodes[s.nodes[1]]])
     first, entry = chain[0].id, _entry(program, chain[0], nodes)
     end = _exit(program, chain[-1], nodes)
+    below, above = _below(entry), _above(end, entry)
+    between = [n for n in order if n in below and n in above]
+    if any(isinstance(submodule(program.module, n), TakeTokens) for n in (entry, *between)):
+        raise PassError(
+            f"{first}: the region runs on some tokens already. Choose other blocks with where=, or "
+            "take the other adapter out first."
+        )
     size, after = shape(entry), shape(end)
     if size is None or len(size) != 3 or str(size) != str(after):
         raise PassError(
             f"{first}: the stream is {size} before the region and {after} behind it, but tokens "
             "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
         )
-    below, above = _below(entry), _above(end, entry)
-    between = [n for n in order if n in below and n in above]
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)
@@ -196,12 +201,8 @@ def _check(program: Program, region: Region) -> None:
             "Leave this block out with where=."
         )
 
-    if isinstance(submodule(gm, region.entry), TakeTokens):
-        refuse(region.entry, "runs on some tokens already")
     mixers = {n for s in program.sites.of("mixer", "conv") for n in s.nodes}
     for node in region.nodes:
-        if isinstance(submodule(gm, node), TakeTokens):
-            refuse(node, "runs on some tokens already")
         if node.name in mixers:
             refuse(node, "mixes tokens by their order")
         outside = [u for u in users(node) if u not in inside and (u.users or u.op == "output")]

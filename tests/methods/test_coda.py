@@ -161,11 +161,11 @@ def test_t5_encoder_by_equations(zoo: Any, lengths: tuple[int, ...]) -> None:
             torch.testing.assert_close(got[row, :length], want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["encoder", "bert", "decoder", "llama"])
-@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("encoder", False), ("bert", False), ("decoder", False), ("decoder", True), ("llama", True)],
+)
 def test_padding_does_not_matter(captured: Any, name: str, left: bool) -> None:
-    if left and name in ("encoder", "bert"):
-        pytest.skip("left padding moves learnt positions")
     _, program = program_of(captured, name)
     inputs = rows((5, 11), left=left)
     with torch.no_grad():
@@ -272,13 +272,88 @@ def test_save_load_replay_and_without(captured: Any, tmp_path: Path) -> None:
     assert program.verify()[-1].holds
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["lora{rank=4}", "ia3", "serial_adapter{bottleneck=6}", "prefix_tuning{length=3}",
+     "prompt_tuning{length=3}", "bitfit"],
+)  # fmt: skip
+def test_order_among_methods_does_not_matter(captured: Any, other: str) -> None:
+    _, base = captured["decoder"]
+    outputs: list[Tensor] = []
+    inputs = rows((5, 11))
+    for text in (f"{other};{PREFILL}", f"{PREFILL};{other}"):
+        program = peftfx.run(base, text)
+        with torch.no_grad():
+            for name, parameter in program.named_trainable_parameters().items():
+                generator = torch.Generator().manual_seed(sum(map(ord, name)))
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            outputs.append(first(program(**inputs)))
+            alone = first(program(**{n: t[:1, :5] for n, t in inputs.items()}))
+        torch.testing.assert_close(outputs[-1][:1, :5], alone, rtol=1e-4, atol=2e-5)
+    assert torch.equal(*outputs)
+    assert moved(first(base(**inputs)), outputs[0]) > 0.05
+
+
+def test_folding_and_the_causal_path(captured: Any) -> None:
+    """What folds inside a routed block still folds; without padding masks become a flag."""
+    _, base = captured["decoder"]
+    program = randomise(peftfx.run(base, f"lora{{rank=4}};{PREFILL}"), 0.2)
+    folded = peftfx.run(program, "fold")
+    assert [a.slot for a in folded.attachments] == ["routed", "routed"]
+    assert "depends on the input" in folded.history[-1].skipped[0][1]
+    torch.testing.assert_close(
+        first(folded(**batch())), first(program(**batch())), rtol=1e-4, atol=1e-5
+    )
+    flagged = peftfx.run(base, f"causal{{length=32}};{PREFILL}")
+    plain = peftfx.run(base, PREFILL)
+    assert "LiveKeys" not in flagged.text()
+    got = first(flagged(input_ids=batch()["input_ids"]))
+    torch.testing.assert_close(got, first(plain(**batch())), rtol=1e-4, atol=1e-5)
+
+
 def test_refusals(captured: Any) -> None:
     with pytest.raises(PassError, match="is causal"):
         peftfx.run(captured["decoder"][1], "coda")
-    with pytest.raises(PassError, match="runs on some tokens already"):
-        peftfx.run(captured["encoder"][1], "coda;coda{name=b}")
+    with pytest.raises(PassError, match="is causal"):
+        peftfx.run(captured["decoder"][1], "coda{where=ffn or attn}")
+    for name, options in (("encoder", ""), ("decoder", ",causal=prefill")):
+        twice = f"coda{{name=a{options}}};coda{{name=b{options}}}"
+        with pytest.raises(PassError, match="runs on some tokens already"):
+            peftfx.run(captured[name][1], twice)
     with pytest.raises(OptionError, match="reduction"):
         peftfx.run(captured["encoder"][1], "coda{reduction=0}")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("swin", "no axis for the 64 tokens alone"), ("bloom", "merged or missing batch rows"),
+     ("segformer", "mixes tokens by their order"), ("gpt_oss", "works along the tokens")],
+)  # fmt: skip
+def test_regions_that_cannot_lose_tokens(zoo: Any, name: str, why: str) -> None:
+    with pytest.raises(PassError, match=why):
+        peftfx.run(zoo[name], PREFILL)
+
+
+def test_feed_forwards_alone(captured: Any) -> None:
+    """A selector may route a part of a block; the rest stays dense."""
+    model, base = captured["encoder"]
+    program = randomise(peftfx.run(base, "coda{bottleneck=8,where=ffn}"), 0.2)
+    ids = batch(1, 11)["input_ids"]
+    with torch.no_grad():
+        x = model.norm(model.words(ids[0]) + model.places.weight[:11])
+        for layer, branch in zip(model.layers, branches(program), strict=True):
+            q, k, v = (
+                m(x).view(11, 4, 8).transpose(0, 1) for m in (layer.query, layer.key, layer.value)
+            )
+            a = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+            x = layer.norm1(x + layer.dense(a.transpose(0, 1).reshape(11, 32)))
+
+            def run(h: Tensor, chosen: Tensor, layer: Any = layer) -> Tensor:
+                return layer.norm2(h + layer.fc2(F.gelu(layer.fc1(h))))
+
+            x = routed(x, x, run, branch, 3)
+        got = first(program(input_ids=ids, attention_mask=torch.ones_like(ids)))[0]
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["encoder", "bert", "decoder", "llama"])
