@@ -1,4 +1,4 @@
-"""CoDA, conditional adapters: the frozen block runs on k = ceil(n / reduction) of n tokens.
+"""CoDA: frozen blocks run on k = ceil(n / reduction) of n tokens, all tokens get an adapter.
 
 Lei et al., NeurIPS 2023, arXiv:2304.04947. With R the block (attention and feed-forward), x^ what
 its first linear reads (the norm of X before the block; X itself where norms come behind sums),
