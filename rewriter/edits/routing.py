@@ -19,8 +19,10 @@ from .branch import Branch
 def slots(tokens: Any, reduction: int) -> Any:
     """How many tokens the region runs on: ceil(tokens / reduction), and 2 at least.
 
-    A size that may be 1 would have to be told apart from a broadcast axis in every trace. A slot
-    that no token needs repeats a taken one, which changes no softmax over keys, and weighs 0.
+    A size that may be 1 would have to be told apart from a broadcast axis in every trace. Where
+    one token is taken of all rows, the second slot repeats it: a softmax over its keys alone does
+    not notice, and its update has weight 0. (Beside prefix keys and without a padding mask, it
+    would count twice, in inputs of at most `reduction` tokens.)
     """
     return torch.sym_max(2, (tokens + reduction - 1) // reduction)
 
