@@ -47,6 +47,9 @@ from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, matrix_of, settle
 from .quantised import QuantisedWeight, quantise_weight, whole_weights
+from .region import find_region
+from .route import run_on_chosen
+from .routing import Routed
 from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
@@ -237,6 +240,19 @@ class Editor:
         """
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
+
+    def wrap(self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False) -> None:
+        """Runs a stream, from its first to its last given sublayer, on the tokens that a branch
+        takes; what it returns for all tokens goes beside.
+
+        Raises:
+            PassError: the region has no single way in and out, tells tokens by their order, or
+                holds causal attention and `causal` does not allow that.
+        """
+        region = find_region(self.program, sites, self._nodes, causal)
+        valid = self.valid(sites[0])
+        path = self._attach(sites[0], branch, {"valid": valid})
+        run_on_chosen(self.program, region, path, branch.reduction, valid)
 
     # Values that branches read.
 

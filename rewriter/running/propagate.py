@@ -86,6 +86,8 @@ class _Fakes:
                 module = self.gm.get_submodule(str(node.target))
                 if isinstance(module, Attention):
                     return module.abstract(*args[:3])
+                if getattr(module, "chooses_sizes", False) and "val" in node.meta:
+                    return node.meta["val"]
                 state = {n: self.tensor(t) for n, t in module.named_parameters()}
                 state |= {n: self.tensor(t) for n, t in module.named_buffers()}
                 return torch.func.functional_call(module, state, args, kwargs)
