@@ -30,6 +30,7 @@ class Attachment:
     """One branch at one site: which adapter it belongs to and where its module is.
 
     `reads`: keyword of the branch's forward -> name of the graph node that it reads.
+    `members`: paths of the branches that it combines.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class Attachment:
     slot: str
     path: str
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,7 @@ from ..sites.sites import (
 from .bias import add_bias
 from .branch import (
     Branch,
+    Combine,
     Delta,
     Expression,
     InputScale,
@@ -42,6 +44,7 @@ from .branch import (
     Serial,
     Tokens,
 )
+from .combining import combine_serial, hold, member_paths
 from .compose import compose, composed_value, site_nodes
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, settle
@@ -50,7 +53,7 @@ from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
 from .weight import Weight
 
-Linear = Delta | InputScale | OutputScale | RowScale
+Linear = Delta | InputScale | OutputScale | RowScale | Combine
 EMPTY: Mapping[str, None] = MappingProxyType({})
 
 
@@ -71,6 +74,7 @@ class Editor:
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+        self._folder = ""
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -110,7 +114,11 @@ class Editor:
         self._attach_linear(site, branch)
 
     def _attach_linear(
-        self, site: LinearSite, branch: Linear, reads: Mapping[str, Value | None] = EMPTY
+        self,
+        site: LinearSite,
+        branch: Linear,
+        reads: Mapping[str, Value | None] = EMPTY,
+        members: tuple[str, ...] = (),
     ) -> None:
         if site.sliced:
             self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
@@ -122,7 +130,7 @@ class Editor:
             branch.register_buffer("features", index, persistent=False)
         if site.left:
             branch.axis = -2
-        self._attach(site, branch, reads)
+        self._attach(site, branch, reads, members=members)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
@@ -207,7 +215,7 @@ class Editor:
 
     def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
         """A module evaluated once a forward, as soon as what it reads is known."""
-        path = f"{BRANCHES}.{self._owner()}.{name}"
+        path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
         module.train(self.graph_module.training)
         self.graph_module.add_submodule(path, module)
         self.program.shared = (*self.program.shared, path)
@@ -219,6 +227,47 @@ class Editor:
         return item_of(self.graph_module, source, key)
 
     # Branches that are there already.
+
+    def combine(
+        self,
+        site: LinearSite | SublayerSite,
+        branch: Combine,
+        members: Sequence[str],
+        **reads: Value | None,
+    ) -> None:
+        """Puts one branch in the place of the sum of the members' branches at a site.
+
+        The members' calls stay and give what each would add; the branch reads that.
+
+        Args:
+            members: adapters, or names given to `below` with this pass's adapter in front.
+
+        Raises:
+            PassError: a member has no branch at the site, or one that cannot be combined.
+        """
+        paths = member_paths(self, site, members)
+        if isinstance(site, LinearSite):
+            self._attach_linear(site, branch, reads, paths)
+            return
+        if site.role == "conv":
+            branch.axis = 1
+        path = self._attach(site, branch, reads, members=paths)
+        combine_serial(self, site, path, paths, _given(reads))
+        self._nodes = site_nodes(self.graph_module)
+
+    def hold(self, *adapters: str) -> None:
+        """Stops gradients to other adapters: to their branches, and to base tensors that no
+        other one trains."""
+        hold(self, adapters)
+
+    @contextlib.contextmanager
+    def below(self, name: str) -> Generator[None]:
+        """Branches inserted meanwhile go below `name` in this pass's own adapter."""
+        self._folder = f"{name}."
+        try:
+            yield
+        finally:
+            self._folder = ""
 
     def settle(self, path: str, decided: Mapping[str, Any]) -> None:
         """Replaces a branch by the one that `decided` leaves of it (see `Branch.settled`)."""
@@ -249,6 +298,13 @@ class Editor:
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
         self.program.owned = owned
 
+    def train_norms(self) -> None:
+        """Makes the learnt parameters of all normalisations trainable."""
+        for norm in self.norms():
+            self.train(norm.weight)
+            if norm.bias is not None:
+                self.train(norm.bias)
+
     def add_bias(self, site: LinearSite | ConvSite) -> str:
         """Gives a linear or convolution without bias a zero one; returns the parameter's name.
 
@@ -275,6 +331,7 @@ class Editor:
         branch: Branch,
         reads: Mapping[str, Value | None] = EMPTY,
         tail: str = "",
+        members: tuple[str, ...] = (),
     ) -> str:
         adapter = self._owner()
         there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
@@ -284,11 +341,11 @@ class Editor:
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
         name = site.id.removesuffix(".weight").replace(":", ".")
-        path = f"{BRANCHES}.{adapter}.{tail or f'{name}.{branch.slot}'}"
+        path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{name}.{branch.slot}'}"
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         names = {k: v.name for k, v in _given(reads).items()}
-        attachment = Attachment(adapter, site.id, branch.slot, path, names)
+        attachment = Attachment(adapter, site.id, branch.slot, path, names, members)
         self.program.attachments = (*self.program.attachments, attachment)
         self.edited.append(site.id)
         return path

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..aten import expression_of
 from ..errors import PassError
+from ..program import BRANCHES
 from ..sites.sites import LinearSite
 from .branch import Branch, Expression
 from .compose import compose
@@ -55,6 +56,9 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
         return
     new.axis, new.features = old.axis, old.features
     new.train(old.training)
+    held = [p for n, p in gm.named_parameters() if n.startswith(f"{BRANCHES}.{found.adapter}.")]
+    if held and not any(p.requires_grad for p in held):
+        new.requires_grad_(False)
     parent, _, leaf = path.rpartition(".")
     setattr(gm.get_submodule(parent), leaf, new)
     fresh = replace(found, reads=left)
@@ -62,7 +66,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     edit.program.attachments = tuple(kept)
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k in left}
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
     edit.edited.append(found.site)
 
 
