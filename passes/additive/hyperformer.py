@@ -34,11 +34,8 @@ from ...rewriter.sites.sites import SublayerSite
 
 
 class Generator(nn.Module):
-    """`forward(z [dim]) -> [sites, size]`: one row of adapter weights a site of a stream.
-
-    Parameters `layers [layers, dim]`, `blocks [blocks, dim]`, linears `inner`, `outer`, `heads`
-    and the norm; `places` holds each site's row in both tables.
-    """
+    """`forward(z [dim]) -> [sites, size]`: one row of adapter weights a site of a stream, whose
+    rows of the tables `layers` and `blocks` are in `places [sites, 2]`."""
 
     places: Tensor
 
@@ -61,8 +58,6 @@ class Generator(nn.Module):
 
 class HyperFormerBranch(Serial):
     """An adapter of generated weights or, once settled, of its own: one tensor each of `shapes`."""
-
-    not_foldable = "its activation function is not linear"
 
     def __init__(self, width: int, bottleneck: int) -> None:
         super().__init__()

@@ -91,3 +91,20 @@ def attention_with_rows(rows: list[tuple[Tensor, Tensor]]) -> Generator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = real
+
+
+def digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Real scanned digits as 16 tokens (the means of 2 x 2 pixels): (inputs, numbers 0 to 9)."""
+    from sklearn.datasets import load_digits
+
+    images, numbers = load_digits(return_X_y=True)
+    pixels = torch.tensor(images[:count]).view(-1, 4, 2, 4, 2).mean((2, 4)).round().long()
+    ids = pixels.flatten(1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor(numbers[:count])
+
+
+def readout(hidden: Tensor) -> Tensor:
+    """Logits of two classes from all tokens' features, by a fixed random matrix."""
+    flat = hidden.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    return flat @ torch.randn(flat.shape[1], 2, generator=generator) / flat.shape[1] ** 0.5
