@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 
-from ..models import first, moved
+from ..models import batch, first, moved
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -108,3 +108,28 @@ def readout(hidden: Tensor) -> Tensor:
     flat = hidden.flatten(1)
     generator = torch.Generator().manual_seed(0)
     return flat @ torch.randn(flat.shape[1], 2, generator=generator) / flat.shape[1] ** 0.5
+
+
+LAST: dict[str, dict[str, dict[str, str]]] = {
+    "encoder": {"s0": {"attn": "layers.{}.dense", "ffn": "layers.{}.fc2"}},
+    "decoder": {"s0": {"attn": "layers.{}.o_proj", "ffn": "layers.{}.down"}},
+    "t5": {
+        "s0": {
+            "attn": "encoder.block.{}.layer.0.SelfAttention.o",
+            "ffn": "encoder.block.{}.layer.1.DenseReluDense.wo",
+        },
+        "s1": {
+            "attn": "decoder.block.{}.layer.0.SelfAttention.o",
+            "cross": "decoder.block.{}.layer.1.EncDecAttention.o",
+            "ffn": "decoder.block.{}.layer.2.DenseReluDense.wo",
+        },
+    },
+}
+"""The last linear of each sublayer, by stream: where a hook sees what a serial adapter reads."""
+
+
+def subject(captured: Any, zoo: Any, name: str) -> tuple[Any, peftfx.Program, dict[str, Tensor]]:
+    if name == "t5":
+        ids = batch(4, 11, seed=1)["input_ids"] % 60
+        return zoo.model("t5"), zoo["t5"], {**batch(4, 9, pad=3), "decoder_input_ids": ids}
+    return *captured[name], batch(4, 11, pad=3)

@@ -16,24 +16,9 @@ import peftfx
 from peftfx.rewriter.errors import InputError, PassError
 
 from ..models import batch, build, first, moved, randomise
-from .common import digits, hooked, readout
+from .common import LAST, digits, hooked, readout, subject
 
 SMALL = "hyperformer{tasks=3,bottleneck=4,dim=8,hidden=12,projected=6}"
-LAST = {
-    "encoder": {"s0": ("layers.{}.dense", "layers.{}.fc2")},
-    "decoder": {"s0": ("layers.{}.o_proj", "layers.{}.down")},
-    "t5": {
-        "s0": (
-            "encoder.block.{}.layer.0.SelfAttention.o",
-            "encoder.block.{}.layer.1.DenseReluDense.wo",
-        ),
-        "s1": (
-            "decoder.block.{}.layer.0.SelfAttention.o",
-            "decoder.block.{}.layer.2.DenseReluDense.wo",
-        ),
-    },
-}
-"""The last linear of each self-attention and feed-forward sublayer, by stream."""
 
 
 def generated(held: Mapping[str, Tensor], z: Tensor, layer: int, block: int) -> Tensor:
@@ -73,19 +58,12 @@ def reference(model: nn.Module, program: peftfx.Program, name: str, task: int) -
             n.removeprefix(f"{prefix}."): p for n, p in own.items() if n.startswith(prefix)
         }
         for layer in range(len(of_stream["layers"])):
-            for block, pattern in enumerate(patterns):
+            for block, pattern in enumerate((patterns["attn"], patterns["ffn"])):
                 flat = generated(of_stream, z, layer, block)
                 d = model.get_submodule(pattern.format(layer)).out_features
                 assert isinstance(d, int)
                 hooks[pattern.format(layer)] = adapter(flat, d, 4)
     return hooks
-
-
-def subject(captured: Any, zoo: Any, name: str) -> tuple[Any, peftfx.Program, dict[str, Tensor]]:
-    if name == "t5":
-        ids = batch(4, 11, seed=1)["input_ids"] % 60
-        return zoo.model("t5"), zoo["t5"], {**batch(4, 9, pad=3), "decoder_input_ids": ids}
-    return *captured[name], batch(4, 11, pad=3)
 
 
 @pytest.mark.parametrize("name", list(LAST))
@@ -111,7 +89,7 @@ def test_trainable_count(captured: Any, zoo: Any, name: str) -> None:
     program = peftfx.run(base, "hyperformer{tasks=8,bottleneck=6,norms=false}")
     count = 8 * 64
     for patterns in LAST[name].values():
-        d, layers, r = model.get_submodule(patterns[0].format(0)).out_features, 2, 6
+        d, layers, r = model.get_submodule(patterns["ffn"].format(0)).out_features, 2, 6
         trunk = (192 * 128 + 128) + (128 * 64 + 64) + 2 * 64
         count += (layers + 2) * 64 + trunk + 65 * (2 * d * r + d + r + 2 * d)
     assert sum(p.numel() for p in program.trainable_parameters()) == count
