@@ -18,7 +18,7 @@ from .registry import load_passes
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.program import Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import controllers
 from .rewriter.running.observe import observe, tap
 from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import Pipeline, parse, run

@@ -19,7 +19,7 @@ from .exporters.onnx_export import export_onnx as export_onnx
 _TAIL = """from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import controllers as controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
