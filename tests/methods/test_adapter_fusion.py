@@ -279,8 +279,8 @@ def test_penalty_is_part_of_the_loss(captured: Any) -> None:
 
 
 def test_two_tasks_are_fused(captured: Any, tmp_path: Path) -> None:
-    """Scanned digits: an adapter each for `at least five` and `odd`; fused for `even below five
-    or odd from five on`, which needs both."""
+    """Scanned digits: an adapter each for `at least five` and `odd`, fused for `one of the two
+    but not both`, which needs both."""
     _, base = captured["encoder"]
     inputs, number = digits(300)
     tasks = [number >= 5, number % 2 == 1]
@@ -288,7 +288,7 @@ def test_two_tasks_are_fused(captured: Any, tmp_path: Path) -> None:
     def fit(program: peftfx.Program, labels: Tensor, steps: int) -> tuple[float, float]:
         program.train()
         controllers = peftfx.controllers(program)
-        optimizer = torch.optim.AdamW(controllers.param_groups(lr=3e-3))
+        optimizer = torch.optim.AdamW(controllers.param_groups(lr=1e-2))
         controllers.start(optimizer, steps)
         torch.manual_seed(0)
         losses: list[float] = []
@@ -303,12 +303,26 @@ def test_two_tasks_are_fused(captured: Any, tmp_path: Path) -> None:
         return losses[0], losses[-1]
 
     for name, labels in zip("ab", tasks, strict=True):
-        alone = peftfx.run(base, f"serial_adapter{{name={name},bottleneck=8,norms=false,std=0.05}}")
+        text = f"serial_adapter{{name={name},bottleneck=16,norms=false,std=0.05}}"
+        alone = peftfx.run(base, text)
         start, end = fit(alone, labels, 60)
-        print(start, end)
-        assert end < 0.55
+        assert end < 0.45 < 0.9 < start, (start, end)  # 0.69 is chance
         peftfx.save(alone, tmp_path / name)
     program = peftfx.run(base, "adapter_fusion", sources=[tmp_path / "a", tmp_path / "b"])
-    start, end = fit(program, tasks[0] ^ tasks[1], 60)
-    print(start, end)
-    assert end < 0.6 < start
+    start, end = fit(program, tasks[0] ^ tasks[1], 40)
+    assert end < 0.45 < 0.9 < start, (start, end)
+
+
+def test_a_member_with_reads_can_be_baked_later(captured: Any) -> None:
+    """A hypernetwork's adapters are members like any other, and stay frozen when baked."""
+    _, base = captured["encoder"]
+    hyper = "hyperformer{tasks=3,bottleneck=4,dim=8,hidden=12,projected=8,norms=false}"
+    stacked = randomise(peftfx.run(base, f"{hyper};{MEMBER.format('a')}"), 0.3)
+    program = randomise(peftfx.run(stacked, "adapter_fusion"), 0.3)
+    assert {n.split(".")[1] for n in program.named_trainable_parameters()} == {"adapter_fusion"}
+    baked = peftfx.run(program, "bake{names=[hyperformer],inputs={task=1}}")
+    want = first(program(**batch(), task=torch.tensor(1)))
+    assert moved(first(program(**batch())), want) > 0.01
+    torch.testing.assert_close(first(baked(**batch())), want)
+    trained = {n: p.shape for n, p in program.named_trainable_parameters().items()}
+    assert {n: p.shape for n, p in baked.named_trainable_parameters().items()} == trained
