@@ -29,8 +29,8 @@ def add_input(program: Program, name: str, example: Tensor) -> Node:
     held = placeholders(gm)
     if name in held or name in program.spec.names:
         raise PassError(
-            f"the program has an input {name!r} already ({program.spec}). Give the new one "
-            "another name."
+            f"the program has an input {name!r} already. Give the new one another name; the "
+            f"inputs are {program.spec}."
         )
     last = list(held.values())[-1]
     with gm.graph.inserting_after(last):
