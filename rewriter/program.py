@@ -326,6 +326,12 @@ class Program:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
 
+    def held(self, name: str) -> bool:
+        """Whether all of an adapter's branches are frozen, because another adapter uses them."""
+        prefix = f"{BRANCHES}.{name}."
+        own = [p for n, p in self.module.named_parameters() if n.startswith(prefix)]
+        return bool(own) and not any(p.requires_grad for p in own)
+
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
         prefix = f"{BRANCHES}.{name}."

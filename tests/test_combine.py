@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import Combine
+from peftfx.rewriter.edits.branch import Combine, Serial
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.errors import FoldError
+from peftfx.rewriter.errors import FoldError, PassError
 from peftfx.rewriter.running.passes import REGISTRY, Method, Plan
 from peftfx.rewriter.running.verify import Contract
 from peftfx.rewriter.storage.members import plan_members, take_members
@@ -131,3 +131,25 @@ def test_equal_gates_are_the_mean(captured: Any, mixture: Method) -> None:
             if name.endswith("delta.b"):
                 parameter.copy_(held[name] / 2)
     torch.testing.assert_close(first(mixed(**batch())), first(double(**batch())))
+
+
+class Gain(Serial):
+    """`h <- g h`: adds nothing to h that could be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(()))
+
+    def transform(self, h: Tensor) -> Tensor:
+        return h * self.g
+
+
+def test_what_has_no_update_cannot_be_combined(captured: Any) -> None:
+    _, base = captured["encoder"]
+    edit = Editor(base.fork(), "gain")
+    site: Any = base.sites["s0.layer0.ffn"]
+    edit.after(site, Gain())
+    with pytest.raises(PassError, match=r"Gain of 'gain' at s0\.layer0\.ffn cannot be combined"):
+        edit.combine(site, Router(torch.zeros(1, 32)), ["gain"])
+    with pytest.raises(PassError, match=r"'other' has no branch .* Adapters with one: gain"):
+        edit.combine(site, Router(torch.zeros(1, 32)), ["other"])

@@ -11,7 +11,6 @@ from torch.fx import Node
 
 from ..aten import expression_of
 from ..errors import PassError
-from ..program import BRANCHES
 from ..sites.sites import LinearSite
 from .branch import Branch, Expression
 from .compose import compose
@@ -56,8 +55,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
         return
     new.axis, new.features = old.axis, old.features
     new.train(old.training)
-    held = [p for n, p in gm.named_parameters() if n.startswith(f"{BRANCHES}.{found.adapter}.")]
-    if held and not any(p.requires_grad for p in held):
+    if edit.program.held(found.adapter):
         new.requires_grad_(False)
     parent, _, leaf = path.rpartition(".")
     setattr(gm.get_submodule(parent), leaf, new)

@@ -131,6 +131,7 @@ def test_members_are_frozen_and_stay_theirs(captured: Any, tmp_path: Path) -> No
     assert leaves == {"query", "query_bias", "key", "key_bias", "value"} and len(trained) == 20
     before = {n: p.detach().clone() for n, p in program.module.named_parameters()}
     controllers = peftfx.controllers(program)
+    assert list(controllers.each) == ["adapter_fusion"]
     optimizer = torch.optim.AdamW(controllers.param_groups(lr=0.01, weight_decay=0.1))
     controllers.start(optimizer, 3)
     for step in range(3):
