@@ -45,11 +45,9 @@ class AdapterFusionBranch(Combine):
 
     def combine(self, h: Tensor, *updates: Tensor) -> Tensor:
         u = torch.stack(updates, -2)  # [..., members, d]
-        q = F.linear(h, self.query, self.query_bias)
-        shift = 0.0
-        if (
-            self.key is not None and self.key_bias is not None
-        ):  # q . (K u + b) = (K^T q) . u + q . b, one product for all u
+        q, shift = F.linear(h, self.query, self.query_bias), 0.0
+        if self.key is not None and self.key_bias is not None:
+            # q . (K u + b) = (K^T q) . u + q . b: one product, not one a member
             q, shift = q @ self.key, (q @ self.key_bias)[..., None]
         scores = (u @ q[..., None])[..., 0] + shift
         scores = F.dropout(scores, self.dropout, self.training)
@@ -72,9 +70,11 @@ class AdapterFusionBranch(Combine):
 class FusionController(Controller):
     """Adds the penalty of all sites to the loss."""
 
+    method: AdapterFusion
+
     def loss(self, outputs: Any, batch: Any, forward: Forward) -> Tensor | None:
         here = [b for _, b in self.branches() if isinstance(b, AdapterFusionBranch)]
-        return getattr(self.method, "penalty") * sum(b.distance() for b in here)  # noqa: B009
+        return self.method.penalty * torch.stack([b.distance() for b in here]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,6 @@ class AdapterFusion(Method):
     def settle(
         self, program: Program, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        here = ((p, b) for p, b in self.controller(program, self).branches())
-        fusions = {p: b for p, b in here if isinstance(b, AdapterFusionBranch)}
-        return {p: {"merged": True} for p, b in fusions.items() if b.key is not None}
+        here = self.controller(program, self).branches()
+        fusions = [(p, b) for p, b in here if isinstance(b, AdapterFusionBranch)]
+        return {p: {"merged": True} for p, b in fusions if b.key is not None}
