@@ -30,6 +30,7 @@ class Attachment:
     """One branch at one site: which adapter it belongs to and where its module is.
 
     `reads`: keyword of the branch's forward -> name of the graph node that it reads.
+    `members`: paths of the branches that it combines.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class Attachment:
     slot: str
     path: str
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,12 @@ class Program:
     def branch(self, attachment: Attachment) -> nn.Module:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
+
+    def held(self, name: str) -> bool:
+        """Whether all of an adapter's branches are frozen, because another adapter uses them."""
+        prefix = f"{BRANCHES}.{name}."
+        own = [p for n, p in self.module.named_parameters() if n.startswith(prefix)]
+        return bool(own) and not any(p.requires_grad for p in own)
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""

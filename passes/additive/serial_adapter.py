@@ -38,13 +38,10 @@ class SerialAdapterBranch(Serial):
         self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
         self.activation = activation
 
-    def change(self, h: Tensor) -> Tensor:
+    def update(self, h: Tensor) -> Tensor:
         inner = F.linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
         return F.linear(inner, self.up, self.up_bias)
-
-    def transform(self, h: Tensor) -> Tensor:
-        return h + self.change(h)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"
@@ -78,10 +75,8 @@ class SerialAdapter(Method):
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         super().apply(edit, plan)
-        for norm in edit.norms() if self.norms else ():
-            edit.train(norm.weight)
-            if norm.bias is not None:
-                edit.train(norm.bias)
+        if self.norms:
+            edit.train_norms()
 
     def insert(self, edit: Editor, site: SublayerSite) -> None:
         edit.after(site, self.made(edit, site))

@@ -222,22 +222,44 @@ class Expression(Branch):
 
 
 class Serial(Branch):
-    """`h' = f(h)` on a sublayer's output, with its own skip connection inside."""
+    """`h' = h + f(h)` on a sublayer's output."""
 
     slot = "serial"
     reads = writes = "width"
     not_foldable = "it is not linear"
 
-    def transform(self, *h: Any, **reads: Any) -> Tensor:
+    def update(self, *h: Any, **reads: Any) -> Tensor:
         """`f(h, **reads)`: `[..., width] -> [..., width]`."""
         raise NotImplementedError
 
-    def change(self, h: Tensor) -> Tensor:
-        """`f(h) - h`; overridden where that needs no subtraction."""
-        return self.transform(h) - h
+    def transform(self, *h: Any, **reads: Any) -> Tensor:
+        """What takes the place of h; overridden where that is not `h + f(h)`."""
+        return h[0] + self.update(*h, **reads)
 
-    def forward(self, h: Tensor, **reads: Tensor) -> Tensor:
-        return self.features_back(self.transform(self.features_last(h), **reads))
+    def forward(self, h: Tensor, skip: bool = True, **reads: Tensor) -> Tensor:
+        """The sublayer's new output, or without `skip` what this branch adds to it."""
+        f = self.transform if skip else self.update
+        return self.features_back(f(self.features_last(h), **reads))
+
+
+class Combine(Branch):
+    """`h' = h + g(h, f_1(h), ..., f_n(h))`: takes the place of the sum of n branches of a site."""
+
+    slot = "combine"
+    not_foldable = "how it weighs its members depends on the input"
+
+    def combine(self, *values: Any, **reads: Any) -> Tensor:
+        """`g`.
+
+        Args:
+            values: what the members read (a linear's input, a sublayer's output), `[..., in]`,
+                and what each of them would add, `[..., out]`.
+        """
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, *updates: Tensor, **reads: Tensor) -> Tensor:
+        values = [self.features_last(v) for v in (h, *updates)]
+        return self.features_back(self.combine(*values, **reads))
 
 
 class KeyValue(Branch):

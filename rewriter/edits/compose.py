@@ -1,7 +1,7 @@
 """Composing the branches of one linear call: always emitted in one fixed order.
 
-Input scale, base (its weight maybe an expression), row scale, deltas, output scale: so the order
-of passes does not change the graph.
+Input scale, base (its weight maybe an expression), row scale, deltas (or what combines them),
+output scale: so the order of passes does not change the graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..sites.sites import LinearSite
 from .branch import Delta, RowScale, Scale
 from .pattern import linear_parts
 
-_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "output_scale": 3}
+_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
 
 def site_nodes(gm: GraphModule) -> dict[str, Node]:
@@ -116,12 +116,17 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
             stored = dense(program.sites[attachment.site])
         with gm.graph.inserting_after(stored if is_quantised(call) else tail):
             tail = branch(attachment, (tail, x, stored, bias))
-    for attachment in of_slot("delta"):
-        with gm.graph.inserting_after(tail):
-            delta = branch(attachment, (x,))
-        with gm.graph.inserting_after(delta):
+    updates: dict[str, Node] = {}
+    last, members = tail, {path for a in mine for path in a.members}
+    for attachment in (*of_slot("delta"), *of_slot("combine")):
+        with gm.graph.inserting_after(last):
+            last = branch(attachment, (x, *(updates[path] for path in attachment.members)))
+        if attachment.path in members:
+            updates[attachment.path] = last
+            continue
+        with gm.graph.inserting_after(last):
             name = attachment.path.replace(".", "_") + "_add"
-            tail = emit("call_function", ATEN.add.Tensor, (tail, delta), name)
+            last = tail = emit("call_function", ATEN.add.Tensor, (tail, last), name)
     for attachment in of_slot("output_scale"):
         with gm.graph.inserting_after(tail):
             tail = branch(attachment, (tail,))

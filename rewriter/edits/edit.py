@@ -5,8 +5,9 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +33,7 @@ from .axes import Channels, channels
 from .bias import add_bias
 from .branch import (
     Branch,
+    Combine,
     Delta,
     Expression,
     InputScale,
@@ -41,6 +43,7 @@ from .branch import (
     Serial,
     Tokens,
 )
+from .combining import combine_serial, hold, member_paths
 from .compose import compose, composed_value, site_nodes
 from .cut import cut_channels
 from .hidden import Hidden, behind_of, hidden_of
@@ -55,7 +58,7 @@ from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
 from .weight import DenseWeight, Weight
 
-Linear = Delta | InputScale | OutputScale | RowScale
+Linear = Delta | InputScale | OutputScale | RowScale | Combine
 EMPTY: Mapping[str, None] = MappingProxyType({})
 
 
@@ -84,6 +87,7 @@ class Editor:
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
+        self._folder = ""
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -168,7 +172,11 @@ class Editor:
         self._attach_linear(site, branch)
 
     def _attach_linear(
-        self, site: LinearSite, branch: Linear, reads: Mapping[str, Value | None] = EMPTY
+        self,
+        site: LinearSite,
+        branch: Linear,
+        reads: Mapping[str, Value | None] = EMPTY,
+        members: tuple[str, ...] = (),
     ) -> None:
         if site.sliced:
             self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
@@ -180,7 +188,7 @@ class Editor:
             branch.register_buffer("features", self._index(site, index), persistent=False)
         if site.left:
             branch.axis = -2
-        self._attach(site, branch, reads)
+        self._attach(site, branch, reads, members=members)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
@@ -306,7 +314,7 @@ class Editor:
 
     def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
         """A module evaluated once a forward, as soon as what it reads is known."""
-        path = f"{BRANCHES}.{self._owner()}.{name}"
+        path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
         module.train(self.graph_module.training)
         self.graph_module.add_submodule(path, module)
         self.program.shared = (*self.program.shared, path)
@@ -318,6 +326,47 @@ class Editor:
         return item_of(self.graph_module, source, key)
 
     # Branches that are there already.
+
+    def combine(
+        self,
+        site: LinearSite | SublayerSite,
+        branch: Combine,
+        members: Sequence[str],
+        **reads: Value | None,
+    ) -> None:
+        """Puts one branch in the place of the sum of the members' branches at a site.
+
+        The members' calls stay and give what each would add; the branch reads that.
+
+        Args:
+            members: adapters, or names given to `below` with this pass's adapter in front.
+
+        Raises:
+            PassError: a member has no branch at the site, or one that cannot be combined.
+        """
+        paths = member_paths(self, site, members)
+        if isinstance(site, LinearSite):
+            self._attach_linear(site, branch, reads, paths)
+            return
+        if site.role == "conv":
+            branch.axis = 1
+        path = self._attach(site, branch, reads, members=paths)
+        combine_serial(self, site, path, paths, _given(reads))
+        self._nodes = site_nodes(self.graph_module)
+
+    def hold(self, *adapters: str) -> None:
+        """Stops gradients to other adapters: to their branches, and to base tensors that no
+        other one trains."""
+        hold(self, adapters)
+
+    @contextlib.contextmanager
+    def below(self, name: str) -> Generator[None]:
+        """Branches inserted meanwhile go below `name` in this pass's own adapter."""
+        self._folder = f"{name}."
+        try:
+            yield
+        finally:
+            self._folder = ""
 
     def settle(self, path: str, decided: Mapping[str, Any]) -> None:
         """Replaces a branch by the one that `decided` leaves of it (see `Branch.settled`)."""
@@ -351,6 +400,13 @@ class Editor:
         adapter = self.adapter or ""
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
         self.program.owned = owned
+
+    def train_norms(self) -> None:
+        """Makes the learnt parameters of all normalisations trainable."""
+        for norm in self.norms():
+            self.train(norm.weight)
+            if norm.bias is not None:
+                self.train(norm.bias)
 
     def add_bias(self, site: LinearSite | ConvSite) -> str:
         """Gives a linear or convolution without bias a zero one; returns the parameter's name.
@@ -388,6 +444,7 @@ class Editor:
         branch: Branch,
         reads: Mapping[str, Value | None] = EMPTY,
         tail: str = "",
+        members: tuple[str, ...] = (),
     ) -> str:
         adapter = self._owner()
         there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
@@ -396,7 +453,7 @@ class Editor:
                 f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
-        path = f"{BRANCHES}.{adapter}.{tail or f'{self.name(site)}.{branch.slot}'}"
+        path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{self.name(site)}.{branch.slot}'}"
         held = getattr(self.graph_module, BRANCHES, None)
         known = {path.split(".")[1] for path in self.program.inserted}
         if adapter not in known and hasattr(held, adapter):
@@ -407,7 +464,7 @@ class Editor:
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         names = {k: v.name for k, v in _given(reads).items()}
-        attachment = Attachment(adapter, site.id, branch.slot, path, names)
+        attachment = Attachment(adapter, site.id, branch.slot, path, names, members)
         self.program.attachments = (*self.program.attachments, attachment)
         self.edited.append(site.id)
         return path

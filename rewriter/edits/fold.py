@@ -166,6 +166,9 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         return "its module is not a branch"
     if branch.not_foldable:
         return f"not foldable: {branch.not_foldable}"
+    combined = next((a for a in edit.program.attachments if attachment.path in a.members), None)
+    if combined is not None:
+        return f"not foldable: {combined.adapter} weighs what it adds against other branches"
     if attachment.reads:
         return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
     if isinstance(branch, Expression):

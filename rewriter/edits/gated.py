@@ -69,11 +69,9 @@ class GatedKeyValue(Gated[KeyValue], KeyValue):
 
 
 class GatedSerial(Gated[Serial], Serial):
-    """`h' = h + g (f(z) - z)` with z = h, or another value that f reads instead."""
+    """`h' = h + g f(z)` with z = h, or another value that f reads instead."""
 
-    def transform(
-        self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None
-    ) -> Tensor:
+    def update(self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """`gate`: `[batch, 1 or tokens, 1]`; `seen`: z, of the shape of h."""
         factor = self.constant if gate is None else gate
-        return h + self.inner.change(h if seen is None else seen) * factor
+        return self.inner.update(h if seen is None else seen) * factor

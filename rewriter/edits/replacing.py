@@ -83,6 +83,8 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
         return
     new.axis, new.features = old.axis, old.features
     new.train(old.training)
+    if edit.program.held(found.adapter):
+        new.requires_grad_(False)
     parent, _, leaf = path.rpartition(".")
     setattr(gm.get_submodule(parent), leaf, new)
     fresh = replace(found, reads=left)
@@ -90,7 +92,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     edit.program.attachments = tuple(kept)
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k in left}
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
     edit.edited.append(found.site)
 
 

@@ -92,11 +92,12 @@ def latest(gm: GraphModule, reads: Mapping[str, Value]) -> Node:
 
 def item_of(gm: GraphModule, source: Value, key: str | int) -> Value:
     """One entry of a shared module's output; one node however often it is asked for."""
-    for user in source.users:
-        if user.target is operator.getitem and user.args[1] == key:
-            return user
+    items = [u for u in source.users if u.target is operator.getitem]
+    for item in items:
+        if item.args[1] == key:
+            return item
     name = f"{source.name}_{str(key).replace('.', '_')}"
-    with gm.graph.inserting_after(source):
+    with gm.graph.inserting_after(items[-1] if items else source):
         return gm.graph.create_node("call_function", operator.getitem, (source, key), {}, name=name)
 
 
