@@ -38,6 +38,7 @@ from .weight import Weight, all_finite
 if TYPE_CHECKING:
     from ..program import Program
     from .edit import Editor
+    from .read import Reading
 
 
 @dataclass(kw_only=True)
@@ -172,7 +173,7 @@ def repack(edit: Editor, layout: str) -> bool:
     return bool(found)
 
 
-def whole_weights(edit: Editor, ids: Sequence[str]) -> list[LinearSite]:
+def whole_weights(edit: Reading, ids: Sequence[str]) -> list[LinearSite]:
     """See `Editor.whole`."""
     chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], LinearSite)}
     found: dict[str, LinearSite] = {}

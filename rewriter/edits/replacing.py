@@ -20,6 +20,7 @@ from .pattern import linear_parts
 
 if TYPE_CHECKING:
     from .edit import Editor
+    from .read import Reading
 
 
 def express(
@@ -44,7 +45,7 @@ def express(
     return made
 
 
-def matrix_of(edit: Editor, site: LinearSite) -> Tensor:
+def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
     """See `Editor.matrix`."""
     parts = linear_parts(edit.node(site.nodes[0]))
     node = parts[1] if parts is not None else None
