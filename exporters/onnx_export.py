@@ -26,9 +26,11 @@ from torch.utils import _pytree as pytree
 
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
+from ..rewriter.edits.quantised import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.program import Program
 from ..rewriter.running.verify import evaluation, is_meta
+from .onnx_quantised import LAYOUT, translations
 
 OPSETS = (24, 20)
 """Tried in order: 24 has a real Attention operator; 20 runs on older runtimes."""
@@ -137,11 +139,13 @@ def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> Onnx
     fork = program.fork()
     plain = Editor(fork)
     restore_deltas(plain)
+    quantised = repack(plain, LAYOUT)
     plain.finish()
     names = _output_names(fork)
     with evaluation(fork), _silence():
         exported, symbols = _reexport(fork)
-        model = _translate(exported, opset, fork.spec.names, names)
+        table = translations() if quantised else None
+        model = _translate(exported, opset, fork.spec.names, names, table)
     _rename_sizes(model, symbols)
     handle, temporary = tempfile.mkstemp(".onnx", f".{path.name}.", path.parent)
     os.close(handle)
@@ -218,7 +222,9 @@ def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
     return exported, symbols
 
 
-def _translate(exported: Any, opset: int, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+def _translate(
+    exported: Any, opset: int, inputs: Sequence[str], outputs: Sequence[str], table: Any
+) -> Any:
     try:
         # Unoptimised keeps original parameter names; the runtime folds transposes as it loads.
         result: Any = torch.onnx.export(
@@ -231,6 +237,7 @@ def _translate(exported: Any, opset: int, inputs: Sequence[str], outputs: Sequen
             opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
+            custom_translation_table=table,
         )
         return result.model_proto
     except Exception as error:

@@ -24,6 +24,7 @@ from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import Pipeline, parse, run
 from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
+from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
 from .trainers import lightning_callback, trainer_callback
 
@@ -58,11 +59,13 @@ __all__ = [
     "fold_checkpoint",
     "lightning_callback",
     "load",
+    "load_program",
     "load_weights",
     "observe",
     "parse",
     "run",
     "save",
+    "save_program",
     "tap",
     "trainer_callback",
 ]

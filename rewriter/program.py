@@ -30,6 +30,7 @@ class Attachment:
     """One branch at one site: which adapter it belongs to and where its module is.
 
     `reads`: keyword of the branch's forward -> name of the graph node that it reads.
+    `members`: paths of the branches that it combines.
     """
 
     adapter: str
@@ -37,6 +38,7 @@ class Attachment:
     slot: str
     path: str
     reads: Mapping[str, str] = field(default_factory=dict[str, str])
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,11 +193,15 @@ class Program:
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
-        prefix = f"{BRANCHES}."
         for name, tensor in self._stored():
-            if not name.startswith(prefix) and self.aliases.get(name, name) == name:
+            if not name.startswith(self.inserted) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        """What the names of all tensors of branches and shared modules start with."""
+        return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_parameters()
@@ -206,14 +212,20 @@ class Program:
     def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
         """The tensors under their original names; loads into the original, unmodified model.
 
+        A quantised weight is written as the dense matrix that it stands for.
+
         Args:
             strict: refuse if the program holds tensors that the original model has no name
-                for (branches not folded, added biases); False returns them too.
+                for (branches not folded, added biases), or that do not fit it any more (cut
+                channels); False returns them too.
 
         Raises:
             ExportError: such tensors exist; the message lists them.
         """
+        from .edits.quantised import dense_weights
+
         held = dict(self._stored())
+        held |= dense_weights(self)
         state: dict[str, Tensor] = {}
         for name in self.state_names:
             source = name if name in self.untied else self.aliases.get(name, name)
@@ -223,7 +235,14 @@ class Program:
             state[name] = tensor.detach()
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
-        extra += [n for n in self.untied if n not in state]
+        extra = [n for n in (*extra, *self.untied) if n not in state]
+        if strict and (cut := self.reshaped()):
+            raise ExportError(
+                f"{len(cut)} tensors have another shape than the original model's, first "
+                f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
+                "the program itself (peftfx.save_program), or take the tensors with "
+                "export_state_dict(strict=False)."
+            )
         if extra and strict:
             more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
             raise ExportError(
@@ -235,6 +254,11 @@ class Program:
         if not strict:
             state.update({n: held[n].detach() for n in extra})
         return state
+
+    def reshaped(self) -> list[str]:
+        """Names of the captured program's tensors that have another shape now."""
+        before = dict(self.base._stored()) if self.origin is not None else {}
+        return [n for n, t in self._stored() if n in before and before[n].shape != t.shape]
 
     def without(self, name: str) -> Program:
         """The program without one adapter; every other adapter keeps its current values.
@@ -323,6 +347,12 @@ class Program:
     def branch(self, attachment: Attachment) -> nn.Module:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
+
+    def held(self, name: str) -> bool:
+        """Whether all of an adapter's branches are frozen, because another adapter uses them."""
+        prefix = f"{BRANCHES}.{name}."
+        own = [p for n, p in self.module.named_parameters() if n.startswith(prefix)]
+        return bool(own) and not any(p.requires_grad for p in own)
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""

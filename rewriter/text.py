@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .aten import attribute, submodule, value
+from .aten import attribute, is_quantised, submodule, value
 from .capture.spec import short_type
 
 if TYPE_CHECKING:
@@ -135,6 +135,16 @@ def _size(program: Program) -> tuple[int, int]:
     return nodes, len({a.site for a in program.attachments})
 
 
+def _integers(gm: GraphModule) -> int:
+    """How many weights are stored as integers, padding included."""
+    found: dict[str, int] = {}
+    for node in filter(is_quantised, gm.graph.nodes):
+        operands: Any = node.args
+        rows, groups, _ = attribute(gm, operands[1].target).shape
+        found[operands[1].target] = rows * groups * operands[6]
+    return sum(found.values())
+
+
 def diff_text(before: Program, after: Program) -> str:
     """See `Program.diff`."""
     old, new = before.text().splitlines(), after.text().splitlines()
@@ -146,7 +156,7 @@ def diff_text(before: Program, after: Program) -> str:
     nodes = _size(after)[0] - _size(before)[0]
     sites = _size(after)[1] - _size(before)[1]
     count = sum(p.numel() for p in after.trainable_parameters())
-    total = sum(p.numel() for p in after.module.parameters())
+    total = sum(p.numel() for p in after.module.parameters()) + _integers(after.module)
     share = 100 * count / total if total else 0.0
     summary = f"edits: {nodes:+d} nodes, {sites:+d} sites, {count:,} trainable ({share:.2f} %)"
     return "\n".join([*body, summary]) + "\n"

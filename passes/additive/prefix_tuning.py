@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import KeyValue
+from ...rewriter.edits.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import AttentionSite
 
 class PrefixBranch(KeyValue):
     """Rows stored directly; parameters `key`, `value` `[length, kv_heads, width]`."""
+
+    axes: ClassVar[Axes] = {n: ("length", "kv_heads", "width") for n in ("key", "value")}
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__(key.shape[0])
@@ -37,6 +39,11 @@ class PrefixBranch(KeyValue):
 
 class ProjectedPrefixBranch(KeyValue):
     """Rows from `W2 tanh(W1 E)`; parameters `embedding [length, d]` and the two linears."""
+
+    axes: ClassVar[Axes] = {
+        "embedding": ("length", "d"), "inner.weight": ("inner", "d"), "inner.bias": ("inner",),
+        "outer.weight": ("rows", "inner"), "outer.bias": ("rows",),
+    }  # fmt: skip
 
     def __init__(self, length: int, heads: int, widths: tuple[int, int], inner: int) -> None:
         super().__init__(length)
@@ -88,6 +95,10 @@ class PrefixTuning(Method):
             edit.shift_positions(self.length)
 
     def insert(self, edit: Editor, site: AttentionSite) -> None:
+        edit.prepend_kv(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: AttentionSite) -> KeyValue:
+        """The branch for one site, freshly initialised."""
         like = edit.like(site)
         widths = edit.key_value_widths(site)
         if self.projection is None:
@@ -95,12 +106,11 @@ class PrefixTuning(Method):
                 torch.randn(self.length, site.kv_heads, w, generator=edit.generator) * self.std
                 for w in widths
             )
-            edit.prepend_kv(site, PrefixBranch(key.to(like), value.to(like)))
-            return
+            return PrefixBranch(key.to(like), value.to(like))
         branch = ProjectedPrefixBranch(self.length, site.kv_heads, widths, self.projection)
         nn.init.normal_(branch.embedding, generator=edit.generator)
         for linear in (branch.inner, branch.outer):
             bound = linear.in_features**-0.5
             nn.init.uniform_(linear.weight, -bound, bound, generator=edit.generator)
             nn.init.zeros_(linear.bias)
-        edit.prepend_kv(site, branch.to(like))
+        return branch.to(like)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Serial
+from ...rewriter.edits.branch import Axes, Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
@@ -26,6 +26,10 @@ class SerialAdapterBranch(Serial):
     """Bottleneck with skip; `down [r, d]`, `down_bias [r]`, `up [d, r]`, `up_bias [d]`."""
 
     not_foldable = "its activation function is not linear"
+    axes: ClassVar[Axes] = {
+        "down": ("rank", "width"), "down_bias": ("rank",),
+        "up": ("width", "rank"), "up_bias": ("width",),
+    }  # fmt: skip
 
     def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
         super().__init__()
@@ -34,10 +38,10 @@ class SerialAdapterBranch(Serial):
         self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
         self.activation = activation
 
-    def transform(self, h: Tensor) -> Tensor:
+    def update(self, h: Tensor) -> Tensor:
         inner = F.linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
-        return h + F.linear(inner, self.up, self.up_bias)
+        return F.linear(inner, self.up, self.up_bias)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"
@@ -71,12 +75,14 @@ class SerialAdapter(Method):
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         super().apply(edit, plan)
-        for norm in edit.norms() if self.norms else ():
-            edit.train(norm.weight)
-            if norm.bias is not None:
-                edit.train(norm.bias)
+        if self.norms:
+            edit.train_norms()
 
     def insert(self, edit: Editor, site: SublayerSite) -> None:
+        edit.after(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: SublayerSite) -> SerialAdapterBranch:
+        """The branch for one site, freshly initialised."""
         like = edit.like(site)
         down, up = (
             torch.empty(self.bottleneck, site.width),
@@ -85,4 +91,4 @@ class SerialAdapter(Method):
         for matrix in (down, up):
             bounds = (-2 * self.std, 2 * self.std)
             nn.init.trunc_normal_(matrix, 0.0, self.std, *bounds, generator=edit.generator)
-        edit.after(site, SerialAdapterBranch(down.to(like), up.to(like), self.activation))
+        return SerialAdapterBranch(down.to(like), up.to(like), self.activation)

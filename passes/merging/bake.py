@@ -2,13 +2,14 @@
 
 Ranks that a budget pruned go, gates become constants, a generator becomes what it generates, a
 learnt mask becomes indices. Which of it a method does is said in its own file; the replaced
-tensors are gone afterwards, the decisions stay in the history, and what is left trains on.
+tensors are gone afterwards, the decisions stay in the history, and what is left trains on. Where
+calibration data is given, the certificate says how far the outputs moved on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Method, Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.running.verify import Contract, difference, is_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Bake(Pass):
     inputs: dict[str, int] | None = None
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        data = None if data is None else list(data)
         wanted = program.adapters if self.names is None else self.names
         inputs = self.inputs or {}
         if unknown := [n for n in inputs if n not in program.spec.names]:
@@ -54,9 +56,23 @@ class Bake(Pass):
                 _sort(path, decided, settled[path], tensors)
         if not settled:
             raise PassError("bake: no adapter has anything to settle.")
-        return Plan({"branches": settled, "inputs": inputs}, tensors)
+        plan = Plan({"branches": settled, "inputs": inputs}, tensors)
+        if data is None or is_meta(program):
+            return plan
+        return replace(
+            plan, decisions={**plan.decisions, "moved": self._moved(program, plan, data)}
+        )
+
+    def _moved(self, program: Program, plan: Plan, data: Sequence[Any]) -> dict[str, float]:
+        """How far outputs move on the calibration data."""
+        trial = Editor(program.fork())
+        self.apply(trial, plan)
+        trial.finish()
+        worst, relative = difference(program, trial.program, data)
+        return {"data_abs": worst, "data_rel": relative}
 
     def apply(self, edit: Editor, plan: Plan) -> None:
+        edit.figures.update(plan.decisions.get("moved", {}))
         for path, decided in plan.decisions["branches"].items():
             prefix = f"{path}/"
             tensors = {

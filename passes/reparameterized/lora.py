@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Delta
+from ...rewriter.edits.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import LinearSite
@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import LinearSite
 
 class LoRABranch(Delta):
     """The low-rank branch; parameters `a [rank, in]` and `b [out, rank]`."""
+
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "b": ("out", "rank")}
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
         super().__init__()
@@ -71,6 +73,10 @@ class LoRA(Method):
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     def insert(self, edit: Editor, site: LinearSite) -> None:
+        edit.add(site, self.made(edit, site))
+
+    def made(self, edit: Editor, site: LinearSite) -> LoRABranch:
+        """The branch for one site, freshly initialised."""
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
         weight = edit.weight(site)
@@ -79,4 +85,4 @@ class LoRA(Method):
         b = torch.zeros(site.out_features, self.rank)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
-        edit.add(site, LoRABranch(a, b, scale, self.dropout))
+        return LoRABranch(a, b, scale, self.dropout)

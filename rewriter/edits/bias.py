@@ -16,6 +16,7 @@ from ..aten import (
     LINEAR,
     attribute,
     is_op,
+    is_quantised,
     parameter_of,
     set_attribute,
     submodule,
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 def add_bias(edit: Editor, site: LinearSite | ConvSite) -> str:
     """See `Editor.add_bias`."""
     gm, program = edit.graph_module, edit.program
-    weight = gm.get_parameter(site.weight)
     if isinstance(site, ConvSite):
-        size = site.channels[1]
+        weight, size = gm.get_parameter(site.weight), site.channels[1]
     else:
-        size = edit.weight(site).out_features
+        weight = edit.weight(site)
+        size = weight.out_features
     own = {_own_bias(gm, composed_value(edit.node(call)), size) for call in site.nodes}
     if len(own) == 1 and (found := own.pop()) is not None:
         return found
@@ -58,9 +59,10 @@ def _add(edit: Editor, site: LinearSite | ConvSite, node: Node, name: str, size:
     graph = edit.graph_module.graph
     with graph.inserting_before(node):
         bias = graph.get_attr(name)
-    if is_op(node, CONVS | {LINEAR}):
+    if is_op(node, CONVS | {LINEAR}) or is_quantised(node):
         bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
-        node.args = (node.args[0], node.args[1], bias, *node.args[3:])
+        place = 4 if is_quantised(node) else 2
+        node.args = (*node.args[:place], bias, *node.args[place + 1 :])
         _know_bias(edit.program, site.weight, name)
         if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
             compose(edit.program, node, site.weight)  # a row scale leaves the bias alone

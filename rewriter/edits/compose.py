@@ -1,7 +1,7 @@
 """Composing the branches of one linear call: always emitted in one fixed order.
 
-Input scale, base (its weight maybe an expression), row scale, deltas, output scale: so the order
-of passes does not change the graph.
+Input scale, base (its weight maybe an expression), row scale, deltas (or what combines them),
+output scale: so the order of passes does not change the graph.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, LINEAR, data_index, users
+from ..aten import ATEN, DEQUANTISE, LINEAR, data_index, is_quantised, loaded_operator, users, value
 from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
+from .branch import Delta, RowScale, Scale
 from .pattern import linear_parts
 
-_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "output_scale": 3}
+_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
 
 def site_nodes(gm: GraphModule) -> dict[str, Node]:
@@ -36,6 +37,28 @@ def at_weight(
     ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
     found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
     return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
+
+
+def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> Tensor:
+    """What the linear of a site multiplies by with all its branches, `[out, in]`.
+
+    The whole of a fused weight; without `scales`, only what is added to it. Branches that read
+    values of the graph do not count.
+    """
+    weight = program.module.get_parameter(site.weight).detach()
+    dense = weight.T if site.in_out else weight
+    attached = [a for a in at_weight(program, site.weight) if not a.reads]
+    order = ("row_scale", "delta", "input_scale", "output_scale")
+    for attachment in sorted(attached, key=lambda a: order.index(a.slot)):
+        branch = program.branch(attachment)
+        if isinstance(branch, Delta | RowScale):
+            dense = dense + branch.full_delta().detach()
+        if isinstance(branch, RowScale) and scales:
+            dense = dense * branch.full_rows(weight).detach()[:, None]
+        elif isinstance(branch, Scale) and scales:
+            scale = branch.full_scale().detach()
+            dense = dense * (scale if attachment.slot == "input_scale" else scale[:, None])
+    return dense
 
 
 def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
@@ -60,6 +83,20 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
         return node
 
+    def dense(site: Any) -> Node:
+        """The dense weight of a quantised call, stored as the model's own was."""
+        operands: Any = call.args
+        codes, scale, zero, _, bits, group = operands[1:]
+        with gm.graph.inserting_after(call):
+            args = (codes, scale, zero, bits, group, site.in_features)
+            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
+        with gm.graph.inserting_after(made):
+            made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
+        if not site.in_out:
+            return made
+        with gm.graph.inserting_after(made):
+            return emit("call_function", ATEN.t.default, (made,), "dense_t")
+
     inside: set[Node] = set()
     nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
     data = data_index(call)
@@ -74,14 +111,22 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         parts: Any = linear_parts(call)
         if parts is None:
             raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
-        with gm.graph.inserting_after(tail):
-            tail = branch(attachment, (tail, *parts))
-    for attachment in of_slot("delta"):
-        with gm.graph.inserting_after(tail):
-            delta = branch(attachment, (x,))
-        with gm.graph.inserting_after(delta):
+        x, stored, bias = parts
+        if is_quantised(call):
+            stored = dense(program.sites[attachment.site])
+        with gm.graph.inserting_after(stored if is_quantised(call) else tail):
+            tail = branch(attachment, (tail, x, stored, bias))
+    updates: dict[str, Node] = {}
+    last, members = tail, {path for a in mine for path in a.members}
+    for attachment in (*of_slot("delta"), *of_slot("combine")):
+        with gm.graph.inserting_after(last):
+            last = branch(attachment, (x, *(updates[path] for path in attachment.members)))
+        if attachment.path in members:
+            updates[attachment.path] = last
+            continue
+        with gm.graph.inserting_after(last):
             name = attachment.path.replace(".", "_") + "_add"
-            tail = emit("call_function", ATEN.add.Tensor, (tail, delta), name)
+            last = tail = emit("call_function", ATEN.add.Tensor, (tail, last), name)
     for attachment in of_slot("output_scale"):
         with gm.graph.inserting_after(tail):
             tail = branch(attachment, (tail,))

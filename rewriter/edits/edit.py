@@ -5,7 +5,9 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import copy
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -14,25 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import (
-    erase_dead,
-    set_attribute,
-    users,
-)  # fmt: skip
+from ..aten import ancestors, erase_dead, is_quantised, set_attribute, users
 from ..errors import PassError
 from ..program import BRANCHES, Attachment, Program
 from ..sites.sites import (
     AttentionSite,
     ConvSite,
     EmbeddingSite,
+    FeedForwardSite,
     LinearSite,
     NormSite,
     Site,
     SublayerSite,
 )
+from .axes import Channels, channels
 from .bias import add_bias
 from .branch import (
     Branch,
+    Combine,
     Delta,
     Expression,
     InputScale,
@@ -42,15 +43,22 @@ from .branch import (
     Serial,
     Tokens,
 )
+from .combining import combine_serial, hold, member_paths
 from .compose import compose, composed_value, site_nodes
+from .cut import cut_channels
+from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, matrix_of, settle
+from .quantised import QuantisedWeight, quantise_weight, whole_weights
+from .region import find_region
+from .route import run_on_chosen
+from .routing import Routed
 from .signature import add_input, drop_input
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, input_of, item_of, latest, unshared, valid_of
-from .weight import Weight
+from .weight import DenseWeight, Weight
 
-Linear = Delta | InputScale | OutputScale | RowScale
+Linear = Delta | InputScale | OutputScale | RowScale | Combine
 EMPTY: Mapping[str, None] = MappingProxyType({})
 
 
@@ -62,15 +70,24 @@ class Editor:
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
         figures: measured by the pass itself, added to its certificate.
+        decided: the plan's decisions; what only applying can tell is added for replays.
     """
 
-    def __init__(self, program: Program, adapter: str | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        adapter: str | None = None,
+        seed: int = 0,
+        decisions: Mapping[str, Any] | None = None,
+    ) -> None:
         self.program = program
         self.adapter = adapter
         self.generator = torch.Generator().manual_seed(seed)
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+        self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
+        self._folder = ""
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -82,6 +99,10 @@ class Editor:
         """The graph node of a site."""
         return self._nodes[name]
 
+    def name(self, site: Site) -> str:
+        """A site's id as the name of a module."""
+        return site.id.removesuffix(".weight").replace(":", ".")
+
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""
         self.skipped.append((site.id, reason))
@@ -90,7 +111,43 @@ class Editor:
 
     def weight(self, site: LinearSite) -> Weight:
         """What the site multiplies by."""
-        return Weight.of(self.graph_module, site)
+        call = self._nodes.get(site.nodes[0])
+        if call is not None and is_quantised(call):
+            return QuantisedWeight.of(self.graph_module, site, call)
+        return DenseWeight.of(self.graph_module, site)
+
+    def whole(self, ids: Sequence[str]) -> list[LinearSite]:
+        """A site for each stored weight that the named sites have all of; reports the others."""
+        return whole_weights(self, ids)
+
+    def quantise(
+        self,
+        site: LinearSite,
+        bits: int,
+        group: int | None,
+        operator: Callable[..., Tensor],
+        real_zeros: bool = False,
+    ) -> bool:
+        """Stores a linear's weight as integers; its scales are the parameter `{weight}.scale`.
+
+        The digest of the integers goes into the plan, and a replay has to find the same.
+
+        Args:
+            site: of the weight, all of which is rounded.
+            bits, group: see `integers.quantise`.
+            operator: what the calls become, registered under the name `aten.QUANTISED`.
+            real_zeros: zero points are a floating-point parameter `{weight}.zero`.
+
+        Returns:
+            Whether it was done; if not, the report has the reason.
+
+        Raises:
+            PassError: the weight is quantised already or not finite, or the integers are not
+                those of the plan.
+        """
+        done = quantise_weight(self, site, bits, group, operator, real_zeros)
+        self._nodes = site_nodes(self.graph_module)
+        return done
 
     def matrix(self, site: LinearSite) -> Tensor:
         """What the site multiplies by now, expressions included, `[own out, in]`."""
@@ -115,7 +172,11 @@ class Editor:
         self._attach_linear(site, branch)
 
     def _attach_linear(
-        self, site: LinearSite, branch: Linear, reads: Mapping[str, Value | None] = EMPTY
+        self,
+        site: LinearSite,
+        branch: Linear,
+        reads: Mapping[str, Value | None] = EMPTY,
+        members: tuple[str, ...] = (),
     ) -> None:
         if site.sliced:
             self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
@@ -127,7 +188,7 @@ class Editor:
             branch.register_buffer("features", self._index(site, index), persistent=False)
         if site.left:
             branch.axis = -2
-        self._attach(site, branch, reads)
+        self._attach(site, branch, reads, members=members)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
@@ -154,15 +215,11 @@ class Editor:
         if site.role == "conv":
             branch.axis = 1
         path = self._attach(site, branch, reads)
-        output, add = self.node(site.nodes[0]), self.node(site.nodes[1])
-        current = composed_value(output)
-        while True:  # behind earlier serial branches
-            chained = next((u for u in users(current) if u.meta.get("serial") == site.id), None)
-            if chained is None:
-                break
-            current = chained
-        readers = [add] if add in current.users else users(current)
-        with self.graph_module.graph.inserting_after(current):
+        add, current = self.node(site.nodes[1]), self.output(site)
+        known = latest(self.graph_module, {"": current, **_given(reads)})
+        above = set(ancestors(add))
+        readers = [add] if add in current.users else [u for u in users(current) if u in above]
+        with self.graph_module.graph.inserting_after(known):
             new = self._call(path, (current,), reads)
         new.meta["serial"] = site.id
         for reader in readers:
@@ -192,6 +249,19 @@ class Editor:
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
 
+    def wrap(self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False) -> None:
+        """Runs a stream, from its first to its last given sublayer, on the tokens that a branch
+        takes; what it returns for all tokens goes beside.
+
+        Raises:
+            PassError: the region has no single way in and out, tells tokens by their order, or
+                holds causal attention and `causal` does not allow that.
+        """
+        region = find_region(self.program, sites, self._nodes, causal)
+        valid = self.valid(sites[0])
+        path = self._attach(sites[0], branch, {"valid": valid})
+        run_on_chosen(self.program, region, path, branch.reduction, valid)
+
     # Values that branches read.
 
     def input(self, site: Site) -> Value:
@@ -199,12 +269,39 @@ class Editor:
         return input_of(site, self._nodes)
 
     def output(self, site: Site) -> Value:
-        """The value of a site, with what is composed around it now."""
-        return composed_value(self.node(site.nodes[0]))
+        """The value of a site, with what is composed around it or put behind it now."""
+        current = composed_value(self.node(site.nodes[0]))
+        while chained := [u for u in users(current) if u.meta.get("serial") == site.id]:
+            current = chained[0]
+        return current
 
     def valid(self, site: Site) -> Value | None:
         """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if all are."""
-        return valid_of(self.program, site, self._nodes)
+        return valid_of(self.program, self.node(site.nodes[0]))
+
+    def hidden(self, site: Site, value: Value | None = None) -> Hidden | None:
+        """The hidden states that a site reads, with what tells samples and tokens apart.
+
+        For a linear its operand, for an attention that of its queries, for a sublayer the residual
+        that it adds to; or `value`, which lies in the site's stream. None where samples and tokens
+        cannot be told, which is reported.
+        """
+        found = hidden_of(self.program, site, self._nodes, value)
+        if isinstance(found, Hidden):
+            return found
+        self.skip(site, found)
+        return None
+
+    def behind(self, site: SublayerSite) -> Value | None:
+        """The stream behind a sublayer, as it is now: residual plus output, normed in a post-norm
+        model. None where it is laid out differently from the output, which is reported.
+
+        It is a copy, so that branches put on the sublayer's output later do not change it.
+        """
+        found = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        if found is None:
+            self.skip(site, "its output and the stream have different shapes")
+        return found
 
     def add_input(self, name: str, example: Tensor) -> Value:
         """A new input of the program; a call that leaves it out gets `example`."""
@@ -217,7 +314,7 @@ class Editor:
 
     def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
         """A module evaluated once a forward, as soon as what it reads is known."""
-        path = f"{BRANCHES}.{self._owner()}.{name}"
+        path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
         module.train(self.graph_module.training)
         self.graph_module.add_submodule(path, module)
         self.program.shared = (*self.program.shared, path)
@@ -230,11 +327,56 @@ class Editor:
 
     # Branches that are there already.
 
+    def combine(
+        self,
+        site: LinearSite | SublayerSite,
+        branch: Combine,
+        members: Sequence[str],
+        **reads: Value | None,
+    ) -> None:
+        """Puts one branch in the place of the sum of the members' branches at a site.
+
+        The members' calls stay and give what each would add; the branch reads that.
+
+        Args:
+            members: adapters, or names given to `below` with this pass's adapter in front.
+
+        Raises:
+            PassError: a member has no branch at the site, or one that cannot be combined.
+        """
+        paths = member_paths(self, site, members)
+        if isinstance(site, LinearSite):
+            self._attach_linear(site, branch, reads, paths)
+            return
+        if site.role == "conv":
+            branch.axis = 1
+        path = self._attach(site, branch, reads, members=paths)
+        combine_serial(self, site, path, paths, _given(reads))
+        self._nodes = site_nodes(self.graph_module)
+
+    def hold(self, *adapters: str) -> None:
+        """Stops gradients to other adapters: to their branches, and to base tensors that no
+        other one trains."""
+        hold(self, adapters)
+
+    @contextlib.contextmanager
+    def below(self, name: str) -> Generator[None]:
+        """Branches inserted meanwhile go below `name` in this pass's own adapter."""
+        self._folder = f"{name}."
+        try:
+            yield
+        finally:
+            self._folder = ""
+
     def settle(self, path: str, decided: Mapping[str, Any]) -> None:
         """Replaces a branch by the one that `decided` leaves of it (see `Branch.settled`)."""
         settle(self, path, decided)
 
     # Base parameters.
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter of the base by name."""
+        return self.graph_module.get_parameter(name)
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
@@ -243,9 +385,9 @@ class Editor:
 
     def freeze(self, keep: Iterable[str] = ()) -> None:
         """Stops gradients to all parameters but the named ones and the branches."""
-        kept = set(keep)
+        kept, inserted = set(keep), self.program.inserted
         for name, parameter in self.graph_module.named_parameters():
-            if not name.startswith(f"{BRANCHES}.") and name not in kept:
+            if not name.startswith(inserted) and name not in kept:
                 parameter.requires_grad_(False)
 
     def train(self, name: str) -> None:
@@ -258,6 +400,13 @@ class Editor:
         adapter = self.adapter or ""
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
         self.program.owned = owned
+
+    def train_norms(self) -> None:
+        """Makes the learnt parameters of all normalisations trainable."""
+        for norm in self.norms():
+            self.train(norm.weight)
+            if norm.bias is not None:
+                self.train(norm.bias)
 
     def add_bias(self, site: LinearSite | ConvSite) -> str:
         """Gives a linear or convolution without bias a zero one; returns the parameter's name.
@@ -272,6 +421,16 @@ class Editor:
         """All normalisations with learnt parameters."""
         return tuple(s for s in self.program.sites if isinstance(s, NormSite))
 
+    # Channels.
+
+    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
+        """Inner channels or heads of a block, with everything that is coupled to them."""
+        return channels(self.program, site)
+
+    def cut(self, group: Channels, keep: Sequence[int]) -> None:
+        """Shrinks weights, biases, branches and sizes to the channels that are kept."""
+        cut_channels(self.program, group, keep)
+
     # Plumbing.
 
     def _owner(self) -> str:
@@ -285,6 +444,7 @@ class Editor:
         branch: Branch,
         reads: Mapping[str, Value | None] = EMPTY,
         tail: str = "",
+        members: tuple[str, ...] = (),
     ) -> str:
         adapter = self._owner()
         there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
@@ -293,12 +453,18 @@ class Editor:
                 f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
-        name = site.id.removesuffix(".weight").replace(":", ".")
-        path = f"{BRANCHES}.{adapter}.{tail or f'{name}.{branch.slot}'}"
+        path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{self.name(site)}.{branch.slot}'}"
+        held = getattr(self.graph_module, BRANCHES, None)
+        known = {path.split(".")[1] for path in self.program.inserted}
+        if adapter not in known and hasattr(held, adapter):
+            raise PassError(
+                f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
+                "another name with name=."
+            )
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         names = {k: v.name for k, v in _given(reads).items()}
-        attachment = Attachment(adapter, site.id, branch.slot, path, names)
+        attachment = Attachment(adapter, site.id, branch.slot, path, names, members)
         self.program.attachments = (*self.program.attachments, attachment)
         self.edited.append(site.id)
         return path

@@ -75,8 +75,9 @@ def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
         raise FoldError(f"{type(branch).__name__} is not a row scale.")
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
-        c = branch.full_rows(weight.tensor).to(wide)
-        moved = weight.dense().to(wide) + _exact_delta(weight, branch).to(wide)
+        dense = weight.dense()
+        c = branch.full_rows(dense.mT if branch.in_out else dense).to(wide)
+        moved = dense.to(wide) + _exact_delta(weight, branch).to(wide)
         return weight.replaced(c[:, None] * moved)
 
 
@@ -165,6 +166,9 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         return "its module is not a branch"
     if branch.not_foldable:
         return f"not foldable: {branch.not_foldable}"
+    combined = next((a for a in edit.program.attachments if attachment.path in a.members), None)
+    if combined is not None:
+        return f"not foldable: {combined.adapter} weighs what it adds against other branches"
     if attachment.reads:
         return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
     if isinstance(branch, Expression):
@@ -181,6 +185,8 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
         found.append(match)
     if {str(m["w"].name) for m, _ in found} == set() or len(found) < len(site.nodes):
         return "not every call of the weight has the branch"
+    if reason := edit.weight(site).refuses(branch):
+        return f"not foldable: {reason}"
     if site.tied:
         if tied == "keep":
             return f"not foldable: {site.weight} is tied to {', '.join(site.tied)} (tied=keep)"
@@ -207,7 +213,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
 def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -> str | None:
     """Stores the value of an expression under the parameter's name."""
     gm = edit.graph_module
-    call = edit.node(attachment.path.replace(".", "_"))
+    call = next(n for n in gm.graph.nodes if n.target == attachment.path)
     name = str(call.meta["expression"])
     source = call.args[0]
     if not isinstance(source, Node) or source.op != "get_attr":
@@ -218,7 +224,7 @@ def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -
             f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
         )
     with torch.no_grad():
-        made = branch(held.detach()).clone()
+        made = branch.eval()(held.detach()).clone()  # in training it may be random
     if not all_finite(made):
         raise NonFiniteError(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "

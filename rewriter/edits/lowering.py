@@ -6,6 +6,7 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 
 from __future__ import annotations
 
+from ..aten import is_quantised
 from ..sites.sites import LinearSite
 from .branch import Delta, Fused
 from .compose import fold_ready
@@ -27,6 +28,9 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
         path = str(call.target)
         branch = gm.get_submodule(path)
         site = sites[path]
+        if call.kwargs:
+            edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
+            continue
         if not isinstance(branch, Delta) or branch.factors() is None:
             edit.skip(site, "its branch has no factors (dropout, or part of a fused weight)")
             continue
@@ -34,6 +38,9 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
             edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
             continue
         linear = next(n for n in match.nodes if n not in (root, call))
+        if is_quantised(linear):
+            edit.skip(site, "its weight is quantised: there is no fused operator for that")
+            continue
         branch.lowered = operator
         call.args = (match["x"], match["w"], match["b"])
         call.meta["call"] = linear.meta.get("call", linear.name)

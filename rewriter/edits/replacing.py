@@ -83,6 +83,8 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
         return
     new.axis, new.features = old.axis, old.features
     new.train(old.training)
+    if edit.program.held(found.adapter):
+        new.requires_grad_(False)
     parent, _, leaf = path.rpartition(".")
     setattr(gm.get_submodule(parent), leaf, new)
     fresh = replace(found, reads=left)
@@ -90,19 +92,29 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     edit.program.attachments = tuple(kept)
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k in left}
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
     edit.edited.append(found.site)
 
 
 def remove(edit: Editor, path: str) -> None:
-    """Takes a linear's branch out of the graph."""
+    """Takes a linear's branch, or the expression of a stored tensor, out of the graph."""
     gm = edit.graph_module
     found = next(a for a in edit.program.attachments if a.path == path)
     site = edit.program.sites[found.site]
-    if not isinstance(site, LinearSite):
-        raise PassError(f"{found.site}: only branches of linears can be removed.")
+    branch = gm.get_submodule(path)
+    removable = not branch.replaces if isinstance(branch, Expression) else site.kind == "linear"
+    if not removable:
+        raise PassError(
+            f"{found.site}: {path} cannot be removed, only branches of linears and expressions "
+            "that read a stored tensor can."
+        )
     edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
-    for name in site.nodes:
-        compose(edit.program, edit.node(name), site.weight)
+    if isinstance(branch, Expression):
+        for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+    elif isinstance(site, LinearSite):
+        for name in site.nodes:
+            compose(edit.program, edit.node(name), site.weight)
     gm.delete_submodule(path)
     edit.edited.append(found.site)

@@ -29,13 +29,15 @@ def add_input(program: Program, name: str, example: Tensor) -> Node:
     held = placeholders(gm)
     if name in held or name in program.spec.names:
         raise PassError(
-            f"the program has an input {name!r} already ({program.spec}). Give the new one "
-            "another name."
+            f"the program has an input {name!r} already. Give the new one another name; the "
+            f"inputs are {program.spec}."
         )
     last = list(held.values())[-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
-    node.meta["val"] = value(last).fake_mode.from_tensor(example, static_shapes=True)
+    beside = value(last)
+    on_device = example.to(beside.device)
+    node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
     fill = example.flatten()[0].item()
     added = TensorInput(name, tuple(example.shape), example.dtype, fill, optional=True)
     program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))

@@ -40,7 +40,7 @@ from ..aten import (
 from ..capture.modes import Attention
 from ..errors import PassError
 from ..sites.sites import AttentionSite
-from .branch import Tokens
+from .branch import Branch, Tokens
 from .keyvalue import add_call
 
 if TYPE_CHECKING:
@@ -173,8 +173,11 @@ def meaning_of(program: Program, source: Node) -> str | None:
             or isinstance(submodule(gm, node), Attention)
         )  # fmt: skip
 
+    def block(node: Node) -> bool:  # a gate that reads the mask is on the way to everything
+        return isinstance(submodule(gm, node), Branch)
+
     roles = {s.nodes[0]: s.role for s in program.sites if s.kind == "embedding"}
-    for node in reaches(source, stop, block=lambda n: False):
+    for node in reaches(source, stop, block):
         if is_op(node, _LOSSES):
             return "labels"
         if is_op(node, EMBEDDING):
@@ -202,7 +205,7 @@ def prepend_tokens(
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     pooled = [n for n in gm.graph.nodes if _first_token(n, symbol)]
-    size = _fresh_size(ids, label)
+    size = fresh_size(value(ids).fake_mode, label)
     fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
     for source in placeholders(gm).values():
         dims = shape(source)
@@ -267,11 +270,10 @@ def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     return ids
 
 
-def _fresh_size(ids: Node, label: str) -> Any:
-    """A new symbolic size for the inputs, which are shorter than the graph's own values."""
+def fresh_size(mode: Any, label: str) -> Any:
+    """A new symbolic size, 2 at least, which nothing relates to the others."""
     from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
 
-    mode: Any = value(ids).fake_mode
     names = len(mode.shape_env.var_to_range)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
     source = ConstantSource(f"{label}_{names}")

@@ -41,6 +41,8 @@ def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
     node = nodes[site.nodes[0]]
     if isinstance(site, LinearSite):
         found = operands(node)[data_index(node)]
+        while isinstance(found, Node) and found.meta.get("composed") == _key(node):
+            found = found.args[0]  # before the input scales of this linear
     elif isinstance(site, SublayerSite):
         add = nodes[site.nodes[1]]
         found = next((a for a in add.args[:2] if a is not node), None)
@@ -51,20 +53,24 @@ def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
     return found
 
 
-def valid_of(program: Program, site: Site, nodes: Mapping[str, Node]) -> Value | None:
-    """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if none is padding."""
+def _key(call: Node) -> str:
+    return str(call.meta.get("call", call.name))
+
+
+def valid_of(program: Program, states: Node) -> Value | None:
+    """Which tokens of hidden states are real, bool `[batch, tokens]`; None if none is padding."""
     gm = program.module
-    size = shape(nodes[site.nodes[0]])
+    size = shape(states)
     if size is None:
-        raise PassError(f"{site.id} has no recorded shape.")
-    sizes = {str(s) for s in size}
+        raise PassError(f"{states.name} has no recorded shape.")
+    sizes = {program.symbols.get(str(s), str(s)) for s in size}
     for source in placeholders(gm).values():
-        given = shape(source)
-        if given is None or len(given) != 2 or str(given[1]) not in sizes:
-            continue
-        if isinstance(given[1], int) or meaning_of(program, source) != "mask":
-            continue
         padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
+        given = shape(padded)
+        if given is None or len(given) != 2 or isinstance(given[1], int):
+            continue
+        if program.symbols.get(str(given[1])) not in sizes or meaning_of(program, source) != "mask":
+            continue
         name = f"valid_{source.name}"
         known = next((n for n in gm.graph.nodes if n.name == name), None)
         if known is None:
@@ -86,11 +92,12 @@ def latest(gm: GraphModule, reads: Mapping[str, Value]) -> Node:
 
 def item_of(gm: GraphModule, source: Value, key: str | int) -> Value:
     """One entry of a shared module's output; one node however often it is asked for."""
-    for user in source.users:
-        if user.target is operator.getitem and user.args[1] == key:
-            return user
+    items = [u for u in source.users if u.target is operator.getitem]
+    for item in items:
+        if item.args[1] == key:
+            return item
     name = f"{source.name}_{str(key).replace('.', '_')}"
-    with gm.graph.inserting_after(source):
+    with gm.graph.inserting_after(items[-1] if items else source):
         return gm.graph.create_node("call_function", operator.getitem, (source, key), {}, name=name)
 
 

@@ -1,13 +1,16 @@
 """What a linear site multiplies by, independent of how it is stored.
 
-Today: dense, stored `[out, in]` or `[in, out]`, whole or a slice of a fused tensor, maybe tied.
-Folding goes through this class, so that a new storage is one more class and no new fold rule.
+Dense (here): stored `[out, in]` or `[in, out]`, whole or a slice of a fused tensor, maybe tied; or
+quantised (`quantised.py`). Folding goes through these words, so that a new storage is one more
+class and no new fold rule.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch.fx import GraphModule
 
 from ..aten import set_attribute
 from ..errors import FoldError, MetaTensorError, NonFiniteError
+from .branch import Branch
 
 if TYPE_CHECKING:
     from ..sites.sites import LinearSite
@@ -25,85 +29,79 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
-@dataclass
-class Weight:
+@dataclass(kw_only=True)
+class Weight(ABC):
     """A weight and bias under edit; `store` writes them back as new Parameters."""
 
     module: GraphModule
     name: str
     bias_name: str | None
-    tensor: Tensor
     bias: Tensor | None
-    in_out: bool
-
-    @staticmethod
-    def of(module: GraphModule, site: LinearSite) -> Weight:
-        """The whole stored weight behind a site."""
-        bias = module.get_parameter(site.bias).detach() if site.bias else None
-        tensor = module.get_parameter(site.weight).detach()
-        return Weight(module, site.weight, site.bias, tensor, bias, site.in_out)
 
     @property
+    @abstractmethod
     def out_features(self) -> int:
         """Rows of `dense()`."""
-        return self.tensor.shape[1 if self.in_out else 0]
 
     @property
+    @abstractmethod
     def in_features(self) -> int:
         """Columns of `dense()`."""
-        return self.tensor.shape[0 if self.in_out else 1]
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Storage dtype."""
-        return self.tensor.dtype
+        """What the product is computed in, and what branches beside it should have."""
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Storage device."""
-        return self.tensor.device
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The matrix as `[out, in]`."""
-        return self.tensor.T if self.in_out else self.tensor
 
-    def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
+    @abstractmethod
+    def stored(self) -> Mapping[str, Tensor]:
+        """The floating-point tensors behind the matrix, by name: what folding may change."""
+
+    def refuses(self, branch: Branch) -> str:
+        """Why a branch cannot fold into this storage; empty if it can."""
+        del branch
+        return ""
+
+    def with_delta(self, delta: Tensor) -> tuple[Self, float]:
         """Adds `delta [out, in]` in at least float32; see `replaced`."""
         wide = torch.promote_types(self.dtype, torch.float32)
         return self.replaced(self.dense().to(wide) + delta.to(wide))
 
-    def replaced(self, exact: Tensor) -> tuple[Weight, float]:
+    @abstractmethod
+    def replaced(self, exact: Tensor) -> tuple[Self, float]:
         """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
 
         Returns:
             The new weight and the share of the change lost to rounding, ||lost|| / ||change||.
         """
-        rounded = exact.to(self.dtype)
-        lost = 0.0
-        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
-            lost = float((rounded.to(exact.dtype) - exact).norm()) / norm
-        return self._with(rounded, self.bias), lost
 
-    def with_rows(self, scale: Tensor) -> Weight:
+    @abstractmethod
+    def with_rows(self, scale: Tensor) -> Self:
         """Scales outputs: rows of the matrix and the bias by `scale [out]`."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        dense = (self.dense().to(wide) * scale.to(wide)[:, None]).to(self.dtype)
-        bias = None if self.bias is None else (self.bias.to(wide) * scale.to(wide)).to(self.dtype)
-        return self._with(dense, bias)
 
-    def with_columns(self, scale: Tensor) -> Weight:
+    @abstractmethod
+    def with_columns(self, scale: Tensor) -> Self:
         """Scales inputs: columns of the matrix by `scale [in]`."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        dense = (self.dense().to(wide) * scale.to(wide)[None, :]).to(self.dtype)
-        return self._with(dense, self.bias)
 
-    def _with(self, dense: Tensor, bias: Tensor | None) -> Weight:
-        tensor = dense.T.contiguous() if self.in_out else dense.contiguous()
-        return Weight(self.module, self.name, self.bias_name, tensor, bias, self.in_out)
+    def scaled_bias(self, scale: Tensor) -> Tensor | None:
+        """The bias times `scale [out]`, rounded once."""
+        if self.bias is None:
+            return None
+        wide = torch.promote_types(self.bias.dtype, torch.float32)
+        return (self.bias.to(wide) * scale.to(wide)).to(self.bias.dtype)
 
     def require_values(self) -> None:
         """Raises MetaTensorError if the weight has none."""
-        if self.tensor.is_meta:
+        if self.device.type == "meta":
             raise MetaTensorError(
                 f"{self.name} is on the meta device. Load weights before folding "
                 "(peftfx.load_weights), or fold into files (peftfx.fold_checkpoint)."
@@ -115,9 +113,10 @@ class Weight:
         Raises:
             NonFiniteError: folding produced NaN or infinity.
         """
-        for name, tensor in ((self.name, self.tensor), (self.bias_name, self.bias)):
-            if name is None or tensor is None:
-                continue
+        tensors = dict(self.stored())
+        if self.bias_name is not None and self.bias is not None:
+            tensors[self.bias_name] = self.bias
+        for name, tensor in tensors.items():
             old = self.module.get_parameter(name)
             if not tensor.is_meta and tensor.data_ptr() == old.data_ptr():
                 continue  # a bias that no rule touched
@@ -129,3 +128,64 @@ class Weight:
             if old.shape != tensor.shape:
                 raise FoldError(f"{name}: folded shape {tuple(tensor.shape)} is not {old.shape}.")
             set_attribute(self.module, name, nn.Parameter(tensor, requires_grad=False))
+
+
+@dataclass(kw_only=True)
+class DenseWeight(Weight):
+    """One tensor, `[out, in]` or (with `in_out`) `[in, out]`."""
+
+    tensor: Tensor
+    in_out: bool
+
+    @staticmethod
+    def of(module: GraphModule, site: LinearSite) -> DenseWeight:
+        """The whole stored weight behind a site."""
+        bias = module.get_parameter(site.bias).detach() if site.bias else None
+        tensor = module.get_parameter(site.weight).detach()
+        return DenseWeight(
+            module=module, name=site.weight, bias_name=site.bias, bias=bias, tensor=tensor,
+            in_out=site.in_out,
+        )  # fmt: skip
+
+    @property
+    def out_features(self) -> int:
+        return self.tensor.shape[1 if self.in_out else 0]
+
+    @property
+    def in_features(self) -> int:
+        return self.tensor.shape[0 if self.in_out else 1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def dense(self) -> Tensor:
+        return self.tensor.T if self.in_out else self.tensor
+
+    def stored(self) -> Mapping[str, Tensor]:
+        return {self.name: self.tensor}
+
+    def replaced(self, exact: Tensor) -> tuple[Self, float]:
+        rounded = exact.to(self.dtype)
+        lost = 0.0
+        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
+            lost = float((rounded.to(exact.dtype) - exact).norm()) / norm
+        return self._with(rounded, self.bias), lost
+
+    def with_rows(self, scale: Tensor) -> Self:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        dense = (self.dense().to(wide) * scale.to(wide)[:, None]).to(self.dtype)
+        return self._with(dense, self.scaled_bias(scale))
+
+    def with_columns(self, scale: Tensor) -> Self:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        dense = (self.dense().to(wide) * scale.to(wide)[None, :]).to(self.dtype)
+        return self._with(dense, self.bias)
+
+    def _with(self, dense: Tensor, bias: Tensor | None) -> Self:
+        tensor = dense.T.contiguous() if self.in_out else dense.contiguous()
+        return replace(self, tensor=tensor, bias=bias)

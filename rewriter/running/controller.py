@@ -91,13 +91,13 @@ class Controller:
 
 
 class Controllers:
-    """The controllers of all adapters of a program; see the module for the loop."""
+    """The controllers of all adapters that train; see the module for the loop."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.each: dict[str, Controller] = {}
         for record in program.history:
-            if record.adapter is not None:
+            if record.adapter is not None and not program.held(record.adapter):
                 self.each[record.adapter] = _controller(program, record)
         self.total_steps = 0
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from ..aten import ancestors, placeholders
 from ..edits.compose import composed_value, site_nodes
 from ..edits.values import input_of
 from ..errors import PassError, nearest
@@ -76,7 +78,7 @@ def observe(
     program: Program,
     data: Iterable[Mapping[str, Tensor]],
     values: Mapping[str, Site | str],
-    reduce: Reduce,
+    reduce: Reduce | Mapping[str, Reduce],
     at: str = "output",
 ) -> dict[str, Tensor]:
     """The mean over batches of a reduction of values inside a program, in evaluation mode.
@@ -85,7 +87,8 @@ def observe(
         program: not changed.
         data: batches of the program's inputs; other keys are ignored.
         values, at: as for `tap`.
-        reduce: a value -> what to average (of one shape for all batches).
+        reduce: a value -> what to average (of one shape for all batches); for all values, or for
+            each by name.
 
     Raises:
         PassError: there are no batches.
@@ -100,9 +103,49 @@ def observe(
         for batch in data:
             bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
             for name, value in tapped(**bound)[1].items():
-                reduced = reduce(value)
+                reduced = (reduce[name] if isinstance(reduce, Mapping) else reduce)(value)
                 totals[name] = totals[name] + reduced if name in totals else reduced
             count += 1
     if not count:
         raise PassError("there are no batches to observe: run(program, passes, data=[...]).")
     return {name: total / count for name, total in totals.items()}
+
+
+def constants(
+    program: Program, adapter: str, inputs: Mapping[str, int]
+) -> dict[str, dict[str, Tensor]]:
+    """What an adapter's branches read, where it depends on stored tensors and the given inputs
+    alone.
+
+    Args:
+        program: not changed.
+        adapter: its name.
+        inputs: name of an input -> the number that fills it.
+
+    Returns:
+        path of the branch -> {argument: value}, as evaluation mode computes it.
+    """
+    from .verify import evaluation
+
+    gm = program.module
+    taken = placeholders(gm)
+    run = Interpreter(gm, garbage_collect_values=False)
+    for name, number in inputs.items():
+        run.env[taken[name]] = torch.full_like(program.sample[name], number, device=gm.device)
+    others = set(taken.values()) - set(run.env)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    found: dict[str, dict[str, Tensor]] = {}
+    with evaluation(program):
+        for attachment in program.attachments:
+            if attachment.adapter != adapter:
+                continue
+            for argument, name in attachment.reads.items():
+                needed = list(ancestors(next(n for n in order if n.name == name)))
+                if others.intersection(needed):
+                    continue
+                for node in sorted(needed, key=order.__getitem__):
+                    if node not in run.env:
+                        run.env[node] = run.run_node(node)
+                value = run.env[needed[0]].detach().clone()
+                found.setdefault(attachment.path, {})[argument] = value
+    return found

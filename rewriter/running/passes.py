@@ -217,10 +217,15 @@ class Method(Pass, abstract=True):
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
-        for site_id in plan.decisions["sites"]:
-            self.insert(edit, edit.program.sites[site_id])
+        self.insert_all(edit, [edit.program.sites[i] for i in plan.decisions["sites"]], plan)
         for part in plan.decisions.get("absent", ()):
             edit.skipped.append((part, "the model has no such place"))
+
+    def insert_all(self, edit: Editor, sites: Sequence[Any], plan: Plan) -> None:
+        """Edits all sites; for methods that do not edit one by one."""
+        del plan
+        for site in sites:
+            self.insert(edit, site)
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""

@@ -286,7 +286,7 @@ def apply_plan(
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
-    edit = Editor(fork, item.adapter, getattr(item, "seed", 0))
+    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
     if item.adapter is not None:
         edit.freeze(keep={n for names in program.owned.values() for n in names})
     item.apply(edit, plan)
@@ -304,7 +304,14 @@ def apply_plan(
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}
     edited = tuple(dict.fromkeys(edit.edited))
     record = Record(
-        str(item), item.adapter, edited, tuple(edit.skipped), certificate, seconds, item, plan
+        str(item),
+        item.adapter,
+        edited,
+        tuple(edit.skipped),
+        certificate,
+        seconds,
+        item,
+        replace(plan, decisions=edit.decided),
     )
     return replace(after, history=(*program.history, record))
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..aten import attribute, source_line, value
+from ..aten import attribute, expression_of, placeholders, shape, source_line, value
 from ..capture.modes import Attention
 from ..errors import PassError
 
@@ -86,6 +86,8 @@ class _Fakes:
                 module = self.gm.get_submodule(str(node.target))
                 if isinstance(module, Attention):
                     return module.abstract(*args[:3])
+                if getattr(module, "chooses_sizes", False) and "val" in node.meta:
+                    return node.meta["val"]
                 state = {n: self.tensor(t) for n, t in module.named_parameters()}
                 state |= {n: self.tensor(t) for n, t in module.named_buffers()}
                 return torch.func.functional_call(module, state, args, kwargs)
@@ -158,7 +160,24 @@ def propagate(program: Program) -> int:
     if mode is None:
         return 0
     with _ranges(mode.shape_env, program), quiet():
+        _unify(program)
         return _propagate(gm, mode)
+
+
+def _unify(program: Program) -> None:
+    """Lets the sizes that every call must give equal (they have one name) be one symbol.
+
+    A model may read ids and mask without a product of the two that the graph shows.
+    """
+    known: dict[str, Any] = {}
+    for source in placeholders(program.module).values():
+        for extent in shape(source) or ():
+            label = program.symbols.get(str(extent))
+            if label is None or isinstance(extent, int):
+                continue
+            first = known.setdefault(label, extent)
+            if first.node.hint == extent.node.hint and first is not extent:
+                bool(first == extent)
 
 
 def _propagate(gm: GraphModule, mode: Any) -> int:
@@ -182,7 +201,9 @@ def _propagate(gm: GraphModule, mode: Any) -> int:
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"
             ) from error
-        if fresh or not _same(node.meta["val"], result):
-            node.meta["val"] = result
+        # An expression stands for the tensor that it reads; its readers have seen that already.
+        before = value(node.args[0]) if expression_of(node) and node.args else value(node)
+        node.meta["val"] = result
+        if before is None or not _same(before, result):
             changed.add(node)
     return computed

@@ -6,7 +6,7 @@ Measured on the captured example at two sizes, in evaluation mode, against the p
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +145,23 @@ def measure(before: Program, after: Program) -> dict[str, float]:
             here = gaps(a, b)
             worst, largest = max(worst, here[0]), max(largest, here[1])
     return {"max_abs": worst, "max_rel": worst / largest if largest else worst}
+
+
+def difference(
+    before: Program, after: Program, data: Iterable[Mapping[str, Tensor]]
+) -> tuple[float, float]:
+    """Largest output difference on batches, absolute and relative to the largest output."""
+    worst, largest = 0.0, 0.0
+
+    def outputs(program: Program, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        taken = {n: t for n, t in batch.items() if n in program.spec.names}
+        return floats(program.module(**program.spec.bind((), taken)))
+
+    with evaluation(before), evaluation(after):
+        for batch in data:
+            here = gaps(outputs(before, batch), outputs(after, batch))
+            worst, largest = max(worst, here[0]), max(largest, here[1])
+    return worst, worst / largest if largest else worst
 
 
 def rounding(program: Program, seed: int = 0) -> float:

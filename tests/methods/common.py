@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 
-from ..models import first, moved
+from ..models import batch, first, moved
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -91,3 +91,45 @@ def attention_with_rows(rows: list[tuple[Tensor, Tensor]]) -> Generator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = real
+
+
+def digits(count: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Real scanned digits as 16 tokens (the means of 2 x 2 pixels): (inputs, numbers 0 to 9)."""
+    from sklearn.datasets import load_digits
+
+    images, numbers = load_digits(return_X_y=True)
+    pixels = torch.tensor(images[:count]).view(-1, 4, 2, 4, 2).mean((2, 4)).round().long()
+    ids = pixels.flatten(1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.tensor(numbers[:count])
+
+
+def readout(hidden: Tensor) -> Tensor:
+    """Logits of two classes from all tokens' features, by a fixed random matrix."""
+    flat = hidden.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    return flat @ torch.randn(flat.shape[1], 2, generator=generator) / flat.shape[1] ** 0.5
+
+
+LAST: dict[str, dict[str, dict[str, str]]] = {
+    "encoder": {"s0": {"attn": "layers.{}.dense", "ffn": "layers.{}.fc2"}},
+    "decoder": {"s0": {"attn": "layers.{}.o_proj", "ffn": "layers.{}.down"}},
+    "t5": {
+        "s0": {
+            "attn": "encoder.block.{}.layer.0.SelfAttention.o",
+            "ffn": "encoder.block.{}.layer.1.DenseReluDense.wo",
+        },
+        "s1": {
+            "attn": "decoder.block.{}.layer.0.SelfAttention.o",
+            "cross": "decoder.block.{}.layer.1.EncDecAttention.o",
+            "ffn": "decoder.block.{}.layer.2.DenseReluDense.wo",
+        },
+    },
+}
+"""The last linear of each sublayer, by stream: where a hook sees what a serial adapter reads."""
+
+
+def subject(captured: Any, zoo: Any, name: str) -> tuple[Any, peftfx.Program, dict[str, Tensor]]:
+    if name == "t5":
+        ids = batch(4, 11, seed=1)["input_ids"] % 60
+        return zoo.model("t5"), zoo["t5"], {**batch(4, 9, pad=3), "decoder_input_ids": ids}
+    return *captured[name], batch(4, 11, pad=3)

@@ -1,0 +1,157 @@
+"""HyperFormer++: one hypernetwork generates the adapters of all layers, blocks and tasks.
+
+Mahabadi et al., ACL 2021, arXiv:2106.04489. For task t, layer l and block b (attention or
+feed-forward), each stream's own generator gives
+
+    I = LN(W2 ReLU(W1 [z_t; e_l; e_b])),    [D, b_D, U, b_U, gamma, beta] = G I + g
+    h <- h + gamma * norm(U gelu(D h + b_D) + b_U) + beta
+
+behind every self-attention and feed-forward sublayer, before the residual add. Task embeddings
+are shared by all streams. Embeddings start N(0, 1), linears N(0, 0.01^2) with zero biases, so
+gamma is centred on 0 and not on 1. The base's norms train, too. The task is an input: one a
+batch. `bake{names=[hyperformer],inputs={task=2}}` leaves the adapters of one task.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...rewriter.edits.branch import Serial
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError
+from ...rewriter.program import Program
+from ...rewriter.running.observe import constants
+from ...rewriter.running.passes import Method
+from ...rewriter.running.verify import Contract
+from ...rewriter.sites.sites import SublayerSite
+
+
+class Generator(nn.Module):
+    """`forward(z [dim]) -> [sites, size]`: one row of adapter weights a site of a stream, whose
+    rows of the tables `layers` and `blocks` are in `places [sites, 2]`."""
+
+    places: Tensor
+
+    def __init__(self, places: Tensor, dims: tuple[int, int, int], size: int) -> None:
+        super().__init__()
+        dim, hidden, projected = dims
+        layers, blocks = (places.amax(0) + 1).tolist()
+        self.register_buffer("places", places, persistent=False)
+        self.layers = nn.Parameter(torch.empty(layers, dim))
+        self.blocks = nn.Parameter(torch.empty(blocks, dim))
+        self.inner, self.outer = nn.Linear(3 * dim, hidden), nn.Linear(hidden, projected)
+        self.norm = nn.LayerNorm(projected, eps=1e-6)
+        self.heads = nn.Linear(projected, size)
+
+    def forward(self, task: Tensor) -> Tensor:
+        layer, block = self.places.unbind(1)
+        where = [task.expand(len(layer), -1), self.layers[layer], self.blocks[block]]
+        return self.heads(self.norm(self.outer(F.relu(self.inner(torch.cat(where, 1))))))
+
+
+class HyperFormerBranch(Serial):
+    """An adapter of generated weights or, once settled, of its own: one tensor each of `shapes`."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.shapes = {
+            "down": (bottleneck, width), "down_bias": (bottleneck,), "up": (width, bottleneck),
+            "up_bias": (width,), "scale": (width,), "shift": (width,),
+        }  # fmt: skip
+        self.sizes = [torch.Size(s).numel() for s in self.shapes.values()]
+
+    def parts(self, weights: Tensor) -> dict[str, Tensor]:
+        """The adapter's tensors from one row of what a generator gives."""
+        flat = zip(self.shapes.items(), weights.split(self.sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in flat}
+
+    def update(self, h: Tensor, weights: Tensor | None = None) -> Tensor:
+        own = {n: getattr(self, n) for n in self.shapes} if weights is None else self.parts(weights)
+        inner = F.gelu(F.linear(h, own["down"], own["down_bias"]), approximate="tanh")
+        y = F.linear(inner, own["up"], own["up_bias"])
+        return F.layer_norm(y, y.shape[-1:], own["scale"], own["shift"])
+
+    def settled(self, **decided: Tensor) -> Self:
+        fixed = copy.deepcopy(self)
+        for name, part in self.parts(decided["weights"]).items():
+            fixed.register_parameter(name, nn.Parameter(part.clone()))
+        return fixed
+
+    def describe(self) -> str:
+        return f"bottleneck={self.shapes['down'][0]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperFormer(Method):
+    """Puts generated bottleneck adapters behind the selected sublayers.
+
+    Attributes:
+        tasks: number of tasks; the program's new input says which, an int64 scalar below it.
+        bottleneck: inner width r of the adapters.
+        dim, hidden, projected: widths of the embeddings, of the hidden layer and of I.
+        task: name of the new input; 0 if a call leaves it out.
+        norms: also train all normalisation parameters, as the paper does.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
+    contract: ClassVar[Contract] = Contract("trainable")
+    folds: ClassVar[str] = "generator into constants of one task, exactly (`bake`)"
+
+    tasks: int = 2
+    bottleneck: int = 24
+    dim: int = 64
+    hidden: int = 128
+    projected: int = 64
+    task: str = "task"
+    norms: bool = True
+    where: str = "attn and self|ffn"
+
+    def check(self) -> None:
+        for option in ("tasks", "bottleneck", "dim", "hidden", "projected"):
+            self.require(getattr(self, option) >= 1, option, "at least 1")
+        self.require(self.task.isidentifier(), "task", "a name")
+
+    def insert_all(self, edit: Editor, sites: Sequence[SublayerSite], plan: Plan) -> None:
+        table = nn.Embedding(self.tasks, self.dim)
+        nn.init.normal_(table.weight, generator=edit.generator)
+        task = edit.add_input(self.task, torch.zeros((), dtype=torch.long))
+        table = edit.share("tasks", table.to(edit.like(sites[0])), input=task)
+        for stream, width in dict.fromkeys((s.stream, s.width) for s in sites):
+            here = [s for s in sites if (s.stream, s.width) == (stream, width)]
+            made = edit.share(f"{stream}_width{width}", self._generator(edit, here), task=table)
+            for row, site in enumerate(here):
+                branch = HyperFormerBranch(width, self.bottleneck)
+                edit.after(site, branch, weights=edit.item(made, row))
+        if self.norms:
+            edit.train_norms()
+
+    def _generator(self, edit: Editor, sites: Sequence[SublayerSite]) -> Generator:
+        layers = list(dict.fromkeys(s.layer for s in sites))
+        blocks = list(dict.fromkeys((s.role, s.cross) for s in sites))
+        places = [[layers.index(s.layer), blocks.index((s.role, s.cross))] for s in sites]
+        size = sum(HyperFormerBranch(sites[0].width, self.bottleneck).sizes)
+        dims = (self.dim, self.hidden, self.projected)
+        made = Generator(torch.tensor(places), dims, size)
+        for parameter in (made.layers, made.blocks):
+            nn.init.normal_(parameter, generator=edit.generator)
+        for linear in (made.inner, made.outer, made.heads):
+            nn.init.normal_(linear.weight, std=0.01, generator=edit.generator)
+            nn.init.zeros_(linear.bias)
+        return made.to(edit.like(sites[0]))
+
+    def settle(
+        self, program: Program, data: Any, inputs: Mapping[str, int]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        chosen = inputs.get(self.task)
+        if chosen is None:
+            return {}
+        if not 0 <= chosen < self.tasks:
+            raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
+        return constants(program, self.adapter, {self.task: chosen})

@@ -1,0 +1,77 @@
+"""Branches behind a gate: another branch, times a value that the graph computes.
+
+The gate is a read of the branch (`edit.add(site, GatedDelta(inner), gate=value)`), one number for
+each sample or each token. Settled to a number, it is a constant factor, and what folds without it
+folds again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Self, TypeVar
+
+from torch import Tensor
+
+from .branch import Branch, Delta, KeyValue, Serial
+
+Inner = TypeVar("Inner", bound=Branch)
+
+
+class Gated(Branch, Generic[Inner]):
+    """What gated branches share; `constant` is the gate where none is read."""
+
+    def __init__(self, inner: Inner, *rest: Any) -> None:
+        super().__init__(*rest)
+        self.inner = inner
+        self.constant = 1.0
+
+    def settled(self, **decided: Any) -> Self:
+        """With the number `gate` from now on."""
+        made = type(self)(self.inner)
+        made.constant = float(decided["gate"])
+        return made
+
+    def describe(self) -> str:
+        inner = self.inner.describe()
+        return inner if self.constant == 1 else f"gate={self.constant:g}, {inner}"
+
+
+class GatedDelta(Gated[Delta], Delta):
+    """`y = base(x) + g f(x)`."""
+
+    def branch(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`gate`: `[batch, 1 or tokens, 1]`, also where x has all tokens in one axis."""
+        y = self.inner.branch(x)
+        if gate is None:
+            return y * self.constant
+        if gate.dim() > y.dim():
+            gate = gate.expand(-1, y.shape[0] // gate.shape[0], -1).flatten(0, 1)
+        return y * gate
+
+    def delta(self) -> Tensor:
+        return self.inner.delta() * self.constant
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        found = self.inner.factors()
+        return found and (found[0], found[1], found[2] * self.constant)
+
+
+class GatedKeyValue(Gated[KeyValue], KeyValue):
+    """`K <- [g P_k; K]`, `V <- [g P_v; V]`."""
+
+    def __init__(self, inner: KeyValue) -> None:
+        super().__init__(inner, inner.length)
+
+    def rows(self, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`gate`: one number a sample, `[batch, 1, 1]` with its axes in any order."""
+        factor = self.constant if gate is None else gate.flatten()[:, None, None, None]
+        key, value = self.inner.rows()
+        return key * factor, value * factor
+
+
+class GatedSerial(Gated[Serial], Serial):
+    """`h' = h + g f(z)` with z = h, or another value that f reads instead."""
+
+    def update(self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """`gate`: `[batch, 1 or tokens, 1]`; `seen`: z, of the shape of h."""
+        factor = self.constant if gate is None else gate
+        return self.inner.update(h if seen is None else seen) * factor
