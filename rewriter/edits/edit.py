@@ -48,9 +48,9 @@ from .compose import compose, composed_value, site_nodes
 from .cut import cut_channels
 from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
-from .replacing import express, matrix_of, settle
 from .quantised import QuantisedWeight, quantise_weight, whole_weights
 from .region import find_region
+from .replacing import express, matrix_of, settle
 from .route import run_on_chosen
 from .routing import Routed
 from .signature import add_input, drop_input
