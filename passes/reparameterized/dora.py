@@ -41,7 +41,9 @@ def root(squares: Tensor) -> Tensor:
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """Products in the dtype of their operands, under autocast, too."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 class DoRABranch(RowScale):

@@ -53,7 +53,10 @@ def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
     while isinstance(node, Node) and expression_of(node) is not None:
         chain.append(node)
         node = node.args[0] if node.args else None
-    tensor = None if chain and node is None else edit.graph_module.get_parameter(site.weight)
+    if not chain:
+        dense = edit.weight(site).dense()
+        return dense if site.features is None else dense[list(site.features)]
+    tensor = None if node is None else edit.graph_module.get_parameter(site.weight).detach()
     with torch.no_grad():
         for call in reversed(chain):
             if call.kwargs:
@@ -66,7 +69,7 @@ def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
             tensor = branch() if tensor is None else branch(tensor)
     if tensor is None:
         raise PassError(f"{site.id} has no stored weight.")
-    dense = tensor.detach().mT if site.in_out else tensor.detach()
+    dense = tensor.mT if site.in_out else tensor
     return dense if site.features is None else dense[list(site.features)]
 
 
