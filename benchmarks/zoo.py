@@ -28,7 +28,7 @@ import peftfx
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.running.verify import floats
 from tests.expect import check
-from tests.placements import text_of
+from tests.recipes import RECIPES
 from tests.test_zoo import EXPECTED
 from tests.zoo import ZOO
 
@@ -101,7 +101,7 @@ def _as_expected(name: str, program: peftfx.Program) -> bool:
 
 def _ours(program: peftfx.Program, method: str, inputs: dict[str, Tensor]) -> str:
     try:
-        edited = peftfx.run(program, text_of(method))
+        edited = peftfx.run(program, RECIPES[method])
     except RewriteError as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     _backward(edited(**inputs))

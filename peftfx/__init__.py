@@ -18,12 +18,13 @@ from .registry import load_passes
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.program import Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import controllers
 from .rewriter.running.observe import observe, tap
 from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import Pipeline, parse, run
 from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
+from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
 
 __version__ = VERSION
@@ -56,10 +57,12 @@ __all__ = [
     "export_onnx",
     "fold_checkpoint",
     "load",
+    "load_program",
     "load_weights",
     "observe",
     "parse",
     "run",
     "save",
+    "save_program",
     "tap",
 ]

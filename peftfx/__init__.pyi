@@ -10,11 +10,13 @@ from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake
 from .passes.merging.fold import Fold as Fold
+from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
+from .rewriter.running.controller import controllers as controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
@@ -25,6 +27,8 @@ from .rewriter.sites.sites import Site as Site
 from .rewriter.sites.sites import Sites as Sites
 from .rewriter.storage.artifact import load as load
 from .rewriter.storage.artifact import save as save
+from .rewriter.storage.program_file import load_program as load_program
+from .rewriter.storage.program_file import save_program as save_program
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
 

@@ -1,4 +1,4 @@
-"""The command line: `peftfx sites|print|diff|run|fold|export|verify|demo|search`.
+"""The command line: `peftfx sites|methods|print|diff|run|fold|export|verify|demo|search`.
 
 A user error is one readable line on stderr and exit code 2. `--json` prints one JSON document
 instead of tables, for machines.
@@ -16,8 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from .drawing import check_drawing, draw_sites
+from .methods import Entry, methods
 from .models import load_model
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError, RewriteError
@@ -209,6 +211,32 @@ def passes(options: Any) -> Any:
     return listed
 
 
+def list_methods(options: Any) -> Any:
+    """`peftfx methods [MODEL]`"""
+    program = _program(options) if options.model else None
+    with progress(options, "running every method"):
+        found = methods(program)
+    if not options.json:
+        console = Console(highlight=False)
+        console.print(_table(found, program is not None))
+        for entry in found:
+            if entry.refused:
+                console.print(f"{entry.name}: {escape(entry.refused)}", soft_wrap=True)
+    return [entry.to_json() for entry in found]
+
+
+def _table(entries: list[Entry], counted: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head in ("method", "class", "inserts", "folds", "paper", "trains")[: 5 + counted]:
+        right = head == "trains"
+        table.add_column(head, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for e in entries:
+        count = "-" if e.trainable is None else f"{e.trainable:,}"
+        row = (e.name, e.group, e.inserts, e.folds, e.paper, count)[: 5 + counted]
+        table.add_row(*(escape(text) for text in row))
+    return table
+
+
 def demo(options: Any) -> Any:
     """`peftfx demo [--source DIR] [--all] [--out DIR]`"""
     from .demo import demo as run_demo
@@ -273,6 +301,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="the ONNX file")
     command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
     add("passes", passes, "list the passes")
+    command = add("methods", list_methods, "list the methods, with what they train on a model")
+    command.add_argument("model", nargs="?", help="a model directory, or module:function")
     command = add("demo", demo, "adapt a real embedding model to a code base for search")
     command.add_argument("--source", help="a Python source tree (default: the standard library)")
     command.add_argument("--all", action="store_true", help="compare all methods")

@@ -19,7 +19,7 @@ from .exporters.onnx_export import export_onnx as export_onnx
 _TAIL = """from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
 from .rewriter.program import Program as Program
-from .rewriter.running.controller import Controllers as controllers
+from .rewriter.running.controller import controllers as controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
@@ -30,6 +30,8 @@ from .rewriter.sites.sites import Site as Site
 from .rewriter.sites.sites import Sites as Sites
 from .rewriter.storage.artifact import load as load
 from .rewriter.storage.artifact import save as save
+from .rewriter.storage.program_file import load_program as load_program
+from .rewriter.storage.program_file import save_program as save_program
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
 

@@ -191,11 +191,15 @@ class Program:
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
-        prefix = f"{BRANCHES}."
         for name, tensor in self._stored():
-            if not name.startswith(prefix) and self.aliases.get(name, name) == name:
+            if not name.startswith(self.inserted) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        """What the names of all tensors of branches and shared modules start with."""
+        return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_parameters()
@@ -208,7 +212,8 @@ class Program:
 
         Args:
             strict: refuse if the program holds tensors that the original model has no name
-                for (branches not folded, added biases); False returns them too.
+                for (branches not folded, added biases), or that do not fit it any more (cut
+                channels); False returns them too.
 
         Raises:
             ExportError: such tensors exist; the message lists them.
@@ -223,7 +228,14 @@ class Program:
             state[name] = tensor.detach()
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
-        extra += [n for n in self.untied if n not in state]
+        extra = [n for n in (*extra, *self.untied) if n not in state]
+        if strict and (cut := self.reshaped()):
+            raise ExportError(
+                f"{len(cut)} tensors have another shape than the original model's, first "
+                f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
+                "the program itself (peftfx.save_program), or take the tensors with "
+                "export_state_dict(strict=False)."
+            )
         if extra and strict:
             more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
             raise ExportError(
@@ -235,6 +247,11 @@ class Program:
         if not strict:
             state.update({n: held[n].detach() for n in extra})
         return state
+
+    def reshaped(self) -> list[str]:
+        """Names of the captured program's tensors that have another shape now."""
+        before = dict(self.base._stored()) if self.origin is not None else {}
+        return [n for n, t in self._stored() if n in before and before[n].shape != t.shape]
 
     def without(self, name: str) -> Program:
         """The program without one adapter; every other adapter keeps its current values.

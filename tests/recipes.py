@@ -23,6 +23,14 @@ RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY)}
 METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
 
 
+def method_class(name: str) -> type[Method]:
+    """The class of a method."""
+    found = REGISTRY[name]
+    if not issubclass(found, Method):
+        raise TypeError(name)
+    return found
+
+
 def start(base: peftfx.Program, name: str) -> tuple[peftfx.Program, str]:
     """The program that a recipe's last pass is run on, and that pass as text."""
     *before, last = peftfx.parse(RECIPES[name])

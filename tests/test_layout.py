@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import peftfx
 from peftfx import stubs
+from peftfx.methods import methods, split_docstring
 from peftfx.rewriter.running.passes import REGISTRY, Method
+
+from .models import batch, first, randomise
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("rewriter", "passes", "kernels", "exporters")
 SOURCES = sorted(p for d in (*LAYERS, "peftfx") for p in (ROOT / d).rglob("*.py")
                  if not any((ROOT / "peftfx" / x) in p.parents for x in LAYERS))  # fmt: skip
-METHODS = [
-    p
-    for d in ("additive", "selective", "reparameterized", "hybrid")
-    for p in (ROOT / "passes" / d).glob("*.py")
-]
+METHODS = {name: cls for name, cls in REGISTRY.items() if issubclass(cls, Method)}
 
 
 def layer(path: Path) -> str:
@@ -70,7 +74,8 @@ def test_layers_import_downwards_only(name: str, banned: set[str]) -> None:
 
 def test_methods_touch_no_graph_nodes() -> None:
     assert len(METHODS) >= 6
-    for path in METHODS:
+    for cls in METHODS.values():
+        path = Path(inspect.getfile(cls))
         text = path.read_text()
         assert "torch.fx" not in text and "graph_module" not in text and "Node" not in text, path
         code = [
@@ -96,12 +101,79 @@ def test_files_stay_small() -> None:
     assert not long
 
 
-def test_one_file_one_method() -> None:
+def test_one_file_one_pass() -> None:
     for name, cls in REGISTRY.items():
         assert cls.__name__.lower() == name.replace("_", "")
         assert getattr(peftfx, cls.__name__) is cls
-        if issubclass(cls, Method):
-            assert (ROOT / "passes").glob(f"*/{name}.py")
+        assert len(list((ROOT / "passes").glob(f"*/{name}.py"))) == 1
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_is_three_files(name: str) -> None:
+    """One source file, one test file, one golden text, and no other code knows it."""
+    source = Path(inspect.getfile(METHODS[name]))
+    assert (ROOT / "tests" / "methods" / f"test_{name}.py").exists()
+    assert (ROOT / "tests" / "golden" / f"{name}.txt").exists()
+    title, citation = split_docstring(source.read_text().split('"""')[1])
+    assert title and citation and METHODS[name].folds
+    word = re.compile(rf"\b{METHODS[name].__name__}\b")
+    for path in SOURCES:
+        known = layer(path) in ("rewriter", "kernels", "exporters")
+        if known or (path.parent == ROOT / "peftfx" and path.suffix == ".py"):
+            code = re.sub(r'"""(?s:.*?)"""|#.*', "", path.read_text())
+            assert not word.search(code), path
+
+
+TOY = '''"""Toy: adds a trained multiple of one fixed direction beside a linear.
+
+Nobody et al., 2026, arXiv:0000.00000.
+"""
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from torch import nn
+from peftfx.rewriter.edits.branch import Delta
+from peftfx.rewriter.running.passes import Method
+
+class ToyBranch(Delta):
+    def __init__(self, site):
+        super().__init__()
+        self.t = nn.Parameter(torch.zeros(site.out_features, 1))
+        self.register_buffer("d", torch.ones(1, site.in_features))
+    def branch(self, x):
+        return x @ self.d.T @ self.t.T
+    def delta(self):
+        return self.t @ self.d
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Method):
+    folds: ClassVar[str] = "exactly"
+    where: str = "q|v"
+    def insert(self, edit, site):
+        edit.add(site, ToyBranch(site))
+'''
+
+
+def test_a_new_file_is_all_a_method_needs(captured: Any, tmp_path: Path) -> None:
+    """Text, options, selectors, contract, training, artifact and fold come by themselves."""
+    (tmp_path / "toy.py").write_text(TOY)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        importlib.import_module("toy")
+        model, base = captured["decoder"]
+        program = randomise(peftfx.run(base, "toy{where=q and layer>=1,name=mine}"))
+        assert len(program.history[-1].edited) == 1 and program.adapters == ("mine",)
+        want = first(program(**batch()))
+        peftfx.save(program, tmp_path / "adapter")
+        assert torch.equal(first(peftfx.load(model, tmp_path / "adapter")(**batch())), want)
+        folded = peftfx.run(program, "fold")
+        assert not folded.attachments
+        torch.testing.assert_close(first(folded(**batch())), want)
+        assert "toy" in [e.name for e in methods(base)]
+    finally:
+        sys.path.remove(str(tmp_path))
+        REGISTRY.pop("toy", None)
+        sys.modules.pop("toy", None)
 
 
 def test_importing_needs_no_extras() -> None:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.running.passes import REGISTRY
 from peftfx.rewriter.running.verify import floats
 from peftfx.rewriter.sites.sites import SublayerSite
 
 from .conftest import Zoo
 from .models import randomise
 from .placements import PAGE, place, read, render
-from .recipes import METHODS
+from .recipes import METHODS, method_class
 from .zoo import ZOO
 
 ROWS, TOKENS, PADDED = 3, 7, 3
@@ -86,7 +85,7 @@ def test_method_in_architecture(zoo: Zoo, name: str, method: str, tmp_path: Path
     assert versions == {n: p._version for n, p in base.module.named_parameters()}
     after = outputs(program, inputs)
     check_rows(program, inputs, after)
-    if REGISTRY[method].folds == "exactly":
+    if method_class(method).folds == "exactly":
         folded = peftfx.run(program, "fold")
         assert folded.history[-1].certificate.holds and not folded.attachments
         merged = copy.deepcopy(model)

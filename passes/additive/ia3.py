@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import InputScale, OutputScale
+from ...rewriter.edits.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import ExpertsSite, LinearSite
@@ -22,6 +22,8 @@ from ...rewriter.sites.sites import ExpertsSite, LinearSite
 
 class IA3Output(OutputScale):
     """`y = l * base(x)`; parameter `l [out]`."""
+
+    axes: ClassVar[Axes] = {"l": ("out",)}
 
     def __init__(self, ones: Tensor) -> None:
         super().__init__()
@@ -33,6 +35,8 @@ class IA3Output(OutputScale):
 
 class IA3Input(InputScale):
     """`y = base(l * x)`; parameter `l [in]`."""
+
+    axes: ClassVar[Axes] = {"l": ("in",)}
 
     def __init__(self, ones: Tensor) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import KeyValue
+from ...rewriter.edits.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import AttentionSite
 
 class PrefixBranch(KeyValue):
     """Rows stored directly; parameters `key`, `value` `[length, kv_heads, width]`."""
+
+    axes: ClassVar[Axes] = {n: ("length", "kv_heads", "width") for n in ("key", "value")}
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__(key.shape[0])
@@ -37,6 +39,11 @@ class PrefixBranch(KeyValue):
 
 class ProjectedPrefixBranch(KeyValue):
     """Rows from `W2 tanh(W1 E)`; parameters `embedding [length, d]` and the two linears."""
+
+    axes: ClassVar[Axes] = {
+        "embedding": ("length", "d"), "inner.weight": ("inner", "d"), "inner.bias": ("inner",),
+        "outer.weight": ("rows", "inner"), "outer.bias": ("rows",),
+    }  # fmt: skip
 
     def __init__(self, length: int, heads: int, widths: tuple[int, int], inner: int) -> None:
         super().__init__(length)

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Tokens
+from ...rewriter.edits.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.tokens import entrances
 from ...rewriter.program import Program
@@ -24,6 +24,8 @@ from ...rewriter.sites.sites import EmbeddingSite, Site
 
 class PromptBranch(Tokens):
     """Parameter `prompt [length, width]`."""
+
+    axes: ClassVar[Axes] = {"prompt": ("length", "width")}
 
     def __init__(self, prompt: Tensor) -> None:
         super().__init__(prompt.shape[0])

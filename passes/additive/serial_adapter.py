@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Serial
+from ...rewriter.edits.branch import Axes, Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
@@ -26,6 +26,10 @@ class SerialAdapterBranch(Serial):
     """Bottleneck with skip; `down [r, d]`, `down_bias [r]`, `up [d, r]`, `up_bias [d]`."""
 
     not_foldable = "its activation function is not linear"
+    axes: ClassVar[Axes] = {
+        "down": ("rank", "width"), "down_bias": ("rank",),
+        "up": ("width", "rank"), "up_bias": ("width",),
+    }  # fmt: skip
 
     def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
         super().__init__()

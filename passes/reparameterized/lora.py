@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Delta
+from ...rewriter.edits.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import LinearSite
@@ -23,6 +23,8 @@ from ...rewriter.sites.sites import LinearSite
 
 class LoRABranch(Delta):
     """The low-rank branch; parameters `a [rank, in]` and `b [out, rank]`."""
+
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "b": ("out", "rank")}
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
         super().__init__()

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..rewriter.program import Program
+from ..rewriter.running.controller import Controllers
 from ..rewriter.running.pipeline import run
 from .corpus import Pair, Split
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Tokenizer, embed
@@ -103,20 +105,21 @@ class Outcome:
         return paired_bootstrap(reciprocal(self.ranks), reciprocal(over.ranks))
 
 
-def encoder_of(program: Program) -> Callable[[Tensor, Tensor], Tensor]:
-    """The program as (ids, mask) -> hidden states."""
+def encoder_of(program: Program, task: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
+    """The program as (ids, mask) -> hidden states, for one task where it knows several."""
+    extra = {"task": torch.tensor([task])} if "task" in program.spec.names else {}
 
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
-        return program.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        return program.module(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
 
     return forward
 
 
 def score(program: Program, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Ranks:
     """Rank of each query's function among the functions of `pairs`."""
-    forward = encoder_of(program.eval())
-    queries = embed(forward, tokenizer, [p.query for p in pairs], QUERY_TOKENS)
-    codes = embed(forward, tokenizer, [p.code for p in pairs], CODE_TOKENS)
+    program.eval()
+    queries = embed(encoder_of(program, 0), tokenizer, [p.query for p in pairs], QUERY_TOKENS)
+    codes = embed(encoder_of(program, 1), tokenizer, [p.code for p in pairs], CODE_TOKENS)
     return ranks(queries, codes)
 
 
@@ -149,18 +152,17 @@ def compare(
 
     def fit(rate: float, split: Split) -> tuple[Program, Training]:
         program = started.fork().eval()
-        trained = {id(p) for p in program.trainable_parameters()}
-        frozen = [p for p in program.module.parameters() if id(p) not in trained]
+        controllers = Controllers(program)
         made = train(
-            encoder_of(program),
-            program.trainable_parameters(),
+            encoder_of(program, 0),
+            encoder_of(program, 1),
+            controllers,
             tokenizer,
             split.train,
             Settings(rate, steps=steps, seed=split.seed),
             lambda loss: advance(f"{method.name}, lr {rate:g}: loss {loss:.3f}"),
-            frozen,
         )
-        return program, made
+        return run(program, controllers.finish()), made
 
     first: dict[float, tuple[Program, Training]] = {}
     for rate in method.rates:

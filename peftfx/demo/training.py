@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..rewriter.running.controller import Controllers
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
 
@@ -140,49 +141,55 @@ def batches(pairs: Sequence[Pair], settings: Settings) -> Iterator[list[Pair]]:
 
 
 def train(
-    forward: Forward,
-    parameters: Sequence[nn.Parameter],
+    query_encoder: Forward,
+    code_encoder: Forward,
+    controllers: Controllers,
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     settings: Settings,
     advance: Callable[[float], None] = lambda loss: None,
-    frozen: Sequence[Tensor] = (),
 ) -> Training:
-    """Trains `parameters` in place.
+    """Trains a program's adapters in place.
 
     Args:
-        forward: the encoder, whose output depends on the parameters.
-        parameters: what to train.
-        tokenizer: makes the encoder's inputs.
+        query_encoder, code_encoder: the program as an encoder of queries and of functions.
+        controllers: the program's.
+        tokenizer: makes the encoders' inputs.
         pairs: training pairs.
         settings: how.
         advance: called with the loss after every step.
-        frozen: parameters that do not train, left out of the count of saved bytes.
     """
     started = time.perf_counter()
-    optimizer = torch.optim.AdamW(parameters, weight_decay=settings.weight_decay)
+    groups = controllers.param_groups(1.0, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    controllers.start(optimizer, settings.steps)
+    scales = [group["lr"] for group in groups]
     losses: list[float] = []
     seconds: list[float] = []
-    saved = SavedBytes([*parameters, *frozen])
+    saved = SavedBytes(controllers.program.module.parameters())
     for step, chosen in enumerate(batches(pairs, settings)):
         begun = time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, settings)
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = scale * rate(step, settings)
+        controllers.begin_forward(chosen)
         queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
         codes, code_mask = tokenizer([p.code for p in chosen], CODE_TOKENS).tensors()
         with saved.hooks() if step == 0 else contextlib.nullcontext():
             loss = contrastive_loss(
-                pool(forward(queries, query_mask), query_mask),
-                pool(forward(codes, code_mask), code_mask),
+                pool(query_encoder(queries, query_mask), query_mask),
+                pool(code_encoder(codes, code_mask), code_mask),
                 settings.temperature,
             )
-        optimizer.zero_grad()
-        loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         losses.append(loss.item())
+        (loss + controllers.loss(None, chosen)).backward()
+        controllers.before_step(step)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        controllers.after_step(step)
+        optimizer.zero_grad()
         seconds.append(time.process_time() - begun)
         advance(losses[-1])
-    count = sum(p.numel() * p.element_size() for p in parameters)
+    trained = controllers.program.trainable_parameters()
+    count = sum(p.numel() * p.element_size() for p in trained)
     return Training(
         tuple(losses),
         statistics.median(seconds),

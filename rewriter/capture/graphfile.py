@@ -191,13 +191,45 @@ def _read_value(val: Any, table: list[Any], symbols: Symbols) -> Any:
 # Modules, constants, graphs.
 
 
-def _write_module(module: nn.Module) -> list[Any]:
+def _write_module(module: nn.Module, packages: frozenset[str]) -> list[Any]:
     kind = type(module)
+    if isinstance(module, modes.TrainingOnly) and module.region is not None:
+        return [kind.__name__, {"region": ["region", *_write_region(module.region, packages)]}]
     if _MODULES.get(kind.__name__) is not kind or list(module.state_dict()):
         raise ValueError(f"the module {kind.__name__} has no written form")
     wanted = inspect.signature(kind).parameters.values()
     names = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
     return [kind.__name__, {n: encode(getattr(module, n), {}) for n in names}]
+
+
+def _write_region(region: GraphModule, packages: frozenset[str]) -> tuple[list[Any], Any]:
+    """The nodes and modules of a graph without stored tensors of its own."""
+    index = {n: i for i, n in enumerate(region.graph.nodes)}
+    if any(n.op == "get_attr" for n in index):
+        raise ValueError("a region that runs in training only holds a tensor of its own")
+    nodes = [
+        [n.op, n.name, _write_target(n, packages), encode(tuple(n.args), index),
+         encode(dict(n.kwargs), index)]
+        for n in index
+    ]  # fmt: skip
+    called = (str(n.target) for n in index if n.op == "call_module")
+    return nodes, {t: _write_module(region.get_submodule(t), packages) for t in called}
+
+
+def _read_module(kind: str, options: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
+    region = options.get("region")
+    if kind != modes.TrainingOnly.__name__ or region is None:
+        return _MODULES[kind](**{k: decode(v, []) for k, v in options.items()})
+    _, nodes, held = region
+    root, graph, made = nn.Module(), Graph(), list[Node]()
+    for path, (inner, values) in held.items():
+        if not _NODE.fullmatch(path):
+            raise ValueError(f"the module {path!r} has no name")
+        root.add_module(path, _read_module(inner, values, packages))
+    for op, title, text, args, kwargs in nodes:
+        target = _read_target(op, text, packages)
+        made.append(graph.create_node(op, target, decode(args, made), decode(kwargs, made), title))
+    return modes.TrainingOnly(GraphModule(root, graph))
 
 
 def _write_constant(tensor: Any) -> list[Any]:
@@ -243,7 +275,7 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
     for node in gm.graph.nodes:
         target = _write_target(node, packages)
         if node.op == "call_module":
-            modules[target] = _write_module(gm.get_submodule(target))
+            modules[target] = _write_module(gm.get_submodule(target), packages)
         elif node.op == "get_attr" and target not in held:
             constants[target] = _write_constant(attribute(gm, target))
         trace = "\n".join(str(node.meta.get("stack_trace") or "").splitlines()[-2:])
@@ -281,7 +313,7 @@ def read_graph(
     symbols = Symbols(data["environment"])
     root = nn.Module()
     for path, (kind, options) in data["modules"].items():
-        module = _MODULES[kind](**{k: decode(v, []) for k, v in options.items()})
+        module = _read_module(kind, options, packages)
         *parents, leaf = path.split(".")
         owner = root
         for part in parents:

@@ -6,11 +6,14 @@ classes are the slots a branch can fill; a method subclasses one and gives the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+Axes = Mapping[str, tuple[str, ...]]
+"""Name of a tensor -> the names of its axes."""
 
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
@@ -25,11 +28,17 @@ class Branch(nn.Module):
         slot: where it sits at its site.
         not_foldable: why it cannot become a constant; empty if it can.
         single: why a site takes only one branch of this slot; empty if it takes several.
+        reads, writes: what the feature axis of its input and of its output is called.
+        axes: names of the axes of its parameters and buffers; those called like `reads` or
+            `writes` are cut with the channels there.
     """
 
     slot: ClassVar[str] = ""
     not_foldable: ClassVar[str] = ""
     single: ClassVar[str] = ""
+    reads: ClassVar[str] = ""
+    writes: ClassVar[str] = ""
+    axes: ClassVar[Axes] = {}
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
@@ -70,6 +79,7 @@ class Delta(Branch):
     """`y = base(x) + f(x)` with linear f, so that f folds into the weight."""
 
     slot = "delta"
+    reads, writes = "in", "out"
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,12 +139,14 @@ class InputScale(Scale):
     """`y = base(s * x)`."""
 
     slot = "input_scale"
+    reads = writes = "in"
 
 
 class OutputScale(Scale):
     """`y = s * base(x)`, bias and deltas included."""
 
     slot = "output_scale"
+    reads = writes = "out"
 
 
 class RowScale(Branch):
@@ -145,6 +157,7 @@ class RowScale(Branch):
     """
 
     slot = "row_scale"
+    reads = writes = "out"
     single = "the rows of a weight have one magnitude"
 
     own: Tensor | None
@@ -212,6 +225,7 @@ class Serial(Branch):
     """`h' = f(h)` on a sublayer's output, with its own skip connection inside."""
 
     slot = "serial"
+    reads = writes = "width"
     not_foldable = "it is not linear"
 
     def transform(self, *h: Any, **reads: Any) -> Tensor:
@@ -271,6 +285,7 @@ class Tokens(Branch):
     """Vectors that take the place of `length` tokens prepended to the input."""
 
     slot = "tokens"
+    reads = writes = "width"
     not_foldable = "prompt tokens are inputs of the network, not weights"
 
     def __init__(self, length: int) -> None:

@@ -16,6 +16,7 @@ from ..aten import ATEN, LINEAR, data_index, users
 from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
+from .branch import Delta, RowScale, Scale
 from .pattern import linear_parts
 
 _ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "output_scale": 3}
@@ -36,6 +37,28 @@ def at_weight(
     ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
     found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
     return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
+
+
+def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> Tensor:
+    """What the linear of a site multiplies by with all its branches, `[out, in]`.
+
+    The whole of a fused weight; without `scales`, only what is added to it. Branches that read
+    values of the graph do not count.
+    """
+    weight = program.module.get_parameter(site.weight).detach()
+    dense = weight.T if site.in_out else weight
+    attached = [a for a in at_weight(program, site.weight) if not a.reads]
+    order = ("row_scale", "delta", "input_scale", "output_scale")
+    for attachment in sorted(attached, key=lambda a: order.index(a.slot)):
+        branch = program.branch(attachment)
+        if isinstance(branch, Delta | RowScale):
+            dense = dense + branch.full_delta().detach()
+        if isinstance(branch, RowScale) and scales:
+            dense = dense * branch.full_rows(weight).detach()[:, None]
+        elif isinstance(branch, Scale) and scales:
+            scale = branch.full_scale().detach()
+            dense = dense * (scale if attachment.slot == "input_scale" else scale[:, None])
+    return dense
 
 
 def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:

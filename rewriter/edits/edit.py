@@ -5,7 +5,7 @@ Methods name sites and hand over branches; the editor does the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -21,11 +21,13 @@ from ..sites.sites import (
     AttentionSite,
     ConvSite,
     EmbeddingSite,
+    FeedForwardSite,
     LinearSite,
     NormSite,
     Site,
     SublayerSite,
 )
+from .axes import Channels, channels
 from .bias import add_bias
 from .branch import (
     Branch,
@@ -39,6 +41,7 @@ from .branch import (
     Tokens,
 )
 from .compose import compose, composed_value, site_nodes
+from .cut import cut_channels
 from .hidden import Hidden, behind_of, hidden_of
 from .keyvalue import key_value_widths, prepend_key_value
 from .replacing import express, settle
@@ -257,9 +260,9 @@ class Editor:
 
     def freeze(self, keep: Iterable[str] = ()) -> None:
         """Stops gradients to all parameters but the named ones and the branches."""
-        kept = set(keep)
+        kept, inserted = set(keep), self.program.inserted
         for name, parameter in self.graph_module.named_parameters():
-            if not name.startswith(f"{BRANCHES}.") and name not in kept:
+            if not name.startswith(inserted) and name not in kept:
                 parameter.requires_grad_(False)
 
     def train(self, name: str) -> None:
@@ -286,6 +289,16 @@ class Editor:
         """All normalisations with learnt parameters."""
         return tuple(s for s in self.program.sites if isinstance(s, NormSite))
 
+    # Channels.
+
+    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
+        """Inner channels or heads of a block, with everything that is coupled to them."""
+        return channels(self.program, site)
+
+    def cut(self, group: Channels, keep: Sequence[int]) -> None:
+        """Shrinks weights, biases, branches and sizes to the channels that are kept."""
+        cut_channels(self.program, group, keep)
+
     # Plumbing.
 
     def _owner(self) -> str:
@@ -308,6 +321,13 @@ class Editor:
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
         path = f"{BRANCHES}.{adapter}.{tail or f'{self.name(site)}.{branch.slot}'}"
+        held = getattr(self.graph_module, BRANCHES, None)
+        known = {path.split(".")[1] for path in self.program.inserted}
+        if adapter not in known and hasattr(held, adapter):
+            raise PassError(
+                f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
+                "another name with name=."
+            )
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         names = {k: v.name for k, v in _given(reads).items()}

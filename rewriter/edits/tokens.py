@@ -245,8 +245,13 @@ def prepend_tokens(
 
 def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     """The input that an embedding looks up, `[batch, sequence]`."""
-    ids = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
+    ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
     size = shape(ids)
+    if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
+        raise PassError(
+            f"there is a prompt in front of {site.id} already. Choose a longer one, or remove that "
+            "adapter first."
+        )
     if not isinstance(ids, Node) or ids.op != "placeholder" or size is None or len(size) != 2:
         raise PassError(
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "

@@ -195,6 +195,11 @@ class Controllers:
             controller.load_state_dict(state[name])
 
 
+def controllers(program: Program) -> Controllers:
+    """The controllers of all of a program's adapters, for its training loop."""
+    return Controllers(program)
+
+
 def _controller(program: Program, record: Record) -> Controller:
     from .passes import Method
 

@@ -29,8 +29,6 @@ from .passes import Pass, Plan, make
 from .propagate import propagate
 from .verify import Certificate, certify, check_graph
 
-Passes = Pass | Sequence[Pass | str] | str | Path
-
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -43,6 +41,9 @@ class Pipeline:
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self.passes)
+
+
+Passes = Pass | Pipeline | Sequence[Pass | str] | str | Path
 
 
 # Parsing.

@@ -85,7 +85,7 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     for name, tensor in tensors.items():
-        _finite(name, tensor)
+        require_finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     manifest = {
         "format_version": FORMAT,
@@ -117,7 +117,8 @@ def _step(record: Record) -> dict[str, Any]:
     }
 
 
-def _finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raises MetaTensorError or NonFiniteError unless a tensor has values, all finite."""
     if tensor.is_meta:
         raise MetaTensorError(
             f"{name} is on the meta device and has no values; load the model's weights first: "
@@ -153,25 +154,17 @@ def read(directory: str | Path) -> Artifact:
         raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
     where = str(path / MANIFEST)
     data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{where} is not a JSON object.")
-    version = data.get("format_version")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    if isinstance(version, int) and version > FORMAT:
-        raise FormatTooNewError(
-            f"{where} has format {version}; this version reads up to {FORMAT}. Upgrade peftfx."
-        )
-    manifest = _checked(data, _KEYS, where)  # pyright: ignore[reportUnknownArgumentType]
-    if version != FORMAT:
-        raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
+    version_of(data, FORMAT, where)
+    manifest = checked(data, _KEYS, where)
     steps: list[tuple[Pass, Plan, str]] = []
     for index, raw in enumerate(manifest["recipe"]):
-        step = _checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
+        step = checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
         try:
             (item,) = parse(step["pass"])
         except (OptionError, ValueError) as error:
             raise CorruptFileError(f"{where}, recipe[{index}]: {error}") from error
         steps.append((item, Plan(step["decisions"]), step["certificate"]))
-    base = _checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
+    base = checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
     if merkle_root(base["tensors"]) != base["root"]:
         raise CorruptFileError(f"{where}: the base hashes do not add up to their root.")
     try:
@@ -180,7 +173,7 @@ def read(directory: str | Path) -> Artifact:
         raise CorruptFileError(f"{where}: the input spec is malformed ({error}).") from error
     tensors = read_tensors(path / TENSORS, manifest["tensors"])
     for name, tensor in tensors.items():
-        _finite(name, tensor)
+        require_finite(name, tensor)
     steps = [
         (item, _with_tensors(plan, f"{_PLAN}{index}.", tensors), said)
         for index, (item, plan, said) in enumerate(steps)
@@ -195,7 +188,29 @@ def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:
     return replace(plan, tensors={n.removeprefix(prefix): t for n, t in mine.items()})
 
 
-def _checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+def version_of(data: Any, known: int, where: str) -> None:
+    """Refuses a manifest of another format version, before anything else is looked at.
+
+    Raises:
+        CorruptFileError, FormatTooNewError: it is malformed, or newer than `known`.
+    """
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{where} is not a JSON object.")
+    version: Any = data.get("format_version")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    if isinstance(version, int) and version > known:
+        raise FormatTooNewError(
+            f"{where} has format {version}; this version reads up to {known}. Upgrade peftfx."
+        )
+    if version is not None and version != known:
+        raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
+
+
+def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A JSON object with exactly the given keys, each of its type.
+
+    Raises:
+        CorruptFileError: it is not.
+    """
     if not isinstance(data, dict):
         raise CorruptFileError(f"{where} is not a JSON object.")
     found: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]

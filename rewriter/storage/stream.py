@@ -102,11 +102,13 @@ def load_weights(
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample)
     current.module.train(program.training)
-    for record in program.history:
+    for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
-        if record.adapter is not None:
-            values = program.adapter_tensors(record.adapter)
-            load_values(current, {n: t.to(place) for n, t in values.items() if not t.is_meta})
+        later = any(r.applied.reshapes for r in program.history[index + 1 :])
+        for adapter in current.adapters:
+            values = program.adapter_tensors(adapter)
+            here = {n: t.to(place) for n, t in values.items() if not t.is_meta}
+            load_values(current, here, later)
     return current
 
 
@@ -157,7 +159,7 @@ def fold_checkpoint(
         progress: called with the name of each shard before it is written.
 
     Raises:
-        FoldError: something cannot be folded into the checkpoint's tensors.
+        FoldError: something cannot be folded into the checkpoint's tensors, or channels were cut.
         BaseMismatchError: the adapter was trained on other weights than the source's.
         ArtifactError: source or adapter are damaged or do not fit, or the target cannot be
             written (CorruptFileError, WeightsError). In every case the target stays absent.
@@ -170,6 +172,11 @@ def fold_checkpoint(
         program = attach(program, artifact, str(adapter))
     elif not any(t.is_meta for t in program.base.base_tensors().values()):
         expected = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    if cut := program.reshaped():
+        raise FoldError(
+            f"{cut[0]} has another shape than in the checkpoint, so nothing can be folded into its "
+            "files. Save the folded program itself: peftfx.save_program."
+        )
     where = str(adapter or "the program")
     folder = _Folder(program, checkpoint)
     found: dict[str, str] = {}
