@@ -28,7 +28,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
 from ...rewriter.program import Program
 from ...rewriter.running.observe import constants
-from ...rewriter.running.passes import Method
+from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
 from ...rewriter.sites.sites import SublayerSite
 

@@ -1,0 +1,129 @@
+"""What a pass may look at, and values of the graph that its branches may read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..aten import erase_dead, is_quantised, users
+from ..program import BRANCHES
+from ..sites.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    FeedForwardSite,
+    LinearSite,
+    NormSite,
+    Site,
+    SublayerSite,
+)
+from .attach import Attaching, given
+from .axes import Channels, channels
+from .compose import composed_value
+from .hidden import Hidden, behind_of, hidden_of
+from .keyvalue import key_value_widths
+from .quantised import QuantisedWeight, whole_weights
+from .replacing import matrix_of
+from .signature import add_input, drop_input
+from .values import Value, input_of, item_of, latest, valid_of
+from .weight import DenseWeight, Weight
+
+
+class Reading(Attaching):
+    """The words that do not change what a program computes."""
+
+    def weight(self, site: LinearSite) -> Weight:
+        """What the site multiplies by."""
+        call = self._nodes.get(site.nodes[0])
+        if call is not None and is_quantised(call):
+            return QuantisedWeight.of(self.graph_module, site, call)
+        return DenseWeight.of(self.graph_module, site)
+
+    def whole(self, ids: Sequence[str]) -> list[LinearSite]:
+        """A site for each stored weight that the named sites have all of; reports the others."""
+        return whole_weights(self, ids)
+
+    def matrix(self, site: LinearSite) -> Tensor:
+        """What the site multiplies by now, expressions included, `[own out, in]`."""
+        return matrix_of(self, site)
+
+    def table(self, site: EmbeddingSite) -> Tensor:
+        """The embedding table of a site, `[size, width]`."""
+        return self.graph_module.get_parameter(site.weight)
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter of the base by name."""
+        return self.graph_module.get_parameter(name)
+
+    def norms(self) -> tuple[NormSite, ...]:
+        """All normalisations with learnt parameters."""
+        return tuple(s for s in self.program.sites if isinstance(s, NormSite))
+
+    def key_value_widths(self, site: AttentionSite) -> tuple[int, int]:
+        """Width of one head's keys and of its values."""
+        return key_value_widths(self.graph_module, self.node(site.nodes[0]))
+
+    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
+        """Inner channels or heads of a block, with everything that is coupled to them."""
+        return channels(self.program, site)
+
+    def input(self, site: Site) -> Value:
+        """What enters a site: a linear's operand, or the residual that a sublayer adds to."""
+        return input_of(site, self._nodes)
+
+    def output(self, site: Site) -> Value:
+        """The value of a site, with what is composed around it or put behind it now."""
+        current = composed_value(self.node(site.nodes[0]))
+        while chained := [u for u in users(current) if u.meta.get("serial") == site.id]:
+            current = chained[0]
+        return current
+
+    def valid(self, site: Site) -> Value | None:
+        """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if all are."""
+        return valid_of(self.program, self.node(site.nodes[0]))
+
+    def hidden(self, site: Site, value: Value | None = None) -> Hidden | None:
+        """The hidden states that a site reads, with what tells samples and tokens apart.
+
+        For a linear its operand, for an attention that of its queries, for a sublayer the residual
+        that it adds to; or `value`, which lies in the site's stream. None where samples and tokens
+        cannot be told, which is reported.
+        """
+        found = hidden_of(self.program, site, self._nodes, value)
+        if isinstance(found, Hidden):
+            return found
+        self.skip(site, found)
+        return None
+
+    def behind(self, site: SublayerSite) -> Value | None:
+        """The stream behind a sublayer, as it is now: residual plus output, normed in a post-norm
+        model. None where it is laid out differently from the output, which is reported.
+
+        It is a copy, so that branches put on the sublayer's output later do not change it.
+        """
+        found = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        if found is None:
+            self.skip(site, "its output and the stream have different shapes")
+        return found
+
+    def add_input(self, name: str, example: Tensor) -> Value:
+        """A new input of the program; a call that leaves it out gets `example`."""
+        return add_input(self.program, name, example)
+
+    def drop_input(self, name: str, reason: str) -> None:
+        """Removes an input that nothing reads any more."""
+        erase_dead(self.graph_module)
+        drop_input(self.program, name, reason)
+
+    def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
+        """A module evaluated once a forward, as soon as what it reads is known."""
+        path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
+        module.train(self.graph_module.training)
+        self.graph_module.add_submodule(path, module)
+        self.program.shared = (*self.program.shared, path)
+        with self.graph_module.graph.inserting_after(latest(self.graph_module, given(reads))):
+            return self._call(path, (), reads)
+
+    def item(self, source: Value, key: str | int) -> Value:
+        """One entry of what a shared module returns."""
+        return item_of(self.graph_module, source, key)
