@@ -54,7 +54,10 @@ class Placement:
 
 def place(base: peftfx.Program, method: str) -> Placement:
     """Runs a method on an architecture, once more where the first error says where."""
-    before, text = start(base, method)
+    try:
+        before, text = start(base, method)
+    except RewriteError as error:
+        return Placement(base, None, "", (str(error),))
     (item,) = peftfx.parse(text)
     errors: list[str] = []
     where = ""

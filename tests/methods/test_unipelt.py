@@ -458,7 +458,7 @@ def test_both_forms_compile_and_train(captured: Any, form: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     assert all(
         torch.equal(dict(program.module.named_parameters())[n], p) for n, p in frozen.items()
