@@ -70,4 +70,5 @@ def captured() -> Captured:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo", action="store_true", help="run every method on all architectures")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")

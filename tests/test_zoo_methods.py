@@ -1,4 +1,8 @@
-"""Every registered method in every architecture of the zoo."""
+"""Every registered method in every architecture of the zoo.
+
+`pytest --zoo` runs all cells; without, every method runs in ten architectures of different kinds and
+in every fifth of the others.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,9 @@ from .recipes import METHODS, method_class
 from .zoo import ZOO
 
 ROWS, TOKENS, PADDED = 3, 7, 3
-FAINT = {("bloom", "prompt_tuning"): 0.005}
-"""Where no prompt moves outputs by 1 %: a norm behind the embedding, and weights near zero."""
+FAINT = {"adapter_fusion": 1e-5, "bloom-prompt_tuning": 0.005}
+"""Where outputs cannot move by 1 %: what is fused is frozen near its small initial values; no prompt
+does it behind a norm of the embedding with weights near zero."""
 REMEDY = r"Choose|choose|Say where|Select|Capture|Give|[Uu]se "
 CELLS = read(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
 
@@ -64,9 +69,17 @@ def close(got: list[Tensor], want: list[Tensor], limit: float = 1e-4) -> None:
         torch.testing.assert_close(a, b, rtol=limit, atol=limit * max(1.0, float(b.abs().max())))
 
 
+CORE = ("mlp", "resnet", "bert", "gpt2", "llama", "phi3", "mixtral", "t5", "vit", "mamba")
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ZOO)
-def test_method_in_architecture(zoo: Zoo, name: str, method: str, tmp_path: Path) -> None:
+def test_method_in_architecture(
+    zoo: Zoo, name: str, method: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    turn = (list(ZOO).index(name) + METHODS.index(method)) % 5
+    if turn and name not in CORE and not request.config.getoption("--zoo"):
+        pytest.skip("one in five: run pytest --zoo for all")
     model, base = zoo.model(name), zoo[name]
     versions = {n: p._version for n, p in base.module.named_parameters()}
     placement = place(base, method)
@@ -80,7 +93,9 @@ def test_method_in_architecture(zoo: Zoo, name: str, method: str, tmp_path: Path
     check_effect(record.certificate)
     inputs = sized(base, name)
     before = outputs(placement.before, inputs)
-    after = randomised(program, inputs, before, FAINT.get((name, method), 0.01))
+    after = randomised(
+        program, inputs, before, FAINT.get(method, FAINT.get(f"{name}-{method}", 0.01))
+    )
     check_gradients(base, program, after)
     assert versions == {n: p._version for n, p in base.module.named_parameters()}
     after = outputs(program, inputs)
@@ -136,7 +151,7 @@ def sized(base: peftfx.Program, name: str) -> dict[str, Tensor]:
 
 def check_rows(program: peftfx.Program, inputs: dict[str, Tensor], together: list[Tensor]) -> None:
     """Each row alone, without its padding, gives what it gives beside longer ones."""
-    if any(isinstance(i.shape[0], int) for i in program.spec.inputs):
+    if any(isinstance(i.shape[0], int) for i in program.spec.inputs if not i.optional):
         return
     mask = inputs.get("attention_mask")
     for row in (0, 1):

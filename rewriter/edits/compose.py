@@ -12,7 +12,18 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, DEQUANTISE, LINEAR, data_index, is_quantised, loaded_operator, users, value
+from ..aten import (
+    ATEN,
+    DEQUANTISE,
+    LINEAR,
+    VIEWS,
+    data_index,
+    is_quantised,
+    loaded_operator,
+    strip,
+    users,
+    value,
+)  # fmt: skip
 from ..errors import PassError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
@@ -112,8 +123,9 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
         if parts is None:
             raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
         x, stored, bias = parts
-        if is_quantised(call):
-            stored = dense(program.sites[attachment.site])
+        stored = (
+            dense(program.sites[attachment.site]) if is_quantised(call) else strip(stored, VIEWS)
+        )
         with gm.graph.inserting_after(stored if is_quantised(call) else tail):
             tail = branch(attachment, (tail, x, stored, bias))
     updates: dict[str, Node] = {}

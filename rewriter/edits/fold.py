@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..aten import EMBEDDING, expression_of, is_op, parameter_of, set_attribute
+from ..aten import EMBEDDING, VIEWS, expression_of, is_op, parameter_of, set_attribute, strip
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..program import Attachment, Program
 from ..sites.sites import LinearSite
@@ -39,8 +39,8 @@ def delta_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term
 
 
 @pattern
-def rows_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
-    return op.module(RowScale, branch, op.linear(x, w, b), x, w, b)  # pyright: ignore[reportArgumentType]
+def rows_rule(op: Ops, x: object, w: object, b: object, stored: object, branch: object) -> Term:
+    return op.module(RowScale, branch, op.linear(x, w, b), x, stored, b)  # pyright: ignore[reportArgumentType]
 
 
 @pattern
@@ -247,7 +247,7 @@ def _match_at(edit: Editor, call: Node) -> tuple[Match, Fold] | Mismatch:
         for root in roots:
             found = rule.match(gm, root)
             if isinstance(found, Match) and found["branch"] is call:
-                if expression_of(found["w"]) is not None:
+                if expression_of(strip(found["w"], VIEWS)) is not None:
                     blocker = "its weight is computed by an expression that does not fold"
                     return Mismatch(f"not foldable now: {blocker}", call)
                 return found, action

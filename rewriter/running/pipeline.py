@@ -290,6 +290,12 @@ def apply_plan(
     if item.adapter is not None:
         edit.freeze(keep={n for names in program.owned.values() for n in names})
     item.apply(edit, plan)
+    if item.adapter is not None and not edit.edited:
+        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
+        raise PassError(
+            f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
+            "others with where=."
+        )
     edit.finish()
     clock.append(time.perf_counter())
     after = edit.program
