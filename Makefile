@@ -28,6 +28,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python benchmarks/coda.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -30,7 +30,9 @@ def _symbol(size: object, symbols: dict[str, str]) -> str:
         found = symbols.get(match[0], match[0])
         return f"({found})" if " " in found else found
 
-    return re.sub(r"\b\w+\b", label, text)
+    named = re.sub(r"\b\w+\b", label, text)
+    product = re.fullmatch(r"[\w/]+(\*[\w/]+)+", named)
+    return "*".join(sorted(named.split("*"))) if product else named  # symbols' order is chance
 
 
 def _type(val: Any, symbols: dict[str, str]) -> str:

@@ -20,6 +20,9 @@ def recipe_of(name: str) -> str:
 
 
 RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY)}
+FAINT = {"adapter_fusion": 0.005}
+"""Share of the largest output that random steps move, where it is not 1 %: what is fused is frozen
+near its small initial values."""
 METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
 
 

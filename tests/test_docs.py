@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,14 @@ ROOT = Path(__file__).parent.parent
 def test_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 17
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for block, most in zip(blocks, (17, 13), strict=True):
+        assert len([line for line in block.splitlines() if line.strip()]) <= most
+        exec(compile(block, "README.md", "exec"), names)
     assert "sites edited; bounded" in capsys.readouterr().out
+    assert names["program"].history[-1].text == "bake{names=[adalora]}"
 
 
 def test_the_readme_names_real_commands() -> None:

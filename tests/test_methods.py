@@ -11,7 +11,7 @@ import torch
 import peftfx
 
 from .models import batch, first, moved, randomise
-from .recipes import METHODS, start
+from .recipes import FAINT, METHODS, start
 
 BASES = ("encoder", "decoder", "bert", "llama")
 
@@ -58,7 +58,7 @@ def test_save_load_replay_and_removal(
     model, base = captured[base_name]
     program = randomise(peftfx.run(*start(base, method)))
     want = first(program(**batch()))
-    assert moved(first(base(**batch())), want) > 0.01
+    assert moved(first(base(**batch())), want) > FAINT.get(method, 0.01)
     peftfx.save(program, tmp_path / "a")
     for target in (model, base):
         loaded = peftfx.load(target, tmp_path / "a")

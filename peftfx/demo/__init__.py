@@ -74,7 +74,9 @@ def demo(
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json) as bar:
-        total = sum(steps * (len(m.rates) + len(splits) - 1) for m in methods)
+        total = sum(
+            steps * (len(m.rates) + len(splits) - 1) * (1 + len(m.members)) for m in methods
+        )
         task = bar.add_task("zero-shot", total=total)
 
         def advance(text: str) -> None:

@@ -7,8 +7,10 @@ fixed for all splits; the seeds are the splits' own. Test sets are scored exactl
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from ..rewriter.program import Program
 from ..rewriter.running.controller import Controllers
 from ..rewriter.running.pipeline import run
+from ..rewriter.storage.artifact import save
 from .corpus import Pair, Split
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Tokenizer, embed
 from .evaluation import Interval, Ranks, mrr, paired_bootstrap, ranks, recall, reciprocal
@@ -29,20 +32,39 @@ class Method:
 
     The first rate is the one that validation chose on the standard library; the short demo
     takes it without choosing again.
+
+    Attributes:
+        members: recipes that are trained first, each alone on its share of the pairs; the recipe
+            is then run with their artifacts.
+        tail: share of the steps that come after what training decided was put in place.
     """
 
     name: str
     recipe: str
     rates: tuple[float, ...]
+    members: tuple[str, ...] = ()
+    tail: float = 0.0
 
+
+_LORA = "lora{rank=8,where=linear}"
+_MEMBER = "serial_adapter{bottleneck=64,norms=false,where=ffn}"
 
 METHODS = (
-    Method("LoRA", "lora{rank=8,where=linear}", (2e-3, 1e-3)),
+    Method("LoRA", _LORA, (2e-3, 1e-3)),
     Method("BitFit", "bitfit", (3e-3, 1e-2)),
     Method("(IA)3", "ia3", (1e-2, 3e-2)),
     Method("serial adapter", "serial_adapter{bottleneck=64}", (1e-3, 3e-3)),
     Method("prefix-tuning", "prefix_tuning{length=20}", (1e-2, 3e-2)),
     Method("prompt tuning", "prompt_tuning{length=20}", (3e-3, 1e-2)),
+    Method("DoRA", "dora{rank=8,where=linear}", (2e-3,)),
+    Method("AdaLoRA", "adalora{rank=12,target=8,where=linear}", (2e-3,)),
+    Method("UniPELT", "unipelt", (2e-3,)),
+    Method("HyperFormer++", "hyperformer{tasks=2}", (1e-3,)),
+    Method("CoDA", "coda", (1e-3,)),
+    Method("diff pruning", "diff_pruning{density=0.005}", (1e-4,), tail=0.5),
+    Method("PEQA, int4", "peqa{group=64}", (1e-4,)),
+    Method("FFN pruned by 1/4, LoRA", f"{_LORA};channel_pruning{{ratio=0.25}}", (2e-3,)),
+    Method("AdapterFusion", "adapter_fusion", (1e-3,), (_MEMBER, _MEMBER)),
 )
 
 
@@ -130,9 +152,11 @@ def zero_shot(base: Program, tokenizer: Tokenizer, splits: Sequence[Split]) -> O
     return outcome
 
 
-def prepare(method: Method, base: Program) -> Program:
-    """The program with a method's fresh branches, lowered where it has low-rank ones."""
-    started = run(base, method.recipe)
+def prepare(method: Method, base: Program, sources: Sequence[Path] = ()) -> Program:
+    """The program with a method's fresh branches, lowered where it has low-rank ones; with
+    members, the first one's until they are trained."""
+    recipe = method.recipe if sources or not method.members else method.members[0]
+    started = run(base, recipe, sources=sources)
     if any(a.slot == "delta" for a in started.attachments):
         started = run(started, "lower{target=cpu}")
     return started
@@ -147,22 +171,40 @@ def compare(
     advance: Callable[[str], None],
 ) -> Outcome:
     """Chooses a method's learning rate on validation, then trains and tests it on every split."""
-    count = sum(p.numel() for p in started.trainable_parameters())
-    outcome = Outcome(method.name, method.recipe, count)
+    outcome = Outcome(method.name, method.recipe, 0)
 
-    def fit(rate: float, split: Split) -> tuple[Program, Training]:
-        program = started.fork().eval()
-        controllers = Controllers(program)
+    def learn(
+        program: Program, pairs: Sequence[Pair], settings: Settings
+    ) -> tuple[Program, Training]:
+        controllers = Controllers(program.eval())
         made = train(
             encoder_of(program, 0),
             encoder_of(program, 1),
             controllers,
             tokenizer,
-            split.train,
-            Settings(rate, steps=steps, seed=split.seed),
-            lambda loss: advance(f"{method.name}, lr {rate:g}: loss {loss:.3f}"),
+            pairs,
+            settings,
+            lambda loss: advance(f"{method.name}, lr {settings.learning_rate:g}: loss {loss:.3f}"),
         )
         return run(program, controllers.finish()), made
+
+    def fit(rate: float, split: Split) -> tuple[Program, Training]:
+        settings = Settings(rate, steps=steps, seed=split.seed)
+        program = started.fork()
+        with tempfile.TemporaryDirectory() as folder:
+            sources = [Path(folder) / str(i) for i in range(len(method.members))]
+            for index, (recipe, source) in enumerate(zip(method.members, sources, strict=True)):
+                share = split.train[index :: len(sources)]
+                save(learn(run(started.base, recipe), share, settings)[0], source)
+            if sources:
+                program = prepare(method, started.base, sources)
+        outcome.parameters = sum(p.numel() for p in program.trainable_parameters())
+        last = round(method.tail * steps)
+        program, made = learn(program, split.train, replace(settings, steps=steps - last))
+        if last:
+            program, more = learn(program, split.train, replace(settings, steps=last))
+            made = replace(made, losses=made.losses + more.losses)
+        return program, made
 
     first: dict[float, tuple[Program, Training]] = {}
     for rate in method.rates:

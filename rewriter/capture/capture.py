@@ -32,6 +32,7 @@ from .modes import restore_modes
 from .nesting import template_of
 from .placement import buffers_on_meta, computed_buffers, is_hollow
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
+from .symbols import unify
 from .tracing import check_model, export, unwrapped
 from .training import draws, part_modes
 from .trial import Trial, settle
@@ -86,6 +87,7 @@ def capture(
         if entry:
             entry.store(traced)
     gm = traced.module
+    unify(gm, traced.symbols)
     _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
     gm.train(model.training)
     return Program(

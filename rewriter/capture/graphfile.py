@@ -28,7 +28,7 @@ from ..module import CapturedModule
 from ..running.propagate import fake_mode
 from ..sites import sites
 from . import modes
-from .symbols import Symbols, write_environment
+from .symbols import Symbols, symbols_in, write_environment
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{n}": getattr(operator, n) for n in (
@@ -289,7 +289,9 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
     return {
         "nodes": nodes, "values": list(values.values()), "traces": list(traces),
         "stacks": [s for _, s in stacks.values()], "modules": modules, "constants": constants,
-        "environment": write_environment(mode.shape_env),
+        "environment": write_environment(
+            mode.shape_env, symbols_in(n.meta.get("val") for n in gm.graph.nodes)
+        ),
         "inputs": [list(info.orig_args), pytree.treespec_dumps(info.in_spec)],
         "output": pytree.treespec_dumps(info.out_spec),
     }  # fmt: skip

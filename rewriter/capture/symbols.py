@@ -11,16 +11,21 @@ import ast
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from ..aten import placeholders, shape
 
 _FUNCTIONS: dict[str, Any] = {
     "Eq": sympy.Eq, "Ne": sympy.Ne, "And": sympy.And, "Or": sympy.Or, "Not": sympy.Not,
@@ -40,8 +45,37 @@ _COMPARE: dict[type[ast.cmpop], Any] = {
 _LIMIT = 2**62
 
 
-def write_environment(environment: Any) -> dict[str, Any]:
-    """A shape environment as JSON.
+def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
+    """Lets input sizes of one name, which every call must give equal, be one symbol.
+
+    A model may read ids and mask without a product of the two that the graph shows.
+    """
+    known: dict[str, Any] = {}
+    for source in placeholders(gm).values():
+        for extent in shape(source) or ():
+            label = names.get(str(extent))
+            if label is None or isinstance(extent, int):
+                continue
+            first = known.setdefault(label, extent)
+            if first.node.hint == extent.node.hint and first is not extent:
+                bool(first == extent)
+
+
+def symbols_in(values: Iterable[Any]) -> set[Any]:
+    """The symbols that sizes of fake values are made of."""
+    found: set[Any] = set()
+    for item in pytree.tree_leaves(list(values)):
+        sizes = (*item.shape, *item.stride()) if isinstance(item, Tensor) else (item,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                found |= size.node.expr.free_symbols
+    return found
+
+
+def write_environment(environment: Any, used: Collection[Any]) -> dict[str, Any]:
+    """What a shape environment knows of some symbols, as JSON.
+
+    Programs that were made from one another share an environment; `used` are one graph's symbols.
 
     Raises:
         ValueError: it holds sizes that depend on data.
@@ -49,11 +83,14 @@ def write_environment(environment: Any) -> dict[str, Any]:
     hints = _hints(environment)
     symbols: list[list[Any]] = []
     for symbol, bound in environment.var_to_range.items():
+        if symbol not in used:
+            continue
         if symbol not in hints or not str(symbol).startswith("s"):
             raise ValueError(f"the size {symbol} depends on data")
         high = int(bound.upper) if bound.upper.is_finite and bound.upper < _LIMIT else None
         symbols.append([str(symbol), int(hints[symbol]), int(bound.lower), high])
-    return {"symbols": symbols, "guards": [str(g.expr) for g in environment.guards]}
+    guards = [g.expr for g in environment.guards if g.expr.free_symbols <= set(used)]
+    return {"symbols": symbols, "guards": [str(g) for g in guards]}
 
 
 def _hints(environment: Any) -> Mapping[Any, Any]:
@@ -83,9 +120,13 @@ class Symbols:
         number = int(name[1:])
         sources = (f"size{i}" for i in itertools.count())
         source = next(s for s in itertools.islice(sources, 10**5) if _number(s) == number % 100)
+        taken: set[int] = self.environment.unique_ids
+        before = set(range(number % 100, number)) - taken  # numbers are counted on where taken
+        taken |= before
         symbol = self.environment.create_symbol(
             hint, source=ConstantSource(source), dynamic_dim=DimDynamic.DYNAMIC
         )
+        taken -= before
         if str(symbol) != name:
             raise ValueError(f"the symbol {name} cannot be made again")
         upper = sympy.Integer(high) if high is not None else int_oo

@@ -18,8 +18,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..aten import attribute, expression_of, placeholders, shape, source_line, value
+from ..aten import attribute, expression_of, source_line, value
 from ..capture.modes import Attention
+from ..capture.symbols import unify
 from ..errors import PassError
 
 if TYPE_CHECKING:
@@ -160,24 +161,8 @@ def propagate(program: Program) -> int:
     if mode is None:
         return 0
     with _ranges(mode.shape_env, program), quiet():
-        _unify(program)
+        unify(gm, program.symbols)
         return _propagate(gm, mode)
-
-
-def _unify(program: Program) -> None:
-    """Lets the sizes that every call must give equal (they have one name) be one symbol.
-
-    A model may read ids and mask without a product of the two that the graph shows.
-    """
-    known: dict[str, Any] = {}
-    for source in placeholders(program.module).values():
-        for extent in shape(source) or ():
-            label = program.symbols.get(str(extent))
-            if label is None or isinstance(extent, int):
-                continue
-            first = known.setdefault(label, extent)
-            if first.node.hint == extent.node.hint and first is not extent:
-                bool(first == extent)
 
 
 def _propagate(gm: GraphModule, mode: Any) -> int:
