@@ -47,7 +47,9 @@ class Method:
 
 
 _LORA = "lora{rank=8,where=linear}"
-_MEMBER = "serial_adapter{bottleneck=64,norms=false,where=ffn}"
+_MEMBERS = tuple(
+    f"serial_adapter{{name={name},bottleneck=64,norms=false,where=ffn}}" for name in ("a", "b")
+)
 
 METHODS = (
     Method("LoRA", _LORA, (2e-3, 1e-3)),
@@ -64,7 +66,7 @@ METHODS = (
     Method("diff pruning", "diff_pruning{density=0.005}", (1e-4,), tail=0.5),
     Method("PEQA, int4", "peqa{group=64}", (1e-4,)),
     Method("FFN pruned by 1/4, LoRA", f"{_LORA};channel_pruning{{ratio=0.25}}", (2e-3,)),
-    Method("AdapterFusion", "adapter_fusion", (1e-3,), (_MEMBER, _MEMBER)),
+    Method("AdapterFusion", "adapter_fusion", (1e-3,), _MEMBERS),
 )
 
 
