@@ -109,4 +109,4 @@ class CoDA(Method):
             down = torch.empty(self.bottleneck, width)
             down.normal_(0.0, width**-0.5, generator=edit.generator)
             branch = CoDABranch(router.to(like), down.to(like), self)
-            edit.wrap(sites, branch, causal=self.causal == "prefill")
+            edit.wrap(sites, branch, causal=self.causal == "prefill", allow="causal=prefill")

@@ -167,7 +167,14 @@ class Editor(Reading):
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
 
-    def wrap(self, sites: Sequence[SublayerSite], branch: Routed, *, causal: bool = False) -> None:
+    def wrap(
+        self,
+        sites: Sequence[SublayerSite],
+        branch: Routed,
+        *,
+        causal: bool = False,
+        allow: str = "",
+    ) -> None:
         """Runs a stream, from its first to its last given sublayer, on the tokens that a branch
         takes; what it returns for all tokens goes beside.
 
@@ -175,7 +182,7 @@ class Editor(Reading):
             PassError: the region has no single way in and out, tells tokens by their order, or
                 holds causal attention and `causal` does not allow that.
         """
-        region = find_region(self.program, sites, self._nodes, causal)
+        region = find_region(self.program, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {"valid": valid})
         run_on_chosen(self.program, region, path, branch.reduction, valid)

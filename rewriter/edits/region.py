@@ -80,7 +80,11 @@ class Region:
 
 
 def find_region(
-    program: Program, sites: Sequence[SublayerSite], nodes: Mapping[str, Node], causal: bool
+    program: Program,
+    sites: Sequence[SublayerSite],
+    nodes: Mapping[str, Node],
+    causal: bool,
+    allow: str = "",
 ) -> Region:
     """The region of some sublayers of one stream, and of all that lies between them.
 
@@ -89,6 +93,7 @@ def find_region(
         sites: sublayers of one stream.
         nodes: graph nodes by the names that sites use.
         causal: allow attentions in which no token sees a later one.
+        allow: the option that the method has for that, which an error names.
 
     Raises:
         PassError: it has no single way in and out on all tokens, or tells tokens by their place.
@@ -116,7 +121,7 @@ def find_region(
     region = Region(first, entry, read, end, inside, size[1])
     _check(program, region)
     if not causal:
-        _check_causal(program, region)
+        _check_causal(program, region, allow)
     return region
 
 
@@ -233,14 +238,14 @@ def _check_numbers(region: Region, refuse: Callable[[Node, str], None]) -> None:
             refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
 
 
-def _check_causal(program: Program, region: Region) -> None:
+def _check_causal(program: Program, region: Region, allow: str) -> None:
+    remedy = f", or allow it for whole prompts and scoring only, with {allow}" if allow else ""
     names = {n.name for n in region.nodes}
     for site in program.sites:
         if isinstance(site, AttentionSite) and site.causal and names & set(site.nodes):
             raise PassError(
                 f"{site.id} is causal: which of its tokens are taken would depend on later ones, "
-                "which generation does not know. Choose an encoder's blocks with where=, or allow "
-                "it for whole prompts and scoring only, with causal=prefill."
+                f"which generation does not know. Choose an encoder's blocks with where={remedy}."
             )
 
 
