@@ -206,15 +206,9 @@ class RowScale(Branch):
 
 
 class Expression(Branch):
-    """`w' = f(w)`: computes a stored tensor afresh on every forward.
-
-    Class attributes:
-        replaces: it holds the value itself, so the stored tensor leaves the program and
-            `forward` takes no argument.
-    """
+    """`w' = f(w)`: computes a stored tensor afresh on every forward."""
 
     slot = "expression"
-    replaces: ClassVar[bool] = False
 
     def forward(self, *w: Any, **reads: Any) -> Tensor:
         """f(w, **reads), of the shape and dtype of w."""

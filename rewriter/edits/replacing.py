@@ -35,8 +35,9 @@ def express(
     while chained := [u for u in current.users if expression_of(u) == name]:
         current = chained[0]
     with graph.inserting_after(current):
-        args = () if branch.replaces else (current,)
-        made = graph.create_node("call_module", path, args, dict(reads), path.replace(".", "_"))
+        made = graph.create_node(
+            "call_module", path, (current,), dict(reads), path.replace(".", "_")
+        )
     made.meta["expression"] = name
     for source in {current, *stored}:
         for reader in list(source.users):
@@ -106,11 +107,9 @@ def remove(edit: Editor, path: str) -> None:
     found = next(a for a in edit.program.attachments if a.path == path)
     site = edit.program.sites[found.site]
     branch = gm.get_submodule(path)
-    removable = not branch.replaces if isinstance(branch, Expression) else site.kind == "linear"
-    if not removable:
+    if not isinstance(branch, Expression) and site.kind != "linear":
         raise PassError(
-            f"{found.site}: {path} cannot be removed, only branches of linears and expressions "
-            "that read a stored tensor can."
+            f"{found.site}: {path} cannot be removed, only branches of linears and expressions can."
         )
     edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
     if isinstance(branch, Expression):
