@@ -2,9 +2,10 @@
 
 Zhang et al., ICLR 2023, arXiv:2303.10512. `P [out, rank]` and `Q [rank, in]` stay nearly orthogonal
 by a loss term, so that `e [rank]` are like singular values; the least important of all sites become
-zero until a common budget is met (`adalora_budget.py`), and may grow again until the last phase.
-P and Q start normal (std 0.02) and e as zero, so step 0 is the base model. `c = alpha / rank`, also
-when fewer ranks are left. Folds exactly: `W + c P diag(e) Q`.
+zero until a common budget is met, and may grow again until the last phase. The importance of rank i
+is `S(e_i) + mean_j S(P_ji) + mean_j S(Q_ij)`, with S of `rewriter/running/budget.py`; P, Q and the
+optimizer's state go on. P and Q start normal (std 0.02) and e as zero, so step 0 is the base model.
+`c = alpha / rank`, also when fewer ranks are left. Folds exactly: `W + c P diag(e) Q`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.edits.branch import Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program import Program
-from ...rewriter.running.controller import Controller
-from ...rewriter.running.passes import Method
+from ...rewriter.running.budget import BudgetController, Budgeted
+from ...rewriter.running.controller import Controller, Forward
+from ...rewriter.running.passes import Pass
 from ...rewriter.sites.sites import LinearSite
-from .adalora_budget import AdaLoRAController
+from ..merging.bake import Bake
 
 
 class AdaLoRABranch(Delta):
@@ -62,8 +65,36 @@ class AdaLoRABranch(Delta):
         return f"rank={self.e.shape[0]}, scale={self.scale:g}"
 
 
+class RankController(BudgetController):
+    """Keeps P and Q orthogonal, and sets the e of pruned ranks to zero."""
+
+    def parts(self, branch: Any) -> int:
+        return branch.e.numel()
+
+    def importance(self, path: str) -> Tensor:
+        p, e, q = (self.sensitivity.score(f"{path}.{n}") for n in "peq")
+        return e + p.mean(0) + q.mean(1)
+
+    def keep(self, branch: Any, kept: Tensor) -> None:
+        branch.e.masked_fill_(~kept, 0.0)
+
+    def loss(self, outputs: Any, batch: Any, forward: Forward) -> Tensor | None:
+        options = cast(AdaLoRA, self.method)
+        held = [rows for _, b in self.branches() for rows in (b.p.mT, b.q)]
+        if not held or not options.gamma:
+            return None
+        gaps = [orthogonality_gap(rows) for rows in held]
+        if options.orth == "squared_sum":
+            return options.gamma * torch.stack([g.square().sum() for g in gaps]).sum()
+        return options.gamma * torch.stack([g.norm() for g in gaps]).mean()
+
+    def finish(self) -> tuple[Pass, ...]:
+        pruned = self.method.settle(self.program, None, {})
+        return (Bake(names=(self.method.adapter,)),) if pruned else ()
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Method):
+class AdaLoRA(Budgeted):
     """Adds branches whose ranks are pruned to a common budget in training.
 
     Attributes:
@@ -71,47 +102,34 @@ class AdaLoRA(Method):
         target: the budget at the end, in ranks a site on average; two thirds of rank by default.
         alpha: numerator of the scale.
         dropout: probability on the branch's input, in training.
-        warmup, final: steps before and after pruning; below 1, a share of all steps.
-        interval: steps between two prunings (after pruning, and at the last step, every step).
-        beta1, beta2: of the moving averages of importance and of its uncertainty.
         gamma: weight of the orthogonality loss; 0 for none.
         orth: `mean` of all Frobenius norms, as released, or `squared_sum`, as in the paper.
         where: the paper adapts all linears of the blocks.
     """
 
-    controller: ClassVar[type[Controller]] = AdaLoRAController
+    controller: ClassVar[type[Controller]] = RankController
     folds: ClassVar[str] = "exactly"
 
     rank: int = 12
     target: int | None = None
     alpha: float = 16.0
     dropout: float = 0.0
-    warmup: float = 0.1
-    final: float = 0.3
-    interval: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
     gamma: float = 0.1
     orth: Literal["mean", "squared_sum"] = "mean"
     where: str = "q|k|v|o|ffn"
 
     @property
-    def final_rank(self) -> int:
+    def left(self) -> int:
         """The target, or the paper's two thirds of rank."""
         return max(1, round(self.rank / 1.5)) if self.target is None else self.target
 
     def check(self) -> None:
+        super().check()
         self.require(self.rank >= 1, "rank", "at least 1")
-        self.require(0 <= self.final_rank <= self.rank, "target", f"in [0, {self.rank}], the rank")
+        self.require(0 <= self.left <= self.rank, "target", f"in [0, {self.rank}], the rank")
         self.require(math.isfinite(self.alpha), "alpha", "finite")
-        self.require(self.interval >= 1, "interval", "at least 1")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(0 <= self.gamma < math.inf, "gamma", "finite and not negative")
-        for option in ("dropout", "beta1", "beta2"):
-            self.require(0 <= getattr(self, option) < 1, option, "in [0, 1)")
-        for option in ("warmup", "final"):
-            share = getattr(self, option)
-            whole = share < 1 or share == int(share)
-            self.require(share >= 0 and whole, option, "a whole number, or a share below 1")
 
     def insert(self, edit: Editor, site: LinearSite) -> None:
         limit = min(site.in_features, site.out_features)

@@ -12,10 +12,9 @@ Folds exactly: `diag(c) (W + s B A)`.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from ...rewriter.edits.branch import RowScale
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import LinearSite
+from .lora import LoRA, LoRABranch
 
 
 def squared_norms(weight: Tensor) -> Tensor:
@@ -47,15 +46,13 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 
 
 class DoRABranch(RowScale):
-    """Magnitude and low-rank direction; `m [out]` in at least float32, `a [rank, in]`,
-    `b [out, rank]`."""
+    """Magnitude and low-rank direction; `m [out]` in at least float32, and a LoRA's parameters."""
 
-    def __init__(
-        self, m: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, through_norm: bool
-    ) -> None:
+    def __init__(self, m: Tensor, direction: LoRABranch, through_norm: bool) -> None:
         super().__init__()
-        self.m, self.a, self.b = nn.Parameter(m), nn.Parameter(a), nn.Parameter(b)
-        self.scale, self.dropout, self.through_norm = scale, dropout, through_norm
+        self.m, self.a, self.b = nn.Parameter(m), direction.a, direction.b
+        self.scale, self.dropout = direction.scale, direction.dropout
+        self.through_norm = through_norm
 
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
@@ -80,40 +77,17 @@ class DoRABranch(RowScale):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRA(Method):
+class DoRA(LoRA):
     """Adapts the selected linears by a trainable row magnitude and a low-rank direction.
 
     Attributes:
-        rank: of the direction's branch, at most min(in, out).
-        alpha: numerator of the scale.
-        dropout: probability on the branch's input, in training.
-        rslora: scale by alpha / sqrt(rank).
         through_norm: let the gradient through the norm, too, at the cost of its backward.
         where: the paper adapts queries, keys, values and the feed-forward's up and down.
     """
 
-    folds: ClassVar[str] = "exactly"
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    rslora: bool = False
     through_norm: bool = False
     where: str = "q|k|v|ffn.up|ffn.down"
 
-    def check(self) -> None:
-        self.require(self.rank >= 1, "rank", "at least 1")
-        self.require(math.isfinite(self.alpha), "alpha", "finite")
-        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-
     def insert(self, edit: Editor, site: LinearSite) -> None:
-        limit = min(site.in_features, site.out_features)
-        self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
-        weight = edit.weight(site)
-        a = torch.empty(self.rank, site.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)
-        b = torch.zeros(site.out_features, self.rank)
-        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         m = root(squared_norms(edit.matrix(site)))
-        a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
-        edit.rescale(site, DoRABranch(m, a, b, scale, self.dropout, self.through_norm))
+        edit.rescale(site, DoRABranch(m, self.made(edit, site), self.through_norm))

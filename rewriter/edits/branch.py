@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Axes = Mapping[str, tuple[str, ...]]
@@ -46,6 +47,9 @@ class Branch(nn.Module):
     axis: int = -1
     """The axis of the features in the values that the branch reads and writes."""
 
+    lowered: Fused | None = None
+    """The operator that computes it together with its linear, once it is lowered."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("features", None, persistent=False)
@@ -81,10 +85,6 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.lowered: Fused | None = None
-
     def branch(self, *x: Any, **reads: Any) -> Tensor:
         """`f(x, **reads)`: `[..., in] -> [..., out]`."""
         raise NotImplementedError
@@ -101,13 +101,15 @@ class Delta(Branch):
     def forward(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **reads: Tensor
     ) -> Tensor:
+        """f(x), or with a weight `linear(x, weight, bias) + f(x)`, fused where it was lowered."""
         factors = self.factors() if weight is not None else None
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
         y = self.branch(self.features_last(x), **reads)
         if self.features is not None:
             y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
-        return self.features_back(y)
+        y = self.features_back(y)
+        return y if weight is None else F.linear(x, weight, bias) + y
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""

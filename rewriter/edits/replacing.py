@@ -86,7 +86,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     if new is None:
         remove(edit, found.path)
         return
-    new.axis, new.features = old.axis, old.features
+    new.axis, new.features, new.lowered = old.axis, old.features, old.lowered
     new.train(old.training)
     if edit.program.held(found.adapter):
         new.requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.passes.reparameterized.adalora import AdaLoRABranch
-from peftfx.passes.reparameterized.adalora_budget import AdaLoRAController
+from peftfx.passes.reparameterized.adalora import AdaLoRABranch, RankController
 from peftfx.rewriter.errors import OptionError, PassError
 
 from ..models import batch, bert, build, first, llama, moved, randomise
@@ -34,13 +34,13 @@ def reference(
         return model(**inputs)
 
 
-def controller(program: peftfx.Program, steps: int = 100) -> AdaLoRAController:
+def controller(program: peftfx.Program, steps: int = 100) -> RankController:
     """The controller of the only adapter, started for `steps` steps."""
     controllers = peftfx.controllers(program)
     optimizer = torch.optim.AdamW(controllers.param_groups(1e-2))
     controllers.start(optimizer, steps)
     (found,) = controllers.each.values()
-    assert isinstance(found, AdaLoRAController)
+    assert isinstance(found, RankController)
     return found
 
 
@@ -209,15 +209,14 @@ def test_the_papers_regulariser_is_an_option(captured: Any) -> None:
 
 
 def test_the_budget_falls_with_the_cube(captured: Any) -> None:
-    """Steps before, while and after pruning; 72 sites of rank 12, a target of 8."""
+    """Four sites; then the values of 72 sites of rank 12 with a target of 8."""
     _, base = captured["encoder"]
     program = peftfx.run(base, "adalora{rank=12,target=8,warmup=10,final=20,where=q|v}")
-    mine = controller(program, 100)
+    mine = controller(program, 100).budget
+    assert (mine.first, mine.last, mine.warmup, mine.ends) == (48, 32, 10, 80)
+    budget = replace(mine, first=864, last=576)
     steps = (0, 10, 11, 20, 30, 45, 60, 80, 81)
-    mine.branches = lambda: iter([("", type("B", (), {"e": torch.zeros(864)}))])  # type: ignore[method-assign]
-    mine.program = type("P", (), {"history": [type("R", (), {  # type: ignore[assignment]
-        "adapter": "adalora", "edited": range(72)})]})  # fmt: skip
-    assert [mine.budget(t) for t in steps] == [864, 864, 851, 757, 680, 612, 582, 576, 576]
+    assert [budget(t) for t in steps] == [864, 864, 851, 757, 680, 612, 582, 576, 576]
 
 
 def test_importance_follows_its_formula(captured: Any) -> None:
@@ -260,10 +259,12 @@ def test_ties_keep_exactly_the_budget(captured: Any) -> None:
     assert ranks(program) == 8
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_training_prunes_and_finish_removes(captured: Any, parts: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("parts", "lower"), [(1, ""), (2, ""), (1, ";lower{target=cpu}")])
+def test_training_prunes_and_finish_removes(
+    captured: Any, parts: int, lower: str, tmp_path: Path
+) -> None:
     model, base = captured["encoder"]
-    text = "adalora{rank=4,target=1,warmup=2,final=4,where=q|v}"
+    text = "adalora{rank=4,target=1,warmup=2,final=4,where=q|v}" + lower
     program, controllers, optimizer = set_up(base, text, 12, parts)
     before = {n: p.detach().clone() for n, p in program.named_trainable_parameters().items()}
     train(program, controllers, optimizer, range(12), parts)
@@ -287,7 +288,10 @@ def test_training_prunes_and_finish_removes(captured: Any, parts: int, tmp_path:
     assert not peftfx.controllers(smaller).finish().passes
     peftfx.save(smaller, tmp_path / "a")
     loaded = peftfx.load(model, tmp_path / "a")
-    assert torch.equal(first(loaded(**batch())), first(smaller(**batch())))
+    near = 1e-6 if lower else 0.0  # a lowering is not saved
+    torch.testing.assert_close(
+        first(loaded(**batch())), first(smaller(**batch())), rtol=near, atol=near
+    )
     folded = peftfx.run(smaller, "fold")
     torch.testing.assert_close(first(folded(**batch())), want, rtol=1e-4, atol=1e-5)
     assert torch.equal(first(smaller.without("adalora")(**batch())), first(base(**batch())))
@@ -354,7 +358,7 @@ def test_misuse_is_named(captured: Any) -> None:
         peftfx.run(base, "adalora{rank=4,target=9}")
     with pytest.raises(OptionError, match="whole number, or a share"):
         peftfx.run(base, "adalora{rank=4,target=2,warmup=2.5}")
-    assert peftfx.AdaLoRA().final_rank == 8
+    assert peftfx.AdaLoRA().left == 8
     program = peftfx.run(base, "adalora{rank=4,target=2,warmup=30,final=80,where=q}")
     with pytest.raises(PassError, match="leave none of 100 steps"):
         controller(program, 100)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.dora import DoRABranch
+from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits.branch import Expression
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import FoldError, PassError
@@ -69,7 +70,8 @@ def test_gradients_equal_the_direct_formula(through: bool) -> None:
     w, x, bias = (torch.randn(*s, dtype=torch.float64) for s in ((6, 5), (7, 5), (6,)))
     values = {n: torch.randn(*s, dtype=torch.float64) for n, s in
               (("m", (6,)), ("a", (2, 5)), ("b", (6, 2)))}  # fmt: skip
-    branch = DoRABranch(values["m"], values["a"], values["b"], 0.5, 0.0, through)
+    direction = LoRABranch(values["a"], values["b"], 0.5, 0.0)
+    branch = DoRABranch(values["m"], direction, through)
     got = branch(F.linear(x, w, bias), x, w, bias)
     held = {n: t.clone().requires_grad_() for n, t in values.items()}
     v = w + 0.5 * held["b"] @ held["a"]
