@@ -57,7 +57,7 @@ def check(program: peftfx.Program, inputs: dict[str, Tensor]) -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder", "fused", "tied", "bert", "llama"])
+@pytest.mark.parametrize("name", ["encoder", "decoder", "fused", "bert", "llama"])
 def test_models(captured: Any, name: str) -> None:
     inputs = batch(4, 11, pad=3)
     if name == "fused":
@@ -81,7 +81,7 @@ def test_methods(captured: Any, base: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["lora{rank=2};fold", "lora{rank=2};lower", "causal;serial_adapter{reduction=8}"]
+    "recipe", ["lora{rank=2};fold", "lora{rank=2};lower", "causal;serial_adapter{bottleneck=4}"]
 )
 def test_rewritten(captured: Any, recipe: str) -> None:
     program = peftfx.run(captured["decoder"][1], recipe)
@@ -220,10 +220,9 @@ def test_a_module_like_others(captured: Any) -> None:
         module.units(3)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_compiles_in_one_piece(captured: Any, checkpoint: bool) -> None:
+def test_compiles_in_one_piece(captured: Any) -> None:
     program = tuned(captured, "decoder").eval()
-    module = peftfx.outline(program, checkpoint=checkpoint).eval()
+    module = peftfx.outline(program, checkpoint=[0]).eval()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (2, 7)):
         inputs = batch(rows, tokens)

@@ -56,18 +56,17 @@ def size(*parts: Storages) -> int:
 
 
 def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
-    """Runs one forward pass without checkpointing and looks at what autograd saves."""
+    """Runs one forward pass without checkpointing and looks at what autograd would save."""
     blocks = module.blocks
     known = {p.untyped_storage()._cdata for p in module.parameters()}
     saved = Saved({}, tuple({} for _ in blocks), tuple({} for _ in blocks))
     current: list[Storages] = [saved.outside]
 
-    def keep(into: Storages, tensor: Tensor) -> Tensor:
+    def keep(into: Storages, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         copied = any(b.offload and storage._cdata in b.offload.copies for b in blocks)
         if storage._cdata not in known and not copied:
             into[storage._cdata] = storage
-        return tensor
 
     def enter(block: nn.Module, values: tuple[Any, ...]) -> None:
         index = blocks.index(cast("Block", block))

@@ -48,8 +48,10 @@ def outline(
     order = partition(program)
     parts = [one for one in order if isinstance(one, Part)]
     gm = program.module
-    empty = CapturedModule(nn.Module(), Graph())
-    flat = Flat(replace(program, module=empty), copy_graph(gm.graph), type(gm).__name__)
+    nothing = Graph()
+    nothing.output(None)
+    without = replace(program, module=CapturedModule(nn.Module(), nothing))
+    flat = Flat(without, copy_graph(gm.graph), type(gm).__name__)
     module = Outlined(flat, tuple(part.path for part in parts))
     _adopt(module, sharing_module(gm, gm.graph, flat.name))
     for part in parts:
