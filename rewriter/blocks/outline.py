@@ -1,0 +1,134 @@
+"""A program as a module whose transformer blocks are callable submodules, and back.
+
+Names, Parameter objects, outputs and gradients are those of the program. A block sits where its
+parameters have always been (`model.layers.3`), so that engines that work by module (FSDP,
+checkpointing) find both; what passes have inserted stays where it is, below the root.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from ..aten import value
+from ..module import CapturedModule, copy_graph, sharing_module
+from ..program import Program
+from .module import Block, Flat, Outlined
+from .offload import offload as move_out
+from .partition import Part, partition
+
+
+def outline(
+    program: Program,
+    checkpoint: bool | int | Sequence[int] = False,
+    offload: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Outlined:
+    """The program's module with every transformer block as a callable submodule.
+
+    It has the program's Parameter objects, so training it trains the program, and the same
+    inputs, outputs, `state_dict` and parameter names. `blocks` has the blocks.
+
+    Args:
+        program: is not changed.
+        checkpoint: blocks that are computed again for the backward pass: all, none, some by
+            number, or a budget in bytes (see `Outlined.checkpoint`).
+        offload: the frozen parameters of blocks are moved to the CPU, those of the program too
+            since they are the same, and brought to the device when needed. Not compilable.
+        inputs: what a budget is measured on (default: the sample of the capture).
+
+    Raises:
+        BlockError: its blocks are not regular (the message says which layer and why), or an
+            option does not fit.
+    """
+    order = partition(program)
+    parts = [one for one in order if isinstance(one, Part)]
+    gm = program.module
+    nothing = Graph()
+    nothing.output(None)
+    without = replace(program, module=CapturedModule(nn.Module(), nothing))
+    flat = Flat(without, copy_graph(gm.graph), type(gm).__name__)
+    module = Outlined(flat, tuple(part.path for part in parts))
+    _adopt(module, sharing_module(gm, gm.graph, flat.name))
+    for part in parts:
+        block = Block(part, module)
+        _adopt(block, module.get_submodule(part.path))
+        module.set_submodule(part.path, block)
+    _cut(module, order)
+    if offload:
+        move_out(module)
+    if checkpoint is not False:
+        module.checkpoint(checkpoint, inputs)
+    return module
+
+
+def inline(module: Outlined) -> Program:
+    """The flat program of an outlined module, with the Parameter objects that it has now."""
+    flat = module.flat
+    return replace(flat.program, module=sharing_module(module, flat.graph, flat.name))
+
+
+def _adopt(module: nn.Module, holder: nn.Module) -> None:
+    """Takes over the children, parameters and buffers of another module."""
+    module._modules.update(holder._modules)
+    module._parameters.update(holder._parameters)
+    module._buffers.update(holder._buffers)
+    module._non_persistent_buffers_set |= holder._non_persistent_buffers_set
+    module.training = holder.training
+
+
+def _cut(module: Outlined, order: tuple[Part | Node, ...]) -> None:
+    """Gives the root and every block its own part of the graph."""
+    graph = Graph()
+    graph.set_codegen(module.flat.graph._codegen)
+    copied: dict[Node, Node] = {}
+
+    def known(node: Node) -> Node:
+        if node not in copied:
+            copied[node] = graph.node_copy(node, known)
+        return copied[node]
+
+    for one in order:
+        if isinstance(one, Node):
+            if one.op != "get_attr":
+                known(one)
+            continue
+        inner, entering, leaving = _inner(one)
+        module.get_submodule(one.path).trace(inner)  # pyright: ignore
+        call = graph.call_module(one.path, tuple(known(n) for n in entering))
+        call.meta["val"] = value(leaving[0])
+        if len(leaving) == 1:
+            copied[leaving[0]] = call
+            continue
+        call.meta["val"] = tuple(map(value, leaving))
+        for place, node in enumerate(leaving):
+            copied[node] = graph.call_function(operator.getitem, (call, place))
+            copied[node].meta.update(node.meta)
+    module.trace(graph)
+
+
+def _inner(part: Part) -> tuple[Graph, list[Node], list[Node]]:
+    """A block's own graph, the values that enter it, and those that leave."""
+    inside, own = set(part.nodes), f"{part.path}."
+    read = dict.fromkeys(source for node in part.nodes for source in node.all_input_nodes)
+    stored = [n for n in read if n.op == "get_attr" and str(n.target).startswith(own)]
+    entering = [n for n in read if n not in inside and n not in stored]
+    leaving = [n for n in part.nodes if any(user not in inside for user in n.users)]
+    graph = Graph()
+    copied: dict[Node, Node] = {}
+    for node in entering:
+        copied[node] = graph.placeholder(node.name)
+        copied[node].meta.update(node.meta)
+    for node in (*stored, *part.nodes):
+        made = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "get_attr":
+            made.target = str(node.target).removeprefix(own)
+        elif node.op == "call_module":
+            made.target = f"root.{node.target}"
+    results = tuple(copied[n] for n in leaving)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph, entering, leaving
