@@ -18,6 +18,7 @@ from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
 
 if TYPE_CHECKING:
+    from .running.memory import Memory
     from .running.passes import Pass, Plan
     from .running.verify import Certificate
 
@@ -170,6 +171,35 @@ class Program:
         from .running.verify import verify_program
 
         return verify_program(self)
+
+    def memory(
+        self,
+        batch: int | None = None,
+        seq: int | None = None,
+        *,
+        optimizer: str = "adamw",
+        **sizes: int,
+    ) -> Memory:
+        """What training keeps, in the program's mode, without running or allocating anything.
+
+        Args:
+            batch, seq: rows, and tokens of every sequence; what the program's spec calls `batch`
+                and `sequence`.
+            optimizer: name of a torch optimizer, see `running/memory.STATES`.
+            sizes: other dynamic sizes, or single ones, by the names in `program.spec`.
+
+        Raises:
+            InputError: a size is missing, unknown or out of range.
+            OptionError: an unknown optimizer.
+            PassError: a size inside the model depends on values.
+        """
+        from .running.memory import memory
+
+        given: dict[str, int] = {}
+        for size, word in ((batch, "batch"), (seq, "sequence")):
+            known = [n for n in self.spec.sizes if n.startswith(word)] or [word]
+            given |= {} if size is None else dict.fromkeys(known, size)
+        return memory(self, optimizer, **{**given, **sizes})
 
     @property
     def adapters(self) -> tuple[str, ...]:
