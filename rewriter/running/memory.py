@@ -123,6 +123,10 @@ class Share:
 _COLUMNS = tuple(f.name for f in fields(Share))
 
 
+def _figures(share: Share) -> dict[str, int]:
+    return {n: getattr(share, n) for n in (*_COLUMNS, "total")}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a share belongs.
@@ -181,6 +185,15 @@ class Memory(Share):
             found[key(place)] = found.get(key(place), Share()) + share
         return found
 
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name, in bytes."""
+        groups = {"by_method": self.by_method, "by_role": self.by_role, "by_site": self.by_site}
+        return {
+            "sizes": dict(self.sizes), "training": self.training,
+            "optimizer_name": self.optimizer_name, **_figures(self),
+            **{n: {k: _figures(share) for k, share in g.items()} for n, g in groups.items()},
+        }  # fmt: skip
+
     def __str__(self) -> str:
         mode = "training" if self.training else "evaluation"
         given = ", ".join(f"{n} {s}" for n, s in self.sizes.items()) or "fixed sizes"
@@ -190,7 +203,7 @@ class Memory(Share):
             table.add_column(column, justify="right")
 
         def row(name: str, share: Share) -> None:
-            sizes = (*(getattr(share, c) for c in _COLUMNS), share.total)
+            sizes = _figures(share).values()
             table.add_row(name, *(f"{size / 2**20:,.2f}" if size else "-" for size in sizes))
 
         row("all", self)
@@ -289,7 +302,7 @@ def memory(program: Program, optimizer: str = "adamw", **sizes: int) -> Memory:
     if count is None:
         raise OptionError(
             f"there is no optimizer {optimizer!r}. Nearest: {nearest(optimizer, STATES)}. "
-            f"Optimizers: {', '.join(STATES)}; a program with `none` trains nothing."
+            f"Optimizers: {', '.join(STATES)}."
         )
     program.spec.check(sizes)
     if program.module.device.type == "meta":
