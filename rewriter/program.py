@@ -195,11 +195,7 @@ class Program:
         """
         from .running.memory import memory
 
-        given: dict[str, int] = {}
-        for size, word in ((batch, "batch"), (seq, "sequence")):
-            known = [n for n in self.spec.sizes if n.startswith(word)] or [word]
-            given |= {} if size is None else dict.fromkeys(known, size)
-        return memory(self, optimizer, **{**given, **sizes})
+        return memory(self, {"batch": batch, "sequence": seq}, sizes, optimizer)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -240,7 +236,8 @@ class Program:
     # Getting results out.
 
     def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
-        """The tensors under their original names; loads into the original, unmodified model.
+        """The tensors under their original names, in their original dtypes; loads into the
+        original, unmodified model.
 
         A quantised weight is written as the dense matrix that it stands for.
 
@@ -256,13 +253,14 @@ class Program:
 
         held = dict(self._stored())
         held |= dense_weights(self)
+        dtypes = {n: t.dtype for n, t in self.base._stored()}
         state: dict[str, Tensor] = {}
         for name in self.state_names:
             source = name if name in self.untied else self.aliases.get(name, name)
             tensor = held.get(source, self.extras.get(source, self.extras.get(name)))
             if tensor is None:
                 raise ExportError(f"the tensor {name!r} of the original model is lost.")
-            state[name] = tensor.detach()
+            state[name] = tensor.detach().to(dtypes.get(source, tensor.dtype))
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
         extra = [n for n in (*extra, *self.untied) if n not in state]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
 
 import peftfx
 from peftfx.cli import main
@@ -96,7 +97,7 @@ def kept_by_autograd(output: Tensor) -> Iterator[Tensor]:
         seen.add(node)
         held = [getattr(node, n) for n in dir(node) if n.startswith("_saved_")]
         held += getattr(node, "saved_tensors", ())
-        yield from (t for t in torch.utils._pytree.tree_leaves(held) if isinstance(t, Tensor) and t.dim())
+        yield from (t for t in pytree.tree_leaves(held) if isinstance(t, Tensor) and t.dim())
         stack.extend(n for n, _ in node.next_functions)
 
 
@@ -226,7 +227,7 @@ def test_without_storage_and_with_other_inputs(captured: Any, zoo: Any) -> None:
     image = peftfx.capture(models.Convolutional(), kwargs={"x": torch.randn(2, 3, 8, 8)})
     image = peftfx.run(image, "bitfit{where=conv|linear}").train()
     state = {n: b.clone() for n, b in image.module.named_buffers()}
-    sizes = {n: s for n, s in (("sequence", 8), ("sequence_2", 8)) if n in image.spec.sizes}
+    sizes: Any = {n: s for n, s in (("sequence", 8), ("sequence_2", 8)) if n in image.spec.sizes}
     assert image.memory(4, **sizes).saved > 0
     assert all(torch.equal(b, state[n]) for n, b in image.module.named_buffers())
     assert image.memory(4, **sizes).saved == measured(image, {"x": torch.randn(4, 3, 8, 8)})
@@ -258,7 +259,7 @@ def test_bad_input(captured: Any) -> None:
     for sizes, message in cases:
         with pytest.raises(InputError, match=message):
             program.memory(**sizes)
-    with pytest.raises(OptionError, match="no optimizer 'adamm'. Nearest: adam"):
+    with pytest.raises(OptionError, match=r"no optimizer 'adamm'\. Nearest: adam"):
         program.memory(3, 9, optimizer="adamm")
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Delta
+from ...rewriter.edits.branch import Delta, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program import Program
 from ...rewriter.running.controller import Controller
@@ -38,7 +38,7 @@ class AdaLoRABranch(Delta):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.q) * (self.e * self.scale), self.p)
+        return linear(linear(x, self.q) * (self.e * self.scale).to(x.dtype), self.p)
 
     def delta(self) -> Tensor:
         return (self.p * (self.e * self.scale)) @ self.q
@@ -116,8 +116,7 @@ class AdaLoRA(Method):
     def insert(self, edit: Editor, site: LinearSite) -> None:
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
-        weight = edit.weight(site)
-        like = torch.empty(0, device=weight.device, dtype=weight.dtype)
+        like = edit.like(site)
         shapes = (site.out_features, self.rank), (self.rank, site.in_features)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
         e = torch.zeros(self.rank)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import RowScale
+from ...rewriter.edits.branch import RowScale, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import LinearSite
@@ -60,7 +60,7 @@ class DoRABranch(RowScale):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+        return linear(linear(x, self.a) * self.scale, self.b)
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale
@@ -109,11 +109,11 @@ class DoRA(Method):
     def insert(self, edit: Editor, site: LinearSite) -> None:
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
-        weight = edit.weight(site)
+        like = edit.like(site)
         a = torch.empty(self.rank, site.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)
         b = torch.zeros(site.out_features, self.rank)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         m = root(squared_norms(edit.matrix(site)))
-        a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
+        a, b = a.to(like), b.to(like)
         edit.rescale(site, DoRABranch(m, a, b, scale, self.dropout, self.through_norm))

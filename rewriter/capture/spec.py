@@ -231,7 +231,7 @@ class InputSpec:
         if missing := [n for n in self.sizes if n not in sizes]:
             raise InputError(f"the size {missing[0]!r} is not given. {listed}")
         with torch.device("meta"):
-            self._check_sizes(self.example(**sizes))
+            self._check_sizes(self.example(None, **sizes))
 
     def example(self, generator: torch.Generator | None = None, **sizes: int) -> dict[str, Tensor]:
         """Builds valid inputs: filled with `fill`, or random below it with a generator."""

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..aten import placeholders, source_line
 from ..capture.placement import relocate
-from ..errors import InputError, OptionError, PassError, nearest
+from ..errors import OptionError, PassError, nearest
 from ..program import BRANCHES, Program
 from .propagate import quiet
 
@@ -238,9 +238,7 @@ class _Places:
             if not self.nodes[node].site and near:
                 self.nodes[node] = replace(near[-1], method=BASE)
         inserted = {a.path: self._at(a.site, a.adapter) for a in program.attachments}
-        self.tensors = {
-            str(n.target): self.nodes[n] for n in reversed(order) if n.op == "get_attr"
-        }
+        self.tensors = {str(n.target): self.nodes[n] for n in reversed(order) if n.op == "get_attr"}
         for node in order:
             path = str(node.target)
             if node.op == "call_module" and path.startswith(f"{BRANCHES}."):
@@ -296,14 +294,19 @@ class _Runner(nn.Module):
             return run.run(initial_env=taken, enable_io_processing=False)
 
 
-def memory(program: Program, optimizer: str = "adamw", **sizes: int) -> Memory:
-    """See `Program.memory`."""
+def memory(
+    program: Program, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
+) -> Memory:
+    """See `Program.memory`; `common` is for all sizes whose names start so."""
     count = STATES.get(optimizer)
     if count is None:
         raise OptionError(
             f"there is no optimizer {optimizer!r}. Nearest: {nearest(optimizer, STATES)}. "
             f"Optimizers: {', '.join(STATES)}."
         )
+    for word, size in common.items():
+        known = [n for n in program.spec.sizes if n.startswith(word)] or [word]
+        sizes = {**({} if size is None else dict.fromkeys(known, size)), **sizes}
     program.spec.check(sizes)
     if program.module.device.type == "meta":
         program = program.fork()
@@ -345,14 +348,12 @@ def _saved(
     def fake(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return mode.from_tensor(tensor, static_shapes=True)
-        made = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-        )
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return nn.Parameter(made, tensor.requires_grad) if tensor.requires_grad else made
 
     with quiet(), mode, torch.enable_grad():
         state = {f"gm.{name}": fake(tensor) for name, tensor in _stored(gm).items()}
-        inputs = {n: t.to(device) for n, t in program.spec.example(**sizes).items()}
+        inputs = {n: t.to(device) for n, t in program.spec.example(None, **sizes).items()}
         saved = SavedBytes([*state.values(), *inputs.values()])
         runner = _Runner(gm, places, saved)
         outputs = torch.func.functional_call(runner, state, (inputs,))
