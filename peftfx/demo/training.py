@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewriter.running.controller import Controllers
-from ..rewriter.running.memory import SavedBytes
+from ..rewriter.running.saved import SavedBytes
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
 

@@ -1,30 +1,26 @@
 """What training keeps in memory, known before anything runs.
 
-The graph runs on fake tensors, which have shapes but no storage, with autograd on; its hooks see
-what is saved for the backward pass. Parameters, gradients and optimizer states follow from shapes.
-Not counted: what exists for a moment only, and what the loss itself saves.
+Parameters, gradients and optimizer states follow from shapes; what forward saves for backward is
+counted on fake tensors (`saved`). Not counted: what exists for a moment only, the outputs, and
+what the loss itself saves.
 """
 
 from __future__ import annotations
 
 import io
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
 
-from ..aten import placeholders, source_line
 from ..capture.placement import relocate
-from ..errors import OptionError, PassError, nearest
+from ..errors import OptionError, nearest
 from ..program import BRANCHES, Program
-from .propagate import quiet
+from .saved import saved_bytes, storage, stored
 
 STATES = {
     "adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "adadelta": 2,
@@ -34,65 +30,6 @@ STATES = {
 
 BASE = "base"
 """The method of what no adapter inserted or trains."""
-
-
-class _Held:
-    """A saved tensor, for as long as the graph of autograd holds it."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-class SavedBytes:
-    """Counts what autograd saves while it is entered, once for each storage.
-
-    What counts is still held when the context is left, so outputs have to live until then.
-
-    Args:
-        known: tensors that exist anyway (parameters, buffers, inputs) and do not count.
-
-    Attributes:
-        label: what to count the next saved tensors under.
-        by_label: bytes, after the context.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        self._known = {_storage(t) for t in known}
-        self._held: list[tuple[weakref.ref[_Held], Hashable]] = []
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda h: h.tensor)
-        self.label: Hashable = None
-        self.by_label: dict[Hashable, int] = {}
-
-    @property
-    def total(self) -> int:
-        """Bytes of all labels together."""
-        return sum(self.by_label.values())
-
-    def _pack(self, tensor: Tensor) -> _Held:
-        held = _Held(tensor)
-        self._held.append((weakref.ref(held), self.label))
-        return held
-
-    def __enter__(self) -> Self:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-        for reference, label in self._held:
-            held = reference()
-            if held is None or _storage(held.tensor) in self._known:
-                continue
-            self._known.add(_storage(held.tensor))
-            size = held.tensor.untyped_storage().nbytes()
-            self.by_label[label] = self.by_label.get(label, 0) + size
-        self._held.clear()
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 @dataclass(frozen=True)
@@ -262,38 +199,6 @@ _SOLID = ("linear", "experts", "conv", "norm", "embedding", "attention", "mixer"
 """Kinds of sites that compute something; the others group them."""
 
 
-class _Labelled(Interpreter):
-    """Runs a graph, telling before each node where it belongs."""
-
-    def __init__(self, gm: GraphModule, places: Mapping[Node, Place], saved: SavedBytes) -> None:
-        super().__init__(gm)
-        self.places, self.saved = places, saved
-
-    def run_node(self, n: Node) -> Any:
-        self.saved.label = self.places[n]
-        try:
-            return super().run_node(n)
-        except Exception as error:
-            line = source_line(n) or n.format_node()
-            raise PassError(
-                f"memory cannot be told without values at {n.name} ({line}): {error}"
-            ) from error
-
-
-class _Runner(nn.Module):
-    """The graph as a module, so that its tensors can be replaced for one run."""
-
-    def __init__(self, gm: GraphModule, places: Mapping[Node, Place], saved: SavedBytes) -> None:
-        super().__init__()
-        self.gm, self.places, self.saved = gm, places, saved
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        taken: dict[Node, Any] = {n: inputs[name] for name, n in placeholders(self.gm).items()}
-        run = _Labelled(self.gm, self.places, self.saved)
-        with self.saved:
-            return run.run(initial_env=taken, enable_io_processing=False)
-
-
 def memory(
     program: Program, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
 ) -> Memory:
@@ -318,44 +223,17 @@ def memory(
         shares[place] = shares.get(place, Share()) + share
 
     seen: set[tuple[Any, ...]] = set()
-    for name, tensor in _stored(program.module).items():
-        key = (_storage(tensor), tensor.storage_offset(), tensor.shape)
+    for name, tensor in stored(program.module).items():
+        key = (storage(tensor), tensor.storage_offset(), tensor.shape)
         if key not in seen:
             seen.add(key)
             trained = tensor.nbytes if tensor.requires_grad else 0
             place = places.tensors.get(name, _NOWHERE)
             add(place, Share(tensor.nbytes, trained, trained * count))
-    for place, size in _saved(program, places.nodes, sizes).items():
+    for place, size in saved_bytes(program, places.nodes, sizes).items():
         add(place, Share(saved=size))
     whole = sum(shares.values(), Share())
     return Memory(
         *(getattr(whole, c) for c in _COLUMNS), shares=shares, sizes=dict(sizes),
         training=program.training, optimizer_name=optimizer,
     )  # fmt: skip
-
-
-def _stored(gm: GraphModule) -> dict[str, Tensor]:
-    return {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
-
-
-def _saved(
-    program: Program, places: Mapping[Node, Place], sizes: Mapping[str, int]
-) -> dict[Any, int]:
-    """Bytes that one forward saves, by place."""
-    gm, mode = program.module, FakeTensorMode(allow_non_fake_inputs=True)
-    device = torch.device("cpu") if gm.device.type == "meta" else gm.device
-
-    def fake(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return mode.from_tensor(tensor, static_shapes=True)
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return nn.Parameter(made, tensor.requires_grad) if tensor.requires_grad else made
-
-    with quiet(), mode, torch.enable_grad():
-        state = {f"gm.{name}": fake(tensor) for name, tensor in _stored(gm).items()}
-        inputs = {n: t.to(device) for n, t in program.spec.example(None, **sizes).items()}
-        saved = SavedBytes([*state.values(), *inputs.values()])
-        runner = _Runner(gm, places, saved)
-        outputs = torch.func.functional_call(runner, state, (inputs,))
-        del outputs
-    return saved.by_label
