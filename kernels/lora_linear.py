@@ -41,7 +41,8 @@ def lora_linear(
 
     Args:
         x: `[..., K]`, any floating dtype; weight: `[N, K]`; bias: `[N]` or None.
-        a: `[R, K]`; b: `[N, R]`; all of x's dtype (autocast is respected).
+        a: `[R, K]`; b: `[N, R]`, also wider than x, whose dtype is computed in (autocast is
+            respected).
         scale: of the low-rank product.
 
     Returns:
@@ -50,8 +51,9 @@ def lora_linear(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight, a, b = (t.to(dtype) for t in (x, weight, a, b))
+        x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    a, b = a.to(x.dtype), b.to(x.dtype)
     return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale)
 
 

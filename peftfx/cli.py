@@ -1,4 +1,4 @@
-"""The command line: `peftfx sites|methods|print|diff|run|fold|export|verify|demo|search`.
+"""The command line: `peftfx sites|methods|memory|print|diff|run|fold|export|verify|demo|search`.
 
 A user error is one readable line on stderr and exit code 2. `--json` prints one JSON document
 instead of tables, for machines.
@@ -79,9 +79,9 @@ def _say(options: Any, text: str) -> None:
         print(text)
 
 
-def _program(options: Any, passes: str | None = None) -> Program:
+def _program(options: Any, passes: str | None = None, hollow: bool = False) -> Program:
     with progress(options, f"loading {options.model}"):
-        named = load_model(options.model)
+        named = load_model(options.model, hollow)
     with progress(options, "capturing the model as a graph"):
         program = capture(named.model, kwargs=named.example)
     adapter = getattr(options, "adapter", None)
@@ -225,6 +225,15 @@ def list_methods(options: Any) -> Any:
     return [entry.to_json() for entry in found]
 
 
+def memory(options: Any) -> Any:
+    """`peftfx memory MODEL [PASSES] [--batch N] [--seq N]`"""
+    program = _program(options, options.passes, hollow=True).train()
+    sizes = {n: s for n, s in (("batch", options.batch), ("seq", options.seq)) if s is not None}
+    found = program.memory(**sizes, optimizer=options.optimizer)
+    _say(options, str(found))
+    return found.to_json()
+
+
 def _table(entries: list[Entry], counted: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for head in ("method", "class", "inserts", "folds", "paper", "trains")[: 5 + counted]:
@@ -303,6 +312,11 @@ def _parser() -> argparse.ArgumentParser:
     add("passes", passes, "list the passes")
     command = add("methods", list_methods, "list the methods, with what they train on a model")
     command.add_argument("model", nargs="?", help="a model directory, or module:function")
+    command = add("memory", memory, "what training keeps, without weights or a run", model)
+    command.add_argument("passes", nargs="?", help="pipeline text or a .yaml recipe")
+    command.add_argument("--batch", type=int, help="rows, where the model leaves that open")
+    command.add_argument("--seq", type=int, help="tokens, where the model leaves that open")
+    command.add_argument("--optimizer", default="adamw", help="adamw, sgd, momentum, ...")
     command = add("demo", demo, "adapt a real embedding model to a code base for search")
     command.add_argument("--source", help="a Python source tree (default: the standard library)")
     command.add_argument("--all", action="store_true", help="compare all methods")

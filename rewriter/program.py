@@ -18,6 +18,7 @@ from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
 
 if TYPE_CHECKING:
+    from .running.memory import Memory
     from .running.passes import Pass, Plan
     from .running.verify import Certificate
 
@@ -171,6 +172,31 @@ class Program:
 
         return verify_program(self)
 
+    def memory(
+        self,
+        batch: int | None = None,
+        seq: int | None = None,
+        *,
+        optimizer: str = "adamw",
+        **sizes: int,
+    ) -> Memory:
+        """What training keeps, in the program's mode, without running or allocating anything.
+
+        Args:
+            batch, seq: rows, and tokens of every sequence; what the program's spec calls `batch`
+                and `sequence`.
+            optimizer: name of a torch optimizer, see `running/memory.STATES`.
+            sizes: other dynamic sizes, or single ones, by the names in `program.spec`.
+
+        Raises:
+            InputError: a size is missing, unknown or out of range.
+            OptionError: an unknown optimizer.
+            PassError: a size inside the model depends on values.
+        """
+        from .running.memory import memory
+
+        return memory(self, {"batch": batch, "sequence": seq}, sizes, optimizer)
+
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters in this program, in the order of insertion."""
@@ -210,7 +236,8 @@ class Program:
     # Getting results out.
 
     def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
-        """The tensors under their original names; loads into the original, unmodified model.
+        """The tensors under their original names, in their original dtypes; loads into the
+        original, unmodified model.
 
         A quantised weight is written as the dense matrix that it stands for.
 
@@ -226,13 +253,14 @@ class Program:
 
         held = dict(self._stored())
         held |= dense_weights(self)
+        dtypes = {n: t.dtype for n, t in self.base._stored()}
         state: dict[str, Tensor] = {}
         for name in self.state_names:
             source = name if name in self.untied else self.aliases.get(name, name)
             tensor = held.get(source, self.extras.get(source, self.extras.get(name)))
             if tensor is None:
                 raise ExportError(f"the tensor {name!r} of the original model is lost.")
-            state[name] = tensor.detach()
+            state[name] = tensor.detach().to(dtypes.get(source, tensor.dtype))
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
         extra = [n for n in (*extra, *self.untied) if n not in state]

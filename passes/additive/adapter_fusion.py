@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Combine
+from ...rewriter.edits.branch import Combine, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program import Program
 from ...rewriter.running.controller import Controller, Forward
@@ -45,14 +45,14 @@ class AdapterFusionBranch(Combine):
 
     def combine(self, h: Tensor, *updates: Tensor) -> Tensor:
         u = torch.stack(updates, -2)  # [..., members, d]
-        q, shift = F.linear(h, self.query, self.query_bias), 0.0
+        q, shift = linear(h, self.query, self.query_bias), 0.0
         if self.key is not None and self.key_bias is not None:
             # q . (K u + b) = (K^T q) . u + q . b: one product, not one a member
-            q, shift = q @ self.key, (q @ self.key_bias)[..., None]
+            q, shift = linear(q, self.key.mT), linear(q, self.key_bias[None])
         scores = (u @ q[..., None])[..., 0] + shift
         scores = F.dropout(scores, self.dropout, self.training)
         p = (scores / self.temperature).softmax(-1)
-        return F.linear((p[..., None] * u).sum(-2), self.value)
+        return linear((p[..., None] * u).sum(-2), self.value)
 
     def distance(self) -> Tensor:
         """`|I - V|^2`."""

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.soft_topk import coordinate_descent, soft_topk
+from ...rewriter.edits.branch import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.routing import Routed
 from ...rewriter.program import Program
@@ -46,7 +47,7 @@ class CoDABranch(Routed):
         self.epsilon, self.iterations = options.epsilon, options.iterations
 
     def scores(self, x: Tensor) -> Tensor:
-        return x @ self.router
+        return x @ self.router.to(x.dtype)
 
     def weights(self, scores: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
         if self.iterations is None:
@@ -54,7 +55,7 @@ class CoDABranch(Routed):
         return coordinate_descent(scores, count, self.epsilon, self.iterations, valid)
 
     def aside(self, x: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(x, self.down, self.down_bias)), self.up, self.up_bias)
+        return linear(F.gelu(linear(x, self.down, self.down_bias)), self.up, self.up_bias)
 
     def describe(self) -> str:
         return f"1/{self.reduction} of the tokens, bottleneck={self.down.shape[0]}"

@@ -74,9 +74,9 @@ class HyperFormerBranch(Serial):
 
     def update(self, h: Tensor, weights: Tensor | None = None) -> Tensor:
         own = {n: getattr(self, n) for n in self.shapes} if weights is None else self.parts(weights)
-        inner = F.gelu(F.linear(h, own["down"], own["down_bias"]), approximate="tanh")
-        y = F.linear(inner, own["up"], own["up_bias"])
-        return F.layer_norm(y, y.shape[-1:], own["scale"], own["shift"])
+        down, bias, up, up_bias, scale, shift = (own[n].to(h.dtype) for n in self.shapes)
+        y = F.linear(F.gelu(F.linear(h, down, bias), approximate="tanh"), up, up_bias)
+        return F.layer_norm(y, y.shape[-1:], scale, shift)
 
     def settled(self, **decided: Tensor) -> Self:
         fixed = copy.deepcopy(self)

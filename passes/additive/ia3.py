@@ -60,8 +60,7 @@ class IA3(Method):
         if isinstance(site, ExpertsSite):
             edit.skip(site, "a stack of experts: one vector an expert needs the routing")
             return
-        weight = edit.weight(site)
         at_input = site.role == "ffn.down"
         size = site.in_features if at_input else site.out_features
-        ones = torch.ones(size, dtype=weight.dtype, device=weight.device)
+        ones = torch.ones(size).to(edit.like(site))
         edit.scale(site, IA3Input(ones) if at_input else IA3Output(ones))

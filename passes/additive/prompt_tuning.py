@@ -72,9 +72,9 @@ class PromptTuning(Method):
         table = edit.table(site)
         if self.init == "uniform":
             prompt = torch.rand(self.length, site.width, generator=edit.generator) - 0.5
-            prompt = prompt.to(table)
+            prompt = prompt.to(edit.like(site))
         else:
             limit = min(self.common, site.size)
             ids = torch.randint(0, limit, (self.length,), generator=edit.generator)
-            prompt = table.detach()[ids.to(table.device)].clone()
+            prompt = table.detach()[ids.to(table.device)].to(edit.like(site), copy=True)
         edit.prepend_tokens(site, PromptBranch(prompt))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, Serial
+from ...rewriter.edits.branch import Axes, Serial, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method, Plan
 from ...rewriter.running.verify import Contract
@@ -39,9 +39,9 @@ class SerialAdapterBranch(Serial):
         self.activation = activation
 
     def update(self, h: Tensor) -> Tensor:
-        inner = F.linear(h, self.down, self.down_bias)
+        inner = linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
-        return F.linear(inner, self.up, self.up_bias)
+        return linear(inner, self.up, self.up_bias)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"

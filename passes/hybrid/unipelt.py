@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...rewriter.edits.branch import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.gated import GatedDelta, GatedKeyValue, GatedSerial
 from ...rewriter.edits.hidden import Axes, Reach
@@ -55,7 +55,7 @@ class Gate(nn.Module):
         self.axes, self.reach = axes, reach
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        opened = torch.sigmoid(F.linear(hidden, self.weight, self.bias))
+        opened = torch.sigmoid(linear(hidden, self.weight, self.bias))
         return self.axes.mean(opened, valid, self.reach)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
-from ...rewriter.edits.branch import Delta
+from ...rewriter.edits.branch import Delta, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program import Program
 from ...rewriter.running.budget import BudgetController, Budgeted
@@ -41,7 +41,7 @@ class AdaLoRABranch(Delta):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.q) * (self.e * self.scale), self.p)
+        return linear(linear(x, self.q) * (self.e * self.scale).to(x.dtype), self.p)
 
     def delta(self) -> Tensor:
         return (self.p * (self.e * self.scale)) @ self.q
@@ -134,8 +134,7 @@ class AdaLoRA(Budgeted):
     def insert(self, edit: Editor, site: LinearSite) -> None:
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
-        weight = edit.weight(site)
-        like = torch.empty(0, device=weight.device, dtype=weight.dtype)
+        like = edit.like(site)
         shapes = (site.out_features, self.rank), (self.rank, site.in_features)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
         e = torch.zeros(self.rank)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import RowScale
+from ...rewriter.edits.branch import RowScale, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.sites.sites import LinearSite
 from .lora import LoRA, LoRABranch
@@ -57,7 +57,7 @@ class DoRABranch(RowScale):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+        return linear(linear(x, self.a) * self.scale, self.b)
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, Delta
+from ...rewriter.edits.branch import Axes, Delta, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
 from ...rewriter.sites.sites import LinearSite
@@ -34,7 +34,7 @@ class LoRABranch(Delta):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)  # scales rank columns, not out
+        return linear(linear(x, self.a) * self.scale, self.b)  # scales rank columns, not out
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale
@@ -79,10 +79,9 @@ class LoRA(Method):
         """The branch for one site, freshly initialised."""
         limit = min(site.in_features, site.out_features)
         self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
-        weight = edit.weight(site)
+        like = edit.like(site)
         a = torch.empty(self.rank, site.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)
         b = torch.zeros(site.out_features, self.rank)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-        a, b = a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype)
-        return LoRABranch(a, b, scale, self.dropout)
+        return LoRABranch(a.to(like), b.to(like), scale, self.dropout)

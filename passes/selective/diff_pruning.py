@@ -47,8 +47,9 @@ class GatedDelta(DenseDelta):
     def __init__(self, part: Part, stored: Tensor, method: DiffPruning) -> None:
         super().__init__(part, stored)
         self.stretch = method.low, method.high
-        zeros = torch.zeros(part.own_shape, dtype=stored.dtype, device=stored.device)
-        alpha = zeros.to(torch.promote_types(stored.dtype, torch.float32)) + method.alpha
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        zeros = torch.zeros(part.own_shape, dtype=wide, device=stored.device)
+        alpha = zeros + method.alpha
         self.w, self.alpha = nn.Parameter(zeros), nn.Parameter(alpha)
         self.group = nn.Parameter(alpha.new_tensor(method.alpha)) if method.structured else None
 

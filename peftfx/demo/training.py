@@ -15,13 +15,14 @@ import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..rewriter.running.controller import Controllers
+from ..rewriter.running.saved import SavedBytes
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
 
@@ -71,25 +72,6 @@ class Training:
     def memory(self) -> int:
         """Bytes that training holds beside the model itself."""
         return self.saved_bytes + self.state_bytes
-
-
-class SavedBytes:
-    """Counts the distinct storages that autograd saves; parameters are not counted."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._known = {p.untyped_storage().data_ptr() for p in parameters}
-        self.total = 0
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._known.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """A context in which what is saved is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
 
 def contrastive_loss(queries: Tensor, answers: Tensor, temperature: float) -> Tensor:
@@ -174,7 +156,7 @@ def train(
         controllers.begin_forward(chosen)
         queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
         codes, code_mask = tokenizer([p.code for p in chosen], CODE_TOKENS).tensors()
-        with saved.hooks() if step == 0 else contextlib.nullcontext():
+        with saved if step == 0 else contextlib.nullcontext():
             loss = contrastive_loss(
                 pool(query_encoder(queries, query_mask), query_mask),
                 pool(code_encoder(codes, code_mask), code_mask),

@@ -211,6 +211,28 @@ class InputSpec:
             f"Capture again with dynamic={{{name!r}: {{{axis}: 'size'}}}} if the model allows it."
         )
 
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the dynamic sizes."""
+        return tuple(dict.fromkeys(s for i in self.inputs for s in i.shape if isinstance(s, str)))
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Refuses anything but one valid value for every dynamic size.
+
+        Raises:
+            InputError: a size is missing, unknown, no positive integer or out of range.
+        """
+        listed = f"Dynamic sizes: {', '.join(self.sizes) or 'none'} ({self})."
+        for name, size in sizes.items():
+            if name not in self.sizes:
+                raise InputError(f"the program has no dynamic size {name!r}. {listed}")
+            if type(size) is not int or size < 1:
+                raise InputError(f"size {name} must be a positive integer, not {size!r}.")
+        if missing := [n for n in self.sizes if n not in sizes]:
+            raise InputError(f"the size {missing[0]!r} is not given. {listed}")
+        with torch.device("meta"):
+            self._check_sizes(self.example(None, **sizes))
+
     def example(self, generator: torch.Generator | None = None, **sizes: int) -> dict[str, Tensor]:
         """Builds valid inputs: filled with `fill`, or random below it with a generator."""
         made: dict[str, Tensor] = {}

@@ -69,11 +69,12 @@ class Attaching:
         self.skipped.append((site.id, reason))
 
     def like(self, site: Site) -> Tensor:
-        """An empty tensor with the dtype and device of a site's value, for `.to(...)`."""
+        """What new parameters at a site are like, for `.to(...)`: on the device of its value, and
+        of its dtype, but float32 at least (small steps would be rounded away in less)."""
         val = self.node(site.nodes[0]).meta.get("val")
         if not isinstance(val, Tensor):
             raise PassError(f"{site.id} has no recorded value.")
-        return torch.empty(0, dtype=val.dtype, device=val.device)
+        return torch.empty(0, dtype=wide(val.dtype), device=val.device)
 
     @contextlib.contextmanager
     def below(self, name: str) -> Generator[None]:
@@ -134,6 +135,11 @@ class Attaching:
         erase_dead(self.graph_module)
         self.program.shared = unshared(self.graph_module, self.program.shared)
         self.graph_module.recompile()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of this dtype train in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def given(reads: Mapping[str, Value | None]) -> dict[str, Value]:

@@ -19,8 +19,16 @@ Axes = Mapping[str, tuple[str, ...]]
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in the dtype of x; the parameters may be wider (see `Attaching.like`)."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class Branch(nn.Module):
     """Base of all inserted modules.
+
+    Parameters are in float32 at least, and cost little to cast; what a branch returns has the
+    dtype of its operand.
 
     Values of the graph that it reads beside its own operand (a gate, a mask, generated weights)
     are keyword arguments of `forward`, under the names that the method gave to the editor.
@@ -134,7 +142,8 @@ class Scale(Branch):
         return s
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.features_back(self.features_last(x) * self.full_scale())
+        scaled = self.features_last(x) * self.full_scale()  # maybe wider, as in `RowScale`
+        return self.features_back(scaled.to(x.dtype))
 
 
 class InputScale(Scale):

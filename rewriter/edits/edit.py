@@ -43,7 +43,7 @@ from .keyvalue import prepend_key_value
 from .quantised import quantise_weight
 from .read import Reading
 from .region import find_region
-from .replacing import express, settle
+from .replacing import express, settle, widened
 from .route import run_on_chosen
 from .routing import Routed
 from .tokens import prepend_tokens, shift_positions
@@ -236,11 +236,11 @@ class Editor(Reading):
                 parameter.requires_grad_(False)
 
     def train(self, name: str) -> None:
-        """Makes a base parameter trainable, as a tensor of this program's own."""
+        """Makes a base parameter trainable, as a tensor of this program's own: in float32 at
+        least (see `like`), cast where it is read."""
         old = self.graph_module.get_parameter(name)
         if not old.requires_grad:
-            fresh = nn.Parameter(old.detach().clone())
-            set_attribute(self.graph_module, name, fresh)
+            set_attribute(self.graph_module, name, nn.Parameter(widened(self, name)))
         owned = dict(self.program.owned)
         adapter = self.adapter or ""
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))

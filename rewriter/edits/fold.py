@@ -84,13 +84,31 @@ def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
 def _fold_output(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
-    return weight.with_rows(branch.full_scale().detach()), 0.0
+    scale = branch.full_scale().detach()
+    made = weight.with_rows(scale)
+    return made, _scale_lost(weight, made, scale[:, None])
 
 
 def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
-    return weight.with_columns(branch.full_scale().detach()), 0.0
+    scale = branch.full_scale().detach()
+    made = weight.with_columns(scale)
+    return made, _scale_lost(weight, made, scale)
+
+
+def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
+    old = before.dense()
+    wide = torch.promote_types(old.dtype, torch.float32)
+    return _lost(old, old.to(wide) * factor.to(wide), after.dense())
+
+
+def _lost(old: Tensor, exact: Tensor, made: Tensor) -> float:
+    """The share of a tensor's change that rounding it lost; `exact` is in float32 at least."""
+    if made.dtype == exact.dtype:
+        return 0.0
+    change = float((exact - old).norm())
+    return float((made - exact).norm()) / change if change else 0.0
 
 
 RULES: tuple[tuple[Pattern, Fold], ...] = (
@@ -172,7 +190,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     if attachment.reads:
         return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
     if isinstance(branch, Expression):
-        return _fold_expression(edit, attachment, branch)
+        return _fold_expression(edit, attachment, branch, result)
     site = edit.program.sites[attachment.site]
     if not isinstance(site, LinearSite):
         return f"not foldable: {site.kind} sites have no weight"
@@ -210,7 +228,9 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     return None
 
 
-def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -> str | None:
+def _fold_expression(
+    edit: Editor, attachment: Attachment, branch: Expression, result: Folding
+) -> str | None:
     """Stores the value of an expression under the parameter's name."""
     gm = edit.graph_module
     call = next(n for n in gm.graph.nodes if n.target == attachment.path)
@@ -225,6 +245,9 @@ def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -
         )
     with torch.no_grad():
         made = branch.eval()(held.detach()).clone()  # in training it may be random
+        if (wide := torch.promote_types(made.dtype, torch.float32)) != made.dtype:
+            exact = branch(held.detach().to(wide))
+            result.lost = max(result.lost, _lost(held.detach(), exact, made))
     if not all_finite(made):
         raise NonFiniteError(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..aten import expression_of
+from ..aten import ATEN, expression_of
 from ..errors import PassError
 from ..sites.sites import LinearSite
+from .attach import wide
 from .branch import Branch, Expression
 from .compose import compose
 from .pattern import linear_parts
@@ -50,6 +51,21 @@ def express(
     for reader in readers:
         for source in sources:
             reader.replace_input_with(source, made)
+    return made
+
+
+def widened(edit: Editor, name: str) -> Tensor:
+    """A copy of a stored tensor in the dtype that it trains in; the graph casts it back."""
+    stored = edit.graph_module.get_parameter(name).detach()
+    made = stored.to(wide(stored.dtype), copy=True)
+    if made.dtype == stored.dtype:
+        return made
+    graph = edit.graph_module.graph
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
+        node.meta.pop("val", None)
+        with graph.inserting_after(node):
+            cast = graph.call_function(ATEN.to.dtype, (node, stored.dtype))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
     return made
 
 

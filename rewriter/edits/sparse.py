@@ -126,7 +126,7 @@ class DenseDelta(Expression):
 
     def __init__(self, part: Part, stored: Tensor) -> None:
         super().__init__()
-        self.part, self.dtype = part, stored.dtype
+        self.part = part
         rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
         self.register_buffer("rows", rows, persistent=False)
 
@@ -154,7 +154,7 @@ class DenseDelta(Expression):
             return None
         with torch.no_grad():
             like = self.delta(False)
-            whole = self._added(like.new_zeros(self.part.shape, dtype=self.dtype), False)
+            whole = self._added(like.new_zeros(self.part.shape), False)
             values = whole.flatten()[indices.to(whole.device, torch.int64)]
         return SparseDelta(indices if whole.is_meta else indices.to(whole.device), values)
 
@@ -169,7 +169,7 @@ class SparseDelta(Expression):
     Args:
         indices: int32 or int64. They are not part of the state dict: the plan that decided them
             stores them.
-        values: dtype of w.
+        values: of the dtype of w, or wider.
     """
 
     def __init__(self, indices: Tensor, values: Tensor) -> None:
@@ -179,7 +179,8 @@ class SparseDelta(Expression):
         self.values = nn.Parameter(values)
 
     def forward(self, w: Tensor) -> Tensor:
-        return w.flatten().scatter_add(0, self.indices.long(), self.values).view(w.shape)
+        flat, values = w.flatten(), self.values.to(w.dtype)
+        return flat.scatter_add(0, self.indices.long(), values).view(w.shape)
 
     def describe(self) -> str:
         return f"{self.values.numel():,} entries"

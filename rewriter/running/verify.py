@@ -186,8 +186,8 @@ def bound(program: Program, measured: dict[str, float]) -> float:
     `TOLERANCE` of the dtype; where `measured` exceeds that, eight times the network's own
     sensitivity to one rounding of every weight, which is then added to `measured`.
     """
-    dtype = next((p.dtype for p in program.module.parameters()), torch.float32)
-    allowed = TOLERANCE.get(dtype, 2e-5)
+    dtypes = {p.dtype for p in program.module.parameters()} or {torch.float32}
+    allowed = max(TOLERANCE.get(dtype, 2e-5) for dtype in dtypes)
     if measured["max_rel"] > allowed:
         measured["rounding"] = rounding(program)
         allowed = max(allowed, 8 * measured["rounding"])

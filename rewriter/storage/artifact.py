@@ -295,7 +295,8 @@ def _tensors_of(
             raise CorruptFileError(
                 f"{where}: the tensor {name!r} of adapter {adapter!r} is missing."
             )
-        if given.shape != tensor.shape or given.dtype != tensor.dtype:
+        wider = torch.promote_types(given.dtype, tensor.dtype) != tensor.dtype
+        if given.shape != tensor.shape or wider:
             raise CorruptFileError(
                 f"{where}: {name!r} is {tuple(given.shape)} {given.dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}."

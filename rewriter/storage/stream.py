@@ -219,12 +219,12 @@ def _copy(
         if folded is None:
             new.write(piece)
     if folded is not None:
-        if folded.dtype != entry.dtype or tuple(folded.shape) != entry.shape:
+        if tuple(folded.shape) != entry.shape:
             raise FoldError(
-                f"{name}: the folded tensor is {folded.dtype} {tuple(folded.shape)}, but the "
-                f"checkpoint's is {entry.dtype} {entry.shape}."
+                f"{name}: the folded tensor is {tuple(folded.shape)}, but the checkpoint's is "
+                f"{entry.shape}."
             )
-        new.write(tensor_bytes(folded))
+        new.write(tensor_bytes(folded.to(entry.dtype)))  # what trained may be wider
     return digest.hexdigest()
 
 
