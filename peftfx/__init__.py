@@ -26,7 +26,8 @@ from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
 from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
-from .trainers import lightning_callback, trainer_callback
+from .training.lightning import lightning_callback
+from .training.trainer import trainer_callback
 
 __version__ = VERSION
 

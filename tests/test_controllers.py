@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx import trainers
+from peftfx.training import trainer as trainers
 from peftfx.rewriter.errors import ArtifactError, PassError
 from peftfx.rewriter.running.controller import Controller
+from peftfx.training.state import read_state
 
 from .models import batch, first, llama
 from .recipes import METHODS, start
@@ -287,7 +288,7 @@ def test_trainer_goes_on_where_it_stopped(labelled: Any, tmp_path: Path) -> None
     data = (checkpoint / trainers.STATE).read_bytes()
     (checkpoint / trainers.STATE).write_bytes(data[:-7])
     with pytest.raises(ArtifactError, match="damaged"):
-        trainers.read_state(checkpoint / trainers.STATE)
+        read_state(checkpoint / trainers.STATE)
 
 
 @pytest.mark.parametrize("labels", [True, False])
