@@ -76,8 +76,9 @@ class ControllersCallback:
         """
         if self.batch is None:
             raise PassError(
-                "the trainer took a step without running the program. Give it program.module of "
-                "the program that peftfx.controllers(program) was made for."
+                "the trainer took a step without a training forward of the program. Give it the "
+                "module of the program that peftfx.controllers(program) was made for, in training "
+                "mode: program.train() (Lightning keeps the mode that it finds)."
             )
         owing = [n for n, c in self.controllers.each.items() if type(c).loss is not Controller.loss]
         if self._due and owing:

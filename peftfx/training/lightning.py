@@ -11,7 +11,7 @@
         def configure_optimizers(self):
             return torch.optim.AdamW(self.controllers.param_groups(lr=1e-3))
 
-    controllers = peftfx.controllers(program)
+    controllers = peftfx.controllers(program.train())
     trainer = lightning.pytorch.Trainer(callbacks=[peftfx.lightning_callback(controllers)], ...)
     trainer.fit(Tuning(program, controllers), batches)
     program = peftfx.run(program, controllers.finish())
