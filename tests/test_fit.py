@@ -100,7 +100,7 @@ def test_a_labelled_program_needs_no_loss() -> None:
     data = [{"x": torch.randn(3, 4), "labels": torch.ones(3, 4)} for _ in range(4)]
     base = peftfx.capture(Model().eval(), kwargs=data[0])
     seen: list[tuple[int, float]] = []
-    program = peftfx.run(base, "lora{rank=2,where=linear};bitfit")
+    program = peftfx.run(base, "lora{rank=2,where=linear};bitfit{where=linear}")
     done = peftfx.fit(
         program, torch.utils.data.DataLoader(data, batch_size=None), lr=0.1, epochs=5,
         progress=lambda step, loss: seen.append((step, loss)),
@@ -111,8 +111,6 @@ def test_a_labelled_program_needs_no_loss() -> None:
 
 def test_interrupting_keeps_what_was_learnt(captured: Any) -> None:
     _, base = captured["decoder"]
-    straight = peftfx.run(base, LORA)
-    peftfx.fit(straight, batches(2), loss_of, steps=4, progress=lambda step, _: _stop_at(step, 4))
     program = peftfx.run(base, LORA)
 
     def interrupted() -> Iterator[Any]:
@@ -120,22 +118,21 @@ def test_interrupting_keeps_what_was_learnt(captured: Any) -> None:
         raise KeyboardInterrupt
 
     done = peftfx.fit(program, interrupted(), loss_of, steps=4, progress=False)
-    again = peftfx.run(base, LORA)
-    same(done.program, _two_of_four(again))
+    same(done.program, _two_of_four(peftfx.run(base, LORA)))
     assert done.stopped and len(done.losses) == 2 and done.program is program
     assert all(p.grad is None for p in program.trainable_parameters()) and not program.training
     nothing = peftfx.fit(program, interrupted(), loss_of, steps=4, accumulate=3, progress=False)
     assert nothing.stopped and nothing.losses == () and nothing.program is program
 
 
-def _stop_at(step: int, last: int) -> None:
-    if step == last:
-        raise KeyboardInterrupt
-
-
 def _two_of_four(program: peftfx.Program) -> peftfx.Program:
-    report = lambda step, _: _stop_at(step, 2)  # noqa: E731
-    return peftfx.fit(program, batches(2), loss_of, steps=4, progress=report).program
+    """Stopped from outside, after the second of four steps."""
+
+    def stop(step: int, loss: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    return peftfx.fit(program, batches(2), loss_of, steps=4, progress=stop).program
 
 
 def test_what_is_not_finite_is_not_applied(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

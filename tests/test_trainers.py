@@ -312,7 +312,7 @@ def test_misuse_is_named(
     """Another program's module, and a loss that lacks the controllers' terms."""
     made, _ = controlled(peftfx.run(labelled, LORA), tmp_path, "tokens", max_steps=1)
     made.model = made.model_wrapped = peftfx.run(labelled, LORA).module
-    with pytest.raises(PassError, match="without a training forward of the program"):
+    with pytest.raises(PassError, match="did not run the program"):
         made.train()
     program = peftfx.run(captured["decoder"][1], record(monkeypatch))
     made, _ = controlled(

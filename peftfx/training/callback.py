@@ -61,7 +61,12 @@ class ControllersCallback:
             self._hooks.pop().remove()
 
     def term(self, outputs: Any) -> Any:
-        """What the controllers add to the loss of the last forward, 0.0 if nothing."""
+        """What the controllers add to the loss of the last forward, 0.0 if nothing.
+
+        Raises:
+            PassError: there was no training forward.
+        """
+        self._require_forward()
         self._inside = True  # a second forward of theirs is none of ours
         try:
             return self.controllers.loss(outputs, self.batch, self.controllers.program)
@@ -72,14 +77,9 @@ class ControllersCallback:
         """Before the optimizer's step.
 
         Raises:
-            PassError: the program did not run, or the loss lacks the controllers' terms.
+            PassError: there was no training forward, or the loss lacks the controllers' terms.
         """
-        if self.batch is None:
-            raise PassError(
-                "the trainer took a step without a training forward of the program. Give it the "
-                "module of the program that peftfx.controllers(program) was made for, in training "
-                "mode: program.train() (Lightning keeps the mode that it finds)."
-            )
+        self._require_forward()
         owing = [n for n, c in self.controllers.each.items() if type(c).loss is not Controller.loss]
         if self._due and owing:
             raise PassError(
@@ -87,6 +87,14 @@ class ControllersCallback:
                 f"they could be added to. {self.how}"
             )
         self.controllers.before_step(step)
+
+    def _require_forward(self) -> None:
+        if self.batch is None:
+            raise PassError(
+                "the trainer did not run the program in training mode. Give it the module of "
+                "the program that peftfx.controllers(program) was made for, and call "
+                "program.train() (Lightning keeps the mode that it finds)."
+            )
 
     def _before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if module.training and not self._inside:
