@@ -15,6 +15,7 @@ from typing import Any
 
 from .drawing import draw_sites
 from .registry import load_passes
+from .rewriter.blocks.outline import inline, outline
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.program import Program
@@ -62,11 +63,13 @@ __all__ = [
     "export_onnx",
     "fit",
     "fold_checkpoint",
+    "inline",
     "lightning_callback",
     "load",
     "load_program",
     "load_weights",
     "observe",
+    "outline",
     "parse",
     "run",
     "save",
