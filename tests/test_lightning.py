@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,31 @@ from .models import batch
 pytestmark = [
     # lightning asks a deprecated question about its own trees
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
-    # the tests' loaders are lists in memory
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Consider setting `persistent_workers=True`"),
+    # both runs of a test write to one folder
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
+
+
+class Batches:
+    """The loop's batches, which can go on in the middle, as Lightning asks of a loader."""
+
+    def __init__(self) -> None:
+        self.following = 0
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while self.following < STEPS:
+            self.following += 1
+            yield batch(seed=self.following - 1)
+        self.following = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"following": self.following}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.following = state["following"]
 
 
 class Tuning(pl.LightningModule):
@@ -48,16 +70,18 @@ def tuning(program: peftfx.Program, base: bool = False, terms: bool = True) -> T
     return Tuning(program, callback, terms)
 
 
-def fit(made: Tuning, folder: Path, resume: Path | None = None, **options: Any) -> Any:
-    """Trains on the loop's batches; every fourth step writes a checkpoint."""
-    rows: Any = [batch(seed=i) for i in range(STEPS)]
+def fit(made: Tuning, folder: Path | None, resume: Path | None = None, **options: Any) -> Any:
+    """Trains on the loop's batches; with a folder, every fourth step writes a checkpoint."""
     usual: dict[str, Any] = {
         "max_steps": STEPS, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-        "enable_model_summary": False,
+        "enable_model_summary": False, "enable_checkpointing": folder is not None,
     }  # fmt: skip
-    every = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
-    trainer = pl.Trainer(callbacks=[made.callback, every], **usual | options)
-    trainer.fit(made, torch.utils.data.DataLoader(rows, batch_size=None), ckpt_path=resume)
+    callbacks = [made.callback]
+    if folder:
+        every = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        callbacks.append(every)
+    trainer = pl.Trainer(callbacks=callbacks, **usual | options)
+    trainer.fit(made, Batches(), ckpt_path=resume)
     return trainer
 
 
@@ -91,11 +115,11 @@ def test_what_a_checkpoint_holds(captured: Any, base: bool, tmp_path: Path) -> N
     assert set(trained) < set(everything)
 
 
-def test_bfloat16_accumulated_equals_autocast(captured: Any, tmp_path: Path) -> None:
+def test_bfloat16_accumulated_equals_autocast(captured: Any) -> None:
     _, base = captured["decoder"]
     program = peftfx.run(base, "lora{rank=2,where=q|v}").train()
     made = tuning(program)
-    fit(made, tmp_path, precision="bf16-mixed", accumulate_grad_batches=2, max_steps=4)
+    fit(made, None, precision="bf16-mixed", accumulate_grad_batches=2, max_steps=4)
     straight, _, optimizer = fresh(peftfx.run(base, "lora{rank=2,where=q|v}").train())
     losses: list[float] = []
     for index in range(STEPS):
@@ -110,14 +134,14 @@ def test_bfloat16_accumulated_equals_autocast(captured: Any, tmp_path: Path) -> 
     same(program, straight)
 
 
-def test_calls_in_order(captured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_calls_in_order(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program = peftfx.run(captured["decoder"][1], record(monkeypatch)).train()
     made = tuning(program)
-    fit(made, tmp_path, accumulate_grad_batches=2, max_steps=3)
+    fit(made, None, accumulate_grad_batches=2, max_steps=3)
     assert recorder(made.callback.controllers).seen == [("start", 3), *expected(range(3), parts=2)]
 
 
-def test_misuse_is_named(captured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_misuse_is_named(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning keeps the mode that it finds; terms and an end are needed."""
     _, base = captured["decoder"]
     program = peftfx.run(base, record(monkeypatch))
@@ -125,9 +149,9 @@ def test_misuse_is_named(captured: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
         pytest.warns(UserWarning, match="in eval mode at the start of training"),
         pytest.raises(PassError, match=r"did not run the program.*call program\.train\(\)"),
     ):
-        fit(tuning(program), tmp_path)
+        fit(tuning(program), None)
     with pytest.raises(PassError, match=r"lacks the terms of lora.*callback\.term"):
-        fit(tuning(program.train(), terms=False), tmp_path)
+        fit(tuning(program.train(), terms=False), None)
     with pytest.raises(PassError, match="no end"):
-        fit(tuning(program), tmp_path, max_steps=-1, max_epochs=-1)
+        fit(tuning(program), None, max_steps=-1, max_epochs=-1)
     assert not program.module._forward_hooks and not program.module._load_state_dict_pre_hooks

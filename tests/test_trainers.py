@@ -99,18 +99,22 @@ def labelled(tied: Any) -> peftfx.Program:
     return peftfx.capture(tied, kwargs=labelled_batch("tokens", 0))
 
 
-@pytest.fixture(scope="module")
-def classifier() -> peftfx.Program:
-    """BERT with two classes, its loss in the graph, without dropout."""
+def bert_classifier() -> Any:
+    """BERT with two classes, without dropout."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(
+    return BertForSequenceClassification(BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-    ))  # fmt: skip
-    return peftfx.capture(model.eval(), kwargs=labelled_batch("class", 0))
+    )).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifier() -> peftfx.Program:
+    """The same, computing its own loss."""
+    return peftfx.capture(bert_classifier(), kwargs=labelled_batch("class", 0))
 
 
 # Without any callback: a program is a model like any other.

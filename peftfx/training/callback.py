@@ -12,8 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..rewriter.blocks.outline import Outlined
 from ..rewriter.errors import PassError
 from ..rewriter.running.controller import Controller, Controllers
+
+
+def release(handles: list[Any]) -> None:
+    """Removes hooks from their modules."""
+    while handles:
+        handles.pop().remove()
 
 
 class ControllersCallback:
@@ -36,15 +43,15 @@ class ControllersCallback:
         self._hooks: list[Any] = []
 
     def module(self, model: nn.Module) -> nn.Module:
-        """What runs the program when a trainer runs `model`: its module."""
-        del model
-        return self.controllers.program.module
+        """What runs the program when a trainer runs `model`: its module, or an outlined one."""
+        outlined = (inner for inner in model.modules() if isinstance(inner, Outlined))
+        return next(outlined, self.controllers.program.module)
 
     def begin(
         self, model: nn.Module, optimizer: Any, total_steps: int, state: Mapping[str, Any] | None
     ) -> None:
         """Starts the controllers, with the state of a checkpoint if there is one."""
-        self.end()
+        release(self._hooks)
         self.batch = None
         self.controllers.start(optimizer, total_steps)
         if state is not None:
@@ -57,8 +64,7 @@ class ControllersCallback:
 
     def end(self) -> None:
         """Stops listening to the program."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        release(self._hooks)
 
     def term(self, outputs: Any) -> Any:
         """What the controllers add to the loss of the last forward, 0.0 if nothing.

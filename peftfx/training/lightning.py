@@ -27,7 +27,7 @@ from typing import Any
 
 from ..rewriter.errors import PassError
 from ..rewriter.running.controller import Controllers
-from .callback import ControllersCallback
+from .callback import ControllersCallback, release
 from .partial import fill_in, frozen_base
 
 
@@ -41,13 +41,10 @@ class ForLightning(ControllersCallback):
         self.step = 0
         self.left_out = frozenset[str]() if base else frozen_base(controllers.program)
         self._held: Mapping[str, Any] | None = None
-        self._loading: Any = None
+        self._loading: list[Any] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._loading = fill_in(self.module(pl_module), self.left_out)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._loading.remove()
+        self._loading.append(fill_in(self.module(pl_module), self.left_out))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         total = trainer.estimated_stepping_batches
@@ -66,11 +63,15 @@ class ForLightning(ControllersCallback):
             self.controllers.after_step(self.step)
             self.step = trainer.global_step
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.end()
+
+    def end(self) -> None:
+        super().end()
+        release(self._loading)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         module = self.module(pl_module)

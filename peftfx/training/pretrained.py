@@ -47,11 +47,14 @@ SWITCHES = {
 class Prompt(nn.Module):
     """Stands for an encoder that `generate` runs first: the program runs its own every time."""
 
+    def __init__(self, main_input_name: str) -> None:
+        super().__init__()
+        self.main_input_name = main_input_name
+
     def forward(self, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutput
 
-        name = next(n for n in ("input_ids", "input_features", "input_values") if n in kwargs)
-        return BaseModelOutput(last_hidden_state=kwargs[name])
+        return BaseModelOutput(last_hidden_state=kwargs[self.main_input_name])
 
 
 class ForPretrained:
@@ -76,6 +79,8 @@ class ForPretrained:
         for name, buffer in program.module.named_buffers(recurse=False):
             me.register_buffer(name, buffer)
         me.train(program.training)
+        if isinstance(encoder := me._modules.get("encoder"), nn.Module):
+            encoder.main_input_name = self.main_input_name  # pyright: ignore  # generate asks it
         if me.can_generate():
             me.generation_config.use_cache = False
             for name, token in program.generation.items():
@@ -142,7 +147,7 @@ class ForPretrained:
 
     def get_encoder(self, modality: str | None = None) -> Any:
         del modality
-        return Prompt() if self.config.is_encoder_decoder else self
+        return Prompt(self.main_input_name) if self.config.is_encoder_decoder else self
 
     def save_pretrained(
         self,

@@ -29,7 +29,7 @@ from ..rewriter.running.controller import Controllers
 from ..rewriter.storage.artifact import base_difference, read, save
 from ..rewriter.storage.files import write_file
 from ..rewriter.storage.identity import tensor_digest
-from .callback import ControllersCallback
+from .callback import ControllersCallback, release
 from .partial import fill_in, frozen_base, leave_out
 from .state import read_state, state_bytes
 
@@ -72,7 +72,7 @@ class ForTrainer(ControllersCallback):
         return loss
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self._release(self._loading)
+        release(self._loading)
         self._loading = [fill_in(self.module(model), self.left_out)]
 
     def on_train_begin(
@@ -83,7 +83,7 @@ class ForTrainer(ControllersCallback):
         self.begin(model, optimizer, state.max_steps, held)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._release(self._saving)
+        release(self._saving)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.before_step(state.global_step)
@@ -92,7 +92,7 @@ class ForTrainer(ControllersCallback):
         self.controllers.after_step(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self._release(self._saving)
+        release(self._saving)
         self._saving = [leave_out(self.module(model), self.left_out)]  # checkpoints come next
 
     on_epoch_end = on_step_end
@@ -110,11 +110,7 @@ class ForTrainer(ControllersCallback):
 
     def end(self) -> None:
         super().end()
-        self._release(self._saving)
-
-    def _release(self, handles: list[Any]) -> None:
-        while handles:
-            handles.pop().remove()
+        release(self._saving)
 
     def _held(self, args: Any, step: int) -> Mapping[str, Any]:
         """The state in the checkpoint that training goes on from."""
