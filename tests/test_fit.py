@@ -97,7 +97,7 @@ def test_a_labelled_program_needs_no_loss() -> None:
             return {"loss": (y - labels).pow(2).mean(), "y": y}
 
     torch.manual_seed(0)
-    data = [{"x": torch.randn(3, 4), "labels": torch.ones(3, 4)} for _ in range(4)]
+    data: Any = [{"x": torch.randn(3, 4), "labels": torch.ones(3, 4)} for _ in range(4)]
     base = peftfx.capture(Model().eval(), kwargs=data[0])
     seen: list[tuple[int, float]] = []
     program = peftfx.run(base, "lora{rank=2,where=linear};bitfit{where=linear}")

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import peftfx
@@ -78,7 +79,7 @@ def fit(made: Tuning, folder: Path | None, resume: Path | None = None, **options
     }  # fmt: skip
     callbacks = [made.callback]
     if folder:
-        every = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        every = ModelCheckpoint(folder, "{step}", every_n_train_steps=4, save_top_k=-1)
         callbacks.append(every)
     trainer = pl.Trainer(callbacks=callbacks, **usual | options)
     trainer.fit(made, Batches(), ckpt_path=resume)

@@ -141,10 +141,11 @@ def test_an_encoder_decoder_generates() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    model: Any = T5ForConditionalGeneration(T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
-    )).eval()  # fmt: skip
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
+        "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    model: Any = T5ForConditionalGeneration(T5Config(**options)).eval()
     inputs = batch(3, 7, pad=2)
     program = peftfx.capture(
         model, kwargs={**inputs, "decoder_input_ids": batch(3, 4)["input_ids"]}

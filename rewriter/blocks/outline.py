@@ -145,13 +145,16 @@ def outline(program: Program) -> Outlined:
     gm = program.module
     empty = CapturedModule(nn.Module(), Graph())
     flat = Flat(replace(program, module=empty), copy_graph(gm.graph), type(gm).__name__)
-    module = Outlined(flat, tuple(part.path for part in parts))
+    kind: Any = type(flat.name, (Outlined,), {})
+    module: Outlined = kind(flat, tuple(part.path for part in parts))
     _adopt(module, sharing_module(gm, gm.graph, flat.name))
     for part in parts:
         block = Block(part, module)
         _adopt(block, module.get_submodule(part.path))
         module.set_submodule(part.path, block)
     _cut(module, order)
+    bound: Any = module.forward
+    kind.forward = bound.__func__  # trainers look up inputs and labels in the class
     return module
 
 
