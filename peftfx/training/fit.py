@@ -97,7 +97,8 @@ def fit(
         autocast: bfloat16 for mixed precision.
         seed: seeds dropout and the methods' own draws.
         dropout: train in training mode; False keeps evaluation mode.
-        forward: how a batch runs the program; by default `program(**batch)`.
+        forward: how a batch runs the program; by default `program(**batch)`. It may return the
+            loss itself.
         progress: show a bar on stderr, or call `progress(steps done, loss)` after every step.
 
     Raises:
