@@ -182,17 +182,20 @@ def test_labels_can_stay_outside(tied: Any, labelled: peftfx.Program, tmp_path: 
 
 
 def test_an_outlined_program_is_a_model(classifier: peftfx.Program, tmp_path: Path) -> None:
-    """Its labels are found in its class, and it trains as the flat one, controllers included."""
+    """Its labels are found in its class, and it trains as the flat one, with its blocks checkpointed."""
     flat, program = (peftfx.run(classifier, TEXT) for _ in range(2))
     controlled(flat, tmp_path / "a", "class")[0].train()
     module = peftfx.outline(program)
-    made, mine = controlled(program, tmp_path / "b", "class", model=module)
+    made, mine = controlled(
+        program, tmp_path / "b", "class", model=module, gradient_checkpointing=True
+    )
     assert made.label_names == ["labels"] and made.evaluate()["eval_loss"] > 0
     made.train()
     same(program, flat)
     assert mine.state_dict()["adalora"]["sensitivity"]
     held = safetensors.torch.load_file(tmp_path / "b" / "checkpoint-4" / "model.safetensors")
     assert set(held) == set(program.named_trainable_parameters())
+    assert all(block.checkpointed for block in module.blocks)
 
 
 @pytest.mark.parametrize("method", METHODS)

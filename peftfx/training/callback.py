@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..rewriter.blocks.outline import Outlined
+from ..rewriter.blocks.module import Outlined
 from ..rewriter.errors import PassError
 from ..rewriter.running.controller import Controller, Controllers
 

@@ -175,15 +175,14 @@ def _paths(program: Program, flow: _Flow, sets: Mapping[str, set[int]]) -> dict[
         inside = [o for o, p in paths.items() if o != label and f"{p}.".startswith(f"{path}.")]
         if path and not inside:
             continue
-        names = ", ".join(own[label][:3]) or "none"
-        why = (
-            "which it shares with other layers" if not own[label]
-            else f"whose common module is {path or 'the root'!r}"
+        names = ", ".join(own[label][:3])
+        what = (
+            f"are in no module without those of others ({names}"
+            f"{', ' + inside[0] if path else ''})" if own[label] else "are all shared with others"
         )  # fmt: skip
         raise BlockError(
-            f"the blocks are not regular. {label} has {len(own[label])} parameters of its own "
-            f"({names}), {why}{', the same as that of ' + inside[0] if inside else ''}, so it "
-            "cannot be a module of its own. Train the program as one module (program.module)."
+            f"the blocks are not regular: the parameters of {label} {what}, so it cannot be a "
+            "module of its own. Train the program as one module (program.module)."
         )
     return paths
 
@@ -223,7 +222,7 @@ def _add_readers(
         if lost:
             first = flow.nodes[min(readers)].name
             raise BlockError(
-                f"the blocks are not regular. {label} ({path}) would hold {first}, which reads "
+                f"the blocks are not regular: {label} ({path}) would hold {first}, which reads "
                 f"its parameters, but {flow.nodes[lost[0]].name} of {owners[lost[0]]} lies "
                 "between them. Train the program as one module (program.module)."
             )
@@ -290,7 +289,7 @@ def _ordered(flow: _Flow, parts: Mapping[Part, int]) -> tuple[Part | Node, ...]:
         blocker = next(iter(needs[stuck[0]]))
         name = blocker.label if isinstance(blocker, Part) else blocker.name
         raise BlockError(
-            f"the blocks are not regular. {stuck[0].label} ({stuck[0].path}) and {name} each need "
+            f"the blocks are not regular: {stuck[0].label} ({stuck[0].path}) and {name} each need "
             "a value of the other, so neither can run first. Train the program as one module "
             "(program.module)."
         )
