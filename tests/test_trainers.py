@@ -327,6 +327,26 @@ def test_accumulated_terms_count_once(
         torch.testing.assert_close(grad, want)
 
 
+def test_an_interrupted_run_leaves_nothing_behind(
+    captured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The next run's controllers alone hear of it."""
+    program = peftfx.run(captured["decoder"][1], record(monkeypatch))
+    made, before = controlled(program, tmp_path, "", max_steps=2)
+
+    def interrupt(step: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recorder(before), "after_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    heard = list(recorder(before).seen)
+    made, after = controlled(program, tmp_path, "", max_steps=2)
+    made.train()
+    assert recorder(after).seen == [("start", 2), *expected(range(2))]
+    assert recorder(before).seen == heard and not program.module._forward_hooks
+
+
 def test_misuse_is_named(
     captured: Any, labelled: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

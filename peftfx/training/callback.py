@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.errors import PassError
 from ..rewriter.running.controller import Controller, Controllers
+
+_LISTENING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+"""Each module's hooks; those of a run that was interrupted end when the next one begins."""
 
 
 def release(handles: list[Any]) -> None:
@@ -51,13 +55,13 @@ class ControllersCallback:
         self, model: nn.Module, optimizer: Any, total_steps: int, state: Mapping[str, Any] | None
     ) -> None:
         """Starts the controllers, with the state of a checkpoint if there is one."""
-        release(self._hooks)
         self.batch = None
         self.controllers.start(optimizer, total_steps)
         if state is not None:
             self.controllers.load_state_dict(state)
         module = self.module(model)
-        self._hooks = [
+        release(_LISTENING.get(module, []))
+        _LISTENING[module] = self._hooks = [
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             module.register_forward_hook(self._after_forward),
         ]
