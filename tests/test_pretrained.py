@@ -11,11 +11,11 @@ import safetensors.torch
 import torch
 
 import peftfx
-from peftfx.rewriter.errors import ExportError, InputError
+from peftfx.rewriter.errors import BlockError, ExportError, InputError
 
-from .loops import STEPS
+from .loops import STEPS, same
 from .models import VOCABULARY, batch, first, llama, moved, randomise
-from .test_trainers import bert_classifier, labelled_batch, make
+from .test_trainers import bert_classifier, controlled, labelled_batch, make
 
 LORA = "lora{rank=2,where=q|v}"
 
@@ -104,6 +104,23 @@ def test_the_trainer_trains_it(tied: Any, labelled: peftfx.Program, tmp_path: Pa
     """As the module itself; with branches left, a checkpoint is an adapter."""
     trains(labelled, tied.config, LORA, "tokens", tmp_path)
     assert (tmp_path / "b" / "checkpoint-4" / "adapter").is_dir()
+
+
+def test_the_trainer_checkpoints_its_blocks(
+    tied: Any, labelled: peftfx.Program, tmp_path: Path
+) -> None:
+    """An outlined program, with the controllers hooked in; a flat one says what to do."""
+    text = "adalora{rank=4,target=2,warmup=1,final=3,where=q|v}"
+    straight, program = (peftfx.run(labelled, text) for _ in range(2))
+    controlled(straight, tmp_path, "tokens", save_strategy="no")[0].train()
+    options = {"save_strategy": "no", "gradient_checkpointing": True}
+    model = peftfx.as_hf(peftfx.outline(program), tied.config)
+    controlled(program, tmp_path, "tokens", model=model, **options)[0].train()
+    same(program, straight)
+    assert all(block.checkpointed for block in model.runs.blocks)
+    flat = peftfx.as_hf(program, tied.config)
+    with pytest.raises(BlockError, match="Outline it first"):
+        make(flat, tmp_path, "tokens", **options).train()
 
 
 def test_the_trainer_trains_what_the_configuration_expresses(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.errors import ExportError, InputError
+from ..rewriter.blocks.module import Outlined
+from ..rewriter.blocks.outline import inline
+from ..rewriter.errors import BlockError, ExportError, InputError
 from ..rewriter.program import Program
 from ..rewriter.running.verify import TOLERANCE, evaluation, floats, gaps
 from ..rewriter.storage.artifact import save
@@ -60,6 +62,8 @@ class Prompt(nn.Module):
 class ForPretrained:
     """What `as_hf` adds to `PreTrainedModel`: it holds a program's tensors and runs its graph."""
 
+    runs: nn.Module
+    """What runs: the program's module, or an outlined one."""
     config: Any
     generation_config: Any
     main_input_name = "input_ids"
@@ -67,16 +71,17 @@ class ForPretrained:
     accepts_loss_kwargs = False
     """For `Trainer`: the captured loss is the batch's mean."""
 
-    def __init__(self, config: Any, program: Program) -> None:
+    def __init__(self, config: Any, program: Program, runs: nn.Module) -> None:
         super().__init__(config)  # pyright: ignore[reportCallIssue]
         self.program = program
         self.all_tied_weights_keys: Any = {}
+        self.__dict__["runs"] = runs  # no child, or names would get longer
         me: Any = self
-        for name, child in program.module.named_children():
+        for name, child in runs.named_children():
             me.add_module(name, child)
-        for name, parameter in program.module.named_parameters(recurse=False):
+        for name, parameter in runs.named_parameters(recurse=False):
             me.register_parameter(name, parameter)
-        for name, buffer in program.module.named_buffers(recurse=False):
+        for name, buffer in runs.named_buffers(recurse=False):
             me.register_buffer(name, buffer)
         me.train(program.training)
         if isinstance(encoder := me._modules.get("encoder"), nn.Module):
@@ -100,7 +105,7 @@ class ForPretrained:
             given[self.main_input_name] = encoded[0]
         labels = [n for n in spec.names if "label" in n and given.get(n) is None]
         as_tuple = given.get("return_dict") is False
-        outputs = self.program(**self._completed(given, labels))
+        outputs = self.runs(**spec.bind((), self._completed(given, labels)))
         if isinstance(outputs, Tensor):
             from transformers.modeling_outputs import CausalLMOutput
 
@@ -139,11 +144,29 @@ class ForPretrained:
     def train(self, mode: bool = True) -> Any:
         super().train(mode)  # pyright: ignore
         self.program.train(mode)
+        self.runs.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.program.module._apply(fn, recurse)  # the tensors are its own, and so are devices
+        self.runs._apply(fn, recurse)  # the tensors are its own, and so are the graph's devices
+        if isinstance(self.runs, Outlined):
+            self.program = inline(self.runs)
         return self
+
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """Checkpoints blocks, for `Trainer`.
+
+        Raises:
+            BlockError: the program is not outlined.
+        """
+        if not isinstance(self.runs, Outlined):
+            raise BlockError(
+                "a flat program has no blocks to checkpoint. Outline it first: "
+                "peftfx.as_hf(peftfx.outline(program), config)."
+            )
+        self.runs.activation_checkpointing_enable(*args, **options)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def get_encoder(self, modality: str | None = None) -> Any:
         del modality
@@ -260,12 +283,12 @@ def _compare(program: Program, model: Any) -> None:
         )
 
 
-def as_hf(program: Program, config: Any) -> Any:
+def as_hf(program: Program | Outlined, config: Any) -> Any:
     """A `PreTrainedModel` that runs the program and shares its tensors; needs transformers.
 
     Args:
         program: with or without branches; captured with labels it returns the loss if they are
-            given.
+            given. Outlined (`peftfx.outline`), its blocks can be checkpointed.
         config: the model's `PreTrainedConfig`; it is copied.
 
     Returns:
@@ -276,6 +299,8 @@ def as_hf(program: Program, config: Any) -> Any:
     import transformers
     from transformers.generation.utils import GenerationMixin
 
+    runs = program if isinstance(program, Outlined) else program.module
+    program = inline(program) if isinstance(program, Outlined) else program
     name = type(program.module).__name__
     known: Any = getattr(transformers, name, None)
     generates = known.can_generate() if hasattr(known, "can_generate") else True
@@ -294,4 +319,4 @@ def as_hf(program: Program, config: Any) -> Any:
     )
     main = next((n for n in names if n in ("input_ids", "pixel_values")), names[0])
     members = {"forward": forward, "config_class": type(config), "main_input_name": main}
-    return type(name, bases, members)(copy.deepcopy(config), program)
+    return type(name, bases, members)(copy.deepcopy(config), program, runs)
