@@ -27,7 +27,10 @@ from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
 from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
-from .trainers import lightning_callback, trainer_callback
+from .training.fit import fit
+from .training.lightning import lightning_callback
+from .training.pretrained import as_hf
+from .training.trainer import trainer_callback
 
 __version__ = VERSION
 
@@ -53,10 +56,12 @@ __all__ = [
     "RewriteError",
     "Site",
     "Sites",
+    "as_hf",
     "capture",
     "controllers",
     "draw_sites",
     "export_onnx",
+    "fit",
     "fold_checkpoint",
     "inline",
     "lightning_callback",

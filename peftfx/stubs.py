@@ -36,8 +36,10 @@ from .rewriter.storage.program_file import load_program as load_program
 from .rewriter.storage.program_file import save_program as save_program
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
 from .rewriter.storage.stream import load_weights as load_weights
-from .trainers import lightning_callback as lightning_callback
-from .trainers import trainer_callback as trainer_callback
+from .training.fit import fit as fit
+from .training.lightning import lightning_callback as lightning_callback
+from .training.pretrained import as_hf as as_hf
+from .training.trainer import trainer_callback as trainer_callback
 
 __version__: str
 """

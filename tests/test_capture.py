@@ -181,3 +181,15 @@ def test_static_and_named_sizes() -> None:
         fixed(**batch(4, 9))
     one = peftfx.capture(model, kwargs=batch(1, 9))
     assert torch.equal(one(**batch(4, 6))[0], model(**batch(4, 6))[0])
+
+
+class Two(nn.Module):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return 2 * input_ids - labels
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    """As in `capture(model, kwargs={"input_ids": ids, "labels": ids})`."""
+    ids = torch.arange(12.0).view(3, 4)
+    program = peftfx.capture(Two(), kwargs={"input_ids": ids, "labels": ids})
+    assert torch.equal(program(ids, ids + 1), ids - 1)

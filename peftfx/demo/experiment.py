@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..rewriter.program import Program
-from ..rewriter.running.controller import Controllers
 from ..rewriter.running.pipeline import run
 from ..rewriter.storage.artifact import save
 from .corpus import Pair, Split
@@ -178,17 +177,15 @@ def compare(
     def learn(
         program: Program, pairs: Sequence[Pair], settings: Settings
     ) -> tuple[Program, Training]:
-        controllers = Controllers(program.eval())
-        made = train(
+        return train(
+            program,
             encoder_of(program, 0),
             encoder_of(program, 1),
-            controllers,
             tokenizer,
             pairs,
             settings,
             lambda loss: advance(f"{method.name}, lr {settings.learning_rate:g}: loss {loss:.3f}"),
         )
-        return run(program, controllers.finish()), made
 
     def fit(rate: float, split: Split) -> tuple[Program, Training]:
         settings = Settings(rate, steps=steps, seed=split.seed)

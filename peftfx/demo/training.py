@@ -12,17 +12,17 @@ evaluation mode: MiniLM's dropout costs time and, in one short epoch, buys nothi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.running.controller import Controllers
+from ..rewriter.program import Program
 from ..rewriter.running.saved import SavedBytes
+from ..training.fit import fit
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool
 
@@ -90,14 +90,6 @@ def contrastive_loss(queries: Tensor, answers: Tensor, temperature: float) -> Te
     return both / 2
 
 
-def rate(step: int, settings: Settings) -> float:
-    """The learning rate of a step: up linearly during warm-up, then down linearly to 0."""
-    warmup = max(1, round(settings.warmup * settings.steps))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * (settings.steps - step) / max(1, settings.steps - warmup)
-
-
 def batches(pairs: Sequence[Pair], settings: Settings) -> Iterator[list[Pair]]:
     """`settings.steps` batches; pairs are shuffled again whenever they run out.
 
@@ -123,59 +115,48 @@ def batches(pairs: Sequence[Pair], settings: Settings) -> Iterator[list[Pair]]:
 
 
 def train(
+    program: Program,
     query_encoder: Forward,
     code_encoder: Forward,
-    controllers: Controllers,
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     settings: Settings,
     advance: Callable[[float], None] = lambda loss: None,
-) -> Training:
-    """Trains a program's adapters in place.
+) -> tuple[Program, Training]:
+    """Trains a program's adapters in place, then puts in place what its methods decided.
 
     Args:
+        program: with adapters.
         query_encoder, code_encoder: the program as an encoder of queries and of functions.
-        controllers: the program's.
         tokenizer: makes the encoders' inputs.
         pairs: training pairs.
         settings: how.
         advance: called with the loss after every step.
     """
-    started = time.perf_counter()
-    groups = controllers.param_groups(1.0, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    controllers.start(optimizer, settings.steps)
-    scales = [group["lr"] for group in groups]
-    losses: list[float] = []
-    seconds: list[float] = []
-    saved = SavedBytes(controllers.program.module.parameters())
-    for step, chosen in enumerate(batches(pairs, settings)):
-        begun = time.process_time()
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = scale * rate(step, settings)
-        controllers.begin_forward(chosen)
+    saved = SavedBytes(program.module.parameters())
+    counted = itertools.chain([saved], itertools.repeat(contextlib.nullcontext()))
+
+    def loss_of(chosen: Sequence[Pair]) -> Tensor:
         queries, query_mask = tokenizer([p.query for p in chosen], QUERY_TOKENS).tensors()
         codes, code_mask = tokenizer([p.code for p in chosen], CODE_TOKENS).tensors()
-        with saved if step == 0 else contextlib.nullcontext():
-            loss = contrastive_loss(
+        with next(counted):
+            return contrastive_loss(
                 pool(query_encoder(queries, query_mask), query_mask),
                 pool(code_encoder(codes, code_mask), code_mask),
                 settings.temperature,
             )
-        losses.append(loss.item())
-        (loss + controllers.loss(None, chosen)).backward()
-        controllers.before_step(step)
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        controllers.after_step(step)
-        optimizer.zero_grad()
-        seconds.append(time.process_time() - begun)
-        advance(losses[-1])
-    trained = controllers.program.trainable_parameters()
-    count = sum(p.numel() * p.element_size() for p in trained)
-    return Training(
-        tuple(losses),
-        statistics.median(seconds),
-        time.perf_counter() - started,
-        saved.total,
-        3 * count,
+
+    done = fit(
+        program,
+        batches(pairs, settings),
+        lr=settings.learning_rate,
+        steps=settings.steps,
+        weight_decay=settings.weight_decay,
+        warmup=settings.warmup,
+        dropout=False,
+        forward=loss_of,
+        progress=lambda step, loss: advance(loss),
     )
+    count = sum(p.numel() * p.element_size() for p in program.trainable_parameters())
+    made = Training(done.losses, done.step_seconds, done.seconds, saved.total, 3 * count)
+    return done.program, made

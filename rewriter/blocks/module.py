@@ -173,13 +173,26 @@ class Outlined(Traced):
         Raises:
             BlockError: `use_reentrant=True` is asked for, which loses gradients of branches.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same, for every n-th block: what `transformers.Trainer` calls from 5.23 on.
+
+        Raises:
+            BlockError: `use_reentrant=True` or `offload=True`.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant") or offload:
             raise BlockError(
-                "blocks are checkpointed with use_reentrant=False only: the other kind needs a "
-                "block's inputs to require gradients, which those of frozen models do not. Leave "
-                "gradient_checkpointing_kwargs out."
+                "blocks are checkpointed with use_reentrant=False and without offload only: the "
+                "other kind needs a block's inputs to require gradients, which those of frozen "
+                "models do not. Leave these options out."
             )
-        self.checkpoint(True)
+        self.checkpoint(range(0, len(self.blocks), every_n_layers))
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps the values of all blocks again."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
@@ -52,13 +53,16 @@ def outline(
     nothing.output(None)
     without = replace(program, module=CapturedModule(nn.Module(), nothing))
     flat = Flat(without, copy_graph(gm.graph), type(gm).__name__)
-    module = Outlined(flat, tuple(part.path for part in parts))
+    kind: Any = type(flat.name, (Outlined,), {})
+    module: Outlined = kind(flat, tuple(part.path for part in parts))
     _adopt(module, sharing_module(gm, gm.graph, flat.name))
     for part in parts:
         block = Block(part, module)
         _adopt(block, module.get_submodule(part.path))
         module.set_submodule(part.path, block)
     _cut(module, order)
+    bound: Any = module.forward
+    kind.forward = bound.__func__  # trainers look up inputs and labels in the class
     if offload:
         move_out(module)
     if checkpoint is not False:

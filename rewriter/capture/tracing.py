@@ -137,7 +137,7 @@ def export(
             quiet(),
             torch.enable_grad(),
         ):
-            return _export(model, dict(example), shapes)
+            return _export(model, _distinct(example), shapes)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         remedy = next(
@@ -150,6 +150,13 @@ def export(
             f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
             f"{_user_line(error)}{remedy}"
         ) from error
+
+
+def _distinct(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, no tensor twice: torch traces one given as two inputs as the last of them,
+    and `labels=input_ids` would make the program read its labels."""
+    owners = {id(t): n for n, t in example.items()}
+    return {n: t if owners[id(t)] == n else t.clone() for n, t in example.items()}
 
 
 def _export(

@@ -11,7 +11,7 @@ import torch
 from peftfx.demo import report
 from peftfx.demo.corpus import CorpusError, make_splits, read_corpus
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
-from peftfx.demo.training import Settings, rate
+from peftfx.training.fit import rate
 
 FUNCTION = '''
 def {name}(path):
@@ -76,8 +76,7 @@ def test_ranks_and_scores() -> None:
 
 
 def test_the_rate_warms_up_and_decays() -> None:
-    settings = Settings(1.0, steps=20)
-    rates = [rate(s, settings) for s in range(20)]
+    rates = [rate(s, 20, 1.0, 0.1) for s in range(20)]
     assert rates[0] == 0.5 and max(rates) == 1.0 and rates[-1] == pytest.approx(1 / 18)
 
 

@@ -1,0 +1,271 @@
+"""A small training loop for scripts: AdamW, warm-up and linear decay, controllers, a progress bar.
+
+    done = peftfx.fit(program, batches, lr=1e-3, epochs=3)
+    peftfx.save(done.program, "adapter/")
+
+For checkpoints, several devices or evaluation while training, use `Trainer` or Lightning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..rewriter.errors import NonFiniteError, OptionError
+from ..rewriter.program import Program
+from ..rewriter.running.controller import Controllers
+from ..rewriter.running.pipeline import run
+
+Loss = Callable[[Any, Any], Tensor]
+"""`(outputs, batch) -> loss`, a scalar."""
+
+Report = Callable[[int, float], None]
+"""Called with the number of steps done and the last one's loss."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` leaves behind.
+
+    Attributes:
+        program: trained, with what its methods decided put in place.
+        losses: the task's loss of every step, without the methods' own terms.
+        seconds: wall time of the whole run.
+        step_seconds: median CPU seconds of a step, all threads together.
+        stopped: whether the run was interrupted before its last step.
+    """
+
+    program: Program
+    losses: tuple[float, ...]
+    seconds: float
+    step_seconds: float
+    stopped: bool = False
+
+
+def rate(step: int, steps: int, highest: float, warmup: float) -> float:
+    """The learning rate of a step: up linearly during warm-up, then down linearly to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return highest * (step + 1) / rising
+    return highest * (steps - step) / max(1, steps - rising)
+
+
+def fit(
+    program: Program,
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    lr: float = 1e-3,
+    steps: int | None = None,
+    epochs: int = 1,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    accumulate: int = 1,
+    clip: float | None = None,
+    autocast: torch.dtype | None = None,
+    seed: int | None = None,
+    dropout: bool = True,
+    forward: Callable[[Any], Any] | None = None,
+    progress: bool | Report = True,
+) -> Fitted:
+    """Trains a program's adapters in place. Ctrl-C ends the run and keeps what was learnt.
+
+    Args:
+        program: with something to train.
+        batches: dicts of keyword tensors, or what `forward` takes; a list or DataLoader is gone
+            through again for every epoch.
+        loss: of a batch; by default the program's own (captured with labels). With a `loss`, a
+            batch may hold more than the program takes.
+        lr: highest learning rate, after warm-up; methods scale it for their parameters.
+        steps: optimizer steps; by default `epochs` times the batches.
+        epochs: how often to go through the batches.
+        weight_decay: AdamW's, for matrices.
+        warmup: share of the steps in which the rate rises; then it falls linearly to 0.
+        accumulate: batches a step.
+        clip: largest norm of all gradients together.
+        autocast: bfloat16 for mixed precision.
+        seed: seeds dropout and the methods' own draws.
+        dropout: train in training mode; False keeps evaluation mode.
+        forward: how a batch runs the program; by default `program(**batch)`. It may return the
+            loss itself.
+        progress: show a bar on stderr, or call `progress(steps done, loss)` after every step.
+
+    Raises:
+        PassError: nothing trains.
+        OptionError: no batches, no loss, no number of steps, or an option out of range.
+        InputError: a batch does not fit the program.
+        NonFiniteError: the loss or a gradient is not finite; the program is as after the step
+            before.
+    """
+    total = _steps(batches, steps, epochs, accumulate)
+    if autocast not in (None, torch.bfloat16):
+        raise OptionError(
+            f"autocast={autocast} is not offered: float16 needs gradient scaling. Use "
+            "torch.bfloat16, or a trainer that scales."
+        )
+    if seed is not None:
+        torch.manual_seed(seed)
+    controllers = Controllers(program)
+    optimizer = torch.optim.AdamW(controllers.param_groups(1.0, weight_decay))
+    scales = [group["lr"] for group in optimizer.param_groups]
+    controllers.start(optimizer, total)
+    device = program.module.device
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=autocast is not None)
+    losses: list[float] = []
+    seconds: list[float] = []
+
+    def backward(batch: Any, step: int) -> float:
+        batch = _moved(batch, device)
+        controllers.begin_forward(batch)
+        with mixed:
+            outputs = forward(batch) if forward else program(**_inputs(program, batch, loss))
+            value = loss(outputs, batch) if loss else _own_loss(outputs)
+        found = value.item()
+        _require_finite("loss", found, step, lr)
+        ((value + controllers.loss(outputs, batch, program)) / accumulate).backward()
+        return found
+
+    def take(step: int, chosen: list[Any]) -> None:
+        started = time.process_time()
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = scale * rate(step, total, lr, warmup)
+        found = sum(backward(batch, step) for batch in chosen) / accumulate
+        trained = program.trainable_parameters()
+        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
+        _require_finite("gradients' norm", norm.item(), step, lr)
+        controllers.before_step(step)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        controllers.after_step(step)
+        optimizer.zero_grad()
+        losses.append(found)
+        seconds.append(time.process_time() - started)
+
+    training, began, stopped = program.training, time.perf_counter(), False
+    program.train(dropout)
+    try:
+        with _reporter(progress, total) as report:
+            for step, chosen in enumerate(_stream(batches, accumulate, total)):
+                take(step, chosen)
+                report(step + 1, losses[-1])
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        optimizer.zero_grad()
+        program.train(training)
+    finished = run(program, controllers.finish()) if losses else program
+    return Fitted(
+        finished,
+        tuple(losses),
+        time.perf_counter() - began,
+        statistics.median(seconds) if seconds else 0.0,
+        stopped,
+    )
+
+
+def _steps(batches: Iterable[Any], steps: int | None, epochs: int, accumulate: int) -> int:
+    """The number of optimizer steps, once everything that it depends on is checked."""
+    for name, count in (("steps", steps), ("epochs", epochs), ("accumulate", accumulate)):
+        if count is not None and count < 1:
+            raise OptionError(f"{name} is {count}, but must be at least 1.")
+    size = len(batches) if isinstance(batches, Sized) else None
+    if size == 0:
+        raise OptionError("batches is empty. Give a list of dicts of tensors, or a DataLoader.")
+    if steps is not None:
+        return steps
+    if size is None:
+        raise OptionError("batches has no length, so say how long to train: fit(..., steps=100).")
+    return max(1, epochs * size // accumulate)
+
+
+def _stream(batches: Iterable[Any], accumulate: int, steps: int) -> Iterator[list[Any]]:
+    """The batches of each step, from the start again whenever they run out."""
+
+    def endless() -> Iterator[Any]:
+        found = True
+        while found:
+            found = False
+            for batch in batches:
+                found = True
+                yield batch
+
+    source = endless()
+    for step in range(steps):
+        chosen = list(itertools.islice(source, accumulate))
+        if len(chosen) < accumulate:
+            raise OptionError(
+                f"batches ended in step {step + 1} of {steps} and cannot be gone through again. "
+                "Give a list or DataLoader, or fewer steps. The steps done are kept."
+            )
+        yield chosen
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if not isinstance(batch, Mapping):
+        return batch
+    return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in batch.items()}
+
+
+def _inputs(program: Program, batch: Any, loss: Loss | None) -> Mapping[str, Any]:
+    """What of a batch the program takes; all of it unless a loss function may want the rest."""
+    if not isinstance(batch, Mapping):
+        raise OptionError(
+            f"a batch is a {type(batch).__name__}, but must be a dict of keyword tensors "
+            f"({', '.join(program.spec.names)}). Or say how to run it: fit(..., forward=...)."
+        )
+    taken: Mapping[str, Any] = batch  # pyright: ignore[reportUnknownVariableType]
+    return taken if loss is None else {n: t for n, t in taken.items() if n in program.spec.names}
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    """The loss that the program itself returns."""
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    first = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
+    for value in (found, first):
+        if isinstance(value, Tensor) and not value.dim():
+            return value
+    raise OptionError(
+        "the program returns no loss. Capture it with labels among its inputs, or give one: "
+        "fit(program, batches, loss=lambda outputs, batch: ...)."
+    )
+
+
+def _require_finite(what: str, value: float, step: int, lr: float) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the {what} of step {step + 1} is {value}. The parameters are those after step "
+            f"{step}; nothing that is not finite was applied. Try a smaller lr (it is {lr:g}), "
+            "a longer warmup, clip=1.0, or look at this step's batch."
+        )
+
+
+@contextlib.contextmanager
+def _reporter(progress: bool | Report, total: int) -> Iterator[Report]:
+    """The caller's own report, none, or a bar on stderr: steps, loss, speed, time left."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    began = time.perf_counter()
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}  {task.fields[speed]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("", total=total, loss="", speed="")
+
+        def report(done: int, loss: float) -> None:
+            pace = done / (time.perf_counter() - began)
+            speed = f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step"
+            bar.update(task, completed=done, loss=f"loss {loss:.4f}", speed=speed)
+
+        yield report
