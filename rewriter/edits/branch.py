@@ -81,6 +81,9 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
+    dropout: float = 0.0
+    """Probability on the input, in training."""
+
     def __init__(self) -> None:
         super().__init__()
         self.lowered: Fused | None = None
@@ -94,8 +97,8 @@ class Delta(Branch):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such form
-        (or is random in training), in which case it is not lowered to a fused kernel."""
+        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such
+        form."""
         return None
 
     def forward(

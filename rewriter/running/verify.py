@@ -200,14 +200,7 @@ def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     missing = [i for i in program.spec.inputs if i.name not in inputs]
     if not missing:
         return {i.name: inputs[i.name] for i in program.spec.inputs}
-    known = {
-        size: inputs[i.name].shape[axis]
-        for i in program.spec.inputs
-        if i.name in inputs
-        for axis, size in enumerate(i.shape)
-        if isinstance(size, str)
-    }
-    example = program.spec.example(None, **known)
+    example = program.spec.example(None, **program.spec.sizes(inputs))
     return {
         i.name: inputs.get(i.name, example[i.name].to(program.module.device))
         for i in program.spec.inputs
