@@ -82,7 +82,7 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is put back.
+    """Evaluation mode without gradients and compilation; the mode is put back.
 
     Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
     that flag, and the last bit of the result depends on the kernel.
@@ -93,7 +93,8 @@ def evaluation(program: Program) -> Iterator[None]:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.no_grad():
+        # A module compiled in place would be compiled again, for inputs that no user gives.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for parameter in trained:
