@@ -12,6 +12,7 @@ from .passes.hybrid.unipelt import UniPELT as UniPELT
 from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake
+from .passes.merging.bank import Bank as Bank
 from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.quantization.peqa import PEQA as PEQA

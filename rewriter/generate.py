@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,13 @@ def _logits(output: Any) -> Tensor:
     return found
 
 
-def _feed(program: Program, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    feed: dict[str, Tensor] = {}
+def _feed(
+    program: Program, ids: Tensor, mask: Tensor, given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    feed: dict[str, Tensor] = dict(given)
     for spec in program.spec.inputs:
+        if spec.name in given or spec.optional:
+            continue
         if spec.name == "input_ids":
             feed[spec.name] = ids
         elif spec.name == "attention_mask":
@@ -35,7 +40,8 @@ def _feed(program: Program, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         else:
             raise InputError(
                 f"generate cannot make the input {spec.name!r} of each step. "
-                "Capture with input_ids and attention_mask only."
+                "Give it, if it is the same at each step, or capture with input_ids and "
+                "attention_mask only."
             )
     return feed
 
@@ -48,6 +54,7 @@ def generate(
     max_new_tokens: int,
     eos_token_id: int | tuple[int, ...] | None,
     pad_token_id: int | None,
+    others: Mapping[str, Tensor],
 ) -> Tensor:
     """See `Program.generate`."""
     if input_ids.dim() != 2:
@@ -69,7 +76,7 @@ def generate(
     program.eval()
     try:
         for _ in range(max_new_tokens):
-            logits = _logits(program(**_feed(program, ids, mask)))
+            logits = _logits(program(**_feed(program, ids, mask, others)))
             token = logits[:, -1].float().argmax(-1)
             if ends:
                 token = torch.where(running, token, torch.full_like(token, int(pad or 0)))

@@ -320,6 +320,7 @@ class Program:
         max_new_tokens: int = 20,
         eos_token_id: int | tuple[int, ...] | None = None,
         pad_token_id: int | None = None,
+        **given: Tensor,
     ) -> Tensor:
         """Greedy continuation without a cache.
 
@@ -329,6 +330,7 @@ class Program:
             max_new_tokens: how many tokens to add at most.
             eos_token_id: stops a row (default: the model's own, if it has one).
             pad_token_id: fills rows that have stopped (default: the model's, else the first end).
+            given: other inputs, the same at each step, such as a bank's adapter ids.
 
         Returns:
             Prompt and continuation, `[batch, sequence + new]`.
@@ -336,7 +338,8 @@ class Program:
         Raises:
             InputError: the program does not return logits per token.
         """
-        return generate(self, input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
+        ends = eos_token_id, pad_token_id
+        return generate(self, input_ids, attention_mask, max_new_tokens, *ends, given)
 
     # Structure.
 

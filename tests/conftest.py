@@ -71,4 +71,5 @@ def captured() -> Captured:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo", action="store_true", help="run every method on all architectures")
+    parser.addoption("--inductor", action="store_true", help="compile every method to code")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")

@@ -82,13 +82,3 @@ def test_padding_and_sizes_do_not_matter(captured: Any, method: str, base_name: 
         alone = {n: t[row : row + 1, :length] for n, t in both.items()}
         got = first(program(**alone))
         torch.testing.assert_close(together[row : row + 1, :length], got, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_compile_without_breaks(captured: Any, method: str) -> None:
-    _, base = captured["decoder"]
-    program = randomise(peftfx.run(*start(base, method)))
-    compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
-    got = first(compiled(**program.spec.bind((), batch())))
-    torch.testing.assert_close(got, first(program(**batch())))
-    got.sum().backward()

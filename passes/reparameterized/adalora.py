@@ -47,8 +47,7 @@ class AdaLoRABranch(Delta):
         return (self.p * (self.e * self.scale)) @ self.q
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        random = self.dropout > 0 or self.features is not None
-        return None if random else (self.q * self.e[:, None], self.p, self.scale)
+        return self.q * self.e[:, None], self.p, self.scale
 
     def kept(self) -> list[int]:
         """The ranks that are not pruned."""

@@ -40,8 +40,7 @@ class LoRABranch(Delta):
         return (self.b @ self.a) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        random = self.dropout > 0 or self.features is not None
-        return None if random else (self.a, self.b, self.scale)
+        return self.a, self.b, self.scale
 
     def describe(self) -> str:
         return f"rank={self.a.shape[0]}, scale={self.scale:g}"

@@ -27,7 +27,7 @@ class TensorInput:
     fill: float | int | bool = 0
     """A value that was valid in the captured example (its largest one for integers)."""
     optional: bool = False
-    """A call may leave it out: it is `fill` then. Its shape is fixed."""
+    """A call may leave it out: it is `fill` then, in sizes that other inputs have, too."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,22 @@ class InputSpec:
         self._check_sizes(bound)
         return bound
 
-    @staticmethod
-    def default(spec: TensorInput, beside: Mapping[str, Tensor]) -> Tensor:
+    def default(self, spec: TensorInput, beside: Mapping[str, Tensor]) -> Tensor:
         """What an optional input is where it is not given, on the device of the others."""
         device = next((t.device for t in beside.values()), torch.device("cpu"))
-        shape = [s for s in spec.shape if isinstance(s, int)]
+        known = self.sizes(beside)
+        shape = [s if isinstance(s, int) else known[s] for s in spec.shape]
         return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """The dynamic sizes, by name, that some of the inputs have."""
+        return {
+            size: tensors[i.name].shape[axis]
+            for i in self.inputs
+            if i.name in tensors
+            for axis, size in enumerate(i.shape)
+            if isinstance(size, str)
+        }
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         try:

@@ -93,6 +93,9 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
+    dropout: float = 0.0
+    """Probability on the input, in training."""
+
     def branch(self, *x: Any, **reads: Any) -> Tensor:
         """`f(x, **reads)`: `[..., in] -> [..., out]`."""
         raise NotImplementedError
@@ -102,8 +105,8 @@ class Delta(Branch):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such form
-        (or is random in training), in which case it is not lowered to a fused kernel."""
+        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such
+        form."""
         return None
 
     def forward(

@@ -43,7 +43,7 @@ from .keyvalue import prepend_key_value
 from .quantised import quantise_weight
 from .read import Reading
 from .region import find_region
-from .replacing import express, settle, widened
+from .replacing import express, remember, remove, settle, widened
 from .route import run_on_chosen
 from .routing import Routed
 from .tokens import prepend_tokens, shift_positions
@@ -222,6 +222,13 @@ class Editor(Reading):
     def settle(self, path: str, decided: Mapping[str, Any]) -> None:
         """Replaces a branch by the one that `decided` leaves of it (see `Branch.settled`)."""
         settle(self, path, decided)
+
+    def remove(self, path: str) -> None:
+        """Takes a linear's branch out of the graph. The program keeps its tensors, so that going
+        back is exact."""
+        remember(self.program, path)
+        remove(self, path)
+        self._nodes = site_nodes(self.graph_module)
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""

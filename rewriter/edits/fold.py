@@ -30,6 +30,7 @@ from .branch import Branch, Delta, Expression, InputScale, OutputScale, RowScale
 from .compose import fold_ready
 from .edit import Editor
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
+from .replacing import remember
 from .weight import Weight, all_finite
 
 
@@ -221,7 +222,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     weight, lost = found[0][1](weight, branch)
     result.lost = max(result.lost, lost)
     weight.store()
-    _remember(edit, attachment, branch)
+    remember(edit.program, attachment.path)
     for match, _ in found:
         _erase(edit, match)
     gm.delete_submodule(attachment.path)
@@ -254,7 +255,7 @@ def _fold_expression(
             "non-finite branch parameters, or keep the branch."
         )
     set_attribute(gm, name, nn.Parameter(made, requires_grad=False))
-    _remember(edit, attachment, branch)
+    remember(edit.program, attachment.path)
     call.replace_all_uses_with(source)
     gm.graph.erase_node(call)
     gm.delete_submodule(attachment.path)
@@ -300,13 +301,6 @@ def _erase(edit: Editor, match: Match) -> None:
     if root is not call:
         graph.erase_node(root)
     graph.erase_node(call)
-
-
-def _remember(edit: Editor, attachment: Attachment, branch: nn.Module) -> None:
-    kept = dict(edit.program.removed)
-    state: dict[str, Tensor] = branch.state_dict()
-    kept.update({f"{attachment.path}.{n}": t.detach().clone() for n, t in state.items()})
-    edit.program.removed = kept
 
 
 def _untie(edit: Editor, site: LinearSite) -> LinearSite:

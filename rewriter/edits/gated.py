@@ -38,6 +38,10 @@ class Gated(Branch, Generic[Inner]):
 class GatedDelta(Gated[Delta], Delta):
     """`y = base(x) + g f(x)`."""
 
+    def __init__(self, inner: Delta) -> None:
+        super().__init__(inner)
+        self.dropout = inner.dropout
+
     def branch(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`gate`: `[batch, 1 or tokens, 1]`, also where x has all tokens in one axis."""
         y = self.inner.branch(x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -126,6 +126,33 @@ def hidden_of(
     if len(tokens) > 1 and (causal or valid is not None):
         return "its tokens lie on several axes"
     return Hidden(states, int(width), valid, Axes(batch, tokens), causal and bool(tokens))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where samples lie in what a linear reads.
+
+    Attributes:
+        axis: of the samples.
+        apart: the same values before samples and tokens were put on one axis, laid out as `axis`
+            says; None if they never were.
+    """
+
+    axis: int
+    apart: Value | None
+
+
+def samples_of(program: Program, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
+    """See `Editor.samples`; None also where the calls of one weight differ."""
+    found: set[Samples | None] = set()
+    for name in site.nodes:
+        states = input_of(replace(site, nodes=(name,)), nodes)
+        apart, axis = None, _batch_axis(program, states)
+        if axis is None and len(shape(states) or ()) == 2 and is_op(states, VIEWS):
+            apart = inputs(states)[0]
+            axis = _batch_axis(program, apart)
+        found.add(None if axis is None else Samples(axis, apart))
+    return found.pop() if len(found) == 1 else None
 
 
 def _batch_axis(program: Program, states: Node) -> int | None:

@@ -32,7 +32,10 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
             edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
             continue
         if not isinstance(branch, Delta) or branch.factors() is None:
-            edit.skip(site, "its branch has no factors (dropout, or part of a fused weight)")
+            edit.skip(site, "its branch has no low-rank factors")
+            continue
+        if branch.dropout or branch.features is not None:
+            edit.skip(site, "its branch has dropout, or is for a part of a fused weight")
             continue
         if isinstance(site, LinearSite) and (site.in_out or site.left):
             edit.skip(site, "its weight is stored [in, out] or multiplies from the left")

@@ -20,7 +20,7 @@ from ..sites.sites import (
 from .attach import Attaching, given
 from .axes import Channels, channels
 from .compose import composed_value
-from .hidden import Hidden, behind_of, hidden_of
+from .hidden import Hidden, Samples, behind_of, hidden_of, samples_of
 from .keyvalue import key_value_widths
 from .quantised import QuantisedWeight, whole_weights
 from .replacing import matrix_of
@@ -106,9 +106,18 @@ class Reading(Attaching):
             self.skip(site, "its output and the stream have different shapes")
         return found
 
-    def add_input(self, name: str, example: Tensor) -> Value:
-        """A new input of the program; a call that leaves it out gets `example`."""
-        return add_input(self.program, name, example)
+    def samples(self, site: LinearSite) -> Samples | None:
+        """Where samples lie in what a linear reads; None where that cannot be told, which is
+        reported."""
+        found = samples_of(self.program, site, self._nodes)
+        if found is None:
+            self.skip(site, "it cannot be told which rows of its operand are of which sample")
+        return found
+
+    def add_input(self, name: str, example: Tensor, per_sample: bool = False) -> Value:
+        """A new input of the program, of fixed shape or, `per_sample`, one number for each
+        sample; a call that leaves it out gets `example`."""
+        return add_input(self.program, name, example, per_sample)
 
     def drop_input(self, name: str, reason: str) -> None:
         """Removes an input that nothing reads any more."""

@@ -20,6 +20,7 @@ from .compose import compose
 from .pattern import linear_parts
 
 if TYPE_CHECKING:
+    from ..program import Program
     from .edit import Editor
     from .read import Reading
 
@@ -122,6 +123,14 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
         if node.op == "call_module" and node.target == path:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
     edit.edited.append(found.site)
+
+
+def remember(program: Program, path: str) -> None:
+    """Keeps the values of a branch that leaves the graph."""
+    state = program.module.get_submodule(path).state_dict()
+    program.removed = {
+        **program.removed, **{f"{path}.{n}": t.detach().clone() for n, t in state.items()},
+    }  # fmt: skip
 
 
 def remove(edit: Editor, path: str) -> None:

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-def add_input(program: Program, name: str, example: Tensor) -> Node:
-    """A new input of fixed shape; a call may leave it out and then gets `example`.
+def add_input(program: Program, name: str, example: Tensor, per_sample: bool = False) -> Node:
+    """A new input; a call may leave it out and then gets `example`.
+
+    Args:
+        example: one value of fixed shape.
+        per_sample: the input is `[batch]` instead, with one such number for each sample.
 
     Raises:
-        PassError: there is an input of that name.
+        PassError: there is an input of that name, or no dynamic number of samples.
     """
     gm = program.module
     held = placeholders(gm)
@@ -37,13 +41,31 @@ def add_input(program: Program, name: str, example: Tensor) -> Node:
         node = gm.graph.placeholder(name)
     beside = value(last)
     on_device = example.to(beside.device)
+    shape: tuple[int | str, ...] = tuple(example.shape)
     node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
+    if per_sample:
+        source, axis, label = _samples(program)
+        with beside.fake_mode:
+            node.meta["val"] = node.meta["val"].expand(value(held[source]).shape[axis])
+        example, shape = example.expand(program.sample[source].shape[axis]), (label,)
     fill = example.flatten()[0].item()
-    added = TensorInput(name, tuple(example.shape), example.dtype, fill, optional=True)
+    added = TensorInput(name, shape, example.dtype, fill, optional=True)
     program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
     program.sample = {**program.sample, name: example}
     _sign(gm, lambda names: [*names, name])
     return node
+
+
+def _samples(program: Program) -> tuple[str, int, str]:
+    """An input with a dynamic number of samples, that axis of it, and the size's name."""
+    for source in program.spec.inputs:
+        for axis, label in enumerate(source.shape):
+            if isinstance(label, str) and label.startswith("batch"):
+                return source.name, axis, label
+    raise PassError(
+        f"no input has a dynamic batch size ({program.spec}), so there is nothing to give a number "
+        "for each sample. Capture again with an example of two rows or more."
+    )
 
 
 def drop_input(program: Program, name: str, reason: str) -> None:

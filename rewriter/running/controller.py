@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import PassError
 
 if TYPE_CHECKING:
-    from ..program import Program, Record
+    from ..program import Program
     from .passes import Method, Pass
     from .pipeline import Pipeline
 
@@ -96,9 +96,9 @@ class Controllers:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.each: dict[str, Controller] = {}
-        for record in program.history:
-            if record.adapter is not None and not program.held(record.adapter):
-                self.each[record.adapter] = _controller(program, record)
+        for method in _methods(program):
+            if not program.held(method.adapter):
+                self.each[method.adapter] = method.controller(program, method)
         self.total_steps = 0
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -152,7 +152,8 @@ class Controllers:
 
     def loss(self, outputs: Any, batch: Any = None, forward: Forward | None = None) -> Any:
         """The sum of all methods' own loss terms, 0.0 if there is none."""
-        terms = [c.loss(outputs, batch, forward or self.program) for c in self.each.values()]
+        run = self.program if forward is None else forward  # a compiled module has no truth value
+        terms = [c.loss(outputs, batch, run) for c in self.each.values()]
         return sum((t for t in terms if t is not None), 0.0)
 
     def before_step(self, step: int) -> None:
@@ -200,10 +201,7 @@ def controllers(program: Program) -> Controllers:
     return Controllers(program)
 
 
-def _controller(program: Program, record: Record) -> Controller:
+def _methods(program: Program) -> list[Method]:
     from .passes import Method
 
-    method = record.applied
-    if not isinstance(method, Method):
-        raise PassError(f"{record.text} inserts an adapter but is no method.")
-    return method.controller(program, method)
+    return [r.applied for r in program.history if isinstance(r.applied, Method)]

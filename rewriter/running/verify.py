@@ -82,7 +82,7 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def evaluation(program: Program) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is put back.
+    """Evaluation mode without gradients and compilation; the mode is put back.
 
     Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
     that flag, and the last bit of the result depends on the kernel.
@@ -93,7 +93,8 @@ def evaluation(program: Program) -> Iterator[None]:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.no_grad():
+        # A module compiled in place would be compiled again, for inputs that no user gives.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for parameter in trained:
@@ -200,14 +201,7 @@ def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     missing = [i for i in program.spec.inputs if i.name not in inputs]
     if not missing:
         return {i.name: inputs[i.name] for i in program.spec.inputs}
-    known = {
-        size: inputs[i.name].shape[axis]
-        for i in program.spec.inputs
-        if i.name in inputs
-        for axis, size in enumerate(i.shape)
-        if isinstance(size, str)
-    }
-    example = program.spec.example(None, **known)
+    example = program.spec.example(None, **program.spec.sizes(inputs))
     return {
         i.name: inputs.get(i.name, example[i.name].to(program.module.device))
         for i in program.spec.inputs

@@ -1,0 +1,178 @@
+"""Bank: several low-rank adapters as stacked tensors, of which every row of a batch chooses one.
+
+With `A [n + 1, rank, in]`, `B [n + 1, out, rank]` and `s [n + 1]` at each linear, row i of a batch
+with the adapter id `k_i` gets `y_i = x_i W^T + b + s_k (x_i A_k^T) B_k^T`: the heterogeneous
+batching of Punica (Chen et al., MLSys 2024, arXiv:2310.18547) and S-LoRA (Sheng et al., MLSys
+2024, arXiv:2311.03285). Smaller ranks, and sites that an adapter does not have, are padded with
+zeros, which changes nothing. Ids are an input of the program, so switching never compiles again:
+
+    program = peftfx.run(program, "lora{name=a};lora{name=b,rank=4};bank")
+    program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
+
+An id counts from 0 in the order of the members, as in a Python list whose last entry is "none": n
+or -1 gives the base. A call without ids gets the first member. The bank holds copies for inference:
+it does not train, has no dropout, and `program.without("bank")` gives the members back, one beside
+the other, to train on. Not foldable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...rewriter.edits.branch import Axes, Delta
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError, nearest
+from ...rewriter.program import Attachment, Program
+from ...rewriter.running.passes import Pass, Plan
+from ...rewriter.running.verify import Contract
+
+Factors = tuple[Tensor, Tensor, float]
+PLAIN = torch.contiguous_format
+
+
+class BankBranch(Delta):
+    """`a [n + 1, rank, in]`, `b [n + 1, out, rank]`, `scale [n + 1]`; the last entry is zero."""
+
+    not_foldable = "which adapter acts is an input"
+    axes: ClassVar[Axes] = {
+        "a": ("adapter", "rank", "in"),
+        "b": ("adapter", "out", "rank"),
+        "scale": ("adapter",),
+    }
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+
+    def __init__(self, members: Sequence[Factors | None], axis: int) -> None:
+        super().__init__()
+        held = [m for m in members if m is not None]
+        rank = max(a.shape[0] for a, _, _ in held)
+        a, b, _ = held[0]
+        self.batch_axis = axis
+        # They follow from the members' own tensors, which an artifact holds already.
+        self.register_buffer("a", a.new_zeros(len(members) + 1, rank, a.shape[1]), False)
+        self.register_buffer("b", b.new_zeros(len(members) + 1, b.shape[0], rank), False)
+        self.register_buffer("scale", a.new_zeros(len(members) + 1), False)
+        for index, member in enumerate(members):
+            if member is not None:
+                a, b, self.scale[index] = member
+                self.a[index, : len(a)], self.b[index, :, : len(a)] = a, b
+
+    def branch(self, x: Tensor, ids: Tensor, apart: Tensor | None = None) -> Tensor:
+        """`ids [batch]`, int64; `apart [batch, tokens, in]` where x has both on one axis."""
+        # A fresh copy, because the strides of a merged axis cannot be split for all sizes alike.
+        laid = x if apart is None else x.clone(memory_format=PLAIN).view(apart.shape)
+        rows = laid.movedim(self.batch_axis, 0)
+        flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
+        inner = flat @ self.a[ids].mT * self.scale[ids][:, None, None]
+        y = (inner @ self.b[ids].mT).view(*rows.shape[:-1], -1).movedim(0, self.batch_axis)
+        return y if apart is None else y.flatten(0, -2)
+
+    def describe(self) -> str:
+        return f"{len(self.a) - 1} adapters, rank={self.a.shape[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank(Pass):
+    """Puts all low-rank adapters into one bank; each row of a batch chooses its own.
+
+    Attributes:
+        names: the members, in the order of their ids; by default all adapters that are low-rank
+            at all of their sites.
+        input: name of the new input, int64 `[batch]`.
+    """
+
+    contract: ClassVar[Contract] = Contract("trainable")
+
+    names: tuple[str, ...] | None = None
+    input: str = "adapter"
+
+    @property
+    def adapter(self) -> str:
+        return self.text
+
+    def check(self) -> None:
+        names = self.names or ("",)
+        self.require(len(set(names)) == len(names) > 0, "names", "different adapters")
+        self.require(self.input.isidentifier(), "input", "a name")
+
+    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        if self.adapter in program.adapters:
+            raise PassError(
+                f"the program has a bank already. Take it apart first (program.without("
+                f"{self.adapter!r})), then make one of all members."
+            )
+        there = dict.fromkeys(a.adapter for a in program.attachments)
+        reasons = {name: _obstacle(program, name) for name in there}
+        fitting = [name for name, reason in reasons.items() if not reason]
+        for name in self.names or ():
+            if name not in reasons:
+                raise PassError(
+                    f"bank: there is no adapter {name!r} with branches. Adapters: "
+                    f"{', '.join(there) or 'none'}; nearest: {nearest(name, there)}."
+                )
+            if reasons[name]:
+                raise PassError(
+                    f"bank: the adapter {name!r} cannot be a member: {reasons[name]}. Adapters "
+                    f"that can: {', '.join(fitting) or 'none'}. Choose among them with names=[...]."
+                )
+        if not fitting:
+            found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise PassError(
+                f"bank: no adapter is low-rank ({found or 'there is none'}). Insert some first: "
+                "run(program, 'lora{name=a};lora{name=b,seed=1}')."
+            )
+        return Plan({"members": list(self.names or fitting)})
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        names: list[str] = plan.decisions["members"]
+        branches: dict[str, dict[str, Attachment]] = {}
+        for attachment in edit.program.attachments:
+            if attachment.adapter in names:
+                branches.setdefault(attachment.site, {})[attachment.adapter] = attachment
+        if missing := set(names) - {name for held in branches.values() for name in held}:
+            raise PassError(
+                f"the bank is made of the adapter {min(missing)!r}, which is not here. Keep it, or "
+                "take the bank apart first: program.without('bank')."
+            )
+        ids = edit.add_input(self.input, torch.zeros((), dtype=torch.long), per_sample=True)
+        for name, held in branches.items():
+            site: Any = edit.program.sites[name]
+            samples = edit.samples(site)
+            if samples is None:
+                raise PassError(
+                    f"bank: {name}: {edit.skipped[-1][1]}. Leave out the adapters "
+                    f"{', '.join(held)} (names=[...]), or insert them elsewhere."
+                )
+            members = [_factors(edit.program, held[n]) if n in held else None for n in names]
+            for attachment in held.values():
+                edit.remove(attachment.path)
+            edit.add(site, BankBranch(members, samples.axis), ids=ids, apart=samples.apart)
+
+
+def _factors(program: Program, attachment: Attachment) -> Factors | None:
+    branch: Any = program.branch(attachment)
+    found = branch.factors() if isinstance(branch, Delta) else None
+    return found and (found[0].detach(), found[1].detach(), found[2])
+
+
+def _obstacle(program: Program, name: str) -> str:
+    """Why an adapter cannot be a member; empty if it can."""
+    if owned := program.owned.get(name):
+        return f"it trains {len(owned)} tensors of the base (first: {owned[0]})"
+    for attachment in program.attachments:
+        if attachment.adapter != name:
+            continue
+        if _factors(program, attachment) is None:
+            return f"its {attachment.slot} branch at {attachment.site} is not low-rank"
+        if attachment.reads:
+            return f"at {attachment.site} it reads {', '.join(attachment.reads)}"
+        if owner := next((a for a in program.attachments if attachment.path in a.members), None):
+            return f"{owner.adapter} combines it with others"
+    return ""

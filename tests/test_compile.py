@@ -1,0 +1,178 @@
+"""Programs under torch.compile: one graph, never compiled again, the same values and gradients.
+
+Every recipe is compiled with `fullgraph=True, dynamic=True` and called at several batch and
+sequence sizes. A graph break is an error there, and so is a second compilation. Training runs
+through the default backend (inductor) for one recipe, with `pytest --inductor` for all; for the
+others it stops before code is generated (`aot_eager`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import peftfx
+from peftfx.rewriter.running.passes import Method
+
+from .models import Decoder, Encoder, batch, first, moved, randomise
+from .recipes import METHODS, RECIPES, method_class, start
+
+SIZES = ((3, 9), (5, 12), (2, 17))
+GENERATED = ("lower",)
+"""Recipes that always run through inductor: this one has an operator of our own."""
+SETTLED = tuple(m for m in METHODS if method_class(m).settle is not Method.settle)
+
+
+@pytest.fixture(scope="module")
+def base() -> peftfx.Program:
+    """One block of a decoder, to which every recipe applies."""
+    torch.manual_seed(0)
+    return peftfx.capture(Decoder(layers=1).eval(), kwargs=batch())
+
+
+@pytest.fixture(autouse=True)
+def strict() -> Iterator[None]:
+    """A second compilation is an error; random numbers are those of the uncompiled program."""
+    torch._dynamo.reset()
+    counters.clear()
+    with dynamo.patch(error_on_recompile=True), inductor.patch(fallback_random=True):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(program: peftfx.Program, backend: str) -> Callable[..., Any]:
+    return torch.compile(program.module, fullgraph=True, dynamic=True, backend=backend)
+
+
+def made(base: peftfx.Program, name: str) -> peftfx.Program:
+    """A recipe's program, with everything that trains moved before its last pass, too."""
+    before, last = start(base, name)
+    return randomise(peftfx.run(before if before is base else randomise(before), last))
+
+
+def inputs(program: peftfx.Program, step: int) -> dict[str, Tensor]:
+    """The step's batch; each step has another size, and another task where there are tasks."""
+    taken = {n: t for n, t in batch(*SIZES[step], seed=step).items() if n in program.spec.names}
+    extra = {i.name for i in program.spec.inputs if i.optional}
+    return {n: t + step if n in extra else t for n, t in program.spec.bind((), taken).items()}
+
+
+def train(program: peftfx.Program, forward: Callable[..., Any]) -> tuple[list[Tensor], Any]:
+    """Losses of three steps with the controllers, and the first step's gradients by name."""
+    controllers = peftfx.controllers(program)
+    named = program.train().named_trainable_parameters()
+    optimizer = torch.optim.AdamW(controllers.param_groups(lr=0.01)) if named else None
+    losses: list[Tensor] = []
+    gradients: dict[str, Tensor] = {}
+    if optimizer is not None:
+        controllers.start(optimizer, len(SIZES) + 2)
+    for step in range(len(SIZES)):
+        torch.manual_seed(step)
+        given = inputs(program, step)
+        controllers.begin_forward(given)
+        outputs = forward(**given)
+        loss = first(outputs).pow(2).mean() + controllers.loss(outputs, given, forward)
+        losses.append(loss.detach())
+        if optimizer is None:
+            continue
+        loss.backward()
+        gradients = gradients or {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
+        controllers.before_step(step)
+        optimizer.step()
+        controllers.after_step(step)
+        optimizer.zero_grad()
+    return losses, gradients
+
+
+@pytest.mark.parametrize("name", [*METHODS, "lower"])
+def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureRequest) -> None:
+    everything = request.config.getoption("--inductor")
+    program = made(base, name)
+    plain = program.fork()
+    want, gradients = train(plain, plain.module)
+    backend = "inductor" if everything or name in GENERATED else "aot_eager"
+    got, same = train(program, compiled(program, backend))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert same.keys() == gradients.keys()
+    scale = max((float(g.abs().max()) for g in gradients.values()), default=1.0)
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(same[n], gradient, rtol=1e-3, atol=1e-5 * scale, msg=n)
+
+
+def settled(base: peftfx.Program, name: str) -> peftfx.Program:
+    """A method's program after a little training, with what training decided in its place."""
+    program = made(base, name)
+    controllers = peftfx.controllers(program)
+    train(program, program.module)
+    fixed = ",".join(f"{i.name}=1" for i in program.spec.inputs if i.optional)
+    passes = controllers.finish().passes or f"bake{{names=[{name}],inputs={{{fixed}}}}}"
+    return peftfx.run(program.eval(), passes, data=[batch(seed=5)])
+
+
+@pytest.mark.parametrize("name", ["bank", "hyperformer"])
+def test_switching_compiles_nothing(base: Any, name: str) -> None:
+    """Adapters and tasks are data: another one runs the same code."""
+    program = made(base, name)
+    (choice,) = (i for i in program.spec.inputs if i.optional)
+    forward = compiled(program, "eager")
+    given = program.spec.bind((), batch())
+    seen: list[Tensor] = []
+    for index in range(3):
+        given[choice.name] = torch.full_like(given[choice.name], index)
+        seen.append(first(forward(**given)))
+        torch.testing.assert_close(seen[-1], first(program.module(**given)))
+    assert moved(seen[0], seen[1]) > 0.01 < moved(seen[1], seen[2])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_dropout_and_the_switch_of_modes() -> None:
+    """Training mode has the model's own dropout, compiled with the same random numbers; each mode
+    is one graph."""
+    torch.manual_seed(0)
+    base = peftfx.capture(Encoder(layers=1), kwargs=batch())
+    program = randomise(peftfx.run(base, "lora{rank=2,dropout=0.5}"))
+    for mode in (True, False):
+        torch._dynamo.reset()
+        program.train(mode)
+        forward = compiled(program, "eager")
+        results: list[Tensor] = []
+        for run in (program.module, forward, forward):
+            torch.manual_seed(len(results) // 2)
+            results.append(first(run(**batch())))
+        torch.testing.assert_close(results[1], results[0])
+        assert torch.equal(results[2], results[1]) is not mode
+
+
+def test_compiling_in_place(base: Any) -> None:
+    """A program whose module is compiled in place is called, trained and rewritten as before."""
+    program = randomise(peftfx.run(base, "lora{rank=2}"))
+    want = first(program(**batch()))
+    program.module.compile(fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(first(program(**batch())), want)
+    assert counters["stats"]["unique_graphs"] == 1
+    folded = peftfx.run(program, "fold")
+    torch.testing.assert_close(first(folded(**batch())), want, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *(f"{m} settled" for m in SETTLED)])
+def test_evaluation_compiles_once(base: Any, name: str) -> None:
+    method, _, after = name.partition(" ")
+    program = settled(base, method) if after else made(base, name)
+    forward = compiled(program.eval(), "eager")
+    for step in range(len(SIZES)):
+        given = inputs(program, step)
+        want, got = first(program.module(**given)), first(forward(**given))
+        torch.testing.assert_close(got, want)
+        if want.requires_grad:
+            held = program.trainable_parameters()
+            pair = [torch.autograd.grad(y.pow(2).sum(), held, allow_unused=True)
+                    for y in (got, want)]  # fmt: skip
+            torch.testing.assert_close(pair[0], pair[1])
