@@ -104,11 +104,11 @@ class InputSpec:
     def default(self, spec: TensorInput, beside: Mapping[str, Tensor]) -> Tensor:
         """What an optional input is where it is not given, on the device of the others."""
         device = next((t.device for t in beside.values()), torch.device("cpu"))
-        known = self.sizes(beside)
+        known = self.sizes_of(beside)
         shape = [s if isinstance(s, int) else known[s] for s in spec.shape]
         return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
 
-    def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    def sizes_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """The dynamic sizes, by name, that some of the inputs have."""
         return {
             size: tensors[i.name].shape[axis]

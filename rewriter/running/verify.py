@@ -201,7 +201,7 @@ def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     missing = [i for i in program.spec.inputs if i.name not in inputs]
     if not missing:
         return {i.name: inputs[i.name] for i in program.spec.inputs}
-    example = program.spec.example(None, **program.spec.sizes(inputs))
+    example = program.spec.example(None, **program.spec.sizes_of(inputs))
     return {
         i.name: inputs.get(i.name, example[i.name].to(program.module.device))
         for i in program.spec.inputs
