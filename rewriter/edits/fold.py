@@ -25,6 +25,7 @@ from torch.fx import Node
 from ..aten import EMBEDDING, VIEWS, expression_of, is_op, parameter_of, set_attribute, strip
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..program import Attachment, Program
+from ..sharded import placed_like, whole, whole_module
 from ..sites.sites import LinearSite
 from .branch import Branch, Delta, Expression, InputScale, OutputScale, RowScale, Scale
 from .compose import fold_ready
@@ -161,7 +162,7 @@ def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Fo
 def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
     """Folds one branch; returns the reason if it cannot be folded (now)."""
     gm = edit.graph_module
-    branch = gm.get_submodule(attachment.path)
+    branch = whole_module(gm.get_submodule(attachment.path))
     if not isinstance(branch, Branch):
         return "its module is not a branch"
     if branch.not_foldable:
@@ -224,13 +225,13 @@ def _fold_expression(edit: Editor, attachment: Attachment, branch: Expression) -
             f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
         )
     with torch.no_grad():
-        made = branch.eval()(held.detach()).clone()  # in training it may be random
+        made = branch.eval()(whole(held.detach())).clone()  # in training it may be random
     if not all_finite(made):
         raise NonFiniteError(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
             "non-finite branch parameters, or keep the branch."
         )
-    set_attribute(gm, name, nn.Parameter(made, requires_grad=False))
+    set_attribute(gm, name, nn.Parameter(placed_like(made, held), requires_grad=False))
     _remember(edit, attachment, branch)
     call.replace_all_uses_with(source)
     gm.graph.erase_node(call)

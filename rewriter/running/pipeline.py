@@ -25,6 +25,7 @@ from ..aten import set_attribute
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, RewriteError
 from ..program import BRANCHES, Program, Record
+from ..sharded import has_shards, placed_like, whole
 from .passes import Pass, Plan, make
 from .propagate import propagate
 from .verify import Certificate, certify, check_graph
@@ -262,6 +263,7 @@ def run(
         if progress is not None:
             progress(str(item))
         try:
+            require_whole(program, item)
             started = time.perf_counter()
             plan = item.plan(program, data, sources)
             planned = time.perf_counter() - started
@@ -272,6 +274,15 @@ def run(
             raise
         done.append(str(item))
     return program
+
+
+def require_whole(program: Program, item: Pass) -> None:
+    """Raises PassError where a pass that needs whole weights meets sharded ones."""
+    if not item.sharded and has_shards(program.module):
+        raise PassError(
+            f"{item.text} needs whole weights, but the program's are sharded over ranks. Run it "
+            "before sharding, or on peftfx.distributed.gather(program)."
+        )
 
 
 def apply_plan(
@@ -385,7 +396,7 @@ def load_values(
                 if reshaped and own.shape != tensor.shape:
                     continue
                 if not own.is_meta or tensor.is_meta:
-                    own.copy_(tensor)
+                    own.copy_(placed_like(whole(tensor), own))
                 elif isinstance(own, nn.Parameter):
                     set_attribute(
                         program.module, name, nn.Parameter(tensor.clone(), own.requires_grad)

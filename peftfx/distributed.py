@@ -1,0 +1,25 @@
+"""Programs on several ranks, with torch's own engines (DDP, `fully_shard`, DTensor, DCP).
+
+    module = peftfx.distributed.shard(peftfx.outline(program))
+    ...                                                       # train module as any other
+    program = peftfx.inline(module)                           # with sharded parameters
+    peftfx.distributed.save_checkpoint("run/", program, optimizer, step=100)
+    peftfx.save(program, "adapter/")                          # complete, from rank 0
+"""
+
+from __future__ import annotations
+
+from .rewriter.distributed.checkpoint import Resumed, latest, load_checkpoint, save_checkpoint
+from .rewriter.distributed.ranks import agree, first, rank, together, world
+
+__all__ = [
+    "Resumed",
+    "agree",
+    "first",
+    "latest",
+    "load_checkpoint",
+    "rank",
+    "save_checkpoint",
+    "together",
+    "world",
+]
