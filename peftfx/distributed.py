@@ -1,10 +1,10 @@
 """Programs on several ranks, with torch's own engines (DDP, `fully_shard`, DTensor, DCP).
 
-    module = peftfx.distributed.shard(peftfx.outline(program))
-    ...                                                       # train module as any other
-    program = peftfx.inline(module)                           # with sharded parameters
-    peftfx.distributed.save_checkpoint("run/", program, optimizer, step=100)
-    peftfx.save(program, "adapter/")                          # complete, from rank 0
+module = peftfx.distributed.shard(peftfx.outline(program))
+...                                                       # train module as any other
+program = peftfx.inline(module)                           # with sharded parameters
+peftfx.distributed.save_checkpoint("run/", program, optimizer, step=100)
+peftfx.save(program, "adapter/")                          # complete, from rank 0
 """
 
 from __future__ import annotations

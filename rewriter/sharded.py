@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
 from .aten import placeholders, set_attribute
@@ -30,7 +30,7 @@ def has_shards(module: nn.Module) -> bool:
 
 
 def reshard(module: nn.Module) -> None:
-    """Lets the units of `fully_shard` drop what a forward gathered, so that parameters are shards."""
+    """Lets the units of `fully_shard` drop what they gathered, so that parameters are shards."""
     for unit in module.modules():
         give_back: Any = getattr(unit, "reshard", None)
         if give_back is not None and hasattr(unit, "unshard"):

@@ -374,5 +374,3 @@ def _dcp(what: str, call: Callable[[Any], Any]) -> None:
         call(api)
     except (api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{what}: {error}") from error
-
-

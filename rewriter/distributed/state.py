@@ -162,4 +162,3 @@ def put_controllers(controllers: Controllers, tensors: Tensors, rest: list[Any])
             inner = inner.setdefault(key, {})
         inner[path[-1]] = item
     controllers.load_state_dict(state)
-

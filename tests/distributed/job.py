@@ -1,0 +1,147 @@
+"""Starting ranks, and what all their jobs share: `python -m tests.distributed.jobs NAME FOLDER`.
+
+Each job returns a JSON object, which `launch` in the parent process reads and asserts on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import peftfx
+import peftfx.distributed as pd
+
+from .. import models
+
+ROWS = 4
+RECIPE = "lora{rank=4,where=q|v}"
+JOBS: dict[str, Callable[[Path], Any]] = {}
+
+
+def job(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    JOBS[function.__name__] = function
+    return function
+
+
+def launch(
+    name: str, folder: Path, ranks: int = 2, timeout: int = 240
+) -> tuple[list[Any], list[subprocess.CompletedProcess[str]]]:
+    """Runs a job in processes that meet through a file; what each returned (None if it died)."""
+    meeting = folder / f"meeting-{name}"
+    root = Path(__file__).parents[2]
+    started: list[subprocess.Popen[str]] = []
+    for number in range(ranks):
+        env = os.environ | {
+            "RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number),
+            "MEETING": f"file://{meeting}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.distributed.jobs", name, str(folder)]
+        started.append(subprocess.Popen(
+            command, env=env, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ))  # fmt: skip
+    done: list[subprocess.CompletedProcess[str]] = []
+    try:
+        for process in started:
+            text, _ = process.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, text))
+    finally:
+        for process in started:
+            process.kill()
+    paths = [folder / f"{name}-{number}.json" for number in range(ranks)]
+    return [json.loads(p.read_text()) if p.exists() else None for p in paths], done
+
+
+def base(name: str = "decoder") -> peftfx.Program:
+    return peftfx.capture(models.build(name), kwargs=models.batch(ROWS))
+
+
+def prepared(program: peftfx.Program, recipe: str = RECIPE) -> peftfx.Program:
+    return models.randomise(peftfx.run(program, recipe))
+
+
+def mine(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's rows."""
+    count = ROWS // pd.world()
+    return {n: t[pd.rank() * count :][:count] for n, t in batch.items()}
+
+
+def task_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    logits = models.first(module(**batch))
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(
+    module: nn.Module, optimizer: torch.optim.Optimizer, steps: int, shared: bool = True
+) -> list[float]:
+    """The losses of the whole batch; with `shared` every rank has its rows of it."""
+    batch = mine(models.batch(ROWS)) if shared else models.batch(ROWS)
+    losses: list[float] = []
+    for _ in range(steps):
+        loss = task_loss(module, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if shared and pd.world() > 1:
+            dist.all_reduce(mean)
+            mean /= pd.world()
+        losses.append(float(mean))
+    return losses
+
+
+def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Largest difference relative to the largest value; the names have to be the same."""
+    assert a.keys() == b.keys() and a
+    worst = max(float((a[n] - b[n]).abs().max()) for n in a)
+    return worst / max(float(t.abs().max()) for t in a.values())
+
+
+def gradients(module: nn.Module, shared: bool = True) -> dict[str, Tensor]:
+    """Complete gradients of one backward, by parameter name."""
+    task_loss(module, mine(models.batch(ROWS)) if shared else models.batch(ROWS)).backward()
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            grad: Any = parameter.grad
+            found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+            parameter.grad = None
+    return found
+
+
+def refusal(work: Callable[[], Any]) -> str:
+    """The type and text of the error that something raises."""
+    try:
+        work()
+    except peftfx.RewriteError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group(
+        "gloo", init_method=os.environ["MEETING"], rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        result = JOBS[name](folder)
+        (folder / f"{name}-{pd.rank()}.json").write_text(json.dumps(result))
+    finally:
+        dist.destroy_process_group()
+
