@@ -9,13 +9,16 @@ peftfx.save(program, "adapter/")                          # complete, from rank 
 
 from __future__ import annotations
 
+from .rewriter.distributed.held import Held, held
 from .rewriter.distributed.checkpoint import Resumed, latest, load_checkpoint, save_checkpoint
 from .rewriter.distributed.ranks import agree, first, rank, together, world
 
 __all__ = [
     "Resumed",
+    "Held",
     "agree",
     "first",
+    "held",
     "latest",
     "load_checkpoint",
     "rank",

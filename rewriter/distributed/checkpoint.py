@@ -13,25 +13,33 @@ at any moment leaves the checkpoints before usable.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
-from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
+from ..errors import ArtifactError
 from ..program import Program
 from ..running.controller import Controllers
 from ..sharded import placed_like
-from ..storage.artifact import VERSION, checked, version_of
-from ..storage.checkpoint import DTYPES
-from ..storage.files import JSON_LIMIT, new_directory, parse_json, read_file, write_json
+from ..storage.artifact import VERSION
+from ..storage.files import new_directory, write_json
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    compare_optimizers,
+    compare_programs,
+    compare_tensors,
+    describe,
+    digest,
+    kind_of,
+    meta_of,
+    read_manifest,
+    strict,
+)
 from .ranks import agree, exchange, first, rank, together, world
 from .state import (
     Tensors,
@@ -44,15 +52,7 @@ from .state import (
     put_optimizer,
 )
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})")
-
-_KEYS = {
-    "format_version": int, "step": int, "ranks": int, "program": dict, "tensors": dict,
-    "optimizer": (dict, type(None)), "controllers": (list, type(None)), "extra": dict,
-    "files": dict, "versions": dict,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,14 @@ def save_checkpoint(
     tensors, rest = together("reading what is saved", collect)
     manifest: dict[str, Any] = {
         "format_version": FORMAT, "step": step, "ranks": world(), "program": identity,
-        "tensors": {n: _kind(t) for n, t in tensors.items()}, **rest, "extra": dict(extra or {}),
+        "tensors": {n: kind_of(t) for n, t in tensors.items()}, **rest, "extra": dict(extra or {}),
         "versions": {"peftfx": VERSION, "torch": torch.__version__},
     }  # fmt: skip
-    for number, theirs in enumerate(exchange(_own(tensors))):
-        manifest["tensors"] |= {n: k for n, k in theirs.items() if n.endswith(f".{number}")}
-    together("preparing the manifest", lambda: _json(manifest))
+    together("preparing the manifest", lambda: strict(manifest))
+    agree("what is saved", manifest)
+    own = {n: kind_of(t) for n, t in _random().items()}
+    tensors |= _random()
+    manifest["tensors"] |= {n: k for theirs in exchange(own) for n, k in theirs.items()}
     with contextlib.ExitStack() as opened:
         made: list[Path] = []
         first("creating the folder", lambda: made.append(
@@ -122,7 +124,7 @@ def save_checkpoint(
         agree(f"what ranks see in {target} (is it on a file system that they share?)", seen)
 
         def finish() -> None:
-            manifest["files"] = {n: _digest(fresh / n) for n in seen}
+            manifest["files"] = {n: digest(fresh / n) for n in seen}
             (fresh / MANIFEST).write_bytes(write_json(manifest))
 
         first("writing the manifest", finish)
@@ -154,10 +156,10 @@ def load_checkpoint(
             damaged). RanksError: another rank failed. In every case nothing was changed.
     """
     path = Path(path)
-    manifest = together("reading the checkpoint", lambda: _manifest(path))
+    manifest = together("reading the checkpoint", lambda: read_manifest(path))
     here = together("reading the program", lambda: describe(program))
     agree("the program in training", here)
-    together("comparing", lambda: _compare(path, manifest, here))
+    together("comparing", lambda: compare_programs(path, manifest, here))
 
     def collect() -> tuple[Tensors, Tensors]:
         return _places(path, manifest, program, optimizer, controllers)
@@ -187,48 +189,6 @@ def latest(folder: str | Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-# What identifies a program.
-
-_identities: WeakKeyDictionary[Program, str] = WeakKeyDictionary()
-"""Hashes of bases, which do not change: a base is hashed once, not at every checkpoint."""
-
-
-def describe(program: Program) -> dict[str, Any]:
-    """What ranks have to share, and a checkpoint and the program that resumes it: base (sha256),
-    recipe (text), and a sha256 of every decision; collective where the base is sharded."""
-    decided = [
-        [r.text, r.adapter, dict(r.plan.decisions), list(r.edited), sorted(r.plan.tensors)]
-        for r in program.history
-    ]
-    if program.base not in _identities:
-        _identities[program.base] = program.identity
-    return {
-        "base": _identities[program.base],
-        "recipe": "; ".join(r.text for r in program.history),
-        "decisions": hashlib.sha256(_json(decided)).hexdigest(),
-    }
-
-
-def _compare(path: Path, manifest: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    saved = checked(manifest["program"], dict.fromkeys(here, str), f"{path / MANIFEST}, program")
-    if saved["base"] != here["base"]:
-        raise BaseMismatchError(
-            f"{path} was saved on other base weights: sha256 {saved['base'][:16]}..., but the "
-            f"program's are {here['base'][:16]}.... Resume on the base that it was trained on."
-        )
-    if saved["recipe"] != here["recipe"]:
-        raise ArtifactError(
-            f"{path} was saved with another recipe: {saved['recipe'] or '(none)'!r}, but the "
-            f"program has {here['recipe'] or '(none)'!r}. Run the same recipe before resuming."
-        )
-    if saved["decisions"] != here["decisions"]:
-        raise ArtifactError(
-            f"{path} was saved with the same recipe, {here['recipe']!r}, but its passes decided "
-            "otherwise (other data, sources or model code). Resume from the same decisions: "
-            "peftfx.save the adapters before training and peftfx.load them before resuming."
-        )
-
-
 # Tensors by key, `program.<name>`, `optimizer.<parameter>.<state>`, ...
 
 
@@ -244,7 +204,7 @@ def _collect(
     if controllers is not None:
         states, rest["controllers"] = controller_leaves(controllers)
         tensors |= {f"controllers.{n}": t for n, t in states.items()}
-    return tensors | _random(), rest
+    return tensors, rest
 
 
 def _places(
@@ -261,10 +221,10 @@ def _places(
         if manifest[name] is None and given is not None:
             raise ArtifactError(f"{path} holds no state of the {name}; it was saved without.")
     if optimizer is not None:
-        _compare_optimizers(path, manifest["optimizer"], optimizer_rest(program, optimizer))
+        compare_optimizers(path, manifest["optimizer"], optimizer_rest(program, optimizer))
     live = learnt(program)
-    saved = {n: _meta(k, f"{path}: {n}") for n, k in manifest["tensors"].items()}
-    _compare_tensors(path, _below(saved, "program"), live)
+    saved = {n: meta_of(k, f"{path}: {n}") for n, k in manifest["tensors"].items()}
+    compare_tensors(path, _below(saved, "program"), live)
     places = {f"program.{n}": torch.empty_like(t, requires_grad=False) for n, t in live.items()}
     for name, tensor in _below(saved, "optimizer").items():
         places[f"optimizer.{name}"] = optimizer_place(program, name, tensor)
@@ -275,48 +235,9 @@ def _places(
     return live, places | {n: torch.empty_like(t, device="cpu") for n, t in own.items()}
 
 
-def _compare_tensors(path: Path, saved: Tensors, live: Tensors) -> None:
-    for name in sorted(saved.keys() ^ live.keys()):
-        where = "the checkpoint" if name in saved else "the program"
-        raise ArtifactError(f"{path}: {name!r} is only in {where}. Run the same recipe.")
-    for name, tensor in live.items():
-        if _kind(tensor) != _kind(saved[name]):
-            raise ArtifactError(
-                f"{path}: {name!r} is {_kind(saved[name])}, but {_kind(tensor)} in the program."
-            )
-
-
-def _compare_optimizers(path: Path, saved: Any, here: Mapping[str, Any]) -> None:
-    said = [(o["class"], [g["params"] for g in o["groups"]]) for o in (saved, here)]
-    if said[0][0] != said[1][0]:
-        raise ArtifactError(f"{path} was saved with {said[0][0]}, but this is {said[1][0]}.")
-    if said[0][1] != said[1][1]:
-        raise ArtifactError(
-            f"{path}: the optimizer's groups hold other parameters than here. Build it in the same "
-            "way, for example from controllers.param_groups(...)."
-        )
-
-
 def _below(tensors: Tensors, part: str) -> Tensors:
     prefix = f"{part}."
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _kind(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype)[6:], list(tensor.shape)]
-
-
-def _own(tensors: Tensors) -> dict[str, Any]:
-    return {n: _kind(t) for n, t in tensors.items() if n.startswith("random.")}
-
-
-def _meta(kind: Any, where: str) -> Tensor:
-    known = {str(d)[6:]: d for d in DTYPES.values()}
-    try:
-        dtype, shape = kind
-        return torch.empty(shape, dtype=known[dtype], device="meta")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CorruptFileError(f"{where}: {kind!r} is no dtype and shape.") from error
 
 
 def _flat(tensors: Tensors) -> Tensors:
@@ -335,35 +256,6 @@ def _put_random(held: Tensors) -> None:
     for name, state in held.items():
         put = torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state
         put(state)
-
-
-# Files.
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """Reads and checks the manifest, and this rank's share of the files that it names."""
-    where = str(path / MANIFEST)
-    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    version_of(data, FORMAT, where)
-    manifest = checked(data, _KEYS, where)
-    files = sorted(p.name for p in path.glob("*.safetensors"))
-    if files != sorted(manifest["files"]):
-        raise CorruptFileError(f"{path} holds {files}, not {sorted(manifest['files'])}.")
-    for name in files[rank() :: world()]:
-        if _digest(path / name) != manifest["files"][name]:
-            raise CorruptFileError(f"{path / name}: its bytes were altered (sha256 differs).")
-    return manifest
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(read_file(path)).hexdigest()
-
-
-def _json(item: Any) -> bytes:
-    try:
-        return json.dumps(item, sort_keys=True, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{error}; a checkpoint holds tensors and strict JSON.") from error
 
 
 def _dcp(what: str, call: Callable[[Any], Any]) -> None:

@@ -3,7 +3,8 @@
 Each block is a unit: its weights are gathered when it runs and dropped behind it. The root is one
 more, with the embeddings, the head and everything that passes have inserted. Parameters are sharded
 one by one along their first axis, so neither the number of blocks nor any size has to be a multiple
-of the number of ranks; a rank beyond a tensor's rows holds none of it.
+of the number of ranks; a rank beyond a tensor's rows holds none of it. Single numbers stay whole,
+and their gradients are averaged like the others'.
 """
 
 from __future__ import annotations
@@ -56,9 +57,12 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
     agree("the names and sizes of parameters", _layout(module))
     agree("the value of a parameter", {n: checksum(t) for n, t in module.named_parameters()})
     before = dict(module.named_parameters())
-    skipped = {p for p in module.parameters() if not p.dim()}
+    numbers = {p for p in module.parameters() if not p.dim()}
     for unit in (*module.blocks, module):
-        fully_shard(unit, mesh=mesh, ignored_params=skipped, **options)
+        fully_shard(unit, mesh=mesh, ignored_params=numbers, **options)
+    for number in numbers:
+        if number.requires_grad:
+            number.register_post_accumulate_grad_hook(_average)
     module.base = _sharded_base(module.base, before, dict(module.named_parameters()))
     return module
 
@@ -75,11 +79,6 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
                 f"{name} is on the meta device. Load weights before sharding "
                 "(peftfx.load_weights maps them from files, so ranks of a machine share them)."
             )
-        if parameter.requires_grad and not parameter.dim():
-            raise RanksError(
-                f"{name} trains and is a single number, which torch cannot shard. Make it a tensor "
-                "of one element."
-            )
         if dtype is not None and parameter.is_floating_point() and parameter.dtype != dtype:
             raise RanksError(
                 f"mp_policy computes in {dtype}, but the graph was captured in {parameter.dtype} "
@@ -92,6 +91,13 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
                 f"{label} trains parameters of several dtypes ({', '.join(dtypes)}), whose "
                 "gradients torch cannot reduce together. Give them one dtype."
             )
+
+
+def _average(number: Tensor) -> None:
+    """Averages the gradient of a parameter that every rank has whole."""
+    if number.grad is not None:
+        dist.all_reduce(number.grad)
+        number.grad /= dist.get_world_size()
 
 
 def _units(module: Outlined) -> Iterator[tuple[str, list[nn.Parameter]]]:

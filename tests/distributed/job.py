@@ -144,4 +144,3 @@ def main() -> None:
         (folder / f"{name}-{pd.rank()}.json").write_text(json.dumps(result))
     finally:
         dist.destroy_process_group()
-

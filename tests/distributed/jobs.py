@@ -46,7 +46,9 @@ def engines(folder: Path) -> Any:
         optimizer = optimizer_of(module)
         curve = train(module, optimizer, 5)
         sharding = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
-        rows = pd.held(module, optimizer, lambda m=module: job.task_loss(m, job.mine(models.batch(4))))
+        rows = pd.held(
+            module, optimizer, lambda m=module: job.task_loss(m, job.mine(models.batch(4)))
+        )
         found[name] = {
             "gradients": gap(want, got), "curve": curve, "sharded": len(sharding),
             "parameters": len(list(module.parameters())), "held": [vars(r) for r in rows],
@@ -58,12 +60,15 @@ def engines(folder: Path) -> Any:
 def methods(folder: Path) -> Any:
     """Every method, sharded by block: gradients of one process."""
     found: dict[str, Any] = {}
+    captured = base()
     for name in METHODS:
-        before, text = start(base(), name)
+        before, text = start(captured, name)
         program = models.randomise(peftfx.run(before, text))
         program.eval()
         want = gradients(program.module, shared=False)
-        found[name] = gap(want, gradients(sharded(program).eval()))
+        found[name] = gap(
+            want, gradients(torch.distributed.fsdp.fully_shard(program.module).eval())
+        )
     return found
 
 
