@@ -9,20 +9,23 @@ peftfx.save(program, "adapter/")                          # complete, from rank 
 
 from __future__ import annotations
 
-from .rewriter.distributed.held import Held, held
 from .rewriter.distributed.checkpoint import Resumed, latest, load_checkpoint, save_checkpoint
+from .rewriter.distributed.held import Held, held
 from .rewriter.distributed.ranks import agree, first, rank, together, world
+from .rewriter.distributed.shard import gather, shard
 
 __all__ = [
-    "Resumed",
     "Held",
+    "Resumed",
     "agree",
     "first",
+    "gather",
     "held",
     "latest",
     "load_checkpoint",
     "rank",
     "save_checkpoint",
+    "shard",
     "together",
     "world",
 ]

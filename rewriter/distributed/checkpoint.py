@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +264,8 @@ def _dcp(what: str, call: Callable[[Any], Any]) -> None:
     import torch.distributed.checkpoint as api
 
     try:
-        call(api)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one
+            call(api)
     except (api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{what}: {error}") from error

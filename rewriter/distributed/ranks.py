@@ -102,13 +102,17 @@ def agree(what: str, item: Any) -> None:
     other = next((i for i, there in enumerate(found) if there != found[0]), None)
     if other is None:
         return
+    here, there, where = found[0], found[other], ""
+    if isinstance(here, dict) and isinstance(there, dict):
+        held: tuple[dict[str, Any], dict[str, Any]] = here, there
+        key = next(k for k in sorted({*here, *there}) if held[0].get(k) != held[1].get(k))
+        here, there, where = held[0].get(key), held[1].get(key), f", first at {key!r}"
     raise RanksError(
-        f"{what} differs between ranks. Rank 0 has {_short(found[0])}, rank {other} has "
-        f"{_short(found[other])}. Build the same program on every rank: same model, same recipe, "
-        "same seed."
+        f"{what} differs between ranks{where}: rank 0 has {_short(here)}, rank {other} has "
+        f"{_short(there)}. Build the same on every rank: same model, same recipe, same seed."
     )
 
 
-def _short(item: Any, limit: int = 300) -> str:
+def _short(item: Any, limit: int = 200) -> str:
     text = item if isinstance(item, str) else json.dumps(item)
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -53,7 +53,7 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
             "torch.distributed.init_process_group() first."
         )
     together("checking the module", lambda: _check(module, options))
-    agree("the recipe", module.recipe)
+    agree("the recipe", "; ".join(r.text for r in module.flat.program.history))
     agree("the names and sizes of parameters", _layout(module))
     agree("the value of a parameter", {n: checksum(t) for n, t in module.named_parameters()})
     before = dict(module.named_parameters())
@@ -63,7 +63,10 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
     for number in numbers:
         if number.requires_grad:
             number.register_post_accumulate_grad_hook(_average)
-    module.base = _sharded_base(module.base, before, dict(module.named_parameters()))
+    if (origin := module.flat.program.origin) is not None:
+        base = _sharded_base(origin, before, dict(module.named_parameters()))
+        flat = replace(module.flat.program, origin=base)
+        module.flat = replace(module.flat, program=flat)
     return module
 
 
@@ -144,19 +147,21 @@ def gather(program: Program) -> Program:
     """The program with complete parameters on every rank, itself if it has them; collective."""
     if not has_shards(program.module):
         return program
-    made: dict[tuple[int, int], Tensor] = {}
+    made: dict[int, tuple[Any, Tensor]] = {}
     base = _gathered(program.base, made)
     return base if program.origin is None else replace(_gathered(program, made), origin=base)
 
 
-def _gathered(program: Program, made: dict[tuple[int, int], Tensor]) -> Program:
+def _gathered(program: Program, made: dict[int, tuple[Any, Tensor]]) -> Program:
+    """`made`: by storage (as long as it lives), so that what programs share they go on sharing."""
     forked = program.fork()
     for name, parameter in list(forked.module.named_parameters(remove_duplicate=False)):
         if not is_sharded(parameter):
             continue
-        part: Any = parameter
-        key = (part.to_local().untyped_storage().data_ptr(), part.to_local().storage_offset())
-        if key not in made:
-            made[key] = whole(parameter)
-        set_attribute(forked.module, name, nn.Parameter(made[key], parameter.requires_grad))
+        sharded: Any = parameter.detach()
+        part = sharded.to_local().untyped_storage()
+        if part._cdata not in made:
+            made[part._cdata] = part, whole(sharded)
+        complete = made[part._cdata][1]
+        set_attribute(forked.module, name, nn.Parameter(complete, parameter.requires_grad))
     return replace(forked, origin=program.origin)

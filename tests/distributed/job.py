@@ -62,8 +62,9 @@ def launch(
     return [json.loads(p.read_text()) if p.exists() else None for p in paths], done
 
 
-def base(name: str = "decoder") -> peftfx.Program:
-    return peftfx.capture(models.build(name), kwargs=models.batch(ROWS))
+def base(layers: int = 2, seed: int = 0) -> peftfx.Program:
+    torch.manual_seed(seed)
+    return peftfx.capture(models.Decoder(layers=layers).eval(), kwargs=models.batch(ROWS))
 
 
 def prepared(program: peftfx.Program, recipe: str = RECIPE) -> peftfx.Program:
@@ -111,9 +112,10 @@ def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return worst / max(float(t.abs().max()) for t in a.values())
 
 
-def gradients(module: nn.Module, shared: bool = True) -> dict[str, Tensor]:
+def gradients(module: nn.Module, shared: bool = True, **more: Tensor) -> dict[str, Tensor]:
     """Complete gradients of one backward, by parameter name."""
-    task_loss(module, mine(models.batch(ROWS)) if shared else models.batch(ROWS)).backward()
+    batch = (mine(models.batch(ROWS)) if shared else models.batch(ROWS)) | more
+    task_loss(module, batch).backward()
     found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
