@@ -15,6 +15,7 @@ from typing import Any
 
 from .drawing import draw_sites
 from .registry import load_passes
+from .rewriter.blocks.outline import inline, outline
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
 from .rewriter.program import Program
@@ -57,11 +58,13 @@ __all__ = [
     "draw_sites",
     "export_onnx",
     "fold_checkpoint",
+    "inline",
     "lightning_callback",
     "load",
     "load_program",
     "load_weights",
     "observe",
+    "outline",
     "parse",
     "run",
     "save",

@@ -34,6 +34,10 @@ class PassError(RewriteError, RuntimeError):
     """A pass could not be applied; the program is what it was before."""
 
 
+class BlockError(RewriteError, ValueError):
+    """A program's layers cannot be made callable blocks, or not with these options."""
+
+
 class VerifyError(RewriteError, RuntimeError):
     """A measured contract does not hold, or a graph is malformed."""
 

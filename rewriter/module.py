@@ -29,16 +29,7 @@ class CapturedModule(GraphModule):
             CaptureError: it would change a floating-point dtype; nothing is changed.
         """
         before = self.device
-        held = [*self.parameters(), *self.buffers()]
-        for dtype in {t.dtype for t in held if t.is_floating_point()}:
-            changed = fn(torch.empty(0, dtype=dtype, device=before)).dtype
-            if changed != dtype:
-                raise CaptureError(
-                    f"a captured graph keeps its dtype: casts to {dtype} are part of it, so "
-                    f"{changed} would give wrong results or fail. Capture again in that dtype: "
-                    f"peftfx.capture(model, ..., dtype={changed}). For mixed precision, run it "
-                    "under torch.autocast."
-                )
+        keeps_dtype(self, fn, before)
         super()._apply(fn, recurse)
         if self.device != before:
             relocate(self, before, self.device)
@@ -47,10 +38,29 @@ class CapturedModule(GraphModule):
     @property
     def device(self) -> torch.device:
         """The device of the stored tensors."""
-        for held in (self.parameters(), self.buffers()):
-            for tensor in held:
-                return tensor.device
-        return torch.device("cpu")
+        return device_of(self)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first tensor."""
+    for held in (module.parameters(), module.buffers()):
+        for tensor in held:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Raises CaptureError if `fn` would change a floating-point dtype of a captured module."""
+    held = [*module.parameters(), *module.buffers()]
+    for dtype in {t.dtype for t in held if t.is_floating_point()}:
+        changed = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+        if changed != dtype:
+            raise CaptureError(
+                f"a captured graph keeps its dtype: casts to {dtype} are part of it, so "
+                f"{changed} would give wrong results or fail. Capture again in that dtype: "
+                f"peftfx.capture(model, ..., dtype={changed}). For mixed precision, run it "
+                "under torch.autocast."
+            )
 
 
 def state_buffers(gm: GraphModule) -> set[str]:
@@ -70,27 +80,48 @@ def fork_module(gm: GraphModule) -> CapturedModule:
         memo[id(parameter)] = nn.Parameter(
             data.clone() if parameter.requires_grad else data, parameter.requires_grad
         )
-    updated, transient = state_buffers(gm), _transient(gm)
-    root = nn.Module()
+    updated = state_buffers(gm)
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
-    graph = Graph()
-    graph.set_codegen(gm.graph._codegen)
-    transient = _transient(gm)
-    copied: dict[Node, Node] = {}
-    result: Any = graph.graph_copy(gm.graph, copied, return_output_node=True)
-    values, original = result
-    graph.output(values, original.type).meta = dict(original.meta)
-    for node in gm.graph.nodes:
+    return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+
+
+def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule:
+    """Copies graph and modules; all Parameter objects and buffers are those of `source`.
+
+    Args:
+        source: holds what the graph reads and calls, by path.
+        graph: is copied.
+        name: the class name of the result.
+    """
+    held: list[Tensor] = [*source.parameters(), *source.buffers()]
+    return _rebuild(source, graph, {id(t): t for t in held}, name)
+
+
+def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
+    """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
+    root, transient = nn.Module(), _transient(source)
+    for node in original.nodes:
         path = str(node.target)
         if node.op == "call_module" and not _has(root, path):
-            _place(root, path, copy.deepcopy(gm.get_submodule(path), memo))
+            _place(root, path, copy.deepcopy(source.get_submodule(path), memo))
         elif node.op == "get_attr" and not _has(root, path):
-            held = attribute(gm, path)
+            held = attribute(source, path)
             set_attribute(root, path, memo.get(id(held), held), path in transient)
-    forked = CapturedModule(root, graph, class_name=type(gm).__name__)
-    forked.training = gm.training
+    forked = CapturedModule(root, copy_graph(original), class_name=name)
+    forked.training = source.training
     return forked
+
+
+def copy_graph(original: Graph) -> Graph:
+    """A copy of a graph that shares the fake values and the input and output structure."""
+    graph = Graph()
+    graph.set_codegen(original._codegen)
+    copied: dict[Node, Node] = {}
+    result: Any = graph.graph_copy(original, copied, return_output_node=True)
+    values, output = result
+    graph.output(values, output.type).meta = dict(output.meta)
+    return graph
 
 
 def _transient(gm: nn.Module) -> set[str]:

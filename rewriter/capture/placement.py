@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -26,12 +26,20 @@ def is_hollow(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-def relocate(gm: GraphModule, old: torch.device, new: torch.device) -> None:
-    """Makes a graph that was captured on one device run on another; its tensors stay put.
+def relocate(gm: nn.Module, old: torch.device, new: torch.device) -> None:
+    """Makes graphs that were captured on one device run on another; their tensors stay put.
 
     Device literals (`arange(device=...)`) and recorded fake values on `old` move to `new`; literals
     of a third device were meant, and stay.
     """
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            relocate_graph(module.graph, old, new)
+            module.recompile()
+
+
+def relocate_graph(graph: Graph, old: torch.device, new: torch.device) -> None:
+    """See `relocate`; the code is not generated again."""
 
     def moved(arg: Any) -> Any:
         return new if isinstance(arg, torch.device) and arg.type == old.type else arg
@@ -43,15 +51,11 @@ def relocate(gm: GraphModule, old: torch.device, new: torch.device) -> None:
         with mode, torch.no_grad():
             return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=new)
 
-    for module in gm.modules():
-        if not isinstance(module, GraphModule):
-            continue
-        for node in module.graph.nodes:
-            args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
-            node.args, node.kwargs = args, kwargs
-            if "val" in node.meta:
-                node.meta["val"] = pytree.tree_map_only(Tensor, fake, node.meta["val"])
-        module.recompile()
+    for node in graph.nodes:
+        args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+        node.args, node.kwargs = args, kwargs
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map_only(Tensor, fake, node.meta["val"])
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ def find_region(
     """
     order = {n: i for i, n in enumerate(program.module.graph.nodes)}
     chain = sorted(sites, key=lambda s: order[nodes[s.nodes[1]]])
-    first, entry = chain[0].id, _entry(program, chain[0], nodes)
-    end = _exit(program, chain[-1], nodes)
+    first, entry = chain[0].id, stream_before(program, chain[0], nodes)
+    end = stream_behind(program, chain[-1], nodes)
     below, above = _below(entry), _above(end, entry)
     between = [n for n in order if n in below and n in above]
     if any(isinstance(submodule(program.module, n), TakeTokens) for n in (entry, *between)):
@@ -152,7 +152,7 @@ def _above(end: Node, entry: Node) -> set[Node]:
     return found
 
 
-def _entry(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+def stream_before(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The summand beside a sublayer's output that the output is computed from."""
     output, add = (nodes[n] for n in site.nodes[:2])
     above = set(ancestors(output)) - {output}
@@ -175,12 +175,12 @@ def _same_tokens(program: Program, node: Node) -> bool:
     return is_op(node, VIEWS | DROPOUTS) or (is_op(node, MULS) and len(inputs(node)) == 1)
 
 
-def _exit(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+def stream_behind(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The stream behind a sublayer: its sum, or the norm of that where norms are in the stream."""
     add = nodes[site.nodes[1]]
     stream = [s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream]
     sums = {nodes[s.nodes[1]] for s in stream}
-    entries = [_entry(program, s, nodes) for s in stream]
+    entries = [stream_before(program, s, nodes) for s in stream]
     post = any(is_op(e, NORMS) and inputs(e)[0] in sums for e in entries)
     readers = users(add)
     return readers[0] if post and len(readers) == 1 and is_op(readers[0], NORMS) else add
