@@ -4,12 +4,14 @@
     torchrun --standalone --nproc-per-node 8 examples/train_distributed.py      # one machine
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint first-machine:29500 --rdzv-id 1 examples/train_distributed.py   # on each
-    accelerate launch --cpu --num_processes 2 examples/train_distributed.py     # or accelerate
+    accelerate launch --num_processes 8 examples/train_distributed.py           # or accelerate
 
 `--engine ddp` keeps the whole model on every rank and averages gradients; `--engine shard` gives
 every rank a part of each block (`fully_shard`), for models that are too large for one GPU.
 `--folder` has to be on a file system that all machines see. If a job dies, start it again with the
-same command, on as many ranks as there are now: it goes on from the last checkpoint.
+same command, on as many ranks as there are now: it goes on from the last checkpoint. Without GPUs,
+`torchrun` works as it is; accelerate starts several processes on CPUs with
+`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`.
 
 Without `--model`, a small Llama with random weights learns to count.
 """
@@ -57,10 +59,10 @@ def build(name: str | None) -> Any:
 
 
 def batch_of(step: int, rows: int, device: torch.device) -> dict[str, Tensor]:
-    """This rank's rows of the batch of a step: the same batch on any number of ranks."""
+    """The batch of a step, the same on every rank."""
     starts = torch.randint(0, 64, (rows, 1), generator=torch.Generator().manual_seed(step))
-    mine = (starts + torch.arange(16))[distributed.rank() :: distributed.world()].to(device)
-    return {"input_ids": mine, "attention_mask": torch.ones_like(mine)}
+    ids = (starts + torch.arange(16)).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def loss_of(module: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -88,7 +90,7 @@ def main() -> None:
         raise SystemExit(f"--rows must be a multiple of the {distributed.world()} ranks.")
 
     model = build(options.model).eval().to(device)
-    example = batch_of(0, max(2, options.rows), device)
+    example = batch_of(0, options.rows, device)
     program = peftfx.run(peftfx.capture(model, kwargs=example), options.recipe).train()
     module: Any = program.module
     if distributed.world() > 1 and options.engine == "ddp":
@@ -107,6 +109,7 @@ def main() -> None:
 
     for step in range(begin, options.steps):
         batch = batch_of(step, options.rows, device)
+        batch = {n: t[distributed.rank() :: distributed.world()] for n, t in batch.items()}
         controllers.begin_forward(batch)
         loss = loss_of(module, batch)
         (loss + controllers.loss(None, batch, module)).backward()

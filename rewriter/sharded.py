@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
 from .aten import placeholders, set_attribute
+from .errors import PassError
 
 
 def is_sharded(tensor: object) -> bool:
@@ -27,6 +28,15 @@ def has_shards(module: nn.Module) -> bool:
     """Whether any parameter is sharded, once gathered units have given back what they gathered."""
     reshard(module)
     return any(is_sharded(p) for p in module.parameters())
+
+
+def require_whole(module: nn.Module, what: str) -> None:
+    """Raises PassError where something that needs whole weights meets sharded ones."""
+    if has_shards(module):
+        raise PassError(
+            f"{what} needs whole weights, but the program's are sharded over ranks. Do it before "
+            "sharding, or with peftfx.distributed.gather(program)."
+        )
 
 
 def reshard(module: nn.Module) -> None:

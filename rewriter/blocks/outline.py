@@ -23,6 +23,7 @@ from ..aten import value
 from ..capture.placement import relocate, relocate_graph
 from ..module import CapturedModule, copy_graph, device_of, keeps_dtype, sharing_module
 from ..program import Program
+from ..sharded import reshard
 from .partition import Part, partition
 
 
@@ -157,6 +158,7 @@ def outline(program: Program) -> Outlined:
 
 def inline(module: Outlined) -> Program:
     """The flat program of an outlined module, with the Parameter objects that it has now."""
+    reshard(module)  # a forward leaves gathered tensors in the place of shards
     flat = module.flat
     return replace(flat.program, module=sharing_module(module, flat.graph, flat.name))
 

@@ -262,10 +262,11 @@ def _put_random(held: Tensors) -> None:
 def _dcp(what: str, call: Callable[[Any], Any]) -> None:
     """Calls `torch.distributed.checkpoint`, which fails on all ranks if it does on one."""
     import torch.distributed.checkpoint as api
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one
             call(api)
-    except (api.CheckpointException, OSError, RuntimeError, ValueError) as error:
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{what}: {error}") from error

@@ -25,7 +25,7 @@ from ..aten import set_attribute
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, RewriteError
 from ..program import BRANCHES, Program, Record
-from ..sharded import has_shards, placed_like, whole
+from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan, make
 from .propagate import propagate
 from .verify import Certificate, certify, check_graph
@@ -263,7 +263,8 @@ def run(
         if progress is not None:
             progress(str(item))
         try:
-            require_whole(program, item)
+            if not item.sharded:
+                require_whole(program.module, item.text)
             started = time.perf_counter()
             plan = item.plan(program, data, sources)
             planned = time.perf_counter() - started
@@ -274,15 +275,6 @@ def run(
             raise
         done.append(str(item))
     return program
-
-
-def require_whole(program: Program, item: Pass) -> None:
-    """Raises PassError where a pass that needs whole weights meets sharded ones."""
-    if not item.sharded and has_shards(program.module):
-        raise PassError(
-            f"{item.text} needs whole weights, but the program's are sharded over ranks. Run it "
-            "before sharding, or on peftfx.distributed.gather(program)."
-        )
 
 
 def apply_plan(

@@ -1,6 +1,6 @@
-"""Starting ranks, and what all their jobs share: `python -m tests.distributed.jobs NAME FOLDER`.
+"""Starting ranks, and what all their jobs share: `python -m tests.distributed.jobs FOLDER NAMES`.
 
-Each job returns a JSON object, which `launch` in the parent process reads and asserts on.
+Each job returns a JSON object, which the tests in the parent process assert on.
 """
 
 from __future__ import annotations
@@ -34,32 +34,26 @@ def job(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return function
 
 
-def launch(
-    name: str, folder: Path, ranks: int = 2, timeout: int = 240
-) -> tuple[list[Any], list[subprocess.CompletedProcess[str]]]:
-    """Runs a job in processes that meet through a file; what each returned (None if it died)."""
-    meeting = folder / f"meeting-{name}"
+def launch(folder: Path, names: list[str], ranks: int = 2, timeout: int = 300) -> list[Any]:
+    """Runs jobs, one after the other, in processes that meet through a file; their exits."""
     root = Path(__file__).parents[2]
     started: list[subprocess.Popen[str]] = []
     for number in range(ranks):
         env = os.environ | {
             "RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number),
-            "MEETING": f"file://{meeting}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+            "MEETING": f"file://{folder}/meeting", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
         }  # fmt: skip
-        command = [sys.executable, "-m", "tests.distributed.jobs", name, str(folder)]
+        command = [sys.executable, "-m", "tests.distributed.jobs", str(folder), *names]
         started.append(subprocess.Popen(
             command, env=env, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ))  # fmt: skip
-    done: list[subprocess.CompletedProcess[str]] = []
     try:
-        for process in started:
-            text, _ = process.communicate(timeout=timeout)
-            done.append(subprocess.CompletedProcess(process.args, process.returncode, text))
+        said = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    paths = [folder / f"{name}-{number}.json" for number in range(ranks)]
-    return [json.loads(p.read_text()) if p.exists() else None for p in paths], done
+    return [(p.returncode, text) for p, text in zip(started, said, strict=True)]
 
 
 def base(layers: int = 2, seed: int = 0) -> peftfx.Program:
@@ -136,13 +130,14 @@ def refusal(work: Callable[[], Any]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     dist.init_process_group(
         "gloo", init_method=os.environ["MEETING"], rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=60),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(seconds=120),
     )  # fmt: skip
     try:
-        result = JOBS[name](folder)
-        (folder / f"{name}-{pd.rank()}.json").write_text(json.dumps(result))
+        for name in names:
+            result = JOBS[name](folder)
+            (folder / f"{name}-{pd.rank()}.json").write_text(json.dumps(result))
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +23,7 @@ from peftfx.rewriter.distributed.ranks import exchange
 from .. import models
 from ..recipes import METHODS, start
 from . import job
-from .job import RECIPE, base, gap, gradients, optimizer_of, prepared, refusal, train
+from .job import RECIPE, base, gap, gradients, optimizer_of, prepared, refusal, task_loss, train
 
 
 def sharded(program: peftfx.Program) -> Any:
@@ -37,8 +40,9 @@ def engines(folder: Path) -> Any:
     found: dict[str, Any] = {"alone": curve}
     made = {
         "ddp": lambda p: DistributedDataParallel(p.module),
+        "accelerate": lambda p: Accelerator(cpu=True).prepare_model(p.module),
         "blocks": sharded,
-        "root": lambda p: torch.distributed.fsdp.fully_shard(p.module),
+        "root": lambda p: fully_shard(p.module),
     }
     for name, wrap in made.items():
         module: nn.Module = wrap(prepared(program))
@@ -46,9 +50,7 @@ def engines(folder: Path) -> Any:
         optimizer = optimizer_of(module)
         curve = train(module, optimizer, 5)
         sharding = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
-        rows = pd.held(
-            module, optimizer, lambda m=module: job.task_loss(m, job.mine(models.batch(4)))
-        )
+        rows = pd.held(module, optimizer, lambda m=module: task_loss(m, job.mine(models.batch(4))))
         found[name] = {
             "gradients": gap(want, got), "curve": curve, "sharded": len(sharding),
             "parameters": len(list(module.parameters())), "held": [vars(r) for r in rows],
@@ -80,6 +82,8 @@ def resume(folder: Path) -> Any:
     module = sharded(prepared(captured))
     optimizer = optimizer_of(module)
     train(module, optimizer, 3)
+    with torch.no_grad():
+        task_loss(module, models.batch(job.ROWS))  # leaves the root gathered
     program = peftfx.inline(module)
     pd.save_checkpoint(folder / "two", program, optimizer, step=3, extra={"note": "half way"})
     peftfx.save(program, folder / "adapter")
@@ -105,7 +109,7 @@ def folding(program: peftfx.Program) -> dict[str, Any]:
         "equal": all(torch.equal(t, state[n]) for n, t in want.export_state_dict().items()),
         "sharded": len(sharding), "parameters": len(list(folded.module.parameters())),
         "measured": folded.history[-1].certificate.measured, "tensors": len(state),
-        "base": [program.identity, program.base.module.head.weight.to_local().numel()],
+        "base": [program.identity, pd.held(program.base.module)[0].parameters],
     }  # fmt: skip
 
 
@@ -149,7 +153,7 @@ def refusals(folder: Path) -> Any:
         (runs / "step-00000003").write_text("in the way")
     found["file"] = refusal(lambda: pd.save_checkpoint(runs, program, optimizer, step=3))
     found["pass"] = refusal(lambda: peftfx.run(program, "ia3"))
-    before = {n: t.full_tensor() for n, t in program.adapter_tensors("lora").items()}
+    before = pd.gather(program).adapter_tensors("lora")
     for name, made in (
         ("other recipe", prepared(captured, "lora{rank=2,where=q}")),
         ("other base", prepared(base(seed=1))),
@@ -160,10 +164,14 @@ def refusals(folder: Path) -> Any:
             lambda p=inlined, o=fresh: pd.load_checkpoint(runs / "step-00000001", p, o)
         )
     found["without"] = refusal(lambda: pd.load_checkpoint(runs / "step-00000001", program))
-    after = {n: t.full_tensor() for n, t in program.adapter_tensors("lora").items()}
+    after = pd.gather(program).adapter_tensors("lora")
     found["changed"] = str([n for n in before if not torch.equal(before[n], after[n])])
     found["latest"] = str(pd.latest(runs))
     return found
+
+
+def die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @job.job
@@ -175,9 +183,7 @@ def crash(folder: Path) -> Any:
     pd.save_checkpoint(folder / "run", program, optimizer, step=1)
     train(module, optimizer, 1)
     if pd.rank():
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
-
-        Writer.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # pyright: ignore
+        HuggingFaceStorageWriter.write_data = die
     return refusal(lambda: pd.save_checkpoint(folder / "run", program, optimizer, step=2))
 
 
