@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 def express(
     edit: Editor, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
 ) -> Node:
-    """See `Editor.express`; the call stands behind those that express the tensor already."""
+    """See `Editor.express`; the call stands behind those that express the tensor already.
+
+    Otherwise it stands before its first reader: in the reader's block, and held no longer than
+    needed.
+    """
     graph = edit.graph_module.graph
     stored = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
     if not stored:
@@ -34,15 +38,18 @@ def express(
     current = stored[0]
     while chained := [u for u in current.users if expression_of(u) == name]:
         current = chained[0]
-    with graph.inserting_after(current):
+    sources = dict.fromkeys((current, *stored))
+    readers = dict.fromkeys(r for s in sources for r in s.users if expression_of(r) != name)
+    first = next((n for n in graph.nodes if n in readers), None)
+    late = first is not None and current is stored[0]
+    with graph.inserting_before(first) if late else graph.inserting_after(current):
         made = graph.create_node(
             "call_module", path, (current,), dict(reads), path.replace(".", "_")
         )
     made.meta["expression"] = name
-    for source in {current, *stored}:
-        for reader in list(source.users):
-            if reader is not made and expression_of(reader) != name:
-                reader.replace_input_with(source, made)
+    for reader in readers:
+        for source in sources:
+            reader.replace_input_with(source, made)
     return made
 
 
