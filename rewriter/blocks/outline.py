@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.graph import _PyTreeCodeGen
@@ -113,20 +114,25 @@ class Outlined(Traced):
         before = device_of(self)
         keeps_dtype(self, fn, before)
         super()._apply(fn, recurse)
-        after = device_of(self)
-        if after != before:
-            for traced in (self, *self.blocks):
-                graph = copy_graph(traced.graph)
-                relocate_graph(graph, before, after)
-                traced.trace(graph)
-            graph = copy_graph(self.flat.graph)
-            relocate_graph(graph, before, after)
-            moved = self.flat.program.to(after)
-            if self.flat.program.origin is None:
-                moved = replace(moved, origin=None)
-            self.flat = Flat(moved, graph, self.flat.name)
-            relocate(self, before, after)
+        self.follow(before)
         return self
+
+    def follow(self, before: torch.device) -> None:
+        """Moves the devices that the graphs name from `before` to where the tensors are now."""
+        after = device_of(self)
+        if after == before:
+            return
+        for traced in (self, *self.blocks):
+            graph = copy_graph(traced.graph)
+            relocate_graph(graph, before, after)
+            traced.trace(graph)
+        graph = copy_graph(self.flat.graph)
+        relocate_graph(graph, before, after)
+        moved = self.flat.program.to(after)
+        if self.flat.program.origin is None:
+            moved = replace(moved, origin=None)
+        self.flat = Flat(moved, graph, self.flat.name)
+        relocate(self, before, after)
 
 
 def outline(program: Program) -> Outlined:

@@ -3,8 +3,10 @@
 Each block is a unit: its weights are gathered when it runs and dropped behind it. The root is one
 more, with the embeddings, the head and everything that passes have inserted. Parameters are sharded
 one by one along their first axis, so neither the number of blocks nor any size has to be a multiple
-of the number of ranks; a rank beyond a tensor's rows holds none of it. Single numbers stay whole,
-and their gradients are averaged like the others'.
+of the number of ranks; a rank beyond a tensor's rows holds none of it.
+
+Single numbers stay whole, and so do adapters whose method reads their tensors while it trains (its
+controller's losses and budgets run outside of any unit). Their gradients are averaged all the same.
 """
 
 from __future__ import annotations
@@ -19,8 +21,12 @@ from torch import Tensor, nn
 
 from ..aten import set_attribute
 from ..blocks.outline import Outlined
+from ..capture.placement import relocate
 from ..errors import MetaTensorError, RanksError
-from ..program import Program
+from ..module import device_of
+from ..program import BRANCHES, Program
+from ..running.controller import Controller
+from ..running.passes import Method
 from ..sharded import has_shards, is_sharded, placed_like, whole
 from .ranks import agree, together
 
@@ -56,17 +62,19 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
     agree("the recipe", "; ".join(r.text for r in module.flat.program.history))
     agree("the names and sizes of parameters", _layout(module))
     agree("the value of a parameter", {n: checksum(t) for n, t in module.named_parameters()})
-    before = dict(module.named_parameters())
-    numbers = {p for p in module.parameters() if not p.dim()}
+    before, device = dict(module.named_parameters()), device_of(module)
+    unsharded = _unsharded(module)
     for unit in (*module.blocks, module):
-        fully_shard(unit, mesh=mesh, ignored_params=numbers, **options)
-    for number in numbers:
-        if number.requires_grad:
-            number.register_post_accumulate_grad_hook(_average)
-    if (origin := module.flat.program.origin) is not None:
+        fully_shard(unit, mesh=mesh, ignored_params=unsharded, **options)
+    for parameter in unsharded:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average)
+    origin = module.flat.program.origin
+    module.flat = replace(module.flat, program=replace(module.flat.program, origin=None))
+    module.follow(device)
+    if origin is not None:
         base = _sharded_base(origin, before, dict(module.named_parameters()))
-        flat = replace(module.flat.program, origin=base)
-        module.flat = replace(module.flat, program=flat)
+        module.flat = replace(module.flat, program=replace(module.flat.program, origin=base))
     return module
 
 
@@ -96,11 +104,26 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
             )
 
 
-def _average(number: Tensor) -> None:
+def _unsharded(module: Outlined) -> set[nn.Parameter]:
+    """What stays whole on every rank."""
+    program = module.flat.program
+    controlled = [
+        r.adapter or "" for r in program.history
+        if isinstance(r.applied, Method) and r.applied.controller is not Controller
+    ]  # fmt: skip
+    owned = {n for adapter in controlled for n in program.owned.get(adapter, ())}
+    inside = tuple(f"{BRANCHES}.{adapter}." for adapter in controlled)
+    return {
+        p for n, p in module.named_parameters()
+        if not p.dim() or n in owned or (inside and n.startswith(inside))
+    }  # fmt: skip
+
+
+def _average(parameter: Tensor) -> None:
     """Averages the gradient of a parameter that every rank has whole."""
-    if number.grad is not None:
-        dist.all_reduce(number.grad)
-        number.grad /= dist.get_world_size()
+    if parameter.grad is not None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
 
 
 def _units(module: Outlined) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -140,7 +163,10 @@ def _sharded_base(
         same = name in before and before[name].data_ptr() == parameter.data_ptr()
         value = now[name].detach() if same else placed_like(parameter.detach(), here)
         set_attribute(made.module, name, nn.Parameter(value, parameter.requires_grad))
-    return replace(made, origin=None)
+    device = made.module.device
+    relocate(made.module, base.module.device, device)
+    tables = [{n: t.to(device) for n, t in d.items()} for d in (made.extras, made.sample)]
+    return replace(made, origin=None, extras=tables[0], sample=tables[1])
 
 
 def gather(program: Program) -> Program:

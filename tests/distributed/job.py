@@ -91,12 +91,16 @@ def train(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        mean = loss.detach().clone()
-        if shared and pd.world() > 1:
-            dist.all_reduce(mean)
-            mean /= pd.world()
-        losses.append(float(mean))
+        losses.append(mean(loss) if shared else loss.item())
     return losses
+
+
+def mean(loss: Tensor) -> float:
+    """Over all ranks."""
+    total = loss.detach().clone()
+    if pd.world() > 1:
+        dist.all_reduce(total)
+    return float(total) / pd.world()
 
 
 def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -106,9 +110,8 @@ def gap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return worst / max(float(t.abs().max()) for t in a.values())
 
 
-def gradients(module: nn.Module, shared: bool = True, **more: Tensor) -> dict[str, Tensor]:
+def gradients(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Complete gradients of one backward, by parameter name."""
-    batch = (mine(models.batch(ROWS)) if shared else models.batch(ROWS)) | more
     task_loss(module, batch).backward()
     found: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():

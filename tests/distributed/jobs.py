@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +34,7 @@ def engines(folder: Path) -> Any:
     """DDP, and `fully_shard` by block and as one, against one process."""
     program = base()
     alone = prepared(program)
-    want = gradients(alone.module, shared=False)
+    want = gradients(alone.module, models.batch(job.ROWS))
     curve = train(alone.module, optimizer_of(alone.module), 5, shared=False)
     found: dict[str, Any] = {"alone": curve}
     made = {
@@ -46,7 +45,10 @@ def engines(folder: Path) -> Any:
     }
     for name, wrap in made.items():
         module: nn.Module = wrap(prepared(program))
-        got = {n.removeprefix("module."): g for n, g in gradients(module).items()}
+        got = {
+            n.removeprefix("module."): g
+            for n, g in gradients(module, job.mine(models.batch(job.ROWS))).items()
+        }
         optimizer = optimizer_of(module)
         curve = train(module, optimizer, 5)
         sharding = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
@@ -60,19 +62,44 @@ def engines(folder: Path) -> Any:
 
 @job.job
 def methods(folder: Path) -> Any:
-    """Every method, sharded by block: gradients of one process."""
-    found: dict[str, Any] = {}
-    captured = base()
+    """Every method with its controllers, sharded by block, against one process."""
+    captured, found = base(), dict[str, Any]()
     for name in METHODS:
         before, text = start(captured, name)
-        program = models.randomise(peftfx.run(before, text))
-        program.eval()
-        given = program.spec.bind((), models.batch(job.ROWS))
-        more = {n: t for n, t in given.items() if n not in models.batch(job.ROWS)}
-        want = gradients(program.module, shared=False, **more)
-        with warnings.catch_warnings(record=True) as said:
-            found[name] = gap(want, gradients(sharded(program).eval(), **more)), len(said)
+        alone, shards = (models.randomise(peftfx.run(before, text)).eval() for _ in range(2))
+        module = sharded(shards)
+        parts = peftfx.inline(module)
+        full = alone.spec.bind((), models.batch(job.ROWS))
+        rows = {n: t if n not in models.batch() else job.mine({n: t})[n] for n, t in full.items()}
+        found[name] = {
+            "gradients": gap(gradients(alone.module, full), gradients(module, rows)),
+            "losses": [controlled(alone, alone.module, full), controlled(parts, module, rows)],
+            "tensors": gap(trained(alone), trained(pd.gather(parts))),
+            "whole": [n for n, p in module.named_parameters() if not isinstance(p, DTensor)],
+        }  # fmt: skip
     return found
+
+
+def controlled(program: peftfx.Program, module: nn.Module, batch: dict[str, Tensor]) -> list[float]:
+    """Three steps with the controllers of the methods; the losses of the whole batch."""
+    controllers = peftfx.controllers(program)
+    optimizer = torch.optim.SGD(controllers.param_groups(lr=0.1))
+    controllers.start(optimizer, 3)
+    losses: list[float] = []
+    for step in range(3):
+        controllers.begin_forward(batch)
+        loss = task_loss(module, batch) + controllers.loss(None, batch, module)
+        loss.backward()
+        controllers.before_step(step)
+        optimizer.step()
+        controllers.after_step(step)
+        optimizer.zero_grad()
+        losses.append(job.mean(loss) if module is not program.module else loss.item())
+    return losses
+
+
+def trained(program: peftfx.Program) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in program.named_trainable_parameters().items()}
 
 
 @job.job
@@ -117,9 +144,9 @@ def thin(folder: Path) -> dict[str, Any]:
     """More ranks than blocks, and more than rows of a tensor."""
     captured = base(layers=1)
     program = prepared(captured, "lora{rank=1,where=q}")
-    want = gradients(program.module, shared=False)
+    want = gradients(program.module, models.batch(job.ROWS))
     module = sharded(program)
-    got = gradients(module)
+    got = gradients(module, job.mine(models.batch(job.ROWS)))
     optimizer = optimizer_of(module)
     train(module, optimizer, 1)
     pd.save_checkpoint(folder / "thin", peftfx.inline(module), optimizer, step=1)
@@ -146,6 +173,10 @@ def refusals(folder: Path) -> Any:
     train(module, optimizer, 1)
     runs = folder / "runs"
     pd.save_checkpoint(runs, program, optimizer, step=1)
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    outlined = peftfx.outline(prepared(captured))
+    found["precision"] = refusal(lambda: pd.shard(outlined, mp_policy=low))
+    found["meta"] = refusal(lambda: pd.shard(outlined.to("meta")))
     found["twice"] = refusal(lambda: pd.shard(module))
     found["optimizer"] = refusal(lambda: pd.save_checkpoint(runs, program, early, step=2))
     found["step"] = refusal(lambda: pd.save_checkpoint(runs, program, optimizer, step=number))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import torch
 
 import peftfx
 import peftfx.distributed as pd
-from peftfx.rewriter.errors import CorruptFileError
+from peftfx.rewriter.errors import CorruptFileError, RanksError
+from peftfx.rewriter.running.controller import Controller
 
-from ..recipes import METHODS
+from ..recipes import METHODS, method_class
 from .job import RECIPE, base, launch, optimizer_of, prepared, train
 
 
@@ -56,7 +61,13 @@ def test_engines_train_as_one_process_does(folder: Path) -> None:
 def test_every_method_shards_by_block(folder: Path) -> None:
     ours, theirs = results(folder, "methods")
     assert ours == theirs and set(ours) == set(METHODS)
-    assert {n: g for n, (g, _) in ours.items() if g > 1e-6} == {}
+    for name, got in ours.items():
+        assert got["gradients"] < 1e-6, name
+        assert got["losses"][0] == pytest.approx(got["losses"][1], rel=1e-5), name
+        assert abs(got["losses"][0][0] - got["losses"][0][-1]) > 1e-5, name
+        assert got["tensors"] < 1e-4, name
+    watched = {n for n in METHODS if method_class(n).controller is not Controller}
+    assert {n for n, got in ours.items() if got["whole"]} == watched and "adalora" in watched
 
 
 def test_checkpoints_fit_any_number_of_ranks(folder: Path) -> None:
@@ -120,6 +131,8 @@ def test_all_ranks_refuse_together(folder: Path) -> None:
         ),
         "other base": ("BaseMismatchError", "other base weights: sha256 "),
         "without": ("ArtifactError", "pass optimizer="),
+        "precision": ("RanksError", "captured in torch.float32"),
+        "meta": ("MetaTensorError", "peftfx.load_weights"),
     }.items():
         for found in (first, second):
             assert found[name].startswith(f"{kind}: ") and text in found[name], found[name]
@@ -166,3 +179,42 @@ def test_a_damaged_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
     assert pd.latest(path.parent) == path
     after = program.adapter_tensors("lora")
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_one_process_needs_no_group() -> None:
+    program = prepared(base())
+    assert pd.gather(program) is program and (pd.rank(), pd.world()) == (0, 1)
+    (alone,) = pd.held(program.module)
+    assert alone.parameters == sum(
+        t.nbytes for t in (*program.module.parameters(), *program.module.buffers())
+    )
+    with pytest.raises(RanksError, match="torchrun"):
+        pd.shard(peftfx.outline(program))
+
+
+def test_the_example_goes_on_with_another_engine_and_launcher(tmp_path: Path) -> None:
+    binaries, root = Path(sys.executable).parent, Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    script = [str(root / "examples" / "train_distributed.py"), "--folder", str(tmp_path)]
+    torchrun = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "2", *script]
+    accelerate = [
+        str(binaries / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0", *script,
+    ]  # fmt: skip
+    said: list[str] = []
+    for command, more in (
+        (torchrun, ["--engine", "shard", "--steps", "4", "--every", "3"]),
+        (accelerate, ["--engine", "ddp", "--steps", "6", "--every", "6"]),
+    ):
+        done = subprocess.run(
+            [*command, *more], env=env | {"ACCELERATE_USE_CPU": "true"}, cwd=tmp_path,
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said += re.findall(r"step \d+: loss [\d.]+", done.stdout)
+    losses = [float(line.split()[-1]) for line in said]
+    assert [line.split(":")[0] for line in said] == [f"step {i}" for i in (1, 2, 3, 4, 4, 5, 6)]
+    assert losses[3] == pytest.approx(losses[4], abs=2e-6) and losses[-1] < losses[0]
+    assert pd.latest(tmp_path) == tmp_path / "step-00000006"
+    assert (tmp_path / "adapter" / "manifest.json").exists()
