@@ -7,135 +7,28 @@ checkpointing) find both; what passes have inserted stays where it is, below the
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import MethodType
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
-from torch.fx.graph import _PyTreeCodeGen
-from torch.fx.graph_module import _forward_from_src
 
 from ..aten import value
-from ..capture.placement import relocate, relocate_graph
-from ..module import CapturedModule, copy_graph, device_of, keeps_dtype, sharing_module
+from ..module import CapturedModule, copy_graph, sharing_module
 from ..program import Program
 from ..sharded import reshard
+from .module import Block, Flat, Outlined
+from .offload import offload as move_out
 from .partition import Part, partition
 
 
-class Traced(nn.Module):
-    """A module that runs a graph over the tensors and modules below it."""
-
-    graph: Graph
-    _in_spec: Any = None
-    _out_spec: Any = None
-
-    def trace(self, graph: Graph) -> None:
-        """Runs `graph` from now on; its inputs are the signature of `forward`."""
-        self.graph = graph
-        code = graph.python_code("self")
-        codegen = graph._codegen
-        if isinstance(codegen, _PyTreeCodeGen):
-            info: Any = codegen.pytree_info
-            self._in_spec, self._out_spec = info.in_spec, info.out_spec
-        self.forward = MethodType(_forward_from_src(code.src, code.globals), self)
-
-    def fixed(self) -> list[Any]:
-        """What copies of the module share."""
-        return [self.graph, self._in_spec, self._out_spec]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo |= {id(held): held for held in self.fixed()}
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
-
-
-class Block(Traced):
-    """A transformer block: takes what it needs of other blocks, returns what others need.
-
-    Attributes:
-        path: its name in the outlined module.
-        label: the layers that it holds, `s0.layer3`.
-        root: the outlined module, whose branches it calls; no child of the block.
-    """
-
-    root: Outlined
-
-    def __init__(self, part: Part, root: Outlined) -> None:
-        super().__init__()
-        self.path, self.label = part.path, part.label
-        self.__dict__["root"] = root
-
-    def extra_repr(self) -> str:
-        return self.label
-
-
-@dataclass(frozen=True, eq=False)
-class Flat:
-    """What an outlined module keeps of its program beside tensors."""
-
-    program: Program
-    graph: Graph
-    name: str
-
-
-class Outlined(Traced):
-    """A program's module with callable blocks; see `outline`.
-
-    Attributes:
-        flat: the program without its tensors.
-    """
-
-    def __init__(self, flat: Flat, paths: tuple[str, ...]) -> None:
-        super().__init__()
-        self.flat, self._paths = flat, paths
-
-    def fixed(self) -> list[Any]:
-        return [*super().fixed(), self.flat]
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks, in the order in which they run."""
-        found: Any = tuple(self.get_submodule(path) for path in self._paths)
-        return found
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to()` and the like call; moves the devices that the graphs name, too.
-
-        Raises:
-            CaptureError: it would change a floating-point dtype; nothing is changed.
-        """
-        before = device_of(self)
-        keeps_dtype(self, fn, before)
-        super()._apply(fn, recurse)
-        self.follow(before)
-        return self
-
-    def follow(self, before: torch.device) -> None:
-        """Moves the devices that the graphs name from `before` to where the tensors are now."""
-        after = device_of(self)
-        if after == before:
-            return
-        for traced in (self, *self.blocks):
-            graph = copy_graph(traced.graph)
-            relocate_graph(graph, before, after)
-            traced.trace(graph)
-        graph = copy_graph(self.flat.graph)
-        relocate_graph(graph, before, after)
-        moved = self.flat.program.to(after)
-        if self.flat.program.origin is None:
-            moved = replace(moved, origin=None)
-        self.flat = Flat(moved, graph, self.flat.name)
-        relocate(self, before, after)
-
-
-def outline(program: Program) -> Outlined:
+def outline(
+    program: Program,
+    checkpoint: bool | int | Sequence[int] = False,
+    offload: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Outlined:
     """The program's module with every transformer block as a callable submodule.
 
     It has the program's Parameter objects, so training it trains the program, and the same
@@ -143,15 +36,23 @@ def outline(program: Program) -> Outlined:
 
     Args:
         program: is not changed.
+        checkpoint: blocks that are computed again for the backward pass: all, none, some by
+            number, or a budget in bytes (see `Outlined.checkpoint`).
+        offload: the frozen parameters of blocks are moved to the CPU, those of the program too
+            since they are the same, and brought to the device when needed. Not compilable.
+        inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:
-        BlockError: its blocks are not regular; the message says which layer and why.
+        BlockError: its blocks are not regular (the message says which layer and why), or an
+            option does not fit.
     """
     order = partition(program)
     parts = [one for one in order if isinstance(one, Part)]
     gm = program.module
-    empty = CapturedModule(nn.Module(), Graph())
-    flat = Flat(replace(program, module=empty), copy_graph(gm.graph), type(gm).__name__)
+    nothing = Graph()
+    nothing.output(None)
+    without = replace(program, module=CapturedModule(nn.Module(), nothing))
+    flat = Flat(without, copy_graph(gm.graph), type(gm).__name__)
     module = Outlined(flat, tuple(part.path for part in parts))
     _adopt(module, sharing_module(gm, gm.graph, flat.name))
     for part in parts:
@@ -159,6 +60,10 @@ def outline(program: Program) -> Outlined:
         _adopt(block, module.get_submodule(part.path))
         module.set_submodule(part.path, block)
     _cut(module, order)
+    if offload:
+        move_out(module)
+    if checkpoint is not False:
+        module.checkpoint(checkpoint, inputs)
     return module
 
 

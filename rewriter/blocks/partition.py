@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tag, nn
 from torch.fx import GraphModule, Node
@@ -47,11 +48,11 @@ def partition(program: Program) -> tuple[Part | Node, ...]:
             their own, or a layer needs what is computed from its own values outside of it.
     """
     flow = _Flow(program.module)
-    sets = _cores(program, flow)
+    sets, entries = _cores(program, flow)
     paths = _paths(program, flow, sets)
     _add_readers(program, flow, sets, paths)
     starts = {label: min(found) for label, found in sets.items()}
-    _add_exclusive(program, flow, sets, paths)
+    _add_exclusive(program, flow, sets, paths, entries)
     parts = {
         Part(k, paths[k], tuple(flow.nodes[i] for i in sorted(s))): starts[k]
         for k, s in sets.items()
@@ -113,8 +114,11 @@ def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[in
     return found
 
 
-def _cores(program: Program, flow: _Flow) -> dict[str, set[int]]:
-    """Layer -> what lies between the stream before and behind it; nested layers are one."""
+def _cores(program: Program, flow: _Flow) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """Layer -> what lies between the stream before and behind it, and what is before it.
+
+    Layers that overlap (one within another, or of two streams that meet) are one.
+    """
     nodes = site_nodes(program.module)
     layers: dict[str, dict[int, list[SublayerSite]]] = {}
     for site in program.sites:
@@ -126,16 +130,18 @@ def _cores(program: Program, flow: _Flow) -> dict[str, set[int]]:
             "found; train it as one module (program.module)."
         )
     found: dict[str, set[int]] = {}
+    before: dict[str, set[int]] = {}
     for stream, members in layers.items():
         for layer, span in _spans(program, members, nodes).items():
             entry, end = (flow.index[n] for n in span)
             core = flow.carried(entry) & flow.above([end])
             label, core = f"{stream}.layer{layer}", flow.closed(core - {entry})
+            above = flow.above([entry])
             for other in [k for k, s in found.items() if s & core]:
-                core = flow.closed(core | found.pop(other))
+                core, above = flow.closed(core | found.pop(other)), above | before.pop(other)
                 label = f"{other}+{label}"
-            found[label] = core
-    return found
+            found[label], before[label] = core, above
+    return found, before
 
 
 def _spans(
@@ -175,15 +181,14 @@ def _paths(program: Program, flow: _Flow, sets: Mapping[str, set[int]]) -> dict[
         inside = [o for o, p in paths.items() if o != label and f"{p}.".startswith(f"{path}.")]
         if path and not inside:
             continue
-        names = ", ".join(own[label][:3]) or "none"
-        why = (
-            "which it shares with other layers" if not own[label]
-            else f"whose common module is {path or 'the root'!r}"
+        names = ", ".join(own[label][:3])
+        what = (
+            f"are in no module without those of others ({names}"
+            f"{', ' + inside[0] if path else ''})" if own[label] else "are all shared with others"
         )  # fmt: skip
         raise BlockError(
-            f"the blocks are not regular. {label} has {len(own[label])} parameters of its own "
-            f"({names}), {why}{', the same as that of ' + inside[0] if inside else ''}, so it "
-            "cannot be a module of its own. Train the program as one module (program.module)."
+            f"the blocks are not regular: the parameters of {label} {what}, so it cannot be a "
+            "module of its own. Train the program as one module (program.module)."
         )
     return paths
 
@@ -206,7 +211,7 @@ def _common(names: list[str]) -> str:
 def _add_readers(
     program: Program, flow: _Flow, sets: dict[str, set[int]], paths: Mapping[str, str]
 ) -> None:
-    """Takes into a layer what else reads its parameters (T5's biases of all attentions)."""
+    """Takes into a layer what it needs that else reads its parameters (T5's biases of scores)."""
     for label, path in paths.items():
         owners = {i: k for k, s in sets.items() for i in s}
         readers = {
@@ -215,7 +220,7 @@ def _add_readers(
             if _is_parameter(program.module, node) and str(node.target).startswith(f"{path}.")
             for j in flow.after[i]
             if j not in owners
-        }
+        } & flow.above(sets[label])
         if not readers:
             continue
         whole = flow.closed(sets[label] | flow.computed(readers))
@@ -223,7 +228,7 @@ def _add_readers(
         if lost:
             first = flow.nodes[min(readers)].name
             raise BlockError(
-                f"the blocks are not regular. {label} ({path}) would hold {first}, which reads "
+                f"the blocks are not regular: {label} ({path}) would hold {first}, which reads "
                 f"its parameters, but {flow.nodes[lost[0]].name} of {owners[lost[0]]} lies "
                 "between them. Train the program as one module (program.module)."
             )
@@ -231,7 +236,11 @@ def _add_readers(
 
 
 def _add_exclusive(
-    program: Program, flow: _Flow, sets: dict[str, set[int]], paths: Mapping[str, str]
+    program: Program,
+    flow: _Flow,
+    sets: dict[str, set[int]],
+    paths: Mapping[str, str],
+    before: Mapping[str, set[int]],
 ) -> None:
     """Takes into a layer what only it needs: expressions of its weights, its part of masks.
 
@@ -242,7 +251,7 @@ def _add_exclusive(
     for i in sorted(flow.computed(range(len(flow.nodes))), reverse=True):
         users = {owners.get(j) for j in flow.after[i]}
         label = next(iter(users), None)
-        if i in owners or len(users) != 1 or label is None:
+        if i in owners or len(users) != 1 or label is None or i in before[label]:
             continue
         if _is_random(flow.nodes[i]) or not _at_home(program.module, flow.nodes[i], paths[label]):
             continue
@@ -290,8 +299,17 @@ def _ordered(flow: _Flow, parts: Mapping[Part, int]) -> tuple[Part | Node, ...]:
         blocker = next(iter(needs[stuck[0]]))
         name = blocker.label if isinstance(blocker, Part) else blocker.name
         raise BlockError(
-            f"the blocks are not regular. {stuck[0].label} ({stuck[0].path}) and {name} each need "
+            f"the blocks are not regular: {stuck[0].label} ({stuck[0].path}) and {name} each need "
             "a value of the other, so neither can run first. Train the program as one module "
             "(program.module)."
         )
+    drawn = [n for one in done for n in (one.nodes if isinstance(one, Part) else [one])]
+    drawn = [n for n in drawn if _is_random(n)]
+    for node, following in pairwise(drawn):
+        if flow.index[node] > flow.index[following]:
+            raise BlockError(
+                f"the blocks are not regular: {node.name} has to run before {following.name}, "
+                "which draws random numbers before it in the model, so training would differ. "
+                "Train the program as one module (program.module)."
+            )
     return tuple(done)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..aten import set_attribute
-from ..blocks.outline import Outlined
+from ..blocks.module import Outlined
 from ..capture.placement import relocate
 from ..errors import MetaTensorError, RanksError
 from ..module import device_of
@@ -71,7 +71,7 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
             parameter.register_post_accumulate_grad_hook(_average)
     origin = module.flat.program.origin
     module.flat = replace(module.flat, program=replace(module.flat.program, origin=None))
-    module.follow(device)
+    module.follow(device, device_of(module))
     if origin is not None:
         base = _sharded_base(origin, before, dict(module.named_parameters()))
         module.flat = replace(module.flat, program=replace(module.flat.program, origin=base))
@@ -82,6 +82,11 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
     """Everything that `fully_shard` would only find in the first forward, or not at all."""
     if has_shards(module):
         raise RanksError("the module is sharded already.")
+    if any(block.offload is not None for block in module.blocks):
+        raise RanksError(
+            "the blocks' frozen parameters are on the CPU (offload=True), which shards cannot be. "
+            "Outline without it, and shard with offload_policy=CPUOffloadPolicy()."
+        )
     policy = options.get("mp_policy")
     dtype = None if policy is None else policy.param_dtype
     for name, parameter in module.named_parameters():

@@ -1,0 +1,206 @@
+"""What training saves for the backward pass, by block, and which blocks to checkpoint for it.
+
+A checkpointed block saves what enters it instead of what it computes (Chen et al. 2016,
+arXiv:1604.06174), and computes again in the backward pass, with the same random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.fx import Node
+
+from ..aten import attribute
+from ..errors import BlockError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .module import Block, Outlined
+
+Storages = dict[int, torch.UntypedStorage]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Distinct storages that one forward pass saves, without parameters.
+
+    Attributes:
+        outside: of the nodes outside of blocks.
+        inside: of each block, if it is not checkpointed.
+        entering: of each block, if it is.
+    """
+
+    outside: Storages
+    inside: tuple[Storages, ...]
+    entering: tuple[Storages, ...]
+
+    def total(self, checkpointed: Collection[int]) -> int:
+        """Bytes saved with the given blocks checkpointed; what several save counts once."""
+        both = zip(self.inside, self.entering, strict=True)
+        chosen = [b if i in checkpointed else a for i, (a, b) in enumerate(both)]
+        return size(*chosen, self.outside)
+
+
+def size(*parts: Storages) -> int:
+    """Bytes of distinct storages."""
+    return sum(s.nbytes() for s in {k: s for part in parts for k, s in part.items()}.values())
+
+
+def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
+    """Runs one forward pass without checkpointing and looks at what autograd would save."""
+    blocks = module.blocks
+    known = {p.untyped_storage()._cdata for p in module.parameters()}
+    saved = Saved({}, tuple({} for _ in blocks), tuple({} for _ in blocks))
+    current: list[Storages] = [saved.outside]
+
+    def keep(into: Storages, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        copied = any(b.offload and storage._cdata in b.offload.copies for b in blocks)
+        if storage._cdata not in known and not copied:
+            into[storage._cdata] = storage
+
+    def enter(block: nn.Module, values: tuple[Any, ...]) -> None:
+        index = blocks.index(cast("Block", block))
+        for tensor in (v for v in values if isinstance(v, Tensor)):
+            keep(saved.entering[index], tensor)
+        current.append(saved.inside[index])
+
+    def leave(*_: Any) -> None:
+        current.pop()
+
+    handles = [b.register_forward_pre_hook(enter) for b in blocks]
+    handles += [b.register_forward_hook(leave) for b in blocks]
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: keep(current[-1], t), lambda t: t)
+    try:
+        with _plain(blocks), torch.random.fork_rng(), torch.enable_grad(), hooks:
+            module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return saved
+
+
+@contextlib.contextmanager
+def _plain(blocks: Sequence[Block]) -> Generator[None]:
+    """Blocks run without checkpointing, and all that they keep can be seen."""
+    before = [block.checkpointed for block in blocks]
+    offloads = [block.offload for block in blocks if block.offload]
+    try:
+        for block in blocks:
+            block.checkpointed = False
+        for offload in offloads:
+            offload.replaces = False
+        yield
+    finally:
+        for block, was in zip(blocks, before, strict=True):
+            block.checkpointed = was
+        for offload in offloads:
+            offload.replaces = True
+
+
+def choose(saved: Saved, budget: int) -> list[int]:
+    """As few blocks as keep all saved bytes within a budget, the largest first.
+
+    Raises:
+        BlockError: no choice does; the message has the smallest figure.
+    """
+    chosen: list[int] = []
+    while (now := saved.total(chosen)) > budget:
+        left = [i for i in range(len(saved.inside)) if i not in chosen]
+        best = min(left, key=lambda i: saved.total([*chosen, i]), default=None)
+        if best is None or saved.total([*chosen, best]) >= now:
+            raise BlockError(
+                f"{budget:,} bytes are too few: training saves at least {now:,} for the backward "
+                f"pass, with {len(chosen)} of {len(saved.inside)} blocks checkpointed. Give at "
+                "least that, or train on fewer or shorter rows."
+            )
+        chosen.append(best)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block: bytes that it saves by itself, and would save if checkpointed."""
+
+    path: str
+    label: str
+    kept: int
+    entering: int
+    checkpointed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes saved for the backward pass; parameters are not counted.
+
+    Attributes:
+        rows: the blocks.
+        outside: what is saved outside of blocks.
+        total: all together, with the blocks checkpointed that are; what several save counts once.
+        without: the same without any checkpointing.
+    """
+
+    rows: tuple[Row, ...]
+    outside: int
+    total: int
+    without: int
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("block", "layers", "saves", "checkpointed", ""):
+            table.add_column(name, justify="right" if name in ("saves", "checkpointed") else "left")
+        for row in self.rows:
+            mark = "checkpointed" if row.checkpointed else ""
+            table.add_row(row.path, row.label, f"{row.kept:,}", f"{row.entering:,}", mark)
+        table.add_row("(outside)", "", f"{self.outside:,}", "", "")
+        text = io.StringIO()
+        Console(width=120, file=text, color_system=None).print(table)
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        total = f"{self.total:,} bytes saved for the backward pass"
+        return "\n".join([*lines, f"{total}, {self.without:,} without checkpointing"])
+
+
+def report(module: Outlined, saved: Saved) -> Report:
+    """See `Outlined.report`."""
+    blocks = module.blocks
+    rows = [
+        Row(block.path, block.label, size(inside), size(entering), block.checkpointed)
+        for block, inside, entering in zip(blocks, saved.inside, saved.entering, strict=True)
+    ]
+    chosen = [i for i, block in enumerate(blocks) if block.checkpointed]
+    return Report(tuple(rows), size(saved.outside), saved.total(chosen), saved.total(()))
+
+
+def reached(module: Outlined) -> set[str]:
+    """Paths of the blocks that gradients pass through; the others save nothing."""
+    blocks = {block.path: block for block in module.blocks}
+    live: set[Node] = set()
+    found: set[str] = set()
+    for node in module.graph.nodes:
+        trained = any(i in live for i in node.all_input_nodes) or _trains(module, node, blocks)
+        if trained:
+            live.add(node)
+        if trained and node.target in blocks:
+            found.add(str(node.target))
+    return found
+
+
+def _trains(owner: nn.Module, node: Node, blocks: Mapping[str, Block]) -> bool:
+    """Whether a node reads or calls something trainable."""
+    block = blocks.get(str(node.target)) if node.op == "call_module" else None
+    if block is not None:
+        return any(_trains(block, inner, {}) for inner in block.graph.nodes)
+    if node.op not in ("get_attr", "call_module"):
+        return False
+    held = attribute(owner, str(node.target))
+    tensors: Iterable[Any] = held.parameters() if isinstance(held, torch.nn.Module) else (held,)
+    return any(getattr(t, "requires_grad", False) for t in tensors)

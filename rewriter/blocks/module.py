@@ -1,0 +1,231 @@
+"""Modules that run a graph: a program's own, and one for each of its transformer blocks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.graph_module import _forward_from_src
+from torch.utils.checkpoint import checkpoint
+
+from ..capture.placement import relocate, relocate_graph
+from ..errors import BlockError
+from ..module import copy_graph, device_of, keeps_dtype
+from ..program import Program
+from .checkpointing import Report, Saved, choose, measure, reached, report
+from .offload import Offload, aside
+from .partition import Part
+
+
+class Traced(nn.Module):
+    """A module that runs a graph over the tensors and modules below it."""
+
+    graph: Graph
+    run: Callable[..., Any]
+    _in_spec: Any = None
+    _out_spec: Any = None
+
+    def trace(self, graph: Graph) -> None:
+        """Runs `graph` from now on; its inputs are the signature of `run`."""
+        self.graph = graph
+        code = graph.python_code("self")
+        codegen = graph._codegen
+        if isinstance(codegen, _PyTreeCodeGen):
+            info: Any = codegen.pytree_info
+            self._in_spec, self._out_spec = info.in_spec, info.out_spec
+        self.run = MethodType(_forward_from_src(code.src, code.globals), self)
+
+    def fixed(self) -> list[Any]:
+        """What copies of the module share."""
+        return [self.graph, self._in_spec, self._out_spec]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo |= {id(held): held for held in self.fixed()}
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+class Block(Traced):
+    """A transformer block: takes what it needs of other blocks, returns what others need.
+
+    Attributes:
+        path: its name in the outlined module.
+        label: the layers that it holds, `s0.layer3`.
+        root: the outlined module, whose branches it calls; no child of the block.
+        checkpointed: computes its values again for the backward pass instead of keeping them.
+        offload: brings its frozen parameters from the CPU when they are needed, or None.
+    """
+
+    root: Outlined
+
+    def __init__(self, part: Part, root: Outlined) -> None:
+        super().__init__()
+        self.path, self.label = part.path, part.label
+        self.checkpointed = False
+        self.offload: Offload | None = None
+        self.__dict__["root"] = root
+
+    def forward(self, *values: Any) -> Any:
+        """The values that others need, one or a tuple, from those that it needs."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self.run, *values, use_reentrant=False)
+        if self.offload is None:
+            return self.run(*values)
+        with self.offload.hooks():
+            return self.run(*values)
+
+    def extra_repr(self) -> str:
+        return f"{self.label}, checkpointed" if self.checkpointed else self.label
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """What an outlined module keeps of its program beside tensors."""
+
+    program: Program
+    graph: Graph
+    name: str
+
+
+class Outlined(Traced):
+    """A program's module with callable blocks; see `outline`.
+
+    Attributes:
+        flat: the program without its tensors.
+    """
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self, flat: Flat, paths: tuple[str, ...]) -> None:
+        super().__init__()
+        self.flat, self._paths = flat, paths
+
+    def fixed(self) -> list[Any]:
+        return [*super().fixed(), self.flat]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, in the order in which they run."""
+        found: Any = tuple(self.get_submodule(path) for path in self._paths)
+        return found
+
+    def trace(self, graph: Graph) -> None:
+        super().trace(graph)
+        self.forward = self.run
+
+    def checkpoint(
+        self, which: bool | int | Sequence[int], inputs: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Chooses the blocks whose values are computed again for the backward pass.
+
+        A block that keeps nothing, because nothing trains in it or before it, is never one.
+
+        Args:
+            which: all blocks, none, the numbers of some, or a budget in bytes for all that
+                training saves for the backward pass; as few blocks as meet it are chosen.
+            inputs: what the budget is measured on (default: the sample of the capture).
+
+        Raises:
+            BlockError: there is no such block, or the budget cannot be met.
+        """
+        blocks = self.blocks
+        if isinstance(which, bool):
+            chosen = range(len(blocks)) if which else ()
+        elif isinstance(which, int):
+            chosen = choose(self.saved(inputs), which)
+        else:
+            chosen = [range(len(blocks))[i] for i in which if -len(blocks) <= i < len(blocks)]
+            if len(chosen) != len(which):
+                raise BlockError(
+                    f"checkpoint={list(which)} names a block that is not there. This program has "
+                    f"the blocks 0 to {len(blocks) - 1}."
+                )
+        live = reached(self)
+        for i, block in enumerate(blocks):
+            block.checkpointed = i in chosen and block.path in live
+
+    def saved(self, inputs: Mapping[str, Tensor] | None = None) -> Saved:
+        """What one forward pass saves for the backward pass, by block; runs one."""
+        return measure(self, self.flat.program.sample if inputs is None else inputs)
+
+    def report(self, inputs: Mapping[str, Tensor] | None = None) -> Report:
+        """Bytes saved for the backward pass, with and without checkpointing; prints as a table.
+
+        Args:
+            inputs: what is measured on (default: the sample of the capture).
+        """
+        return report(self, self.saved(inputs))
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Checkpoints all blocks; what `transformers.Trainer` calls.
+
+        Raises:
+            BlockError: `use_reentrant=True` is asked for, which loses gradients of branches.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise BlockError(
+                "blocks are checkpointed with use_reentrant=False only: the other kind needs a "
+                "block's inputs to require gradients, which those of frozen models do not. Leave "
+                "gradient_checkpointing_kwargs out."
+            )
+        self.checkpoint(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps the values of all blocks again."""
+        self.checkpoint(False)
+
+    def units(self, count: int) -> tuple[tuple[Block, ...], ...]:
+        """The blocks in `count` groups of consecutive ones, as even as can be.
+
+        Raises:
+            BlockError: there are fewer blocks than that.
+        """
+        blocks = self.blocks
+        if not 1 <= count <= len(blocks):
+            raise BlockError(
+                f"{len(blocks)} blocks cannot be put into {count} groups. Choose 1 to "
+                f"{len(blocks)}."
+            )
+        ends = [len(blocks) * i // count for i in range(count + 1)]
+        return tuple(blocks[a:b] for a, b in itertools.pairwise(ends))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()` and the like call; moves the devices that the graphs name, too.
+
+        Raises:
+            CaptureError: it would change a floating-point dtype; nothing is changed.
+        """
+        with aside(self):
+            before = device_of(self)
+            keeps_dtype(self, fn, before)
+            super()._apply(fn, recurse)
+            after = device_of(self)
+        self.follow(before, after)
+        return self
+
+    def follow(self, before: torch.device, after: torch.device) -> None:
+        """Moves the devices that the graphs name behind the tensors."""
+        if after == before:
+            return
+        for traced in (self, *self.blocks):
+            graph = copy_graph(traced.graph)
+            relocate_graph(graph, before, after)
+            traced.trace(graph)
+        graph = copy_graph(self.flat.graph)
+        relocate_graph(graph, before, after)
+        moved = self.flat.program.to(after)
+        if self.flat.program.origin is None:
+            moved = replace(moved, origin=None)
+        self.flat = Flat(moved, graph, self.flat.name)
+        relocate(self, before, after)

@@ -1,0 +1,154 @@
+"""Frozen parameters of blocks on the CPU, brought to the device when a block needs them.
+
+A copy lives while its operator runs: autograd keeps the parameter in its place and brings it again
+for the backward pass. What trains stays on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..aten import attribute, is_float
+from ..errors import BlockError
+
+if TYPE_CHECKING:
+    from .module import Block, Outlined
+
+
+def fetch(weight: Tensor, device: torch.device) -> Tensor:
+    """A copy of a parameter on a device, also where that is the CPU."""
+    return weight.detach().to(device, non_blocking=True, copy=True)
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """A view of a parameter's copy that autograd would have kept."""
+
+    weight: Tensor
+    device: torch.device
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Offload:
+    """Fetches for one block.
+
+    Attributes:
+        copies: the running forward pass's copies by storage, and what they are copies of.
+        replaces: autograd keeps parameters instead of copies; not while that is measured.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self.replaces = True
+
+    def __call__(self, weight: Tensor, like: Tensor) -> Tensor:
+        """A frozen parameter on the device of `like`; one that trains as it is."""
+        if weight.requires_grad:
+            return weight
+        copy = fetch(weight, like.device)
+        storage = copy.untyped_storage()
+        # The weak reference keeps the storage's address from being used again.
+        self.copies[storage._cdata] = StorageWeakRef(storage), weight
+        return copy
+
+    @contextlib.contextmanager
+    def hooks(self) -> Generator[None]:
+        """Autograd keeps parameters instead of their copies."""
+        replaced = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        try:
+            with replaced if self.replaces else contextlib.nullcontext():
+                yield
+        finally:
+            self.copies.clear()
+
+    def _pack(self, tensor: Tensor) -> Any:
+        found = self.copies.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return tensor
+        where = int(tensor.storage_offset())
+        return _Handle(found[1], tensor.device, tensor.size(), tensor.stride(), where)
+
+
+def _unpack(kept: Any) -> Tensor:
+    if not isinstance(kept, _Handle):
+        return kept
+    return fetch(kept.weight, kept.device).as_strided(kept.size, kept.stride, kept.offset)
+
+
+def offload(module: Outlined) -> None:
+    """Moves the frozen parameters of all blocks to the CPU, and fetches them from there.
+
+    Raises:
+        BlockError: nothing in the blocks is frozen.
+    """
+    if not _frozen(module):
+        raise BlockError(
+            "offload=True, but nothing in the blocks is frozen. Insert an adapter first "
+            "(run(program, 'lora')), or leave offload out."
+        )
+    for block in module.blocks:
+        block.offload = Offload()
+        block.trace(_fetching(block))
+    for parameter in _frozen(module).values():
+        _to_cpu(parameter)
+
+
+def _fetching(block: Block) -> Graph:
+    """The block's graph with a fetch behind each of its own parameters, where it is first read."""
+    graph = block.graph
+    like = next((n for n in graph.find_nodes(op="placeholder") if is_float(n)), None)
+    for node in graph.find_nodes(op="get_attr"):
+        if like is None or not isinstance(attribute(block, str(node.target)), nn.Parameter):
+            continue
+        readers = list(node.users)
+        first = next(n for n in graph.nodes if n in readers)
+        first.prepend(node)
+        with graph.inserting_before(first):
+            copy = graph.create_node(
+                "call_module", "offload", (node, like), {}, f"{node.name}_copy"
+            )
+        copy.meta.update(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, copy)
+    return graph
+
+
+def _frozen(module: Outlined) -> dict[tuple[nn.Module, str], nn.Parameter]:
+    """The frozen parameters below blocks, by owner and name."""
+    owners = [m for b in module.blocks for m in b.modules()]
+    return {
+        (owner, name): parameter
+        for owner in owners
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    }
+
+
+def _to_cpu(parameter: nn.Parameter) -> None:
+    if parameter.device.type == "meta":
+        return
+    data = parameter.data.cpu()
+    parameter.data = data.pin_memory() if torch.cuda.is_available() else data
+
+
+@contextlib.contextmanager
+def aside(module: Outlined) -> Generator[None]:
+    """Takes what is offloaded out of a module while it moves to another device."""
+    held = _frozen(module) if any(b.offload for b in module.blocks) else {}
+    try:
+        for owner, name in held:
+            owner._parameters[name] = None
+        yield
+    finally:
+        for (owner, name), parameter in held.items():
+            owner._parameters[name] = parameter
