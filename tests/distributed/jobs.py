@@ -41,6 +41,7 @@ def engines(folder: Path) -> Any:
         "ddp": lambda p: DistributedDataParallel(p.module),
         "accelerate": lambda p: Accelerator(cpu=True).prepare_model(p.module),
         "blocks": sharded,
+        "checkpointed": lambda p: pd.shard(peftfx.outline(p, checkpoint=True)),
         "root": lambda p: fully_shard(p.module),
     }
     for name, wrap in made.items():
@@ -214,7 +215,8 @@ def crash(folder: Path) -> Any:
     pd.save_checkpoint(folder / "run", program, optimizer, step=1)
     train(module, optimizer, 1)
     if pd.rank():
-        HuggingFaceStorageWriter.write_data = die
+        writer: Any = HuggingFaceStorageWriter
+        writer.write_data = die
     return refusal(lambda: pd.save_checkpoint(folder / "run", program, optimizer, step=2))
 
 
