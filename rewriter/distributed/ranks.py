@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import RanksError, RewriteError
 
 T = TypeVar("T")
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def world() -> int:
@@ -70,7 +71,7 @@ def together(what: str, work: Callable[[], T]) -> T:
     result: T | None = None
     try:
         result = work()
-    except (RewriteError, OSError, RuntimeError, ValueError) as error:
+    except (RewriteError, *_FAILURES) as error:
         failure = error
     said = exchange(f"{type(failure).__name__}: {failure}" if failure is not None else "")
     if failure is not None:
