@@ -30,6 +30,7 @@ from ..rewriter.edits.quantised import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.program import Program
 from ..rewriter.running.verify import evaluation, is_meta
+from ..rewriter.sharded import require_whole
 from .onnx_quantised import LAYOUT, translations
 
 OPSETS = (24, 20)
@@ -111,6 +112,7 @@ def export_onnx(
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name)
+    require_whole(program.module, "export_onnx")
     if is_meta(program):
         raise MetaTensorError("parameters are on the meta device; load weights before exporting.")
     for name, parameter in program.module.named_parameters():

@@ -46,6 +46,10 @@ class FoldError(RewriteError, RuntimeError):
     """A branch cannot be folded into constants."""
 
 
+class RanksError(RewriteError, RuntimeError):
+    """The ranks of a distributed job differ, or one of them failed."""
+
+
 class NonFiniteError(RewriteError, ValueError):
     """A tensor holds NaN or infinity."""
 

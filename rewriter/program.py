@@ -13,6 +13,7 @@ from .capture.spec import InputSpec
 from .errors import CaptureError, ExportError, PassError, nearest
 from .generate import generate
 from .module import CapturedModule, fork_module
+from .sharded import reshard, whole
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
@@ -230,6 +231,7 @@ class Program:
         return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        reshard(self.module)
         yield from self.module.named_parameters()
         yield from self.module.named_buffers()
 
@@ -260,7 +262,7 @@ class Program:
             tensor = held.get(source, self.extras.get(source, self.extras.get(name)))
             if tensor is None:
                 raise ExportError(f"the tensor {name!r} of the original model is lost.")
-            state[name] = tensor.detach().to(dtypes.get(source, tensor.dtype))
+            state[name] = whole(tensor).detach().to(dtypes.get(source, tensor.dtype))
         prefix = f"{BRANCHES}."
         extra = [n for n in held if n.startswith(prefix) or n in self.added]
         extra = [n for n in (*extra, *self.untied) if n not in state]
@@ -280,7 +282,7 @@ class Program:
                 "with export_state_dict(strict=False)."
             )
         if not strict:
-            state.update({n: held[n].detach() for n in extra})
+            state.update({n: whole(held[n]).detach() for n in extra})
         return state
 
     def reshaped(self) -> list[str]:
@@ -373,6 +375,7 @@ class Program:
 
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
+        reshard(self.module)
         return replace(self, module=fork_module(self.module), origin=self.base)
 
     def branch(self, attachment: Attachment) -> nn.Module:

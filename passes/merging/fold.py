@@ -30,6 +30,7 @@ class Fold(Pass):
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
+    sharded: ClassVar[bool] = True
 
     names: tuple[str, ...] | None = None
     tied: Literal["refuse", "keep", "untie", "both"] = "refuse"

@@ -224,16 +224,21 @@ class Outlined(Traced):
             keeps_dtype(self, fn, before)
             super()._apply(fn, recurse)
             after = device_of(self)
-        if after != before:
-            for traced in (self, *self.blocks):
-                graph = copy_graph(traced.graph)
-                relocate_graph(graph, before, after)
-                traced.trace(graph)
-            graph = copy_graph(self.flat.graph)
-            relocate_graph(graph, before, after)
-            moved = self.flat.program.to(after)
-            if self.flat.program.origin is None:
-                moved = replace(moved, origin=None)
-            self.flat = Flat(moved, graph, self.flat.name)
-            relocate(self, before, after)
+        self.follow(before, after)
         return self
+
+    def follow(self, before: torch.device, after: torch.device) -> None:
+        """Moves the devices that the graphs name behind the tensors."""
+        if after == before:
+            return
+        for traced in (self, *self.blocks):
+            graph = copy_graph(traced.graph)
+            relocate_graph(graph, before, after)
+            traced.trace(graph)
+        graph = copy_graph(self.flat.graph)
+        relocate_graph(graph, before, after)
+        moved = self.flat.program.to(after)
+        if self.flat.program.origin is None:
+            moved = replace(moved, origin=None)
+        self.flat = Flat(moved, graph, self.flat.name)
+        relocate(self, before, after)

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from ..aten import value
 from ..module import CapturedModule, copy_graph, sharing_module
 from ..program import Program
+from ..sharded import reshard
 from .module import Block, Flat, Outlined
 from .offload import offload as move_out
 from .partition import Part, partition
@@ -72,6 +73,7 @@ def outline(
 
 def inline(module: Outlined) -> Program:
     """The flat program of an outlined module, with the Parameter objects that it has now."""
+    reshard(module)  # a forward leaves gathered tensors in the place of shards
     flat = module.flat
     return replace(flat.program, module=sharing_module(module, flat.graph, flat.name))
 

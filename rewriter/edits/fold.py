@@ -25,6 +25,7 @@ from torch.fx import Node
 from ..aten import EMBEDDING, VIEWS, expression_of, is_op, parameter_of, set_attribute, strip
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..program import Attachment, Program
+from ..sharded import placed_like, whole, whole_module
 from ..sites.sites import LinearSite
 from .branch import Branch, Delta, Expression, InputScale, OutputScale, RowScale, Scale
 from .compose import fold_ready
@@ -180,7 +181,7 @@ def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Fo
 def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
     """Folds one branch; returns the reason if it cannot be folded (now)."""
     gm = edit.graph_module
-    branch = gm.get_submodule(attachment.path)
+    branch = whole_module(gm.get_submodule(attachment.path))
     if not isinstance(branch, Branch):
         return "its module is not a branch"
     if branch.not_foldable:
@@ -245,16 +246,17 @@ def _fold_expression(
             f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
         )
     with torch.no_grad():
-        made = branch.eval()(held.detach()).clone()  # in training it may be random
+        before = whole(held.detach())
+        made = branch.eval()(before).clone()  # in training it may be random
         if (wide := torch.promote_types(made.dtype, torch.float32)) != made.dtype:
-            exact = branch(held.detach().to(wide))
-            result.lost = max(result.lost, _lost(held.detach(), exact, made))
+            exact = branch(before.to(wide))
+            result.lost = max(result.lost, _lost(before, exact, made))
     if not all_finite(made):
         raise NonFiniteError(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
             "non-finite branch parameters, or keep the branch."
         )
-    set_attribute(gm, name, nn.Parameter(made, requires_grad=False))
+    set_attribute(gm, name, nn.Parameter(placed_like(made, held), requires_grad=False))
     remember(edit.program, attachment.path)
     call.replace_all_uses_with(source)
     gm.graph.erase_node(call)

@@ -27,6 +27,7 @@ from ..aten import (
     value,
 )  # fmt: skip
 from ..errors import ExportError, FoldError, PassError
+from ..sharded import whole
 from ..sites.sites import LinearSite
 from ..storage.identity import merkle_root, tensor_digest
 from .branch import Branch, OutputScale
@@ -54,7 +55,7 @@ class QuantisedWeight(Weight):
     @staticmethod
     def of(module: GraphModule, site: LinearSite, call: Node) -> QuantisedWeight:
         """What the quantised linear `call` of a site multiplies by."""
-        bias = module.get_parameter(site.bias).detach() if site.bias else None
+        bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
         return QuantisedWeight(
             module=module, name=site.weight, bias_name=site.bias, bias=bias,
             tensor=_stored(module, site, call), compute=value(call).dtype,
@@ -128,7 +129,7 @@ class QuantisedWeight(Weight):
 def _stored(module: GraphModule, site: LinearSite, call: Node) -> Quantised:
     """The stored tensors that a quantised linear's call reads."""
     operands: Any = call.args
-    codes, scale, zero = (attribute(module, str(n.target)).detach() for n in operands[1:4])
+    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in operands[1:4])
     return Quantised(codes, scale, zero, operands[5], operands[6], site.in_features)
 
 

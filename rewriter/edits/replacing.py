@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from ..aten import ATEN, expression_of
 from ..errors import PassError
+from ..sharded import whole
 from ..sites.sites import LinearSite
 from .attach import wide
 from .branch import Branch, Expression
@@ -129,7 +130,8 @@ def remember(program: Program, path: str) -> None:
     """Keeps the values of a branch that leaves the graph."""
     state = program.module.get_submodule(path).state_dict()
     program.removed = {
-        **program.removed, **{f"{path}.{n}": t.detach().clone() for n, t in state.items()},
+        **program.removed,
+        **{f"{path}.{n}": whole(t).detach().clone() for n, t in state.items()},
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from ..aten import set_attribute
 from ..errors import FoldError, MetaTensorError, NonFiniteError
+from ..sharded import is_sharded, placed_like, whole
 from .branch import Branch
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Weight(ABC):
             tensors[self.bias_name] = self.bias
         for name, tensor in tensors.items():
             old = self.module.get_parameter(name)
-            if not tensor.is_meta and tensor.data_ptr() == old.data_ptr():
+            if not (tensor.is_meta or is_sharded(old)) and tensor.data_ptr() == old.data_ptr():
                 continue  # a bias that no rule touched
             if not all_finite(tensor):
                 raise NonFiniteError(
@@ -127,7 +128,8 @@ class Weight(ABC):
                 )
             if old.shape != tensor.shape:
                 raise FoldError(f"{name}: folded shape {tuple(tensor.shape)} is not {old.shape}.")
-            set_attribute(self.module, name, nn.Parameter(tensor, requires_grad=False))
+            placed = placed_like(tensor, old)
+            set_attribute(self.module, name, nn.Parameter(placed, requires_grad=False))
 
 
 @dataclass(kw_only=True)
@@ -140,8 +142,8 @@ class DenseWeight(Weight):
     @staticmethod
     def of(module: GraphModule, site: LinearSite) -> DenseWeight:
         """The whole stored weight behind a site."""
-        bias = module.get_parameter(site.bias).detach() if site.bias else None
-        tensor = module.get_parameter(site.weight).detach()
+        bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
+        tensor = whole(module.get_parameter(site.weight).detach())
         return DenseWeight(
             module=module, name=site.weight, bias_name=site.bias, bias=bias, tensor=tensor,
             in_out=site.in_out,

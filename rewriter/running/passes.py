@@ -51,10 +51,12 @@ class Pass(ABC):
         portable: part of a saved artifact (a lowering is not: it depends on the machine).
         reshapes: it changes shapes of what earlier passes inserted, so that replaying can only
             load their values behind it.
+        sharded: works on weights that are sharded over ranks, on all ranks together.
     """
 
     portable: ClassVar[bool] = True
     reshapes: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")
 

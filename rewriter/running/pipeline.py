@@ -25,6 +25,7 @@ from ..aten import set_attribute
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, RewriteError
 from ..program import BRANCHES, Program, Record
+from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan, make
 from .propagate import propagate
 from .verify import Certificate, certify, check_graph
@@ -262,6 +263,8 @@ def run(
         if progress is not None:
             progress(str(item))
         try:
+            if not item.sharded:
+                require_whole(program.module, item.text)
             started = time.perf_counter()
             plan = item.plan(program, data, sources)
             planned = time.perf_counter() - started
@@ -385,7 +388,7 @@ def load_values(
                 if reshaped and own.shape != tensor.shape:
                     continue
                 if not own.is_meta or tensor.is_meta:
-                    own.copy_(tensor)
+                    own.copy_(placed_like(whole(tensor), own))
                 elif isinstance(own, nn.Parameter):
                     set_attribute(
                         program.module, name, nn.Parameter(tensor.clone(), own.requires_grad)

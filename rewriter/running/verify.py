@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..aten import attribute
 from ..errors import VerifyError
+from ..sharded import outputs, placed_like, whole
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -134,8 +135,8 @@ def measure(before: Program, after: Program) -> dict[str, float]:
     worst, largest = 0.0, 0.0
     with evaluation(before), evaluation(after):
         for inputs in sizes(after):
-            a = floats(before.module(**_completed(before, inputs)))
-            b = floats(after.module(**inputs))
+            a = floats(outputs(before.module, _completed(before, inputs)))
+            b = floats(outputs(after.module, inputs))
             if len(a) != len(b):
                 raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
             for x, y in zip(a, b, strict=True):
@@ -154,13 +155,13 @@ def difference(
     """Largest output difference on batches, absolute and relative to the largest output."""
     worst, largest = 0.0, 0.0
 
-    def outputs(program: Program, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    def run(program: Program, batch: Mapping[str, Tensor]) -> list[Tensor]:
         taken = {n: t for n, t in batch.items() if n in program.spec.names}
-        return floats(program.module(**program.spec.bind((), taken)))
+        return floats(outputs(program.module, program.spec.bind((), taken)))
 
     with evaluation(before), evaluation(after):
         for batch in data:
-            here = gaps(outputs(before, batch), outputs(after, batch))
+            here = gaps(run(before, batch), run(after, batch))
             worst, largest = max(worst, here[0]), max(largest, here[1])
     return worst, worst / largest if largest else worst
 
@@ -175,9 +176,10 @@ def rounding(program: Program, seed: int = 0) -> float:
     with torch.no_grad():
         for parameter in moved.module.parameters():
             if parameter.is_floating_point():
-                sign = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                step = torch.finfo(parameter.dtype).eps * sign.to(parameter)
-                parameter.data = parameter.data * (1 + step)
+                held = whole(parameter)
+                sign = torch.randint(0, 2, held.shape, generator=generator) * 2 - 1
+                step = torch.finfo(held.dtype).eps * sign.to(held)
+                parameter.data = placed_like(held * (1 + step), parameter)
     return measure(program, moved)["max_rel"]
 
 

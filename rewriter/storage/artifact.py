@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..capture.capture import capture
 from ..capture.spec import InputSpec
+from ..distributed.ranks import agree, first, together
 from ..errors import (
     ArtifactError,
     BaseMismatchError,
@@ -33,6 +34,7 @@ from ..program import Program, Record
 from ..running.passes import Pass, Plan
 from ..running.pipeline import apply_plan, load_values, parse
 from ..running.verify import Certificate, check_graph
+from ..sharded import has_shards, whole
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
@@ -58,19 +60,43 @@ _STEP_KEYS = {
 }  # fmt: skip
 
 
-def save(program: Program, directory: str | Path, adapters: Sequence[str] | None = None) -> None:
+def save(
+    program: Program,
+    directory: str | Path,
+    adapters: Sequence[str] | None = None,
+    *,
+    collective: bool | None = None,
+) -> None:
     """Saves adapters (never the base weights) atomically.
 
     Args:
         program: a program with at least one adapter, folded or not.
         directory: new, empty, or an artifact to replace.
         adapters: which ones; all by default.
+        collective: all ranks of a distributed job call this, rank 0 writes, and an error on one is
+            raised on all. By default where the program is sharded: what is written is complete,
+            and its hashes are those of the complete tensors. False: each caller writes.
 
     Raises:
         PassError: there is nothing to save, or an adapter's name is unknown.
         NonFiniteError: a tensor holds NaN or infinity.
         ArtifactError: the directory cannot be written; what was there stays.
+        RanksError: another rank failed, or ranks have different recipes.
     """
+    if collective is None:
+        collective = has_shards(program.module)
+    if not collective:
+        write_directory(directory, _files(program, adapters), MANIFEST)
+        return
+    agree("the recipe", "; ".join(r.text for r in program.history))
+    files = together("reading the adapters", lambda: _files(program, adapters))
+    said = parse_json(files[MANIFEST], MANIFEST)
+    agree("what ranks would save", {"base": said["base"]["root"], **said["tensors"]})
+    first("writing the adapters", lambda: write_directory(directory, files, MANIFEST))
+
+
+def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]:
+    """The files of an artifact by name."""
     names = program.adapters if adapters is None else tuple(adapters)
     if isinstance(adapters, str):
         raise PassError(f"adapters must be a list of names: save(..., adapters=[{adapters!r}]).")
@@ -84,6 +110,7 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
         tensors.update(program.adapter_tensors(name))
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
+    tensors = {n: whole(t) for n, t in tensors.items()}
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
@@ -98,8 +125,7 @@ def save(program: Program, directory: str | Path, adapters: Sequence[str] | None
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
-    files = {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
-    write_directory(directory, files, MANIFEST)
+    return {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
 
 
 def _kept(record: Record) -> bool:

@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptFileError
+from ..sharded import whole
 from .identity import tensor_digest
 
 JSON_LIMIT = 16 * 2**20
@@ -76,7 +77,8 @@ def write_json(data: Any) -> bytes:
 
 def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """The tensors as one safetensors file."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
+    whole_ones = {name: whole(t).detach() for name, t in sorted(tensors.items())}
+    plain = {name: t.cpu().contiguous().clone() for name, t in whole_ones.items()}
     return safetensors.torch.save(plain)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import MetaTensorError
+from ..sharded import whole
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and bytes (row-major, CPU).
+    """sha256 of a tensor's dtype, shape and bytes (row-major, CPU), however it is sharded.
 
     Raises:
         MetaTensorError: the tensor has no values.
@@ -34,7 +35,7 @@ def tensor_prefix(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
 
 def tensor_bytes(tensor: Tensor) -> memoryview | bytes:
     """A tensor's bytes (row-major, CPU), without a copy where there is none to make."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = whole(tensor).detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 

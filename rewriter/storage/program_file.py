@@ -39,6 +39,7 @@ from ..errors import (
 from ..program import Program
 from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
+from ..sharded import require_whole
 from ..sites.sites import LinearSite, Sites
 from .artifact import VERSION, checked, require_finite, version_of
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
@@ -72,6 +73,7 @@ def save_program(program: Program, directory: str | Path) -> None:
 
     Raises:
         MetaTensorError: it has tensors without values.
+        PassError: its weights are sharded over ranks.
         NonFiniteError: a parameter holds NaN or infinity.
         ExportError: it holds something that has no written form (an operator of another library,
             a region that runs in training only), or what was written computes something else.
@@ -79,6 +81,7 @@ def save_program(program: Program, directory: str | Path) -> None:
     """
     if is_meta(program):
         raise MetaTensorError("the program has no values; load weights before saving it.")
+    require_whole(program.module, "save_program")
     flat = flattened(program)
     gm = flat.module
     held: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}

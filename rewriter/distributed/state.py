@@ -1,0 +1,164 @@
+"""What a training checkpoint holds: the state of program, optimizer and controllers by name.
+
+Tensors (sharded or not) and the rest, which is strict JSON. Only what training changes is here: the
+frozen base is not, so a checkpoint is as small as the adapters and their optimizer state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+from ..module import state_buffers
+from ..program import Program
+from ..running.controller import Controllers
+from ..sharded import is_sharded, whole
+
+Tensors = dict[str, Tensor]
+
+
+def learnt(program: Program) -> Tensors:
+    """Everything that training changes: what adapters hold, what trains, updated statistics."""
+    found: Tensors = {}
+    for adapter in program.adapters:
+        found |= program.adapter_tensors(adapter)
+    found |= {n: p.detach() for n, p in program.named_trainable_parameters().items()}
+    updated = state_buffers(program.module)
+    return found | {n: b for n, b in program.module.named_buffers() if n in updated}
+
+
+# Optimizers. States are named by their parameters, so that neither order nor sharding matters.
+
+
+def optimizer_tensors(program: Program, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Tensors of the optimizer's state, `<parameter>.<key>`.
+
+    Raises:
+        ArtifactError: it optimises a tensor that is not in the program (before `fully_shard`?), or
+            a state is sharded otherwise than its parameter.
+    """
+    found: Tensors = {}
+    for name, parameter, state in _states(program, optimizer):
+        for key, item in state.items():
+            if not isinstance(item, Tensor):
+                continue
+            if is_sharded(item) and item.shape != parameter.shape:
+                raise ArtifactError(
+                    f"the optimizer's {key!r} of {name} is sharded, {tuple(item.shape)}, and has "
+                    f"another shape than the parameter, {tuple(parameter.shape)}. Such a state "
+                    "cannot be saved; use an optimizer like AdamW."
+                )
+            found[f"{name}.{key}"] = item.detach()
+    return found
+
+
+def optimizer_rest(program: Program, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's class, the options and parameter names of its groups, and plain states."""
+    names = {id(p): n for n, p in program.module.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        options = {k: _plain(v, k) for k, v in group.items() if k not in ("params", "names")}
+        groups.append({"params": [names.get(id(p), "") for p in group["params"]], **options})
+    state = {
+        f"{name}.{key}": _plain(item, key)
+        for name, _, states in _states(program, optimizer)
+        for key, item in states.items()
+        if not isinstance(item, Tensor)
+    }
+    return {"class": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+def _states(
+    program: Program, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+    names = {id(p): n for n, p in program.module.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is None:
+                raise ArtifactError(
+                    f"the optimizer holds a tensor {tuple(parameter.shape)} that the program does "
+                    "not have. Build the optimizer after the module was sharded or wrapped, from "
+                    "its parameters."
+                )
+            yield name, parameter, optimizer.state.get(parameter, {})
+
+
+def _plain(item: Any, key: str) -> Any:
+    if isinstance(item, Tensor) and item.numel() == 1:
+        return float(item)
+    if isinstance(item, tuple):
+        return [_plain(i, key) for i in item]  # pyright: ignore[reportUnknownVariableType]
+    if item is None or isinstance(item, bool | int | float | str):
+        return item
+    raise ArtifactError(f"the optimizer's option {key!r} is a {type(item).__name__}, not JSON.")
+
+
+def put_optimizer(
+    program: Program, optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]
+) -> None:
+    """Gives an optimizer the state that the two functions above took."""
+    of = {n: p for n, p, _ in _states(program, optimizer)}
+    names = sorted(of, key=len, reverse=True)
+    optimizer.state.clear()
+    for key, item in (*tensors.items(), *rest["state"].items()):
+        name = next(n for n in names if key.startswith(f"{n}."))
+        optimizer.state[of[name]][key.removeprefix(f"{name}.")] = item
+    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
+        for option, item in saved.items():
+            held = group.get(option)
+            if option == "params":
+                continue
+            if isinstance(held, Tensor):
+                held.fill_(item)
+            else:
+                group[option] = tuple(item) if isinstance(held, tuple) else item
+
+
+def optimizer_place(program: Program, key: str, saved: Tensor) -> Tensor:
+    """An empty tensor for a saved state: sharded like its parameter if it has the same shape."""
+    names = [n for n, _ in program.module.named_parameters() if key.startswith(f"{n}.")]
+    parameter = program.module.get_parameter(max(names, key=len))
+    if parameter.shape != saved.shape:
+        scalar = saved.dim() == 0  # step counts, which optimizers keep on the CPU
+        return torch.empty_like(saved, device="cpu" if scalar else parameter.device)
+    return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
+
+
+# Controllers: nested states, flattened to JSON paths.
+
+
+def controller_leaves(controllers: Controllers) -> tuple[Tensors, list[Any]]:
+    """Tensors by the JSON text of their path, and `[path, item]` for the rest."""
+    tensors: Tensors = {}
+    rest: list[Any] = []
+    for path, item in _leaves(controllers.state_dict()):
+        if isinstance(item, Tensor):
+            tensors[json.dumps(path)] = whole(item).detach()
+        else:
+            rest.append([path, item])
+    return tensors, rest
+
+
+def _leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
+    for key, item in state.items():
+        if isinstance(item, Mapping) and item:
+            yield from _leaves(item, (*path, key))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            yield [*path, key], item
+
+
+def put_controllers(controllers: Controllers, tensors: Tensors, rest: list[Any]) -> None:
+    """Gives controllers the state that `controller_leaves` took."""
+    state: dict[str, Any] = {}
+    for path, item in [*((json.loads(n), t) for n, t in tensors.items()), *rest]:
+        inner = state
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = item
+    controllers.load_state_dict(state)
