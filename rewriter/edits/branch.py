@@ -169,6 +169,7 @@ class RowScale(Branch):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("own", None, persistent=False)
+        self.lowered: Fused | None = None
 
     def branch(self, x: Tensor) -> Tensor:
         """`f(x)`: `[..., in] -> [..., out]`."""
@@ -181,6 +182,10 @@ class RowScale(Branch):
     def rows(self, weight: Tensor) -> Tensor:
         """c `[out]` for the weight `[out, in]`, without f."""
         raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Of f, as `Delta.factors`."""
+        return None
 
     def _spread(self, own: Tensor, fill: float) -> Tensor:
         """Puts own features on the last axis at their places in the fused weight."""
@@ -199,9 +204,14 @@ class RowScale(Branch):
         return self._spread(self.delta().mT, 0.0).mT
 
     def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`y = linear(x, weight, bias)`, or anything where the branch is lowered and computes it."""
         c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
+        factors = self.factors() if self.lowered is not None else None
+        if self.lowered is not None and factors is not None:
+            own = self.lowered(x, weight, None, *factors)
+            return (own * c if bias is None else (own * c).add_(bias)).to(own.dtype)
         own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
-        scaled = own * c if bias is None else own * c + (1 - c) * bias
+        scaled = own * c if bias is None else (own * c).add_((1 - c) * bias)
         return self.features_back(scaled.to(y.dtype))
 
 
@@ -287,7 +297,8 @@ class KeyValue(Branch):
         rows = rows.transpose(-2, -3)  # [..., kv_heads, length, width]
         heads = rows.shape[-3]
         if x.dim() == 4:
-            rows = rows.repeat_interleave(x.shape[1] // heads, dim=-3)
+            if heads != x.shape[1]:
+                rows = rows.repeat_interleave(x.shape[1] // heads, dim=-3)
             rows = rows.expand(x.shape[0], -1, -1, -1)
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)
