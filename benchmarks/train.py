@@ -18,13 +18,10 @@ import gc
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,114 +30,13 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
-import torch.nn.functional as F
 from core import cpu, interleaved, resident, summary
+from peers import BASES, Base, match, peer
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.demo.encoder import load_model
 
 Step = Callable[[], float]
-Pairs = list[tuple[nn.Parameter, Tensor]]
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model with its batch, and what PEFT calls its parts."""
-
-    make: Callable[[int | None], nn.Module]
-    inputs: dict[str, Tensor]
-    linears: str
-    scaled: str
-    inner: str
-    sublayers: str
-    norms: str
-    causal: bool
-
-
-def minilm(layers: int | None) -> nn.Module:
-    model: Any = load_model()
-    if layers:
-        model.encoder.layer = model.encoder.layer[:layers]
-        model.config.num_hidden_layers = layers
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def llama(layers: int | None) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=layers or 12,
-        num_attention_heads=12, num_key_value_heads=12, vocab_size=32000, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def tokens(rows: int, length: int, padded: bool) -> dict[str, Tensor]:
-    ids = torch.randint(5, 30000, (rows, length), generator=torch.Generator().manual_seed(1))
-    if not padded:
-        return {"input_ids": ids, "labels": ids.clone()}
-    lengths = torch.linspace(length // 2, length, rows).long()
-    return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
-
-
-BASES = {
-    "MiniLM, 8 x 64 tokens with padding": Base(
-        minilm, tokens(8, 64, True), r".*\.(query|key|value|dense)",
-        r".*\.(key|value)|.*\d\.output\.dense", r".*\d\.output\.dense",
-        r".*\.\d+\.(attention\.)?output\.dropout", "LayerNorm", False,
-    ),
-    "Llama of 134 M, 2 x 128 tokens": Base(
-        llama, tokens(2, 128, False), r".*\.(\w_proj|gate_proj|up_proj|down_proj)",
-        r".*\.(k_proj|v_proj|down_proj)", r".*\.down_proj",
-        r".*\.(o_proj|down_proj)", "norm", True,
-    ),
-}  # fmt: skip
-
-
-class Bottleneck(nn.Module):
-    """Houlsby et al. 2019, behind the module whose place it takes."""
-
-    def __init__(self, below: nn.Module, width: int, inner: int = 64) -> None:
-        super().__init__()
-        self.below, self.down, self.up = below, nn.Linear(width, inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x)
-        return h + self.up(F.gelu(self.down(h)))
-
-
-def swapped(model: Any, base: Base) -> nn.Module:
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if base.norms in name.rpartition(".")[2]:
-            module.requires_grad_(True)
-        if re.fullmatch(base.sublayers, name):
-            model.set_submodule(name, Bottleneck(module, model.config.hidden_size))
-    return model
-
-
-def peer(method: str, base: Base, model: Any) -> nn.Module:
-    import peft
-
-    if method == "serial_adapter":
-        return swapped(model, base)
-    if method == "prefix_tuning":
-        task = "CAUSAL_LM" if base.causal else "FEATURE_EXTRACTION"
-        return peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=20))
-    if method == "ia3":
-        return peft.get_peft_model(
-            model, peft.IA3Config(target_modules=base.scaled, feedforward_modules=base.inner)
-        )
-    dora = method == "dora"
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
-    )
-
 
 METHODS = {
     "lora": "lora{rank=8,alpha=16,where=linear and not head}",
@@ -154,37 +50,6 @@ METHODS = {
 def recipe(method: str, base: Base, lowered: bool) -> str:
     causal = "causal{length=512};" if base.causal and method != "prefix_tuning" else ""
     return causal + METHODS[method] + (";lower{target=cpu}" if lowered else "")
-
-
-SUFFIXES = {"a": "lora_A.default.weight", "b": "lora_B.default.weight",
-            "m": "lora_magnitude_vector.default.weight", "l": "ia3_l.default"}  # fmt: skip
-
-
-def match(program: peftfx.Program, other: Any) -> None:
-    """Gives both sides the same adapter, away from its initial values."""
-    theirs = dict(other.named_parameters())
-    bottlenecks = iter(m for m in other.modules() if isinstance(m, Bottleneck))
-    prefix: list[Tensor] = []
-    generator = torch.Generator().manual_seed(2)
-    for attachment in program.attachments:
-        branch, swap = program.branch(attachment), None
-        if attachment.slot == "serial":
-            swap = next(bottlenecks)
-        for leaf, parameter in branch.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
-            parameter.data.add_(noise) if leaf in "ml" else parameter.data.copy_(noise)
-            if swap is not None:
-                part = getattr(swap, leaf.partition("_")[0])
-                target = part.bias if leaf.endswith("bias") else part.weight
-            elif attachment.slot == "key_value":
-                prefix.append(parameter.data.flatten(1))
-                continue
-            else:
-                module = attachment.site.removesuffix(".weight")
-                target = theirs[f"base_model.model.{module}.{SUFFIXES[leaf]}"]
-            target.data.copy_(parameter.data.view(target.shape))
-    if prefix:
-        theirs["prompt_encoder.default.embedding.weight"].data.copy_(torch.cat(prefix, 1))
 
 
 def stepping(module: Any, parameters: list[nn.Parameter], inputs: dict[str, Tensor]) -> Step:
@@ -219,7 +84,9 @@ def peak(step: Step) -> int:
     return most
 
 
-def variants(method: str, base: Base, program: peftfx.Program, layers: int | None) -> dict[str, Any]:
+def variants(
+    method: str, base: Base, program: peftfx.Program, layers: int | None
+) -> dict[str, Any]:
     """What is timed, by name: module and trained parameters; every one has the same adapter."""
     other = peer(method, base, base.make(layers)).train()
     found: dict[str, Any] = {"peft": (other, [p for p in other.parameters() if p.requires_grad])}
@@ -264,7 +131,8 @@ def measured(made: dict[str, Any], base: Base, rounds: int, compiled: bool) -> d
 def rss(base: Base, variant: str, layers: int | None) -> dict[str, int]:
     """MB that LoRA's training adds to a loaded model, and all of the process (one a variant)."""
     program = peftfx.capture(base.make(layers).requires_grad_(False), kwargs=base.inputs)
-    step = stepping(*variants("lora", base, program, layers)[variant], base.inputs)
+    module, parameters = variants("lora", base, program, layers)[variant]
+    step = stepping(module, parameters, base.inputs)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident("VmRSS")

@@ -204,14 +204,14 @@ class RowScale(Branch):
         return self._spread(self.delta().mT, 0.0).mT
 
     def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`y = linear(x, weight, bias)`, or anything where the branch is lowered and computes it."""
+        """`y` is `linear(x, weight, bias)`; a lowered branch computes that itself, and reads no y."""
         c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
-            return (own * c if bias is None else (own * c).add_(bias)).to(own.dtype)
+            return (own * c if bias is None else own * c + bias).to(own.dtype)
         own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
-        scaled = own * c if bias is None else (own * c).add_((1 - c) * bias)
+        scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
 
 
