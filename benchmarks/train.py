@@ -6,8 +6,8 @@ order, medians and per-round ratios. Memory is what torch's allocator holds at m
 beyond the model and its adapter (activations, gradients, temporaries), with AdamW's state; it is
 exact, and the same in every run. `rss` repeats LoRA's by the system's word, a process a variant.
 
-PEFT has no bottleneck adapter: there, the peer is the usual module swap, written below. `ours` is
-the rewritten graph, `lowered` the same after `lower{target=cpu}`. A Llama without padding runs after
+PEFT has no bottleneck adapter: there, the peer is the usual module swap. `ours` is the rewritten
+graph, `lowered` the same after `lower{target=cpu}`. A Llama without padding runs after
 `causal`, except with a prefix, whose mask is not causal. Writes `benchmarks/train.json`.
 """
 

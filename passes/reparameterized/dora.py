@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.low_rank import low_rank
 from ...rewriter.edits.branch import RowScale
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
@@ -60,7 +61,7 @@ class DoRABranch(RowScale):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+        return low_rank(x, self.a, self.b, self.scale)
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.low_rank import low_rank
 from ...rewriter.edits.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
@@ -34,7 +35,7 @@ class LoRABranch(Delta):
     def branch(self, x: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)  # scales rank columns, not out
+        return low_rank(x, self.a, self.b, self.scale)
 
     def delta(self) -> Tensor:
         return (self.b @ self.a) * self.scale

@@ -204,7 +204,7 @@ class RowScale(Branch):
         return self._spread(self.delta().mT, 0.0).mT
 
     def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`y` is `linear(x, weight, bias)`; a lowered branch computes that itself, and reads no y."""
+        """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y."""
         c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
