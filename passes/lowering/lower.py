@@ -40,8 +40,9 @@ class Lower(Pass):
                 require_triton()
             except RuntimeError as error:
                 raise PassError(f"lower: {error}") from error
-        if self.target != "off" and not any(a.slot == "delta" for a in program.attachments):
-            raise PassError("lower: there is no low-rank branch to lower. Run lora first.")
+        slots = {a.slot for a in program.attachments}
+        if self.target != "off" and slots.isdisjoint(("delta", "row_scale")):
+            raise PassError("lower: there is no low-rank branch to lower. Run lora or dora first.")
         return Plan()
 
     def apply(self, edit: Editor, plan: Plan) -> None:

@@ -55,6 +55,9 @@ class Branch(nn.Module):
     axis: int = -1
     """The axis of the features in the values that the branch reads and writes."""
 
+    dropout: float = 0.0
+    """Probability on the input, in training."""
+
     lowered: Fused | None = None
     """The operator that computes it together with its linear, once it is lowered."""
 
@@ -92,9 +95,6 @@ class Delta(Branch):
 
     slot = "delta"
     reads, writes = "in", "out"
-
-    dropout: float = 0.0
-    """Probability on the input, in training."""
 
     def branch(self, *x: Any, **reads: Any) -> Tensor:
         """`f(x, **reads)`: `[..., in] -> [..., out]`."""
@@ -196,6 +196,10 @@ class RowScale(Branch):
         """c `[out]` for the weight `[out, in]`, without f."""
         raise NotImplementedError
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Of f, as `Delta.factors`."""
+        return None
+
     def _spread(self, own: Tensor, fill: float) -> Tensor:
         """Puts own features on the last axis at their places in the fused weight."""
         if self.features is None:
@@ -213,7 +217,12 @@ class RowScale(Branch):
         return self._spread(self.delta().mT, 0.0).mT
 
     def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y."""
         c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
+        factors = self.factors() if self.lowered is not None else None
+        if self.lowered is not None and factors is not None:
+            own = self.lowered(x, weight, None, *factors)
+            return (own * c if bias is None else own * c + bias).to(own.dtype)
         own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
@@ -301,7 +310,8 @@ class KeyValue(Branch):
         rows = rows.transpose(-2, -3)  # [..., kv_heads, length, width]
         heads = rows.shape[-3]
         if x.dim() == 4:
-            rows = rows.repeat_interleave(x.shape[1] // heads, dim=-3)
+            if heads != x.shape[1]:
+                rows = rows.repeat_interleave(x.shape[1] // heads, dim=-3)
             rows = rows.expand(x.shape[0], -1, -1, -1)
         elif rows.dim() == 4:
             rows = rows.flatten(0, 1)

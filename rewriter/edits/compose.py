@@ -154,7 +154,7 @@ def _raise(gm: GraphModule, call: Node) -> Node:
         return call
     with gm.graph.inserting_before(call):
         name = str(call.meta.get("call", call.name))
-        linear = gm.graph.create_node("call_function", LINEAR, call.args, {}, name=name)
+        linear = gm.graph.create_node("call_function", LINEAR, call.args[-3:], {}, name=name)
     linear.meta.update({k: v for k, v in call.meta.items() if k != "composed"})
     call.replace_all_uses_with(linear)
     gm.graph.erase_node(call)

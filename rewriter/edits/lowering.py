@@ -1,17 +1,18 @@
 """Fusing a linear and the branch beside it into one call, by pattern, reversibly.
 
 The branch module stays where it is, with its parameters; only its call changes: from `branch(x)`
-to `branch(x, weight, bias)`, which runs the fused operator on the branch's factors.
+to `branch(x, weight, bias)`, which runs the fused operator on the branch's factors; a row scale's
+`branch(linear, x, weight, bias)` loses the linear.
 """
 
 from __future__ import annotations
 
 from ..aten import is_quantised
 from ..sites.sites import LinearSite
-from .branch import Delta, Fused
+from .branch import Delta, Fused, RowScale
 from .compose import fold_ready
 from .edit import Editor
-from .fold import delta_rule
+from .fold import delta_rule, rows_rule
 from .pattern import Match
 
 
@@ -21,8 +22,9 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
     fused: set[str] = set()
     for root in list(gm.graph.nodes):
-        match = delta_rule.match(gm, root)
-        if not isinstance(match, Match):
+        found = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
+        match = next((m for m in found if isinstance(m, Match)), None)
+        if match is None:
             continue
         call = match["branch"]
         path = str(call.target)
@@ -31,7 +33,7 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
         if call.kwargs:
             edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
             continue
-        if not isinstance(branch, Delta) or branch.factors() is None:
+        if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
             edit.skip(site, "its branch has no low-rank factors")
             continue
         if branch.dropout or branch.features is not None:
@@ -45,18 +47,20 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
             edit.skip(site, "its weight is quantised: there is no fused operator for that")
             continue
         branch.lowered = operator
-        call.args = (match["x"], match["w"], match["b"])
+        x, scales_rows = match["x"], isinstance(branch, RowScale)
+        call.args = (*((x, x) if scales_rows else (x,)), match["w"], match["b"])
         call.meta["call"] = linear.meta.get("call", linear.name)
         call.meta.pop("composed", None)
-        root.replace_all_uses_with(call)
-        gm.graph.erase_node(root)
+        if root is not call:
+            root.replace_all_uses_with(call)
+            gm.graph.erase_node(root)
         gm.graph.erase_node(linear)
         fused.add(path)
         edit.edited.append(site.id)
     skipped = {site_id for site_id, _ in edit.skipped}
     for path, site in sites.items():
         branch = gm.get_submodule(path)
-        if isinstance(branch, Delta) and path not in fused and site.id not in skipped:
+        if isinstance(branch, Delta | RowScale) and path not in fused and site.id not in skipped:
             edit.skip(site, "another branch stands between it and the linear")
 
 
@@ -65,5 +69,5 @@ def restore_deltas(edit: Editor) -> None:
     fold_ready(edit.program)
     for attachment in edit.program.attachments:
         branch = edit.program.branch(attachment)
-        if isinstance(branch, Delta):
+        if isinstance(branch, Delta | RowScale):
             branch.lowered = None

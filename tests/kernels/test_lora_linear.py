@@ -97,8 +97,10 @@ def test_autocast_is_respected() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["lora{where=linear}", "lora{where=linear};ia3", "lora;lora{name=b}"]
-)
+    "text",
+    ["lora{where=linear}", "lora{where=linear};ia3", "lora;lora{name=b}", "dora{where=linear};ia3",
+     "dora;lora"],
+)  # fmt: skip
 def test_lowering_is_exact_reversible_and_compiles(captured: Any, text: str) -> None:
     _, base = captured["bert"]
     plain = randomise(peftfx.run(base, text))
@@ -127,6 +129,9 @@ def test_what_is_not_lowered_is_reported(captured: Any) -> None:
     _, base = captured["bert"]
     program = peftfx.run(base, "lora{dropout=0.1};lower")
     assert "dropout" in program.history[-1].skipped[0][1]
+    stacked = peftfx.run(base, "dora{dropout=0.1};lora{name=b};lower").history[-1]
+    assert not stacked.edited
+    assert {r.partition(" (")[0] for _, r in stacked.skipped} == {"its branch has no factors"}
     with pytest.raises(peftfx.RewriteError, match="no low-rank branch"):
         peftfx.run(base, "lower")
     if not torch.cuda.is_available():
