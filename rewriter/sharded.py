@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
-from .aten import placeholders, set_attribute
+from .aten import placeholders
 from .errors import PassError
 
 
@@ -67,13 +67,11 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def whole_module(module: nn.Module) -> nn.Module:
     """A module with complete parameters, a copy if there is anything to gather."""
-    held = {n: p for n, p in module.named_parameters() if is_sharded(p)}
-    if not held:
+    parameters = list(module.parameters())
+    if not any(map(is_sharded, parameters)):
         return module
-    made = copy.deepcopy(module)
-    for name, parameter in held.items():
-        set_attribute(made, name, nn.Parameter(whole(parameter), parameter.requires_grad))
-    return made
+    memo = {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in parameters}
+    return copy.deepcopy(module, memo)
 
 
 class _Gathering(Interpreter):

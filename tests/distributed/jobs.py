@@ -115,7 +115,9 @@ def resume(folder: Path) -> Any:
     program = peftfx.inline(module)
     pd.save_checkpoint(folder / "two", program, optimizer, step=3, extra={"note": "half way"})
     peftfx.save(program, folder / "adapter")
+    task_loss(module, job.mine(models.batch(job.ROWS))).backward()  # gradients are in no way
     found["folding"] = folding(program)
+    optimizer.zero_grad()
     found["two"] = train(module, optimizer, 2)
     for name in ("one", "two"):
         again = sharded(peftfx.run(captured, RECIPE))
