@@ -29,6 +29,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/coda.py
+	$(BIN)/python -m benchmarks.compile
+	$(BIN)/python benchmarks/train.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
