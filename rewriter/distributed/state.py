@@ -6,7 +6,6 @@ frozen base is not, so a checkpoint is as small as the adapters and their optimi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..module import state_buffers
 from ..program import Program
 from ..running.controller import Controllers
 from ..sharded import is_sharded, whole
+from ..storage.nested import flatten, nest
 
 Tensors = dict[str, Tensor]
 
@@ -130,35 +130,15 @@ def optimizer_place(program: Program, key: str, saved: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
 
 
-# Controllers: nested states, flattened to JSON paths.
+# Controllers.
 
 
 def controller_leaves(controllers: Controllers) -> tuple[Tensors, list[Any]]:
     """Tensors by the JSON text of their path, and `[path, item]` for the rest."""
-    tensors: Tensors = {}
-    rest: list[Any] = []
-    for path, item in _leaves(controllers.state_dict()):
-        if isinstance(item, Tensor):
-            tensors[json.dumps(path)] = whole(item).detach()
-        else:
-            rest.append([path, item])
-    return tensors, rest
-
-
-def _leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    for key, item in state.items():
-        if isinstance(item, Mapping) and item:
-            yield from _leaves(item, (*path, key))  # pyright: ignore[reportUnknownArgumentType]
-        else:
-            yield [*path, key], item
+    tensors, rest = flatten(controllers.state_dict())
+    return {name: whole(tensor).detach() for name, tensor in tensors.items()}, rest
 
 
 def put_controllers(controllers: Controllers, tensors: Tensors, rest: list[Any]) -> None:
     """Gives controllers the state that `controller_leaves` took."""
-    state: dict[str, Any] = {}
-    for path, item in [*((json.loads(n), t) for n, t in tensors.items()), *rest]:
-        inner = state
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = item
-    controllers.load_state_dict(state)
+    controllers.load_state_dict(nest(tensors, rest))
