@@ -60,12 +60,12 @@ METHODS = (
     Method("DoRA", "dora{rank=8,where=linear}", (2e-3, 1e-3)),
     Method("AdaLoRA", "adalora{rank=12,target=8,where=linear}", (2e-3, 6e-3)),
     Method("UniPELT", "unipelt", (2e-3, 6e-4)),
-    Method("HyperFormer++", "hyperformer{tasks=2}", (1e-3, 3e-3)),
-    Method("CoDA", "coda", (1e-3, 3e-3)),
-    Method("diff pruning", "diff_pruning{density=0.005}", (1e-4, 4e-4), tail=0.5),
-    Method("PEQA, int4", "peqa{group=64}", (1e-4, 4e-4)),
-    Method("FFN pruned by 1/4, LoRA", f"{_LORA};channel_pruning{{ratio=0.25}}", (2e-3, 1e-3)),
-    Method("AdapterFusion", "adapter_fusion", (1e-3, 3e-3), _MEMBERS),
+    Method("HyperFormer++", "hyperformer{tasks=2}", (1e-3,)),
+    Method("CoDA", "coda", (1e-3,)),
+    Method("diff pruning", "diff_pruning{density=0.005}", (1e-4,), tail=0.5),
+    Method("PEQA, int4", "peqa{group=64}", (1e-4,)),
+    Method("FFN pruned by 1/4, LoRA", f"{_LORA};channel_pruning{{ratio=0.25}}", (2e-3,)),
+    Method("AdapterFusion", "adapter_fusion", (1e-3,), _MEMBERS),
 )
 
 
