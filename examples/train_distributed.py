@@ -130,6 +130,7 @@ def main() -> None:
             print(f"rank {number} holds {row}")
     peftfx.save(program, folder / "adapter", collective=True)
     if dist.is_initialized():
+        dist.barrier()  # gloo's thread has let go of every tensor by then; else it can deadlock
         dist.destroy_process_group()
 
 

@@ -174,13 +174,9 @@ class Program:
         return verify_program(self)
 
     def memory(
-        self,
-        batch: int | None = None,
-        seq: int | None = None,
-        *,
-        optimizer: str = "adamw",
+        self, batch: int | None = None, seq: int | None = None, *, optimizer: str = "adamw",
         **sizes: int,
-    ) -> Memory:
+    ) -> Memory:  # fmt: skip
         """What training keeps, in the program's mode, without running or allocating anything.
 
         Args:

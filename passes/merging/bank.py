@@ -70,8 +70,9 @@ class BankBranch(Delta):
         laid = x if apart is None else x.clone(memory_format=PLAIN).view(apart.shape)
         rows = laid.movedim(self.batch_axis, 0)
         flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
-        inner = flat @ self.a[ids].mT * self.scale[ids][:, None, None]
-        y = (inner @ self.b[ids].mT).view(*rows.shape[:-1], -1).movedim(0, self.batch_axis)
+        a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
+        inner = flat @ a.mT * scale[:, None, None]
+        y = (inner @ b.mT).view(*rows.shape[:-1], -1).movedim(0, self.batch_axis)
         return y if apart is None else y.flatten(0, -2)
 
     def describe(self) -> str:

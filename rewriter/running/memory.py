@@ -213,6 +213,7 @@ def memory(
         known = [n for n in program.spec.sizes if n.startswith(word)] or [word]
         sizes = {**({} if size is None else dict.fromkeys(known, size)), **sizes}
     program.spec.check(sizes)
+    sizes = {name: sizes[name] for name in program.spec.sizes}
     if program.module.device.type == "meta":
         program = program.fork()
         relocate(program.module, torch.device("meta"), torch.device("cpu"))

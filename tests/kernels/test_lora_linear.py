@@ -131,7 +131,7 @@ def test_what_is_not_lowered_is_reported(captured: Any) -> None:
     assert "dropout" in program.history[-1].skipped[0][1]
     stacked = peftfx.run(base, "dora{dropout=0.1};lora{name=b};lower").history[-1]
     assert not stacked.edited
-    assert {r.partition(" (")[0] for _, r in stacked.skipped} == {"its branch has no factors"}
+    assert all("dropout" in reason for _, reason in stacked.skipped)
     with pytest.raises(peftfx.RewriteError, match="no low-rank branch"):
         peftfx.run(base, "lower")
     if not torch.cuda.is_available():
