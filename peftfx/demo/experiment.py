@@ -58,7 +58,7 @@ METHODS = (
     Method("prefix-tuning", "prefix_tuning{length=20}", (1e-2, 3e-2)),
     Method("prompt tuning", "prompt_tuning{length=20}", (3e-3, 1e-2)),
     Method("DoRA", "dora{rank=8,where=linear}", (2e-3, 1e-3)),
-    Method("AdaLoRA", "adalora{rank=12,target=8,where=linear}", (2e-3, 6e-3)),
+    Method("AdaLoRA", "adalora{rank=12,target=8,where=linear}", (6e-3, 2e-3)),
     Method("UniPELT", "unipelt", (2e-3, 6e-4)),
     Method("HyperFormer++", "hyperformer{tasks=2}", (1e-3,)),
     Method("CoDA", "coda", (1e-3,)),
