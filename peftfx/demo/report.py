@@ -19,6 +19,8 @@ font-size:.85rem}.plots{display:grid;grid-template-columns:1fr 1fr;gap:1.5rem}
 pre{background:#f8f9fa;border:1px solid #e9ecef;border-radius:6px;padding:.8rem;overflow-x:auto;
 font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}.add{color:#2b8a3e;background:#ebfbee}
 .del{color:#c92a2a;background:#fff5f5}svg text{font:12px system-ui,sans-serif;fill:#495057}
+.small{display:grid;grid-template-columns:repeat(3,1fr);gap:6px}.small text{font-size:24px}
+.small polyline{stroke-width:4}
 @media(max-width:720px){.plots{grid-template-columns:1fr}}
 """
 
@@ -31,15 +33,37 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [start + i * step for i in range(int((high - start) / step + 1e-9) + 1)]
 
 
+def _short(number: float) -> str:
+    """1,000 as 1 k, a million as 1 M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g} {letter}"
+    return f"{number:g}"
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 class Plot:
     """Axes with labels; data are placed in data coordinates."""
 
-    width, height, left, bottom, top, right = 460, 300, 58, 46, 14, 16
+    left, bottom, top, right = 58, 46, 14, 16
 
     def __init__(
-        self, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], log: bool = False
+        self,
+        x: Sequence[float],
+        y: Sequence[float],
+        labels: tuple[str, str],
+        log: bool = False,
+        height: int = 300,
     ) -> None:
-        self.log = log
+        self.log, self.width, self.height = log, 460, height
+        self.taken: list[Box] = []
         xs = [math.log10(v) for v in x] if log else list(x)
         pad_x = 0.08 * ((max(xs) - min(xs)) or 1)
         pad_y = 0.1 * ((max(y) - min(y)) or 0.01)
@@ -75,7 +99,7 @@ class Plot:
             )
         for tick in marks:
             x, _ = self.at(tick, self.y[0])
-            label = f"{tick:,.0f}" if self.log else f"{tick:g}"
+            label = _short(tick) if self.log else f"{tick:g}"
             self.parts.append(
                 f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>'
             )
@@ -88,15 +112,37 @@ class Plot:
             f'text-anchor="middle">{html.escape(labels[1])}</text>'
         )
 
-    def point(self, x: float, y: float, label: str, colour: str) -> None:
-        """A dot with its name."""
-        px, py = self.at(x, y)
-        side = ("end", -8) if px > 0.7 * self.width else ("start", 8)
-        self.parts.append(
-            f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" fill="{colour}"/>'
-            f'<text x="{px + side[1]:.1f}" y="{py - 7:.1f}" text-anchor="{side[0]}">'
-            f"{html.escape(label)}</text>"
-        )
+    def points(self, named: Sequence[tuple[str, float, float]]) -> None:
+        """Dots with their names, none of which covers another; far ones are tied by a line."""
+        dots = [self.at(x, y) for _, x, y in named]
+        self.taken += [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+        for index, ((label, _, _), (x, y)) in enumerate(zip(named, dots, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            left, base = self._free(label, x, y)
+            if abs(base - y) > 20:
+                self.parts.append(
+                    f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{left + 2:.1f}" '
+                    f'y2="{base - 4 if base > y else base + 2:.1f}" stroke="#ced4da"/>'
+                )
+            self.parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
+                f'<text x="{left:.1f}" y="{base:.1f}">{html.escape(label)}</text>'
+            )
+
+    def _free(self, label: str, x: float, y: float) -> tuple[float, float]:
+        """Where a label near a dot starts, left end of its base line."""
+        wide = 6.4 * len(label)
+        room = (self.left, self.top - 12, self.width - self.right, self.height - self.bottom)
+        lines = [-7, 15, 4, *(k * 13 for n in range(2, 16) for k in (n, -n))]
+        for line in lines:
+            for left in (x + 8, x - 8 - wide):
+                box = (left, y + line - 10, left + wide, y + line + 3)
+                inside = box[0] >= room[0] and box[2] <= room[2] + 10
+                inside = inside and box[1] >= room[1] and box[3] <= room[3]
+                if inside and not any(overlap(box, other) for other in self.taken):
+                    self.taken.append(box)
+                    return left, y + line
+        return x + 8, y - 7
 
     def line(self, xs: Sequence[float], ys: Sequence[float], colour: str) -> None:
         """A curve."""
@@ -117,17 +163,6 @@ class Plot:
             f"{html.escape(label)}</text>"
         )
 
-    def legend(self, names: Sequence[str]) -> None:
-        """Names of curves, top right."""
-        for index, name in enumerate(names):
-            y = self.top + 14 + 16 * index
-            x = self.width - self.right - 112
-            self.parts.append(
-                f'<line x1="{x}" x2="{x + 16}" y1="{y - 4}" y2="{y - 4}" stroke-width="3" '
-                f'stroke="{COLOURS[index % len(COLOURS)]}"/>'
-                f'<text x="{x + 22}" y="{y}">{html.escape(name)}</text>'
-            )
-
     def svg(self) -> str:
         """The drawing."""
         return (
@@ -138,31 +173,45 @@ class Plot:
 
 def quality_plot(points: Sequence[tuple[str, int, float]], base: float) -> str:
     """MRR against trained parameters (logarithmic), with the zero-shot level."""
-    parameters = [max(p, 1) for _, p, _ in points]
-    span = [min(parameters) / 3, *parameters, max(parameters) * 3]
-    plot = Plot(span, [base, *(v for _, _, v in points)], ("trained parameters", "MRR"), log=True)
+    named = [(name, float(max(count, 1)), value) for name, count, value in points]
+    counts = [count for _, count, _ in named]
+    span = [min(counts) / 3, *counts, max(counts) * 3]
+    values = [base, *(value for _, _, value in named)]
+    plot = Plot(span, values, ("trained parameters", "MRR"), True, 300 + 8 * len(named))
     plot.level(base, "zero-shot")
-    for index, (name, count, value) in enumerate(points):
-        plot.point(max(count, 1), value, name, COLOURS[index % len(COLOURS)])
+    plot.points(named)
     return plot.svg()
 
 
 def loss_plot(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Loss per step, averaged over the last three steps."""
+    """Loss per step, averaged over the last three steps: a small plot for each method, on common
+    axes, with the others in grey."""
     smooth = [
-        (
-            name,
-            [sum(c[max(0, i - 2) : i + 1]) / len(c[max(0, i - 2) : i + 1]) for i in range(len(c))],
-        )
-        for name, c in curves
+        (name, [_mean(c[max(0, i - 2) : i + 1]) for i in range(len(c))]) for name, c in curves
     ]
-    longest = max(len(c) for _, c in smooth)
-    values = [v for _, c in smooth for v in c]
-    plot = Plot([0, longest], values, ("step", "loss"))
-    for index, (_, curve) in enumerate(smooth):
-        plot.line(range(1, len(curve) + 1), curve, COLOURS[index % len(COLOURS)])
-    plot.legend([name for name, _ in smooth])
+    if len(smooth) == 1:
+        return _losses(smooth, 0, ("step", "loss"))
+    drawn = (
+        f"<div><small>{html.escape(name)}</small>{_losses(smooth, index, ('', ''))}</div>"
+        for index, (name, _) in enumerate(smooth)
+    )
+    return f'<div class="small">{"".join(drawn)}</div>'
+
+
+def _losses(
+    curves: Sequence[tuple[str, Sequence[float]]], chosen: int, labels: tuple[str, str]
+) -> str:
+    longest = max(len(c) for _, c in curves)
+    plot = Plot([0, longest], [v for _, c in curves for v in c], labels)
+    for _, curve in curves:
+        plot.line(range(1, len(curve) + 1), curve, "#e9ecef")
+    curve = curves[chosen][1]
+    plot.line(range(1, len(curve) + 1), curve, COLOURS[chosen % len(COLOURS)])
     return plot.svg()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -86,5 +87,15 @@ def test_the_page_is_self_contained() -> None:
     page = report.page(
         "T", "lead", [("a < b", plots), ("diff", report.diff_block("+<x>\n-y"))], "env"
     )
-    assert page.count("<svg") == 2 and "a &lt; b" in page and "+&lt;x&gt;" in page
+    assert page.count("<svg") == 3 and "a &lt; b" in page and "+&lt;x&gt;" in page
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+
+
+def test_names_of_close_points_do_not_cover_each_other() -> None:
+    crowd = [(f"method {i}", 10.0 ** (3 + i % 3), 0.65 + i / 1000) for i in range(12)]
+    plot = report.Plot([100, 1e7], [0.6, 0.7], ("x", "y"), log=True)
+    plot.points(crowd)
+    dots, names = plot.taken[:12], plot.taken[12:]
+    assert len(names) == 12
+    pairs = itertools.combinations(names, 2)
+    assert not any(report.overlap(a, b) for a, b in [*pairs, *itertools.product(dots, names)])
