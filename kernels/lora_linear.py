@@ -9,8 +9,8 @@ forms a gradient of shape [N, K] for the frozen weight:
     dS = s dy B,   dx = dy W + dS A,   dA = dS^T x,   dB = s dy^T S,   dbias = sum dy
 
 The products of rank R are computed transposed, [R, M]: with the short axis first, a CPU's matrix
-product is 2 to 5 times faster. On CUDA tensors with triton installed the kernels of
-`gpu/lora_linear.py` run instead. LoRA: Hu et al. 2021, arXiv:2106.09685. Split after the rank-R
+product is 2 to 5 times faster. On CUDA tensors, `triton_lora_linear` runs the kernels of
+`gpu/lora_linear.py` instead. LoRA: Hu et al. 2021, arXiv:2106.09685. Split after the rank-R
 product: LoRAFusion, arXiv:2510.00206.
 """
 
@@ -48,13 +48,28 @@ def lora_linear(
     Returns:
         `[..., N]`.
     """
+    return _compute(x, weight, bias, a, b, scale, False)
+
+
+def triton_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """`lora_linear` by Triton kernels; where x is on no CUDA device, by torch's operators."""
+    return _compute(x, weight, bias, a, b, scale, x.is_cuda)
+
+
+def _compute(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, triton: bool
+) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     a, b = a.to(x.dtype), b.to(x.dtype)
-    return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _Eager.apply(x, weight, bias, a, b, scale, triton)
+    return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale, triton)
 
 
 @functools.cache
@@ -76,10 +91,10 @@ def _gpu() -> Any:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, triton: bool
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and has_triton():
+    if triton:
         y = _gpu().forward(rows, weight, bias, a, b, scale)
     else:
         y = F.linear(rows, weight, bias)
@@ -87,72 +102,97 @@ def _forward(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, needs: Sequence[bool]
-) -> list[Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, weight, bias, a and b, where needed."""
     rows, down = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    none = dy.new_empty(0)
     need_x, need_weight, need_bias, need_a, need_b = needs
-    if x.is_cuda and has_triton():
+    if triton:
         dx, da, db = _gpu().backward(down, rows, weight, a, b, scale, need_x, need_a, need_b)
-        dx, da, db = (none if t is None else t for t in (dx, da, db))
     else:
-        ds = (b.t() @ down.t()).mul_(scale) if need_x or need_a else none  # dS^T
-        da = ds @ rows if need_a else none
-        db = ((a @ rows.t()) @ down).mul_(scale).t().contiguous() if need_b else none
-        dx = (down @ weight).addmm_(ds.t(), a) if need_x else none
-    return [
-        dx.view(x.shape) if need_x else none,
-        down.t() @ rows if need_weight else none.clone(),
-        down.sum(0) if need_bias else none.clone(),
-        da if need_a else none.clone(),
-        db if need_b else none.clone(),
-    ]
+        ds = (b.t() @ down.t()).mul_(scale) if need_x or need_a else down  # dS^T
+        dx = (down @ weight).addmm_(ds.t(), a) if need_x else None
+        da = ds @ rows if need_a else None
+        db = ((a @ rows.t()) @ down).mul_(scale).t() if need_b else None
+    return (
+        None if dx is None else dx.view(x.shape),
+        down.t() @ rows if need_weight else None,
+        down.sum(0) if need_bias else None,
+        da,
+        db,
+    )
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch, which costs a tenth of a small linear's time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        scale: float, triton: bool,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.options = scale, triton
+        return _forward(x, weight, bias, a, b, scale, triton)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:5]
+        return (*_backward(*grads, *ctx.saved_tensors, *ctx.options, needs), None, None)
+
+
+def _operator_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    found = _backward(dy, x, weight, a, b, scale, triton, needs)
+    return [dy.new_empty(0) if g is None else g.contiguous() for g in found]
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, triton: bool
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _gradients_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, needs: Sequence[bool]
-) -> list[Tensor]:
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
     shapes = (x.shape, weight.shape, (weight.shape[0],), a.shape, b.shape)
-    return [
-        dy.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)
-    ]
+    return [dy.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    x, weight, bias, a, b, scale = inputs
+    x, weight, bias, a, b, *options = inputs
     ctx.save_for_backward(x, weight, a, b)
-    ctx.scale, ctx.has_bias = scale, bias is not None
+    ctx.options, ctx.has_bias = options, bias is not None
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, a, b = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], wanted[2] and ctx.has_bias, wanted[3], wanted[4]]
-    grads = torch.ops.peftfx.lora_linear_backward(dy, x, weight, a, b, ctx.scale, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs = [*ctx.needs_input_grad[:5]]
+    needs[2] = needs[2] and ctx.has_bias
+    grads = torch.ops.peftfx.lora_linear_backward(dy, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
 _LIBRARY = torch.library.Library("peftfx", "FRAGMENT")
 _LIBRARY.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> Tensor"
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, "
+    "bool triton) -> Tensor"
 )
 _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, float scale, "
-    "bool[] needs) -> Tensor[]"
+    "bool triton, bool[] needs) -> Tensor[]"
 )
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("lora_linear", _forward, _key)
-    _LIBRARY.impl("lora_linear_backward", _gradients, _key)
-torch.library.register_fake("peftfx::lora_linear", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("peftfx::lora_linear_backward", _gradients_fake, lib=_LIBRARY)
+    _LIBRARY.impl("lora_linear_backward", _operator_backward, _key)
+torch.library.register_fake("peftfx::lora_linear", _fake, lib=_LIBRARY)
+torch.library.register_fake("peftfx::lora_linear_backward", _fake_backward, lib=_LIBRARY)
 torch.library.register_autograd(
-    "peftfx::lora_linear", _backward, setup_context=_setup, lib=_LIBRARY
+    "peftfx::lora_linear", _differentiate, setup_context=_setup, lib=_LIBRARY
 )

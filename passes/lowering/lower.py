@@ -1,8 +1,8 @@
 """Lower: replace a linear and its low-rank branch by one fused operator, and back.
 
-`lower{target=cpu}` and `lower{target=triton}` call `peftfx::lora_linear`, whose backward saves
-less and writes no temporaries; `lower{target=off}` restores the plain graph. Found by pattern;
-parameters keep their names and keep training.
+What it becomes saves less for its backward and writes no temporaries, by torch's operators
+(`target=cpu`, right on GPUs, too) or by Triton kernels; `target=off` restores the plain graph.
+Found by pattern; parameters keep their names and keep training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ...kernels.lora_linear import lora_linear, require_triton
+from ...kernels.lora_linear import lora_linear, require_triton, triton_lora_linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.lowering import fuse_deltas, restore_deltas
 from ...rewriter.errors import PassError
@@ -48,4 +48,4 @@ class Lower(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         restore_deltas(edit)
         if self.target != "off":
-            fuse_deltas(edit, lora_linear)
+            fuse_deltas(edit, triton_lora_linear if self.target == "triton" else lora_linear)

@@ -85,7 +85,7 @@ def test_backward_keeps_less() -> None:
 
 
 def test_the_operator_is_well_registered() -> None:
-    torch.library.opcheck(torch.ops.peftfx.lora_linear, (*operands(2, 3), 0.5))
+    torch.library.opcheck(torch.ops.peftfx.lora_linear, (*operands(2, 3), 0.5, False))
 
 
 def test_autocast_is_respected() -> None:
