@@ -1,9 +1,9 @@
 """On a CUDA device: what was captured on the CPU computes, trains, compiles, offloads and saves as
 there, and so does what was captured on the device.
 
-Two devices sum in another order. `close` allows 1e-4 of the largest value in float32: sums of at
-most 64 terms round by 64 eps = 4e-6, and a network of two blocks makes that 25 times larger at
-most. TF32 is off, as it is in torch by default.
+Two devices sum in another order. `close` allows 1e-3 of the largest value in float32: moving every
+weight by 3e-7 (about what sums of 64 terms round) moves the least stable recipe's gradients, those
+of PEQA's scales, by 2.5e-4. TF32 is off, as it is in torch by default.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .recipes import RECIPES, method_class, start
 from .test_compile import compiled, train
 
 DEVICE = "cuda"
-EXACT, BF16, FP16 = 1e-4, 0.05, 0.01
+EXACT, BF16, FP16 = 1e-3, 0.05, 0.01
 """Shares of the largest value: see above; about 12 roundings to 8 bits, 10 to 11 bits."""
 
 pytestmark = [
@@ -68,6 +68,12 @@ def close(got: Any, want: Any, share: float = EXACT) -> None:
         assert gap <= share * largest, (name, gap, largest)
 
 
+def loss_of(output: Tensor) -> Tensor:
+    """Of weighted outputs: the plain mean of squares behind a norm is constant."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    return (output.float() * weights.to(output.device)).square().mean()
+
+
 def given(program: peftfx.Program, seed: int = 0) -> dict[str, Tensor]:
     """A batch with every input of a program, on its device."""
     taken = {n: t for n, t in batch(4, 11, seed, pad=3).items() if n in program.spec.names}
@@ -92,7 +98,7 @@ def steps(program: peftfx.Program) -> tuple[Tensor, dict[str, Tensor], dict[str,
         inputs = given(program, step)
         controllers.begin_forward(inputs)
         outputs = program(**inputs)
-        loss = first(outputs).pow(2).mean() + controllers.loss(outputs, inputs, program)
+        loss = loss_of(first(outputs)) + controllers.loss(outputs, inputs, program)
         loss.backward()
         losses.append(loss.detach())
         gradients = gradients or {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
@@ -209,7 +215,7 @@ def test_triton(text: str, dtype: torch.dtype) -> None:
     for program in (plain, lowered):
         output = first(program(**given(program)))
         held = program.named_trainable_parameters()
-        gradients = torch.autograd.grad(output.float().square().mean(), list(held.values()))
+        gradients = torch.autograd.grad(loss_of(output), list(held.values()))
         results.append((output, dict(zip(held, gradients, strict=True))))
     for got, want in zip(results[1], results[0], strict=True):
         close(got, want, share)
@@ -254,7 +260,7 @@ def test_autocast(captured: Any, dtype: torch.dtype, share: float) -> None:
         scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
         with torch.autocast(DEVICE, dtype):
             output = first(module(**there(batch(4, 11, pad=3))))
-        scaler.scale(output.float().square().mean()).backward()
+        scaler.scale(loss_of(output)).backward()
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         scaler.unscale_(optimizer) if scaler.is_enabled() else None
         grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
@@ -264,17 +270,19 @@ def test_autocast(captured: Any, dtype: torch.dtype, share: float) -> None:
     close(ours, theirs, share)
 
 
-@pytest.mark.parametrize("text", ["lora{rank=2}", "dora{rank=2}", "peqa{group=16}"])
-def test_scaled_gradients(captured: Any, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "rate"), [("lora{rank=2}", 0.1), ("dora{rank=2}", 0.1), ("peqa{group=16}", 0.01)]
+)
+def test_scaled_gradients(captured: Any, text: str, rate: float) -> None:
     """Three steps in float16 with a scaler are three steps in float32, but for rounding."""
     losses: list[Tensor] = []
     for half in (False, True):
         program = randomise(peftfx.run(captured["decoder"][1], text)).to(DEVICE)
-        optimizer = torch.optim.SGD(program.trainable_parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(program.trainable_parameters(), lr=rate)
         scaler, curve = torch.amp.GradScaler(DEVICE, enabled=half), []
         for step in range(3):
             with torch.autocast(DEVICE, torch.float16, enabled=half):
-                loss = first(program(**given(program, step))).float().square().mean()
+                loss = loss_of(first(program(**given(program, step))))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -302,7 +310,7 @@ def wide() -> peftfx.Program:
 def step_of(module: Any) -> Tensor:
     module.zero_grad()
     output = first(module(**there(batch(4, 11, pad=3))))
-    output.square().mean().backward()
+    loss_of(output).backward()
     return output.detach()
 
 
@@ -366,7 +374,7 @@ def test_checkpoint(captured: Any, which: Any) -> None:
     for one in (program.module, module):
         torch.manual_seed(0)  # dropout is drawn again alike
         one.zero_grad()
-        first(one(**inputs)).square().mean().backward()
+        loss_of(first(one(**inputs))).backward()
         held = one.named_parameters()
         results.append({n: p.grad.clone() for n, p in held if p.grad is not None})
     close(results[1], results[0], 1e-5)
