@@ -27,6 +27,11 @@ BRANCHES = "peftfx"
 """Name below which the module holds everything that passes insert."""
 
 
+def same_view(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 @dataclass(frozen=True)
 class Attachment:
     """One branch at one site: which adapter it belongs to and where its module is.
@@ -355,12 +360,16 @@ class Program:
         return self._moved(torch.device(device), {})
 
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
+        """`done`: moved tensors by what they were, and those that stay."""
+
         def move(tensor: Tensor) -> Tensor:
             # What programs share before the move, they share after it.
-            view = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
             if tensor.is_meta or tensor.requires_grad or not tensor.numel():
                 return tensor.to(device)
-            return done.setdefault(view, tensor.to(device))
+            view = same_view(tensor)
+            if view not in done:
+                done[view] = tensor.to(device)
+            return done[view]
 
         moved = self.fork()
         moved.module._apply(move)

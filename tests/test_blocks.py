@@ -189,9 +189,12 @@ def test_offload(captured: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: boo
     output.sum().backward()
     assert len(alive) > kept
     same(step(program.module, inputs), step(module, inputs))
+    assert not any(b.offload.copies for b in module.blocks)
     moves = peftfx.outline(program, offload=True).to("meta")
     assert {p.device.type for p in moves.blocks[0].parameters()} == {"cpu"}
-    assert moves.get_parameter("words.weight").is_meta
+    for held in (moves, peftfx.inline(moves).base.module):
+        assert not held.get_parameter("layers.1.query.weight").is_meta
+        assert held.get_parameter("words.weight").is_meta
     with pytest.raises(BlockError, match="nothing in the blocks is frozen"):
         peftfx.outline(captured["encoder"][1].fork(), offload=True)
 

@@ -61,7 +61,8 @@ def inputs(program: peftfx.Program, step: int) -> dict[str, Tensor]:
     """The step's batch; each step has another size, and another task where there are tasks."""
     taken = {n: t for n, t in batch(*SIZES[step], seed=step).items() if n in program.spec.names}
     extra = {i.name for i in program.spec.inputs if i.optional}
-    return {n: t + step if n in extra else t for n, t in program.spec.bind((), taken).items()}
+    bound, device = program.spec.bind((), taken), program.module.device
+    return {n: (t + step if n in extra else t).to(device) for n, t in bound.items()}
 
 
 def train(program: peftfx.Program, forward: Callable[..., Any]) -> tuple[list[Tensor], Any]:

@@ -21,7 +21,7 @@ from ..errors import BlockError
 from ..module import copy_graph, device_of, keeps_dtype
 from ..program import Program
 from .checkpointing import Report, Saved, choose, measure, reached, report
-from .offload import Offload, aside
+from .offload import Offload, aside, staying
 from .partition import Part
 
 
@@ -237,7 +237,7 @@ class Outlined(Traced):
             traced.trace(graph)
         graph = copy_graph(self.flat.graph)
         relocate_graph(graph, before, after)
-        moved = self.flat.program.to(after)
+        moved = self.flat.program._moved(after, staying(self))
         if self.flat.program.origin is None:
             moved = replace(moved, origin=None)
         self.flat = Flat(moved, graph, self.flat.name)

@@ -1,14 +1,16 @@
 """Frozen parameters of blocks on the CPU, brought to the device when a block needs them.
 
 A copy lives while its operator runs: autograd keeps the parameter in its place and brings it again
-for the backward pass. What trains stays on the device.
+for the backward pass; a checkpointed block's are all there while its backward runs. What trains
+stays on the device. Parameters are pinned where there is CUDA, and copied on the stream that uses
+them, so nothing waits for a copy but its operator.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..aten import attribute, is_float
+from ..aten import attribute, is_float, set_attribute
 from ..errors import BlockError
+from ..module import sharing_module
+from ..program import Program, same_view
 
 if TYPE_CHECKING:
     from .module import Block, Outlined
@@ -45,30 +49,35 @@ class Offload:
     Attributes:
         copies: the running forward pass's copies by storage, and what they are copies of.
         replaces: autograd keeps parameters instead of copies; not while that is measured.
+        hooked: whether `hooks` is entered; checkpointing has hooks of its own.
     """
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         self.replaces = True
+        self.hooked = False
 
     def __call__(self, weight: Tensor, like: Tensor) -> Tensor:
         """A frozen parameter on the device of `like`; one that trains as it is."""
         if weight.requires_grad:
             return weight
         copy = fetch(weight, like.device)
-        storage = copy.untyped_storage()
-        # The weak reference keeps the storage's address from being used again.
-        self.copies[storage._cdata] = StorageWeakRef(storage), weight
+        if self.hooked:
+            storage = copy.untyped_storage()
+            # The weak reference keeps the storage's address from being used again.
+            self.copies[storage._cdata] = StorageWeakRef(storage), weight
         return copy
 
     @contextlib.contextmanager
     def hooks(self) -> Generator[None]:
         """Autograd keeps parameters instead of their copies."""
         replaced = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.hooked = True
         try:
             with replaced if self.replaces else contextlib.nullcontext():
                 yield
         finally:
+            self.hooked = False
             self.copies.clear()
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -88,6 +97,8 @@ def _unpack(kept: Any) -> Tensor:
 def offload(module: Outlined) -> None:
     """Moves the frozen parameters of all blocks to the CPU, and fetches them from there.
 
+    Those of the program as captured, which the module holds too, move with them.
+
     Raises:
         BlockError: nothing in the blocks is frozen.
     """
@@ -99,8 +110,40 @@ def offload(module: Outlined) -> None:
     for block in module.blocks:
         block.offload = Offload()
         block.trace(_fetching(block))
+    moved: dict[Any, Tensor] = {}
     for parameter in _frozen(module).values():
+        view = same_view(parameter)
         _to_cpu(parameter)
+        moved[view] = parameter.data
+    origin = module.flat.program.origin
+    if origin is not None:
+        program = replace(module.flat.program, origin=_base(origin, module, moved))
+        module.flat = replace(module.flat, program=program)
+
+
+def _base(origin: Program, module: Outlined, moved: Mapping[Any, Tensor]) -> Program:
+    """The program as captured with the parameters of blocks on the CPU: the module's, if shared."""
+    gm = origin.module
+    made = sharing_module(gm, gm.graph, type(gm).__name__)
+    for name, parameter in list(made.named_parameters()):
+        if _inside(name, module) and not parameter.is_meta:
+            data = moved.get(same_view(parameter))
+            data = parameter.data.cpu() if data is None else data
+            set_attribute(made, name, nn.Parameter(data, requires_grad=False))
+    return replace(origin, module=made)
+
+
+def staying(module: Outlined) -> dict[Any, Tensor]:
+    """Offloaded tensors of the program as captured, for `Program._moved`."""
+    origin = module.flat.program.origin
+    if origin is None or not any(b.offload for b in module.blocks):
+        return {}
+    held = origin.module.named_parameters()
+    return {same_view(p): p.data for n, p in held if _inside(n, module) and not p.is_meta}
+
+
+def _inside(name: str, module: Outlined) -> bool:
+    return any(name.startswith(f"{block.path}.") for block in module.blocks)
 
 
 def _fetching(block: Block) -> Graph:

@@ -40,7 +40,8 @@ def outline(
         checkpoint: blocks that are computed again for the backward pass: all, none, some by
             number, or a budget in bytes (see `Outlined.checkpoint`).
         offload: the frozen parameters of blocks are moved to the CPU, those of the program too
-            since they are the same, and brought to the device when needed. Not compilable.
+            since they are the same, and brought to the device when needed. Not compilable. Memory
+            is free when no model and no other program holds them: delete these.
         inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:
