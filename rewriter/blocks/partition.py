@@ -135,9 +135,9 @@ def _spans(
 def _add_regions(
     program: Program, flow: Flow, sets: dict[str, set[int]]
 ) -> dict[str, list[Routing]]:
-    """Takes into a layer the whole of its regions, which it is given back with.
+    """Takes into a layer the whole of each region in it: layer -> its regions.
 
-    A region of several layers is left in their graphs.
+    A region of several layers is no call; what it computes stays in their graphs.
     """
     held: dict[str, list[Routing]] = {label: [] for label in sets}
     for region in routings(program, flow):
@@ -148,9 +148,7 @@ def _add_regions(
     return held
 
 
-def _inner(
-    program: Program, flow: Flow, path: str, regions: Sequence[Routing]
-) -> dict[Part, int]:
+def _inner(program: Program, flow: Flow, path: str, regions: Sequence[Routing]) -> dict[Part, int]:
     """The regions of the block at `path`, with where they start."""
     taken = program.module.get_submodule(path)
     names = (name for i in count() if not hasattr(taken, name := f"region{i or ''}"))

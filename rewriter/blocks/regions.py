@@ -23,7 +23,8 @@ class Routing:
     Attributes:
         label: the sublayers that it holds, `s0.layer3.attn+s0.layer3.ffn`.
         branch: path of the branch that chooses its tokens.
-        inside: what is computed from the gathered values on the way to the scatter.
+        inside: what is computed from the gathered values on the way to the scatter, and of
+            stored tensors for that alone (expressions of its weights).
         around: the choice, the gathers, the scatter, and all between them.
     """
 
@@ -40,6 +41,8 @@ def routings(program: Program, flow: Flow) -> Iterator[Routing]:
     sums = {
         flow.index[nodes[s.nodes[1]]]: s.id for s in program.sites if isinstance(s, SublayerSite)
     }
+    fed = flow.below(i for i, n in enumerate(flow.nodes) if n.op == "placeholder")
+    fixed = sorted(flow.computed(range(len(flow.nodes))) - fed, reverse=True)
     branches = {a.path for a in program.attachments if a.slot == Routed.slot}
     for node in flow.nodes:
         if node.op != "call_module" or node.target not in branches:
@@ -49,6 +52,9 @@ def routings(program: Program, flow: Flow) -> Iterator[Routing]:
         put = next(u for u in index.users if isinstance(submodule(gm, u), PutTokens))
         after: Node = operands(put)[2]
         inside = (flow.below(takes) & flow.above([flow.index[after]])) - set(takes)
+        for i in fixed:
+            if flow.after[i] and flow.after[i] <= inside:
+                inside.add(i)
         around = flow.closed({flow.index[node], flow.index[put]})
         label = "+".join(name for i, name in sorted(sums.items()) if i in inside)
         yield Routing(label, str(node.target), frozenset(inside), frozenset(around))
