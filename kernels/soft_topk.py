@@ -22,9 +22,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CLAMP = 40.0
-"""Above log(n) for any number of tokens; exp of it is far from overflow in float32."""
-
 
 def soft_topk(scores: Tensor, count: Tensor, epsilon: float, valid: Tensor | None = None) -> Tensor:
     """The exact weights.
@@ -42,7 +39,9 @@ def soft_topk(scores: Tensor, count: Tensor, epsilon: float, valid: Tensor | Non
     ordered = scaled.sort(-1, descending=True)[0]
     anchor = ordered.detach().gather(-1, (count - 1).clamp(min=0))
     scaled = scaled - anchor
-    terms = (ordered - anchor).clamp(max=_CLAMP).exp()
+    # Above log n for any n, far from overflow. No global: Dynamo would make it an input and, with
+    # dynamic=True and a checkpointed caller, use it outside of the graph that it belongs to.
+    terms = (ordered - anchor).clamp(max=40.0).exp()
     tail = terms.flip(-1).cumsum(-1).flip(-1)
     index = torch.arange(scores.shape[-1], device=scores.device)
     left = (count - index).clamp(min=0).to(scaled.dtype)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..aten import attribute
 from ..errors import BlockError
@@ -182,25 +182,25 @@ def report(module: Outlined, saved: Saved) -> Report:
 
 def reached(module: Outlined) -> set[str]:
     """Paths of the blocks that gradients pass through; the others save nothing."""
-    blocks = {block.path: block for block in module.blocks}
+    paths = {block.path for block in module.blocks}
     live: set[Node] = set()
     found: set[str] = set()
     for node in module.graph.nodes:
-        trained = any(i in live for i in node.all_input_nodes) or _trains(module, node, blocks)
+        trained = any(i in live for i in node.all_input_nodes) or _trains(module, node)
         if trained:
             live.add(node)
-        if trained and node.target in blocks:
+        if trained and node.target in paths:
             found.add(str(node.target))
     return found
 
 
-def _trains(owner: nn.Module, node: Node, blocks: Mapping[str, Block]) -> bool:
+def _trains(owner: nn.Module, node: Node) -> bool:
     """Whether a node reads or calls something trainable."""
-    block = blocks.get(str(node.target)) if node.op == "call_module" else None
-    if block is not None:
-        return any(_trains(block, inner, {}) for inner in block.graph.nodes)
     if node.op not in ("get_attr", "call_module"):
         return False
     held = attribute(owner, str(node.target))
+    graph = getattr(held, "graph", None)
+    if isinstance(graph, Graph):
+        return any(_trains(held, inner) for inner in graph.nodes)
     tensors: Iterable[Any] = held.parameters() if isinstance(held, torch.nn.Module) else (held,)
     return any(getattr(t, "requires_grad", False) for t in tensors)

@@ -1,4 +1,4 @@
-"""Modules that run a graph: a program's own, and one for each of its transformer blocks."""
+"""Modules that run a graph: a program's own, its transformer blocks, and regions of those."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ class Block(Traced):
         self.offload: Offload | None = None
         self.__dict__["root"] = root
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions in it, in the order in which they run."""
+        return tuple(m for m in self.children() if isinstance(m, Region))
+
     def forward(self, *values: Any) -> Any:
         """The values that others need, one or a tuple, from those that it needs."""
         if self.checkpointed and torch.is_grad_enabled():
@@ -87,6 +92,35 @@ class Block(Traced):
         return f"{self.label}, checkpointed" if self.checkpointed else self.label
 
 
+class Region(Traced):
+    """The part of a block that runs on some tokens: takes gathered values, returns the last one.
+
+    It has no parameters of its own: it reads its block's where they are.
+
+    Attributes:
+        path: its name in the outlined module.
+        label: the sublayers that it holds, `s0.layer3.attn+s0.layer3.ffn`.
+        branch: path of the branch that chooses its tokens.
+        root: the outlined module, which has all that it reads and calls; no child of the region.
+        offload: its block's.
+    """
+
+    root: Outlined
+
+    def __init__(self, part: Part, root: Outlined) -> None:
+        super().__init__()
+        self.path, self.label, self.branch = part.path, part.label, part.branch
+        self.offload: Offload | None = None
+        self.__dict__["root"] = root
+
+    def forward(self, *values: Any) -> Any:
+        """`[batch, slots, width]`, from what the chosen tokens have of all that enters."""
+        return self.run(*values)
+
+    def extra_repr(self) -> str:
+        return f"{self.label}, tokens chosen by {self.branch}"
+
+
 @dataclass(frozen=True, eq=False)
 class Flat:
     """What an outlined module keeps of its program beside tensors."""
@@ -97,7 +131,7 @@ class Flat:
 
 
 class Outlined(Traced):
-    """A program's module with callable blocks; see `outline`.
+    """A program's module with callable blocks and regions; see `outline`.
 
     Attributes:
         flat: the program without its tensors.
@@ -117,6 +151,11 @@ class Outlined(Traced):
         """The blocks, in the order in which they run."""
         found: Any = tuple(self.get_submodule(path) for path in self._paths)
         return found
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions that run on some tokens, in the order in which they run."""
+        return tuple(region for block in self.blocks for region in block.regions)
 
     def trace(self, graph: Graph) -> None:
         super().trace(graph)
@@ -231,7 +270,7 @@ class Outlined(Traced):
         """Moves the devices that the graphs name behind the tensors."""
         if after == before:
             return
-        for traced in (self, *self.blocks):
+        for traced in (self, *self.blocks, *self.regions):
             graph = copy_graph(traced.graph)
             relocate_graph(graph, before, after)
             traced.trace(graph)

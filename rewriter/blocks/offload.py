@@ -24,7 +24,7 @@ from ..module import sharing_module
 from ..program import Program, same_view
 
 if TYPE_CHECKING:
-    from .module import Block, Outlined
+    from .module import Block, Outlined, Region
 
 
 def fetch(weight: Tensor, device: torch.device) -> Tensor:
@@ -109,7 +109,9 @@ def offload(module: Outlined) -> None:
         )
     for block in module.blocks:
         block.offload = Offload()
-        block.trace(_fetching(block))
+        for traced in (block, *block.regions):
+            traced.offload = block.offload
+            traced.trace(_fetching(traced))
     moved: dict[Any, Tensor] = {}
     for parameter in _frozen(module).values():
         view = same_view(parameter)
@@ -146,12 +148,12 @@ def _inside(name: str, module: Outlined) -> bool:
     return any(name.startswith(f"{block.path}.") for block in module.blocks)
 
 
-def _fetching(block: Block) -> Graph:
-    """The block's graph with a fetch behind each of its own parameters, where it is first read."""
-    graph = block.graph
+def _fetching(traced: Block | Region) -> Graph:
+    """Its graph with a fetch behind each parameter that it reads, where it is first read."""
+    graph = traced.graph
     like = next((n for n in graph.find_nodes(op="placeholder") if is_float(n)), None)
     for node in graph.find_nodes(op="get_attr"):
-        if like is None or not isinstance(attribute(block, str(node.target)), nn.Parameter):
+        if like is None or not isinstance(attribute(traced, str(node.target)), nn.Parameter):
             continue
         readers = list(node.users)
         first = next(n for n in graph.nodes if n in readers)

@@ -19,7 +19,7 @@ from ..aten import value
 from ..module import CapturedModule, copy_graph, sharing_module
 from ..program import Program
 from ..sharded import reshard
-from .module import Block, Flat, Outlined
+from .module import Block, Flat, Outlined, Region
 from .offload import offload as move_out
 from .partition import Part, partition
 
@@ -33,7 +33,8 @@ def outline(
     """The program's module with every transformer block as a callable submodule.
 
     It has the program's Parameter objects, so training it trains the program, and the same
-    inputs, outputs, `state_dict` and parameter names. `blocks` has the blocks.
+    inputs, outputs, `state_dict` and parameter names. `blocks` has the blocks. What a block runs
+    on some of its tokens (CoDA) is one callable submodule in it; `regions` has those.
 
     Args:
         program: is not changed.
@@ -62,6 +63,8 @@ def outline(
         block = Block(part, module)
         _adopt(block, module.get_submodule(part.path))
         module.set_submodule(part.path, block)
+        for inner in part.parts:
+            module.set_submodule(inner.path, Region(inner, module))
     _cut(module, order)
     bound: Any = module.forward
     kind.forward = bound.__func__  # trainers look up inputs and labels in the class
@@ -89,40 +92,18 @@ def _adopt(module: nn.Module, holder: nn.Module) -> None:
 
 
 def _cut(module: Outlined, order: tuple[Part | Node, ...]) -> None:
-    """Gives the root and every block its own part of the graph."""
+    """Gives the root and every part its own part of the graph."""
     graph = Graph()
     graph.set_codegen(module.flat.graph._codegen)
-    copied: dict[Node, Node] = {}
-
-    def known(node: Node) -> Node:
-        if node not in copied:
-            copied[node] = graph.node_copy(node, known)
-        return copied[node]
-
-    for one in order:
-        if isinstance(one, Node):
-            if one.op != "get_attr":
-                known(one)
-            continue
-        inner, entering, leaving = _inner(one)
-        module.get_submodule(one.path).trace(inner)  # pyright: ignore
-        call = graph.call_module(one.path, tuple(known(n) for n in entering))
-        call.meta["val"] = value(leaving[0])
-        if len(leaving) == 1:
-            copied[leaving[0]] = call
-            continue
-        call.meta["val"] = tuple(map(value, leaving))
-        for place, node in enumerate(leaving):
-            copied[node] = graph.call_function(operator.getitem, (call, place))
-            copied[node].meta.update(node.meta)
+    _copy(module, order, graph, {}, "")
     module.trace(graph)
 
 
-def _inner(part: Part) -> tuple[Graph, list[Node], list[Node]]:
-    """A block's own graph, the values that enter it, and those that leave."""
-    inside, own = set(part.nodes), f"{part.path}."
+def _cut_part(module: Outlined, part: Part) -> tuple[list[Node], list[Node]]:
+    """Gives a part its graph; returns the values that enter it, and those that leave."""
+    inside, home = set(part.nodes), f"{part.home}."
     read = dict.fromkeys(source for node in part.nodes for source in node.all_input_nodes)
-    stored = [n for n in read if n.op == "get_attr" and str(n.target).startswith(own)]
+    stored = {n for n in read if n.op == "get_attr" and str(n.target).startswith(home)}
     entering = [n for n in read if n not in inside and n not in stored]
     leaving = [n for n in part.nodes if any(user not in inside for user in n.users)]
     graph = Graph()
@@ -130,12 +111,45 @@ def _inner(part: Part) -> tuple[Graph, list[Node], list[Node]]:
     for node in entering:
         copied[node] = graph.placeholder(node.name)
         copied[node].meta.update(node.meta)
-    for node in (*stored, *part.nodes):
-        made = copied[node] = graph.node_copy(node, copied.__getitem__)
-        if node.op == "get_attr":
-            made.target = str(node.target).removeprefix(own)
-        elif node.op == "call_module":
-            made.target = f"root.{node.target}"
+    _copy(module, part.order, graph, copied, f"{part.path}.")
     results = tuple(copied[n] for n in leaving)
     graph.output(results[0] if len(results) == 1 else results)
-    return graph, entering, leaving
+    module.get_submodule(part.path).trace(graph)  # pyright: ignore
+    return entering, leaving
+
+
+def _copy(
+    module: Outlined,
+    order: Sequence[Part | Node],
+    graph: Graph,
+    copied: dict[Node, Node],
+    own: str,
+) -> None:
+    """Copies nodes to `graph`, with calls of parts, for a module whose names start with `own`."""
+
+    def place(path: object) -> str:
+        name = str(path)
+        return name.removeprefix(own) if name.startswith(own) else f"root.{name}"
+
+    def known(node: Node) -> Node:
+        if node not in copied:
+            made = copied[node] = graph.node_copy(node, known)
+            if made.op in ("get_attr", "call_module"):
+                made.target = place(node.target)
+        return copied[node]
+
+    for one in order:
+        if isinstance(one, Node):
+            if one.op != "get_attr":
+                known(one)
+            continue
+        entering, leaving = _cut_part(module, one)
+        call = graph.call_module(place(one.path), tuple(known(n) for n in entering))
+        call.meta["val"] = value(leaving[0])
+        if len(leaving) == 1:
+            copied[leaving[0]] = call
+            continue
+        call.meta["val"] = tuple(map(value, leaving))
+        for at, node in enumerate(leaving):
+            copied[node] = graph.call_function(operator.getitem, (call, at))
+            copied[node].meta.update(node.meta)

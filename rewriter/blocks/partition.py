@@ -2,42 +2,61 @@
 
 A block is what lies between two values of a residual stream, what else reads its parameters, and
 what only it needs. No path may leave a block and come back, so that every block can be one call.
+A block holds the regions that run on some of its tokens, which are calls inside of it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 from torch import Tag, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import NORMS, SIZES, attribute, inputs, is_op, written
+from ..aten import NORMS, attribute, inputs, is_op
 from ..capture.modes import MODES
 from ..edits.compose import site_nodes
 from ..edits.region import stream_before, stream_behind
 from ..errors import BlockError, PassError
 from ..program import BRANCHES, Program
 from ..sites.sites import SublayerSite
-
-_NOT_COMPUTED = ("placeholder", "get_attr", "output")
+from .flow import Flow
+from .regions import Routing, routings
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One block of a graph.
+    """One block of a graph, or a region of one.
 
     Attributes:
-        label: the layers that it holds, `s0.layer3`.
-        path: the module whose parameters are its own.
-        nodes: what it computes, in graph order, without stored tensors.
+        label: the layers or sublayers that it holds, `s0.layer3`.
+        path: its name as a module.
+        home: the module whose parameters it reads itself, of a region its block's.
+        order: what it computes, without stored tensors, in an order in which it can run.
+        branch: of a region, path of the branch that chooses its tokens.
     """
 
     label: str
     path: str
-    nodes: tuple[Node, ...]
+    home: str
+    order: tuple[Part | Node, ...]
+    branch: str = ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The regions in it."""
+        return tuple(one for one in self.order if isinstance(one, Part))
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """What it computes, those of its regions included."""
+        return _nodes(self.order)
+
+
+def _nodes(order: Iterable[Part | Node]) -> tuple[Node, ...]:
+    return tuple(n for one in order for n in (one.nodes if isinstance(one, Part) else (one,)))
 
 
 def partition(program: Program) -> tuple[Part | Node, ...]:
@@ -47,74 +66,21 @@ def partition(program: Program) -> tuple[Part | Node, ...]:
         BlockError: there are no residual layers, the parameters of a layer have no module of
             their own, or a layer needs what is computed from its own values outside of it.
     """
-    flow = _Flow(program.module)
+    flow = Flow(program.module)
     sets, entries = _cores(program, flow)
+    regions = _add_regions(program, flow, sets)
     paths = _paths(program, flow, sets)
     _add_readers(program, flow, sets, paths)
     starts = {label: min(found) for label, found in sets.items()}
     _add_exclusive(program, flow, sets, paths, entries)
-    parts = {
-        Part(k, paths[k], tuple(flow.nodes[i] for i in sorted(s))): starts[k]
-        for k, s in sets.items()
-    }
-    return _ordered(flow, parts)
+    parts: dict[Part, int] = {}
+    for label, path in paths.items():
+        inner = _inner(program, flow, path, regions[label])
+        parts[Part(label, path, path, _ordered(flow, sets[label], inner))] = starts[label]
+    return _ordered(flow, range(len(flow.nodes)), parts)
 
 
-class _Flow:
-    """What every node needs to have run before it, in-place writes included, by graph position."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        self.nodes: list[Node] = list(gm.graph.nodes)
-        self.index = {n: i for i, n in enumerate(self.nodes)}
-        self.before: list[set[int]] = [set() for _ in self.nodes]
-        self.after: list[set[int]] = [set() for _ in self.nodes]
-        writers: dict[Node, list[int]] = {}
-        for i, node in enumerate(self.nodes):
-            target = written(node)
-            needed = [self.index[s] for s in inputs(node)]
-            for source in (*inputs(node), *([target] if target else ())):
-                needed += writers.get(source, ())
-            if target is not None:
-                needed += [self.index[r] for r in target.users if self.index[r] < i]
-                writers.setdefault(target, []).append(i)
-            for j in set(needed):
-                self.before[i].add(j)
-                self.after[j].add(i)
-
-    def computed(self, found: Iterable[int]) -> set[int]:
-        """Without inputs, outputs and stored tensors."""
-        return {i for i in found if self.nodes[i].op not in _NOT_COMPUTED}
-
-    def below(self, start: Iterable[int]) -> set[int]:
-        """What needs any of `start`, `start` included."""
-        return _reach(start, self.after.__getitem__)
-
-    def above(self, start: Iterable[int]) -> set[int]:
-        """What any of `start` needs, `start` included."""
-        return _reach(start, self.before.__getitem__)
-
-    def carried(self, start: int) -> set[int]:
-        """What needs more of `start` than its size."""
-        return _reach(
-            [start], lambda i: (j for j in self.after[i] if not is_op(self.nodes[j], SIZES))
-        )
-
-    def closed(self, found: set[int]) -> set[int]:
-        """`found` and all that is computed on the way from one of it to another."""
-        return self.computed(self.below(found) & self.above(found))
-
-
-def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[int]:
-    found = set(start)
-    stack = list(found)
-    while stack:
-        fresh = [j for j in step(stack.pop()) if j not in found]
-        found.update(fresh)
-        stack += fresh
-    return found
-
-
-def _cores(program: Program, flow: _Flow) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
     """Layer -> what lies between the stream before and behind it, and what is before it.
 
     Layers that overlap (one within another, or of two streams that meet) are one.
@@ -166,7 +132,35 @@ def _spans(
     return {k: (entries[k], ends[k]) for k in chains}
 
 
-def _paths(program: Program, flow: _Flow, sets: Mapping[str, set[int]]) -> dict[str, str]:
+def _add_regions(
+    program: Program, flow: Flow, sets: dict[str, set[int]]
+) -> dict[str, list[Routing]]:
+    """Takes into a layer the whole of each region in it: layer -> its regions.
+
+    A region of several layers is no call; what it computes stays in their graphs.
+    """
+    held: dict[str, list[Routing]] = {label: [] for label in sets}
+    for region in routings(program, flow):
+        owners = [label for label, found in sets.items() if found & region.inside]
+        if len(owners) == 1:
+            sets[owners[0]] = flow.closed(sets[owners[0]] | region.around)
+            held[owners[0]].append(region)
+    return held
+
+
+def _inner(program: Program, flow: Flow, path: str, regions: Sequence[Routing]) -> dict[Part, int]:
+    """The regions of the block at `path`, with where they start."""
+    taken = program.module.get_submodule(path)
+    names = (name for i in count() if not hasattr(taken, name := f"region{i or ''}"))
+    found: dict[Part, int] = {}
+    for region, name in zip(regions, names, strict=False):
+        order = tuple(flow.nodes[i] for i in sorted(region.inside))
+        part = Part(region.label, f"{path}.{name}", path, order, region.branch)
+        found[part] = min(region.inside)
+    return found
+
+
+def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[str, str]:
     """Layer -> the module that holds its own parameters, and none of another layer's."""
     gm = program.module
     own: dict[str, list[str]] = {label: [] for label in sets}
@@ -209,7 +203,7 @@ def _common(names: list[str]) -> str:
 
 
 def _add_readers(
-    program: Program, flow: _Flow, sets: dict[str, set[int]], paths: Mapping[str, str]
+    program: Program, flow: Flow, sets: dict[str, set[int]], paths: Mapping[str, str]
 ) -> None:
     """Takes into a layer what it needs that else reads its parameters (T5's biases of scores)."""
     for label, path in paths.items():
@@ -237,7 +231,7 @@ def _add_readers(
 
 def _add_exclusive(
     program: Program,
-    flow: _Flow,
+    flow: Flow,
     sets: dict[str, set[int]],
     paths: Mapping[str, str],
     before: Mapping[str, set[int]],
@@ -271,15 +265,18 @@ def _is_random(node: Node) -> bool:
     return Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _ordered(flow: _Flow, parts: Mapping[Part, int]) -> tuple[Part | Node, ...]:
-    """Blocks and other nodes, each as soon as what it needs is there, else in graph order."""
-    unit: dict[int, Part | Node] = dict(enumerate(flow.nodes))
+def _ordered(
+    flow: Flow, found: Iterable[int], parts: Mapping[Part, int]
+) -> tuple[Part | Node, ...]:
+    """Parts and other nodes, each as soon as what it needs is there, else in graph order."""
+    unit: dict[int, Part | Node] = {i: flow.nodes[i] for i in sorted(found)}
     unit |= {flow.index[n]: part for part in parts for n in part.nodes}
-    first: dict[Part | Node, int] = {one: i for i, one in unit.items()} | dict(parts)
+    first = {one: i for i, one in unit.items()} | dict(parts)
     starts = {i: one for one, i in first.items()}
     needs: dict[Part | Node, set[Part | Node]] = {}
     for i, one in unit.items():
-        needs.setdefault(one, set()).update(unit[j] for j in flow.before[i] if unit[j] is not one)
+        before = {unit[j] for j in flow.before[i] if j in unit}
+        needs.setdefault(one, set()).update(before - {one})
     opens: dict[Part | Node, list[Part | Node]] = {}
     for one, needed in needs.items():
         for other in needed:
@@ -303,8 +300,7 @@ def _ordered(flow: _Flow, parts: Mapping[Part, int]) -> tuple[Part | Node, ...]:
             "a value of the other, so neither can run first. Train the program as one module "
             "(program.module)."
         )
-    drawn = [n for one in done for n in (one.nodes if isinstance(one, Part) else [one])]
-    drawn = [n for n in drawn if _is_random(n)]
+    drawn = [n for n in _nodes(done) if _is_random(n)]
     for node, following in pairwise(drawn):
         if flow.index[node] > flow.index[following]:
             raise BlockError(
