@@ -139,8 +139,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        scale, triton = ctx.options
         needs = ctx.needs_input_grad[:5]
-        return (*_backward(*grads, *ctx.saved_tensors, *ctx.options, needs), None, None)
+        return (*_backward(grads[0], x, weight, a, b, scale, triton, needs), None, None)
 
 
 def _operator_backward(

@@ -50,6 +50,7 @@ def check(program: peftfx.Program, inputs: dict[str, Tensor]) -> Any:
     assert set(program.module.state_dict()) == set(module.state_dict())
     for mode in (True, False):
         same(step(program.train(mode).module, inputs), step(module.train(mode), inputs))
+    same(step(module, inputs), step(peftfx.outline(program, recompute=True), inputs))
     again = peftfx.inline(module)
     assert again.text() == program.text() == text
     assert all(flat[n] is p for n, p in again.module.named_parameters())
@@ -189,7 +190,7 @@ def test_offload(captured: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: boo
     output.sum().backward()
     assert len(alive) > kept
     same(step(program.module, inputs), step(module, inputs))
-    assert not any(b.offload.copies for b in module.blocks)
+    assert not any(b.kept._recipes for b in module.blocks)
     moves = peftfx.outline(program, offload=True).to("meta")
     assert {p.device.type for p in moves.blocks[0].parameters()} == {"cpu"}
     for held in (moves, peftfx.inline(moves).base.module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,8 +64,7 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
     def keep(into: Storages, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        copied = any(b.offload and storage._cdata in b.offload.copies for b in blocks)
-        if storage._cdata not in known and not copied:
+        if storage._cdata not in known:
             into[storage._cdata] = storage
 
     def enter(block: nn.Module, values: tuple[Any, ...]) -> None:
@@ -79,9 +78,13 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
     handles = [b.register_forward_pre_hook(enter) for b in blocks]
     handles += [b.register_forward_hook(leave) for b in blocks]
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: keep(current[-1], t), lambda t: t)
+
+    def seen(tensor: Tensor) -> None:
+        keep(current[-1], tensor)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t)
     try:
-        with _plain(blocks), torch.random.fork_rng(), torch.enable_grad(), hooks:
+        with _plain(blocks, seen), torch.random.fork_rng(), torch.enable_grad(), hooks:
             module(**inputs)
     finally:
         for handle in handles:
@@ -90,21 +93,21 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
 
 @contextlib.contextmanager
-def _plain(blocks: Sequence[Block]) -> Generator[None]:
-    """Blocks run without checkpointing, and all that they keep can be seen."""
+def _plain(blocks: Sequence[Block], seen: Callable[[Tensor], None]) -> Generator[None]:
+    """Blocks run without checkpointing, and tell what they keep."""
     before = [block.checkpointed for block in blocks]
-    offloads = [block.offload for block in blocks if block.offload]
+    kept = [block.kept for block in blocks if block.kept]
     try:
         for block in blocks:
             block.checkpointed = False
-        for offload in offloads:
-            offload.replaces = False
+        for one in kept:
+            one.seen = seen
         yield
     finally:
         for block, was in zip(blocks, before, strict=True):
             block.checkpointed = was
-        for offload in offloads:
-            offload.replaces = True
+        for one in kept:
+            one.seen = None
 
 
 def choose(saved: Saved, budget: int) -> list[int]:

@@ -21,8 +21,10 @@ from ..errors import BlockError
 from ..module import copy_graph, device_of, keeps_dtype
 from ..program import Program
 from .checkpointing import Report, Saved, choose, measure, reached, report
+from .kept import Kept
 from .offload import Offload, aside, staying
 from .partition import Part
+from .recompute import Recompute
 
 
 class Traced(nn.Module):
@@ -54,15 +56,16 @@ class Traced(nn.Module):
         return made
 
 
-class Block(Traced):
-    """A transformer block: takes what it needs of other blocks, returns what others need.
+class Inner(Traced):
+    """A part of an outlined module.
 
     Attributes:
         path: its name in the outlined module.
-        label: the layers that it holds, `s0.layer3`.
-        root: the outlined module, whose branches it calls; no child of the block.
-        checkpointed: computes its values again for the backward pass instead of keeping them.
-        offload: brings its frozen parameters from the CPU when they are needed, or None.
+        label: the layers or sublayers that it holds, `s0.layer3`.
+        root: the outlined module, which has what it reads and calls elsewhere; no child of it.
+        kept: what its block keeps for the backward pass instead of some tensors, or None.
+        offload: brings frozen parameters from the CPU when they are needed, or None.
+        recompute: lets cheap values be computed again for the backward pass, or None.
     """
 
     root: Outlined
@@ -70,9 +73,20 @@ class Block(Traced):
     def __init__(self, part: Part, root: Outlined) -> None:
         super().__init__()
         self.path, self.label = part.path, part.label
-        self.checkpointed = False
+        self.kept: Kept | None = None
         self.offload: Offload | None = None
+        self.recompute: Recompute | None = None
         self.__dict__["root"] = root
+
+
+class Block(Inner):
+    """A transformer block: takes what it needs of other blocks, returns what others need.
+
+    Attributes:
+        checkpointed: computes its values again for the backward pass instead of keeping them.
+    """
+
+    checkpointed = False
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -83,35 +97,27 @@ class Block(Traced):
         """The values that others need, one or a tuple, from those that it needs."""
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self.run, *values, use_reentrant=False)
-        if self.offload is None:
+        if self.kept is None or torch.compiler.is_compiling():
             return self.run(*values)
-        with self.offload.hooks():
+        with self.kept.hooks():
             return self.run(*values)
 
     def extra_repr(self) -> str:
         return f"{self.label}, checkpointed" if self.checkpointed else self.label
 
 
-class Region(Traced):
+class Region(Inner):
     """The part of a block that runs on some tokens: takes gathered values, returns the last one.
 
     It has no parameters of its own: it reads its block's where they are.
 
     Attributes:
-        path: its name in the outlined module.
-        label: the sublayers that it holds, `s0.layer3.attn+s0.layer3.ffn`.
         branch: path of the branch that chooses its tokens.
-        root: the outlined module, which has all that it reads and calls; no child of the region.
-        offload: its block's.
     """
 
-    root: Outlined
-
     def __init__(self, part: Part, root: Outlined) -> None:
-        super().__init__()
-        self.path, self.label, self.branch = part.path, part.label, part.branch
-        self.offload: Offload | None = None
-        self.__dict__["root"] = root
+        super().__init__(part, root)
+        self.branch = part.branch
 
     def forward(self, *values: Any) -> Any:
         """`[batch, slots, width]`, from what the chosen tokens have of all that enters."""

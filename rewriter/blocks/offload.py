@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..aten import attribute, is_float, set_attribute
 from ..errors import BlockError
 from ..module import sharing_module
 from ..program import Program, same_view
+from .kept import Kept, Recipe
 
 if TYPE_CHECKING:
     from .module import Block, Outlined, Region
@@ -32,66 +32,19 @@ def fetch(weight: Tensor, device: torch.device) -> Tensor:
     return weight.detach().to(device, non_blocking=True, copy=True)
 
 
-@dataclass(frozen=True)
-class _Handle:
-    """A view of a parameter's copy that autograd would have kept."""
-
-    weight: Tensor
-    device: torch.device
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
 class Offload:
-    """Fetches for one block.
+    """What a block calls for each of its parameters."""
 
-    Attributes:
-        copies: the running forward pass's copies by storage, and what they are copies of.
-        replaces: autograd keeps parameters instead of copies; not while that is measured.
-        hooked: whether `hooks` is entered; checkpointing has hooks of its own.
-    """
-
-    def __init__(self) -> None:
-        self.copies: dict[int, tuple[StorageWeakRef, Tensor]] = {}
-        self.replaces = True
-        self.hooked = False
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
 
     def __call__(self, weight: Tensor, like: Tensor) -> Tensor:
         """A frozen parameter on the device of `like`; one that trains as it is."""
         if weight.requires_grad:
             return weight
         copy = fetch(weight, like.device)
-        if self.hooked:
-            storage = copy.untyped_storage()
-            # The weak reference keeps the storage's address from being used again.
-            self.copies[storage._cdata] = StorageWeakRef(storage), weight
+        self.kept.replace(copy, Recipe(fetch, (weight, like.device)))
         return copy
-
-    @contextlib.contextmanager
-    def hooks(self) -> Generator[None]:
-        """Autograd keeps parameters instead of their copies."""
-        replaced = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self.hooked = True
-        try:
-            with replaced if self.replaces else contextlib.nullcontext():
-                yield
-        finally:
-            self.hooked = False
-            self.copies.clear()
-
-    def _pack(self, tensor: Tensor) -> Any:
-        found = self.copies.get(tensor.untyped_storage()._cdata)
-        if found is None:
-            return tensor
-        where = int(tensor.storage_offset())
-        return _Handle(found[1], tensor.device, tensor.size(), tensor.stride(), where)
-
-
-def _unpack(kept: Any) -> Tensor:
-    if not isinstance(kept, _Handle):
-        return kept
-    return fetch(kept.weight, kept.device).as_strided(kept.size, kept.stride, kept.offset)
 
 
 def offload(module: Outlined) -> None:
@@ -108,10 +61,10 @@ def offload(module: Outlined) -> None:
             "(run(program, 'lora')), or leave offload out."
         )
     for block in module.blocks:
-        block.offload = Offload()
-        for traced in (block, *block.regions):
-            traced.offload = block.offload
-            traced.trace(_fetching(traced))
+        block.kept = block.kept or Kept()
+        for inner in (block, *block.regions):
+            inner.offload = Offload(block.kept)
+            inner.trace(_fetching(inner))
     moved: dict[Any, Tensor] = {}
     for parameter in _frozen(module).values():
         view = same_view(parameter)

@@ -22,12 +22,14 @@ from ..sharded import reshard
 from .module import Block, Flat, Outlined, Region
 from .offload import offload as move_out
 from .partition import Part, partition
+from .recompute import recompute as compute_again
 
 
 def outline(
     program: Program,
     checkpoint: bool | int | Sequence[int] = False,
     offload: bool = False,
+    recompute: bool = False,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Outlined:
     """The program's module with every transformer block as a callable submodule.
@@ -43,6 +45,9 @@ def outline(
         offload: the frozen parameters of blocks are moved to the CPU, those of the program too
             since they are the same, and brought to the device when needed. Not compilable. Memory
             is free when no model and no other program holds them: delete these.
+        recompute: activations, products and norms of blocks that are not checkpointed are computed
+            again for the backward pass, at little cost and bit for bit. A compiled module does
+            such things by itself.
         inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:
@@ -70,6 +75,8 @@ def outline(
     kind.forward = bound.__func__  # trainers look up inputs and labels in the class
     if offload:
         move_out(module)
+    if recompute:
+        compute_again(module)
     if checkpoint is not False:
         module.checkpoint(checkpoint, inputs)
     return module
