@@ -342,8 +342,8 @@ def test_offload(checkpoint: bool) -> None:
     less, _, got, ours = run_blocks(checkpoint=checkpoint, offload=True)
     assert block > 30e6
     assert (LAYERS - 2) * block <= plain - less <= (LAYERS + 0.5) * block, (plain, less, block)
-    close(got, want, 1e-6)
-    close(ours, theirs, 1e-5)
+    close(got, want, 1e-5)
+    close(ours, theirs, 1e-4)  # attention's backward adds in any order
 
 
 def test_offload_before_moving() -> None:
@@ -377,7 +377,7 @@ def test_checkpoint(captured: Any, which: Any) -> None:
         loss_of(first(one(**inputs))).backward()
         held = one.named_parameters()
         results.append({n: p.grad.clone() for n, p in held if p.grad is not None})
-    close(results[1], results[0], 1e-5)
+    close(results[1], results[0], 1e-4)
 
 
 # Memory.
