@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..aten import attribute, is_float, set_attribute
 from ..errors import BlockError
-from ..module import sharing_module
-from ..program import Program, same_view
+from ..module import same_view, sharing_module
+from ..program import Program
 
 if TYPE_CHECKING:
     from .module import Block, Outlined
