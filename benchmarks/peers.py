@@ -90,15 +90,17 @@ class Bottleneck(nn.Module):
 
 def swapped(model: Any, base: Base) -> nn.Module:
     model.requires_grad_(False)
+    like = next(model.parameters())
     for name, module in list(model.named_modules()):
         if base.norms in name.rpartition(".")[2]:
             module.requires_grad_(True)
         if re.fullmatch(base.sublayers, name):
-            model.set_submodule(name, Bottleneck(module, model.config.hidden_size))
+            model.set_submodule(name, Bottleneck(module, model.config.hidden_size).to(like))
     return model
 
 
-def peer(method: str, base: Base, model: Any) -> nn.Module:
+def peer(method: str, base: Base, model: Any, **options: Any) -> nn.Module:
+    """`options`: of `get_peft_model`, for LoRA and DoRA."""
     import peft
 
     if method == "serial_adapter":
@@ -113,9 +115,8 @@ def peer(method: str, base: Base, model: Any) -> nn.Module:
             model, peft.IA3Config(target_modules=base.scaled, feedforward_modules=base.inner)
         )
     dora = method == "dora"
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
-    )
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
+    return peft.get_peft_model(model, config, **options)
 
 
 SUFFIXES = {"a": "lora_A.default.weight", "b": "lora_B.default.weight",
@@ -133,7 +134,7 @@ def match(program: peftfx.Program, other: Any) -> None:
         if attachment.slot == "serial":
             swap = next(bottlenecks)
         for leaf, parameter in branch.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.02
+            noise = (torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter)
             parameter.data.add_(noise) if leaf in "ml" else parameter.data.copy_(noise)
             if swap is not None:
                 part = getattr(swap, leaf.partition("_")[0])

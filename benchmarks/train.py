@@ -9,11 +9,15 @@ exact, and the same in every run. `rss` repeats LoRA's by the system's word, a p
 PEFT has no bottleneck adapter: there, the peer is the usual module swap. `ours` is the rewritten
 graph, `lowered` the same after `lower{target=cpu}`. A Llama without padding runs after
 `causal`, except with a prefix, whose mask is not causal. Writes `benchmarks/train.json`.
+
+`--device cuda` has models, clock and memory of `gpu.py` instead, and both targets of `lower`;
+writes `benchmarks/train-cuda.json`. In bfloat16 losses should agree to 1 %, in float32 to 1e-4.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -21,14 +25,15 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8" if "cuda" in sys.argv else "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
+import gpu
 import torch
 from core import cpu, interleaved, resident, summary
 from peers import BASES, Base, match, peer
@@ -47,9 +52,15 @@ METHODS = {
 }
 
 
-def recipe(method: str, base: Base, lowered: bool) -> str:
+def recipe(method: str, base: Base, lowering: str = "") -> str:
     causal = "causal{length=512};" if base.causal and method != "prefix_tuning" else ""
-    return causal + METHODS[method] + (";lower{target=cpu}" if lowered else "")
+    return causal + METHODS[method] + lowering
+
+
+def lowered(base: Base) -> dict[str, str]:
+    """Lowered variants by name."""
+    on_device = isinstance(base, gpu.DeviceBase)
+    return gpu.VARIANTS if on_device else {"lowered": ";lower{target=cpu}"}
 
 
 def stepping(module: Any, parameters: list[nn.Parameter], inputs: dict[str, Tensor]) -> Step:
@@ -90,33 +101,51 @@ def variants(
     """What is timed, by name: module and trained parameters; every one has the same adapter."""
     other = peer(method, base, base.make(layers)).train()
     found: dict[str, Any] = {"peft": (other, [p for p in other.parameters() if p.requires_grad])}
-    for name in ("ours", "lowered") if method in ("lora", "dora") else ("ours",):
-        made = peftfx.run(program, recipe(method, base, name == "lowered")).train()
-        match(made, other)
-        found[name] = made.module, made.trainable_parameters()
+    low_rank = method in ("lora", "dora")
+    for name, lowering in {"ours": "", **(lowered(base) if low_rank else {})}.items():
+        ours = peftfx.run(program, recipe(method, base, lowering)).train()
+        match(ours, other)
+        found[name] = ours.module, ours.trainable_parameters()
+        if name == "lowered":
+            found["recompute"] = peftfx.outline(ours, recompute=True), ours.trainable_parameters()
+    if low_rank and getattr(base, "dtype", torch.float32) != torch.float32:
+        narrow = peer(method, base, base.make(layers), autocast_adapter_dtype=False).train()
+        for own, like in zip(narrow.parameters(), other.parameters(), strict=True):
+            own.data.copy_(like.data)
+        found["peft 16-bit"] = narrow, [p for p in narrow.parameters() if p.requires_grad]
     return found
+
+
+@contextlib.contextmanager
+def undone(parameters: list[nn.Parameter]) -> Generator[None]:
+    """Gives parameters their values back."""
+    before = [p.detach().clone() for p in parameters]
+    yield
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.data.copy_(value)
 
 
 def losses(step: Step, parameters: list[nn.Parameter]) -> list[float]:
     """Of three steps, which are then undone."""
-    before = [p.detach().clone() for p in parameters]
-    found = [step() for _ in range(3)]
-    for parameter, value in zip(parameters, before, strict=True):
-        parameter.data.copy_(value)
-    return found
+    with undone(parameters):
+        return [step() for _ in range(3)]
 
 
 def measured(made: dict[str, Any], base: Base, rounds: int, compiled: bool) -> dict[str, Any]:
     torch._dynamo.reset()
+    made = {n: m for n, m in made.items() if not (compiled and n == "recompute")}
     steps = {
         n: stepping(torch.compile(module) if compiled else module, parameters, base.inputs)
         for n, (module, parameters) in made.items()
     }
     curves = {n: losses(step, made[n][1]) for n, step in steps.items()}
     theirs = curves["peft"]
-    state = {n: 8 * sum(p.numel() for p in parameters) for n, (_, parameters) in made.items()}
-    held = {n: peak(step) + state[n] for n, step in steps.items()}
-    times = interleaved({n: (lambda s=s: cpu(s)) for n, s in steps.items()}, rounds)
+    state = {n: 2 * sum(p.nbytes for p in parameters) for n, (_, parameters) in made.items()}
+    on_device = isinstance(base, gpu.DeviceBase)
+    clock, most = (gpu.seconds, gpu.peak) if on_device else (cpu, peak)
+    with undone([p for _, parameters in made.values() for p in parameters]):
+        held = {n: most(step) + state[n] for n, step in steps.items()}
+        times = interleaved({n: (lambda s=s: clock(s)) for n, s in steps.items()}, rounds)
     ours = [n for n in made if n != "peft"]
     return {
         "step [s]": summary(times, "peft"),
@@ -143,11 +172,11 @@ def rss(base: Base, variant: str, layers: int | None) -> dict[str, int]:
 
 def all_rss(name: str, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for variant in ("peft", "ours", "lowered"):
+    for variant in ("peft", "ours", "lowered", "recompute"):
         command = [sys.executable, __file__, "--rss", name, variant, *["--quick"] * quick]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1])
-    for variant in ("ours", "lowered"):
+    for variant in ("ours", "lowered", "recompute"):
         pairs = ((k, found[variant][k], v) for k, v in found["peft"].items())
         found[f"{variant}/peft"] = {k: round(mine / v, 3) for k, mine, v in pairs}
     return found
@@ -158,36 +187,53 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two layers, one round")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--models", nargs="*", default=list(BASES))
+    parser.add_argument("--models", nargs="*", help="words of their names; default all")
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "rss"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--rss", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     layers, rounds = (2, 1) if options.quick else (None, options.rounds)
+    on_device = options.device == "cuda"
+    if not on_device:
+        torch.set_num_threads(1)
     if options.rss:
         print(json.dumps(rss(BASES[options.rss[0]], options.rss[1], layers)))
         return
+    out = options.out or Path(__file__).with_name("train-cuda.json" if on_device else "train.json")
     results: dict[str, Any] = {
-        "environment": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
+        "environment": gpu.environment() if on_device else
+        f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
         f"1 thread, Python {platform.python_version()}, torch {torch.__version__}, CPU seconds"
-    }
-    for name in options.models:
-        base = BASES[name]
+    }  # fmt: skip
+    for name, base in (gpu.bases() if on_device else BASES).items():
+        if options.models and not any(word in name for word in options.models):
+            continue
         found = results[name] = {}
-        program = peftfx.capture(base.make(layers).requires_grad_(False), kwargs=base.inputs)
-        for mode in (m for m in options.modes if m != "rss"):
-            for method in options.methods:
-                made = variants(method, base, program, layers)
+        model = base.make(layers).requires_grad_(False)
+        program = peftfx.capture(model, kwargs=getattr(base, "example", base.inputs))
+        print(name, "captured", flush=True)
+        for method in options.methods:
+            modes = [m for m in options.modes if m in timed(base, method)]
+            made = variants(method, base, program, layers) if modes else {}
+            for mode in modes:
                 row = measured(made, base, rounds, mode == "compiled")
                 found.setdefault(method, {})[mode] = row
                 print(name, method, mode, json.dumps(row), flush=True)
-        if "rss" in options.modes and "lora" in found:
+        if "rss" in options.modes and "lora" in found and not on_device:
             found["lora"]["resident memory [MB]"] = all_rss(name, options.quick)
             print(name, json.dumps(found["lora"]["resident memory [MB]"]), flush=True)
         if not options.quick:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def timed(base: Base, method: str) -> list[str]:
+    """In which modes a method is timed."""
+    if not isinstance(base, gpu.DeviceBase):
+        return ["eager", "compiled"]
+    chosen = {"eager": base.methods, "compiled": base.compiled}
+    return [mode for mode, methods in chosen.items() if method in methods]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def same_view(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
     """Raises CaptureError if `fn` would change a floating-point dtype of a captured module."""
     held = [*module.parameters(), *module.buffers()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .capture.spec import InputSpec
 from .errors import CaptureError, ExportError, PassError, nearest
 from .generate import generate
-from .module import CapturedModule, fork_module
+from .module import CapturedModule, fork_module, same_view
 from .sharded import reshard, whole
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 BRANCHES = "peftfx"
 """Name below which the module holds everything that passes insert."""
-
-
-def same_view(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same view of the same memory."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -360,10 +355,9 @@ class Program:
         return self._moved(torch.device(device), {})
 
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
-        """`done`: moved tensors by what they were, and those that stay."""
-
+        # `done`: moved tensors by what they were, since what programs share before, they share
+        # after; and those that stay.
         def move(tensor: Tensor) -> Tensor:
-            # What programs share before the move, they share after it.
             if tensor.is_meta or tensor.requires_grad or not tensor.numel():
                 return tensor.to(device)
             view = same_view(tensor)

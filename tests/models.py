@@ -278,7 +278,8 @@ def randomise(program: Any, scale: float = 0.1, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in program.trainable_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.add_(noise.to(parameter.device))
     return program
 
 

@@ -19,8 +19,8 @@ from torch.fx import Graph
 
 from ..aten import attribute, is_float, set_attribute
 from ..errors import BlockError
-from ..module import sharing_module
-from ..program import Program, same_view
+from ..module import same_view, sharing_module
+from ..program import Program
 from .kept import Kept, Recipe
 
 if TYPE_CHECKING:
