@@ -15,10 +15,11 @@ from itertools import count, pairwise
 from torch import Tag, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import NORMS, attribute, inputs, is_op
+from ..aten import NORMS, attribute, inputs, is_op, submodule
 from ..capture.modes import MODES
 from ..edits.compose import site_nodes
 from ..edits.region import stream_before, stream_behind
+from ..edits.routing import TakeTokens
 from ..errors import BlockError, PassError
 from ..program import BRANCHES, Program
 from ..sites.sites import SublayerSite
@@ -120,7 +121,9 @@ def _spans(
         for layer in sorted(layers)
     }
     try:
-        entries = {k: stream_before(program, c[0], nodes) for k, c in chains.items()}
+        entries = {
+            k: _ungathered(program, stream_before(program, c[0], nodes)) for k, c in chains.items()
+        }
         final = stream_behind(program, chains[max(chains)][-1], nodes)
     except PassError as error:
         raise BlockError(f"the blocks are not regular: {error}") from error
@@ -130,6 +133,11 @@ def _spans(
         normed = is_op(entry, NORMS) and inputs(entry)[0] is add
         ends[here] = entry if normed else add
     return {k: (entries[k], ends[k]) for k in chains}
+
+
+def _ungathered(program: Program, node: Node) -> Node:
+    gathers = isinstance(submodule(program.module, node), TakeTokens)
+    return inputs(node)[0] if gathers else node
 
 
 def _add_regions(

@@ -37,7 +37,7 @@ from ..aten import (
 )  # fmt: skip
 from ..errors import PassError
 from ..sites.sites import AttentionSite, LinearSite, SublayerSite
-from .routing import TakeTokens
+from .routing import PutTokens, TakeTokens
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -180,10 +180,17 @@ def stream_behind(program: Program, site: SublayerSite, nodes: Mapping[str, Node
     add = nodes[site.nodes[1]]
     stream = [s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream]
     sums = {nodes[s.nodes[1]] for s in stream}
-    entries = [stream_before(program, s, nodes) for s in stream]
+    entries = [_routed(program, stream_before(program, s, nodes)) for s in stream]
     post = any(is_op(e, NORMS) and inputs(e)[0] in sums for e in entries)
     readers = users(add)
     return readers[0] if post and len(readers) == 1 and is_op(readers[0], NORMS) else add
+
+
+def _routed(program: Program, node: Node) -> Node:
+    """What a gather reads, or what the region in front of a scatter ends with."""
+    while isinstance(module := submodule(program.module, node), TakeTokens | PutTokens):
+        node = operands(node)[0 if isinstance(module, TakeTokens) else 2]
+    return node
 
 
 def _read(program: Program, between: Sequence[Node], entry: Node) -> Node:
