@@ -54,7 +54,10 @@ def lora_linear(
 def triton_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> Tensor:
-    """`lora_linear` by Triton kernels; where x is on no CUDA device, by torch's operators."""
+    """`lora_linear` by Triton kernels where x is on a CUDA device and computed in 16 bits.
+
+    Elsewhere by torch's operators: without TF32, a GPU's float32 product gains nothing.
+    """
     return _compute(x, weight, bias, a, b, scale, x.is_cuda)
 
 
@@ -67,6 +70,7 @@ def _compute(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     a, b = a.to(x.dtype), b.to(x.dtype)
+    triton = triton and x.dtype.itemsize == 2
     if type(x) is Tensor and not torch.compiler.is_compiling():
         return _Eager.apply(x, weight, bias, a, b, scale, triton)
     return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale, triton)

@@ -222,7 +222,7 @@ class RowScale(Branch):
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
-            return (own * c if bias is None else own * c + bias).to(own.dtype)
+            return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
         own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
