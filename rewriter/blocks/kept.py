@@ -29,14 +29,14 @@ class Recipe:
         self.readers = 0
         self._left = 0
         self._made: Tensor | None = None
-        self._autocast: dict[str, Any] = {}
+        self._device = ""
+        self._autocast = False, torch.float32
 
     def keep(self, pack: Callable[[Tensor], Any], device: str) -> None:
         """Replaces the tensors among the arguments by what is kept of them."""
         kept = {n: _keep(v, pack) for n, v in self.kwargs.items()}
         self.args, self.kwargs = [_keep(v, pack) for v in self.args], kept
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        self._autocast = {"device_type": device, "enabled": enabled, "dtype": dtype}
+        self._device, self._autocast = device, _autocast(device)
 
     def __call__(self) -> Tensor:
         made = self._computed() if self._made is None else self._made
@@ -46,8 +46,16 @@ class Recipe:
 
     def _computed(self) -> Tensor:
         args, kwargs = map(_get, self.args), {n: _get(v) for n, v in self.kwargs.items()}
-        with torch.no_grad(), torch.autocast(**self._autocast):
-            return self.operator(*args, **kwargs)
+        with torch.no_grad():
+            if self._autocast == _autocast(self._device):
+                return self.operator(*args, **kwargs)
+            enabled, dtype = self._autocast
+            with torch.autocast(self._device, dtype, enabled):
+                return self.operator(*args, **kwargs)
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _keep(value: Any, pack: Callable[[Tensor], Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.fx import Graph
 
-from ..aten import CASTS, MULS, NORMS, is_op, overloads, value, written
+from ..aten import ADDS, CASTS, MULS, NORMS, is_op, overloads, value, written
 from .kept import Kept, Recipe
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Recompute:
         for node in list(graph.nodes):
             if not is_op(node, CHEAP) or written(node) or not isinstance(value(node), Tensor):
                 continue
+            if all(is_op(user, ADDS) for user in node.users):
+                continue  # which keep nothing
             args = (node, len(self.operators), node.args, node.kwargs)
             self.operators.append(node.target)  # pyright: ignore
             with graph.inserting_after(node):
