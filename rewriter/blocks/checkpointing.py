@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 
 from ..aten import attribute
 from ..errors import BlockError
+from .kept import watched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +85,8 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(seen, lambda t: t)
     try:
-        with _plain(blocks, seen), torch.random.fork_rng(), torch.enable_grad(), hooks:
+        plain, random, gradients = _plain(blocks), torch.random.fork_rng(), torch.enable_grad()
+        with plain, watched(module, seen), random, gradients, hooks:
             module(**inputs)
     finally:
         for handle in handles:
@@ -93,21 +95,16 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
 
 @contextlib.contextmanager
-def _plain(blocks: Sequence[Block], seen: Callable[[Tensor], None]) -> Generator[None]:
-    """Blocks run without checkpointing, and tell what they keep."""
+def _plain(blocks: Sequence[Block]) -> Generator[None]:
+    """Blocks run without checkpointing."""
     before = [block.checkpointed for block in blocks]
-    kept = [block.kept for block in blocks if block.kept]
     try:
         for block in blocks:
             block.checkpointed = False
-        for one in kept:
-            one.seen = seen
         yield
     finally:
         for block, was in zip(blocks, before, strict=True):
             block.checkpointed = was
-        for one in kept:
-            one.seen = None
 
 
 def choose(saved: Saved, budget: int) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import BlockError
@@ -144,6 +144,21 @@ class Kept:
         recipe.readers += 1
         where = int(tensor.storage_offset())
         return _View(recipe, tensor.size(), tensor.stride(), where)
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module, seen: Callable[[Tensor], object]) -> Generator[None]:
+    """Calls `seen` with every tensor that blocks below `module` keep, which hooks around them do
+    not see."""
+    found = [getattr(m, "kept", None) for m in module.modules()]
+    held = [kept for kept in found if isinstance(kept, Kept)]
+    try:
+        for kept in held:
+            kept.seen = seen
+        yield
+    finally:
+        for kept in held:
+            kept.seen = None
 
 
 def unpack(kept: Any) -> Tensor:

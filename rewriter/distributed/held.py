@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks.kept import watched
 from ..sharded import reshard
 from .ranks import exchange
 
@@ -77,21 +78,26 @@ class _Saved:
 
 def _kept(module: nn.Module, forward: Callable[[], Any]) -> int:
     saved: list[weakref.ref[_Saved]] = []
+    kept: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> _Saved:
         made = _Saved(tensor)
         saved.append(weakref.ref(made))
         return made
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+    def seen(tensor: Tensor) -> None:
+        kept.append(weakref.ref(tensor))
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor)
+    with hooks, watched(module, seen):
         loss = forward()
     # Of a sharded module, what the last unit gathered is there; the rest has no bytes any more.
     own = {_storage(t) for t in (*module.parameters(), *module.buffers())}
     sizes: dict[int, int] = {}
-    for reference in saved:
-        here = reference()
-        if here is not None and _storage(here.tensor) not in own:
-            sizes[_storage(here.tensor)] = here.tensor.untyped_storage().nbytes()
+    there = [s.tensor for r in saved if (s := r()) is not None]
+    for tensor in (*there, *(t for r in kept if (t := r()) is not None)):
+        if _storage(tensor) not in own:
+            sizes[_storage(tensor)] = tensor.untyped_storage().nbytes()
     del loss
     return sum(sizes.values())
 

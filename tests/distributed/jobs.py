@@ -42,6 +42,7 @@ def engines(folder: Path) -> Any:
         "accelerate": lambda p: Accelerator(cpu=True).prepare_model(p.module),
         "blocks": sharded,
         "checkpointed": lambda p: pd.shard(peftfx.outline(p, checkpoint=True)),
+        "recomputed": lambda p: pd.shard(peftfx.outline(p, recompute=True)),
         "root": lambda p: fully_shard(p.module),
     }
     for name, wrap in made.items():

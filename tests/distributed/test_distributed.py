@@ -57,6 +57,8 @@ def test_engines_train_as_one_process_does(folder: Path) -> None:
             assert parts[i][what] == pytest.approx(rank[what] / 2, rel=0.01), what
         assert parts[i]["activations"] == rank["activations"]
         assert 0 < ours["checkpointed"]["held"][i]["activations"] < rank["activations"] / 2
+        fewer = ours["recomputed"]["held"][i]["activations"]
+        assert rank["activations"] / 2 < fewer < rank["activations"]
 
 
 def test_every_method_shards_by_block(folder: Path) -> None:
