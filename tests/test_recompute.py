@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftfx
@@ -149,3 +149,35 @@ def test_changed_in_place(captured: Any) -> None:
                 parameter.add_(1)
     with pytest.raises((BlockError, RuntimeError), match=r"in ?place"):
         loss.backward()
+
+
+class Shifted(nn.Module):
+    """Changes in place what an activation returned and what a product has read."""
+
+    def __init__(self, below: nn.Module) -> None:
+        super().__init__()
+        self.below = below
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x * 0.5
+        x.add_(1.0)
+        return self.below(half) + self.below(x)
+
+
+def test_values_that_are_changed_in_place() -> None:
+    """What was read before a change cannot be computed again after it."""
+    torch.manual_seed(0)
+    model: Any = models.Encoder()
+    for layer in model.layers:
+        layer.fc2 = Shifted(layer.fc2)
+    base = peftfx.capture(model.eval().requires_grad_(False), kwargs=batch())
+    program, inputs = models.randomise(peftfx.run(base, "lora{where=linear}")), batch(4, 11)
+    assert any("add_" in str(node.target) for node in program.module.graph.nodes)
+    same(step(program.module, inputs), step(peftfx.outline(program, recompute=True), inputs))
+
+
+def test_inference_mode(captured: Any) -> None:
+    program, inputs = tuned(captured, "bert").eval(), batch(4, 11)
+    module = peftfx.outline(program, recompute=True, offload=True)
+    with torch.inference_mode():
+        assert torch.equal(first(module(**inputs)), first(program(**inputs)))

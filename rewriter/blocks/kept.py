@@ -24,8 +24,8 @@ class Recipe:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.operator = operator
-        self.args: Sequence[Any] = args
-        self.kwargs: Mapping[str, Any] = kwargs or {}
+        self.args: Sequence[Any] = [_given(v) for v in args]
+        self.kwargs: Mapping[str, Any] = {n: _given(v) for n, v in (kwargs or {}).items()}
         self.readers = 0
         self._left = 0
         self._made: Tensor | None = None
@@ -34,8 +34,9 @@ class Recipe:
 
     def keep(self, pack: Callable[[Tensor], Any], device: str) -> None:
         """Replaces the tensors among the arguments by what is kept of them."""
-        kept = {n: _keep(v, pack) for n, v in self.kwargs.items()}
-        self.args, self.kwargs = [_keep(v, pack) for v in self.args], kept
+        for source in (*self.args, *self.kwargs.values()):
+            if isinstance(source, _Source):
+                source.kept = pack(source.kept)
         self._device, self._autocast = device, _autocast(device)
 
     def __call__(self) -> Tensor:
@@ -58,8 +59,8 @@ def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
-def _keep(value: Any, pack: Callable[[Tensor], Any]) -> Any:
-    return _Source(value, pack) if isinstance(value, Tensor) else value
+def _given(value: Any) -> Any:
+    return _Source(value) if isinstance(value, Tensor) else value
 
 
 def _get(value: Any) -> Any:
@@ -67,10 +68,11 @@ def _get(value: Any) -> Any:
 
 
 class _Source:
-    """What is kept of a tensor that a recipe reads."""
+    """A tensor that a recipe reads, or what is kept of it."""
 
-    def __init__(self, tensor: Tensor, pack: Callable[[Tensor], Any]) -> None:
-        self.kept, self.version = pack(tensor.detach()), tensor._version
+    def __init__(self, tensor: Tensor) -> None:
+        self.kept: Any = tensor.detach()
+        self.version = tensor._version
 
     def __call__(self) -> Tensor:
         tensor = unpack(self.kept)

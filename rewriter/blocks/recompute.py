@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.fx import Graph
 
-from ..aten import ADDS, CASTS, MULS, NORMS, is_op, overloads, value, written
+from ..aten import (
+    ADDS,
+    CASTS,
+    MULS,
+    NORMS,
+    SLICES,
+    VIEWS,
+    inputs,
+    is_op,
+    overloads,
+    strip,
+    value,
+    written,
+)  # fmt: skip
 from .kept import Kept, Recipe
 
 if TYPE_CHECKING:
@@ -53,8 +66,11 @@ class Recompute:
 
     def told(self, graph: Graph) -> Graph:
         """The graph with a call behind each cheap value."""
+        changed = {written(node) for node in graph.nodes}  # in place; None stands for nothing
         for node in list(graph.nodes):
             if not is_op(node, CHEAP) or written(node) or not isinstance(value(node), Tensor):
+                continue
+            if any(strip(n, VIEWS | SLICES) in changed for n in (node, *inputs(node))):
                 continue
             if all(is_op(user, ADDS) for user in node.users):
                 continue  # which keep nothing
