@@ -46,8 +46,8 @@ def outline(
             since they are the same, and brought to the device when needed. Not compilable. Memory
             is free when no model and no other program holds them: delete these.
         recompute: activations, products and norms of blocks that are not checkpointed are computed
-            again for the backward pass, at little cost and bit for bit. A compiled module does
-            such things by itself.
+            again for the backward pass, at little cost and bit for bit. Not in a compiled
+            module, where the compiler decides.
         inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:
