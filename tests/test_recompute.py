@@ -181,3 +181,11 @@ def test_inference_mode(captured: Any) -> None:
     module = peftfx.outline(program, recompute=True, offload=True)
     with torch.inference_mode():
         assert torch.equal(first(module(**inputs)), first(program(**inputs)))
+
+
+def test_without_storage(captured: Any) -> None:
+    program = tuned(captured, "bert", "lora{where=q|v|ffn.up|ffn.down}")
+    module: Any = peftfx.outline(program, recompute=True).to("meta")
+    output = first(module(**{n: t.to("meta") for n, t in batch(4, 11).items()}))
+    output.sum().backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)

@@ -56,6 +56,8 @@ class Recipe:
 
 
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    if not torch.amp.is_autocast_available(device):
+        return False, torch.float32
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 

@@ -24,6 +24,7 @@ from ..models import batch, first, randomise
 HERE = Path(__file__).parent
 Op = Callable[..., Tensor]
 lora_linear: Op = kernel.lora_linear
+triton_lora_linear: Op = kernel.triton_lora_linear
 reference: Op = kernel.reference
 
 
@@ -82,6 +83,17 @@ def test_backward_keeps_less() -> None:
     tensors = operands(4, 6)
     assert saved_bytes(lora_linear, tensors) == 0  # x and parameters only
     assert saved_bytes(reference, tensors) == 4 * 6 * 3 * 8  # and x A^T
+
+
+def test_without_a_gpu_tritons_form_is_torchs() -> None:
+    tensors = operands(4, 6, dtype=torch.bfloat16)
+    assert torch.equal(triton_lora_linear(*tensors, 0.5), lora_linear(*tensors, 0.5))
+
+
+def test_without_storage() -> None:
+    tensors = [t.detach().to("meta").requires_grad_() for t in operands(4, 6)]
+    lora_linear(*tensors, 0.5).sum().backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
 
 
 def test_the_operator_is_well_registered() -> None:
@@ -182,9 +194,21 @@ def test_triton_kernels_compile_without_spills(tmp_path: Path) -> None:
     reason="needs a CUDA device and triton",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
+def test_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits the kernels run, in float32 torch's operators."""
+    from peftfx.kernels.gpu import lora_linear as gpu
+
+    ran: list[str] = []
+    for name in ("forward", "backward"):
+        kernels = getattr(gpu, name)
+        monkeypatch.setattr(
+            gpu,
+            name,
+            lambda *args, name=name, kernels=kernels: [ran.append(name), kernels(*args)][1],
+        )
     tensors = [t.detach().cuda().to(dtype).requires_grad_() for t in operands(2, 70)]
-    lora_linear(*tensors, 0.5).sum().backward()
+    triton_lora_linear(*tensors, 0.5).sum().backward()
+    assert ran == ([] if dtype == torch.float32 else ["forward", "backward"])
     wide = [t.detach().double().requires_grad_() for t in tensors]
     reference(*wide, 0.5).sum().backward()
     limit = 1e-4 if dtype == torch.float32 else 0.05
