@@ -77,15 +77,7 @@ def mean(loss: Tensor) -> float:
     return float(total) / distributed.world()
 
 
-def main() -> None:
-    options = read_options()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.rows % distributed.world():
         raise SystemExit(f"--rows must be a multiple of the {distributed.world()} ranks.")
 
@@ -129,8 +121,19 @@ def main() -> None:
         if distributed.rank() == 0:
             print(f"rank {number} holds {row}")
     peftfx.save(program, folder / "adapter", collective=True)
-    if dist.is_initialized():
-        dist.barrier()  # gloo's thread has let go of every tensor by then; else it can deadlock
+
+
+def main() -> None:
+    options = read_options()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    train(options, device)
+    if dist.is_initialized():  # no DDP object lives now: as gloo's last owner it can deadlock
         dist.destroy_process_group()
 
 
