@@ -183,6 +183,7 @@ def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
         trained = outcome.rate is not None
         rows.append([
             outcome.name, f"{outcome.mrr:.3f}", f"{outcome.recall:.3f}", f"{low:.3f}-{high:.3f}",
+            "" if outcome.untrained is None else f"{outcome.untrained:.3f}",
             str(outcome.gain(outcomes[0])) if trained else "", f"{outcome.parameters:,}",
             f"{outcome.step_seconds:.2f} s" if trained else "",
             f"{outcome.memory / 2**20:.0f} MB" if trained else "",
@@ -192,14 +193,14 @@ def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
 
 
 HEAD = (
-    "method", "MRR", "recall@1", "MRR of splits", "MRR gain [95 %]", "trained", "step", "memory",
-    "lr",
+    "method", "MRR", "recall@1", "MRR of splits", "untrained", "MRR gain [95 %]", "trained", "step",
+    "memory", "lr",
 )  # fmt: skip
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(header_style="bold", box=None, pad_edge=False)
-    shown = [i for i, head in enumerate(HEAD) if head not in ("MRR of splits", "lr")]
+    shown = [i for i, head in enumerate(HEAD) if head not in ("MRR of splits", "untrained", "lr")]
     for index in shown:
         table.add_column(HEAD[index], justify="left" if index == 0 else "right", no_wrap=True)
     for row in _rows(outcomes):
@@ -235,7 +236,8 @@ def _results(
         "methods": [
             {
                 "name": o.name, "recipe": o.recipe, "parameters": o.parameters, "lr": o.rate,
-                "mrr": o.mrr, "recall@1": o.recall, "mrr of splits": [mrr(f) for f in o.found],
+                "mrr": o.mrr, "untrained mrr": o.untrained, "recall@1": o.recall,
+                "mrr of splits": [mrr(f) for f in o.found],
                 "recall@1 of splits": [recall(f) for f in o.found],
                 "validation": {str(k): v for k, v in o.validation.items()},
                 "gain": [g.mean, g.low, g.high] if (g := o.gain(outcomes[0])) else None,
@@ -268,10 +270,11 @@ def _page(
         "<p>Three splits hold out whole top-level modules: no function of a test module is "
         "trained on. Learning rates were chosen on the first split's validation part (by "
         "<code>peftfx demo --all</code>; the short demo takes that choice) and then fixed; each "
-        "test set was read once. The interval is a paired bootstrap over queries "
+        "test set was read once after training. The interval is a paired bootstrap over queries "
         "(2,000 resamples). Step times are CPU seconds of all threads. Memory is what a training "
         "step keeps for backward, plus gradients and optimiser state; the frozen model comes on "
-        "top.</p>"
+        "top. Untrained is the MRR before training where the rewriting itself moves the outputs; "
+        "the others start as the model.</p>"
     )
     shipping = "".join(f"<p>{line}</p>" for line in shipped["text"].splitlines())
     size = sum(p.numel() for p in program.base.module.parameters()) if program else 0

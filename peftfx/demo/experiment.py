@@ -1,7 +1,8 @@
 """The comparison: every method on the same splits, settings chosen on validation, test read once.
 
 Settings (the learning rate) are chosen on the validation part of the first split alone and then
-fixed for all splits; the seeds are the splits' own. Test sets are scored exactly once a split.
+fixed for all splits; the seeds are the splits' own. Test sets are scored once a split after
+training; what a method scores before it decides nothing.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Outcome:
         name, recipe: of the method.
         parameters: trained parameters.
         rate: the learning rate chosen on validation (None without training).
+        untrained: MRR over all test queries before training, of a method that moves the outputs by
+            itself (None: it starts as the model).
         validation: rate -> MRR on the first split's validation part.
         found: ranks of the right function, per split.
         runs: the training runs, per split.
@@ -87,6 +90,7 @@ class Outcome:
     recipe: str
     parameters: int
     rate: float | None = None
+    untrained: float | None = None
     validation: dict[float, float] = field(default_factory=dict[float, float])
     found: list[Ranks] = field(default_factory=list[Ranks])
     runs: list[Training] = field(default_factory=list[Training])
@@ -173,6 +177,10 @@ def compare(
 ) -> Outcome:
     """Chooses a method's learning rate on validation, then trains and tests it on every split."""
     outcome = Outcome(method.name, method.recipe, 0)
+    kinds = {r.certificate.kind for r in started.history}
+    if not method.members and not kinds.isdisjoint(("near", "trainable")):
+        begun = [score(started, tokenizer, s.test) for s in splits]
+        outcome.untrained = mrr(np.concatenate(begun))
 
     def learn(
         program: Program, pairs: Sequence[Pair], settings: Settings

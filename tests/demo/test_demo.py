@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from peftfx.demo import report
-from peftfx.demo.corpus import CorpusError, make_splits, read_corpus
+import peftfx
+from peftfx.demo import experiment, report
+from peftfx.demo.corpus import CorpusError, Split, make_splits, read_corpus
+from peftfx.demo.encoder import load_model, load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
 from peftfx.training.fit import rate
 
@@ -74,6 +77,23 @@ def test_ranks_and_scores() -> None:
     assert recall(found) == pytest.approx(2 / 3) and mrr(found) == pytest.approx(2.5 / 3)
     interval = paired_bootstrap(np.full(50, 0.7), np.full(50, 0.5))
     assert (interval.low, interval.high) == pytest.approx((0.2, 0.2))
+
+
+def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path: Path) -> None:
+    pairs = read_corpus(tree(tmp_path, 10, 4)).pairs
+    splits = [Split(0, pairs[:16], pairs[16:24], pairs[24:40])]
+    ids = torch.arange(32).view(2, 16)
+    model = load_model().requires_grad_(False)
+    base = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    tokenizer = load_tokenizer()
+    for name in ("BitFit", "CoDA"):
+        method = next(m for m in experiment.METHODS if m.name == name)
+        method = replace(method, rates=method.rates[:1])
+        program = experiment.prepare(method, base)
+        found = experiment.compare(method, program, tokenizer, splits, 1, lambda text: None)
+        before = mrr(experiment.score(program, tokenizer, splits[0].test))
+        assert found.untrained == (None if name == "BitFit" else before)
+        assert len(found.ranks) == 16 and len(found.runs[0].losses) == 1
 
 
 def test_the_rate_warms_up_and_decays() -> None:
