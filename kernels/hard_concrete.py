@@ -14,13 +14,14 @@ import math
 import torch
 from torch import Tensor
 
-EDGE = 1e-4
-"""Noise keeps this distance from 0 and 1, where its logit is infinite."""
-
 
 def gate_noise(alpha: Tensor) -> Tensor:
-    """u for every gate, drawn from torch's global generator; shape, dtype and device of alpha."""
-    return torch.rand_like(alpha) * (1 - 2 * EDGE) + EDGE
+    """u for every gate, drawn from torch's global generator; shape, dtype and device of alpha.
+
+    It keeps a distance from 0 and 1, where its logit is infinite.
+    """
+    edge = 1e-4  # not of the module: compiled in a checkpointed block it would be an input
+    return torch.rand_like(alpha) * (1 - 2 * edge) + edge
 
 
 def hard_concrete(
@@ -28,7 +29,7 @@ def hard_concrete(
     u: Tensor | None = None,
     low: float = -1.5,
     high: float = 1.5,
-    temperature: float = 1.0,
+    temperature: float | None = None,
 ) -> Tensor:
     """z of every gate, differentiable in alpha.
 
@@ -36,9 +37,11 @@ def hard_concrete(
         alpha: location of each gate, any shape, float32 or wider (u near 1 needs the digits).
         u: noise of that shape (see `gate_noise`), or None for the deterministic gate.
         low, high: l < 0 and r > 1.
-        temperature: t, of random gates.
+        temperature: t, of random gates; None stands for 1.
     """
-    logits = alpha if u is None else (torch.logit(u) + alpha) / temperature
+    logits = alpha if u is None else torch.logit(u) + alpha
+    if u is not None and temperature is not None:
+        logits = logits / temperature
     return (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
 
 
