@@ -133,7 +133,6 @@ def losses(step: Step, parameters: list[nn.Parameter]) -> list[float]:
 
 def measured(made: dict[str, Any], base: Base, rounds: int, compiled: bool) -> dict[str, Any]:
     torch._dynamo.reset()
-    made = {n: m for n, m in made.items() if not (compiled and n == "recompute")}
     steps = {
         n: stepping(torch.compile(module) if compiled else module, parameters, base.inputs)
         for n, (module, parameters) in made.items()

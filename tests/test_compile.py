@@ -107,6 +107,20 @@ def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureReq
         torch.testing.assert_close(same[n], gradient, rtol=1e-3, atol=1e-5 * scale, msg=n)
 
 
+@pytest.mark.parametrize("name", [*METHODS, "lower"])
+def test_blocks_compile_once(name: str) -> None:
+    """A checkpointed block, and one whose cheap values are computed again: bit for bit."""
+    torch.manual_seed(0)
+    program = made(peftfx.capture(Decoder(layers=2).eval(), kwargs=batch()), name)
+    plain = program.fork()
+    want = train(plain, plain.module)
+    module = peftfx.outline(program, checkpoint=[0], recompute=True).train()
+    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    got = train(peftfx.inline(module), forward)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def settled(base: peftfx.Program, name: str) -> peftfx.Program:
     """A method's program after a little training, with what training decided in its place."""
     program = made(base, name)

@@ -24,7 +24,7 @@ from .checkpointing import Report, Saved, choose, measure, reached, report
 from .kept import Kept
 from .offload import Offload, aside, staying
 from .partition import Part
-from .recompute import Recompute
+from .recompute import Recompute, compiled
 
 
 class Traced(nn.Module):
@@ -95,9 +95,12 @@ class Block(Inner):
 
     def forward(self, *values: Any) -> Any:
         """The values that others need, one or a tuple, from those that it needs."""
-        if self.checkpointed and torch.is_grad_enabled():
+        compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if self.checkpointed and learning:
             return checkpoint(self.run, *values, use_reentrant=False)
-        if self.kept is None or torch.compiler.is_compiling():
+        if compiling and learning and self.recompute is not None and self.recompute.pure:
+            return checkpoint(self.run, *values, use_reentrant=False, context_fn=compiled)
+        if compiling or self.kept is None:
             return self.run(*values)
         with self.kept.hooks():
             return self.run(*values)

@@ -46,8 +46,9 @@ def outline(
             since they are the same, and brought to the device when needed. Not compilable. Memory
             is free when no model and no other program holds them: delete these.
         recompute: activations, products and norms of blocks that are not checkpointed are computed
-            again for the backward pass, at little cost and bit for bit. Not in a compiled
-            module, where the compiler decides.
+            again for the backward pass, at little cost and bit for bit. A compiler computes again
+            all but matrix products, attention and what is random or an operator of our own; it
+            decides by itself for a block in which something is changed in place.
         inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:

@@ -3,7 +3,7 @@
 An activation function, a product or a norm keeps what it reads, and the linear behind it keeps what
 it returns, which follows from the first at little cost: selective activation recomputation
 (Korthikanti et al. 2022, arXiv:2205.05198), value by value. Matrix products, attention and dropout
-are not repeated. A compiler decides such things by itself.
+are not repeated. A compiler is told the same by the policy of a checkpoint around the block.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ..aten import (
     ADDS,
     CASTS,
+    LINEAR,
+    MATMULS,
     MULS,
     NORMS,
+    SDPA,
     SLICES,
     VIEWS,
     inputs,
@@ -36,12 +41,24 @@ if TYPE_CHECKING:
 CHEAP = CASTS | MULS | NORMS | overloads("gelu", "silu", "mish", "hardswish", "softplus", "elu")
 """Operators whose backward keeps what they read, and that cost little more than reading it."""
 
+COSTLY = MATMULS | overloads(
+    "addmm", "convolution", "_convolution", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+    "sort", "topk",
+) | {LINEAR, SDPA}  # fmt: skip
+"""Operators that a compiler does not repeat, as those with random numbers and our own."""
+
 
 class Recompute:
-    """What a block calls behind each cheap value of its graph."""
+    """What a block calls behind each cheap value of its graph.
 
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
+    Attributes:
+        pure: nothing in the block is changed in place, so that a compiler may repeat it.
+    """
+
+    def __init__(self, kept: Kept, pure: bool) -> None:
+        self.kept, self.pure = kept, pure
         self.operators: list[Callable[..., Tensor]] = []
 
     def __call__(
@@ -81,10 +98,24 @@ class Recompute:
         return graph
 
 
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    costly = operator in COSTLY or operator.namespace == "peftfx"
+    if costly or torch.Tag.nondeterministic_seeded in operator.tags:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compiled() -> Any:
+    """The contexts of a checkpoint that repeats what is not costly, for a compiler."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
 def recompute(module: Outlined) -> None:
     """Lets all blocks keep how cheap values are computed instead of the values."""
     for block in module.blocks:
         block.kept = block.kept or Kept()
-        for inner in (block, *block.regions):
-            inner.recompute = Recompute(block.kept)
+        parts = (block, *block.regions)
+        pure = not any(written(node) for part in parts for node in part.graph.nodes)
+        for inner in parts:
+            inner.recompute = Recompute(block.kept, pure)
             inner.trace(inner.recompute.told(inner.graph))
