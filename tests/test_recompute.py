@@ -134,7 +134,7 @@ def test_compiled(captured: Any, recipe: str) -> None:
     module.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (16, 32)):
         inputs = batch(rows, tokens)
-        same(step(program.module, inputs), step(module, inputs))
+        torch.testing.assert_close(step(module, inputs), step(program.module, inputs))
     assert held(module, inputs) < 0.95 * held(program.module, inputs)
     torch._dynamo.reset()
 
