@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,11 @@ def main() -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     train(options, device)
-    if dist.is_initialized():  # no DDP object lives now: as gloo's last owner it can deadlock
+    if dist.is_initialized():
+        # Gloo's threads need Python to let go of tensors: they wait forever if the last owner of
+        # the group is a DDP object, so none lives here, and abort if Python ends too early.
+        dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
