@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 
 def reference(
@@ -185,7 +185,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
-_LIBRARY = torch.library.Library("peftfx", "FRAGMENT")
+_LIBRARY = library.Library("peftfx", "FRAGMENT")
 _LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, "
     "bool triton) -> Tensor"
@@ -197,8 +197,6 @@ _LIBRARY.define(
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("lora_linear", _forward, _key)
     _LIBRARY.impl("lora_linear_backward", _operator_backward, _key)
-torch.library.register_fake("peftfx::lora_linear", _fake, lib=_LIBRARY)
-torch.library.register_fake("peftfx::lora_linear_backward", _fake_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "peftfx::lora_linear", _differentiate, setup_context=_setup, lib=_LIBRARY
-)
+library.register_fake("peftfx::lora_linear", _fake, lib=_LIBRARY)
+library.register_fake("peftfx::lora_linear_backward", _fake_backward, lib=_LIBRARY)
+library.register_autograd("peftfx::lora_linear", _differentiate, setup_context=_setup, lib=_LIBRARY)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 SLICE = 1 << 20
 """Elements of the dense weight that exist at a time."""
@@ -245,7 +245,7 @@ def _autocast(
         return torch.ops.peftfx.quantised_linear(x, codes, scale, zero, bias, bits, group)
 
 
-_LIBRARY = torch.library.Library("peftfx", "FRAGMENT")
+_LIBRARY = library.Library("peftfx", "FRAGMENT")
 _LIBRARY.define(
     "quantised_linear(Tensor x, Tensor codes, Tensor scale, Tensor zero, Tensor? bias, int bits, "
     "int group) -> Tensor"
@@ -262,11 +262,9 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("quantised_linear", _forward, _key)
     _LIBRARY.impl("quantised_linear_backward", _gradients, _key)
     _LIBRARY.impl("quantised_linear", _autocast, f"Autocast{_key}")
-torch.library.register_fake("peftfx::quantised_linear", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("peftfx::quantised_linear_backward", _gradients_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "peftfx::quantised_linear", _backward, setup_context=_setup, lib=_LIBRARY
-)
+library.register_fake("peftfx::quantised_linear", _forward_fake, lib=_LIBRARY)
+library.register_fake("peftfx::quantised_linear_backward", _gradients_fake, lib=_LIBRARY)
+library.register_autograd("peftfx::quantised_linear", _backward, setup_context=_setup, lib=_LIBRARY)
 
 OPERATOR = torch.ops.peftfx.quantised_linear.default
 """The operator itself, for graphs."""

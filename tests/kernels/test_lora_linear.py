@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import peftfx
 from peftfx.kernels import lora_linear as kernel
@@ -97,7 +97,7 @@ def test_without_storage() -> None:
 
 
 def test_the_operator_is_well_registered() -> None:
-    torch.library.opcheck(torch.ops.peftfx.lora_linear, (*operands(2, 3), 0.5, False))
+    library.opcheck(torch.ops.peftfx.lora_linear, (*operands(2, 3), 0.5, False))
 
 
 def test_autocast_is_respected() -> None:

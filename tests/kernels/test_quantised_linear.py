@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from peftfx.kernels import quantised_linear as kernel
 from peftfx.rewriter.edits.integers import Quantised, pack, quantise, unpack
@@ -100,7 +100,7 @@ def test_backward_keeps_no_dense_weight() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_operator_is_well_registered_and_compiles(packed: bool) -> None:
-    torch.library.opcheck(kernel.OPERATOR, operands(2, 3, packed=packed))
+    library.opcheck(kernel.OPERATOR, operands(2, 3, packed=packed))
     compiled = torch.compile(quantised_linear, fullgraph=True, backend="aot_eager")
     given = operands(2, 3, packed=packed)
     y = compiled(*given)
