@@ -22,7 +22,8 @@ from .rewriter.program import Program
 from .rewriter.running.controller import controllers
 from .rewriter.running.observe import observe, tap
 from .rewriter.running.passes import REGISTRY, Pass
-from .rewriter.running.pipeline import Pipeline, parse, run
+from .rewriter.running.pipeline import run
+from .rewriter.running.syntax import Pipeline, parse
 from .rewriter.sites.sites import Site, Sites
 from .rewriter.storage.artifact import VERSION, load, save
 from .rewriter.storage.program_file import load_program, save_program

@@ -30,9 +30,9 @@ from .rewriter.running.controller import controllers as controllers
 from .rewriter.running.observe import observe as observe
 from .rewriter.running.observe import tap as tap
 from .rewriter.running.passes import Pass as Pass
-from .rewriter.running.pipeline import Pipeline as Pipeline
-from .rewriter.running.pipeline import parse as parse
 from .rewriter.running.pipeline import run as run
+from .rewriter.running.syntax import Pipeline as Pipeline
+from .rewriter.running.syntax import parse as parse
 from .rewriter.sites.sites import Site as Site
 from .rewriter.sites.sites import Sites as Sites
 from .rewriter.storage.artifact import load as load

@@ -10,65 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from .capture.spec import InputSpec
-from .errors import CaptureError, ExportError, PassError, nearest
+from .errors import CaptureError, PassError, nearest
 from .generate import generate
+from .history import Attachment, Record
 from .module import CapturedModule, fork_module, same_view
-from .sharded import reshard, whole
+from .sharded import reshard
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
 
 if TYPE_CHECKING:
     from .running.memory import Memory
-    from .running.passes import Pass, Plan
     from .running.verify import Certificate
 
 BRANCHES = "peftfx"
 """Name below which the module holds everything that passes insert."""
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """One branch at one site: which adapter it belongs to and where its module is.
-
-    `reads`: keyword of the branch's forward -> name of the graph node that it reads.
-    `members`: paths of the branches that it combines.
-    """
-
-    adapter: str
-    site: str
-    slot: str
-    path: str
-    reads: Mapping[str, str] = field(default_factory=dict[str, str])
-    members: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Record:
-    """One entry of a program's history.
-
-    Attributes:
-        text: the pass as pipeline text.
-        adapter: the adapter it inserted, or None.
-        edited: ids of the edited sites.
-        skipped: (site id, reason) of sites that were selected but left alone.
-        certificate: what was promised and what was measured.
-        seconds: time of planning, forking, editing and checking, by name.
-    """
-
-    text: str
-    adapter: str | None
-    edited: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    certificate: Certificate
-    seconds: Mapping[str, float]
-    applied: Pass
-    plan: Plan
-
-    def __str__(self) -> str:
-        lines = [f"{self.text}: {len(self.edited)} sites edited; {self.certificate}"]
-        lines += [f"  skipped {site}: {reason}" for site, reason in self.skipped]
-        return "\n".join(lines)
 
 
 @dataclass(eq=False)
@@ -247,39 +203,9 @@ class Program:
         Raises:
             ExportError: such tensors exist; the message lists them.
         """
-        from .edits.quantised import dense_weights
+        from .exported import export_state_dict
 
-        held = dict(self._stored())
-        held |= dense_weights(self)
-        dtypes = {n: t.dtype for n, t in self.base._stored()}
-        state: dict[str, Tensor] = {}
-        for name in self.state_names:
-            source = name if name in self.untied else self.aliases.get(name, name)
-            tensor = held.get(source, self.extras.get(source, self.extras.get(name)))
-            if tensor is None:
-                raise ExportError(f"the tensor {name!r} of the original model is lost.")
-            state[name] = whole(tensor).detach().to(dtypes.get(source, tensor.dtype))
-        prefix = f"{BRANCHES}."
-        extra = [n for n in held if n.startswith(prefix) or n in self.added]
-        extra = [n for n in (*extra, *self.untied) if n not in state]
-        if strict and (cut := self.reshaped()):
-            raise ExportError(
-                f"{len(cut)} tensors have another shape than the original model's, first "
-                f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
-                "the program itself (peftfx.save_program), or take the tensors with "
-                "export_state_dict(strict=False)."
-            )
-        if extra and strict:
-            more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
-            raise ExportError(
-                f"{len(extra)} tensors have no place in the original model: "
-                f"{', '.join(extra[:6])}{more}. So load_state_dict(strict=True) cannot be "
-                "promised. Fold the branches first (run(program, 'fold')), or take everything "
-                "with export_state_dict(strict=False)."
-            )
-        if not strict:
-            state.update({n: whole(held[n]).detach() for n in extra})
-        return state
+        return export_state_dict(self, strict)
 
     def reshaped(self) -> list[str]:
         """Names of the captured program's tensors that have another shape now."""

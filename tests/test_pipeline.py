@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import peftfx
 from peftfx.rewriter.errors import OptionError, PassError
 from peftfx.rewriter.running.passes import write_value
-from peftfx.rewriter.running.pipeline import as_pipeline, parse, parse_value, parse_yaml, to_yaml
+from peftfx.rewriter.running.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
 
 from .models import batch, first
 

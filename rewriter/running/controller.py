@@ -28,7 +28,7 @@ from ..errors import PassError
 if TYPE_CHECKING:
     from ..program import Program
     from .passes import Method, Pass
-    from .pipeline import Pipeline
+    from .syntax import Pipeline
 
 Forward = Callable[..., Any]
 
@@ -173,7 +173,7 @@ class Controllers:
 
     def finish(self) -> Pipeline:
         """The passes that bake what training decided; run them on the program (maybe none)."""
-        from .pipeline import Pipeline
+        from .syntax import Pipeline
 
         return Pipeline(tuple(p for c in self.each.values() for p in c.finish()))
 

@@ -325,7 +325,7 @@ def _type_name(hint: Any) -> str:
 
 
 def write_value(item: Any) -> str:
-    """An option value as pipeline text; `pipeline.parse` reads it back."""
+    """An option value as pipeline text; `syntax.parse` reads it back."""
     if item is None:
         return "none"
     if isinstance(item, bool):

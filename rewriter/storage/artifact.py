@@ -32,7 +32,8 @@ from ..errors import (
 )  # fmt: skip
 from ..program import Program, Record
 from ..running.passes import Pass, Plan
-from ..running.pipeline import apply_plan, load_values, parse
+from ..running.pipeline import apply_plan, load_values
+from ..running.syntax import parse
 from ..running.verify import Certificate, check_graph
 from ..sharded import has_shards, whole
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
