@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .module import modes_kept
 
 if TYPE_CHECKING:
     from .program import Program
@@ -72,9 +73,8 @@ def generate(
     pad = program.generation.get("pad_token_id") if pad_token_id is None else pad_token_id
     pad = ends[0] if pad is None and ends else pad
     running = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-    training = program.training
-    program.eval()
-    try:
+    with modes_kept(program.module):
+        program.eval()
         for _ in range(max_new_tokens):
             logits = _logits(program(**_feed(program, ids, mask, others)))
             token = logits[:, -1].float().argmax(-1)
@@ -86,6 +86,4 @@ def generate(
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             if ends and not bool(running.any()):
                 break
-    finally:
-        program.train(training)
     return ids

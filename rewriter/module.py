@@ -6,8 +6,9 @@ to a literal dtype and branches on the dtype were decided when the model was tra
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -114,8 +115,26 @@ def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str
             held = attribute(source, path)
             set_attribute(root, path, memo.get(id(held), held), path in transient)
     forked = CapturedModule(root, copy_graph(original), class_name=name)
-    forked.training = source.training
+    copy_modes(source, forked)
     return forked
+
+
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Gives every module of `target` the mode that the one of its name has in `source`."""
+    modes = {path: module.training for path, module in source.named_modules()}
+    for path, module in target.named_modules():
+        module.training = modes.get(path, source.training)
+
+
+@contextlib.contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Puts the mode of every submodule back afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
 
 
 def copy_graph(original: Graph) -> Graph:

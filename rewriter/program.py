@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.spec import InputSpec
+from .edits.trained import ITSELF
 from .errors import CaptureError, PassError, nearest
 from .generate import generate
 from .history import Attachment, Record
@@ -39,7 +40,8 @@ class Program:
         history: what was done, in order.
         aliases: tied parameter names -> the first name of their tensor.
         attachments: the branches now in the graph.
-        owned: adapter -> names of base parameters that it trains.
+        owned: adapter -> names of base parameters that it trains; those that the user trains
+            himself belong to `ITSELF`, see `edits/trained.py`.
     """
 
     module: CapturedModule
@@ -64,6 +66,8 @@ class Program:
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
     origin: Program | None = None
+    dtype: torch.dtype | None = None
+    """What `capture(dtype=...)` was asked for."""
     cached: str = ""
     """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
 
@@ -154,6 +158,11 @@ class Program:
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters in this program, in the order of insertion."""
         return tuple(r.adapter for r in self.history if r.adapter is not None)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Who holds what is trained: the program itself, if it trains anything, and adapters."""
+        return ((ITSELF,) if self.owned.get(ITSELF) else ()) + self.adapters
 
     @property
     def base(self) -> Program:
@@ -315,7 +324,7 @@ class Program:
 
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
-        prefix = f"{BRANCHES}.{name}."
+        prefix = f"{BRANCHES}.{name}."  # `ITSELF` has no branches
         persistent = set(self.module.state_dict(keep_vars=True))
         found = {
             n: t.detach() for n, t in self._stored() if n.startswith(prefix) and n in persistent

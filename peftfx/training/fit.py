@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..rewriter.errors import NonFiniteError, OptionError
+from ..rewriter.module import modes_kept
 from ..rewriter.program import Program
 from ..rewriter.running.controller import Controllers
 from ..rewriter.running.pipeline import run
@@ -151,10 +152,11 @@ def fit(
         losses.append(found)
         seconds.append(time.process_time() - started)
 
-    training, began, stopped = program.training, time.perf_counter(), False
-    program.train(dropout)
+    began, stopped = time.perf_counter(), False
     try:
-        with _reporter(progress, total) as report:
+        with modes_kept(program.module), _reporter(progress, total) as report:
+            if program.training != dropout:  # else parts may be in a mode of their own
+                program.train(dropout)
             for step, chosen in enumerate(_stream(batches, accumulate, total)):
                 take(step, chosen)
                 report(step + 1, losses[-1])
@@ -162,7 +164,6 @@ def fit(
         stopped = True
     finally:
         optimizer.zero_grad()
-        program.train(training)
     finished = run(program, controllers.finish()) if losses else program
     return Fitted(
         finished,

@@ -83,7 +83,7 @@ class ForPretrained:
             me.register_parameter(name, parameter)
         for name, buffer in runs.named_buffers(recurse=False):
             me.register_buffer(name, buffer)
-        me.train(program.training)
+        me.training = runs.training
         if isinstance(encoder := me._modules.get("encoder"), nn.Module):
             encoder.main_input_name = self.main_input_name  # pyright: ignore  # generate asks it
         if me.can_generate():

@@ -21,6 +21,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from ..aten import placeholders, set_attribute
+from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
 from ..module import CapturedModule, state_buffers
 from ..program import Program
@@ -28,7 +29,7 @@ from ..sites.discover import discover
 from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .guards import Sizes, read_sizes
-from .modes import restore_modes
+from .modes import follow_modes, restore_modes
 from .nesting import template_of
 from .placement import buffers_on_meta, computed_buffers, is_hollow
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
@@ -89,8 +90,9 @@ def capture(
     gm = traced.module
     unify(gm, traced.symbols)
     _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
-    gm.train(model.training)
-    return Program(
+    if follow_modes(gm, model):
+        _modes_must_agree(model, Trial(model, gm, traced.spec, tensors))
+    program = Program(
         module=gm,
         spec=traced.spec,
         sites=traced.sites,
@@ -101,7 +103,19 @@ def capture(
         sample={n: t.detach() for n, t in tensors.items()},
         generation=_generation(model),
         cached=entry.note if entry else "",
+        dtype=dtype,
     )
+    return _with_choice(program)
+
+
+def _with_choice(program: Program) -> Program:
+    """Lets the program own what the user trains beside frozen weights; its base stays as it is."""
+    mine = chosen(program)
+    if not mine:
+        return program
+    fork = program.fork()
+    train_only(fork, mine)
+    return fork
 
 
 def _trace(
@@ -156,6 +170,16 @@ def _must_agree(model: nn.Module, trial: Trial) -> None:
             f"{type(model).__name__} computes something else in evaluation mode than the captured "
             f"graph (off by {gap:.3g} of the largest output). Its forward depends on state that is "
             "not a tensor, or is not deterministic; make it depend on its inputs and buffers only."
+        )
+
+
+def _modes_must_agree(model: nn.Module, trial: Trial) -> None:
+    """Some modules are in another mode than the model: does the graph do what they do?"""
+    if trial.wrong_updates((None,)) or not trial.accepts(trial.gap_as_they_are()):
+        raise CaptureError(
+            f"some submodules of {type(model).__name__} are in training and some in evaluation "
+            "mode, in a way that the trace cannot follow: a forward reads the mode of another "
+            "module than its own. Call model.train() or model.eval() before capturing it."
         )
 
 

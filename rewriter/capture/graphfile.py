@@ -45,9 +45,10 @@ _NODE = re.compile(r"[A-Za-z_]\w*")
 CONSTANT_LIMIT = 2**20
 """Largest tensor constant that is written, in bytes."""
 
-_MODULES: dict[str, type[nn.Module]] = {"Dropout": nn.Dropout} | {
+_STEADY = "steady"
+_MODULES: dict[str, type[nn.Module]] = {
     c.__name__: c for c in vars(modes).values()
-    if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == modes.__name__
+    if isinstance(c, type) and issubclass(c, modes.Switch) and c is not modes.Switch
 }  # fmt: skip
 _SITES: dict[str, type[Any]] = {
     c.__name__: c for c in vars(sites).values() if isinstance(c, type) and is_dataclass(c)
@@ -194,12 +195,19 @@ def _read_value(val: Any, table: list[Any], symbols: Symbols) -> Any:
 def _write_module(module: nn.Module, packages: frozenset[str]) -> list[Any]:
     kind = type(module)
     if isinstance(module, modes.TrainingOnly) and module.region is not None:
-        return [kind.__name__, {"region": ["region", *_write_region(module.region, packages)]}]
+        region = ["region", *_write_region(module.region, packages)]
+        return [kind.__name__, {"region": region} | _steady(module)]
     if _MODULES.get(kind.__name__) is not kind or list(module.state_dict()):
         raise ValueError(f"the module {kind.__name__} has no written form")
     wanted = inspect.signature(kind).parameters.values()
     names = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return [kind.__name__, {n: encode(getattr(module, n), {}) for n in names}]
+    return [kind.__name__, {n: encode(getattr(module, n), {}) for n in names} | _steady(module)]
+
+
+def _steady(module: nn.Module) -> dict[str, bool]:
+    """The mode in which a switch stays, if it does."""
+    steady = module.steady if isinstance(module, modes.Switch) else None
+    return {} if steady is None else {_STEADY: steady}
 
 
 def _write_region(region: GraphModule, packages: frozenset[str]) -> tuple[list[Any], Any]:
@@ -217,6 +225,14 @@ def _write_region(region: GraphModule, packages: frozenset[str]) -> tuple[list[A
 
 
 def _read_module(kind: str, options: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
+    made = _read_plain(kind, {k: v for k, v in options.items() if k != _STEADY}, packages)
+    steady = options.get(_STEADY)
+    if isinstance(made, modes.Switch) and isinstance(steady, bool):
+        made.steady = steady
+    return made
+
+
+def _read_plain(kind: str, options: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
     region = options.get("region")
     if kind != modes.TrainingOnly.__name__ or region is None:
         return _MODULES[kind](**{k: decode(v, []) for k, v in options.items()})

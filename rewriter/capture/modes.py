@@ -2,25 +2,47 @@
 
 `torch.export` bakes the training flag into dropout, attention dropout and batch norm. Capture
 runs in training mode (so that every probability is known) and `restore_modes` replaces those
-nodes by modules that read `self.training`, bit-equal to eager in both modes.
+nodes by modules that read `self.training`, bit-equal to eager in both modes. `follow_modes` sets
+each to the mode of the model's module that it came from; `train` and `eval` mean what they mean to
+the model, a `train` of the model's own included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, DROPOUTS, SDPA, is_op, overloads
+from ..aten import ATEN, DROPOUTS, SDPA, is_op, overloads, submodule
+from ..errors import CaptureError
 
 MODES = "peftfx_modes"
 """Name below which a captured module holds its mode modules."""
 
 
-class Attention(nn.Module):
+class Switch(nn.Module):
+    """Computes one thing in training and another in evaluation.
+
+    Attributes:
+        steady: the mode in which the model's own `train` and `eval` leave it; None follows them.
+    """
+
+    steady: bool | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode if self.steady is None else self.steady)
+
+
+class Dropout(Switch, nn.Dropout):
+    """Dropout, active in training only."""
+
+
+class Attention(Switch):
     """Scaled dot product attention whose dropout acts in training only."""
 
     def __init__(self, dropout: float) -> None:
@@ -51,7 +73,7 @@ class Attention(nn.Module):
         return f"p={self.dropout}"
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Switch):
     """Batch norm that updates its running statistics in training only."""
 
     updates_state = True
@@ -75,7 +97,7 @@ class BatchNorm(nn.Module):
         return f"momentum={self.momentum}, eps={self.eps}"
 
 
-class Counter(nn.Module):
+class Counter(Switch):
     """Counts the batches seen in training (batch norm's `num_batches_tracked`)."""
 
     updates_state = True
@@ -86,7 +108,7 @@ class Counter(nn.Module):
         return count
 
 
-class AlphaDropout(nn.Module):
+class AlphaDropout(Switch):
     """Alpha dropout (SELU networks), active in training only."""
 
     def __init__(self, p: float) -> None:
@@ -97,7 +119,7 @@ class AlphaDropout(nn.Module):
         return F.alpha_dropout(x, self.p, self.training)
 
 
-class TrainingOnly(nn.Module):
+class TrainingOnly(Switch):
     """A region that acts in training only, such as stochastic depth: a dropout of its own kind.
 
     Its first input is the value in evaluation; the others are what the region reads, or, without
@@ -114,7 +136,7 @@ class TrainingOnly(nn.Module):
         return operands[0] if self.region is None else self.region(*operands)
 
 
-class Update(nn.Module):
+class Update(Switch):
     """Writes a buffer in training only (moving averages)."""
 
     updates_state = True
@@ -146,7 +168,7 @@ def _replacement(node: Node) -> tuple[str, nn.Module, tuple[Any, ...], dict[str,
     if is_op(node, DROPOUTS):
         p = float(node.args[1])  # pyright: ignore[reportArgumentType]
         alpha = "alpha" in str(node.target)
-        return "dropout", AlphaDropout(p) if alpha else nn.Dropout(p), (node.args[0],), {}
+        return "dropout", AlphaDropout(p) if alpha else Dropout(p), (node.args[0],), {}
     if is_op(node, _BATCH_NORM):
         momentum, eps = float(node.args[6]), float(node.args[7])  # pyright: ignore[reportArgumentType]
         return "batch_norm", BatchNorm(momentum, eps), node.args[:5], {}
@@ -174,3 +196,65 @@ def restore_modes(gm: GraphModule) -> None:
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+
+
+def follow_modes(gm: GraphModule, model: nn.Module) -> bool:
+    """Sets every switch to the mode of the module of `model` that it came from.
+
+    Returns:
+        Whether some are in another mode than the model as a whole.
+
+    Raises:
+        CaptureError: the model has a `train` of its own, and it cannot be told what that does.
+    """
+    gm.train(model.training)
+    modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
+    steady = _steady(model)
+    switches = list(_switches(gm, ""))
+    for switch, path in switches:
+        switch.training = modes.get(path, model.training)
+        switch.steady = steady.get(path)
+    return any(switch.training != model.training for switch, _ in switches)
+
+
+def _switches(gm: GraphModule, around: str) -> Iterator[tuple[Switch, str]]:
+    """Every switch, those inside of training-only regions too, with the path of its module."""
+    for node in gm.graph.nodes:
+        switch = submodule(gm, node)
+        if isinstance(switch, Switch):
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            path = str(stack[-1][0]) if stack else around
+            yield switch, path
+            if isinstance(switch, TrainingOnly) and switch.region is not None:
+                yield from _switches(switch.region, path)
+
+
+def _steady(model: nn.Module) -> Mapping[str, bool]:
+    """Modules that stay in one mode whatever `model.train(mode)` is told, with that mode.
+
+    Asked of a copy without storage; only of a model with a `train` of its own (the usual way to
+    keep batch norm frozen).
+    """
+    modules = list(model.modules())
+    if not any(type(m).train is not nn.Module.train or "train" in vars(m) for m in modules):
+        return {}
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        hollow = tensor.detach().to("meta")
+        own = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(hollow, tensor.requires_grad) if own else hollow
+    try:
+        shadow = copy.deepcopy(model, memo)
+        after = [_modes_after(shadow, mode) for mode in (True, False)]
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} has a train() of its own, and a copy of the model could not "
+            f"be asked what it does ({type(error).__name__}: {error}). Set modes with train() and "
+            "eval() of single modules instead."
+        ) from error
+    return {path: mode for path, mode in after[0].items() if after[1][path] == mode}
+
+
+def _modes_after(model: nn.Module, mode: bool) -> dict[str, bool]:
+    model.train(mode)
+    return {path: module.training for path, module in model.named_modules(remove_duplicate=False)}

@@ -70,14 +70,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, training: bool) -> Iterator[None]:
-    """One mode for every submodule and no cache; everything is put back afterwards."""
+def prepared(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """One mode for every submodule (None: its own) and no cache; all is put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     configs = {id(c): c for m in modes if (c := getattr(m, "config", None)) is not None}
     cached = [c for c in configs.values() if getattr(c, "use_cache", None)]
     try:
         for module in modes:
-            module.training = training
+            module.training = modes[module] if training is None else training
         for config in cached:
             config.use_cache = False
         yield

@@ -8,7 +8,7 @@ the graph agree on is measured here, so that the input spec is neither too wide 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..module import modes_kept
 from ..running.propagate import quiet
 from ..running.verify import TOLERANCE, floats, gaps
 from .relation import violations
@@ -42,22 +43,29 @@ class Trial:
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
-        """Largest output difference relative to the largest output.
+        """Largest output difference relative to the largest output, in evaluation mode.
 
         None if nothing can be said (the model fails, or has no values); infinite if the graph
         fails, or returns something of another form.
         """
+        return self._gap(False, sizes)
+
+    def gap_as_they_are(self) -> float | None:
+        """The same with every module, of the model and the graph, in the mode that it is in."""
+        return self._gap(None, {})
+
+    def _gap(self, training: bool | None, sizes: Mapping[str, int]) -> float | None:
         if not self.possible:
             return None
         inputs = self.spec.resize(self.sample, **sizes)
         try:
             with _undisturbed(self.model):
-                want = self._model(inputs)
+                want = self._model(inputs, training)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
             with _undisturbed(self.gm):
-                got = self._graph(inputs)
+                got = self._graph(inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
         return _relative(want, got)
@@ -71,12 +79,12 @@ class Trial:
         dtype = next((p.dtype for p in self.gm.parameters()), torch.float32)
         return gap is None or gap <= TOLERANCE.get(dtype, 2e-5)
 
-    def wrong_updates(self) -> list[str]:
+    def wrong_updates(self, modes: Sequence[bool | None] = (True, False)) -> list[str]:
         """Names of buffers that model and graph do not both write, or both leave, in each mode."""
         wrong: set[str] = set()
         if not self.possible or not any(True for _ in self.model.buffers()):
             return []
-        for training in (True, False):
+        for training in modes:
             try:
                 ours = self._written(self.gm, self._graph, training)
                 wrong |= ours ^ self._written(self.model, self._model, training)
@@ -84,24 +92,24 @@ class Trial:
                 continue
         return sorted(wrong)
 
-    def _written(self, module: nn.Module, run: Callable[..., Any], training: bool) -> set[str]:
+    def _written(
+        self, module: nn.Module, run: Callable[..., Any], training: bool | None
+    ) -> set[str]:
         with _undisturbed(module) as kept:
             run(self.sample, training)
             held = module.named_buffers()
             return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
 
-    def _model(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+    def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
         with prepared(self.model, training), quiet():
             return floats(self.model(*args, **kwargs))
 
-    def _graph(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
-        before = self.gm.training
-        self.gm.train(training)
-        try:
+    def _graph(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
+        with modes_kept(self.gm):
+            if training is not None:
+                self.gm.train(training)
             return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
-        finally:
-            self.gm.train(before)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 def learnt(program: Program) -> Tensors:
     """Everything that training changes: what adapters hold, what trains, updated statistics."""
     found: Tensors = {}
-    for adapter in program.adapters:
+    for adapter in program.owners:
         found |= program.adapter_tensors(adapter)
     found |= {n: p.detach() for n, p in program.named_trainable_parameters().items()}
     updated = state_buffers(program.module)

@@ -30,6 +30,7 @@ class Attaching:
         program: the fork.
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
+        notes: lines of the record, about the program as a whole.
         figures: measured by the pass itself, added to its certificate.
         decided: the plan's decisions; what only applying can tell is added for replays.
     """
@@ -46,6 +47,7 @@ class Attaching:
         self.generator = torch.Generator().manual_seed(seed)
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self.figures: dict[str, float] = {}
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
@@ -67,6 +69,11 @@ class Attaching:
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""
         self.skipped.append((site.id, reason))
+
+    def note(self, line: str) -> None:
+        """Adds a line to the record, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
     def like(self, site: Site) -> Tensor:
         """What new parameters at a site are like, for `.to(...)`: on the device of its value, and

@@ -6,7 +6,7 @@ what only looks in `read`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,7 @@ from .replacing import express, remember, remove, settle, widened
 from .route import run_on_chosen
 from .routing import Routed
 from .tokens import prepend_tokens, shift_positions
+from .trained import ITSELF, chosen, train_only
 from .values import Value, latest
 
 Linear = Delta | InputScale | OutputScale | RowScale | Combine
@@ -235,12 +236,23 @@ class Editor(Reading):
         path = self._attach(site, branch, reads, f"{name}.{branch.slot}")
         self._nodes |= {n.name: n for n in [express(self, name, branch, path, given(reads))]}
 
-    def freeze(self, keep: Iterable[str] = ()) -> None:
-        """Stops gradients to all parameters but the named ones and the branches."""
-        kept, inserted = set(keep), self.program.inserted
-        for name, parameter in self.graph_module.named_parameters():
-            if not name.startswith(inserted) and name not in kept:
-                parameter.requires_grad_(False)
+    def freeze(self) -> None:
+        """Stops gradients to all parameters but the branches and what is trained on purpose, by
+        adapters or by the user; see `trained`."""
+        before = {p for p in self.graph_module.parameters() if p.requires_grad}
+        undecided = not self.program.owners
+        train_only(self.program, chosen(self.program) if undecided else ())
+        mine = self.program.owned.get(ITSELF, ())
+        if mine and not self.program.adapters:
+            self.notes.append(
+                f"goes on training {len(mine)} parameters of the base (first: {mine[0]}), since "
+                "they required gradients and others did not"
+            )
+        if frozen := sum(not p.requires_grad for p in before):
+            self.notes.append(
+                f"froze {frozen} parameters that required gradients at capture; "
+                "train{where=...} keeps some"
+            )
 
     def train(self, name: str) -> None:
         """Makes a base parameter trainable, as a tensor of this program's own: in float32 at
@@ -249,7 +261,7 @@ class Editor(Reading):
         if not old.requires_grad:
             set_attribute(self.graph_module, name, nn.Parameter(widened(self, name)))
         owned = dict(self.program.owned)
-        adapter = self.adapter or ""
+        adapter = self.adapter or ITSELF
         owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
         self.program.owned = owned
 

@@ -256,7 +256,7 @@ def _fold_expression(
             f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
             "non-finite branch parameters, or keep the branch."
         )
-    set_attribute(gm, name, nn.Parameter(placed_like(made, held), requires_grad=False))
+    set_attribute(gm, name, nn.Parameter(placed_like(made, held), held.requires_grad))
     remember(edit.program, attachment.path)
     call.replace_all_uses_with(source)
     gm.graph.erase_node(call)

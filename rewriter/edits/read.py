@@ -55,6 +55,11 @@ class Reading(Attaching):
         """A parameter of the base by name."""
         return self.graph_module.get_parameter(name)
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether a tensor of the base is a floating-point parameter."""
+        held = dict(self.graph_module.named_parameters()).get(name)
+        return held is not None and held.is_floating_point()
+
     def norms(self) -> tuple[NormSite, ...]:
         """All normalisations with learnt parameters."""
         return tuple(s for s in self.program.sites if isinstance(s, NormSite))

@@ -91,7 +91,8 @@ def parts_of(
             left.append((chosen[0], f"{name} is not a floating-point parameter"))
             continue
         if name in trained:
-            left.append((chosen[0], f"the adapter {trained[name]!r} trains {name} already"))
+            owner = f"the adapter {trained[name]!r}" if trained[name] else "the program itself"
+            left.append((chosen[0], f"{owner} trains {name} already"))
             continue
         shape = tuple(tensor.shape)
         rows: set[int] = set()

@@ -129,7 +129,7 @@ class Weight(ABC):
             if old.shape != tensor.shape:
                 raise FoldError(f"{name}: folded shape {tuple(tensor.shape)} is not {old.shape}.")
             placed = placed_like(tensor, old)
-            set_attribute(self.module, name, nn.Parameter(placed, requires_grad=False))
+            set_attribute(self.module, name, nn.Parameter(placed, old.requires_grad))
 
 
 @dataclass(kw_only=True)

@@ -187,7 +187,9 @@ class _Places:
             self.tensors |= {f"{path}.{name}": place for name, _ in state}
         for adapter, names in program.owned.items():
             for name in names:
-                self.tensors[name] = replace(self.tensors.get(name, _NOWHERE), method=adapter)
+                self.tensors[name] = replace(
+                    self.tensors.get(name, _NOWHERE), method=adapter or BASE
+                )
 
     def _at(self, site_id: str, method: str = BASE) -> Place:
         site = self.program.sites[site_id]

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..aten import set_attribute
 from ..edits.edit import Editor
+from ..edits.trained import ITSELF, require_owned, train_only
 from ..errors import PassError, RewriteError
+from ..module import copy_modes
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan
@@ -77,12 +79,13 @@ def apply_plan(
             f"there is an adapter {item.adapter!r} already; give this one another name: "
             f"{item.text}{{name=...}}."
         )
+    require_owned(program)
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
     edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
     if item.adapter is not None:
-        edit.freeze(keep={n for names in program.owned.values() for n in names})
+        edit.freeze()
     item.apply(edit, plan)
     if item.adapter is not None and not edit.edited:
         site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
@@ -112,6 +115,7 @@ def apply_plan(
         seconds,
         item,
         replace(plan, decisions=edit.decided),
+        tuple(edit.notes),
     )
     return replace(after, history=(*program.history, record))
 
@@ -125,7 +129,7 @@ def replay_steps(
     branches as far as its certificate goes, and the current values from the next step on.
     """
     names = program.adapters if adapters is None else tuple(adapters)
-    current = program.base
+    current = _begin(program)
     steps = [(r, p) for r in program.history if (p := _kept(r, names)) is not None]
     for index, (record, plan) in enumerate(steps):
         before = current
@@ -134,8 +138,19 @@ def replay_steps(
         current.history = (*current.history[:-1], kept)
         yield record, before, current
         reshaped = any(r.applied.reshapes for r, _ in steps[index + 1 :])
-        for name in current.adapters:
+        for name in current.owners:
             load_values(current, program.adapter_tensors(name), reshaped)
+
+
+def _begin(program: Program) -> Program:
+    """The base with what the user trains himself, as it is now."""
+    mine = program.owned.get(ITSELF)
+    if not mine:
+        return program.base
+    current = program.base.fork()
+    train_only(current, mine)
+    load_values(current, program.adapter_tensors(ITSELF), reshaped=True)
+    return current
 
 
 def _kept(record: Record, names: Sequence[str]) -> Plan | None:
@@ -155,10 +170,11 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
 
 def replay(program: Program, adapters: Sequence[str]) -> Program:
     """The program with only the given adapters, rebuilt from its base without random choices."""
-    current = program.base.fork()
+    require_owned(program)
+    current = _begin(program).fork()
     for _, _, after in replay_steps(program, adapters):
         current = after
-    current.module.train(program.training)
+    copy_modes(program.module, current.module)
     return current
 
 

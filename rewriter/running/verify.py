@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..aten import attribute
 from ..errors import VerifyError
+from ..module import modes_kept
 from ..sharded import outputs, placed_like, whole
 
 if TYPE_CHECKING:
@@ -88,20 +89,22 @@ def evaluation(program: Program) -> Iterator[None]:
     Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
     that flag, and the last bit of the result depends on the kernel.
     """
-    modes = [(m, m.training) for m in program.module.modules()]
     trained = program.trainable_parameters()
-    program.eval()
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         # A module compiled in place would be compiled again, for inputs that no user gives.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            modes_kept(program.module),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for module in program.module.modules():
+                module.training = False
             yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 def floats(output: Any) -> list[Tensor]:

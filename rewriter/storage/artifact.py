@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..capture.capture import capture
 from ..capture.spec import InputSpec
 from ..distributed.ranks import agree, first, together
+from ..edits.trained import ITSELF, require_owned, train_only
 from ..errors import (
     ArtifactError,
     BaseMismatchError,
@@ -40,7 +41,7 @@ from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_direct
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
 
-FORMAT = 1
+FORMAT = 2
 VERSION = "0.1.0"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
@@ -55,6 +56,9 @@ _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
     "inputs": dict, "versions": dict,
 }  # fmt: skip
+_SINCE_2 = {"trained": list, "dtype": (str, type(None))}
+"""Names of base parameters that the user trains himself; the dtype asked of `capture`."""
+
 _STEP_KEYS = {
     "pass": str, "adapter": (str, type(None)), "decisions": dict, "edited": list, "skipped": list,
     "certificate": str,
@@ -101,13 +105,15 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     names = program.adapters if adapters is None else tuple(adapters)
     if isinstance(adapters, str):
         raise PassError(f"adapters must be a list of names: save(..., adapters=[{adapters!r}]).")
-    if not names:
+    require_owned(program)
+    if not program.owners:
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
     if set(names) != set(program.adapters):
         program = program.only(names)
     kept = [r for r in program.history if _kept(r)]
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    mine = program.owned.get(ITSELF, ())
+    for name in (ITSELF, *names):
         tensors.update(program.adapter_tensors(name))
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
@@ -115,8 +121,12 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
-    manifest = {
-        "format_version": FORMAT,
+    dtype = program.base.dtype
+    since_2 = {"trained": list(mine), "dtype": None if dtype is None else str(dtype)[6:]}
+    if not any(since_2.values()):
+        since_2 = {}  # any version reads it
+    manifest = since_2 | {
+        "format_version": 2 if since_2 else 1,
         "adapters": list(names),
         "recipe": [_step(r) for r in kept],
         "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
@@ -167,6 +177,10 @@ class Artifact:
     base_root: str
     base: Mapping[str, str]
     spec: InputSpec
+    trained: tuple[str, ...] = ()
+    """Parameters of the base that the user trains himself."""
+    dtype: torch.dtype | None = None
+    """What the base was captured in, if it was asked for."""
 
 
 def read(directory: str | Path) -> Artifact:
@@ -182,7 +196,8 @@ def read(directory: str | Path) -> Artifact:
     where = str(path / MANIFEST)
     data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
     version_of(data, FORMAT, where)
-    manifest = checked(data, _KEYS, where)
+    keys = _KEYS if data["format_version"] == 1 else _KEYS | _SINCE_2
+    manifest = checked(data, keys, where)
     steps: list[tuple[Pass, Plan, str]] = []
     for index, raw in enumerate(manifest["recipe"]):
         step = checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
@@ -206,7 +221,17 @@ def read(directory: str | Path) -> Artifact:
         for index, (item, plan, said) in enumerate(steps)
     ]
     names = tuple(manifest["adapters"])
-    return Artifact(names, tuple(steps), tensors, base["root"], base["tensors"], spec)
+    trained = tuple(str(n) for n in manifest.get("trained", ()))
+    dtype = _dtype(manifest.get("dtype"), where)
+    hashes = base["root"], base["tensors"]
+    return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, dtype)
+
+
+def _dtype(name: str | None, where: str) -> torch.dtype | None:
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(found, torch.dtype):
+        raise CorruptFileError(f"{where}: there is no dtype {name!r}.")
+    return found
 
 
 def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:
@@ -228,7 +253,7 @@ def version_of(data: Any, known: int, where: str) -> None:
         raise FormatTooNewError(
             f"{where} has format {version}; this version reads up to {known}. Upgrade peftfx."
         )
-    if version is not None and version != known:
+    if version is not None and (type(version) is not int or version < 1):
         raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
 
 
@@ -269,7 +294,7 @@ def load(
         ArtifactError: (CorruptFileError, FormatTooNewError, BaseMismatchError) nothing is loaded.
     """
     artifact = read(directory)
-    program = target if isinstance(target, Program) else _capture(target, artifact.spec)
+    program = target if isinstance(target, Program) else _capture(target, artifact)
     have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
         raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
@@ -281,6 +306,9 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     current = program
     done: set[str] = set()
     try:
+        if artifact.trained:
+            current = program.fork()
+            train_only(current, artifact.trained)
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             current = apply_plan(current, item, plan, check=False)
             said = Certificate(f"{_SAVED}{certificate}")
@@ -289,10 +317,9 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
                 replace(current.history[-1], certificate=said),
             )
             reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
-            for name in artifact.adapters:
-                mine = _tensors_of(current, name, artifact.tensors, directory, reshaped)
-                load_values(current, mine, reshaped)
-                done |= set(mine)
+            done |= _take(current, artifact, directory, reshaped)
+        if not artifact.steps:
+            done |= _take(current, artifact, directory, False)
         check_graph(current)
     except (KeyError, TypeError) as error:
         raise CorruptFileError(
@@ -308,20 +335,28 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     return current
 
 
-def _tensors_of(
-    program: Program, adapter: str, tensors: Mapping[str, Tensor], where: str, reshaped: bool
+def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
+    """Loads the values of all adapters so far; their names."""
+    mine = program.adapter_tensors(ITSELF)
+    wanted = {n: mine[n] for n in artifact.trained}
+    for name in artifact.adapters:
+        wanted |= program.adapter_tensors(name)
+    values = _fitting(wanted, artifact.tensors, where, reshaped)
+    load_values(program, values, reshaped)
+    return set(values)
+
+
+def _fitting(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, reshaped: bool
 ) -> dict[str, Tensor]:
-    """An adapter's values; all must be there and fit, unless a later step reshapes them."""
-    wanted = program.adapter_tensors(adapter)
+    """The saved values; all must be there and fit, unless a later step reshapes them."""
     if reshaped:
         fitting = {n: t.shape for n, t in tensors.items() if n in wanted}
         return {n: tensors[n] for n, shape in fitting.items() if shape == wanted[n].shape}
     for name, tensor in wanted.items():
         given = tensors.get(name)
         if given is None:
-            raise CorruptFileError(
-                f"{where}: the tensor {name!r} of adapter {adapter!r} is missing."
-            )
+            raise CorruptFileError(f"{where}: the tensor {name!r} of an adapter is missing.")
         wider = torch.promote_types(given.dtype, tensor.dtype) != tensor.dtype
         if given.shape != tensor.shape or wider:
             raise CorruptFileError(
@@ -331,7 +366,8 @@ def _tensors_of(
     return {name: tensors[name] for name in wanted}
 
 
-def _capture(model: nn.Module, spec: InputSpec) -> Program:
+def _capture(model: nn.Module, artifact: Artifact) -> Program:
+    spec = artifact.spec
     example = {n: t for n, t in spec.example().items()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dynamic = {
@@ -339,7 +375,7 @@ def _capture(model: nn.Module, spec: InputSpec) -> Program:
         for i in spec.inputs
     }
     args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
-    return capture(model, args, kwargs, dynamic=dynamic)
+    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
 
 
 def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:

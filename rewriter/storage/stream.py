@@ -24,7 +24,9 @@ from ..edits.compose import fold_ready
 from ..edits.edit import Editor
 from ..edits.fold import Folding, by_weight, fold_weight
 from ..edits.quantised import quantised_calls
+from ..edits.trained import ITSELF
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
+from ..module import copy_modes
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
 from ..sites.sites import EmbeddingSite, LinearSite
@@ -77,14 +79,15 @@ def load_weights(
     base = program.base.fork()
     gm = base.module
     relocate(gm, gm.device, place)
-    extras = dict(base.extras)
+    extras, mine = dict(base.extras), program.owned.get(ITSELF, ())
     parameters = {n for n, _ in gm.named_parameters()}
     held = parameters | {n for n, _ in gm.named_buffers()}
     with torch.no_grad():
         for canonical, name in names.items():
             tensor = checkpoint.mapped(name).to(place)
             if canonical in parameters:
-                set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
+                trains = canonical in mine
+                set_attribute(gm, canonical, nn.Parameter(tensor, trains))
             elif canonical in held:
                 set_attribute(gm, canonical, tensor.clone())
             if canonical in extras:
@@ -102,11 +105,11 @@ def load_weights(
         )
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample)
-    current.module.train(program.training)
+    copy_modes(program.module, current.module)
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
         later = any(r.applied.reshapes for r in program.history[index + 1 :])
-        for adapter in current.adapters:
+        for adapter in current.owners:
             values = program.adapter_tensors(adapter)
             here = {n: t.to(place) for n, t in values.items() if not t.is_meta}
             load_values(current, here, later)
