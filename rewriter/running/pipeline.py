@@ -19,7 +19,7 @@ from ..module import copy_modes
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan
-from .propagate import propagate
+from .propagate import alone, propagate
 from .syntax import Passes, as_pipeline
 from .verify import Certificate, certify, check_graph
 
@@ -81,23 +81,14 @@ def apply_plan(
         )
     require_owned(program)
     clock = [time.perf_counter()]
-    fork = program.fork()
-    clock.append(time.perf_counter())
-    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
-    if item.adapter is not None:
-        edit.freeze()
-    item.apply(edit, plan)
-    if item.adapter is not None and not edit.edited:
-        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
-        raise PassError(
-            f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
-            "others with where=."
-        )
-    edit.finish()
-    clock.append(time.perf_counter())
-    after = edit.program
+    with alone():
+        fork = program.fork()
+        clock.append(time.perf_counter())
+        edit = _edited(fork, item, plan)
+        clock.append(time.perf_counter())
+        after = edit.program
+        propagate(after)
     certificate = Certificate("unchecked")
-    propagate(after)
     if check:
         check_graph(after)
         certificate = certify(item.promise(), program, after)
@@ -118,6 +109,22 @@ def apply_plan(
         tuple(edit.notes),
     )
     return replace(after, history=(*program.history, record))
+
+
+def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
+    """The editor after a planned pass has edited its fork."""
+    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
+    if item.adapter is not None:
+        edit.freeze()
+    item.apply(edit, plan)
+    if item.adapter is not None and not edit.edited:
+        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
+        raise PassError(
+            f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
+            "others with where=."
+        )
+    edit.finish()
+    return edit
 
 
 def replay_steps(

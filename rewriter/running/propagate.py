@@ -2,12 +2,17 @@
 
 Recomputes nodes whose inputs changed, in order, and stops where shape and dtype stay the same.
 A pass that makes a size fixed would add a guard to the shape environment; that is an error.
+
+Programs that come from one capture share the symbols of their sizes, and with them torch's fake
+mode and shape environment, which are not made for threads: whoever makes fake values or reasons
+about sizes is `alone`. Running programs needs neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
+from torch.fx.experimental import symbolic_shapes
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -25,6 +31,22 @@ from ..errors import PassError
 
 if TYPE_CHECKING:
     from ..program import Program
+
+_TURN = threading.RLock()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time: edits fake values, which share one shape environment."""
+    with _TURN:
+        yield
+
+
+class _SizeFixedError(PassError):
+    """An operation asked for a guard, which would fix or narrow a size."""
+
+
+_FIXING = (_SizeFixedError, symbolic_shapes.GuardOnDataDependentSymNode)
 
 
 def fake_mode(gm: GraphModule) -> Any:
@@ -103,13 +125,16 @@ def _no_new_guards(environment: Any) -> Iterator[None]:
     if environment is None:
         yield
     elif hasattr(environment, "error_on_new_guards"):
-        with environment.error_on_new_guards():
-            yield
+        try:
+            with environment.error_on_new_guards():
+                yield
+        except symbolic_shapes._ShapeEnvGuardError as error:
+            raise _SizeFixedError(str(error)) from error
     else:  # before torch 2.13: found afterwards
         count = len(environment.guards)
         yield
         if len(environment.guards) > count:
-            raise PassError(f"guard {environment.guards[-1].expr}")
+            raise _SizeFixedError(f"guard {environment.guards[-1].expr}")
 
 
 @contextlib.contextmanager
@@ -160,7 +185,7 @@ def propagate(program: Program) -> int:
     mode = fake_mode(gm)
     if mode is None:
         return 0
-    with _ranges(mode.shape_env, program), quiet():
+    with alone(), _ranges(mode.shape_env, program), quiet():
         unify(gm, program.symbols)
         return _propagate(gm, mode)
 
@@ -182,7 +207,8 @@ def _propagate(gm: GraphModule, mode: Any) -> int:
                 result = fakes.run(node)
         except Exception as error:
             line = source_line(node)
-            what = "the edit fixes a dynamic size" if "uard" in str(error) else "shapes do not fit"
+            fixed = isinstance(error, _FIXING)
+            what = "the edit fixes a dynamic size" if fixed else "shapes do not fit"
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"
             ) from error
