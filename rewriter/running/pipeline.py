@@ -14,6 +14,7 @@ from torch import nn
 from ..aten import set_attribute
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
+from ..fingerprint import require_unchanged, take
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan
@@ -49,6 +50,7 @@ def run(
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
+    require_unchanged(program)
     done: list[str] = []
     for item in as_pipeline(passes):
         if progress is not None:
@@ -113,7 +115,9 @@ def apply_plan(
         item,
         replace(plan, decisions=edit.decided),
     )
-    return replace(after, history=(*program.history, record))
+    after = replace(after, history=(*program.history, record))
+    after.prints = take(after)
+    return after
 
 
 def replay_steps(
@@ -155,6 +159,7 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
 
 def replay(program: Program, adapters: Sequence[str]) -> Program:
     """The program with only the given adapters, rebuilt from its base without random choices."""
+    require_unchanged(program)
     current = program.base.fork()
     for _, _, after in replay_steps(program, adapters):
         current = after
