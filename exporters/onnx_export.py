@@ -28,6 +28,7 @@ from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
+from ..rewriter.fingerprint import require_unchanged
 from ..rewriter.program import Program
 from ..rewriter.running.verify import evaluation, is_meta
 from ..rewriter.sharded import require_whole
@@ -113,6 +114,7 @@ def export_onnx(
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name)
     require_whole(program.module, "export_onnx")
+    require_unchanged(program)
     if is_meta(program):
         raise MetaTensorError("parameters are on the meta device; load weights before exporting.")
     for name, parameter in program.module.named_parameters():

@@ -42,6 +42,10 @@ class VerifyError(RewriteError, RuntimeError):
     """A measured contract does not hold, or a graph is malformed."""
 
 
+class BaseChangedError(VerifyError):
+    """Stored tensors that programs share are not what they were when a program was made."""
+
+
 class FoldError(RewriteError, RuntimeError):
     """A branch cannot be folded into constants."""
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .edits.quantised import dense_weights
 from .errors import ExportError
+from .fingerprint import require_unchanged
 from .sharded import whole
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:
     """See `Program.export_state_dict`."""
     from .program import BRANCHES
 
+    require_unchanged(program)
     held = dict(program._stored())
     held |= dense_weights(program)
     dtypes = {n: t.dtype for n, t in program.base._stored()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .capture.spec import InputSpec
 from .edits.trained import ITSELF
 from .errors import CaptureError, PassError, nearest
+from .fingerprint import Fingerprints, take
 from .generate import generate
 from .history import Attachment, Record
 from .module import CapturedModule, fork_module, same_view
@@ -70,6 +71,12 @@ class Program:
     """What `capture(dtype=...)` was asked for."""
     cached: str = ""
     """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
+    prints: Fingerprints | None = None
+    """What its frozen tensors and those of its base were like; taken when it is made."""
+
+    def __post_init__(self) -> None:
+        if self.prints is None:
+            self.prints = take(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; takes its positional and keyword inputs, returns its output type.
@@ -310,7 +317,9 @@ class Program:
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         reshard(self.module)
-        return replace(self, module=fork_module(self.module), origin=self.base)
+        forked = replace(self, module=fork_module(self.module), origin=self.base)
+        forked.prints = take(forked)
+        return forked
 
     def branch(self, attachment: Attachment) -> nn.Module:
         """The module of one attached branch."""

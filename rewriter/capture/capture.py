@@ -100,7 +100,7 @@ def capture(
         symbols=traced.symbols,
         extras=_unused(model, gm, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),
-        sample={n: t.detach() for n, t in tensors.items()},
+        sample={n: t.detach().clone() for n, t in tensors.items()},
         generation=_generation(model),
         cached=entry.note if entry else "",
         dtype=dtype,
@@ -308,7 +308,7 @@ def _unused(
 ) -> dict[str, Tensor]:
     held = {n for n, _ in captured.named_parameters()} | {n for n, _ in captured.named_buffers()}
     return {
-        name: tensor.detach()
+        name: tensor.detach().clone() if tensor.requires_grad else tensor.detach()
         for name, tensor in model.state_dict(keep_vars=True).items()
         if aliases.get(name, name) not in held
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
+from ..fingerprint import require_unchanged
 from ..program import Program
 from ..storage.artifact import checked, version_of
 from ..storage.checkpoint import DTYPES
@@ -29,7 +30,7 @@ _KEYS = {
 }  # fmt: skip
 
 _identities: WeakKeyDictionary[Program, str] = WeakKeyDictionary()
-"""Hashes of bases, which do not change: a base is hashed once, not at every checkpoint."""
+"""Hashes of bases: a base whose fingerprint is the same is not hashed again."""
 
 
 def describe(program: Program) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def describe(program: Program) -> dict[str, Any]:
         [r.text, r.adapter, dict(r.plan.decisions), list(r.edited), sorted(r.plan.tensors)]
         for r in program.history
     ]
+    require_unchanged(program)
     if program.base not in _identities:
         _identities[program.base] = program.identity
     return {

@@ -15,6 +15,7 @@ from ..aten import set_attribute
 from ..edits.edit import Editor
 from ..edits.trained import ITSELF, require_owned, train_only
 from ..errors import PassError, RewriteError
+from ..fingerprint import require_unchanged, take
 from ..module import copy_modes
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
@@ -51,6 +52,7 @@ def run(
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
+    require_unchanged(program)
     done: list[str] = []
     for item in as_pipeline(passes):
         if progress is not None:
@@ -108,7 +110,9 @@ def apply_plan(
         replace(plan, decisions=edit.decided),
         tuple(edit.notes),
     )
-    return replace(after, history=(*program.history, record))
+    after = replace(after, history=(*program.history, record))
+    after.prints = take(after)
+    return after
 
 
 def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
@@ -178,6 +182,7 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
 def replay(program: Program, adapters: Sequence[str]) -> Program:
     """The program with only the given adapters, rebuilt from its base without random choices."""
     require_owned(program)
+    require_unchanged(program)
     current = _begin(program).fork()
     for _, _, after in replay_steps(program, adapters):
         current = after

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..aten import attribute
 from ..errors import VerifyError
+from ..fingerprint import require_unchanged
 from ..module import modes_kept
 from ..sharded import outputs, placed_like, whole
 
@@ -266,6 +267,7 @@ def verify_program(program: Program) -> list[Certificate]:
     from .pipeline import replay_steps
 
     check_graph(program)
+    require_unchanged(program)
     found: list[Certificate] = []
     if is_meta(program):
         return [Certificate("unmeasured") for _ in program.history]

@@ -31,6 +31,7 @@ from ..errors import (
     PassError,
     RewriteError,
 )  # fmt: skip
+from ..fingerprint import require_unchanged
 from ..program import Program, Record
 from ..running.passes import Pass, Plan
 from ..running.pipeline import apply_plan, load_values
@@ -110,6 +111,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
     if set(names) != set(program.adapters):
         program = program.only(names)
+    require_unchanged(program)
     kept = [r for r in program.history if _kept(r)]
     tensors: dict[str, Tensor] = {}
     mine = program.owned.get(ITSELF, ())
@@ -295,6 +297,7 @@ def load(
     """
     artifact = read(directory)
     program = target if isinstance(target, Program) else _capture(target, artifact)
+    require_unchanged(program)
     have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
         raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))

@@ -36,6 +36,7 @@ from ..errors import (
     RewriteError,
     VerifyError,
 )  # fmt: skip
+from ..fingerprint import require_unchanged
 from ..program import Program
 from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
@@ -82,6 +83,7 @@ def save_program(program: Program, directory: str | Path) -> None:
     if is_meta(program):
         raise MetaTensorError("the program has no values; load weights before saving it.")
     require_whole(program.module, "save_program")
+    require_unchanged(program)
     flat = flattened(program)
     gm = flat.module
     held: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}

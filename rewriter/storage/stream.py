@@ -26,6 +26,7 @@ from ..edits.fold import Folding, by_weight, fold_weight
 from ..edits.quantised import quantised_calls
 from ..edits.trained import ITSELF
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
+from ..fingerprint import Fingerprints, require_unchanged, take
 from ..module import copy_modes
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
@@ -104,7 +105,8 @@ def load_weights(
             "tensor}), for example dict(small_model.named_buffers()) of a small real model."
         )
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
-    current = replace(base, origin=None, extras=extras, sample=sample)
+    current = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
+    current.prints = take(current, values=False)
     copy_modes(program.module, current.module)
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
@@ -168,6 +170,7 @@ def fold_checkpoint(
         ArtifactError: source or adapter are damaged or do not fit, or the target cannot be
             written (CorruptFileError, WeightsError). In every case the target stays absent.
     """
+    require_unchanged(program)
     checkpoint = Checkpoint.read(source)
     expected: Mapping[str, str] | None = None
     if adapter is not None:
