@@ -26,6 +26,13 @@ class SelectorError(RewriteError, LookupError):
     """A selector is malformed, or a part of it matches nothing."""
 
 
+class SiteError(RewriteError, KeyError):
+    """A site is asked for by an id that none has, or that several have."""
+
+    def __str__(self) -> str:  # a KeyError shows its key quoted
+        return str(self.args[0]) if self.args else ""
+
+
 class OptionError(RewriteError, ValueError):
     """A pass, pipeline text or recipe has a wrong option or value."""
 

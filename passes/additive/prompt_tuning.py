@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...rewriter.edits.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.tokens import entrances
+from ...rewriter.edits.tokens import entrances, separate
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Method
 from ...rewriter.running.verify import Contract
@@ -47,7 +47,8 @@ class PromptTuning(Method):
         init: `vocabulary` (rows of the table, drawn from the first `common` ids) or `uniform`.
         common: how many of the table's first rows to draw from.
 
-    Without `where`, an encoder-decoder takes its prompt in the encoder.
+    Without `where`, an encoder-decoder takes its prompt in the encoder. Other tables that the same
+    ids look up (per-layer embeddings) give the row of one fixed id at the prompt's positions.
     """
 
     folds: ClassVar[str] = "no: they are inputs"
@@ -66,7 +67,9 @@ class PromptTuning(Method):
 
     def sites(self, program: Program) -> list[Site]:
         found = super().sites(program)
-        return found if self.placed else entrances(program, found)
+        found = found if self.placed else entrances(program, found)
+        separate(program, found)
+        return found
 
     def insert(self, edit: Editor, site: EmbeddingSite) -> None:
         table = edit.table(site)

@@ -39,13 +39,17 @@ def site_nodes(gm: GraphModule) -> dict[str, Node]:
 
 
 def at_weight(
-    program: Program, weight: str, first: frozenset[str] = frozenset()
+    program: Program, weight: str, first: frozenset[str] = frozenset(), call: str = ""
 ) -> list[Attachment]:
     """The branches of all sites of one weight, in the fixed order of composition.
 
-    Of the same slot, those with a path in `first` come innermost (sums and products commute).
+    Of the same slot, those with a path in `first` come innermost (sums and products commute). With
+    `call`, only the sites that this call computes: another one may read the weight transposed.
     """
-    ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == weight}
+    ids = {
+        s.id for s in program.sites
+        if isinstance(s, LinearSite) and s.weight == weight and (not call or call in s.nodes)
+    }  # fmt: skip
     found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
     return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
@@ -78,7 +82,7 @@ def compose(program: Program, call: Node, weight: str, first: frozenset[str] = f
     call = _raise(gm, call)
     key: str = call.meta.get("call") or call.name
     _decompose(gm, call, key)
-    mine = at_weight(program, weight, first)
+    mine = at_weight(program, weight, first, key)
 
     def of_slot(kind: str) -> list[Attachment]:
         return [a for a in mine if a.slot == kind]

@@ -46,7 +46,7 @@ from .region import find_region
 from .replacing import express, remember, remove, settle, widened
 from .route import run_on_chosen
 from .routing import Routed
-from .tokens import prepend_tokens, shift_positions
+from .tokens import beside, prepend_tokens, shift_positions
 from .trained import ITSELF, chosen, train_only
 from .values import Value, latest
 
@@ -114,8 +114,8 @@ class Editor(Reading):
         reads: Mapping[str, Value | None] = EMPTY,
         members: tuple[str, ...] = (),
     ) -> None:
-        if site.sliced:
-            self.skip(site, f"its calls multiply by a slice of {site.weight}, not by all of it")
+        if site.obstacle:
+            self.skip(site, site.obstacle)
             return
         if site.features is not None:
             full = self.weight(site).out_features
@@ -164,7 +164,10 @@ class Editor(Reading):
 
         Inputs are padded on the left and the rows overwrite the pads' embeddings, so masks,
         positions and sizes follow by themselves; outputs are stripped to the user's tokens.
+        Another table that the same ids look up gives the row of the pads there, which is reported.
         """
+        for other, row in beside(self.program, site):
+            self.skip(other, f"it gives its row {row} at the positions of the prompt")
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
 

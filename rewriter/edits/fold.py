@@ -15,6 +15,7 @@ written; the old ones stay in earlier programs, and nothing is ever subtracted b
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -310,7 +311,7 @@ def _untie(edit: Editor, site: LinearSite) -> LinearSite:
     gm = edit.graph_module
     names = [a for a, c in edit.program.aliases.items() if c == site.weight]
     own = site.id.partition(":")[0]
-    alias = own if own in names else (names[0] if names else f"{site.weight}_untied")
+    alias = own if own in names else (names[0] if names else _unused(gm, f"{site.weight}_untied"))
     tensor = gm.get_parameter(site.weight).detach().clone()
     set_attribute(gm, alias, nn.Parameter(tensor, requires_grad=False))
     for node in list(gm.graph.nodes):
@@ -325,7 +326,17 @@ def _untie(edit: Editor, site: LinearSite) -> LinearSite:
                     raise FoldError(f"{site.id}: a tied weight behind a view cannot be untied.")
                 node.replace_input_with(operand, own)
     edit.program.untied = (*edit.program.untied, alias)
-    fresh = replace(site, weight=alias, tied=())
-    items = tuple(fresh if s.id == site.id else s for s in edit.program.sites)
+    items = tuple(
+        replace(s, weight=alias, tied=())
+        if isinstance(s, LinearSite) and (s.weight, s.nodes) == (site.weight, site.nodes) else s
+        for s in edit.program.sites
+    )  # fmt: skip
     edit.program.sites = replace(edit.program.sites, items=items)
-    return fresh
+    return replace(site, weight=alias, tied=())
+
+
+def _unused(gm: nn.Module, name: str) -> str:
+    """`name`, numbered if a parameter is called so."""
+    taken = {n for n, _ in gm.named_parameters()}
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    return next(n for n in itertools.chain([name], numbered) if n not in taken)

@@ -266,10 +266,10 @@ def replace_tensor(gm: GraphModule, name: str, made: Quantised) -> None:
 
 def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
     """Why a site's weight cannot be stored as integers; empty if it can."""
+    if site.obstacle:
+        return site.obstacle
     if site.tied:
         return f"its weight is tied to {', '.join(site.tied)}"
-    if site.sliced:
-        return f"its calls multiply by a slice of {site.weight}, not by all of it"
     if site.left:
         return "its calls multiply from the left (W @ x)"
     keys = {call.meta.get("call") or call.name for call in calls}

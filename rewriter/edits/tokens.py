@@ -195,6 +195,40 @@ def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
     return [s for s in sites if attended.intersection(s.nodes)] or list(sites)
 
 
+def separate(program: Program, sites: Sequence[Site]) -> None:
+    """Makes sure that no two of the embeddings are looked up by the same ids.
+
+    Raises:
+        PassError: two are; a prompt stands in front of one of them, and choosing is the user's.
+    """
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    first: dict[object, Site] = {}
+    for site in sites:
+        ids: Any = _looked_up(nodes[site.nodes[0]])
+        other = first.setdefault(ids, site)
+        if other is not site:
+            raise PassError(
+                f"{other.id} and {site.id} are looked up by the same ids, and a prompt stands in "
+                "front of one table only (the others give the row of one fixed id there). Choose "
+                f"it with where=, for example where={other.module}."
+            )
+
+
+def beside(program: Program, site: EmbeddingSite) -> list[tuple[Site, int]]:
+    """The other tables that are looked up by an embedding's ids, with the id whose row they give
+    at the positions of a prompt in front of it."""
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    ids = _looked_up(nodes[site.nodes[0]])
+    others = [s for s in program.sites if s.kind == "embedding" and s.id != site.id]
+    return [(s, _neutral(ids)) for s in others if _looked_up(nodes[s.nodes[0]]) is ids]
+
+
+def _looked_up(lookup: Node) -> Node:
+    """What a lookup reads its ids from, through views."""
+    index: Any = lookup.args[1]
+    return strip(index[0] if isinstance(index, list | tuple) else index, VIEWS)
+
+
 def prepend_tokens(
     program: Program, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
 ) -> Program:
@@ -248,7 +282,7 @@ def prepend_tokens(
 
 def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     """The input that an embedding looks up, `[batch, sequence]`."""
-    ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
+    ids: Any = _looked_up(embedding)
     size = shape(ids)
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
         raise PassError(

@@ -20,7 +20,7 @@ from ..edits.edit import Editor
 from ..errors import OptionError, SelectorError, nearest
 from ..program import Program
 from ..sites.selector import WORDS
-from ..sites.sites import Site
+from ..sites.sites import LinearSite, Site
 from .controller import Controller
 from .verify import Contract
 
@@ -227,7 +227,10 @@ class Method(Pass, abstract=True):
         """Edits all sites; for methods that do not edit one by one."""
         del plan
         for site in sites:
-            self.insert(edit, site)
+            if isinstance(site, LinearSite) and site.fixed:
+                edit.skip(site, site.obstacle)
+            else:
+                self.insert(edit, site)
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""

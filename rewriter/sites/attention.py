@@ -35,7 +35,7 @@ from .walk import UP, Linear, Walk
 
 _SCORES_UP = CASTS | VIEWS | SLICES | ARITHMETIC | POINTWISE | overloads("tanh", "max", "amax")
 _WEIGHTS_DOWN = VIEWS | SLICES | CASTS | POINTWISE
-_O_DOWN = VIEWS | SLICES | MULS | NORM_PARTS | overloads("sigmoid")
+_O_DOWN = VIEWS | SLICES | MULS | NORM_PARTS | overloads("sigmoid", "cat")
 
 
 @dataclass

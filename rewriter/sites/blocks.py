@@ -25,6 +25,10 @@ _TO_CHOICE = VIEWS | ACTIVATIONS | overloads("softmax", "add", "add_", "masked_f
 Features = dict[tuple[str, str], tuple[int, ...]]
 
 
+Part = tuple[str, Linear, tuple[int, ...]]
+"""A role, a linear, and the features of it that play the role."""
+
+
 @dataclass
 class Draft:
     """The linears that play each role of one block.
@@ -166,3 +170,34 @@ def mixer(graph: Walk, output: Node, linears: list[Linear], nodes: set[Node]) ->
     between = [n for n in path[:-1] if n in graph.convs or not graph.passes(n, OUT | FFN_UP)]
     mixing = [n for n in between if n not in graph.linears]
     return Draft("mixer", parts) if mixing else None
+
+
+def beside(graph: Walk, probe: Probe, draft: Draft, core: Core) -> list[Part]:
+    """The roles of features of q, k and v's linears that are none of the three: gates of the
+    attention's output, and a feed-forward block that one linear makes together with them."""
+    ends = draft.parts["o"]
+    claimed: dict[Node, set[int]] = {}
+    for role in "qkv":
+        for linear in draft.parts[role]:
+            own = draft.features.get((role, linear.weight), range(linear.sizes[1]))
+            claimed.setdefault(linear.node, set()).update(own)
+    partial = [
+        graph.linears[n] for n, own in claimed.items()
+        if len(own) < graph.linears[n].sizes[1] and graph.linears[n].rows is None
+    ]  # fmt: skip
+    if not ends or not partial:
+        return []
+    products = [
+        n for n in graph.between(core.node, ends[0].x)
+        if is_op(n, MULS) and len([a for a in n.args[:2] if isinstance(a, Node)]) == 2
+    ]  # fmt: skip
+    gates = [i for n in products for i in inputs(n) if not graph.depends(i, core.node)]
+    others: list[Part] = []
+    for linear in partial:
+        touched = {f for gate in gates for f in probe.features(linear.node, gate)}
+        if gating := touched - claimed[linear.node]:
+            others.append(("attn.gate", linear, tuple(sorted(gating))))
+        if not gating:
+            *_, fused = _gated(graph, probe, ends[0].x, {linear.node})
+            others += [(role, linear, own) for (role, _), own in fused.items()]
+    return others

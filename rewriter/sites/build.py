@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch.fx import Node
 from ..aten import (
     ADDS,
     EMBEDDING,
+    GATHERS,
     MULS,
     SLICES,
     VIEWS,
@@ -23,9 +25,10 @@ from ..aten import (
     users,
 )
 from .attention import Core
-from .blocks import Draft
+from .blocks import Draft, Part
 from .landmarks import convolutions, embeddings, norms
 from .probe import Probe
+from .products import Reading, readings
 from .residual import Sublayer
 from .sites import (
     AttentionSite,
@@ -39,6 +42,19 @@ from .sites import (
 )
 from .walk import Linear, Walk
 
+Call = tuple[str, tuple[int, ...] | None, bool, bool]
+"""How a linear reads its weight: the name, the rows, whether it is stored `[in, out]` to it, and
+whether it is the left operand."""
+
+
+def _call(linear: Linear) -> Call:
+    return linear.weight, linear.rows, linear.in_out, linear.left
+
+
+def _features(linear: Linear) -> tuple[int, ...]:
+    """The output features of the stored weight that a call uses."""
+    return tuple(range(linear.sizes[1])) if linear.rows is None else linear.rows
+
 
 class Found(Protocol):
     """What discovery hands over."""
@@ -46,18 +62,19 @@ class Found(Protocol):
     drafts: list[Draft]
     sublayers: list[Sublayer]
     roles: dict[Node, str]
+    others: list[Part]
     owner: dict[Node, Sublayer]
 
 
 def build(graph: Walk, probe: Probe, aliases: Mapping[str, str], found: Found) -> Sites:
     """All sites of a graph."""
-    builder = _Builder(graph, probe, aliases, found)
-    builder.blocks()
-    builder.rest()
-    sites = builder.sites
-    sites.extend(embeddings(graph, aliases))
+    sites = embeddings(graph, aliases, [s.branch.root for s in found.sublayers])
     sites.extend(convolutions(graph, found.owner))
     sites.extend(norms(graph, found.owner, found.sublayers))
+    builder = _Builder(graph, probe, aliases, found, claimed={s.id for s in sites})
+    builder.blocks()
+    builder.rest()
+    sites = builder.sites + sites
     order = {n.name: i for i, n in enumerate(graph.nodes)}
     sites.sort(key=lambda s: min(order[n] for n in s.nodes))
     return Sites(tuple(sites))
@@ -75,9 +92,11 @@ class _Builder:
     def __post_init__(self) -> None:
         lookups = [n.args[0] for n in self.graph.nodes if is_op(n, EMBEDDING)]
         self.tables = {found[0] for t in lookups if (found := parameter_of(t))}
-        self.calls: dict[tuple[str, tuple[int, ...] | None], list[Linear]] = {}
+        self.calls: dict[Call, list[Linear]] = {}
+        self.rows: dict[Call, dict[int, str]] = {}  # output feature -> id of its site
         for linear in self.graph.linears.values():
-            self.calls.setdefault((linear.weight, linear.rows), []).append(linear)
+            self.calls.setdefault(_call(linear), []).append(linear)
+        self.readings = list(readings(self.graph))
 
     def blocks(self) -> None:
         """Sites of attentions, feed-forward blocks and mixers, and of their linears."""
@@ -92,40 +111,97 @@ class _Builder:
             self.sites.append(_sublayer(sub))
 
     def rest(self) -> None:
-        """Sites of the linears that no block has claimed."""
-        for node, linear in self.graph.linears.items():
-            if linear.weight not in self.claimed:
-                last = _is_head(node) and not reaches(node, self.graph.weighted, lambda _: False)
-                role = self.found.roles.get(node) or ("head" if last else "other")
-                self._linear(linear, role, None)
+        """Sites of what no block has claimed: whole linears, the other features of fused ones, and
+        weights that are read in a way that takes no branch."""
+        for role, linear, features in self.found.others:
+            self._linear(linear, role, None, features)
+        for key, (first, *_) in self.calls.items():
+            missing = [r for r in _features(first) if r not in self.rows.get(key, {})]
+            if missing:
+                self._linear(first, self._role(first), None)
+        for weight in dict.fromkeys(r.weight for r in self.readings):
+            self.sites.append(self._fixed(weight, [r for r in self.readings if r.weight == weight]))
 
-    def _linear(self, linear: Linear, role: str, draft: Draft | None) -> str:
-        """Adds the site of a linear in a role, once; returns its id."""
-        features = draft.features.get((role, linear.weight)) if draft else linear.rows
+    def _role(self, linear: Linear) -> str:
+        last = _is_head(linear.node) and not reaches(
+            linear.node, self.graph.weighted, lambda _: False
+        )
+        return self.found.roles.get(linear.node) or ("head" if last else "other")
+
+    def _linear(
+        self,
+        linear: Linear,
+        role: str,
+        draft: Draft | None,
+        features: tuple[int, ...] | None = None,
+    ) -> str:
+        """Adds the site of a linear in a role, with the features that no other site has; returns
+        the id of the site that has them, or most of them."""
+        key = _call(linear)
+        taken = self.rows.setdefault(key, {})
+        if draft is not None:
+            features = draft.features.get((role, linear.weight), linear.rows)
+        wanted = _features(linear) if features is None else features
+        own = tuple(r for r in wanted if r not in taken)
+        if not own:
+            return Counter(taken[r] for r in wanted).most_common(1)[0][0]
+        whole = features is None and linear.rows is None and not taken
         sub = draft.sublayer if draft else self.found.owner.get(linear.node)
         name, tied = self._names(linear.weight)
-        site_id = name + (f":{role}" if features is not None else "")
-        if site_id in self.claimed:
-            return site_id
-        self.claimed |= {site_id, linear.weight}
+        site_id = self._free(name if whole else f"{name}:{role}", role, linear.node)
+        taken.update(dict.fromkeys(own, site_id))
         layer, stream = (sub.layer, sub.stream) if sub else (None, "")
-        nodes = tuple(p.node.name for p in self.calls[linear.weight, linear.rows])
-        size = linear.sizes[1] if features is None else len(features)
+        nodes = tuple(p.node.name for p in self.calls[key])
+        listed = None if whole else own
         if linear.stack:
             self.sites.append(ExpertsSite(
                 id=site_id, kind="experts", role=role, layer=layer, stream=stream, nodes=nodes,
                 weight=linear.weight, experts=linear.stack, in_features=linear.sizes[0],
-                out_features=size, features=features, in_out=linear.in_out,
+                out_features=len(own), features=listed, in_out=linear.in_out,
             ))  # fmt: skip
         else:
             self.sites.append(LinearSite(
                 id=site_id, kind="linear", role=role, layer=layer, stream=stream, nodes=nodes,
-                weight=linear.weight, bias=linear.bias, features=features,
-                in_features=linear.sizes[0], out_features=size, in_out=linear.in_out, tied=tied,
-                cross=bool(draft and draft.cross), left=linear.left,
-                sliced=linear.rows is not None,
+                weight=linear.weight, bias=linear.bias, features=listed,
+                in_features=linear.sizes[0], out_features=len(own), in_out=linear.in_out,
+                tied=(*tied, *self._elsewhere(key)), cross=bool(draft and draft.cross),
+                left=linear.left, sliced=linear.rows is not None,
             ))  # fmt: skip
         return site_id
+
+    def _free(self, name: str, role: str, node: Node) -> str:
+        """`name` if no other site is called so, else the name with its role, or with its call."""
+        names = [name, *([] if ":" in name else [f"{name}:{role}"]), f"{name}@{node.name}"]
+        site_id = next(n for n in names if n not in self.claimed)
+        self.claimed.add(site_id)
+        return site_id
+
+    def _elsewhere(self, key: Call) -> list[str]:
+        """The products that read the weight of a call, or some of its rows, in another way."""
+        weight, rows = key[0], set(key[1] or ())
+        found = [
+            p.node.name for other, calls in self.calls.items() for p in calls
+            if other != key and other[0] == weight
+            and (not rows or not other[1] or rows & set(other[1]))
+        ]  # fmt: skip
+        return [*found, *(r.node.name for r in self.readings if r.weight == weight)]
+
+    def _fixed(self, weight: str, uses: Sequence[Reading]) -> Site:
+        """The site of a weight at products that no branch can stand beside."""
+        first = uses[0].node
+        sub = self.found.owner.get(first)
+        name, tied = self._names(weight)
+        calls = [
+            p.node.name for key, calls in self.calls.items() for p in calls if key[0] == weight
+        ]
+        held = self.graph.gm.get_parameter(weight)
+        return LinearSite(
+            id=self._free(name, "other", first), kind="linear", role="other",
+            layer=sub.layer if sub else None, stream=sub.stream if sub else "",
+            nodes=tuple(dict.fromkeys(r.node.name for r in uses)), weight=weight,
+            in_features=int(held.shape[-1]), out_features=held.numel() // int(held.shape[-1]),
+            tied=(*tied, *calls), fixed=uses[0].reason,
+        )  # fmt: skip
 
     def _names(self, weight: str) -> tuple[str, tuple[str, ...]]:
         """A linear's own name and the other names of its tensor.
@@ -219,7 +295,8 @@ def _is_head(start: Node) -> bool:
             capped = is_op(user, overloads("tanh")) and is_op(node, MULS)
             moved = is_op(user, overloads("einsum")) and len(inputs(user)) == 1
             biased = is_op(user, ADDS) and any(i.op == "get_attr" for i in inputs(user))
-            known = is_op(user, VIEWS | SLICES | MULS) or capped or moved or biased
+            chosen = is_op(user, GATHERS) and user.args[0] is node  # the last token's
+            known = is_op(user, VIEWS | SLICES | MULS) or capped or moved or biased or chosen
             if user not in seen and known:
                 seen.add(user)
                 stack.append(user)

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ..aten import SLICES, is_op
 from .attention import Core, cores, outputs, projections, shares_source
-from .blocks import Draft, ends, feed_forward, mixer, router
+from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build
 from .probe import Probe
 from .residual import Residual, ResidualBranch, Streams, Sublayer, channels_last, number, residuals
@@ -49,13 +49,16 @@ class _Discovery:
     drafts: list[Draft] = field(default_factory=list[Draft])
     sublayers: list[Sublayer] = field(default_factory=list[Sublayer])
     roles: dict[Node, str] = field(default_factory=dict[Node, str])
+    others: list[Part] = field(default_factory=list[Part])
     taken: set[Node] = field(default_factory=set[Node])
     owner: dict[Node, Sublayer] = field(default_factory=dict[Node, Sublayer])
 
+    def __post_init__(self) -> None:
+        self.streams = Streams(self.graph)
+
     def run(self) -> None:
-        streams = Streams(self.graph)
         for residual in residuals(self.graph):
-            stream = streams.place(residual)
+            stream = self.streams.place(residual)
             for sub in self._sublayers(residual):
                 sub.stream = stream
                 self.sublayers.append(sub)
@@ -139,9 +142,7 @@ class _Discovery:
             return None
         parts["o"] = outputs(graph, core, branch.nodes if branch else graph.nodes)
         q, k = parts["q"][0], parts["k"][0]
-        inside = set(branch.nodes) if branch else set[Node]()
-        alike = k.node in inside if branch and q.node in inside else shares_source(graph, q, k)
-        draft = Draft("attn", parts, core=core, cross=not alike)
+        draft = Draft("attn", parts, core=core, cross=not self._alike(q, k, branch))
         owners = [p.node for role in "qkv" for p in parts[role]]
         for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
             for linear in parts[role]:
@@ -157,7 +158,20 @@ class _Discovery:
             parts[role].sort(
                 key=lambda p, r=role: -len(draft.features.get((r, p.weight), range(p.sizes[1])))
             )
+        self.others += beside(graph, self.probe, draft, core)
         return draft
+
+    def _alike(self, q: Linear, k: Linear, branch: ResidualBranch | None) -> bool:
+        """Whether keys are computed from the tokens that the queries are computed from, maybe in an
+        earlier layer."""
+        inside = set(branch.nodes) if branch else set[Node]()
+        if branch is None or q.node not in inside:
+            return shares_source(self.graph, q, k)
+        if k.node in inside:
+            return True
+        stream = self.streams.of.get(branch.add)
+        lender = self.owner.get(k.node)
+        return (lender.stream if lender else self.streams.above(k.x)) == stream
 
     def _sliced(self, top: Node, bottom: Node) -> bool:
         return any(is_op(n, SLICES) for n in self.graph.between(top, bottom))

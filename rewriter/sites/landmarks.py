@@ -25,22 +25,29 @@ from ..aten import (
     overloads,
     parameter_of,
     placeholders,
+    reaches,
     strip,
     submodule,
     users,
     value,
 )  # fmt: skip
 from ..capture.modes import Attention
-from .residual import Sublayer
+from .residual import CARRIES, Sublayer
 from .sites import ConvSite, EmbeddingSite, NormSite, Site
 from .walk import Walk
 
+_SQUARES = NORMS | overloads("pow", "square", "norm", "linalg_vector_norm")
 
-def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
-    """All table lookups, with what they look up."""
+
+def embeddings(graph: Walk, aliases: Mapping[str, str], roots: Sequence[Node]) -> list[Site]:
+    """All table lookups, with what they look up; `roots` are the values that sublayers start from.
+
+    Of the tables that an input of ids looks up the largest holds the tokens. Where it looks up
+    several of that size, those whose rows enter no stream stand beside it (per-layer embeddings).
+    """
     gm = graph.gm
     found: dict[str, EmbeddingSite] = {}
-    fed: list[str] = []
+    fed: dict[str, tuple[Node, Node]] = {}  # the input of ids and the lookup
     sources = set(placeholders(gm).values())
     for node in gm.graph.nodes:
         path, index = _lookup(gm, node)
@@ -51,7 +58,7 @@ def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
         if _biases_attention(graph, node):
             role = "relative"
         elif strip(index, VIEWS) in sources:
-            fed.append(site_id)
+            fed[site_id] = strip(index, VIEWS), node
             role = "type" if held.shape[0] <= 16 else "position"
         else:
             role = "type" if _is_type(gm, index, int(held.shape[0])) else "position"
@@ -62,10 +69,21 @@ def embeddings(graph: Walk, aliases: Mapping[str, str]) -> list[Site]:
         )  # fmt: skip
     if fed:
         largest = max(found[i].size for i in fed)
-        for site_id in fed:
-            if found[site_id].size == largest:
-                found[site_id] = replace(found[site_id], role="token")
+        tables = {i: fed[i] for i in fed if found[i].size == largest}
+        entering = {i for i, (_, lookup) in tables.items() if _enters(graph, lookup, roots)}
+        led = {tables[i][0] for i in entering}
+        for site_id, (ids, _) in tables.items():
+            role = "side" if ids in led and site_id not in entering else "token"
+            found[site_id] = replace(found[site_id], role=role)
     return list(found.values())
+
+
+def _enters(graph: Walk, lookup: Node, roots: Sequence[Node]) -> bool:
+    """Whether what is looked up becomes a part of a stream without passing a linear."""
+    wanted = set(roots)
+    return lookup in wanted or bool(
+        reaches(lookup, wanted.__contains__, lambda n: not graph.passes(n, CARRIES))
+    )
 
 
 def _biases_attention(graph: Walk, lookup: Node) -> bool:
@@ -172,12 +190,20 @@ def _normed(graph: Walk, node: Node) -> Node:
     stack = [i for i in inputs(node) if i.op != "get_attr"]
     while stack:
         current = stack.pop()
-        if is_op(current, NORM_PARTS | overloads("pow", "square")):
-            return graph.source(inputs(current)[0]) if inputs(current) else current
-        if current not in seen and is_op(current, VIEWS | MULS | ADDS):
+        if is_op(current, _SQUARES) and not _is_root(current):
+            return graph.source(inputs(current)[0])
+        if current not in seen and is_op(current, VIEWS | MULS | ADDS | NORM_PARTS):
             seen.add(current)
             stack.extend(inputs(current))
     return node
+
+
+def _is_root(node: Node) -> bool:
+    """Whether a value is a root or a reciprocal, maybe written as a power."""
+    if is_op(node, overloads("rsqrt", "reciprocal", "sqrt")):
+        return True
+    power = node.args[1] if is_op(node, overloads("pow")) and len(node.args) > 1 else None
+    return isinstance(power, float) and power in (-0.5, 0.5)
 
 
 def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
@@ -200,7 +226,6 @@ def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
             name = vector(weight)
             if name and isinstance(other, Node):
                 scaled = strip(other, VIEWS)
-                roots = overloads("rsqrt", "reciprocal", "sqrt")
-                if is_op(scaled, MULS) and any(is_op(i, roots) for i in inputs(scaled)):
+                if is_op(scaled, MULS) and any(_is_root(i) for i in inputs(scaled)):
                     return name, None
     return None

@@ -29,7 +29,7 @@ from ..aten import (
 from .walk import Walk
 
 _MOVES = overloads("permute", "transpose", "swapaxes")
-_CARRIES = VIEWS | NORM_PARTS | MULS | ADDS | ACTIVATIONS
+CARRIES = VIEWS | NORM_PARTS | MULS | ADDS | ACTIVATIONS
 
 
 @dataclass
@@ -170,20 +170,24 @@ class Streams:
 
     def place(self, residual: Residual) -> str:
         """The stream of a sum: that of the nearest sum that its stream operand comes from."""
-        found = None
+        found = self.above(residual.stream)
+        self.of[residual.add] = found or f"s{len(set(self.of.values()))}"
+        return self.of[residual.add]
+
+    def above(self, value: Node) -> str | None:
+        """The stream of the nearest sum that carries a value, None if there is none."""
         seen: set[Node] = set()
-        stack = [residual.stream]
-        while stack and found is None:
+        stack = [value]
+        while stack:
             node = stack.pop()
             if node in seen:
                 continue
             seen.add(node)
             if node in self.of:
-                found = self.of[node]
-            elif self.graph.passes(node, _CARRIES):
+                return self.of[node]
+            if self.graph.passes(node, CARRIES):
                 stack.extend(i for i in inputs(node) if i.op != "get_attr")
-        self.of[residual.add] = found or f"s{len(set(self.of.values()))}"
-        return self.of[residual.add]
+        return None
 
 
 def number(graph: Walk, sublayers: list[Sublayer]) -> None:

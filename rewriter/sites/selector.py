@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 WORDS = frozenset([
     "linear", "attention", "feedforward", "sublayer", "embedding", "norm", "conv", "experts",
-    "mixer", "q", "k", "v", "o", "attn", "ffn", "ffn.up", "ffn.gate", "ffn.down", "router",
-    "router.shared", "head", "other", "cross", "self", "mixer.in", "mixer.inner", "mixer.out",
-    "conv.depthwise", "conv.patch", "embedding.token", "embedding.position", "embedding.type",
-    "embedding.relative",
+    "mixer", "q", "k", "v", "o", "attn", "attn.gate", "ffn", "ffn.up", "ffn.gate", "ffn.down",
+    "router", "router.shared", "head", "other", "cross", "self", "mixer.in", "mixer.inner",
+    "mixer.out", "conv.depthwise", "conv.patch", "embedding.token", "embedding.position",
+    "embedding.type", "embedding.relative", "embedding.side",
 ])  # fmt: skip
 """Roles and kinds: the words that never name a module."""
 

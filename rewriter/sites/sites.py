@@ -6,12 +6,14 @@ A site names its graph nodes by node name, so that a fork of the graph keeps the
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import SiteError, nearest
 from .selector import choose
 
 
@@ -65,7 +67,8 @@ class LinearSite(Site):
         tied: other names of the same weight tensor, and other kinds of use.
         cross: a projection of a cross-attention.
         left: the calls are `W @ x`, with the features on the last axis but one.
-        sliced: the calls multiply by a slice of the stored weight (no branch can be added yet).
+        sliced: the calls multiply by a slice of the stored weight.
+        fixed: what keeps the calls from being those of a linear, '' if nothing does.
     """
 
     weight: str = ""
@@ -78,6 +81,14 @@ class LinearSite(Site):
     cross: bool = False
     left: bool = False
     sliced: bool = False
+    fixed: str = ""
+
+    @property
+    def obstacle(self) -> str:
+        """Why no branch can be put at the calls; '' if one can."""
+        if self.sliced:
+            return f"its calls multiply by a slice of {self.weight}, not by all of it"
+        return f"no branch can be put there: {self.fixed}" if self.fixed else ""
 
     @property
     def module(self) -> str:
@@ -98,6 +109,8 @@ class LinearSite(Site):
             parts.append(f"tied to {', '.join(self.tied)}")
         if len(self.nodes) > 1:
             parts.append(f"{len(self.nodes)} calls")
+        if self.obstacle:
+            parts.append(self.obstacle)
         return "; ".join(parts)
 
 
@@ -304,6 +317,14 @@ class Sites:
 
     items: tuple[Site, ...]
 
+    def __post_init__(self) -> None:
+        twice = [i for i, n in Counter(s.id for s in self.items).items() if n > 1]
+        if twice:
+            raise SiteError(
+                f"{len(twice)} ids belong to several sites each, first {twice[0]!r}. Please report "
+                "the model; no pass can tell them apart."
+            )
+
     def __iter__(self) -> Iterator[Site]:
         return iter(self.items)
 
@@ -311,10 +332,18 @@ class Sites:
         return len(self.items)
 
     def __getitem__(self, site_id: str) -> Site:
+        """The site of an id.
+
+        Raises:
+            SiteError: there is none (also a KeyError); names the nearest.
+        """
         for site in self.items:
             if site.id == site_id:
                 return site
-        raise KeyError(site_id)
+        raise SiteError(
+            f"there is no site {site_id!r} among {len(self.items)}. Nearest: "
+            f"{nearest(site_id, (s.id for s in self.items))}. Print program.sites to see them."
+        )
 
     def of(self, *kinds: str) -> tuple[Site, ...]:
         """The sites of the given kinds."""

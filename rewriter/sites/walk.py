@@ -6,12 +6,11 @@ leaves out sizes (a view by another tensor's size is no dataflow) and follows in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..aten import (
@@ -30,7 +29,6 @@ from ..aten import (
     SLICES,
     TRANSPOSED_CONVS,
     VIEWS,
-    attribute,
     inputs,
     is_index,
     is_op,
@@ -43,8 +41,8 @@ from ..aten import (
     written,
 )  # fmt: skip
 from ..capture.modes import AlphaDropout, BatchNorm, TrainingOnly
+from .products import is_grouped, matrix
 
-_TRANSPOSES = overloads("t", "transpose", "permute", "swapaxes", "mT", "numpy_T")
 UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
 """What lies between a projection and the attention that reads it: layout, rotation, norms."""
 FFN_UP = UP | ACTIVATIONS | POINTWISE
@@ -131,6 +129,10 @@ class Walk:
         """Whether `node` is computed from `source` (or is it)."""
         return bool(self._above[self.order[node]] >> self.order[source] & 1)
 
+    def depends_on_any(self, node: Node, sources: Iterable[Node]) -> bool:
+        """Whether `node` is computed from one of `sources`."""
+        return any(self.depends(node, source) for source in sources)
+
     def between(self, top: Node, bottom: Node) -> list[Node]:
         """The nodes computed from `top` that `bottom` is computed from, `bottom` included."""
         first, last = self.order[top], self.order[bottom]
@@ -152,43 +154,25 @@ class Walk:
         elif is_op(node, ATEN.addmm.default):
             bias, x, w = node.args[:3]
             in_out = True
-        elif (is_op(node, MATMULS) and not is_op(node, ATEN.baddbmm.default)) or (
-            node.op == "call_function" and "grouped_mm" in str(node.target)
-        ):
+        elif (is_op(node, MATMULS) and not is_op(node, ATEN.baddbmm.default)) or is_grouped(node):
             x, w = node.args[:2]
             in_out = True
-            if self._matrix(w) is None and self._matrix(x) is not None:
+            if matrix(self.gm, w) is None and matrix(self.gm, x) is not None:
                 x, w, left, in_out = w, x, True, False
         else:
             return None
-        found = self._matrix(w)
-        if found is None or not isinstance(x, Node):
+        stored = matrix(self.gm, w)
+        if stored is None or not isinstance(x, Node):
             return None
-        path, held, turned, rows = found
-        in_out = in_out != turned
+        in_out, rows, held = in_out != stored.turned, stored.rows, stored.held
+        height, width = int(held.shape[-2]), int(held.shape[-1])
         if in_out and rows is not None:
             return None
-        height, width = int(held.shape[-2]), int(held.shape[-1])
         named = parameter_of(bias)
         sizes = (height, width) if in_out else (width, len(rows) if rows else height)
         stack = int(held.shape[0]) if held.dim() == 3 else 0
         name = named[0] if named else None
-        return Linear(node, x, path, name, in_out, sizes, stack, left, rows)
-
-    def _matrix(self, node: object) -> tuple[str, Tensor, bool, tuple[int, ...] | None] | None:
-        """(path, parameter, transposed, rows used) of a stored matrix or stack of matrices."""
-        found = parameter_of(node)
-        if found is None:
-            return None
-        path, steps = found
-        held = attribute(self.gm, path)
-        if not isinstance(held, nn.Parameter) or held.dim() not in (2, 3):
-            return None
-        turned = sum(is_op(s, _TRANSPOSES) for s in steps) % 2 == 1
-        if not any(is_op(s, SLICES) for s in steps):
-            return path, held, turned, None
-        rows = _rows(held, steps) if held.dim() == 2 and not turned else None
-        return None if rows is None else (path, held, False, rows)
+        return Linear(node, x, stored.path, name, in_out, sizes, stack, left, rows)
 
     def _conv(self, node: Node) -> Conv | None:
         if not is_op(node, CONVS):
@@ -287,16 +271,3 @@ class Walk:
         if not is_op(node, ADDS) or len(two) != 2 or any(a.op == "get_attr" for a in two):
             return None
         return two[0], two[1]
-
-
-def _rows(held: Tensor, steps: Sequence[Node]) -> tuple[int, ...] | None:
-    """Which whole rows of a matrix are left after slicing, None if it is no such slice."""
-    if any(isinstance(a, Node) for s in steps for a in s.args[1:]):
-        return None
-    count, width = held.shape
-    index: Any = torch.arange(count).unsqueeze(1).expand(count, width)
-    for step in steps:
-        slicing: Any = step.target
-        index = slicing(index, *step.args[1:], **step.kwargs)
-    whole = index.dim() == 2 and index.shape[1] == width
-    return tuple(int(i) for i in index[:, 0]) if whole else None

@@ -1,0 +1,177 @@
+"""Products with stored matrices: what of a matrix a call multiplies by, and which calls read one in
+a way that no branch can stand beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ..aten import (
+    CASTS,
+    LINEAR,
+    MATMULS,
+    SLICES,
+    VIEWS,
+    attribute,
+    inputs,
+    is_op,
+    overloads,
+    parameter_of,
+    source_line,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from .walk import Walk
+
+PRODUCTS = MATMULS | {LINEAR} | overloads(
+    "addmm", "addbmm", "mv", "addmv", "dot", "inner", "tensordot", "einsum", "bilinear",
+    "chain_matmul", "linalg_multi_dot", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell",
+    "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+)  # fmt: skip
+"""Operators that multiply matrices."""
+
+_STILL = CASTS | overloads(
+    "contiguous", "clone", "lift_fresh_copy", "expand", "expand_as", "broadcast_to"
+)  # fmt: skip
+"""Steps that change no entry's place among the last axes."""
+
+
+def is_grouped(node: Node) -> bool:
+    """Whether a node multiplies groups of rows by a stack of matrices."""
+    return node.op == "call_function" and "grouped_mm" in str(node.target)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored matrix, or a stack of them, as a call reads it.
+
+    Attributes:
+        path: the parameter's name.
+        held: the parameter.
+        turned: it is read transposed.
+        rows: the rows that are read, None for all.
+    """
+
+    path: str
+    held: Tensor
+    turned: bool = False
+    rows: tuple[int, ...] | None = None
+
+
+def matrix(gm: GraphModule, node: object) -> Matrix | None:
+    """The stored matrix (or stack) that a value is, maybe transposed or some of its rows; None if
+    it is no such value."""
+    found = parameter_of(node)
+    if found is None:
+        return None
+    path, steps = found
+    held = attribute(gm, path)
+    if not isinstance(held, nn.Parameter) or held.dim() not in (2, 3):
+        return None
+    layout = _strided(tuple(held.shape), steps)
+    if layout is None:
+        return None
+    sizes, strides, start = layout
+    while len(sizes) > held.dim() and sizes[0] == 1:
+        sizes, strides = sizes[1:], strides[1:]
+    height, width = held.shape[-2:]
+    if held.dim() == 3:
+        each = (held.shape[0], height, width)
+        if start or sorted(sizes) != sorted(each) or sizes[0] != each[0]:
+            return None
+        if sizes == each and strides == (height * width, width, 1):
+            return Matrix(path, held)
+        turned = sizes == (each[0], width, height) and strides == (height * width, 1, width)
+        return Matrix(path, held, True) if turned else None
+    if len(sizes) != 2:
+        return None
+    for turned in (False, True):
+        count, across = reversed(sizes) if turned else sizes
+        step, along = reversed(strides) if turned else strides
+        if across != width or along != 1 or start % width or (step % width and count > 1):
+            continue
+        first, every = start // width, step // width if count > 1 else 1
+        rows = tuple(range(first, first + count * every, every))
+        return Matrix(path, held, turned, None if rows == tuple(range(height)) else rows)
+    return None
+
+
+def _strided(
+    size: tuple[int, ...], steps: Sequence[Node]
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """(sizes, strides, offset) of what views leave of a contiguous tensor of `size`; None if they
+    copy or depend on a size of the input."""
+    base = view = torch.empty(size, device="meta")
+    for step in steps:
+        if is_op(step, _STILL):
+            continue
+        if any(isinstance(a, Node) for a in step.all_input_nodes[1:]):
+            return None
+        target: Any = step.target
+        try:
+            view = target(view, *step.args[1:], **step.kwargs)
+        except (RuntimeError, TypeError, IndexError, NotImplementedError):
+            return None
+    if not isinstance(view, Tensor):
+        return None
+    if view.untyped_storage()._cdata != base.untyped_storage()._cdata:
+        return None  # a copy
+    return tuple(view.shape), tuple(view.stride()), int(view.storage_offset())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A product with a stored matrix beside which no branch can stand, and why."""
+
+    node: Node
+    weight: str
+    reason: str
+
+
+def readings(graph: Walk) -> Iterator[Reading]:
+    """The products of a value that depends on the input with a stored matrix that are no linear,
+    each weight of each product once."""
+    varying = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in graph.nodes:
+        if node in graph.linears or not (is_op(node, PRODUCTS) or is_grouped(node)):
+            continue
+        fixed = [i for i in inputs(node) if not graph.depends_on_any(i, varying)]
+        if len(fixed) == len(inputs(node)):
+            continue
+        for operand in fixed:
+            for path, between in _stored(graph, operand).items():
+                yield Reading(node, path, _why(node, between))
+
+
+def _stored(graph: Walk, operand: Node) -> dict[str, list[Node]]:
+    """The stored matrices that a value is computed from, with the steps between."""
+    stored: dict[str, list[Node]] = {}
+    seen: set[Node] = set()
+    stack: list[tuple[Node, list[Node]]] = [(operand, [])]
+    while stack:
+        node, below = stack.pop()
+        if node in seen or graph.weighted(node):
+            continue  # what a linear multiplies by is the linear's
+        seen.add(node)
+        if node.op == "get_attr":
+            held = attribute(graph.gm, str(node.target))
+            if isinstance(held, nn.Parameter) and held.dim() > 1:
+                stored.setdefault(str(node.target), below)
+            continue
+        stack.extend((i, [*below, node]) for i in inputs(node))
+    return stored
+
+
+def _why(node: Node, steps: Sequence[Node]) -> str:
+    line = source_line(node)
+    where = f"{node.name}{f' ({line})' if line else ''}"
+    changed = [s for s in steps if not is_op(s, VIEWS | SLICES)]
+    if changed:
+        return f"{changed[-1].name} changes its values before {where} multiplies by them"
+    return f"{where} multiplies by {'a view of it' if steps else 'it'}, and is no plain linear"
