@@ -83,6 +83,8 @@ def capture(
     about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
+    if entry and traced and not _agrees(Trial(model, traced.module, traced.spec, tensors)):
+        traced = entry.outdated("the model computes something else than it did")
     if traced is None:
         traced = _trace(model, spec, tensors, shapes, aliases)
         if entry:
@@ -140,7 +142,14 @@ def _trace(
             part_modes(gm, _canonical(trace(training=False), aliases))
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
-    return Traced(gm, spec, discover(gm, aliases, given), sizes.symbols)
+    read: set[str] = set()
+    sites = discover(gm, aliases, given, read)
+    return Traced(gm, spec, sites, sizes.symbols, frozenset(read))
+
+
+def _agrees(trial: Trial) -> bool:
+    """Whether nothing speaks against a graph of which nobody knows what it was traced with."""
+    return trial.agrees() and not trial.wrong_updates()
 
 
 def _canonical(
