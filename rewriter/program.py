@@ -14,7 +14,7 @@ from .edits.trained import ITSELF
 from .errors import CaptureError, PassError, nearest
 from .generate import generate
 from .history import Attachment, Record
-from .module import CapturedModule, fork_module, same_view
+from .module import CapturedModule, fork_module, outside_inference, same_view
 from .sharded import reshard
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
@@ -289,6 +289,7 @@ class Program:
             )
         return self._moved(torch.device(device), {})
 
+    @outside_inference
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
         # `done`: moved tensors by what they were, since what programs share before, they share
         # after; and those that stay.
@@ -307,6 +308,7 @@ class Program:
         origin = self.origin._moved(device, done) if self.origin is not None else None
         return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
 
+    @outside_inference
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         reshard(self.module)

@@ -2,10 +2,10 @@
 
 An entry is one file, a checksum and strict JSON (`graphfile.py`), named by a hash of everything
 that a trace depends on: the code of the model's classes, every attribute of its modules, names,
-shapes, dtypes and ties of its tensors, inputs, constants of the modules and classes that its code is
-in, and versions. It also lists the source files that the traced operations came from, and the inputs
-and buffers whose values decided what the sites are, with their hashes. What is recalled is tried
-against the model, see `capture`. What cannot be described or written is not
+shapes, dtypes and ties of its tensors, inputs, constants of the modules and classes that its code
+is in, and versions. It also lists the source files that the traced operations came from, and the
+inputs and buffers whose values decided what the sites are, with their hashes. What is recalled is
+tried against the model, see `capture`. What cannot be described or written is not
 cached; an entry that is damaged or stale is traced again and replaced. Neither is ever an error.
 """
 

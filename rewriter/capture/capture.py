@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from ..aten import placeholders, set_attribute
 from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
-from ..module import CapturedModule, state_buffers
+from ..module import CapturedModule, outside_inference, state_buffers
 from ..program import Program
 from ..sites.discover import discover
 from .cache import Entry, Traced, place
@@ -41,6 +41,7 @@ from .trial import Trial, settle
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
 
 
+@outside_inference
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -226,6 +227,7 @@ def _bind(
         raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
     if dtype is not None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    tensors = {n: t.clone() if t.is_inference() else t for n, t in tensors.items()}
     _check_example(model, tensors)
     inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
     return InputSpec(inputs, {}, names, constants, structure, variadic), tensors
