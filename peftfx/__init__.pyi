@@ -21,6 +21,7 @@ from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
+from .passes.selective.train import Train as Train
 from .rewriter.blocks.outline import inline as inline
 from .rewriter.blocks.outline import outline as outline
 from .rewriter.capture.capture import capture as capture

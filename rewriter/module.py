@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,20 @@ from .aten import attribute, set_attribute, submodule, updates_stored
 from .capture.placement import relocate
 from .errors import CaptureError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class CapturedModule(GraphModule):
     """A graph module that moves between devices as a whole and refuses another dtype."""
+
+    def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
+        if own_attribute(root, "device") is not None:  # every instance has a class of its own
+            type(self).device = property(lambda me: own_attribute(me, "device"))
+        super().__init__(root, graph, class_name)
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return functools.partial(CapturedModule.__init__, class_name=type(self).__name__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.cuda()`, `.half()` and the like call, for every tensor.
@@ -29,17 +41,47 @@ class CapturedModule(GraphModule):
         Raises:
             CaptureError: it would change a floating-point dtype; nothing is changed.
         """
-        before = self.device
+        before = device_of(self)
         keeps_dtype(self, fn, before)
         super()._apply(fn, recurse)
-        if self.device != before:
-            relocate(self, before, self.device)
+        if (after := device_of(self)) != before:
+            relocate(self, before, after)
         return self
 
     @property
-    def device(self) -> torch.device:
-        """The device of the stored tensors."""
+    def device(self) -> Any:
+        """The device of the stored tensors; what the model itself calls so, if anything."""
         return device_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles code, not nodes, as torch does; what is read back is of this class again."""
+        return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+def _unpickled(build: Callable[..., GraphModule], arguments: Any, name: str) -> CapturedModule:
+    gm = build(*arguments)
+    made = CapturedModule(gm, gm.graph, class_name=name)
+    copy_modes(gm, made)
+    return made
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """The child, parameter or buffer that a module has under a name, which a class may hide."""
+    tables: tuple[Any, ...] = (module._modules, module._parameters, module._buffers)
+    return next((table[name] for table in tables if name in table), None)
+
+
+def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
+    """Lets what a function makes be trained, although it is called in inference mode."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called
 
 
 def device_of(module: nn.Module) -> torch.device:

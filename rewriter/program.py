@@ -15,7 +15,7 @@ from .errors import CaptureError, PassError, nearest
 from .fingerprint import Fingerprints, take
 from .generate import generate
 from .history import Attachment, Record
-from .module import CapturedModule, fork_module, same_view
+from .module import CapturedModule, fork_module, outside_inference, same_view
 from .sharded import reshard
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
@@ -296,6 +296,7 @@ class Program:
             )
         return self._moved(torch.device(device), {})
 
+    @outside_inference
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
         # `done`: moved tensors by what they were, since what programs share before, they share
         # after; and those that stay.
@@ -314,6 +315,7 @@ class Program:
         origin = self.origin._moved(device, done) if self.origin is not None else None
         return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
 
+    @outside_inference
     def fork(self) -> Program:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         reshard(self.module)

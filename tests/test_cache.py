@@ -240,3 +240,92 @@ def test_arguments_read_back() -> None:
         assert graphfile.decode(written, []) == item
     with pytest.raises(ValueError, match="object"):
         graphfile.encode(object(), {})
+
+
+GLOBALS = """
+import torch
+from torch import nn
+SCALE, RATES = 1.0, {"drop": 0.5}
+class Net(nn.Module):
+    power = 1
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.hidden = [1.0]
+    def forward(self, x):
+        return nn.functional.dropout(self.fc(x) * SCALE, RATES["drop"], self.training) ** self.power
+"""
+
+
+def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "cached_globals.py").write_text(GLOBALS)
+    module: Any = importlib.import_module("cached_globals")
+    model, x = module.Net().eval(), torch.randn(2, 4)
+
+    def recalls() -> str:
+        program = peftfx.capture(model, (x,), cache=tmp_path / "cache")
+        for mode in (True, False):
+            program.train(mode), model.train(mode)
+            torch.manual_seed(0)
+            got = program(x)
+            torch.manual_seed(0)
+            assert torch.equal(got, model(x))
+        return program.cached
+
+    assert [recalls(), recalls()] == ["stored", "recalled"]
+    module.SCALE = 3.0
+    assert [recalls(), recalls()] == ["stored", "recalled"]
+    module.RATES["drop"] = 0.25  # in training only
+    assert [recalls(), recalls()] == ["stored", "recalled"]
+    module.Net.power = 2
+    assert [recalls(), recalls()] == ["stored", "recalled"]
+
+
+def test_what_is_recalled_is_tried(tmp_path: Path, monkeypatch: Any) -> None:
+    """State that no key can hold: what a function of another module returns."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "cached_state.py").write_text(
+        "import random\nfrom torch import nn\nclass Scale:\n    __slots__ = ('value',)\n"
+        "STATE = Scale()\nSTATE.value = 1.0\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.fc = nn.Linear(4, 4)\n"
+        "    def forward(self, x):\n        return self.fc(x) * STATE.value\n"
+    )
+    module: Any = importlib.import_module("cached_state")
+    model, x = module.Net().eval(), torch.randn(2, 4)
+    notes: list[str] = []
+    for value in (1.0, 1.0, 3.0, 3.0):
+        module.STATE.value = value
+        program = peftfx.capture(model, (x,), cache=tmp_path / "cache")
+        assert torch.equal(program(x), model(x))
+        notes.append(program.cached)
+    assert notes[:2] == ["stored", "recalled"] and notes[3] == "recalled"
+    assert notes[2] == "stored again: the model computes something else than it did"
+
+
+class Masked(nn.Module):
+    """One attention whose mask is an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p(x)[:, None] for p in (self.q, self.k, self.v))
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return x + self.o(seen[:, 0])
+
+
+def test_the_content_of_a_mask_that_sites_depend_on(tmp_path: Path) -> None:
+    model, x = Masked().eval(), torch.randn(2, 5, 8)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+
+    def recall(x: torch.Tensor, mask: torch.Tensor) -> tuple[str, bool]:
+        program = peftfx.capture(model, (x, mask), cache=tmp_path)
+        (site,) = program.sites.of("attention")
+        return program.cached, getattr(site, "causal")  # noqa: B009
+
+    assert recall(x, causal) == ("stored", True)
+    assert recall(x + 1, causal) == ("recalled", True)  # no site depends on that
+    note, found = recall(x, torch.ones(5, 5, dtype=torch.bool))
+    assert note.startswith("stored again: a mask") and not found

@@ -168,7 +168,7 @@ def test_a_parameter_asked_for_behind_a_pass_is_refused_by_name(tmp_path: Path) 
 def test_a_model_without_that_parameter_is_refused(tmp_path: Path) -> None:
     peftfx.save(moved(peftfx.capture(chosen_head(), (X,))), tmp_path / "a")
     program = peftfx.run(peftfx.capture(Classifier(), (X,)), "peqa{where=name:head,group=8}")
-    with pytest.raises(ArtifactError, match="'head.weight', which was trained, is no parameter"):
+    with pytest.raises(ArtifactError, match=r"'head.weight', which was trained, is no parameter"):
         peftfx.load(program, tmp_path / "a")
 
 

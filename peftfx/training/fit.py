@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..rewriter.errors import NonFiniteError, OptionError
-from ..rewriter.module import modes_kept
+from ..rewriter.module import device_of, modes_kept
 from ..rewriter.program import Program
 from ..rewriter.running.controller import Controllers
 from ..rewriter.running.pipeline import run
@@ -121,7 +121,7 @@ def fit(
     optimizer = torch.optim.AdamW(controllers.param_groups(1.0, weight_decay))
     scales = [group["lr"] for group in optimizer.param_groups]
     controllers.start(optimizer, total)
-    device = program.module.device
+    device = device_of(program.module)
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=autocast is not None)
     losses: list[float] = []
     seconds: list[float] = []

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
+from ..rewriter.module import device_of
 from ..rewriter.program import Program
 from ..rewriter.running.verify import TOLERANCE, evaluation, floats, gaps
 from ..rewriter.storage.artifact import save
@@ -228,7 +229,7 @@ def original(program: Program, config: Any) -> Any:
             f"{kind.__name__} cannot hold the program's tensors: {str(error).splitlines()[-1]} "
             "Save the program itself (peftfx.save_program), or its adapters (peftfx.save)."
         ) from error
-    _compare(program, model.eval().to(program.module.device))
+    _compare(program, model.eval().to(device_of(program.module)))
     return model
 
 
@@ -268,7 +269,7 @@ def _narrow(program: Program, config: Any, cut: list[str]) -> None:
 
 
 def _compare(program: Program, model: Any) -> None:
-    sample = {n: t.to(program.module.device) for n, t in program.sample.items()}
+    sample = {n: t.to(device_of(program.module)) for n, t in program.sample.items()}
     args, kwargs = program.spec.arguments(sample)
     cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
     with evaluation(program), torch.no_grad():

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from ..aten import attribute
 from ..errors import BlockError
 from .kept import watched
+from .names import names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ def size(*parts: Storages) -> int:
 
 def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
     """Runs one forward pass without checkpointing and looks at what autograd would save."""
-    blocks = module.blocks
+    blocks = names(module).blocks
     known = {p.untyped_storage()._cdata for p in module.parameters()}
     saved = Saved({}, tuple({} for _ in blocks), tuple({} for _ in blocks))
     current: list[Storages] = [saved.outside]
@@ -171,7 +172,7 @@ class Report:
 
 def report(module: Outlined, saved: Saved) -> Report:
     """See `Outlined.report`."""
-    blocks = module.blocks
+    blocks = names(module).blocks
     rows = [
         Row(block.path, block.label, size(inside), size(entering), block.checkpointed)
         for block, inside, entering in zip(blocks, saved.inside, saved.entering, strict=True)
@@ -182,7 +183,7 @@ def report(module: Outlined, saved: Saved) -> Report:
 
 def reached(module: Outlined) -> set[str]:
     """Paths of the blocks that gradients pass through; the others save nothing."""
-    paths = {block.path for block in module.blocks}
+    paths = {block.path for block in names(module).blocks}
     live: set[Node] = set()
     found: set[str] = set()
     for node in module.graph.nodes:

@@ -22,6 +22,7 @@ from ..module import copy_graph, device_of, keeps_dtype
 from ..program import Program
 from .checkpointing import Report, Saved, choose, measure, reached, report
 from .kept import Kept
+from .names import names
 from .offload import Offload, aside, staying
 from .partition import Part
 from .recompute import Recompute, compiled
@@ -37,20 +38,21 @@ class Traced(nn.Module):
 
     def trace(self, graph: Graph) -> None:
         """Runs `graph` from now on; its inputs are the signature of `run`."""
-        self.graph = graph
+        own = names(self)
+        own.graph = graph
         code = graph.python_code("self")
         codegen = graph._codegen
         if isinstance(codegen, _PyTreeCodeGen):
             info: Any = codegen.pytree_info
             self._in_spec, self._out_spec = info.in_spec, info.out_spec
-        self.run = MethodType(_forward_from_src(code.src, code.globals), self)
+        own.run = MethodType(_forward_from_src(code.src, code.globals), self)
 
     def fixed(self) -> list[Any]:
         """What copies of the module share."""
-        return [self.graph, self._in_spec, self._out_spec]
+        return [names(self).graph, self._in_spec, self._out_spec]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo |= {id(held): held for held in self.fixed()}
+        memo |= {id(held): held for held in names(self).fixed()}
         made = memo[id(self)] = type(self).__new__(type(self))
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
@@ -142,6 +144,9 @@ class Flat:
 class Outlined(Traced):
     """A program's module with callable blocks and regions; see `outline`.
 
+    Where the model has a child or tensor of the name of something here (vision transformers have
+    `blocks`), that name is the model's; `peftfx_outlined` has all of this under its names.
+
     Attributes:
         flat: the program without its tensors.
     """
@@ -150,25 +155,32 @@ class Outlined(Traced):
 
     def __init__(self, flat: Flat, paths: tuple[str, ...]) -> None:
         super().__init__()
-        self.flat, self._paths = flat, paths
+        own = names(self)
+        own.flat, own._paths = flat, paths
 
     def fixed(self) -> list[Any]:
-        return [*super().fixed(), self.flat]
+        return [*super().fixed(), names(self).flat]
+
+    @property
+    def peftfx_outlined(self) -> Outlined:
+        """What this class defines, whatever the names of the model's children."""
+        found: Any = names(self)
+        return found
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks, in the order in which they run."""
-        found: Any = tuple(self.get_submodule(path) for path in self._paths)
+        found: Any = tuple(self.get_submodule(path) for path in names(self)._paths)
         return found
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """The regions that run on some tokens, in the order in which they run."""
-        return tuple(region for block in self.blocks for region in block.regions)
+        return tuple(region for block in names(self).blocks for region in block.regions)
 
     def trace(self, graph: Graph) -> None:
         super().trace(graph)
-        self.forward = self.run
+        self.forward = names(self).run
 
     def checkpoint(
         self, which: bool | int | Sequence[int], inputs: Mapping[str, Tensor] | None = None
@@ -185,11 +197,11 @@ class Outlined(Traced):
         Raises:
             BlockError: there is no such block, or the budget cannot be met.
         """
-        blocks = self.blocks
+        blocks = names(self).blocks
         if isinstance(which, bool):
             chosen = range(len(blocks)) if which else ()
         elif isinstance(which, int):
-            chosen = choose(self.saved(inputs), which)
+            chosen = choose(names(self).saved(inputs), which)
         else:
             chosen = [range(len(blocks))[i] for i in which if -len(blocks) <= i < len(blocks)]
             if len(chosen) != len(which):
@@ -203,7 +215,7 @@ class Outlined(Traced):
 
     def saved(self, inputs: Mapping[str, Tensor] | None = None) -> Saved:
         """What one forward pass saves for the backward pass, by block; runs one."""
-        return measure(self, self.flat.program.sample if inputs is None else inputs)
+        return measure(self, names(self).flat.program.sample if inputs is None else inputs)
 
     def report(self, inputs: Mapping[str, Tensor] | None = None) -> Report:
         """Bytes saved for the backward pass, with and without checkpointing; prints as a table.
@@ -211,7 +223,7 @@ class Outlined(Traced):
         Args:
             inputs: what is measured on (default: the sample of the capture).
         """
-        return report(self, self.saved(inputs))
+        return report(self, names(self).saved(inputs))
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
@@ -240,11 +252,11 @@ class Outlined(Traced):
                 "other kind needs a block's inputs to require gradients, which those of frozen "
                 "models do not. Leave these options out."
             )
-        self.checkpoint(range(0, len(self.blocks), every_n_layers))
+        names(self).checkpoint(range(0, len(names(self).blocks), every_n_layers))
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps the values of all blocks again."""
-        self.checkpoint(False)
+        names(self).checkpoint(False)
 
     def units(self, count: int) -> tuple[tuple[Block, ...], ...]:
         """The blocks in `count` groups of consecutive ones, as even as can be.
@@ -252,7 +264,7 @@ class Outlined(Traced):
         Raises:
             BlockError: there are fewer blocks than that.
         """
-        blocks = self.blocks
+        blocks = names(self).blocks
         if not 1 <= count <= len(blocks):
             raise BlockError(
                 f"{len(blocks)} blocks cannot be put into {count} groups. Choose 1 to "
@@ -272,21 +284,21 @@ class Outlined(Traced):
             keeps_dtype(self, fn, before)
             super()._apply(fn, recurse)
             after = device_of(self)
-        self.follow(before, after)
+        names(self).follow(before, after)
         return self
 
     def follow(self, before: torch.device, after: torch.device) -> None:
         """Moves the devices that the graphs name behind the tensors."""
         if after == before:
             return
-        for traced in (self, *self.blocks, *self.regions):
-            graph = copy_graph(traced.graph)
+        for traced in (self, *names(self).blocks, *names(self).regions):
+            graph = copy_graph(names(traced).graph)
             relocate_graph(graph, before, after)
-            traced.trace(graph)
-        graph = copy_graph(self.flat.graph)
+            names(traced).trace(graph)
+        graph = copy_graph(names(self).flat.graph)
         relocate_graph(graph, before, after)
-        moved = self.flat.program._moved(after, staying(self))
-        if self.flat.program.origin is None:
+        moved = names(self).flat.program._moved(after, staying(self))
+        if names(self).flat.program.origin is None:
             moved = replace(moved, origin=None)
-        self.flat = Flat(moved, graph, self.flat.name)
+        names(self).flat = Flat(moved, graph, names(self).flat.name)
         relocate(self, before, after)

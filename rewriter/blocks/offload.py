@@ -22,6 +22,7 @@ from ..errors import BlockError
 from ..module import same_view, sharing_module
 from ..program import Program
 from .kept import Kept, Recipe
+from .names import names
 
 if TYPE_CHECKING:
     from .module import Block, Outlined, Region
@@ -60,7 +61,7 @@ def offload(module: Outlined) -> None:
             "offload=True, but nothing in the blocks is frozen. Insert an adapter first "
             "(run(program, 'lora')), or leave offload out."
         )
-    for block in module.blocks:
+    for block in names(module).blocks:
         block.kept = block.kept or Kept()
         for inner in (block, *block.regions):
             inner.offload = Offload(block.kept)
@@ -70,10 +71,10 @@ def offload(module: Outlined) -> None:
         view = same_view(parameter)
         _to_cpu(parameter)
         moved[view] = parameter.data
-    origin = module.flat.program.origin
+    origin = names(module).flat.program.origin
     if origin is not None:
-        program = replace(module.flat.program, origin=_base(origin, module, moved))
-        module.flat = replace(module.flat, program=program)
+        program = replace(names(module).flat.program, origin=_base(origin, module, moved))
+        names(module).flat = replace(names(module).flat, program=program)
 
 
 def _base(origin: Program, module: Outlined, moved: Mapping[Any, Tensor]) -> Program:
@@ -90,15 +91,15 @@ def _base(origin: Program, module: Outlined, moved: Mapping[Any, Tensor]) -> Pro
 
 def staying(module: Outlined) -> dict[Any, Tensor]:
     """Offloaded tensors of the program as captured, for `Program._moved`."""
-    origin = module.flat.program.origin
-    if origin is None or not any(b.offload for b in module.blocks):
+    origin = names(module).flat.program.origin
+    if origin is None or not any(b.offload for b in names(module).blocks):
         return {}
     held = origin.module.named_parameters()
     return {same_view(p): p.data for n, p in held if _inside(n, module) and not p.is_meta}
 
 
 def _inside(name: str, module: Outlined) -> bool:
-    return any(name.startswith(f"{block.path}.") for block in module.blocks)
+    return any(name.startswith(f"{block.path}.") for block in names(module).blocks)
 
 
 def _fetching(traced: Block | Region) -> Graph:
@@ -123,7 +124,7 @@ def _fetching(traced: Block | Region) -> Graph:
 
 def _frozen(module: Outlined) -> dict[tuple[nn.Module, str], nn.Parameter]:
     """The frozen parameters below blocks, by owner and name."""
-    owners = [m for b in module.blocks for m in b.modules()]
+    owners = [m for b in names(module).blocks for m in b.modules()]
     return {
         (owner, name): parameter
         for owner in owners
@@ -142,7 +143,7 @@ def _to_cpu(parameter: nn.Parameter) -> None:
 @contextlib.contextmanager
 def aside(module: Outlined) -> Generator[None]:
     """Takes what is offloaded out of a module while it moves to another device."""
-    held = _frozen(module) if any(b.offload for b in module.blocks) else {}
+    held = _frozen(module) if any(b.offload for b in names(module).blocks) else {}
     try:
         for owner, name in held:
             owner._parameters[name] = None

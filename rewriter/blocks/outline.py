@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..aten import value
+from ..errors import BlockError
 from ..module import CapturedModule, copy_graph, sharing_module
 from ..program import Program
 from ..sharded import reshard
 from .module import Block, Flat, Outlined, Region
+from .names import TRACED, names, yielding
 from .offload import offload as move_out
 from .partition import Part, partition
 from .recompute import recompute as compute_again
@@ -62,12 +64,14 @@ def outline(
     nothing.output(None)
     without = replace(program, module=CapturedModule(nn.Module(), nothing))
     flat = Flat(without, copy_graph(gm.graph), type(gm).__name__)
-    kind: Any = type(flat.name, (Outlined,), {})
+    kind: Any = yielding(Outlined, flat.name, gm)
     module: Outlined = kind(flat, tuple(part.path for part in parts))
     _adopt(module, sharing_module(gm, gm.graph, flat.name))
     for part in parts:
         block = Block(part, module)
-        _adopt(block, module.get_submodule(part.path))
+        holder = module.get_submodule(part.path)
+        _names_free(block, holder, part.path)
+        _adopt(block, holder)
         module.set_submodule(part.path, block)
         for inner in part.parts:
             module.set_submodule(inner.path, Region(inner, module))
@@ -79,15 +83,26 @@ def outline(
     if recompute:
         compute_again(module)
     if checkpoint is not False:
-        module.checkpoint(checkpoint, inputs)
+        names(module).checkpoint(checkpoint, inputs)
     return module
 
 
 def inline(module: Outlined) -> Program:
     """The flat program of an outlined module, with the Parameter objects that it has now."""
     reshard(module)  # a forward leaves gathered tensors in the place of shards
-    flat = module.flat
+    flat = names(module).flat
     return replace(flat.program, module=sharing_module(module, flat.graph, flat.name))
+
+
+def _names_free(block: Block, holder: nn.Module, path: str) -> None:
+    """Raises BlockError where a block's own attribute would hide a child or tensor of it."""
+    own = {*holder._modules, *holder._parameters, *holder._buffers}
+    taken = sorted(own & ((set(dir(block)) | TRACED) - set(dir(nn.Module()))))
+    if taken:
+        raise BlockError(
+            f"{path} has a child or tensor called {taken[0]!r}, which blocks use themselves. "
+            "Rename it in the model, or train program.module without outlining it."
+        )
 
 
 def _adopt(module: nn.Module, holder: nn.Module) -> None:
@@ -102,9 +117,9 @@ def _adopt(module: nn.Module, holder: nn.Module) -> None:
 def _cut(module: Outlined, order: tuple[Part | Node, ...]) -> None:
     """Gives the root and every part its own part of the graph."""
     graph = Graph()
-    graph.set_codegen(module.flat.graph._codegen)
+    graph.set_codegen(names(module).flat.graph._codegen)
     _copy(module, order, graph, {}, "")
-    module.trace(graph)
+    names(module).trace(graph)
 
 
 def _cut_part(module: Outlined, part: Part) -> tuple[list[Node], list[Node]]:

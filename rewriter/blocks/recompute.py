@@ -34,6 +34,7 @@ from ..aten import (
     written,
 )  # fmt: skip
 from .kept import Kept, Recipe
+from .names import names
 
 if TYPE_CHECKING:
     from .module import Outlined
@@ -112,7 +113,7 @@ def compiled() -> Any:
 
 def recompute(module: Outlined) -> None:
     """Lets all blocks keep how cheap values are computed instead of the values."""
-    for block in module.blocks:
+    for block in names(module).blocks:
         block.kept = block.kept or Kept()
         parts = (block, *block.regions)
         pure = not any(written(node) for part in parts for node in part.graph.nodes)

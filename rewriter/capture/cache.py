@@ -2,8 +2,10 @@
 
 An entry is one file, a checksum and strict JSON (`graphfile.py`), named by a hash of everything
 that a trace depends on: the code of the model's classes, every attribute of its modules, names,
-shapes, dtypes and ties of its tensors, inputs, and versions. It also lists the source files that
-the traced operations came from, with their hashes. What cannot be described or written is not
+shapes, dtypes and ties of its tensors, inputs, constants of the modules and classes that its code
+is in, and versions. It also lists the source files that the traced operations came from, and the
+inputs and buffers whose values decided what the sites are, with their hashes. What is recalled is
+tried against the model, see `capture`. What cannot be described or written is not
 cached; an entry that is damaged or stale is traced again and replaced. Neither is ever an error.
 """
 
@@ -15,7 +17,7 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ class Traced:
     spec: InputSpec
     sites: Sites
     symbols: Mapping[str, str]
+    read: frozenset[str] = frozenset()
+    """Inputs and stored tensors whose values the sites depend on."""
 
 
 def place(cache: bool | str | Path) -> Path:
@@ -68,7 +72,7 @@ class Entry:
         self, directory: Path, model: nn.Module, inputs: Mapping[str, Tensor], about: Any,
         aliases: Mapping[str, str],
     ) -> None:  # fmt: skip
-        self.model, self.path = model, None
+        self.model, self.inputs, self.path = model, inputs, None
         self.note = ""
         self.packages = frozenset(
             type(m).__module__.partition(".")[0] for m in model.modules()
@@ -92,12 +96,15 @@ class Entry:
             for file, digest in data["files"].items():
                 if _file_digest(Path(file)) != digest:
                     raise ValueError(f"{file} has changed")
+            if data["values"] != self._digests(data["values"]):
+                raise ValueError("a mask or a buffer that the sites depend on has other values")
             name = type(self.model).__name__
             found = Traced(
                 read_graph(data["graph"], self.held, self.packages, name),
                 InputSpec.from_json(data["spec"]),
                 Sites(decode(data["sites"], [])),
                 dict(data["symbols"]),
+                frozenset(data["values"]),
             )
         except FileNotFoundError:
             self.note = "stored"
@@ -107,6 +114,16 @@ class Entry:
             return None
         self.note = "recalled"
         return found
+
+    def outdated(self, why: str) -> None:
+        """Notes that what was recalled does not hold any more."""
+        self.note = f"stored again: {why}"
+
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Hashes of inputs and buffers; parameters are looked at in structure only."""
+        held = {n: t for n, (t, _) in self.held.items() if not isinstance(t, nn.Parameter)}
+        known = held | dict(self.inputs)
+        return {n: tensor_digest(known[n]) for n in names if n in known and not known[n].is_meta}
 
     def store(self, traced: Traced) -> None:
         """Writes a capture, if it reads back as it is."""
@@ -120,6 +137,7 @@ class Entry:
                 "spec": traced.spec.to_json(),
                 "sites": encode(tuple(traced.sites), {}),
                 "symbols": dict(traced.symbols),
+                "values": self._digests(sorted(traced.read)),
                 "files": {f: _file_digest(Path(f)) for f in sorted(files) if Path(f).is_absolute()},
             }
             body = write_json(data)
@@ -169,7 +187,8 @@ def _key(
         "about": describe(about),
         "state": [str(torch.get_default_dtype()), torch.is_autocast_enabled()],
         "versions": {p: _version(p) for p in sorted(packages | {"torch", "peftfx"})},
-        "code": dict(sorted(describe.files.items())), "self": _own_digest(),
+        "code": dict(sorted(describe.files.items())),
+        "constants": dict(sorted(describe.constants.items())), "self": _own_digest(),
     }  # fmt: skip
     return hashlib.sha256(write_json(payload)).hexdigest()
 
@@ -214,6 +233,7 @@ class _Description:
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
         self._known: dict[int, str] = {}
         self._alive: list[Any] = []
 
@@ -263,6 +283,8 @@ class _Description:
     def _class(self, kind: type[Any]) -> Any:
         for base in kind.__mro__:
             self._source(base.__module__)
+            if base.__module__ in self.files:
+                self._constants(f"{base.__module__}.{base.__qualname__}", vars(base))
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def _function(self, item: Any) -> Any:
@@ -274,6 +296,12 @@ class _Description:
         bound = None if owner is None or isinstance(owner, type(sys)) else self(owner)
         return ["function", item.__qualname__, line, bound, self(cells)]
 
+    def _constants(self, owner: str, namespace: Mapping[str, Any]) -> None:
+        """Notes the values of a module's or class's plain variables: code reads them, and they may
+        be other ones than the source says."""
+        items = {n: v for n, v in namespace.items() if not n.startswith("__")}
+        self.constants[owner] = {n: repr(v) for n, v in sorted(items.items()) if _is_plain(v)}
+
     def _source(self, module: str) -> None:
         """Notes a module's code and, unless it is installed (its version says enough), that of
         all modules that it names."""
@@ -284,6 +312,7 @@ class _Description:
         if file is None:
             raise ValueError(f"the code of {module!r} is in no file")
         self.files[module] = _file_digest(Path(file))
+        self._constants(module, vars(sys.modules[module]))
         if "site-packages" in file or "dist-packages" in file:
             return
         for item in list(vars(sys.modules[module]).values()):
@@ -291,3 +320,16 @@ class _Description:
             name = item.__name__ if is_module else getattr(item, "__module__", None)
             if isinstance(name, str) and getattr(sys.modules.get(name), "__file__", None):
                 self._source(name)
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether a value is a number, text or a short container of such, which `repr` says all of."""
+    match item:
+        case None | bool() | int() | float() | complex() | str() | torch.dtype():
+            return True
+        case tuple() | list():
+            return len(item) <= 64 and all(_is_plain(i) for i in item)  # pyright: ignore
+        case dict():
+            return len(item) <= 64 and all(_is_plain(i) for i in (*item, *item.values()))  # pyright: ignore
+        case _:
+            return False

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import ATEN, CASTS, attribute, erase_dead, is_float, is_op, overloads, value
+from ..aten import (
+    ATEN,
+    CASTS,
+    attribute,
+    erase_dead,
+    is_float,
+    is_op,
+    named_arguments,
+    overloads,
+    value,
+)
 from ..errors import CaptureError
 
 _SLICE = ATEN.slice.Tensor
@@ -65,7 +75,7 @@ def _is_noop(node: Node) -> bool:
             and isinstance(after, Tensor)
             and before.dtype == after.dtype
             and before.device == after.device
-            and not node.kwargs.get("copy")
+            and not named_arguments(node).get("copy")
         )
     return False
 

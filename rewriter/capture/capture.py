@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from ..aten import placeholders, set_attribute
 from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
-from ..module import CapturedModule, state_buffers
+from ..module import CapturedModule, outside_inference, state_buffers
 from ..program import Program
 from ..sites.discover import discover
 from .cache import Entry, Traced, place
@@ -41,6 +41,7 @@ from .trial import Trial, settle
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
 
 
+@outside_inference
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -83,6 +84,8 @@ def capture(
     about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
+    if entry and traced and not _agrees(Trial(model, traced.module, traced.spec, tensors)):
+        traced = entry.outdated("the model computes something else than it did")
     if traced is None:
         traced = _trace(model, spec, tensors, shapes, aliases)
         if entry:
@@ -140,7 +143,14 @@ def _trace(
             part_modes(gm, _canonical(trace(training=False), aliases))
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
-    return Traced(gm, spec, discover(gm, aliases, given), sizes.symbols)
+    read: set[str] = set()
+    sites = discover(gm, aliases, given, read)
+    return Traced(gm, spec, sites, sizes.symbols, frozenset(read))
+
+
+def _agrees(trial: Trial) -> bool:
+    """Whether nothing speaks against a graph of which nobody knows what it was traced with."""
+    return trial.agrees() and not trial.wrong_updates()
 
 
 def _canonical(
@@ -217,6 +227,7 @@ def _bind(
         raise CaptureError("capture needs at least one example tensor: pass args=... or kwargs=...")
     if dtype is not None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    tensors = {n: t.clone() if t.is_inference() else t for n, t in tensors.items()}
     _check_example(model, tensors)
     inputs = tuple(TensorInput(n, tuple(t.shape), t.dtype) for n, t in tensors.items())
     return InputSpec(inputs, {}, names, constants, structure, variadic), tensors

@@ -202,7 +202,7 @@ def follow_modes(gm: GraphModule, model: nn.Module) -> bool:
     """Sets every switch to the mode of the module of `model` that it came from.
 
     Returns:
-        Whether some are in another mode than the model as a whole.
+        Whether some modules are in another mode than the model as a whole.
 
     Raises:
         CaptureError: the model has a `train` of its own, and it cannot be told what that does.
@@ -210,11 +210,10 @@ def follow_modes(gm: GraphModule, model: nn.Module) -> bool:
     gm.train(model.training)
     modes = {path: module.training for path, module in model.named_modules(remove_duplicate=False)}
     steady = _steady(model)
-    switches = list(_switches(gm, ""))
-    for switch, path in switches:
+    for switch, path in _switches(gm, ""):
         switch.training = modes.get(path, model.training)
         switch.steady = steady.get(path)
-    return any(switch.training != model.training for switch, _ in switches)
+    return any(mode != model.training for mode in modes.values())
 
 
 def _switches(gm: GraphModule, around: str) -> Iterator[tuple[Switch, str]]:

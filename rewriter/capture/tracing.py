@@ -23,6 +23,9 @@ Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, An
 
 RESERVED = {BRANCHES, MODES}
 
+_EXPORTED = {"_in_spec", "_out_spec", "shape_env"}
+"""What `torch.export` puts on a graph module beside what `torch.fx` does."""
+
 _REMEDIES = (
     ("data-dependent", "The forward branches on tensor values: use torch.where or torch.cond."),
     ("GuardOnDataDependent", "Control flow depends on values: use torch.where or torch.cond."),
@@ -52,11 +55,34 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}). "
             "Run it once on an example, then capture it."
         )
-    for name in RESERVED & {n for n, _ in model.named_children()}:
+    inference = [n for n, t in model.named_parameters() if t.is_inference()]
+    if inference:
         raise CaptureError(
-            f"{type(model).__name__} has a submodule called {name!r}, the name below which "
+            f"{inference[0]!r} and {len(inference) - 1} more parameters were made under "
+            "torch.inference_mode, where nothing can ever be trained. Build or load the model "
+            "outside of it."
+        )
+    own = {*model._modules, *model._parameters, *model._buffers}
+    for name in sorted(own & RESERVED):
+        raise CaptureError(
+            f"{type(model).__name__} has a child or tensor called {name!r}, the name below which "
             "captured programs keep what they add. Rename it."
         )
+    for name in sorted(own & _graph_names()):
+        raise CaptureError(
+            f"{type(model).__name__} has a child or tensor called {name!r}, which graph modules "
+            "of torch.fx use themselves. Rename it, or put the model into another: a module whose "
+            "one child is the model, and whose forward calls it."
+        )
+
+
+@functools.cache
+def _graph_names() -> frozenset[str]:
+    """What graph modules have that modules have not: as a model's names, these would be hidden."""
+    graph = torch.fx.Graph()
+    graph.output(None)
+    held = set(dir(torch.fx.GraphModule(nn.Module(), graph))) | _EXPORTED
+    return frozenset(held - set(dir(nn.Module())))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
+from ..module import device_of
 from ..program import Program
 from ..running.controller import Controllers
 from ..sharded import placed_like
@@ -229,7 +230,7 @@ def _places(
     places = {f"program.{n}": torch.empty_like(t, requires_grad=False) for n, t in live.items()}
     for name, tensor in _below(saved, "optimizer").items():
         places[f"optimizer.{name}"] = optimizer_place(program, name, tensor)
-    device = program.module.device
+    device = device_of(program.module)
     for name, tensor in _below(saved, "controllers").items():
         places[f"controllers.{name}"] = torch.empty_like(tensor, device=device)
     own = {n: t for n, t in saved.items() if n in _random()}

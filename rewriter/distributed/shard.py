@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..aten import set_attribute
 from ..blocks.module import Outlined
+from ..blocks.names import names
 from ..capture.placement import relocate
 from ..errors import MetaTensorError, RanksError
 from ..module import device_of
@@ -59,22 +60,23 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
             "torch.distributed.init_process_group() first."
         )
     together("checking the module", lambda: _check(module, options))
-    agree("the recipe", "; ".join(r.text for r in module.flat.program.history))
+    agree("the recipe", "; ".join(r.text for r in names(module).flat.program.history))
     agree("the names and sizes of parameters", _layout(module))
     agree("the value of a parameter", {n: checksum(t) for n, t in module.named_parameters()})
     before, device = dict(module.named_parameters()), device_of(module)
     unsharded = _unsharded(module)
-    for unit in (*module.blocks, module):
+    for unit in (*names(module).blocks, module):
         fully_shard(unit, mesh=mesh, ignored_params=unsharded, **options)
     for parameter in unsharded:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average)
-    origin = module.flat.program.origin
-    module.flat = replace(module.flat, program=replace(module.flat.program, origin=None))
-    module.follow(device, device_of(module))
+    own = names(module)
+    origin = own.flat.program.origin
+    own.flat = replace(own.flat, program=replace(own.flat.program, origin=None))
+    own.follow(device, device_of(module))
     if origin is not None:
         base = _sharded_base(origin, before, dict(module.named_parameters()))
-        module.flat = replace(module.flat, program=replace(module.flat.program, origin=base))
+        own.flat = replace(own.flat, program=replace(own.flat.program, origin=base))
     return module
 
 
@@ -82,7 +84,7 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
     """Everything that `fully_shard` would only find in the first forward, or not at all."""
     if has_shards(module):
         raise RanksError("the module is sharded already.")
-    if any(block.offload is not None for block in module.blocks):
+    if any(block.offload is not None for block in names(module).blocks):
         raise RanksError(
             "the blocks' frozen parameters are on the CPU (offload=True), which shards cannot be. "
             "Outline without it, and shard with offload_policy=CPUOffloadPolicy()."
@@ -111,7 +113,7 @@ def _check(module: Outlined, options: Mapping[str, Any]) -> None:
 
 def _unsharded(module: Outlined) -> set[nn.Parameter]:
     """What stays whole on every rank."""
-    program = module.flat.program
+    program = names(module).flat.program
     controlled = [
         r.adapter or "" for r in program.history
         if isinstance(r.applied, Method) and r.applied.controller is not Controller
@@ -133,7 +135,7 @@ def _average(parameter: Tensor) -> None:
 
 def _units(module: Outlined) -> Iterator[tuple[str, list[nn.Parameter]]]:
     rest = {id(p): p for p in module.parameters()}
-    for block in module.blocks:
+    for block in names(module).blocks:
         own = list(block.parameters())
         rest = {i: p for i, p in rest.items() if all(p is not q for q in own)}
         yield block.path, own
@@ -168,8 +170,8 @@ def _sharded_base(
         same = name in before and before[name].data_ptr() == parameter.data_ptr()
         value = now[name].detach() if same else placed_like(parameter.detach(), here)
         set_attribute(made.module, name, nn.Parameter(value, parameter.requires_grad))
-    device = made.module.device
-    relocate(made.module, base.module.device, device)
+    device = device_of(made.module)
+    relocate(made.module, device_of(base.module), device)
     tables = [{n: t.to(device) for n, t in d.items()} for d in (made.extras, made.sample)]
     return replace(made, origin=None, extras=tables[0], sample=tables[1])
 

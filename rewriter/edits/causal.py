@@ -31,6 +31,7 @@ from ..aten import (
 )  # fmt: skip
 from ..capture.modes import Attention
 from ..errors import MetaTensorError, PassError
+from ..module import device_of
 from ..program import Program
 from ..sites.sites import AttentionSite, Sites
 from .edit import Editor
@@ -123,7 +124,7 @@ def _evaluate(program: Program, mask: Node, inputs: Mapping[str, Tensor]) -> Ten
             loaded: Any = map_arg((node.args, node.kwargs), lambda n: values[n])
             args, kwargs = loaded
             if node.op == "placeholder":
-                values[node] = inputs[str(node.target)].to(gm.device)
+                values[node] = inputs[str(node.target)].to(device_of(gm))
             elif node.op == "get_attr":
                 values[node] = attribute(gm, str(node.target))
             elif node.op == "call_module":

@@ -80,9 +80,9 @@ def require_owned(program: Program) -> None:
     if stray:
         more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
         raise PassError(
-            f"{stray[0]}{more} require gradients, but no pass trains them, so what they learn would "
-            "not be saved. Freeze them again with requires_grad_(False) and say what to train: "
-            "run(program, 'train{where=...}')."
+            f"{stray[0]}{more} require gradients, but no pass trains them, so what they learn "
+            "would not be saved. Freeze them again with requires_grad_(False) and say what to "
+            "train: run(program, 'train{where=...}')."
         )
 
 

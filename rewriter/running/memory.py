@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from ..capture.placement import relocate
 from ..errors import OptionError, nearest
+from ..module import device_of
 from ..program import BRANCHES, Program
 from .saved import saved_bytes, storage, stored
 
@@ -216,7 +217,7 @@ def memory(
         sizes = {**({} if size is None else dict.fromkeys(known, size)), **sizes}
     program.spec.check(sizes)
     sizes = {name: sizes[name] for name in program.spec.sizes}
-    if program.module.device.type == "meta":
+    if device_of(program.module).type == "meta":
         program = program.fork()
         relocate(program.module, torch.device("meta"), torch.device("cpu"))
     places = _Places(program)

@@ -18,6 +18,7 @@ from ..aten import ancestors, placeholders
 from ..edits.compose import composed_value, site_nodes
 from ..edits.values import input_of
 from ..errors import PassError, nearest
+from ..module import device_of
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -131,7 +132,7 @@ def constants(
     taken = placeholders(gm)
     run = Interpreter(gm, garbage_collect_values=False)
     for name, number in inputs.items():
-        run.env[taken[name]] = torch.full_like(program.sample[name], number, device=gm.device)
+        run.env[taken[name]] = torch.full_like(program.sample[name], number, device=device_of(gm))
     others = set(taken.values()) - set(run.env)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found: dict[str, dict[str, Tensor]] = {}

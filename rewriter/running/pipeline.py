@@ -16,7 +16,7 @@ from ..edits.edit import Editor
 from ..edits.trained import ITSELF, require_owned, train_only
 from ..errors import PassError, RewriteError
 from ..fingerprint import require_unchanged, take
-from ..module import copy_modes
+from ..module import copy_modes, outside_inference
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan
@@ -25,6 +25,7 @@ from .syntax import Passes, as_pipeline
 from .verify import Certificate, certify, check_graph
 
 
+@outside_inference
 def run(
     program: Program,
     passes: Passes,
@@ -72,6 +73,7 @@ def run(
     return program
 
 
+@outside_inference
 def apply_plan(
     program: Program, item: Pass, plan: Plan, planned: float = 0.0, check: bool = True
 ) -> Program:
@@ -179,6 +181,7 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
     return replace(plan, decisions={**plan.decisions, "branches": of_them})
 
 
+@outside_inference
 def replay(program: Program, adapters: Sequence[str]) -> Program:
     """The program with only the given adapters, rebuilt from its base without random choices."""
     require_owned(program)

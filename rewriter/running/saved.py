@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..aten import placeholders, source_line
 from ..errors import PassError
+from ..module import device_of
 from ..program import Program
 from .propagate import quiet
 
@@ -127,7 +128,7 @@ def saved_bytes(
         PassError: a size inside depends on values.
     """
     gm, mode = program.module, FakeTensorMode(allow_non_fake_inputs=True)
-    device = torch.device("cpu") if gm.device.type == "meta" else gm.device
+    device = torch.device("cpu") if device_of(gm).type == "meta" else device_of(gm)
 
     def fake(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:

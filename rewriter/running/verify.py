@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..aten import attribute
 from ..errors import VerifyError
 from ..fingerprint import require_unchanged
-from ..module import modes_kept
+from ..module import device_of, modes_kept
 from ..sharded import outputs, placed_like, whole
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
             size = batch if name.startswith("batch") else tokens
             wanted[name] = max(low, min(size, high) if high is not None else size)
         inputs = program.spec.resize(program.sample, **wanted)
-        made.append({n: t.to(program.module.device) for n, t in inputs.items()})
+        made.append({n: t.to(device_of(program.module)) for n, t in inputs.items()})
     return made
 
 
@@ -209,7 +209,7 @@ def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
         return {i.name: inputs[i.name] for i in program.spec.inputs}
     example = program.spec.example(None, **program.spec.sizes_of(inputs))
     return {
-        i.name: inputs.get(i.name, example[i.name].to(program.module.device))
+        i.name: inputs.get(i.name, example[i.name].to(device_of(program.module)))
         for i in program.spec.inputs
     }
 
@@ -226,7 +226,7 @@ def certify(contract: Contract, before: Program, after: Program) -> Certificate:
     limits = {
         "identity": 0.0, "exact": 0.0, "near": contract.limit, "trainable": float("inf"),
     }  # fmt: skip
-    kind, on_cpu = contract.kind, after.module.device.type == "cpu"
+    kind, on_cpu = contract.kind, device_of(after.module).type == "cpu"
     if kind in ("identity", "exact") and measured["max_rel"] and not on_cpu:
         kind = "bounded"  # a GPU takes other kernels with a bias, which round otherwise
     allowed = bound(before, measured) if kind == "bounded" else limits[kind]

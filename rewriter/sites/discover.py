@@ -24,19 +24,26 @@ from .sites import Sites
 from .walk import Linear, Walk
 
 
-def discover(gm: GraphModule, aliases: Mapping[str, str], sample: Mapping[str, Tensor]) -> Sites:
+def discover(
+    gm: GraphModule, aliases: Mapping[str, str], sample: Mapping[str, Tensor],
+    read: set[str] | None = None,
+) -> Sites:  # fmt: skip
     """Finds all sites of a canonical captured graph.
 
     Args:
         gm: the graph, in canonical form with modes restored.
         aliases: tied names -> the canonical name.
         sample: example inputs, which probes read where a value depends on them (masks).
+        read: gets the names of the inputs and stored tensors whose values the sites depend on.
     """
     graph = Walk(gm)
     probe = Probe(gm, sample, [*graph.linears, *graph.convs], graph.writers)
     found = _Discovery(graph, probe, cores(graph))
     found.run()
-    return build(graph, probe, aliases, found)
+    sites = build(graph, probe, aliases, found)
+    if read is not None:
+        read |= probe.read
+    return sites
 
 
 @dataclass

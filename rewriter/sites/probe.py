@@ -48,6 +48,8 @@ class Probe:
         self.generator = torch.Generator().manual_seed(0)
         self.sources: dict[Node, Tensor] = {}
         self.known: dict[Node, Any] = {}
+        self.read: set[str] = set()
+        """Names of the inputs and stored tensors whose values were looked at."""
 
     def features(self, linear: Node, operand: Node, axis: int = -1) -> tuple[int, ...]:
         """The features of a linear's output (its `axis`) that `operand` depends on, ascending."""
@@ -124,6 +126,8 @@ class Probe:
     def _compute(self, node: Node) -> Any:
         if node in self.leaves:
             return self._leaf(node)
+        if node.op in ("placeholder", "get_attr"):
+            self.read.add(str(node.target))
         if node.op == "placeholder":
             return _resized(self.sample[str(node.target)], _sizes(value(node)))
         if node.op == "get_attr":

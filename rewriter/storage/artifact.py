@@ -32,6 +32,7 @@ from ..errors import (
     RewriteError,
 )  # fmt: skip
 from ..fingerprint import require_unchanged
+from ..module import outside_inference
 from ..program import Program, Record
 from ..running.passes import Pass, Plan
 from ..running.pipeline import apply_plan, load_values
@@ -279,6 +280,7 @@ def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
+@outside_inference
 def load(
     target: nn.Module | Program, directory: str | Path, *, allow_base_mismatch: bool = False
 ) -> Program:

@@ -37,6 +37,7 @@ from ..errors import (
     VerifyError,
 )  # fmt: skip
 from ..fingerprint import require_unchanged
+from ..module import outside_inference
 from ..program import Program
 from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
@@ -167,6 +168,7 @@ def _state_names(program: Program, flat: Program) -> list[str]:
     return list(program.state_names)
 
 
+@outside_inference
 def load_program(directory: str | Path) -> Program:
     """Loads what `save_program` wrote; needs neither the model's code nor the methods'.
 

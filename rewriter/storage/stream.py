@@ -27,7 +27,7 @@ from ..edits.quantised import quantised_calls
 from ..edits.trained import ITSELF
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..fingerprint import Fingerprints, require_unchanged, take
-from ..module import copy_modes
+from ..module import copy_modes, device_of, outside_inference
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
 from ..sites.sites import EmbeddingSite, LinearSite
@@ -41,6 +41,7 @@ WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ck
 """Files that hold weights: not copied beside folded ones, which would contradict them."""
 
 
+@outside_inference
 def load_weights(
     program: Program,
     directory: str | Path,
@@ -79,7 +80,7 @@ def load_weights(
     place = torch.device(device)
     base = program.base.fork()
     gm = base.module
-    relocate(gm, gm.device, place)
+    relocate(gm, device_of(gm), place)
     extras, mine = dict(base.extras), program.owned.get(ITSELF, ())
     parameters = {n for n, _ in gm.named_parameters()}
     held = parameters | {n for n, _ in gm.named_buffers()}

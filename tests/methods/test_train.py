@@ -55,7 +55,7 @@ def test_train_equals_plain_training() -> None:
 
 
 def test_train_beside_an_adapter(hand: Any, tmp_path: Path) -> None:
-    name, model, base = hand
+    _, model, base = hand
     program = randomise(peftfx.run(base, "lora{rank=2,where=q|v};train{where=norm};ia3"))
     inputs = batch(3, 6)
     want = first(program(**inputs)).detach()
