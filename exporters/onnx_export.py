@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..rewriter.capture.probes import probes
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
@@ -36,9 +37,6 @@ from .onnx_quantised import LAYOUT, translations
 
 OPSETS = (24, 20)
 """Tried in order: 24 has a real Attention operator; 20 runs on older runtimes."""
-
-SIZES = ((2, 12), (1, 5), (3, 9))
-"""(batch, tokens) of the parity runs."""
 
 LIMIT = 1_800_000_000
 """Largest model in bytes; one protobuf file cannot hold more than 2 GB."""
@@ -54,7 +52,10 @@ class OnnxReport:
         nodes: number of graph nodes.
         size: bytes.
         inputs, outputs: names.
-        parity: {"batch x tokens": largest difference relative to the largest output}.
+        parity: {"batch=2, sequence=12": largest difference relative to the largest output}, for
+            all sizes that were run; the key is `fixed sizes` where none is dynamic.
+        limits: what the program's spec says of sizes: ranges, relations and fixed ones; the file
+            has them as its metadata `peftfx.limits`.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class OnnxReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     parity: Mapping[str, float]
+    limits: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -71,10 +73,11 @@ class OnnxReport:
         return max(self.parity.values())
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.path}: opset {self.opset}, {self.nodes} nodes, {self.size / 1e6:.1f} MB, "
-            f"parity {self.error:.1e} of the largest output at {len(self.parity)} sizes"
+            f"parity {self.error:.1e} of the largest output at {'; '.join(self.parity)}"
         )
+        return "; ".join((text, *self.limits))
 
 
 def require(name: str) -> Any:
@@ -151,6 +154,9 @@ def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> Onnx
         table = translations() if quantised else None
         model = _translate(exported, opset, fork.spec.names, names, table)
     _rename_sizes(model, symbols)
+    for text in fork.spec.limits[:1]:
+        note = model.metadata_props.add()
+        note.key, note.value = "peftfx.limits", "; ".join((text, *fork.spec.limits[1:]))
     handle, temporary = tempfile.mkstemp(".onnx", f".{path.name}.", path.parent)
     os.close(handle)
     try:
@@ -164,7 +170,8 @@ def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> Onnx
     finally:
         Path(temporary).unlink(missing_ok=True)
     nodes = len(model.graph.node)
-    return OnnxReport(path, opset, nodes, path.stat().st_size, fork.spec.names, names, parity)
+    size, limits = path.stat().st_size, fork.spec.limits
+    return OnnxReport(path, opset, nodes, size, fork.spec.names, names, parity, limits)
 
 
 @contextlib.contextmanager
@@ -183,17 +190,14 @@ def _silence() -> Generator[None]:
                 logger.setLevel(level)
 
 
-def _sample(program: Program, batch: int, tokens: int) -> dict[str, Tensor]:
-    sizes: dict[str, int] = {}
-    for name, (low, high) in program.spec.ranges.items():
-        size = batch if name.startswith("batch") else tokens
-        sizes[name] = max(low, min(size, high) if high is not None else size)
-    return program.spec.resize(program.sample, **sizes)
+def _sizes(program: Program) -> list[dict[str, int]]:
+    """The sizes of the parity runs; all are two at least in the first, where they may be."""
+    return probes(program.spec, program.spec.sizes_of(program.sample))
 
 
 def _output_names(program: Program) -> tuple[str, ...]:
     with evaluation(program):
-        output = program.module(**_sample(program, 2, 5))
+        output = program.module(**program.spec.resize(program.sample, **_sizes(program)[0]))
     names: list[str] = []
     for path, leaf in pytree.tree_flatten_with_path(output)[0]:
         if isinstance(leaf, Tensor):
@@ -208,7 +212,7 @@ def _key(part: Any) -> str:
 
 
 def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
-    example = _sample(program, 2, 9)
+    example = program.spec.resize(program.sample, **_sizes(program)[0])
     try:
         exported = torch.export.export(
             program.module, (), example, dynamic_shapes=program.spec.dynamic_shapes(), strict=False
@@ -288,17 +292,17 @@ def _verify(
     running = session(path)
     wanted = {i.name for i in running.get_inputs()}
     parity: dict[str, float] = {}
-    for batch, tokens in SIZES:
-        feed = _padded(_sample(program, batch, tokens))
+    for sizes in _sizes(program):
+        key = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed sizes"
+        feed = _padded(program.spec.resize(program.sample, **sizes))
         arrays = {n: t.cpu().numpy() for n, t in feed.items() if n in wanted}
         try:
             found = running.run(None, arrays)
         except Exception as error:
-            raise ExportError(f"ONNX Runtime fails at {batch} x {tokens}: {error}") from error
+            raise ExportError(f"ONNX Runtime fails at {key}: {error}") from error
         with evaluation(program):
             leaves = pytree.tree_leaves(program.module(**feed))
         expected = [t for t in leaves if isinstance(t, Tensor)]
-        key = f"{batch} x {tokens}"
         parity[key] = max(
             (_gap(name, e, f, feed) for name, e, f in zip(names, expected, found, strict=True)),
             default=0.0,

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,21 @@ from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
 from ..module import CapturedModule, outside_inference, state_buffers
 from ..program import Program
+from ..running.propagate import alone
 from ..sites.discover import discover
 from .cache import Entry, Traced, place
 from .canonical import canonicalize
+from .dynamic import Dynamic, dynamic_axes
 from .guards import Sizes, read_sizes
 from .modes import follow_modes, restore_modes
 from .nesting import template_of
 from .placement import buffers_on_meta, computed_buffers, is_hollow
+from .samples import Values, relabelled
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
 from .symbols import unify
 from .tracing import check_model, export, unwrapped
 from .training import draws, part_modes
-from .trial import Trial, settle
-
-Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | None
+from .trial import Trial, must_be_equal, settle
 
 
 @outside_inference
@@ -59,7 +60,9 @@ def capture(
         kwargs: keyword example inputs.
         dynamic: `"auto"` makes axis 0 of every input, axis 1 of integer and boolean inputs and
             of 3-D float inputs dynamic where the model allows; None fixes all sizes; a mapping
-            `{input: {axis: name}}` says exactly which.
+            `{input: {axis: name}}` says exactly which, and what they are called in the spec. Sizes
+            of one name are one size. The axis of the samples is called `batch`, or has a name that
+            starts so; "auto" tries along which axis samples do not influence one another.
         dtype: captures a copy of the model in this floating-point dtype (default: as it is).
         cache: a directory in which captures are kept (True: the user's own), so that the same
             model, inputs and code are not traced again; see `rewriter/capture/cache.py`.
@@ -79,15 +82,16 @@ def capture(
     if dtype is not None:
         model = copy.deepcopy(model).to(dtype)
     spec, tensors = _bind(model, args, kwargs or {}, dtype)
-    shapes = _dynamic_shapes(tensors, dynamic)
+    axes = dynamic_axes(tensors, dynamic)
     aliases = _aliases(model)
-    about = [spec.to_json(), {name: sorted(axes) for name, axes in shapes.items()}]
+    about = [spec.to_json(), {name: sorted(held.items()) for name, held in axes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
     if entry and traced and not _agrees(Trial(model, traced.module, traced.spec, tensors)):
         traced = entry.outdated("the model computes something else than it did")
     if traced is None:
-        traced = _trace(model, spec, tensors, shapes, aliases)
+        with alone():
+            traced = _trace(model, spec, tensors, axes, aliases)
         if entry:
             entry.store(traced)
     gm = traced.module
@@ -125,27 +129,34 @@ def _trace(
     model: nn.Module,
     spec: InputSpec,
     tensors: Mapping[str, Tensor],
-    shapes: dict[str, dict[int, Any]],
+    axes: Mapping[str, Mapping[int, str]],
     aliases: Mapping[str, str],
 ) -> Traced:
     """Exports a model, brings the graph into canonical form, tries it out and finds its sites."""
     hollow = is_hollow(model)
     given = {n: t.to("meta") for n, t in tensors.items()} if hollow else tensors
+    shapes: dict[str, dict[int, Any]] = {n: dict.fromkeys(a, Dim.AUTO) for n, a in axes.items()}
     with buffers_on_meta(model) if hollow else contextlib.nullcontext():
         trace = functools.partial(
             export, model, _at_least_two(given, shapes), spec.arguments, shapes
         )
         exported = trace()
         gm = _canonical(exported, aliases, type(model).__name__)
-        sizes = read_sizes(placeholders(gm), exported, shapes, given)
+        sizes = read_sizes(placeholders(gm), exported, axes)
         trial = Trial(model, gm, _sized(spec, sizes, tensors), given)
+        if equal := must_be_equal(trial, sizes.symbols):
+            sizes = read_sizes(placeholders(gm), exported, axes, equal)
+            trial.spec = _sized(spec, sizes, tensors)
         if draws(gm) or not trial.agrees():
             part_modes(gm, _canonical(trace(training=False), aliases))
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
     read: set[str] = set()
     sites = discover(gm, aliases, given, read)
-    return Traced(gm, spec, sites, sizes.symbols, frozenset(read))
+    symbols = sizes.symbols
+    if all(not name for held in axes.values() for name in held.values()):
+        spec, symbols = relabelled(Values(gm, spec, symbols, given, sites))
+    return Traced(gm, spec, sites, symbols, frozenset(read))
 
 
 def _agrees(trial: Trial) -> bool:
@@ -247,26 +258,6 @@ def _check_example(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"the example {name!r} is on {tensor.device}, the model on {device}. Move one of "
                 "them; a captured program can be moved later with program.to(device)."
             )
-
-
-def _dynamic_shapes(tensors: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, dict[int, Any]]:
-    if dynamic is None:
-        return {name: {} for name in tensors}
-    if isinstance(dynamic, Mapping):
-        unknown = sorted(set(dynamic) - set(tensors))
-        if unknown:
-            raise CaptureError(f"dynamic names {unknown}, but the inputs are {sorted(tensors)}.")
-        return {n: {axis: Dim.AUTO for axis in dynamic.get(n, {})} for n in tensors}
-    if dynamic != "auto":
-        raise CaptureError(f"dynamic must be 'auto', None or a mapping, not {dynamic!r}.")
-    shapes: dict[str, dict[int, Any]] = {}
-    for name, tensor in tensors.items():
-        axes = [0] if tensor.dim() else []
-        discrete = not tensor.is_floating_point()
-        if (discrete and tensor.dim() >= 2) or tensor.dim() == 3:
-            axes.append(1)
-        shapes[name] = {axis: Dim.AUTO for axis in axes}
-    return shapes
 
 
 def _at_least_two(

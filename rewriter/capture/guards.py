@@ -7,17 +7,17 @@ or a fixed size, with the line that needs it; a guard between sizes becomes a re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
 from torch.fx import Node
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..aten import shape
+from ..errors import CaptureError
 from .relation import as_bound, names, violations
 
 Bounds = tuple[int, int | None]
@@ -48,39 +48,66 @@ class Sizes:
             self.reasons[name] = reason
         self.ranges[name] = narrowed
 
+    def relate(self, relation: str, reason: str) -> None:
+        """Adds a relation."""
+        self.relations.append(relation)
+        self.reasons[relation] = reason
+
 
 def read_sizes(
     inputs: Mapping[str, Node],
     exported: torch.export.ExportedProgram,
-    asked: Mapping[str, Mapping[int, Any]],
-    tensors: Mapping[str, Tensor],
+    asked: Mapping[str, Mapping[int, str]],
+    equal: Sequence[tuple[str, str]] = (),
 ) -> Sizes:
     """Reads the sizes of a captured graph.
 
     Args:
         inputs: the graph's placeholders by name.
         exported: what torch exported.
-        asked: the axes that were to be dynamic.
-        tensors: the user's example, whose equal batch sizes are one size.
+        asked: the axes that were to be dynamic, with the user's name for each or ''.
+        equal: symbols of which the model needs the second to be equal to the first, though the
+            graph does not show it.
+
+    Raises:
+        CaptureError: the user gave one size two names.
     """
     sizes = Sizes()
     environment = _environment(inputs)
-    batches: dict[int, str] = {}
+    firsts = {later: first for first, later in equal}
+    made: dict[str, Any] = {}
+    fixed: list[tuple[str, int, str]] = []
     for name, node in inputs.items():
         dims: list[int | str] = []
         given: tuple[Any, ...] = shape(node) or ()
         for axis, size in enumerate(given):
+            wish = asked[name].get(axis)
             number = size if isinstance(size, int) else size.node.maybe_as_int()
             if number is not None:
                 dims.append(number)
-                if axis in asked[name]:
-                    sizes.reasons[f"{name}.{axis}"] = _why_fixed(environment, name, axis)
+                if wish is not None:
+                    reason = sizes.reasons[f"{name}.{axis}"] = _why(environment, name, axis)
+                    fixed.append((wish, number, reason))
                 continue
             symbol = str(size)
-            if symbol not in sizes.symbols:
-                sizes.symbols[symbol] = _label(sizes, batches, tensors[name].shape[axis], axis)
-            dims.append(sizes.symbols[symbol])
+            known = sizes.symbols.get(symbol)
+            if known is None:
+                first = sizes.symbols.get(firsts.get(symbol, ""), "")
+                known = sizes.symbols[symbol] = wish or first or _label(sizes, axis)
+                if first and known != first:
+                    sizes.relate(f"{first} == {known}", "the model fails where they differ")
+                if not size.node.expr.is_symbol:
+                    made[known] = size.node.expr, _why(environment, name, axis)
+            elif wish and wish != known:
+                raise CaptureError(
+                    f"dynamic calls one size {known!r} and {wish!r} (input {name!r}, axis {axis}): "
+                    "the model needs the two to be equal. Give them one name."
+                )
+            dims.append(known)
         sizes.shapes[name] = tuple(dims)
+    for label, number, reason in fixed:
+        if label in sizes.symbols.values():
+            sizes.narrow(label, (number, number), reason)
     for symbol, bound in exported.range_constraints.items():
         if str(symbol) in sizes.symbols:
             high = int(bound.upper) if bound.upper.is_finite and bound.upper < 2**31 else None
@@ -88,15 +115,29 @@ def read_sizes(
             locations = getattr(environment, "var_to_range_sloc", {}).get(symbol)
             place = _place(getattr(locations, "lower" if high is None else "upper", None))
             sizes.narrow(sizes.symbols[str(symbol)], (low, high), place)
+    for label, (expression, reason) in made.items():
+        sizes.ranges.setdefault(label, (1, None))
+        text = _named(expression, sizes)
+        if text is not None:
+            sizes.relate(f"{label} == {text}", reason)
     _read_relations(environment, sizes)
     return sizes
 
 
-def _label(sizes: Sizes, batches: dict[int, str], size: int, axis: int) -> str:
-    if axis == 0:
-        return batches.setdefault(size, "batch" if not batches else f"batch_{len(batches) + 1}")
-    count = len({v for v in sizes.symbols.values() if v.startswith("sequence")})
-    return "sequence" if not count else f"sequence_{count + 1}"
+def _label(sizes: Sizes, axis: int) -> str:
+    """A name that no size has yet: the first axis is taken to be that of the samples."""
+    word = "batch" if axis == 0 else "sequence"
+    count = len({v for v in sizes.symbols.values() if v.startswith(word)})
+    return f"{word}_{count + 1}" if count else word
+
+
+def _named(expression: Any, sizes: Sizes) -> str | None:
+    """An expression of symbols in our names; None if one of them is no size of an input."""
+    named = {s: sympy.Symbol(l, integer=True, positive=True) for s, l in sizes.symbols.items()}
+    free = {s: named[str(s)] for s in expression.free_symbols if str(s) in named}
+    if not free or len(free) != len(expression.free_symbols):
+        return None
+    return PythonPrinter().doprint(expression.xreplace(free))
 
 
 def _environment(inputs: Mapping[str, Node]) -> Any:
@@ -108,16 +149,11 @@ def _environment(inputs: Mapping[str, Node]) -> Any:
 
 
 def _read_relations(environment: Any, sizes: Sizes) -> None:
-    seen: set[str] = set()
-    named = {s: sympy.Symbol(l, integer=True, positive=True) for s, l in sizes.symbols.items()}
+    seen = set(sizes.relations)
     for guard in getattr(environment, "guards", ()):
-        expression: Any = environment.simplify(environment.replace(guard.expr))
-        renamed: dict[Any, Any] = {
-            s: named[str(s)] for s in expression.free_symbols if str(s) in named
-        }
-        if not renamed or len(renamed) != len(expression.free_symbols):
+        text = _named(environment.simplify(environment.replace(guard.expr)), sizes)
+        if text is None:
             continue  # proven already, or about values that are no input size
-        text = PythonPrinter().doprint(expression.xreplace(renamed))
         if text in seen:
             continue
         seen.add(text)
@@ -128,12 +164,11 @@ def _read_relations(environment: Any, sizes: Sizes) -> None:
         if bound is not None:
             sizes.narrow(names(text)[0], bound, place)
         else:
-            sizes.relations.append(text)
-            sizes.reasons[text] = place
+            sizes.relate(text, place)
 
 
-def _why_fixed(environment: Any, name: str, axis: int) -> str:
-    """The line that fixes a size, from the records of the shape environment."""
+def _why(environment: Any, name: str, axis: int) -> str:
+    """The line that fixes or derives a size, from the records of the shape environment."""
     sources = getattr(environment, "source_to_var", {})
     symbol = sources.get(f"L['{name}'].size()[{axis}]")
     place = getattr(environment, "replacements_slocs", {}).get(symbol)

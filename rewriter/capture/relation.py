@@ -25,6 +25,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "min": min, "max": max, "abs": abs, "trunc": math.trunc, "floor": math.floor,
     "ceil": math.ceil,
 }  # fmt: skip
+FUNCTIONS = frozenset({*_CALLS, "math"})
+"""Words of a relation that are no sizes."""
+
 _SPANS = {1: 130, 2: 14, 3: 6}
 _LANDMARKS = (33, 64, 1000, 4096, 1 << 20)
 
@@ -81,7 +84,7 @@ def _value(node: ast.AST, sizes: Mapping[str, int]) -> Any:
 def names(relation: str) -> tuple[str, ...]:
     """The sizes that a relation speaks of, sorted."""
     found = {n.id for n in ast.walk(_parsed(relation)) if isinstance(n, ast.Name)}
-    return tuple(sorted(found - {*_CALLS, "math"}))
+    return tuple(sorted(found - FUNCTIONS))
 
 
 def violations(

@@ -62,17 +62,27 @@ class InputSpec:
 
     def __str__(self) -> str:
         text = ", ".join(f"{i.name}: {short_type(i.dtype, i.shape)}" for i in self.inputs)
-        notes = [*self.relations, *self._fixed()]
-        return f"{text}; {'; '.join(notes)}" if notes else text
+        return "; ".join((text, *self.limits))
 
-    def _fixed(self) -> list[str]:
-        """Sizes that the model fixed although they were to be dynamic, with the reason."""
-        return [
-            f"{i.name} axis {axis} is always {size} ({self.reasons[f'{i.name}.{axis}']})"
-            for i in self.inputs
-            for axis, size in enumerate(i.shape)
-            if f"{i.name}.{axis}" in self.reasons
-        ]
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """Everything that sizes are bound to, with the reasons: ranges, relations, and axes that
+        the model fixed although they were to be dynamic."""
+        bounded = [n for n in self.sizes if self.ranges.get(n, (1, None)) != (1, None)]
+        return (
+            *(f"{n} is {self._range(n)}{self._because(n)}" for n in bounded),
+            *(f"{r}{self._because(r)}" for r in self.relations),
+            *(
+                f"{i.name} axis {axis} is always {size} ({self.reasons[f'{i.name}.{axis}']})"
+                for i in self.inputs
+                for axis, size in enumerate(i.shape)
+                if f"{i.name}.{axis}" in self.reasons
+            ),
+        )
+
+    def _range(self, name: str) -> str:
+        low, high = self.ranges[name]
+        return f"{low} or more" if high is None else f"{low} to {high}"
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Matches a call to the captured inputs and checks them.
@@ -211,7 +221,7 @@ class InputSpec:
                 )
 
     def _because(self, key: str) -> str:
-        return f" ({self.reasons[key]})" if key in self.reasons else ""
+        return f" ({self.reasons[key]})" if self.reasons.get(key) else ""
 
     def _remedy(self, name: str, axis: int) -> str:
         why = self.reasons.get(f"{name}.{axis}")

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import inspect
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ..errors import CaptureError
 from ..program import BRANCHES
@@ -22,6 +25,8 @@ Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, An
 """From flat tensors to the positional and keyword arguments of a model's own forward."""
 
 RESERVED = {BRANCHES, MODES}
+_NO_MODEL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+"""What the files of frames start with that are no line of a model."""
 
 _EXPORTED = {"_in_spec", "_out_spec", "shape_env"}
 """What `torch.export` puts on a graph module beside what `torch.fx` does."""
@@ -192,10 +197,35 @@ def _export(
         torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
     )
     try:
-        with Rows():
+        with Rows(), _model_lines():
             return trace()
     except PiecesUsedError:
-        return trace()
+        with _model_lines():
+            return trace()
+
+
+@contextlib.contextmanager
+def _model_lines() -> Iterator[None]:
+    """Lets torch note the model's own line for every assumption about a size, not one of torch's
+    (unless the model is made of torch's modules alone)."""
+    inner = getattr(ShapeEnv, "_get_user_frame", None)
+    if inner is None:
+        yield
+        return
+
+    def user_frame(environment: ShapeEnv) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != __file__:
+            if not frame.f_code.co_filename.startswith(_NO_MODEL):
+                return frame
+            frame = frame.f_back
+        return inner(environment)
+
+    ShapeEnv._get_user_frame = user_frame  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        ShapeEnv._get_user_frame = inner  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _user_line(error: BaseException) -> str:

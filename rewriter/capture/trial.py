@@ -8,6 +8,7 @@ the graph agree on is measured here, so that the input spec is neither too wide 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 from ..module import modes_kept
 from ..running.propagate import quiet
 from ..running.verify import TOLERANCE, floats, gaps
+from .probes import fit
 from .relation import violations
 from .spec import InputSpec
 from .tracing import prepared
@@ -59,12 +61,12 @@ class Trial:
             return None
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            with _undisturbed(self.model):
+            with undisturbed(self.model):
                 want = self._model(inputs, training)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
-            with _undisturbed(self.gm):
+            with undisturbed(self.gm):
                 got = self._graph(inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
@@ -95,7 +97,7 @@ class Trial:
     def _written(
         self, module: nn.Module, run: Callable[..., Any], training: bool | None
     ) -> set[str]:
-        with _undisturbed(module) as kept:
+        with undisturbed(module) as kept:
             run(self.sample, training)
             held = module.named_buffers()
             return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
@@ -113,7 +115,7 @@ class Trial:
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+def undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """No gradients, the same random numbers every time, and buffers put back afterwards.
 
     Yields the buffers' values from before.
@@ -136,20 +138,59 @@ def _relative(want: list[Tensor], got: list[Tensor]) -> float:
     return worst / largest if largest else worst
 
 
+def must_be_equal(trial: Trial, symbols: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Symbols whose sizes the model needs to be equal, though no guard says so.
+
+    Only sizes that are equal in the example can be: both are changed to one other size, and one of
+    them is. Where no trial is possible, that goes for the first axes of all inputs.
+    """
+    spec, owner = trial.spec, {label: symbol for symbol, label in symbols.items()}
+    example = spec.sizes_of(trial.sample)
+    firsts = {i.shape[0] for i in spec.inputs if i.shape}
+    found: dict[str, str] = {}
+    for first, later in itertools.combinations(spec.sizes, 2):
+        if example[first] != example[later] or {first, later} & set(found):
+            continue
+        needed = _needs_equal(trial, example, first, later)
+        if needed or (needed is None and {first, later} <= firsts):
+            found[later] = first
+    return [(owner[first], owner[later]) for later, first in found.items()]
+
+
+def _needs_equal(trial: Trial, example: Mapping[str, int], first: str, later: str) -> bool | None:
+    """Whether one size must be equal to another; None if the model tells nothing.
+
+    Tried are more and fewer, because rows that are too many may just be left over, and sizes of two
+    at least, because one is broadcast.
+    """
+    small = {name: max(2, size) for name, size in example.items()}
+    size = max(3, small[first])
+    larger = {**small, first: size, later: size + 1}, {**small, first: size + 1, later: size}
+    more = [f"{first} >= 2", f"{later} >= 2", f"{first} != {later}"]
+    apart = [sizes for wanted in larger if (sizes := fit(trial.spec, wanted, more)) is not None]
+    if not apart:
+        return False
+    gaps_apart = [trial.gap(**sizes) for sizes in apart]
+    if all(gap is not None and trial.accepts(gap) for gap in gaps_apart):
+        return False
+    together = fit(trial.spec, larger[0], [f"{first} == {later}", f"{first} >= 2"])
+    gap = trial.gap(**together) if together is not None else None
+    return True if gap is not None and trial.accepts(gap) else None
+
+
 def settle(spec: InputSpec, trial: Trial) -> InputSpec:
     """The spec with ranges and relations as far as model and graph agree."""
     if not trial.possible:
         return spec
     ranges, reasons = dict(spec.ranges), dict(spec.reasons)
     for name, (low, high) in spec.ranges.items():
-        below = sorted({1, low // 2, low - 1} - {0})
+        below = _smaller(trial, name, sorted({1, low // 2, low - 1} - {0}))
+        gaps_below = [trial.gap(**sizes) for sizes in below]
         if low == 1:
-            if not trial.agrees(**{name: 1}):
+            if not all(map(trial.accepts, gaps_below)):
                 ranges[name] = 2, high
                 reasons[name] = "the model treats size 1 in another way"
-        elif all(trial.gap(**{name: n}) is not None for n in below) and all(
-            trial.agrees(**{name: n}) for n in below
-        ):
+        elif below and all(g is not None and trial.accepts(g) for g in gaps_below):
             ranges[name] = 1, high
             if high is None:
                 reasons.pop(name, None)
@@ -157,6 +198,15 @@ def settle(spec: InputSpec, trial: Trial) -> InputSpec:
     for relation in set(spec.relations) - set(relations):
         reasons.pop(relation, None)
     return replace(spec, ranges=ranges, reasons=reasons, relations=relations)
+
+
+def _smaller(trial: Trial, name: str, tried: Sequence[int]) -> list[dict[str, int]]:
+    """Sizes like the example's but for one, which is small, and those that relations move with it;
+    none for a size that the relations exclude."""
+    spec, example = trial.spec, trial.spec.sizes_of(trial.sample)
+    wider = replace(spec, ranges={**spec.ranges, name: (1, spec.ranges[name][1])})
+    made = (fit(wider, {**example, name: size}, [f"{name} == {size}"]) for size in tried)
+    return [sizes for sizes in made if sizes is not None]
 
 
 def _needless(relation: str, trial: Trial) -> bool:

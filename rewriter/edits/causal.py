@@ -35,6 +35,7 @@ from ..module import device_of
 from ..program import Program
 from ..sites.sites import AttentionSite, Sites
 from .edit import Editor
+from .samples import sample_axis
 from .signature import forget_input
 
 _RESHAPES = overloads("reshape", "view", "_unsafe_view")
@@ -94,9 +95,11 @@ def _values(mask: Node) -> list[Node]:
 
 def _difference(program: Program, mask: Node, length: int) -> str:
     """How a mask differs from a causal one without padding; '' if it does not."""
+    batches = sample_axis(program).names
     for tokens in (*(t for t in _SHORT if t < length), length):
-        sizes = {n: 2 if n.startswith("batch") else tokens for n in program.spec.ranges}
-        if any(h is not None and sizes[n] > h for n, (_, h) in program.spec.ranges.items()):
+        sizes = {n: 2 if n in batches else tokens for n in program.spec.sizes}
+        ranges = {n: program.spec.ranges.get(n, (1, None)) for n in sizes}
+        if any(h is not None and sizes[n] > h for n, (_, h) in ranges.items()):
             continue
         found = _evaluate(program, mask, program.spec.example(None, **sizes))
         if found.is_meta:
@@ -187,7 +190,7 @@ def _narrowed(
 ) -> Program:
     spec = program.spec
     tokens = {s for i in spec.inputs if i.name in dropped for s in i.shape[1:]}
-    tokens = tokens or {n for n in spec.ranges if n.startswith("sequence")}
+    tokens = tokens or set(spec.sizes) - sample_axis(program).names
     ranges, reasons = dict(spec.ranges), dict(spec.reasons)
     for size in tokens & set(ranges):
         low, high = ranges[str(size)]

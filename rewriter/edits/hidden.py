@@ -6,7 +6,6 @@ tokens are padding, and where attention is causal no token may learn of a later 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +28,7 @@ from ..aten import (
     value,
 )
 from ..sites.sites import AttentionSite, LinearSite, MixerSite
+from .samples import sample_axis
 from .values import Value, input_of, latest, valid_of
 
 if TYPE_CHECKING:
@@ -115,12 +115,13 @@ def hidden_of(
     if isinstance(at, LinearSite) and len(at.nodes) > 1:
         return f"{at.weight} multiplies hidden states at {len(at.nodes)} places"
     source = states = input_of(at, nodes) if given is None else given
-    while (batch := _batch_axis(program, states)) is None and is_op(states, VIEWS):
+    samples = sample_axis(program)
+    while (batch := samples.of(program, states)) is None and is_op(states, VIEWS):
         states = inputs(states)[0]
     size, width = shape(states) or (0,), (shape(source) or (0,))[-1]
     wanted = at.in_features if isinstance(at, LinearSite) else getattr(at, "width", width)
     if batch is None or {str(size[-1]), str(width)} != {str(wanted)}:
-        return "its hidden states are not [batch, tokens, width]"
+        return samples.reason or "its hidden states are not [batch, tokens, width]"
     tokens = tuple(i for i, s in enumerate(size[:-1]) if i != batch and str(s) != "1")
     valid, causal = valid_of(program, states), is_causal(program, at)
     if len(tokens) > 1 and (causal or valid is not None):
@@ -144,29 +145,16 @@ class Samples:
 
 def samples_of(program: Program, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
     """See `Editor.samples`; None also where the calls of one weight differ."""
+    samples = sample_axis(program)
     found: set[Samples | None] = set()
     for name in site.nodes:
         states = input_of(replace(site, nodes=(name,)), nodes)
-        apart, axis = None, _batch_axis(program, states)
+        apart, axis = None, samples.of(program, states)
         if axis is None and len(shape(states) or ()) == 2 and is_op(states, VIEWS):
             apart = inputs(states)[0]
-            axis = _batch_axis(program, apart)
+            axis = samples.of(program, apart)
         found.add(None if axis is None else Samples(axis, apart))
     return found.pop() if len(found) == 1 else None
-
-
-def _batch_axis(program: Program, states: Node) -> int | None:
-    """The axis whose size depends on the number of samples alone; the first if that is fixed."""
-    size = shape(states)
-    if size is None or len(size) < 2:
-        return None
-    if not any(label.startswith("batch") for label in program.symbols.values()):
-        return 0
-    for axis, extent in enumerate(size[:-1]):
-        names = re.findall(r"[A-Za-z_]\w*", str(extent))
-        if names and all(program.symbols.get(n, "").startswith("batch") for n in names):
-            return axis
-    return None
 
 
 def is_causal(program: Program, site: Site) -> bool:

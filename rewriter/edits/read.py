@@ -24,6 +24,7 @@ from .hidden import Hidden, Samples, behind_of, hidden_of, samples_of
 from .keyvalue import key_value_widths
 from .quantised import QuantisedWeight, whole_weights
 from .replacing import matrix_of
+from .samples import sample_axis
 from .signature import add_input, drop_input
 from .values import Value, input_of, item_of, latest, valid_of
 from .weight import DenseWeight, Weight
@@ -116,7 +117,8 @@ class Reading(Attaching):
         reported."""
         found = samples_of(self.program, site, self._nodes)
         if found is None:
-            self.skip(site, "it cannot be told which rows of its operand are of which sample")
+            rows = "it cannot be told which rows of its operand are of which sample"
+            self.skip(site, sample_axis(self.program).reason or rows)
         return found
 
     def add_input(self, name: str, example: Tensor, per_sample: bool = False) -> Value:

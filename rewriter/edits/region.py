@@ -38,6 +38,7 @@ from ..aten import (
 from ..errors import PassError
 from ..sites.sites import AttentionSite, LinearSite, SublayerSite
 from .routing import PutTokens, TakeTokens
+from .samples import sample_axis
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -115,6 +116,10 @@ def find_region(
             f"{first}: the stream is {size} before the region and {after} behind it, but tokens "
             "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
         )
+    samples = sample_axis(program)
+    if samples.of(program, entry) != 0:
+        why = samples.reason or f"the first axis of its stream {size} is not that of the samples"
+        raise PassError(f"{first}: {why}. Tokens can be left out of [batch, tokens, width] only.")
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..aten import placeholders, value
 from ..capture.spec import TensorInput
 from ..errors import PassError
+from .samples import sample_axis
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -58,13 +59,15 @@ def add_input(program: Program, name: str, example: Tensor, per_sample: bool = F
 
 def _samples(program: Program) -> tuple[str, int, str]:
     """An input with a dynamic number of samples, that axis of it, and the size's name."""
+    samples = sample_axis(program)
     for source in program.spec.inputs:
         for axis, label in enumerate(source.shape):
-            if isinstance(label, str) and label.startswith("batch"):
+            if isinstance(label, str) and label in samples.names:
                 return source.name, axis, label
     raise PassError(
         f"no input has a dynamic batch size ({program.spec}), so there is nothing to give a number "
-        "for each sample. Capture again with an example of two rows or more."
+        f"for each sample: {samples.reason or 'the number of samples is fixed'}. Capture again "
+        "with dynamic={input: {axis: 'batch'}} for the axis of the samples."
     )
 
 

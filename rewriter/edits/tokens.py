@@ -42,6 +42,7 @@ from ..errors import PassError
 from ..sites.sites import AttentionSite
 from .branch import Branch, Tokens
 from .keyvalue import add_call
+from .samples import sample_axis
 
 if TYPE_CHECKING:
     from ..capture.spec import InputSpec
@@ -131,7 +132,7 @@ def shift_positions(program: Program, length: int) -> None:
             start = position[0] if rows else position
             moved = gm.graph.call_function(ATEN.add.Tensor, (start, length))
         node.update_arg(index, [moved] if rows else moved)
-    for label in sorted(n for n in learnt if n and not n.startswith("batch")):
+    for label in sorted(n for n in learnt - sample_axis(program).names if n):
         program.spec = _shorter(program, label, length)
 
 
@@ -293,6 +294,11 @@ def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
         raise PassError(
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
+        )
+    if program.symbols.get(str(size[1])) in sample_axis(program).names:
+        raise PassError(
+            f"the token ids {ids.target!r} of {site.id} are not [batch, sequence]: samples lie on "
+            "axis 1, so no tokens can be put in front. Choose prefix_tuning."
         )
     if str(size[1]) not in program.symbols:
         why = program.spec.reasons.get(f"{ids.target}.1", "it was captured so")

@@ -26,6 +26,7 @@ from ..aten import (
 )  # fmt: skip
 from ..errors import PassError
 from ..sites.sites import LinearSite, SublayerSite
+from .samples import sample_axis
 from .tokens import PadTokens, meaning_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ def valid_of(program: Program, states: Node) -> Value | None:
             continue
         if program.symbols.get(str(given[1])) not in sizes or meaning_of(program, source) != "mask":
             continue
+        if program.symbols[str(given[1])] in sample_axis(program).names:
+            raise PassError(
+                f"the padding mask {source.name!r} is [tokens, batch], which branches that average "
+                "over tokens do not read. Capture with a mask that is [batch, tokens]."
+            )
         name = f"valid_{source.name}"
         known = next((n for n in gm.graph.nodes if n.name == name), None)
         if known is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..aten import attribute
+from ..capture.probes import probes
 from ..errors import VerifyError
 from ..fingerprint import require_unchanged
 from ..module import device_of, modes_kept
@@ -71,16 +72,12 @@ class Certificate:
 
 
 def sizes(program: Program) -> list[dict[str, Tensor]]:
-    """The captured example, cut or repeated to two small sizes within the program's ranges."""
-    made: list[dict[str, Tensor]] = []
-    for batch, tokens in ((2, 12), (3, 7)):
-        wanted: dict[str, int] = {}
-        for name, (low, high) in program.spec.ranges.items():
-            size = batch if name.startswith("batch") else tokens
-            wanted[name] = max(low, min(size, high) if high is not None else size)
-        inputs = program.spec.resize(program.sample, **wanted)
-        made.append({n: t.to(device_of(program.module)) for n, t in inputs.items()})
-    return made
+    """The captured example, cut or repeated to a few small sizes that the spec allows."""
+    spec, device = program.spec, device_of(program.module)
+    return [
+        {n: t.to(device) for n, t in spec.resize(program.sample, **wanted).items()}
+        for wanted in probes(spec, spec.sizes_of(program.sample))
+    ]
 
 
 @contextlib.contextmanager

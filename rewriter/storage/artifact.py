@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.capture import capture
+from ..capture.probes import probes
 from ..capture.spec import InputSpec
 from ..distributed.ranks import agree, first, together
 from ..edits.trained import ITSELF, require_owned, train_only
@@ -373,7 +374,7 @@ def _fitting(
 
 def _capture(model: nn.Module, artifact: Artifact) -> Program:
     spec = artifact.spec
-    example = {n: t for n, t in spec.example().items()}
+    example = spec.example(None, **probes(spec, {})[0])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dynamic = {
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
