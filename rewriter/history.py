@@ -38,6 +38,7 @@ class Record:
         skipped: (site id, reason) of sites that were selected but left alone.
         certificate: what was promised and what was measured.
         seconds: time of planning, forking, editing and checking, by name.
+        notes: (site id, what to know) of sites that were edited.
     """
 
     text: str
@@ -48,8 +49,10 @@ class Record:
     seconds: Mapping[str, float]
     applied: Pass
     plan: Plan
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.text}: {len(self.edited)} sites edited; {self.certificate}"]
         lines += [f"  skipped {site}: {reason}" for site, reason in self.skipped]
+        lines += [f"  note {site}: {note}" for site, note in self.notes]
         return "\n".join(lines)

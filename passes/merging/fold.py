@@ -7,6 +7,7 @@ one rounding; the certificate says how much of a delta the rounding lost.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,8 +26,10 @@ class Fold(Pass):
 
     Attributes:
         names: which adapters; all by default. A named adapter that cannot be folded is an error.
-        tied: at weights tied to an embedding: refuse, keep (the branch), untie or both (change
-            the shared tensor, so outputs change; by how much is measured and not limited).
+        tied: where something else reads a weight, too (a head tied to an embedding): refuse, keep
+            (the branch), untie or both (change the shared tensor, so outputs change; by how much is
+            measured and not limited). Other names of a weight that nothing else reads do not
+            matter: all of them are written.
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
@@ -59,3 +62,14 @@ class Fold(Pass):
         edit.edited.extend(site_of[path] for path in result.folded)
         edit.skipped.extend((site_of[path], reason) for path, reason in result.kept.items())
         edit.figures["delta_lost"] = result.lost
+        if result.gap:
+            edit.figures["branch"] = result.gap
+        edit.notes.extend(result.vanished)
+        if result.vanished:
+            site, note = result.vanished[0]
+            more = f" (and at {len(result.vanished) - 1} more sites)" if result.vanished[1:] else ""
+            warnings.warn(
+                f"fold: {site}: {note}{more}. Train longer or with a larger rate, keep the branch, "
+                "or capture the model in float32 before folding.",
+                stacklevel=2,
+            )

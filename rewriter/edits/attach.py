@@ -31,6 +31,7 @@ class Attaching:
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
         figures: measured by the pass itself, added to its certificate.
+        notes: (site, what to know about it) for the report.
         decided: the plan's decisions; what only applying can tell is added for replays.
     """
 
@@ -47,6 +48,7 @@ class Attaching:
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
+        self.notes: list[tuple[str, str]] = []
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
         self._nodes = site_nodes(self.graph_module)

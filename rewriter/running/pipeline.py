@@ -114,6 +114,7 @@ def apply_plan(
         seconds,
         item,
         replace(plan, decisions=edit.decided),
+        tuple(edit.notes),
     )
     after = replace(after, history=(*program.history, record))
     after.prints = take(after)

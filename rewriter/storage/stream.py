@@ -336,7 +336,7 @@ class _Folder:
             if gm.get_parameter(member).is_meta:
                 value = self.checkpoint.tensor(self.names[member])
                 set_attribute(gm, member, nn.Parameter(value, requires_grad=False))
-        fold_weight(self.edit, self.groups[weight], "both", self.result)
+        fold_weight(self.edit, self.groups[weight], "keep", self.result)
         if self.result.kept:
             path, reason = next(iter(self.result.kept.items()))
             raise FoldError(f"{weight}: the branch {path} cannot be folded: {reason}.")
