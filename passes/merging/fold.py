@@ -7,17 +7,18 @@ one rounding; the certificate says how much of a delta the rounding lost.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.fold import fold
-from ...rewriter.errors import FoldError, nearest
+from ...rewriter.edits.fold import fold, warn_of
+from ...rewriter.errors import FoldError, VerifyError, nearest
+from ...rewriter.exported import put_back
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.running.verify import Contract, bound, is_meta, measure
+from ...rewriter.sharded import has_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,22 @@ class Fold(Pass):
 
     def promise(self) -> Contract:
         return Contract("trainable") if self.tied == "both" else self.contract
+
+    def examine(self, before: Program, after: Program) -> Mapping[str, float]:
+        """What the original model computes with the exported tensors, where it has a place for
+        all of them: names are what it reads them by, and not all names are its own tensors."""
+        changed = after.attachments or after.added or after.untied or after.reshaped()
+        if changed or self.tied == "both" or is_meta(after) or has_shards(after.module):
+            return {}
+        measured = measure(before, put_back(after))
+        allowed = bound(before, measured)
+        if not measured["max_rel"] <= allowed:
+            raise VerifyError(
+                "the tensors that the folded program exports do not give its outputs back in the "
+                f"original model: off by {measured['max_rel']:.3g} of the largest output, allowed "
+                f"is {allowed:.3g}. The program is unchanged."
+            )
+        return {"exported": measured["max_rel"]}
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         for name in self.names or ():
@@ -65,11 +82,4 @@ class Fold(Pass):
         if result.gap:
             edit.figures["branch"] = result.gap
         edit.notes.extend(result.vanished)
-        if result.vanished:
-            site, note = result.vanished[0]
-            more = f" (and at {len(result.vanished) - 1} more sites)" if result.vanished[1:] else ""
-            warnings.warn(
-                f"fold: {site}: {note}{more}. Train longer or with a larger rate, keep the branch, "
-                "or capture the model in float32 before folding.",
-                stacklevel=2,
-            )
+        warn_of(result.vanished)

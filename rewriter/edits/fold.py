@@ -8,6 +8,7 @@ written is compared with what the branches compute (`certificate`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -82,6 +83,26 @@ def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
     return result
 
 
+def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
+    """Warns where rounding left nothing of what was learnt."""
+    if vanished:
+        site, note = vanished[0]
+        more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
+        warnings.warn(
+            f"fold: {site}: {note}{more}. Train longer or with a larger rate, keep the branch, or "
+            "capture the model in float32 before folding.",
+            stacklevel=3,
+        )
+
+
+def branch_of(program: Program, attachment: Attachment) -> Branch:
+    """The complete module of an attached branch, also where it is sharded."""
+    branch = whole_module(program.branch(attachment))
+    if not isinstance(branch, Branch):
+        raise FoldError(f"{attachment.site}: {attachment.path} is no branch, so it cannot fold.")
+    return branch
+
+
 def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachment]]:
     """The named branches, grouped by the weight that they fold into (or by their site)."""
     groups: dict[str, list[Attachment]] = {}
@@ -96,7 +117,7 @@ def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachme
 def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
     """Folds the branches of one weight to a fixpoint, and checks what became of the weight; needs
     the values of no other weight."""
-    branches = {a.path: whole_module(edit.program.branch(a)) for a in group}
+    branches = {a.path: branch_of(edit.program, a) for a in group}
     before = _matrix(edit, group)
     progress = True
     while progress:
@@ -116,8 +137,7 @@ def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Fo
         return
     after = _matrix(edit, done)
     site = edit.program.sites[done[0].site]
-    mine = [(a.path, b) for a in sorted(done, key=lambda a: ORDER[a.slot])
-            if isinstance(b := branches[a.path], Branch)]  # fmt: skip
+    mine = [(a.path, branches[a.path]) for a in sorted(done, key=lambda a: ORDER[a.slot])]
     verdict = check_folded(site.id, before, after or before, mine)
     result.gap = max(result.gap, verdict.gap)
     if verdict.vanished:
@@ -136,9 +156,7 @@ def _matrix(edit: Editor, group: Sequence[Attachment]) -> Matrix | None:
 
 def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
     """Folds one branch; returns the reason if it cannot be folded (now)."""
-    branch = whole_module(edit.program.branch(attachment))
-    if not isinstance(branch, Branch):
-        return "its module is not a branch"
+    branch = branch_of(edit.program, attachment)
     if reason := _obstacle(edit.program, attachment, branch):
         return reason
     if isinstance(branch, Expression):

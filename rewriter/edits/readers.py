@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -40,8 +40,15 @@ class Reader:
     through: tuple[Node, ...]
 
     def __str__(self) -> str:
-        line = source_line(self.node)
-        return f"{self.node.name} ({line})" if line else self.node.name
+        module = module_of(self.node)
+        place = f"in {module}" if module else source_line(self.node)
+        return f"{self.node.name} ({place})" if place else self.node.name
+
+
+def module_of(node: Node) -> str:
+    """The path of the module that a node was traced in, by the name that the model called it by."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
 
 
 def readers(program: Program) -> dict[str, list[Reader]]:

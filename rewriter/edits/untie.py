@@ -15,7 +15,7 @@ from torch.fx import Node
 from ..aten import parameter_of, set_attribute
 from ..errors import FoldError
 from ..sites.sites import LinearSite
-from .readers import Reader
+from .readers import Reader, module_of
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -63,9 +63,7 @@ def untie(
 
 def _reads_by(node: Node, name: str) -> bool:
     """Whether a node computes in the module that holds the name."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    inner = [path for path, _ in stack.values()]
-    return bool(inner) and inner[-1] == name.rpartition(".")[0]
+    return bool(module_of(node)) and module_of(node) == name.rpartition(".")[0]
 
 
 def _around(calls: Sequence[Node]) -> list[Node]:
