@@ -4,15 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .aten import set_attribute
 from .edits.quantised import dense_weights
-from .errors import ExportError
+from .errors import ExportError, VerifyError
 from .fingerprint import require_unchanged
 from .sharded import whole
 
 if TYPE_CHECKING:
     from .program import Program
+
+
+def put_back(program: Program) -> Program:
+    """The captured program with the tensors that `program` exports, as the original model would
+    load them: what is one tensor there is one here.
+
+    Raises:
+        VerifyError: several names of one tensor are exported with different values, of which the
+            model would keep the last.
+    """
+    back = program.base.fork()
+    gm = back.module
+    parameters = dict(gm.named_parameters())
+    first: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in export_state_dict(program, strict=True).items():
+        canonical = back.aliases.get(name, name)
+        other, value = first.setdefault(canonical, (name, tensor))
+        if value is not tensor and not torch.equal(value, tensor):
+            raise VerifyError(
+                f"{other!r} and {name!r} are one tensor in the original model, but are exported "
+                "with different values, of which it would keep the last."
+            )
+        if canonical in parameters:
+            fresh = nn.Parameter(tensor, parameters[canonical].requires_grad)
+            set_attribute(gm, canonical, fresh)
+        elif canonical in dict(gm.named_buffers()):
+            set_attribute(gm, canonical, tensor)
+    return back
 
 
 def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:

@@ -7,16 +7,18 @@ one rounding; the certificate says how much of a delta the rounding lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.fold import fold
-from ...rewriter.errors import FoldError, nearest
+from ...rewriter.edits.fold import fold, warn_of
+from ...rewriter.errors import FoldError, VerifyError, nearest
+from ...rewriter.exported import put_back
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.running.verify import Contract, bound, is_meta, measure
+from ...rewriter.sharded import has_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,10 @@ class Fold(Pass):
 
     Attributes:
         names: which adapters; all by default. A named adapter that cannot be folded is an error.
-        tied: at weights tied to an embedding: refuse, keep (the branch), untie or both (change
-            the shared tensor, so outputs change; by how much is measured and not limited).
+        tied: where something else reads a weight, too (a head tied to an embedding): refuse, keep
+            (the branch), untie or both (change the shared tensor, so outputs change; by how much is
+            measured and not limited). Other names of a weight that nothing else reads do not
+            matter: all of them are written.
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
@@ -37,6 +41,22 @@ class Fold(Pass):
 
     def promise(self) -> Contract:
         return Contract("trainable") if self.tied == "both" else self.contract
+
+    def examine(self, before: Program, after: Program) -> Mapping[str, float]:
+        """What the original model computes with the exported tensors, where it has a place for
+        all of them: names are what it reads them by, and not all names are its own tensors."""
+        changed = after.attachments or after.added or after.untied or after.reshaped()
+        if changed or self.tied == "both" or is_meta(after) or has_shards(after.module):
+            return {}
+        measured = measure(before, put_back(after))
+        allowed = bound(before, measured)
+        if not measured["max_rel"] <= allowed:
+            raise VerifyError(
+                "the tensors that the folded program exports do not give its outputs back in the "
+                f"original model: off by {measured['max_rel']:.3g} of the largest output, allowed "
+                f"is {allowed:.3g}. The program is unchanged."
+            )
+        return {"exported": measured["max_rel"]}
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         for name in self.names or ():
@@ -59,3 +79,7 @@ class Fold(Pass):
         edit.edited.extend(site_of[path] for path in result.folded)
         edit.skipped.extend((site_of[path], reason) for path, reason in result.kept.items())
         edit.figures["delta_lost"] = result.lost
+        if result.gap:
+            edit.figures["branch"] = result.gap
+        edit.notes.extend(f"{site}: {note}" for site, note in result.vanished)
+        warn_of(result.vanished)

@@ -30,7 +30,7 @@ class Attaching:
         program: the fork.
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
-        notes: lines of the record, about the program as a whole.
+        notes: further lines of the record.
         figures: measured by the pass itself, added to its certificate.
         decided: the plan's decisions; what only applying can tell is added for replays.
     """

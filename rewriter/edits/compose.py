@@ -30,7 +30,7 @@ from ..sites.sites import LinearSite
 from .branch import Delta, RowScale, Scale
 from .pattern import linear_parts
 
-_ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
+ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
 
 def site_nodes(gm: GraphModule) -> dict[str, Node]:
@@ -50,8 +50,8 @@ def at_weight(
         s.id for s in program.sites
         if isinstance(s, LinearSite) and s.weight == weight and (not call or call in s.nodes)
     }  # fmt: skip
-    found = [a for a in program.attachments if a.site in ids and a.slot in _ORDER]
-    return sorted(found, key=lambda a: (_ORDER[a.slot], a.path not in first, a.adapter, a.site))
+    found = [a for a in program.attachments if a.site in ids and a.slot in ORDER]
+    return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
 def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> Tensor:

@@ -12,8 +12,8 @@ from ..sites.sites import LinearSite
 from .branch import Delta, Fused, RowScale
 from .compose import fold_ready
 from .edit import Editor
-from .fold import delta_rule, rows_rule
 from .pattern import Match
+from .rules import delta_rule, rows_rule
 
 
 def fuse_deltas(edit: Editor, operator: Fused) -> None:

@@ -31,6 +31,7 @@ from ..sharded import whole
 from ..sites.sites import LinearSite
 from ..storage.identity import merkle_root, tensor_digest
 from .branch import Branch, OutputScale
+from .certificate import Matrix
 from .compose import compose, site_nodes
 from .integers import Quantised, quantise
 from .pattern import linear_parts
@@ -79,6 +80,9 @@ class QuantisedWeight(Weight):
 
     def dense(self) -> Tensor:
         return self.tensor.dense().to(self.compute)
+
+    def matrix(self) -> Matrix:
+        return Matrix(self.tensor.dense(), self.bias, self.tensor.scale.dtype, roundings=2)
 
     def stored(self) -> Mapping[str, Tensor]:
         return {f"{self.name}.scale": self.tensor.scale}

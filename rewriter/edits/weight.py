@@ -20,6 +20,7 @@ from ..aten import set_attribute
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..sharded import is_sharded, placed_like, whole
 from .branch import Branch
+from .certificate import Matrix
 
 if TYPE_CHECKING:
     from ..sites.sites import LinearSite
@@ -62,6 +63,10 @@ class Weight(ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """The matrix as `[out, in]`."""
+
+    def matrix(self) -> Matrix:
+        """What a check of folding compares."""
+        return Matrix(self.dense(), self.bias, self.dtype)
 
     @abstractmethod
     def stored(self) -> Mapping[str, Tensor]:
@@ -123,8 +128,9 @@ class Weight(ABC):
                 continue  # a bias that no rule touched
             if not all_finite(tensor):
                 raise NonFiniteError(
-                    f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}. Look "
-                    "for non-finite branch parameters, or keep the branch."
+                    f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}, whose "
+                    f"largest number is {torch.finfo(tensor.dtype).max:.3g}: what the branch adds "
+                    "does not fit. Keep the branch, or capture the model in another dtype."
                 )
             if old.shape != tensor.shape:
                 raise FoldError(f"{name}: folded shape {tuple(tensor.shape)} is not {old.shape}.")

@@ -106,6 +106,15 @@ class Pass(ABC):
         del program, data, sources
         return Plan()
 
+    def examine(self, before: Program, after: Program) -> Mapping[str, float]:
+        """Measures what this pass promises beside its contract; figures for the certificate.
+
+        Raises:
+            VerifyError: it does not hold.
+        """
+        del before, after
+        return {}
+
     @abstractmethod
     def apply(self, edit: Editor, plan: Plan) -> None:
         """Edits the fork that `edit` holds."""

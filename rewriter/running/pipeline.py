@@ -96,7 +96,8 @@ def apply_plan(
     if check:
         check_graph(after)
         certificate = certify(item.promise(), program, after)
-        certificate = replace(certificate, measured={**certificate.measured, **edit.figures})
+        figures = {**edit.figures, **item.examine(program, after)}
+        certificate = replace(certificate, measured={**certificate.measured, **figures})
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}

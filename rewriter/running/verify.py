@@ -271,6 +271,7 @@ def verify_program(program: Program) -> list[Certificate]:
     last = program.base
     for record, before, after in replay_steps(program):
         found.append(certify(record.applied.promise(), before, after))
+        record.applied.examine(before, after)
         last = after
     if program.history:
         measured = measure(last, program)

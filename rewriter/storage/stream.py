@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,20 +19,17 @@ from torch import Tensor, nn
 
 from ..aten import set_attribute
 from ..capture.placement import relocate, still_hollow
-from ..edits.compose import fold_ready
-from ..edits.edit import Editor
-from ..edits.fold import Folding, by_weight, fold_weight
-from ..edits.quantised import quantised_calls
+from ..edits.fold import warn_of
 from ..edits.trained import ITSELF
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..fingerprint import Fingerprints, require_unchanged, take
 from ..module import copy_modes, device_of, outside_inference
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
-from ..sites.sites import EmbeddingSite, LinearSite
 from .artifact import attach, base_difference, read
 from .checkpoint import Checkpoint, Entry, header_size
 from .files import new_directory
+from .folder import Folder
 from .identity import tensor_bytes, tensor_digest, tensor_prefix
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
@@ -138,6 +134,8 @@ class FoldedCheckpoint:
         changed: names of the tensors that folding wrote; all others are the source's bytes.
         copied, left_out: other files of the source; left out are weights in other formats.
         lost: largest share of a delta that rounding lost.
+        gap: largest relative difference between a branch and what the files say that it added.
+        notes: (site, what to know about it): where rounding left nothing of what was learnt.
     """
 
     directory: Path
@@ -145,6 +143,8 @@ class FoldedCheckpoint:
     copied: list[str] = field(default_factory=list[str])
     left_out: list[str] = field(default_factory=list[str])
     lost: float = 0.0
+    gap: float = 0.0
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
 def fold_checkpoint(
@@ -166,7 +166,10 @@ def fold_checkpoint(
         progress: called with the name of each shard before it is written.
 
     Raises:
-        FoldError: something cannot be folded into the checkpoint's tensors, or channels were cut.
+        FoldError: something cannot be folded into the checkpoint's tensors, because it is not
+            linear or because something else in the model reads them, or channels were cut.
+        VerifyError: what was written is not what the branches compute (an error in a fold rule).
+        BaseChangedError: the program's own base was changed since it was captured.
         BaseMismatchError: the adapter was trained on other weights than the source's.
         ArtifactError: source or adapter are damaged or do not fit, or the target cannot be
             written (CorruptFileError, WeightsError). In every case the target stays absent.
@@ -186,7 +189,7 @@ def fold_checkpoint(
             "files. Save the folded program itself: peftfx.save_program."
         )
     where = str(adapter or "the program")
-    folder = _Folder(program, checkpoint)
+    folder = Folder(program, checkpoint)
     found: dict[str, str] = {}
     result = FoldedCheckpoint(Path(target))
     with new_directory(target, None) as fresh:
@@ -210,8 +213,10 @@ def fold_checkpoint(
         want = {n: d for n, d in (expected or found).items() if n in program.base.state_names}
         if found != want:
             raise BaseMismatchError(base_difference(found, want, where))
-    result.changed = folder.changed
-    result.lost = folder.result.lost
+        result.gap = folder.read_back(fresh)
+    result.changed, result.lost = folder.changed, folder.result.lost
+    result.notes = folder.result.vanished
+    warn_of(result.notes)
     return result
 
 
@@ -247,110 +252,3 @@ def _copy_others(checkpoint: Checkpoint, fresh: Path, result: FoldedCheckpoint) 
         else:
             shutil.copyfile(path, fresh / path.name)
             result.copied.append(path.name)
-
-
-class _Folder:
-    """A program whose base is hollow; weights get values while they are folded, one at a time."""
-
-    def __init__(self, program: Program, checkpoint: Checkpoint) -> None:
-        self.program = program.fork()
-        self.checkpoint = checkpoint
-        self.names = checkpoint.match(program)
-        self.result = Folding()
-        self.changed: list[str] = []
-        self.edit = Editor(self.program)
-        self.owned = {n for names in program.owned.values() for n in names}
-        self.hollowed = {n for n in self.names if n not in self.owned}
-        self._refuse()
-        for name in self.hollowed:
-            self._hollow(name)
-        paths = [a.path for a in program.attachments]
-        fold_ready(self.program, frozenset(paths))
-        self.groups = by_weight(self.program, paths)
-        self.sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
-        self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
-        self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
-        self.ready: dict[str, Tensor] = {}
-
-    def _refuse(self) -> None:
-        """Everything that a checkpoint has no place for, before anything is written."""
-        program = self.program
-        if program.added:
-            raise FoldError(
-                f"{program.added[0]!r} and {len(program.added) - 1} more biases were added to the "
-                "model; its checkpoint has no place for them."
-            )
-        if quantised := list(quantised_calls(program)):
-            raise FoldError(
-                f"{quantised[0]!r} and {len(quantised) - 1} more weights are quantised; the "
-                "checkpoint has no place for integers. Export to ONNX instead, or take dense "
-                "weights from program.export_state_dict()."
-            )
-        tables = {s.weight for s in program.sites if isinstance(s, EmbeddingSite)}
-        for attachment in program.attachments:
-            site = program.sites[attachment.site]
-            reason = getattr(program.branch(attachment), "not_foldable", "")
-            if isinstance(site, LinearSite) and site.weight in tables:
-                reason = f"its weight is tied to {', '.join(site.tied)}, which must not change"
-            if reason or not isinstance(site, LinearSite):
-                raise FoldError(
-                    f"{attachment.site}: the adapter {attachment.adapter!r} cannot be folded"
-                    f"{f': {reason}' if reason else ''}. Fold the others with "
-                    "save(program, directory, adapters=[...])."
-                )
-        if not program.attachments and not self.owned:
-            raise FoldError("there is no adapter to fold. Pass adapter=DIRECTORY.")
-
-    def canonical(self, name: str) -> str:
-        return self.program.aliases.get(name, name)
-
-    def _members(self, weight: str) -> list[str]:
-        bias = self.sites[weight].bias
-        return [weight] if bias is None else [weight, bias]
-
-    def _hollow(self, name: str) -> None:
-        parameter = self._parameter(name)
-        if parameter is not None and not parameter.is_meta:
-            set_attribute(self.program.module, name, nn.Parameter(parameter.to("meta"), False))
-
-    def _parameter(self, name: str) -> nn.Parameter | None:
-        try:
-            return self.program.module.get_parameter(name)
-        except AttributeError:  # a buffer, or not in the graph: it is copied as it is
-            return None
-
-    def folded(self, name: str) -> Tensor | None:
-        """The new value of a checkpoint's tensor; None if it stays as it is."""
-        canonical = self.canonical(name)
-        weight = self.weight_of.get(canonical)
-        if weight is None and canonical not in self.owned:
-            return None
-        self.changed.append(name)
-        if weight is None:
-            return self.program.module.get_parameter(canonical).detach()
-        if canonical not in self.ready:
-            self._fold(weight)
-        self.uses[canonical] -= 1
-        return self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
-
-    def _fold(self, weight: str) -> None:
-        gm = self.program.module
-        members = self._members(weight)
-        for member in members:
-            if gm.get_parameter(member).is_meta:
-                value = self.checkpoint.tensor(self.names[member])
-                set_attribute(gm, member, nn.Parameter(value, requires_grad=False))
-        fold_weight(self.edit, self.groups[weight], "both", self.result)
-        if self.result.kept:
-            path, reason = next(iter(self.result.kept.items()))
-            raise FoldError(f"{weight}: the branch {path} cannot be folded: {reason}.")
-        for member in members:
-            self.ready[member] = gm.get_parameter(member).detach()
-            set_attribute(gm, member, nn.Parameter(self.ready[member].to("meta"), False))
-
-    def finish(self) -> None:
-        """Everything was folded, or it is an error."""
-        left = [p for group in self.groups.values() for p in group]
-        left = [a for a in left if a.path not in self.result.folded]
-        if left:
-            raise FoldError(f"{left[0].site}: its weight is not in the checkpoint.")
