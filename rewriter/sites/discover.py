@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import SLICES, is_op
+from ..aten import SLICES, is_op, shape
 from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build
@@ -116,8 +116,9 @@ class _Discovery:
             self.roles[joint[0].node] = "o"
             return "attn", []
         linears = [p for n, p in self.graph.linears.items() if n in nodes]
+        width = (shape(branch.add) or (0,))[-1]
         for down in ends(self.graph, branch.output, nodes):
-            draft = feed_forward(self.graph, self.probe, down, nodes)
+            draft = feed_forward(self.graph, self.probe, down, nodes, width)
             if draft is not None:
                 self._routers(draft, linears)
                 return "ffn", [draft]
