@@ -4,12 +4,16 @@ A method runs with its small recipe (see `recipes`). Where the model has none of
 its paper names, the error suggests one, and that is taken; where it is refused, the error's first
 sentence is the reason. `docs/methods-by-architecture.md` shows it, and the tests check the page:
 
-    python -m tests.placements     # captures every architecture, runs every method, writes the page
+    python -m tests.placements            # fills in what the page lacks (new methods, new rows)
+    python -m tests.placements llama t5   # these rows afresh
+    python -m tests.placements --all      # every row afresh
 """
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +80,7 @@ def place(base: peftfx.Program, method: str) -> Placement:
 
 def render(cells: dict[tuple[str, str], str]) -> str:
     """The page for the given cells; a cell that is no number becomes a footnote."""
+    cells = {(n, m): c for (n, m), c in cells.items() if n in ZOO and m in METHODS}
     reasons = sorted({c for c in cells.values() if c and not c[0].isdigit()})
     lines = [
         "# Methods by architecture", "",
@@ -96,28 +101,44 @@ def render(cells: dict[tuple[str, str], str]) -> str:
 
 
 def read(text: str) -> dict[tuple[str, str], str]:
-    """The cells of a page, with the reasons in the place of footnotes."""
+    """The cells of a page, with the reasons in the place of footnotes; the page's own columns."""
     notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)\.$", text, re.MULTILINE))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table]
     cells: dict[tuple[str, str], str] = {}
-    for line in text.splitlines():
-        name, *rest = [c.strip() for c in line.strip("|").split("|")]
-        if name not in ZOO:
-            continue
-        for method, cell in zip(METHODS, rest, strict=True):
+    for name, *rest in rows[2:]:
+        for method, cell in zip(rows[0][1:], rest, strict=True):
             note = re.fullmatch(r"-\[\^(\d+)\]", cell)
-            cells[name, method] = notes[note[1]] if note else cell
+            if cell:
+                cells[name, method] = notes[note[1]] if note else cell
     return cells
 
 
-def main() -> None:
-    """Writes the page."""
+def known() -> dict[tuple[str, str], str]:
+    """The cells that the page has."""
+    return read(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+
+
+def missing(cells: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(architecture, method) of the cells that a page lacks."""
+    return [(n, m) for n in ZOO for m in METHODS if (n, m) not in cells]
+
+
+def main(names: Sequence[str]) -> None:
+    """Writes the page: what it lacks, and the named rows (`--all`: every row) afresh."""
     torch.set_num_threads(1)
-    cells: dict[tuple[str, str], str] = {}
-    for name, entry in ZOO.items():
-        base = peftfx.capture(entry.build(), kwargs=entry.inputs(3, 9))
-        cells |= {(name, method): place(base, method).cell for method in METHODS}
-    PAGE.write_text(render(cells), encoding="utf-8")
+    afresh = set(ZOO) if "--all" in names else set(names)
+    if unknown := afresh - set(ZOO):
+        raise SystemExit(
+            f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(ZOO)}"
+        )
+    cells = {key: cell for key, cell in known().items() if key[0] not in afresh}
+    wanted = missing(cells)
+    for name in dict.fromkeys(n for n, _ in wanted):
+        base = peftfx.capture(ZOO[name].build(), kwargs=ZOO[name].inputs(3, 9))
+        cells |= {(n, m): place(base, m).cell for n, m in wanted if n == name}
+        PAGE.write_text(render(cells), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

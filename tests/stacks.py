@@ -1,12 +1,15 @@
 """Every pair of methods on one model: whether they compose, in which order, or why not.
 
-python -m tests.stacks     # runs every pair in both orders and writes docs/stacks.md
+python -m tests.stacks          # runs the pairs that docs/stacks.md lacks (of a new method) and adds them
+python -m tests.stacks lora     # the pairs of these methods afresh; --all: every pair
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -82,6 +85,7 @@ def stack(base: peftfx.Program, first: str, second: str) -> Stack:
 
 def render(cells: dict[tuple[str, str], str]) -> str:
     """The page for the given cells."""
+    cells = {pair: cell for pair, cell in cells.items() if pair in PAIRS}
     marks = {"either order": "=", "order matters": "<>"}
     others = sorted({c for c in cells.values() if c not in marks})
     lines = [
@@ -113,28 +117,36 @@ the other in the order of the passes, and so do expressions of one weight."""
 
 
 def read(text: str) -> dict[tuple[str, str], str]:
-    """The cells of a page."""
+    """The cells of a page, by the page's own columns."""
     words = {"=": "either order", "<>": "order matters"}
     notes = dict(re.findall(r"^\[\^(\d+)\]: (.*)\.$", text, re.MULTILINE))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table]
     cells: dict[tuple[str, str], str] = {}
-    for line in text.splitlines():
-        first, *rest = [c.strip() for c in line.strip("|").split("|")]
-        if first not in METHODS:
-            continue
-        for second, cell in zip(METHODS, rest, strict=True):
+    for first, *rest in rows[2:]:
+        for second, cell in zip(rows[0][1:], rest, strict=False):
             if cell:
                 note = re.fullmatch(r"\[\^(\d+)\]", cell)
                 cells[second, first] = notes[note[1]] if note else words[cell]
     return cells
 
 
-def main() -> None:
-    """Writes the page."""
+def known() -> dict[tuple[str, str], str]:
+    """The cells that the page has."""
+    return read(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
+
+
+def main(names: Sequence[str]) -> None:
+    """Writes the page: the pairs that it lacks, and those of the named methods afresh."""
     torch.set_num_threads(1)
+    afresh = set(METHODS) if "--all" in names else set(names)
+    if unknown := afresh - set(METHODS):
+        raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    cells = {pair: cell for pair, cell in known().items() if not afresh & set(pair)}
     base = peftfx.capture(models.build("decoder"), kwargs=models.batch())
-    cells = {pair: stack(base, *pair).cell for pair in PAIRS}
+    cells |= {pair: stack(base, *pair).cell for pair in PAIRS if pair not in cells}
     PAGE.write_text(render(cells), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

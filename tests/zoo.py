@@ -15,11 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-VOCABULARY = 99
-WIDTH, INNER, HEADS, KV_HEADS = 32, 56, 4, 2
+from .zoo_plain import (
+    HEADS,
+    INNER,
+    WIDTH,
+    Looped,
+    ResNet,
+    SelfAttention,
+    absorb_keys,
+    mlp,
+    transformer_encoder,
+)
+
+VOCABULARY, KV_HEADS = 99, 2
 IMAGE_TOKEN = VOCABULARY - 1
 
 Inputs = Callable[[int, int], dict[str, Tensor]]
@@ -107,60 +117,6 @@ def noisy_classes(batch: int, tokens: int) -> dict[str, Tensor]:
     }
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, INNER), nn.ReLU(), nn.Dropout(0.1), nn.Linear(INNER, 5))
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with batch norm beside a shortcut, projected where sizes change."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
-        self.shortcut = (
-            nn.Conv2d(channels, out, 1, stride, bias=False) if channels != out else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.blocks = nn.Sequential(ResidualBlock(8, 8, 1), ResidualBlock(8, 16, 2))
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.stem(x)), inplace=True)
-        return self.head(self.blocks(x).mean((2, 3)))
-
-
-def transformer_encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, dropout=0.1, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-
-class SelfAttention(nn.Module):
-    """Two `nn.MultiheadAttention`s with residuals."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x, x, x, need_weights=False)[0]
-        return x
-
-
 def minilm() -> Any:
     from peftfx.demo.encoder import model_directory
 
@@ -200,6 +156,22 @@ _SEQ2SEQ: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+_PER_LAYER: dict[str, Any] = dict(
+    num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
+    num_kv_shared_layers=1, sliding_window=8, head_dim=8, hidden_size_per_layer_input=12,
+    vocab_size_per_layer_input=VOCABULARY,
+)  # fmt: skip
+_GATED_DELTA: dict[str, Any] = dict(
+    head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)  # fmt: skip
+_LATENT: dict[str, Any] = dict(
+    num_key_value_heads=HEADS, n_shared_experts=1, n_routed_experts=6, moe_intermediate_size=24,
+    kv_lora_rank=12, q_lora_rank=20, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+    n_group=2, topk_group=1, num_experts_per_tok=2,
+)  # fmt: skip
+
+
 def _encoder(model: str, config: str, **options: Any) -> Entry:
     return _hf(model, config, text, **{**_ENCODER, **options})
 
@@ -227,6 +199,15 @@ def _llava() -> Any:
         image_seq_length=4,
     )  # fmt: skip
     return _library("LlavaForConditionalGeneration", config)
+
+
+def _gemma3n() -> Any:
+    config = _config(
+        "Gemma3nTextConfig", **_ENCODER, **_IDS, **_PER_LAYER, num_key_value_heads=KV_HEADS,
+        use_cache=False, laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 3,
+    )()  # fmt: skip
+    object.__setattr__(config, "altup_coef_clip", None)  # it writes weights, in training only
+    return _library("Gemma3nForCausalLM", lambda: config)
 
 
 def _unet() -> Any:
@@ -297,12 +278,7 @@ ZOO: dict[str, Entry] = {
         "BloomForCausalLM", "BloomConfig", text, vocab_size=VOCABULARY, hidden_size=WIDTH,
         n_layer=2, n_head=HEADS, use_cache=False, hidden_dropout=0.1, attention_dropout=0.1, **_IDS,
     ),
-    "deepseek_v3": _decoder(
-        "DeepseekV3", num_key_value_heads=HEADS, n_shared_experts=1, n_routed_experts=6,
-        moe_intermediate_size=24, kv_lora_rank=12, q_lora_rank=20, qk_rope_head_dim=4,
-        qk_nope_head_dim=8, v_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2,
-        first_k_dense_replace=0,
-    ),
+    "deepseek_v3": _decoder("DeepseekV3", **_LATENT, first_k_dense_replace=0),
     "albert": _encoder("AlbertModel", "AlbertConfig", embedding_size=24, hidden_dropout_prob=0.1),
     "gpt_oss": _decoder("GptOss", num_local_experts=5, num_experts_per_tok=2, head_dim=8),
     "lfm2": _decoder("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8),
@@ -310,6 +286,45 @@ ZOO: dict[str, Entry] = {
         "SegformerForImageClassification", "SegformerConfig", images(32), num_encoder_blocks=1,
         depths=[2], sr_ratios=[2], hidden_sizes=[WIDTH], patch_sizes=[3], strides=[2],
         num_attention_heads=[HEADS], mlp_ratios=[2], drop_path_rate=0.0,
+    ),
+    # Gates among the queries, borrowed keys and values, embeddings for every layer, several streams,
+    # mixers beside or between attentions, a shared block, a loop, weights read as views.
+    "qwen3_5": _decoder(
+        "Qwen3_5", config="Qwen3_5TextConfig", **_GATED_DELTA, layer_types=["full_attention"] * 2
+    ),
+    "qwen3_next": _decoder(
+        "Qwen3Next", **_GATED_DELTA, layer_types=["linear_attention", "full_attention"],
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+    ),
+    "gemma4": _decoder("Gemma4", config="Gemma4TextConfig", **_PER_LAYER, global_head_dim=16),
+    "gemma3n": Entry(_gemma3n, _seeded(text)),
+    "falcon_h1": _decoder(
+        "FalconH1", head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4,
+        mamba_chunk_size=8,
+    ),
+    "nemotron_h": _hf(
+        "NemotronHForCausalLM", "NemotronHConfig", text, vocab_size=VOCABULARY, hidden_size=WIDTH,
+        intermediate_size=INNER, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=8, layers_block_type=["mamba", "moe", "attention", "mlp"], mamba_num_heads=8,
+        mamba_head_dim=8, n_groups=2, ssm_state_size=4, chunk_size=8, n_routed_experts=6,
+        moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, use_cache=False, **_IDS,
+    ),
+    "zamba2": _hf(
+        "Zamba2ForCausalLM", "Zamba2Config", text, vocab_size=VOCABULARY, hidden_size=WIDTH,
+        intermediate_size=INNER, num_attention_heads=HEADS, num_hidden_layers=3,
+        layers_block_type=["mamba", "hybrid", "hybrid"], mamba_d_state=4, n_mamba_heads=8,
+        chunk_size=8, adapter_rank=6, use_cache=False, **_IDS,
+    ),
+    "looped": Entry(lambda: Looped(VOCABULARY), _seeded(tokens_only)),
+    "absorbed": Entry(
+        lambda: absorb_keys(_decoder("DeepseekV3", **_LATENT, first_k_dense_replace=2).make()),
+        _seeded(tokens_only),
+    ),
+    "modernbert": _encoder(
+        "ModernBertForMaskedLM", "ModernBertConfig", **_IDS, cls_token_id=1, sep_token_id=2,
+        local_attention=8, attention_dropout=0.1, mlp_dropout=0.1,
+        layer_types=["full_attention", "sliding_attention"],
     ),
     # Text to text.
     "t5": _hf(

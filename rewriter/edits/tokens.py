@@ -39,6 +39,7 @@ from ..aten import (
 )  # fmt: skip
 from ..capture.modes import Attention
 from ..errors import PassError
+from ..sites.landmarks import ids_of
 from ..sites.sites import AttentionSite
 from .branch import Branch, Tokens
 from .keyvalue import add_call
@@ -225,9 +226,9 @@ def beside(program: Program, site: EmbeddingSite) -> list[tuple[Site, int]]:
 
 
 def _looked_up(lookup: Node) -> Node:
-    """What a lookup reads its ids from, through views."""
+    """What a lookup takes its ids from."""
     index: Any = lookup.args[1]
-    return strip(index[0] if isinstance(index, list | tuple) else index, VIEWS)
+    return ids_of(index[0] if isinstance(index, list | tuple) else index)
 
 
 def prepend_tokens(
@@ -283,7 +284,7 @@ def prepend_tokens(
 
 def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
     """The input that an embedding looks up, `[batch, sequence]`."""
-    ids: Any = _looked_up(embedding)
+    ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
     size = shape(ids)
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
         raise PassError(

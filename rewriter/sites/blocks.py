@@ -53,13 +53,20 @@ class Draft:
         return any(p.stack for found in self.parts.values() for p in found)
 
 
-def feed_forward(graph: Walk, probe: Probe, down: Linear, nodes: set[Node]) -> Draft | None:
-    """The feed-forward block that ends in `down` and lies within `nodes`, None if there is none."""
+def feed_forward(
+    graph: Walk, probe: Probe, down: Linear, nodes: set[Node], width: object
+) -> Draft | None:
+    """The feed-forward block that ends in `down` and lies within `nodes`, None if there is none.
+
+    It gives as many features as it takes, or as the stream has (`width`).
+    """
     climb = graph.climb(down.x, FFN_UP)
     found = {n: a for n, a in climb.found.items() if n in nodes and n is not down.node}
     if not any(found.values()) or len(found) > 2 or climb.stopped & nodes:
         return None
     if any(bool(graph.linears[n].stack) != bool(down.stack) for n in found):
+        return None
+    if down.sizes[1] not in {graph.linears[n].sizes[0] for n in found} | {width}:
         return None
     gate, up, features = _gated(graph, probe, down.x, set(found))
     parts = {"ffn.up": [up or graph.linears[max(found, key=graph.order.__getitem__)]]}

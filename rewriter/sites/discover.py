@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import SLICES, is_op
+from ..aten import SLICES, is_op, shape
 from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build
@@ -109,7 +109,7 @@ class _Discovery:
                         self.roles[node] = "router.shared"
 
     def _classify(self, branch: ResidualBranch) -> tuple[str, list[Draft]] | None:
-        inside = set(branch.nodes)
+        inside = self._own(branch)
         nested = any(n in self.taken for n in inside if self.graph.weighted(n))
         nodes = inside - self.taken
         self.taken |= nodes
@@ -123,8 +123,9 @@ class _Discovery:
             self.roles[joint[0].node] = "o"
             return "attn", []
         linears = [p for n, p in self.graph.linears.items() if n in nodes]
+        width = (shape(branch.add) or (0,))[-1]
         for down in ends(self.graph, branch.output, nodes):
-            draft = feed_forward(self.graph, self.probe, down, nodes)
+            draft = feed_forward(self.graph, self.probe, down, nodes, width)
             if draft is not None:
                 self._routers(draft, linears)
                 return "ffn", [draft]
@@ -135,6 +136,16 @@ class _Discovery:
             return "mixer", [draft]
         convs = [n for n in branch.nodes if n in self.graph.convs]
         return ("conv", []) if convs and not linears else None
+
+    def _own(self, branch: ResidualBranch) -> set[Node]:
+        """The nodes of a branch; behind a sum of the same stream, where the branch starts from that
+        (`x + mixer(x + attention(x))`)."""
+        inside = set(branch.nodes)
+        sums = [
+            s.branch.add for s in self.sublayers
+            if s.branch.root is branch.root and s.branch.add in inside
+        ]  # fmt: skip
+        return set(self.graph.between(sums[-1], branch.output)) if sums else inside
 
     def _routers(self, draft: Draft, linears: list[Linear]) -> None:
         parts = {id(p) for found in draft.parts.values() for p in found}

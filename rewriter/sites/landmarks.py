@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -36,6 +37,8 @@ from .residual import CARRIES, Sublayer
 from .sites import ConvSite, EmbeddingSite, NormSite, Site
 from .walk import Walk
 
+_INTO_STREAM = CARRIES | SLICES | overloads("stack", "cat")
+_MASKED = overloads("where", "masked_fill", "clamp", "clamp_min", "clamp_max", "minimum", "maximum")
 _SQUARES = NORMS | overloads("pow", "square", "norm", "linalg_vector_norm")
 
 
@@ -57,8 +60,8 @@ def embeddings(graph: Walk, aliases: Mapping[str, str], roots: Sequence[Node]) -
         site_id = path if path not in found else f"{path}@{node.name}"
         if _biases_attention(graph, node):
             role = "relative"
-        elif strip(index, VIEWS) in sources:
-            fed[site_id] = strip(index, VIEWS), node
+        elif (ids := ids_of(index)) in sources:
+            fed[site_id] = ids, node
             role = "type" if held.shape[0] <= 16 else "position"
         else:
             role = "type" if _is_type(gm, index, int(held.shape[0])) else "position"
@@ -78,11 +81,28 @@ def embeddings(graph: Walk, aliases: Mapping[str, str], roots: Sequence[Node]) -
     return list(found.values())
 
 
+def ids_of(index: Node) -> Node:
+    """What an index is taken from, through views, bounds and the masking of single ids."""
+    while True:
+        index = strip(index, VIEWS)
+        if not is_op(index, _MASKED):
+            return index
+        whole = [i for i in inputs(index) if not _is_mask(i)]
+        if not whole:
+            return index
+        index = whole[0]
+
+
+def _is_mask(node: Node) -> bool:
+    val = value(node)
+    return not isinstance(val, Tensor) or val.dtype == torch.bool or not val.dim()
+
+
 def _enters(graph: Walk, lookup: Node, roots: Sequence[Node]) -> bool:
     """Whether what is looked up becomes a part of a stream without passing a linear."""
     wanted = set(roots)
     return lookup in wanted or bool(
-        reaches(lookup, wanted.__contains__, lambda n: not graph.passes(n, CARRIES))
+        reaches(lookup, wanted.__contains__, lambda n: not graph.passes(n, _INTO_STREAM))
     )
 
 

@@ -19,6 +19,7 @@ from ..aten import (
     MULS,
     NORM_PARTS,
     NORMS,
+    SLICES,
     VIEWS,
     inputs,
     is_op,
@@ -185,7 +186,7 @@ class Streams:
             seen.add(node)
             if node in self.of:
                 return self.of[node]
-            if self.graph.passes(node, CARRIES):
+            if self.graph.passes(node, CARRIES | SLICES):
                 stack.extend(i for i in inputs(node) if i.op != "get_attr")
         return None
 
