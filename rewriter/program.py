@@ -307,6 +307,11 @@ class Program:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
 
+    def shared_path(self, attachment: Attachment, read: str) -> str:
+        """The path of the shared module whose value a branch reads under a name."""
+        name = attachment.reads[read]
+        return next(str(n.target) for n in self.module.graph.nodes if n.name == name)
+
     def held(self, name: str) -> bool:
         """Whether all of an adapter's branches are frozen, because another adapter uses them."""
         prefix = f"{BRANCHES}.{name}."

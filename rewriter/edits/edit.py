@@ -46,6 +46,7 @@ from .region import find_region
 from .replacing import express, remember, remove, settle, widened
 from .route import run_on_chosen
 from .routing import Routed
+from .rules import require_fit
 from .tokens import prepend_tokens, shift_positions
 from .values import Value, latest
 
@@ -90,16 +91,19 @@ class Editor(Reading):
 
     def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
+        require_fit(self.method, "add", site, branch)
         self._attach_linear(site, branch, reads)
 
     def scale(self, site: LinearSite, branch: InputScale | OutputScale) -> None:
         """Scales a linear's input or output."""
+        require_fit(self.method, "scale", site, branch)
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
         self._attach_linear(site, branch)
 
     def rescale(self, site: LinearSite, branch: RowScale) -> None:
         """Rescales the rows of a linear's weight, below all its other branches."""
+        require_fit(self.method, "rescale", site, branch)
         branch.in_out = site.in_out
         if site.features is not None:
             own = self._index(site, torch.tensor(site.features))
@@ -134,6 +138,7 @@ class Editor(Reading):
 
     def after(self, site: SublayerSite, branch: Serial, **reads: Value | None) -> None:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
+        require_fit(self.method, "after", site, branch)
         if site.role == "conv":
             branch.axis = 1
         path = self._attach(site, branch, reads)
@@ -149,10 +154,11 @@ class Editor(Reading):
 
     def prepend_kv(self, site: AttentionSite, branch: KeyValue, **reads: Value | None) -> None:
         """Prepends rows to keys and values (after rotation), widening the mask."""
+        require_fit(self.method, "prepend_kv", site, branch)
         path = self._attach(site, branch, reads)
-        prepend_key_value(self.graph_module, self.node(site.nodes[0]), path, branch.length)
+        core = self.node(site.nodes[0])
+        prepend_key_value(self.graph_module, core, path, branch.length, given(reads))
         self._nodes = site_nodes(self.graph_module)
-        self.node(path.replace(".", "_")).kwargs = dict(given(reads))
 
     def shift_positions(self, length: int) -> None:
         """Adds `length` to every token's position."""
@@ -164,6 +170,7 @@ class Editor(Reading):
         Inputs are padded on the left and the rows overwrite the pads' embeddings, so masks,
         positions and sizes follow by themselves; outputs are stripped to the user's tokens.
         """
+        require_fit(self.method, "prepend_tokens", site, branch)
         path = self._attach(site, branch)
         self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
 
@@ -182,6 +189,8 @@ class Editor(Reading):
             PassError: the region has no single way in and out, tells tokens by their order, or
                 holds causal attention and `causal` does not allow that.
         """
+        for site in sites:
+            require_fit(self.method, "wrap", site, branch)
         region = find_region(self.program, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {"valid": valid})
@@ -204,6 +213,7 @@ class Editor(Reading):
         Raises:
             PassError: a member has no branch at the site, or one that cannot be combined.
         """
+        require_fit(self.method, "combine", site, branch)
         paths = member_paths(self, site, members)
         if isinstance(site, LinearSite):
             self._attach_linear(site, branch, reads, paths)
@@ -232,6 +242,7 @@ class Editor(Reading):
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
+        require_fit(self.method, "express", site, branch)
         path = self._attach(site, branch, reads, f"{name}.{branch.slot}")
         self._nodes |= {n.name: n for n in [express(self, name, branch, path, given(reads))]}
 

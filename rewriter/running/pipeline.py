@@ -80,12 +80,18 @@ def apply_plan(
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
-    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
+    edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
     if item.adapter is not None:
         edit.freeze(keep={n for names in program.owned.values() for n in names})
     item.apply(edit, plan)
     if item.adapter is not None and not edit.edited:
-        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
+        if not edit.skipped:
+            raise PassError(
+                f"{item.text}: it edited nothing at {_listed(plan)} and gave no reason. insert or "
+                "insert_all must hand branches to the editor (edit.add, edit.after, ...), or say "
+                "why a site is left alone (edit.skip)."
+            )
+        site, reason = edit.skipped[0]
         raise PassError(
             f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
             "others with where=."
@@ -94,7 +100,7 @@ def apply_plan(
     clock.append(time.perf_counter())
     after = edit.program
     certificate = Certificate("unchecked")
-    propagate(after)
+    propagate(after, item.text)
     if check:
         check_graph(after)
         certificate = certify(item.promise(), program, after)
@@ -114,6 +120,12 @@ def apply_plan(
         replace(plan, decisions=edit.decided),
     )
     return replace(after, history=(*program.history, record))
+
+
+def _listed(plan: Plan) -> str:
+    sites: Sequence[str] = plan.decisions.get("sites", ())
+    more = ", ..." if len(sites) > 3 else ""
+    return f"its {len(sites)} sites ({', '.join(sites[:3])}{more})"
 
 
 def replay_steps(
