@@ -271,14 +271,23 @@ class Program:
         """A copy on another device, with the devices that the graph names.
 
         Raises:
-            CaptureError: `device` is a dtype, which only a new capture can change.
+            CaptureError: `device` is a dtype, which only a new capture can change, or there is
+                no such device here.
         """
         if isinstance(device, torch.dtype):
             raise CaptureError(
                 f"a captured program keeps its dtype. Capture again: "
                 f"peftfx.capture(model, ..., dtype={device})."
             )
-        return self._moved(torch.device(device), {})
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has the backend
+            said = str(error).splitlines()[0]
+            raise CaptureError(
+                f"the program cannot be moved to {str(device)!r}: {said}. Choose a device that "
+                "this machine has."
+            ) from error
+        return self._moved(device, {})
 
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
         # `done`: moved tensors by what they were, since what programs share before, they share

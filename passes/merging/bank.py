@@ -11,9 +11,10 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
 
 An id counts from 0 in the order of the members, as in a Python list whose last entry is "none": n
 or -1 gives the model without any adapter. So a program with adapters that are no members is
-refused, unless `others=keep`: those then act on all rows. A call without ids gets the first member. The bank holds copies for inference:
-it does not train, has no dropout, and `program.without("bank")` gives the members back, one beside
-the other, to train on. Not foldable.
+refused, unless `others=keep`: those then act on all rows (as do adapters that are inserted later).
+A call without ids gets the first member. The bank holds copies for inference: it does not train,
+has no dropout, and `program.without("bank")` gives the members back, one beside the other, to train
+on. Not foldable.
 """
 
 from __future__ import annotations

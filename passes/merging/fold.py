@@ -14,9 +14,11 @@ from typing import Any, ClassVar, Literal
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.fold import fold
 from ...rewriter.errors import FoldError, nearest
-from ...rewriter.program import Program
+from ...rewriter.program import Attachment, Program
 from ...rewriter.running.passes import Pass, Plan
 from ...rewriter.running.verify import Contract
+from ...rewriter.sharded import has_shards
+from ...rewriter.storage.artifact import require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ class Fold(Pass):
                     f"{nearest(name, program.adapters)}."
                 )
         wanted = program.adapters if self.names is None else self.names
-        return Plan({"branches": [a.path for a in program.attachments if a.adapter in wanted]})
+        folded = [a for a in program.attachments if a.adapter in wanted]
+        _require_finite(program, folded)
+        return Plan({"branches": [a.path for a in folded]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         paths = list(plan.decisions["branches"])
@@ -59,3 +63,17 @@ class Fold(Pass):
         edit.edited.extend(site_of[path] for path in result.folded)
         edit.skipped.extend((site_of[path], reason) for path, reason in result.kept.items())
         edit.figures["delta_lost"] = result.lost
+
+
+def _require_finite(program: Program, attachments: Sequence[Attachment]) -> None:
+    """Raises NonFiniteError where a branch, or a weight that it folds into, is not finite."""
+    if has_shards(program.module):
+        return  # what is made of them is checked, on all ranks together
+    stored = dict(program.module.named_parameters())
+    held = {f"{a.path}.{n}": t for a in attachments
+            for n, t in program.branch(a).state_dict(keep_vars=True).items()}  # fmt: skip
+    weights = {getattr(program.sites[a.site], "weight", "") for a in attachments}
+    held |= {name: stored[name] for name in sorted(weights & stored.keys())}
+    for name, tensor in held.items():
+        if not tensor.is_meta:
+            require_finite(name, tensor, "Nothing was folded: leave it out with fold{names=[...]}.")

@@ -1,4 +1,4 @@
-"""Option values of passes: what fits a declared type, and how values are written in pipeline text."""
+"""Option values of passes: what fits a declared type, and how they are written as text."""
 
 from __future__ import annotations
 
@@ -33,19 +33,24 @@ def fits(got: Any, hint: Any) -> bool:
             for k, v in got.items()  # pyright: ignore[reportUnknownVariableType]
         )
     if origin is tuple:
-        inner = get_args(hint)[0]
-        return isinstance(got, tuple) and all(fits(g, inner) for g in got)  # pyright: ignore[reportUnknownVariableType]
+        inner = get_args(hint)
+        if not isinstance(got, tuple):
+            return False
+        kinds = inner[:1] * len(got) if inner[-1] is Ellipsis else inner  # pyright: ignore[reportUnknownArgumentType]
+        return len(kinds) == len(got) and all(map(fits, got, kinds))  # pyright: ignore[reportUnknownArgumentType]
     if origin is not None and origin.__name__ == "Literal":
         return got in get_args(hint)
     if hint is float:
         return type(got) in (int, float)
     if hint is int:
-        return type(got) is int
+        return type(got) is int and abs(got) < 2**63
     return isinstance(got, hint)
 
 
 def type_name(hint: Any) -> str:
     """A declared type in the words of an error message."""
+    if hint is int:
+        return "int (of at most 64 bits)"
     if get_origin(hint) is not None and getattr(get_origin(hint), "__name__", "") == "Literal":
         return "one of " + ", ".join(str(a) for a in get_args(hint))
     return str(getattr(hint, "__name__", hint)).replace("typing.", "")

@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from keyword import iskeyword
 from typing import Any, ClassVar, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, SelectorError, nearest
@@ -178,6 +179,11 @@ class Method(Pass, abstract=True):
             raise OptionError(
                 f"{self.text}: name={self.name!r} is not a name: letters, digits, _ and -, "
                 "starting with a letter, at most 64 characters."
+            )
+        if iskeyword(self.adapter) or hasattr(nn.Module(), self.adapter):
+            raise OptionError(
+                f"{self.text}: name={self.name!r} is a word of Python or of torch's modules, which "
+                f"cannot name one. Choose another, such as {self.adapter}_1."
             )
         in_range = self.seed is None or 0 <= self.seed < 2**63
         self.require(in_range, "seed", "none, or a number from 0 to 2^63 - 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,10 @@ from .passes import Pass, Plan
 from .propagate import propagate
 from .syntax import Passes, as_pipeline
 from .verify import Certificate, certify, check_graph
+
+
+_TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
+"""What torch says where it cannot allocate."""
 
 
 def run(
@@ -83,7 +88,15 @@ def apply_plan(
     edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
     if item.adapter is not None:
         edit.freeze(keep={n for names in program.owned.values() for n in names})
-    item.apply(edit, plan)
+    try:
+        item.apply(edit, plan)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RewriteError) or not _TOO_LARGE.search(str(error) or "memory"):
+            raise
+        raise PassError(
+            f"{item}: its tensors do not fit into memory ({str(error).splitlines()[0][:200]}). "
+            "Choose smaller sizes, or fewer sites with where=."
+        ) from error
     if item.adapter is not None and not edit.edited:
         if not edit.skipped:
             raise PassError(

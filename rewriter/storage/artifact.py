@@ -146,7 +146,7 @@ def _step(record: Record) -> dict[str, Any]:
     }
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor, remedy: str = "Train from earlier values.") -> None:
     """Raises MetaTensorError or NonFiniteError unless a tensor has values, all finite."""
     if tensor.is_meta:
         raise MetaTensorError(
@@ -155,7 +155,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-        raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}.")
+        raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}. {remedy}")
 
 
 @dataclass(frozen=True)
