@@ -129,6 +129,12 @@ def export_onnx(
             f"the parameters take {size / 1e9:.1f} GB; one ONNX file holds {LIMIT / 1e9:.1f} GB. "
             "Export in bfloat16 or quantise first."
         )
+    newest: int = require("onnx").defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise ExportError(
+            f"there is no opset {opset}: the newest that is known here is {newest}. Choose "
+            f"{' or '.join(map(str, OPSETS))}, or leave it out."
+        )
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"the folder {path.parent} does not exist.")

@@ -54,5 +54,10 @@ class Record:
     def __str__(self) -> str:
         lines = [f"{self.text}: {len(self.edited)} sites edited; {self.certificate}"]
         lines += [f"  {note}" for note in self.notes]
-        lines += [f"  skipped {site}: {reason}" for site, reason in self.skipped]
+        for reason in dict.fromkeys(reason for _, reason in self.skipped):
+            sites = [site for site, why in self.skipped if why == reason]
+            if len(sites) > 3:
+                lines.append(f"  skipped {len(sites)} ({', '.join(sites[:3])}, ...): {reason}")
+            else:
+                lines += [f"  skipped {site}: {reason}" for site in sites]
         return "\n".join(lines)

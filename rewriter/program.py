@@ -287,14 +287,23 @@ class Program:
         """A copy on another device, with the devices that the graph names.
 
         Raises:
-            CaptureError: `device` is a dtype, which only a new capture can change.
+            CaptureError: `device` is a dtype, which only a new capture can change, or there is
+                no such device here.
         """
         if isinstance(device, torch.dtype):
             raise CaptureError(
                 f"a captured program keeps its dtype. Capture again: "
                 f"peftfx.capture(model, ..., dtype={device})."
             )
-        return self._moved(torch.device(device), {})
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has the backend
+            said = str(error).splitlines()[0]
+            raise CaptureError(
+                f"the program cannot be moved to {str(device)!r}: {said}. Choose a device that "
+                "this machine has."
+            ) from error
+        return self._moved(device, {})
 
     @outside_inference
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
@@ -326,6 +335,11 @@ class Program:
     def branch(self, attachment: Attachment) -> nn.Module:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
+
+    def shared_path(self, attachment: Attachment, read: str) -> str:
+        """The path of the shared module whose value a branch reads under a name."""
+        name = attachment.reads[read]
+        return next(str(n.target) for n in self.module.graph.nodes if n.name == name)
 
     def held(self, name: str) -> bool:
         """Whether all of an adapter's branches are frozen, because another adapter uses them."""

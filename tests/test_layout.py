@@ -112,10 +112,12 @@ def test_one_file_one_pass() -> None:
 def test_a_method_is_three_files(name: str) -> None:
     """One source file, one test file, one golden text, and no other code knows it."""
     source = Path(inspect.getfile(METHODS[name]))
-    assert (ROOT / "tests" / "methods" / f"test_{name}.py").exists()
-    assert (ROOT / "tests" / "golden" / f"{name}.txt").exists()
+    for path in (f"tests/methods/test_{name}.py", f"tests/golden/{name}.txt"):
+        assert (ROOT / path).exists(), f"the method {name} needs a file {path} (CONTRIBUTING.md)"
     title, citation = split_docstring(source.read_text().split('"""')[1])
-    assert title and citation and METHODS[name].folds
+    assert title, f"{source}: the docstring needs a first line that says what it inserts"
+    assert citation, f"{source}: the docstring's second paragraph must start with the paper"
+    assert METHODS[name].folds, f"{source}: say what becomes of it: folds: ClassVar[str] = ..."
     word = re.compile(rf"\b{METHODS[name].__name__}\b")
     for path in SOURCES:
         known = layer(path) in ("rewriter", "kernels", "exporters")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.edits.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
 from ...rewriter.running.passes import Method
-from ...rewriter.sites.sites import ExpertsSite, LinearSite
+from ...rewriter.sites.sites import LinearSite
 
 
 class IA3Output(OutputScale):
@@ -52,14 +52,9 @@ class IA3(Method):
 
     folds: ClassVar[str] = "exactly"
 
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
-
     where: str = "k|v|ffn.down"
 
-    def insert(self, edit: Editor, site: LinearSite | ExpertsSite) -> None:
-        if isinstance(site, ExpertsSite):
-            edit.skip(site, "a stack of experts: one vector an expert needs the routing")
-            return
+    def insert(self, edit: Editor, site: LinearSite) -> None:
         at_input = site.role == "ffn.down"
         size = site.in_features if at_input else site.out_features
         ones = torch.ones(size).to(edit.like(site))

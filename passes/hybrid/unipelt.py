@@ -106,6 +106,9 @@ class UniPELT(Method):
             SerialAdapter(bottleneck=self.bottleneck, activation=self.activation, std=self.std),
         )
 
+    def obstacle(self, site: Site) -> str:
+        return self.parts()[0].obstacle(site) if isinstance(site, LinearSite) else ""
+
     def insert(self, edit: Editor, site: LinearSite | AttentionSite | SublayerSite) -> None:
         lora, prefix, adapter = self.parts()
         seen = None
@@ -137,9 +140,8 @@ class UniPELT(Method):
     def settle(
         self, program: Program, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        named = {path.replace(".", "_"): path for path in program.shared}
         mine = [a for a in program.attachments if a.adapter == self.adapter and "gate" in a.reads]
-        gates = {a.path: named[a.reads["gate"]] for a in mine}
+        gates = {a.path: program.shared_path(a, "gate") for a in mine}
         if gates and data is None:
             raise PassError(
                 f"the gates of {self.adapter!r} depend on the input, so making them numbers needs "

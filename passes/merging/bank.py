@@ -10,16 +10,18 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
 
 An id counts from 0 in the order of the members, as in a Python list whose last entry is "none": n
-or -1 gives the base. A call without ids gets the first member. The bank holds copies for inference:
-it does not train, has no dropout, and `program.without("bank")` gives the members back, one beside
-the other, to train on. Not foldable.
+or -1 gives the model without any adapter. So a program with adapters that are no members is
+refused, unless `others=keep`: those then act on all rows (as do adapters that are inserted later).
+A call without ids gets the first member. The bank holds copies for inference: it does not train,
+has no dropout, and `program.without("bank")` gives the members back, one beside the other, to train
+on. Not foldable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -87,12 +89,15 @@ class Bank(Pass):
         names: the members, in the order of their ids; by default all adapters that are low-rank
             at all of their sites.
         input: name of the new input, int64 `[batch]`.
+        others: adapters that are no members act on all rows, also on those without an adapter:
+            `refuse` that, or `keep` them.
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
 
     names: tuple[str, ...] | None = None
     input: str = "adapter"
+    others: Literal["refuse", "keep"] = "refuse"
 
     @property
     def adapter(self) -> str:
@@ -127,9 +132,19 @@ class Bank(Pass):
             found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise PassError(
                 f"bank: no adapter is low-rank ({found or 'there is none'}). Insert some first: "
-                "run(program, 'lora{name=a};lora{name=b,seed=1}')."
+                "run(program, 'lora{name=a};lora{name=b}')."
             )
-        return Plan({"members": list(self.names or fitting)})
+        members = list(self.names or fitting)
+        others = _others(program, members)
+        if others and self.others == "refuse":
+            reason = reasons.get(others[0]) or "it is not in names"
+            raise PassError(
+                f"bank: the adapter {others[0]!r} is no member ({reason}), so it would act on all "
+                "rows, also on those without an adapter. Leave it out (program.without("
+                f"{others[0]!r})), fold it into the base (fold{{names=[{others[0]}]}}), or say "
+                "bank{others=keep}."
+            )
+        return Plan({"members": members})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         names: list[str] = plan.decisions["members"]
@@ -155,6 +170,16 @@ class Bank(Pass):
             for attachment in held.values():
                 edit.remove(attachment.path)
             edit.add(site, BankBranch(members, samples.axis), ids=ids, apart=samples.apart)
+        for name in _others(edit.program, names):
+            reason = f"the adapter {name!r} is no member: it acts on all rows, whatever their ids"
+            edit.skipped.append((name, reason))
+
+
+def _others(program: Program, members: Sequence[str]) -> list[str]:
+    """The adapters that act, and are no members."""
+    acting = dict.fromkeys(a.adapter for a in program.attachments)
+    acting |= dict.fromkeys(name for name, owned in program.owned.items() if owned)
+    return [n for n in acting if n not in members and n != Bank.text]
 
 
 def _factors(program: Program, attachment: Attachment) -> Factors | None:

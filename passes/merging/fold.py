@@ -18,7 +18,6 @@ from ...rewriter.exported import put_back
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Pass, Plan
 from ...rewriter.running.verify import Contract, bound, is_meta, measure
-from ...rewriter.sharded import has_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,8 @@ class Fold(Pass):
                     f"{nearest(name, program.adapters)}."
                 )
         wanted = program.adapters if self.names is None else self.names
-        return Plan({"branches": [a.path for a in program.attachments if a.adapter in wanted]})
+        folded = [a for a in program.attachments if a.adapter in wanted]
+        return Plan({"branches": [a.path for a in folded]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         paths = list(plan.decisions["branches"])

@@ -28,6 +28,7 @@ from ...rewriter.running.controller import Controller, Forward
 from ...rewriter.running.passes import Pass
 from ...rewriter.sites.sites import LinearSite
 from ..merging.bake import Bake
+from .lora import rank_obstacle
 
 
 class AdaLoRABranch(Delta):
@@ -97,7 +98,7 @@ class AdaLoRA(Budgeted):
     """Adds branches whose ranks are pruned to a common budget in training.
 
     Attributes:
-        rank: of every branch at first, at most min(in, out).
+        rank: of every branch at first; sites with min(in, out) below it are skipped.
         target: the budget at the end, in ranks a site on average; two thirds of rank by default.
         alpha: numerator of the scale.
         dropout: probability on the branch's input, in training.
@@ -130,9 +131,10 @@ class AdaLoRA(Budgeted):
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(0 <= self.gamma < math.inf, "gamma", "finite and not negative")
 
+    def obstacle(self, site: LinearSite) -> str:
+        return rank_obstacle(self.rank, site)
+
     def insert(self, edit: Editor, site: LinearSite) -> None:
-        limit = min(site.in_features, site.out_features)
-        self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
         like = edit.like(site)
         shapes = (site.out_features, self.rank), (self.rank, site.in_features)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)

@@ -46,12 +46,23 @@ class LoRABranch(Delta):
         return f"rank={self.a.shape[0]}, scale={self.scale:g}"
 
 
+def rank_obstacle(rank: int, site: LinearSite) -> str:
+    """Why a rank does not fit a linear; empty if it does."""
+    limit = min(site.in_features, site.out_features)
+    if rank <= limit:
+        return ""
+    return (
+        f"rank={rank}, but it must be at most {limit} for {site.in_features} -> "
+        f"{site.out_features} features. Give such sites a smaller rank, in a pass of their own"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
     """Adds a trainable low-rank branch beside every selected linear.
 
     Attributes:
-        rank: of the branch, at most min(in, out).
+        rank: of the branch; sites with min(in, out) below it are skipped.
         alpha: numerator of the scale.
         dropout: probability on the branch's input, in training.
         rslora: scale by alpha / sqrt(rank).
@@ -71,13 +82,14 @@ class LoRA(Method):
         self.require(math.isfinite(self.alpha), "alpha", "finite")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
+    def obstacle(self, site: LinearSite) -> str:
+        return rank_obstacle(self.rank, site)
+
     def insert(self, edit: Editor, site: LinearSite) -> None:
         edit.add(site, self.made(edit, site))
 
     def made(self, edit: Editor, site: LinearSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""
-        limit = min(site.in_features, site.out_features)
-        self.require(self.rank <= limit, "rank", f"at most {limit} at {site.id}")
         like = edit.like(site)
         a = torch.empty(self.rank, site.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)

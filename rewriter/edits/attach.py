@@ -18,6 +18,7 @@ from ..program import BRANCHES, Attachment, Program
 from ..sites.sites import Site
 from .branch import Branch
 from .compose import site_nodes
+from .requirements import require_order
 from .values import Value, unshared
 
 EMPTY: Mapping[str, None] = MappingProxyType({})
@@ -28,6 +29,7 @@ class Attaching:
 
     Attributes:
         program: the fork.
+        method: the text name of the pass that edits, for messages.
         generator: the random source of everything that a pass initialises.
         edited, skipped: what the report will say.
         notes: further lines of the record.
@@ -41,9 +43,11 @@ class Attaching:
         adapter: str | None = None,
         seed: int = 0,
         decisions: Mapping[str, Any] | None = None,
+        method: str = "",
     ) -> None:
         self.program = program
         self.adapter = adapter
+        self.method = method or adapter or "this pass"
         self.generator = torch.Generator().manual_seed(seed)
         self.edited: list[str] = []
         self.skipped: list[tuple[str, str]] = []
@@ -138,8 +142,13 @@ class Attaching:
         return node
 
     def finish(self) -> None:
-        """Removes what no output needs and regenerates the code."""
+        """Removes what no output needs and regenerates the code.
+
+        Raises:
+            PassError: a branch reads what is computed only after it.
+        """
         erase_dead(self.graph_module)
+        require_order(self.program, self.method)
         self.program.shared = unshared(self.graph_module, self.program.shared)
         self.graph_module.recompile()
 

@@ -44,6 +44,7 @@ from .quantised import quantise_weight
 from .read import Reading
 from .region import find_region
 from .replacing import express, remember, remove, settle, widened
+from .requirements import require_fit
 from .route import run_on_chosen
 from .routing import Routed
 from .tokens import beside, prepend_tokens, shift_positions
@@ -91,16 +92,19 @@ class Editor(Reading):
 
     def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
+        require_fit(self.method, "add", site, branch)
         self._attach_linear(site, branch, reads)
 
     def scale(self, site: LinearSite, branch: InputScale | OutputScale) -> None:
         """Scales a linear's input or output."""
+        require_fit(self.method, "scale", site, branch)
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
         self._attach_linear(site, branch)
 
     def rescale(self, site: LinearSite, branch: RowScale) -> None:
         """Rescales the rows of a linear's weight, below all its other branches."""
+        require_fit(self.method, "rescale", site, branch)
         branch.in_out = site.in_out
         if site.features is not None:
             own = self._index(site, torch.tensor(site.features))
@@ -135,6 +139,7 @@ class Editor(Reading):
 
     def after(self, site: SublayerSite, branch: Serial, **reads: Value | None) -> None:
         """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
+        require_fit(self.method, "after", site, branch)
         if site.role == "conv":
             branch.axis = 1
         path = self._attach(site, branch, reads)
@@ -150,10 +155,11 @@ class Editor(Reading):
 
     def prepend_kv(self, site: AttentionSite, branch: KeyValue, **reads: Value | None) -> None:
         """Prepends rows to keys and values (after rotation), widening the mask."""
+        require_fit(self.method, "prepend_kv", site, branch)
         path = self._attach(site, branch, reads)
-        prepend_key_value(self.graph_module, self.node(site.nodes[0]), path, branch.length)
+        core = self.node(site.nodes[0])
+        prepend_key_value(self.graph_module, core, path, branch.length, given(reads))
         self._nodes = site_nodes(self.graph_module)
-        self.node(path.replace(".", "_")).kwargs = dict(given(reads))
 
     def shift_positions(self, length: int) -> None:
         """Adds `length` to every token's position."""
@@ -166,6 +172,7 @@ class Editor(Reading):
         positions and sizes follow by themselves; outputs are stripped to the user's tokens.
         Another table that the same ids look up gives the row of the pads there, which is reported.
         """
+        require_fit(self.method, "prepend_tokens", site, branch)
         for other, row in beside(self.program, site):
             self.skip(other, f"it gives its row {row} at the positions of the prompt")
         path = self._attach(site, branch)
@@ -186,6 +193,8 @@ class Editor(Reading):
             PassError: the region has no single way in and out, tells tokens by their order, or
                 holds causal attention and `causal` does not allow that.
         """
+        for site in sites:
+            require_fit(self.method, "wrap", site, branch)
         region = find_region(self.program, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {"valid": valid})
@@ -208,6 +217,7 @@ class Editor(Reading):
         Raises:
             PassError: a member has no branch at the site, or one that cannot be combined.
         """
+        require_fit(self.method, "combine", site, branch)
         paths = member_paths(self, site, members)
         if isinstance(site, LinearSite):
             self._attach_linear(site, branch, reads, paths)
@@ -236,6 +246,7 @@ class Editor(Reading):
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
+        require_fit(self.method, "express", site, branch)
         path = self._attach(site, branch, reads, f"{name}.{branch.slot}")
         self._nodes |= {n.name: n for n in [express(self, name, branch, path, given(reads))]}
 

@@ -7,6 +7,7 @@ so that a method only says what its rows are.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,9 @@ def key_value_widths(gm: GraphModule, core: Node) -> tuple[int, int]:
     return int(key[-1 if found.fused else -2]), int(held[-1])
 
 
-def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
+def prepend_key_value(
+    gm: GraphModule, core: Node, path: str, length: int, reads: Mapping[str, Node]
+) -> None:
     """Feeds keys and values of one attention through the branch at `path`."""
     found = _operands(gm, core)
     product, graph = found.product, gm.graph
@@ -138,7 +141,7 @@ def prepend_key_value(gm: GraphModule, core: Node, path: str, length: int) -> No
             _move_before(gm, found.value, product)
         name = path.replace(".", "_")
         args = (found.key, found.value, not found.fused)
-        both = graph.create_node("call_module", path, args, {}, name=name)
+        both = graph.create_node("call_module", path, args, dict(reads), name=name)
         new_key, new_value = (
             graph.create_node("call_function", operator.getitem, (both, i), {}, name=f"{name}_{n}")
             for i, n in enumerate(("key", "value"))

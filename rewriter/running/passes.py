@@ -7,21 +7,23 @@ dataclass fields, so that text, YAML and Python say the same thing.
 from __future__ import annotations
 
 import re
-import types
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from keyword import iskeyword
+from typing import Any, ClassVar, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..edits.edit import Editor
-from ..errors import OptionError, SelectorError, nearest
+from ..errors import OptionError, PassError, SelectorError, nearest
 from ..program import Program
-from ..sites.selector import WORDS
-from ..sites.sites import LinearSite, Site
+from ..sites.selector import WORDS, Selection, meaning, select
+from ..sites.sites import LinearSite, Site, listed
 from .controller import Controller
+from .options import adapt, fits, type_name, write_value
 from .verify import Contract
 
 REGISTRY: dict[str, type[Pass]] = {}
@@ -75,8 +77,8 @@ class Pass(ABC):
         hints = get_type_hints(type(self))
         for option in fields(self):
             got = getattr(self, option.name)
-            if not _fits(got, hints[option.name]):
-                wanted = _type_name(hints[option.name])
+            if not fits(got, hints[option.name]):
+                wanted = type_name(hints[option.name])
                 raise OptionError(
                     f"{self.text}: option {option.name} must be {wanted}, not {got!r} "
                     f"({type(got).__name__})."
@@ -86,11 +88,22 @@ class Pass(ABC):
     def check(self) -> None:  # noqa: B027 - optional
         """Raises OptionError for values out of range; overridden by methods."""
 
-    def require(self, holds: bool, option: str, rule: str) -> None:
-        """Raises OptionError unless `holds`."""
+    def require(self, holds: bool, option: str, rule: str, remedy: str = "") -> None:
+        """Raises OptionError unless `holds`.
+
+        Args:
+            rule: what the option must be.
+            remedy: what to do, a sentence; by default, to give another value.
+        """
         if not holds:
             got = getattr(self, option)
-            raise OptionError(f"{self.text}: {option}={got!r}, but it must be {rule}.")
+            remedy = remedy or f"Choose another: {self.text}{{{option}=...}}."
+            raise OptionError(f"{self.text}: {option}={got!r}, but it must be {rule}. {remedy}")
+
+    @property
+    def random_seed(self) -> int:
+        """Of what this pass draws."""
+        return 0
 
     @property
     def adapter(self) -> str | None:
@@ -146,7 +159,8 @@ class Method(Pass, abstract=True):
     Attributes:
         where: selector of the sites (see `rewriter/sites/selector.py`).
         name: the adapter's name; default the method's text name.
-        seed: of the random initialisation.
+        seed: of the random initialisation; by default 0, or made of the name where one is given,
+            so that two adapters of a method start apart.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
@@ -156,11 +170,17 @@ class Method(Pass, abstract=True):
 
     where: str = ""
     name: str = ""
-    seed: int = 0
+    seed: int | None = None
 
     @property
     def adapter(self) -> str:
         return self.name or self.text
+
+    @property
+    def random_seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        return 0 if self.adapter == self.text else zlib.crc32(self.adapter.encode())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,11 +189,19 @@ class Method(Pass, abstract=True):
                 f"{self.text}: name={self.name!r} is not a name: letters, digits, _ and -, "
                 "starting with a letter, at most 64 characters."
             )
+        if iskeyword(self.adapter) or hasattr(nn.Module(), self.adapter):
+            raise OptionError(
+                f"{self.text}: name={self.name!r} is a word of Python or of torch's modules, which "
+                f"cannot name one. Choose another, such as {self.adapter}_1."
+            )
+        in_range = self.seed is None or 0 <= self.seed < 2**63
+        self.require(in_range, "seed", "none, or a number from 0 to 2^63 - 1")
 
     @property
     def placed(self) -> bool:
         """Whether the user said where; without, the method's own placement is taken."""
-        return self.where != type(self).where
+        usual = type(self).where
+        return self.where != usual and (not usual or meaning(self.where) != meaning(usual))
 
     def sites(self, program: Program) -> list[Site]:
         """The sites to edit.
@@ -181,25 +209,44 @@ class Method(Pass, abstract=True):
         The method's own placement takes each of its alternatives that the model has.
 
         Raises:
-            SelectorError: what the user selected, or the whole placement, matches nothing.
+            SelectorError: what the user selected, or the whole placement, matches nothing that
+                the method takes.
         """
-        found, _ = self._found(program)
-        return found
+        return list(self._selection(program)[0].taken)
 
-    def _found(self, program: Program) -> tuple[list[Site], list[str]]:
-        """The sites, and the alternatives of the placement that the model does not have."""
+    def obstacle(self, site: Any) -> str:
+        """Why the options do not fit a site that the method takes; empty if they do."""
+        del site
+        return ""
+
+    def _selection(self, program: Program) -> tuple[Selection, list[str]]:
+        """What is selected, and the alternatives of the placement that the model does not have."""
+        every = program.sites.items
+        if not self.where.strip():
+            raise SelectorError(
+                f"{self.text}: where is empty, and selects nothing. Say where, for example "
+                f"{self.text}{{where={self._example(program)}}}."
+            )
         if self.placed:
-            return program.sites.select(self.where, self.kinds), []
-        found: list[Site] = []
+            selection = select(self.where, every, self.kinds)
+            if not selection.taken:
+                raise SelectorError(self._unsupported(program, selection))
+            return selection, []
+        taken: set[Site] = set()
+        left: set[Site] = set()
         absent: list[str] = []
-        for part in self.where.split("|"):
+        for part in type(self).where.split("|"):
             try:
-                found += program.sites.select(part, self.kinds)
+                selection = select(part, every, self.kinds)
             except SelectorError:
                 absent.append(part)
-        if not found:
+                continue
+            taken.update(selection.taken)
+            left.update(selection.left)
+        if not taken:
             raise SelectorError(self._nowhere(program))
-        return [s for s in program.sites if s in found], absent
+        in_order = (tuple(s for s in every if s in those) for those in (taken, left - taken))
+        return Selection(*in_order), absent
 
     def _nowhere(self, program: Program) -> str:
         roles = Counter(s.role for s in program.sites.of(*self.kinds))
@@ -209,26 +256,60 @@ class Method(Pass, abstract=True):
             other = ", ".join(f"{n} {kind}" for kind, n in sorted(have.items()))
             return (
                 f"{self.text} does not apply to this model: it works on {kinds} sites, and the "
-                f"model has none. It has: {other or 'no sites'}. Choose another method."
+                f"model has none. It has: {other or 'no sites'}. Choose another method"
+                f"{_methods_for(have)}."
             )
-        role = roles.most_common(1)[0][0]
-        site = next(s for s in program.sites.of(*self.kinds) if s.role == role)
-        example = max(sorted(site.tags & WORDS), key=len)
         listed = ", ".join(f"{role} ({n})" for role, n in sorted(roles.items()))
         return (
             f"{self.text}: the usual places ({self.where}) are not in this model. Its {kinds} "
             f"sites have the roles {listed}. Say where, for example "
-            f"{self.text}{{where={example}}}; print program.sites to see them all."
+            f"{self.text}{{where={self._example(program)}}}; print program.sites to see them all."
         )
 
+    def _unsupported(self, program: Program, selection: Selection) -> str:
+        example = self._example(program)
+        elsewhere = f"Say where, for example {self.text}{{where={example}}}, or choose" if example \
+            else "Choose"  # fmt: skip
+        return (
+            f"{self.text}: where={self.where!r} matches {listed(selection.left)}, but "
+            f"{self._works_on()}. {elsewhere} another method"
+            f"{_methods_for(s.kind for s in selection.left)}."
+        )
+
+    def _works_on(self) -> str:
+        return f"{self.text} works on {' and '.join(self.kinds)} sites only"
+
+    def _example(self, program: Program) -> str:
+        """The word of the commonest role of sites that the method takes; empty without any."""
+        roles = Counter(s.role for s in program.sites.of(*self.kinds))
+        if not roles:
+            return ""
+        role = roles.most_common(1)[0][0]
+        site = next(s for s in program.sites.of(*self.kinds) if s.role == role)
+        return max(sorted(site.tags & WORDS), key=len)
+
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
-        decisions: dict[str, Any] = {"sites": [s.id for s in self.sites(program)]}
-        if absent := self._found(program)[1]:
+        selection, absent = self._selection(program)
+        sites = self.sites(program)
+        misfits = {s.id: reason for s in sites if (reason := self.obstacle(s))}
+        if sites and len(misfits) == len(sites):
+            where, reason = next(iter(misfits.items()))
+            raise OptionError(f"{self.text}: no selected site fits. {where}: {reason}.")
+        decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}
+        if absent:
             decisions["absent"] = absent
+        unsupported = _unsupported_reasons(self, program, selection.left)
+        if reasons := misfits | unsupported:
+            decisions["skipped"] = reasons
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
-        self.insert_all(edit, [edit.program.sites[i] for i in plan.decisions["sites"]], plan)
+        sites = [edit.program.sites[i] for i in plan.decisions["sites"]]
+        for site in sites:
+            if site.kind not in self.kinds:  # planned by an earlier version
+                edit.skip(site, f"{site.kind}: {self._works_on()}")
+        self.insert_all(edit, [s for s in sites if s.kind in self.kinds], plan)
+        edit.skipped.extend(plan.decisions.get("skipped", {}).items())
         for part in plan.decisions.get("absent", ()):
             edit.skipped.append((part, "the model has no such place"))
 
@@ -238,8 +319,15 @@ class Method(Pass, abstract=True):
         for site in sites:
             if isinstance(site, LinearSite) and site.fixed:
                 edit.skip(site, site.obstacle)
-            else:
-                self.insert(edit, site)
+                continue
+            done = len(edit.edited), len(edit.skipped)
+            self.insert(edit, site)
+            if done == (len(edit.edited), len(edit.skipped)):
+                raise PassError(
+                    f"{self.text}: insert did nothing at {site.id}. It must hand a branch to the "
+                    "editor (edit.add, edit.after, edit.express, ...), or say why it leaves the "
+                    "site alone (edit.skip)."
+                )
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""
@@ -258,6 +346,36 @@ class Method(Pass, abstract=True):
         """
         del program, data, inputs
         return {}
+
+
+def _methods_for(kinds: Iterable[str]) -> str:
+    """`; conv sites: bitfit, diff_pruning`: the methods that work on each of some kinds."""
+    parts: list[str] = []
+    for kind in sorted(set(kinds)):
+        names = [
+            n for n, p in sorted(REGISTRY.items()) if issubclass(p, Method) and kind in p.kinds
+        ]
+        if names:
+            parts.append(f"{kind} sites: {', '.join(names)}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _unsupported_reasons(method: Method, program: Program, left: Sequence[Site]) -> dict[str, str]:
+    """Site id -> why the method leaves it alone, with the share of the parameters."""
+    stored = dict(program.base.module.named_parameters())
+    total = sum(p.numel() for p in stored.values())
+    reasons: dict[str, str] = {}
+    for kind in dict.fromkeys(s.kind for s in left):
+        sites = [s for s in left if s.kind == kind]
+        weights = {getattr(s, "weight", "") for s in sites} & stored.keys()
+        share = sum(stored[w].numel() for w in weights) / total if total else 0.0
+        works = (
+            f"where={method.where!r} does not name {kind} sites" if kind in method.kinds
+            else f"{kind}: {method._works_on()}"
+        )  # fmt: skip
+        held = f"; what is left out so holds {share:.0%} of the parameters" if weights else ""
+        reasons |= {s.id: f"{works}{held}" for s in sites}
+    return reasons
 
 
 def lookup(name: str) -> type[Pass]:
@@ -291,70 +409,5 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
                 f"{name} has no option {option!r}. Nearest: {nearest(option, known)}. "
                 f"Options: {', '.join(known)}."
             )
-        values[option] = _adapt(item, hints[option])
+        values[option] = adapt(item, hints[option])
     return found(**values)
-
-
-def _adapt(item: Any, hint: Any) -> Any:
-    """Lists become tuples, whole numbers floats, and one word a tuple of one, where declared."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for kind in kinds:
-        if get_origin(kind) is tuple and isinstance(item, list):
-            return tuple(item)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        if get_origin(kind) is tuple and isinstance(item, str):
-            return (item,)
-    if float in kinds and int not in kinds and type(item) is int:
-        return float(item)
-    return item
-
-
-def _fits(got: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(got, h) for h in get_args(hint))
-    if origin is dict:
-        kinds = get_args(hint)
-        return isinstance(got, dict) and all(
-            _fits(k, kinds[0]) and _fits(v, kinds[1])
-            for k, v in got.items()  # pyright: ignore[reportUnknownVariableType]
-        )
-    if origin is tuple:
-        inner = get_args(hint)[0]
-        return isinstance(got, tuple) and all(_fits(g, inner) for g in got)  # pyright: ignore[reportUnknownVariableType]
-    if origin is not None and origin.__name__ == "Literal":
-        return got in get_args(hint)
-    if hint is float:
-        return type(got) in (int, float)
-    if hint is int:
-        return type(got) is int
-    return isinstance(got, hint)
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is not None and getattr(get_origin(hint), "__name__", "") == "Literal":
-        return "one of " + ", ".join(str(a) for a in get_args(hint))
-    return str(getattr(hint, "__name__", hint)).replace("typing.", "")
-
-
-def write_value(item: Any) -> str:
-    """An option value as pipeline text; `syntax.parse` reads it back."""
-    if item is None:
-        return "none"
-    if isinstance(item, bool):
-        return "true" if item else "false"
-    if isinstance(item, int | float):
-        return repr(item)
-    if isinstance(item, tuple | list):
-        return f"[{','.join(write_value(i) for i in item)}]"  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(item, Mapping):
-        return "{" + ",".join(f"{k}={write_value(v)}" for k, v in item.items()) + "}"  # pyright: ignore[reportUnknownVariableType]
-    text = str(item)
-    balanced = re.sub(r"[^()]", "", text)
-    while "()" in balanced:
-        balanced = balanced.replace("()", "")
-    plain = not balanced and re.fullmatch(r"[^\s,;{}\[\]'\"=\\][^,;{}\[\]'\"\\]*", text)
-    number = re.fullmatch(r"[-+]?(\d|\.\d|inf|nan).*", text, re.IGNORECASE)
-    if plain and not number and text not in ("true", "false", "none") and text == text.strip():
-        return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

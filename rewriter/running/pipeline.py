@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,9 @@ from .passes import Pass, Plan
 from .propagate import alone, propagate
 from .syntax import Passes, as_pipeline
 from .verify import Certificate, certify, check_graph
+
+_TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
+"""What torch says where it cannot allocate."""
 
 
 @outside_inference
@@ -91,7 +95,7 @@ def apply_plan(
         edit = _edited(fork, item, plan)
         clock.append(time.perf_counter())
         after = edit.program
-        propagate(after)
+        propagate(after, item.text)
     certificate = Certificate("unchecked")
     if check:
         check_graph(after)
@@ -120,18 +124,38 @@ def apply_plan(
 
 def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
     """The editor after a planned pass has edited its fork."""
-    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
+    edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
     if item.adapter is not None:
         edit.freeze()
-    item.apply(edit, plan)
+    try:
+        item.apply(edit, plan)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RewriteError) or not _TOO_LARGE.search(str(error) or "memory"):
+            raise
+        raise PassError(
+            f"{item}: its tensors do not fit into memory ({str(error).splitlines()[0][:200]}). "
+            "Choose smaller sizes, or fewer sites with where=."
+        ) from error
     if item.adapter is not None and not edit.edited:
-        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
+        if not edit.skipped:
+            raise PassError(
+                f"{item.text}: it edited nothing at {_listed(plan)} and gave no reason. insert or "
+                "insert_all must hand branches to the editor (edit.add, edit.after, ...), or say "
+                "why a site is left alone (edit.skip)."
+            )
+        site, reason = edit.skipped[0]
         raise PassError(
             f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
             "others with where=."
         )
     edit.finish()
     return edit
+
+
+def _listed(plan: Plan) -> str:
+    sites: Sequence[str] = plan.decisions.get("sites", ())
+    more = ", ..." if len(sites) > 3 else ""
+    return f"its {len(sites)} sites ({', '.join(sites[:3])}{more})"
 
 
 def replay_steps(

@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..aten import attribute, expression_of, source_line, value
 from ..capture.modes import Attention
 from ..capture.symbols import unify
+from ..edits.requirements import failing_branch
 from ..errors import PassError
 
 if TYPE_CHECKING:
@@ -47,6 +50,9 @@ class _SizeFixedError(PassError):
 
 
 _FIXING = (_SizeFixedError, symbolic_shapes.GuardOnDataDependentSymNode)
+
+
+_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException)
 
 
 def fake_mode(gm: GraphModule) -> Any:
@@ -172,8 +178,11 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def propagate(program: Program) -> int:
+def propagate(program: Program, method: str = "") -> int:
     """Recomputes the fake values of new nodes and of nodes downstream whose shapes change.
+
+    Args:
+        method: text name of the pass that edited the program, for messages.
 
     Returns:
         How many nodes were computed.
@@ -187,10 +196,10 @@ def propagate(program: Program) -> int:
         return 0
     with alone(), _ranges(mode.shape_env, program), quiet():
         unify(gm, program.symbols)
-        return _propagate(gm, mode)
+        return _propagate(program, gm, mode, method)
 
 
-def _propagate(gm: GraphModule, mode: Any) -> int:
+def _propagate(program: Program, gm: GraphModule, mode: Any, method: str) -> int:
     environment = mode.shape_env
     fakes = _Fakes(gm, mode)
     changed: set[Node] = set()
@@ -206,8 +215,11 @@ def _propagate(gm: GraphModule, mode: Any) -> int:
             with torch.no_grad(), _no_new_guards(environment):
                 result = fakes.run(node)
         except Exception as error:
-            line = source_line(node)
             fixed = isinstance(error, _FIXING)
+            cause = "value" if isinstance(error, _VALUES) else "size" if fixed else "shape"
+            if said := failing_branch(program, node, cause, str(error)):
+                raise PassError(f"{method}: {said}") from error
+            line = source_line(node)
             what = "the edit fixes a dynamic size" if fixed else "shapes do not fit"
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"

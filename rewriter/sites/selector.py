@@ -7,15 +7,20 @@
                 | "layer" "in" "[" number ("," number)* "]"
                 | "name:" word | "re:'" regular expression "'" | word
 
-A bare word is a role or kind if it is in the closed list `WORDS`, otherwise a dotted suffix of
-the module's (or weight's) name. Every atom must match something by itself, except a role or
-kind under `not`.
+A bare word is a role or kind if it is in the closed list `WORDS`, otherwise a role that a site
+has, or a dotted suffix of the module's (or weight's) name. Every atom must match something by
+itself, except a role or kind under `not`.
+
+A selector is resolved against all sites. What a pass then takes depends on the kinds that it works
+on; `select` tells what it takes from what it leaves out, since a site that a pass cannot edit is
+not a site that the model does not have.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import SelectorError, nearest
@@ -31,6 +36,9 @@ WORDS = frozenset([
     "embedding.type", "embedding.relative", "embedding.side",
 ])  # fmt: skip
 """Roles and kinds: the words that never name a module."""
+
+WEIGHTS = ("linear", "experts", "conv", "embedding")
+"""Kinds of sites that are a stored weight themselves; blocks (attention, ...) consist of those."""
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<re>re:'(?:[^'\\]|\\.)*')|(?P<name>name:[\w.*-]+)"
@@ -100,7 +108,8 @@ def _atom(kind: str, token: str, text: str) -> Test:
         return _suffix(token[5:])
     if token in WORDS:
         return lambda s: token in s.tags
-    return _suffix(token)
+    suffix = _suffix(token)
+    return lambda s: token in s.tags or suffix(s)
 
 
 class _Parser:
@@ -112,6 +121,7 @@ class _Parser:
         self.position = 0
         self.atoms: list[tuple[str, Test]] = []
         self.negations = 0
+        self.test = self.parse()
 
     def peek(self) -> tuple[str, str]:
         return self.tokens[self.position] if self.position < len(self.tokens) else ("end", "")
@@ -163,39 +173,101 @@ class _Parser:
         return test
 
 
-def choose(
-    text: str, sites: Sequence[Site], fallback: Sequence[Site] | None = None
-) -> list[Site] | None:
-    """The sites that match, in order.
+@dataclass(frozen=True)
+class Selection:
+    """What a selector means to a pass that works on some kinds of sites.
 
-    With `fallback`, returns None instead of an error where an atom matches nothing in `sites`
-    but every atom matches something in `fallback`.
+    Attributes:
+        taken: the matching sites of those kinds, in order.
+        left: the matching sites that the pass cannot take. Blocks that the taken sites are part
+            of are not among them, nor the parts of taken blocks.
+    """
+
+    taken: tuple[Site, ...]
+    left: tuple[Site, ...]
+
+
+def select(text: str, sites: Sequence[Site], kinds: Sequence[str]) -> Selection:
+    """Resolves a selector against all sites, for a pass that works on `kinds`.
+
+    The word `linear` stands for everything that multiplies by a matrix: stacks of experts that it
+    does not name are left out, not passed over.
+
+    Raises:
+        SelectorError: malformed, or it or a part of it matches no site of any kind.
+    """
+    parser, matching = _matching(text, sites)
+    taken = tuple(s for s in matching if s.kind in kinds)
+    others = [s for s in matching if s.kind not in kinds]
+    weights = WEIGHTS if set(kinds) & set(WEIGHTS) else ()
+    left = {s.id for s in others if s.kind in weights}
+    for _, atom in parser.atoms:
+        named = {s.id for s in others if atom(s)}
+        if not left & named and not any(atom(s) for s in taken):
+            left |= named
+    if "linear" in kinds:
+        stacks = [s for s in sites if s.kind == "experts" and s not in matching]
+        left |= {s.id for s in stacks if parser.test(replace(s, kind="linear"))}
+    return Selection(taken, tuple(s for s in sites if s.id in left))
+
+
+def choose(text: str, sites: Sequence[Site]) -> list[Site]:
+    """The sites that match, in order: linears alone where each part matches some of them.
 
     Raises:
         SelectorError: malformed, or it or a part of it matches nothing.
     """
+    parser, matching = _matching(text, sites)
+    linear = [s for s in sites if s.kind == "linear"]
+    alone = all(any(atom(s) for s in linear) for _, atom in parser.atoms)
+    return [s for s in matching if alone and s.kind == "linear"] or matching
+
+
+def _matching(text: str, sites: Sequence[Site]) -> tuple[_Parser, list[Site]]:
     parser = _Parser(text)
-    test = parser.parse()
     for token, atom in parser.atoms:
         if not any(atom(s) for s in sites):
-            if fallback is not None and any(atom(s) for s in fallback):
-                return None
             raise _nothing(text, token, sites)
-    found = [s for s in sites if test(s)]
-    if not found:
-        if fallback is not None and any(test(s) for s in fallback):
-            return None
+    matching = [s for s in sites if parser.test(s)]
+    if not matching:
         raise SelectorError(
             f"where={text!r} matches none of {len(sites)} sites, although each part does. "
-            "Print program.sites to see them."
+            "Say where with other words; print program.sites to see them."
         )
-    return found
+    return parser, matching
+
+
+def meaning(text: str) -> frozenset[frozenset[tuple[str, ...]]]:
+    """A selector's alternatives and their conditions as sets: equal for equal meaning, whatever
+    the order, the spaces and the spelling of `or` and `and`.
+
+    Raises:
+        SelectorError: malformed.
+    """
+    tokens = ["".join(t.split()) if kind == "layer" else t for kind, t in _tokens(text)]
+    return frozenset(
+        frozenset(tuple(part) for part in _split(alternative, "&"))
+        for alternative in _split(tokens, "|")
+    )
+
+
+def _split(tokens: Sequence[str], mark: str) -> list[list[str]]:
+    """Splits at `mark` outside of parentheses."""
+    parts: list[list[str]] = [[]]
+    depth = 0
+    for token in tokens:
+        depth += (token == "(") - (token == ")")
+        if token == mark and not depth:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
 
 
 def _nothing(text: str, token: str, sites: Sequence[Site]) -> SelectorError:
     choices: dict[str, int] = {}
     for site in sites:
-        for word in {*(site.tags & WORDS), site.module.rpartition(".")[2], site.module}:
+        for word in {*site.tags, site.module.rpartition(".")[2], site.module}:
             choices[word] = choices.get(word, 0) + 1
     layers = sorted({s.layer for s in sites if s.layer is not None})
     if token.startswith("layer"):
@@ -204,8 +276,8 @@ def _nothing(text: str, token: str, sites: Sequence[Site]) -> SelectorError:
         word = token.removeprefix("name:").removeprefix("re:'").removesuffix("'")
         near = nearest(word, choices)
     part = "" if token == text.strip() else f" (in where={text!r})"
-    kinds = ", ".join(sorted({s.kind for s in sites})) or "no"
     return SelectorError(
-        f"{token!r}{part} matches none of {len(sites)} {kinds} sites. Nearest: {near}. "
-        f"Roles here: {', '.join(sorted({s.role for s in sites})) or 'none'}."
+        f"{token!r}{part} matches none of {len(sites)} sites. Nearest: {near}. "
+        f"Roles here: {', '.join(sorted({s.role for s in sites})) or 'none'}. Say where with "
+        "other words; print program.sites to see them."
     )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import SiteError, nearest
-from .selector import choose
+from ..errors import SelectorError, SiteError, nearest
+from .selector import choose, select
 
 
 @dataclass(frozen=True)
@@ -311,6 +311,17 @@ def _ranges(features: tuple[int, ...]) -> str:
     return text + (", ..." if len(runs) > 3 else "")
 
 
+def listed(sites: Sequence[Site]) -> str:
+    """`2 conv sites (0.weight, 1.weight), 1 norm site (2.weight)`: by kind, three of each."""
+    parts: list[str] = []
+    for kind in dict.fromkeys(s.kind for s in sites):
+        ids = [s.id for s in sites if s.kind == kind]
+        more = ", ..." if len(ids) > 3 else ""
+        word = "site" if len(ids) == 1 else "sites"
+        parts.append(f"{len(ids)} {kind} {word} ({', '.join(ids[:3])}{more})")
+    return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class Sites:
     """All sites of a program; iterable, selectable, printable as a table."""
@@ -357,13 +368,19 @@ class Sites:
             kinds: only consider sites of these kinds (all kinds by default).
 
         Raises:
-            SelectorError: it is malformed, or it or a part of it matches nothing.
+            SelectorError: it is malformed, or it or a part of it matches nothing, or nothing of
+                these kinds.
         """
         if not kinds:
-            linear = choose(selector, self.of("linear"), self.items)
-            if linear is not None:
-                return list(linear)
-        return list(choose(selector, self.of(*kinds) if kinds else self.items, None) or ())
+            return choose(selector, self.items)
+        selection = select(selector, self.items, kinds)
+        if not selection.taken:
+            raise SelectorError(
+                f"where={selector!r} matches {listed(selection.left)}, but no "
+                f"{' or '.join(kinds)} site. Say where with other words; print program.sites to "
+                "see them."
+            )
+        return list(selection.taken)
 
     def __str__(self) -> str:
         table = Table(title=None, box=None, pad_edge=False, header_style="bold")

@@ -31,6 +31,7 @@ from ..errors import (
     OptionError,
     PassError,
     RewriteError,
+    nearest,
 )  # fmt: skip
 from ..fingerprint import require_unchanged
 from ..module import outside_inference
@@ -43,6 +44,7 @@ from ..sharded import has_shards, whole
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
+from .renaming import renamed
 
 FORMAT = 2
 VERSION = "0.1.0"
@@ -158,7 +160,7 @@ def _step(record: Record) -> dict[str, Any]:
     }
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor, remedy: str = "Train from earlier values.") -> None:
     """Raises MetaTensorError or NonFiniteError unless a tensor has values, all finite."""
     if tensor.is_meta:
         raise MetaTensorError(
@@ -167,7 +169,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
         )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-        raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}.")
+        raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -283,13 +285,19 @@ def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 @outside_inference
 def load(
-    target: nn.Module | Program, directory: str | Path, *, allow_base_mismatch: bool = False
+    target: nn.Module | Program,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Program:
     """Loads saved adapters onto a model or program.
 
     Args:
         target: the base model (captured with the saved input spec) or a program.
         directory: what `save` wrote.
+        name: what to call its adapter; by default as it was saved. Two artifacts whose adapters
+            have one name are loaded onto one program like this.
         allow_base_mismatch: accept base weights other than those trained on.
 
     Returns:
@@ -297,8 +305,11 @@ def load(
 
     Raises:
         ArtifactError: (CorruptFileError, FormatTooNewError, BaseMismatchError) nothing is loaded.
+        OptionError: `name` is no name, or the artifact holds several adapters.
     """
     artifact = read(directory)
+    if name is not None:
+        artifact = renamed(artifact, name, str(directory))
     program = target if isinstance(target, Program) else _capture(target, artifact)
     require_unchanged(program)
     have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
@@ -309,13 +320,21 @@ def load(
 
 def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     """Applies an artifact to a program whose base is known to be right; see `load`."""
+    if there := [n for n in artifact.adapters if n in program.adapters]:
+        raise ArtifactError(
+            f"{directory}: the program has an adapter {there[0]!r} already. Give this one another "
+            f"name: load(..., name={there[0] + '_2'!r})."
+        )
     current = program
     done: set[str] = set()
+    where = directory
     try:
         if artifact.trained:
             current = program.fork()
             train_only(current, artifact.trained)
         for index, (item, plan, certificate) in enumerate(artifact.steps):
+            where = f"{directory}, recipe[{index}] ({item})"
+            _require_sites(current, plan, where)
             current = apply_plan(current, item, plan, check=False)
             said = Certificate(f"{_SAVED}{certificate}")
             current.history = (
@@ -327,18 +346,33 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
         if not artifact.steps:
             done |= _take(current, artifact, directory, False)
         check_graph(current)
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{directory}: the recipe does not fit this model: {error!r} is not a site here."
-        ) from error
     except ArtifactError:
         raise
     except RewriteError as error:
         raise ArtifactError(f"{directory} cannot be applied to this model: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{where}: what the step decided cannot be replayed ({type(error).__name__}: {error}). "
+            "The file was altered, or written by another version; save the adapter again."
+        ) from error
     left = sorted(set(artifact.tensors) - done)
     if left:
         raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
     return current
+
+
+def _require_sites(program: Program, plan: Plan, where: str) -> None:
+    """Raises CorruptFileError unless the program has all sites that a step edits."""
+    sites: Any = plan.decisions.get("sites", [])
+    if not isinstance(sites, list):
+        raise CorruptFileError(f"{where}: 'sites' is no list. The file was altered.")
+    known = {s.id for s in program.sites}
+    for site in sites:  # pyright: ignore[reportUnknownVariableType]
+        if site not in known:
+            raise CorruptFileError(
+                f"{where}: this model has no site {site!r}. Nearest: {nearest(str(site), known)}. "  # pyright: ignore[reportUnknownArgumentType]
+                "Load it onto the model that it was trained on."
+            )
 
 
 def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:

@@ -86,7 +86,7 @@ def test_other_adapters_go_on(captured: Any) -> None:
     program = members(
         base, "lora{name=a};lora{name=b,seed=1};ia3;serial_adapter{bottleneck=4,norms=false}"
     )
-    bank = peftfx.run(program, "bank{names=[b,a]}")
+    bank = peftfx.run(program, "bank{names=[b,a],others=keep}")
     own = {"ia3", "serial_adapter"}
     assert {n.split(".")[1] for n in bank.named_trainable_parameters()} == own
     assert set(peftfx.controllers(bank).each) >= own
