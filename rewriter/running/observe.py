@@ -18,6 +18,7 @@ from ..aten import ancestors, placeholders
 from ..edits.compose import composed_value, site_nodes
 from ..edits.values import input_of
 from ..errors import PassError, nearest
+from .still import still, stilled
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -93,13 +94,12 @@ def observe(
     Raises:
         PassError: there are no batches.
     """
-    from .verify import evaluation
-
+    program = stilled(program)
     tapped = tap(program, values, at)
     totals: dict[str, Tensor] = {}
     taken = set(program.spec.names)
     count = 0
-    with evaluation(program):
+    with torch.no_grad():
         for batch in data:
             bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
             for name, value in tapped(**bound)[1].items():
@@ -125,9 +125,7 @@ def constants(
     Returns:
         path of the branch -> {argument: value}, as evaluation mode computes it.
     """
-    from .verify import evaluation
-
-    gm = program.module
+    gm = still(program)
     taken = placeholders(gm)
     run = Interpreter(gm, garbage_collect_values=False)
     for name, number in inputs.items():
@@ -135,7 +133,7 @@ def constants(
     others = set(taken.values()) - set(run.env)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found: dict[str, dict[str, Tensor]] = {}
-    with evaluation(program):
+    with torch.no_grad():
         for attachment in program.attachments:
             if attachment.adapter != adapter:
                 continue

@@ -16,10 +16,11 @@ from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
+from .checks import Checks, Skipped
 from .passes import Pass, Plan
 from .propagate import propagate
 from .syntax import Passes, as_pipeline
-from .verify import Certificate, certify, check_graph
+from .verify import Certificate
 
 
 def run(
@@ -49,17 +50,19 @@ def run(
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
+    if torch.is_inference_mode_enabled():  # tensors made there can never train
+        with torch.inference_mode(False):
+            return run(program, passes, data=data, sources=sources, progress=progress)
     done: list[str] = []
+    checks: Checks | None = None
     for item in as_pipeline(passes):
         if progress is not None:
             progress(str(item))
         try:
             if not item.sharded:
                 require_whole(program.module, item.text)
-            started = time.perf_counter()
-            plan = item.plan(program, data, sources)
-            planned = time.perf_counter() - started
-            program = apply_plan(program, item, plan, planned)
+            checks = checks or Checks(program)
+            program = _step(program, item, data, sources, checks)
         except RewriteError as error:
             after = f" after {', '.join(done)}" if done else ""
             error.add_note(f"while running {item}{after}")
@@ -68,10 +71,32 @@ def run(
     return program
 
 
-def apply_plan(
-    program: Program, item: Pass, plan: Plan, planned: float = 0.0, check: bool = True
+def _step(
+    program: Program, item: Pass, data: Any, sources: Sequence[Any], checks: Checks
 ) -> Program:
-    """Applies one planned pass transactionally: fork, edit, propagate, check, record."""
+    """Plans and applies one pass; whatever it raises, it must not have changed the program."""
+    checks.begin()
+    try:
+        started = time.perf_counter()
+        plan = item.plan(program, data, sources)
+        return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+    except Exception:
+        checks.unmoved(item)
+        raise
+
+
+def apply_plan(
+    program: Program,
+    item: Pass,
+    plan: Plan,
+    planned: float = 0.0,
+    check: bool = True,
+    checks: Checks | None = None,
+) -> Program:
+    """Applies one planned pass transactionally: fork, edit, propagate, check, record.
+
+    `checks` are those of a pipeline, begun before the pass planned.
+    """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
             f"there is an adapter {item.adapter!r} already; give this one another name: "
@@ -93,11 +118,11 @@ def apply_plan(
     edit.finish()
     clock.append(time.perf_counter())
     after = edit.program
-    certificate = Certificate("unchecked")
+    certificate, left = Certificate("unchecked"), Skipped()
+    decided = replace(plan, decisions=edit.decided)
     propagate(after)
     if check:
-        check_graph(after)
-        certificate = certify(item.promise(), program, after)
+        certificate, left = (checks or Checks(program)).finish(after, item, decided)
         certificate = replace(certificate, measured={**certificate.measured, **edit.figures})
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))
@@ -107,11 +132,11 @@ def apply_plan(
         str(item),
         item.adapter,
         edited,
-        tuple(edit.skipped),
+        (*edit.skipped, *left),
         certificate,
         seconds,
         item,
-        replace(plan, decisions=edit.decided),
+        decided,
     )
     return replace(after, history=(*program.history, record))
 
