@@ -134,6 +134,26 @@ def fork_module(gm: GraphModule) -> CapturedModule:
     return _rebuild(gm, gm.graph, memo, type(gm).__name__)
 
 
+def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
+    """A module that runs the same code over tensors and submodules of its own, at little cost.
+
+    Args:
+        gm: its graph and code are shared, so neither may be edited.
+        memo: what stands for its tensors, by the id of each.
+    """
+    if hasattr(gm, "unshard"):  # a unit of `fully_shard`
+        return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    twin = object.__new__(type(gm))
+    twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
+    twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
+    for table in ("_parameters", "_buffers"):
+        held = {k: memo.get(id(t), t) for k, t in gm.__dict__[table].items()}
+        twin.__dict__[table] = held
+    children = {k: copy.deepcopy(m, memo) for k, m in gm._modules.items()}
+    twin.__dict__["_modules"] = children
+    return twin
+
+
 def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule:
     """Copies graph and modules; all Parameter objects and buffers are those of `source`.
 
@@ -148,7 +168,7 @@ def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule
 
 def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
     """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
-    root, transient = nn.Module(), _transient(source)
+    root, transient = nn.Module(), transient_buffers(source)
     for node in original.nodes:
         path = str(node.target)
         if node.op == "call_module" and not _has(root, path):
@@ -190,7 +210,7 @@ def copy_graph(original: Graph) -> Graph:
     return graph
 
 
-def _transient(gm: nn.Module) -> set[str]:
+def transient_buffers(gm: nn.Module) -> set[str]:
     """Names of buffers that are not part of the state dict."""
     found: set[str] = set()
     for prefix, module in gm.named_modules():

@@ -18,6 +18,7 @@ from ...rewriter.exported import put_back
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Pass, Plan
 from ...rewriter.running.verify import Contract, bound, is_meta, measure
+from ...rewriter.sharded import has_shards
 
 
 @dataclass(frozen=True, kw_only=True)

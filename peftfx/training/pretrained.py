@@ -21,13 +21,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
 from ..rewriter.module import device_of
 from ..rewriter.program import Program
-from ..rewriter.running.verify import TOLERANCE, evaluation, floats, gaps
+from ..rewriter.running.compare import compare
+from ..rewriter.running.still import forward, still
+from ..rewriter.running.verify import TOLERANCE
 from ..rewriter.storage.artifact import save
 from .partial import frozen_base
 
@@ -272,15 +275,17 @@ def _compare(program: Program, model: Any) -> None:
     sample = {n: t.to(device_of(program.module)) for n, t in program.sample.items()}
     args, kwargs = program.spec.arguments(sample)
     cache, model.config.use_cache = getattr(model.config, "use_cache", None), False
-    with evaluation(program), torch.no_grad():
-        want, got = floats(program.module(**sample)), floats(model(*args, **kwargs))
+    with torch.no_grad():
+        want, got = forward(still(program), sample), model(*args, **kwargs)
     model.config.use_cache = cache
-    worst, largest = gaps(want, got) if len(want) == len(got) else (float("inf"), 1.0)
-    if worst > TOLERANCE.get(model.dtype, 2e-5) * max(largest, 1e-30):
+    limit = TOLERANCE.get(model.dtype, 2e-5)
+    want, got = ([t for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (want, got))
+    if wrong := next((g for g in compare(want, got) if g.reason or g.relative > limit), None):
         raise ExportError(
-            f"{type(model).__name__} with the program's tensors gives other outputs (largest "
-            f"difference {worst:.3g}): the graph was changed in a way that the configuration "
-            "cannot express. Save the program itself (peftfx.save_program)."
+            f"{type(model).__name__} with the program's tensors gives other outputs ({wrong.name}: "
+            f"{wrong.reason or f'off by {wrong.absolute:.3g}'}): the graph was "
+            "changed in a way that the configuration cannot express. Save the program itself "
+            "(peftfx.save_program)."
         )
 
 

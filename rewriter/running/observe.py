@@ -19,6 +19,7 @@ from ..edits.compose import composed_value, site_nodes
 from ..edits.values import input_of
 from ..errors import PassError, nearest
 from ..module import device_of
+from .still import still, stilled
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -94,13 +95,12 @@ def observe(
     Raises:
         PassError: there are no batches.
     """
-    from .verify import evaluation
-
+    program = stilled(program)
     tapped = tap(program, values, at)
     totals: dict[str, Tensor] = {}
     taken = set(program.spec.names)
     count = 0
-    with evaluation(program):
+    with torch.no_grad():
         for batch in data:
             bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
             for name, value in tapped(**bound)[1].items():
@@ -126,9 +126,7 @@ def constants(
     Returns:
         path of the branch -> {argument: value}, as evaluation mode computes it.
     """
-    from .verify import evaluation
-
-    gm = program.module
+    gm = still(program)
     taken = placeholders(gm)
     run = Interpreter(gm, garbage_collect_values=False)
     for name, number in inputs.items():
@@ -136,7 +134,7 @@ def constants(
     others = set(taken.values()) - set(run.env)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     found: dict[str, dict[str, Tensor]] = {}
-    with evaluation(program):
+    with torch.no_grad():
         for attachment in program.attachments:
             if attachment.adapter != adapter:
                 continue

@@ -20,10 +20,11 @@ from ..fingerprint import require_unchanged, take
 from ..module import copy_modes, outside_inference
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
+from .checks import Checks, Skipped
 from .passes import Pass, Plan
 from .propagate import alone, propagate
 from .syntax import Passes, as_pipeline
-from .verify import Certificate, certify, check_graph
+from .verify import Certificate
 
 _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
@@ -59,16 +60,15 @@ def run(
         )
     require_unchanged(program)
     done: list[str] = []
+    checks: Checks | None = None
     for item in as_pipeline(passes):
         if progress is not None:
             progress(str(item))
         try:
             if not item.sharded:
                 require_whole(program.module, item.text)
-            started = time.perf_counter()
-            plan = item.plan(program, data, sources)
-            planned = time.perf_counter() - started
-            program = apply_plan(program, item, plan, planned)
+            checks = checks or Checks(program)
+            program = _step(program, item, data, sources, checks)
         except RewriteError as error:
             after = f" after {', '.join(done)}" if done else ""
             error.add_note(f"while running {item}{after}")
@@ -77,11 +77,33 @@ def run(
     return program
 
 
+def _step(
+    program: Program, item: Pass, data: Any, sources: Sequence[Any], checks: Checks
+) -> Program:
+    """Plans and applies one pass; whatever it raises, it must not have changed the program."""
+    checks.begin()
+    try:
+        started = time.perf_counter()
+        plan = item.plan(program, data, sources)
+        return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+    except Exception:
+        checks.unmoved(item)
+        raise
+
+
 @outside_inference
 def apply_plan(
-    program: Program, item: Pass, plan: Plan, planned: float = 0.0, check: bool = True
+    program: Program,
+    item: Pass,
+    plan: Plan,
+    planned: float = 0.0,
+    check: bool = True,
+    checks: Checks | None = None,
 ) -> Program:
-    """Applies one planned pass transactionally: fork, edit, propagate, check, record."""
+    """Applies one planned pass transactionally: fork, edit, propagate, check, record.
+
+    `checks` are those of a pipeline, begun before the pass planned.
+    """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
             f"there is an adapter {item.adapter!r} already; give this one another name: "
@@ -96,10 +118,10 @@ def apply_plan(
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text)
-    certificate = Certificate("unchecked")
+    certificate, left = Certificate("unchecked"), Skipped()
+    decided = replace(plan, decisions=edit.decided)
     if check:
-        check_graph(after)
-        certificate = certify(item.promise(), program, after)
+        certificate, left = (checks or Checks(program)).finish(after, item, decided)
         figures = {**edit.figures, **item.examine(program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
     clock.append(time.perf_counter())
@@ -110,11 +132,11 @@ def apply_plan(
         str(item),
         item.adapter,
         edited,
-        tuple(edit.skipped),
+        (*edit.skipped, *left),
         certificate,
         seconds,
         item,
-        replace(plan, decisions=edit.decided),
+        decided,
         tuple(edit.notes),
     )
     after = replace(after, history=(*program.history, record))

@@ -1,33 +1,46 @@
 """Contracts and certificates: what a pass promises about the outputs, and what was measured.
 
-Measured on the captured example at two sizes, in evaluation mode, against the program before.
+Measured on the captured example at several sizes against the program before: in evaluation mode,
+called twice, and in training mode with dropout at its expected value. Every output is measured on
+its own, in relation to its own largest value; integers have to be equal, where no scores are tied.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..aten import attribute
 from ..capture.probes import probes
 from ..errors import VerifyError
 from ..fingerprint import require_unchanged
 from ..module import device_of, modes_kept
-from ..sharded import outputs, placed_like, whole
+from ..sharded import placed_like, whole
+from .choices import tied
+from .compare import Gap, compare, figures, floats, gaps, worst
+from .effect import SHARE, effect
+from .intact import require_recorded, require_values
+from .still import forward, still, written
+from .witness import Witness, repeats, whole_tensors
 
 if TYPE_CHECKING:
     from ..program import Program
 
+__all__ = ["Certificate", "Contract", "certify", "compare", "floats", "gaps", "measure"]
+
 TOLERANCE = {
     torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1,
 }  # fmt: skip
-"""Difference that a bounded contract allows in any case, relative to the largest output."""
+"""Difference that a bounded contract allows in any case, relative to an output's largest value."""
+
+CAP = 0.5
+"""The most that is put down to rounding, relative to an output's largest value."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Certificate:
 
     Attributes:
         kind: the contract's kind, or `unmeasured` (no values on the meta device).
-        measured: largest absolute difference, and that relative to the largest output.
+        measured: largest absolute difference, and the largest one relative to its own output.
         holds: whether the promise was kept.
     """
 
@@ -105,137 +118,250 @@ def evaluation(program: Program) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def floats(output: Any) -> list[Tensor]:
-    """The floating-point tensors of any output structure."""
-    leaves = pytree.tree_leaves(output)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
 def is_meta(program: Program) -> bool:
     """Whether any stored tensor has no values."""
     return any(p.is_meta for p in program.module.parameters())
 
 
-def gaps(want: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
-    """Largest absolute difference of tensors of equal shapes, and largest finite value."""
-    worst, largest = 0.0, 0.0
-    for x, y in zip(want, got, strict=True):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gap = (x.to(wide) - y.to(wide)).abs()
-        gap = torch.where(torch.isnan(x) & torch.isnan(y) | (x == y), 0.0, gap)
-        if not gap.numel():
-            continue
-        worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
-        finite = x[torch.isfinite(x)]
-        largest = max(largest, float(finite.abs().max()) if finite.numel() else 0.0)
-    return worst, largest
-
-
 def measure(before: Program, after: Program) -> dict[str, float]:
-    """Largest output difference, absolute and relative to the largest output."""
-    worst, largest = 0.0, 0.0
-    with evaluation(before), evaluation(after):
-        for inputs in sizes(after):
-            a = floats(outputs(before.module, _completed(before, inputs)))
-            b = floats(outputs(after.module, inputs))
-            if len(a) != len(b):
-                raise VerifyError(f"the pass changes the number of outputs: {len(a)} -> {len(b)}.")
-            for x, y in zip(a, b, strict=True):
-                if x.shape != y.shape:
-                    raise VerifyError(
-                        f"an output changes from {tuple(x.shape)} to {tuple(y.shape)}."
-                    )
-            here = gaps(a, b)
-            worst, largest = max(worst, here[0]), max(largest, here[1])
-    return {"max_abs": worst, "max_rel": worst / largest if largest else worst}
+    """Largest output difference, absolute and relative to the output's own largest value.
+
+    Raises:
+        VerifyError: number, type, dtype or shape of the outputs differ.
+    """
+    each = _measured(Witness(before), Witness(after))
+    infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}
+    return {**figures(each), **infinite}
+
+
+def _measured(before: Witness, after: Witness) -> list[Gap]:
+    """The gap of every output, over all sizes."""
+    inputs = sizes(after.program)
+    each = worst([compare(before.outputs(i), after.outputs(i)) for i in inputs])
+    for gap in each:
+        if gap.form:
+            raise VerifyError(f"the output {gap.name} is another one: {gap.form}.")
+    return each
 
 
 def difference(
     before: Program, after: Program, data: Iterable[Mapping[str, Tensor]]
 ) -> tuple[float, float]:
-    """Largest output difference on batches, absolute and relative to the largest output."""
-    worst, largest = 0.0, 0.0
+    """Largest output difference on batches, absolute and relative to the output's largest value."""
+    modules = [(p, still(p)) for p in (before, after)]
+    rounds: list[list[Gap]] = []
+    for batch in data:
+        both = [
+            forward(gm, p.spec.bind((), {n: t for n, t in batch.items() if n in p.spec.names}))
+            for p, gm in modules
+        ]
+        rounds.append(compare(*both))
+    found = figures(worst(rounds))
+    return found["max_abs"], found["max_rel"]
 
-    def run(program: Program, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        taken = {n: t for n, t in batch.items() if n in program.spec.names}
-        return floats(outputs(program.module, program.spec.bind((), taken)))
 
-    with evaluation(before), evaluation(after):
-        for batch in data:
-            here = gaps(run(before, batch), run(after, batch))
-            worst, largest = max(worst, here[0]), max(largest, here[1])
-    return worst, worst / largest if largest else worst
+def _rounding(program: Program, seed: int = 0) -> list[Gap]:
+    """How far outputs move when every weight moves by one rounding: the network's condition.
 
-
-def rounding(program: Program, seed: int = 0) -> float:
-    """How far outputs move, relative to the largest, when every weight moves by one rounding.
-
-    The condition of the network: no two ways to compute it in this precision agree better.
+    No two ways to compute it in this precision agree better.
     """
-    moved = program.fork()
+    moved = Witness(program)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in moved.module.parameters():
+        for parameter in moved.gm.parameters():
             if parameter.is_floating_point():
                 held = whole(parameter)
                 sign = torch.randint(0, 2, held.shape, generator=generator) * 2 - 1
                 step = torch.finfo(held.dtype).eps * sign.to(held)
                 parameter.data = placed_like(held * (1 + step), parameter)
-    return measure(program, moved)["max_rel"]
+    return _measured(Witness(program), moved)
+
+
+def rounding(program: Program, seed: int = 0) -> float:
+    """The largest of `_rounding`, relative to the output's own largest value."""
+    return figures(_rounding(program, seed))["max_rel"]
 
 
 def bound(program: Program, measured: dict[str, float]) -> float:
     """The largest relative difference that rounding explains.
 
     `TOLERANCE` of the dtype; where `measured` exceeds that, eight times the network's own
-    sensitivity to one rounding of every weight, which is then added to `measured`.
+    sensitivity to one rounding of every weight, at most `CAP`. It is added to `measured`.
     """
-    dtypes = {p.dtype for p in program.module.parameters()} or {torch.float32}
-    allowed = max(TOLERANCE.get(dtype, 2e-5) for dtype in dtypes)
+    allowed = _tolerance(program)
     if measured["max_rel"] > allowed:
         measured["rounding"] = rounding(program)
-        allowed = max(allowed, 8 * measured["rounding"])
+        allowed = _explained(allowed, measured["rounding"])
     return allowed
 
 
-def _completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs that a program takes: those that a pass has dropped with the values that they had
-    to have, none that a pass has added."""
-    missing = [i for i in program.spec.inputs if i.name not in inputs]
-    if not missing:
-        return {i.name: inputs[i.name] for i in program.spec.inputs}
-    example = program.spec.example(None, **program.spec.sizes_of(inputs))
-    return {
-        i.name: inputs.get(i.name, example[i.name].to(device_of(program.module)))
-        for i in program.spec.inputs
-    }
+def _tolerance(program: Program) -> float:
+    dtypes = {p.dtype for p in program.module.parameters()} or {torch.float32}
+    return max(TOLERANCE.get(dtype, 2e-5) for dtype in dtypes)
 
 
-def certify(contract: Contract, before: Program, after: Program) -> Certificate:
+def _explained(tolerance: float, moved: float) -> float:
+    return max(tolerance, min(CAP, 8 * moved))
+
+
+def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     """Measures a contract.
 
+    Args:
+        contract: what is promised.
+        before: taken before the pass planned.
+        after: of what the pass made.
+
     Raises:
-        VerifyError: it does not hold.
+        VerifyError: it does not hold, or the outputs are not settled.
     """
-    if is_meta(after):
+    if is_meta(after.program):
         return Certificate("unmeasured")
-    measured = measure(before, after)
-    limits = {
-        "identity": 0.0, "exact": 0.0, "near": contract.limit, "trainable": float("inf"),
-    }  # fmt: skip
-    kind, on_cpu = contract.kind, device_of(after.module).type == "cpu"
-    if kind in ("identity", "exact") and measured["max_rel"] and not on_cpu:
+    _require_steady(before, after)
+    each = _measured(before, after)
+    kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
+    if kind in ("identity", "exact") and any(g.relative for g in each) and not on_cpu:
         kind = "bounded"  # a GPU takes other kernels with a bias, which round otherwise
-    allowed = bound(before, measured) if kind == "bounded" else limits[kind]
-    holds = measured["max_rel"] <= allowed
-    certificate = Certificate(kind, measured, holds)
-    if not holds:
+    if kind == "trainable":
+        if spoilt := next((g for g in each if g.spoilt), None):
+            raise VerifyError(f"the output {spoilt.name} is not finite any more: {spoilt.spoilt}.")
+        return Certificate(kind, figures([g for g in each if not g.values]))
+    limits = _Limits(before.program, contract.limit if kind == "near" else 0.0, kind == "bounded")
+    each = _untied(before, after, each, limits)
+    measured = {**figures(each), **limits.figures(each)}
+    _require(kind, each, limits, "")
+    if kind == "bounded":
+        measured |= _require_effect(before, after, limits)
+    if kind != "near" and whole_tensors(before.program):
+        _require(kind, _trained(before, after), limits, " in training mode")
+    return Certificate(kind, measured)
+
+
+class _Limits:
+    """What each output may differ by, relative to its largest value."""
+
+    def __init__(self, program: Program, fixed: float, rounded: bool) -> None:
+        self.program, self.fixed, self.rounded = program, fixed, rounded
+        self._moved: list[Gap] | None = None
+
+    def moved(self) -> list[Gap]:
+        """See `_rounding`; measured when first needed."""
+        if self._moved is None:
+            self._moved = _rounding(self.program)
+        return self._moved
+
+    def of(self, index: int, gap: Gap) -> float:
+        if not self.rounded:
+            return self.fixed
+        tolerance = _tolerance(self.program)
+        if gap.relative <= tolerance:
+            return tolerance
+        return _explained(tolerance, self.moved()[index].relative)
+
+    def figures(self, each: Sequence[Gap]) -> dict[str, float]:
+        """The network's sensitivity, where it was needed."""
+        for index, gap in enumerate(each):
+            self.of(index, gap)
+        return {} if self._moved is None else {"rounding": figures(self._moved)["max_rel"]}
+
+
+def _untied(before: Witness, after: Witness, each: Sequence[Gap], limits: _Limits) -> list[Gap]:
+    """The gaps without integers that differ only where the scores they chose from are tied."""
+    left: list[Gap] = []
+    for index, gap in enumerate(each):
+        if gap.discrete and gap.values and whole_tensors(before.program):
+            pairs = [(before.completed(i), after.completed(i)) for i in sizes(after.program)]
+            limit = max(limits.fixed, limits.of(index, replace(gap, relative=0.0)))
+            if limit and all(tied(before.gm, after.gm, index, p, limit) for p in pairs):
+                gap = replace(gap, relative=0.0, values="")
+        left.append(gap)
+    return left
+
+
+def _require(kind: str, each: Sequence[Gap], limits: _Limits, where: str) -> None:
+    for index, gap in enumerate(each):
+        if gap.reason:
+            raise VerifyError(
+                f"the contract {kind!r} does not hold{where}: the output {gap.name}: {gap.reason}. "
+                "The program is unchanged."
+            )
+        allowed = limits.of(index, gap)
+        if gap.relative > allowed:
+            raise VerifyError(
+                f"the contract {kind!r} does not hold{where}: outputs differ by "
+                f"{gap.absolute:.3g} ({gap.relative:.3g} of the largest value of {gap.name}), "
+                f"allowed is {allowed:.3g}. The program is unchanged."
+            )
+
+
+def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[str, float]:
+    """Holds a rewriting of branches to what they contribute, where that is more than rounding."""
+    seen = effect(before, after, sizes(after.program)[0])
+    if not seen or seen["error"] <= SHARE * seen["effect"]:
+        return {}
+    noise = math.sqrt(sum(g.error / g.size for g in limits.moved() if g.size))
+    off = abs(seen["kept"] - 1) > SHARE and seen["effect"] > 4 * noise
+    if off or seen["error"] > max(SHARE * seen["effect"], 2 * noise):
         raise VerifyError(
-            f"the contract {kind!r} does not hold: outputs differ by "
-            f"{measured['max_abs']:.3g} ({measured['max_rel']:.3g} of the largest output), allowed "
-            f"is {allowed:.3g}. The program is unchanged."
+            f"the contract 'bounded' does not hold: of what the branches contribute to the outputs "
+            f"({seen['effect']:.3g} of their norm; rounding moves them by {noise:.3g}), "
+            f"{seen['kept']:.0%} are left, with a difference of {seen['error']:.3g}. The program "
+            "is unchanged."
         )
-    return certificate
+    return {"kept": seen["kept"]}
+
+
+def _trained(before: Witness, after: Witness) -> list[Gap]:
+    """The gaps in training mode; none if the program before does not run there."""
+    inputs = sizes(after.program)[0]
+    with before.training() as gm:
+        try:
+            want = forward(gm, before.completed(inputs))
+        except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
+            return []
+    with after.training() as gm:
+        try:
+            got = forward(gm, after.completed(inputs))
+        except Exception as error:
+            raise VerifyError(f"the result does not run in training mode: {error}") from error
+    silent = written(after.gm) - written(before.gm)
+    if silent:
+        raise VerifyError(
+            f"{min(silent)} is written in training mode, but its module does not say so: set "
+            "`updates_state = True` there, so that programs do not share it."
+        )
+    return compare(want, got)
+
+
+def _require_steady(before: Witness, after: Witness) -> None:
+    """Raises VerifyError unless a second call gives the same, as far as it did before the pass."""
+    probe = min(sizes(after.program), key=lambda i: sum(t.numel() for t in i.values()))
+    was, now = repeats(before, probe), repeats(after, probe)
+    if was.startswith("changed"):
+        raise VerifyError(
+            "the pass changed the program that it was given, whose outputs are not what they were "
+            f"({was.removeprefix('changed: ')}). Passes read it in `plan` and change a fork in "
+            "`apply`. It shares storage with others: load its weights again, or capture again."
+        )
+    if was.startswith("random"):
+        for witness in (before, after):
+            witness.expected = True
+            witness.forget()
+    if now.startswith("random") and not was:
+        raise VerifyError(
+            "the result draws random numbers in evaluation mode, which the program before does "
+            f"not: two calls on equal inputs differ ({now.removeprefix('random: ')})."
+        )
+    if now and not was:
+        raise VerifyError(
+            "the result's state drifts in evaluation mode: two calls on equal inputs differ "
+            f"({now.partition(': ')[2]}). Only training may update buffers."
+        )
+    if writes := after.moved() - before.moved():
+        raise VerifyError(
+            f"the result writes {min(writes)} in evaluation mode, which the program before does "
+            "not. Only training may update buffers."
+        )
 
 
 def check_graph(program: Program) -> None:
@@ -265,21 +391,23 @@ def verify_program(program: Program) -> list[Certificate]:
 
     check_graph(program)
     require_unchanged(program)
+    require_values(program)
     found: list[Certificate] = []
     if is_meta(program):
         return [Certificate("unmeasured") for _ in program.history]
     last = program.base
     for record, before, after in replay_steps(program):
-        found.append(certify(record.applied.promise(), before, after))
+        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
         record.applied.examine(before, after)
         last = after
     if program.history:
+        require_recorded(last, program)
         measured = measure(last, program)
         allowed = bound(program, measured)
         if measured["max_rel"] > allowed:
             raise VerifyError(
                 "the program is not what its history says: replaying the history gives outputs "
-                f"that differ by {measured['max_rel']:.3g} of the largest output (allowed "
+                f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
                 f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
             )
         found.append(Certificate("replayed", measured))
