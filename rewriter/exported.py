@@ -67,7 +67,7 @@ def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:
         raise ExportError(
             f"{len(cut)} tensors have another shape than the original model's, first "
             f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
-            "the program itprogram (peftfx.save_program), or take the tensors with "
+            "the program itself (peftfx.save_program), or take the tensors with "
             "export_state_dict(strict=False)."
         )
     if extra and strict:

@@ -55,7 +55,7 @@ class Checks:
         self.unmoved(item)
         check_graph(after)
         require_names(before, after, str(item))
-        self.program = after
+        self.program, self._marks = after, marks(after)
         if self.witness is None:
             return Certificate("unmeasured"), ()
         contract, made = item.promise(), Witness(after)

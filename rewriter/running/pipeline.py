@@ -118,6 +118,7 @@ def apply_plan(
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text)
+    after.prints = take(after)
     certificate, left = Certificate("unchecked"), Skipped()
     decided = replace(plan, decisions=edit.decided)
     if check:
@@ -139,9 +140,7 @@ def apply_plan(
         decided,
         tuple(edit.notes),
     )
-    after = replace(after, history=(*program.history, record))
-    after.prints = take(after)
-    return after
+    return replace(after, history=(*program.history, record))
 
 
 def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
