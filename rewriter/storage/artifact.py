@@ -23,7 +23,6 @@ from ..errors import (
     ArtifactError,
     BaseMismatchError,
     CorruptFileError,
-    FormatTooNewError,
     MetaTensorError,
     NonFiniteError,
     OptionError,
@@ -36,11 +35,13 @@ from ..running.pipeline import apply_plan, load_values
 from ..running.syntax import parse
 from ..running.verify import Certificate, check_graph
 from ..sharded import has_shards, whole
-from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
+from .directory import Folder, reading, write_directory
+from .files import JSON_LIMIT, parse_json, tensors_of
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
+from .sealed import checked, compare_versions, sealed, unsealed
 
-FORMAT = 1
+FORMAT = 2
 VERSION = "0.1.0"
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
@@ -50,6 +51,8 @@ _PLAN = "plan."
 
 _SAVED = "as saved, "
 """Marks certificates that were measured before saving; `program.verify()` measures them again."""
+
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
@@ -126,7 +129,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
-    return {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
+    return {TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
 
 
 def _kept(record: Record) -> bool:
@@ -176,13 +179,14 @@ def read(directory: str | Path) -> Artifact:
         CorruptFileError: truncated, altered, malformed, or unknown keys.
         FormatTooNewError: written by a newer version.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
-    where = str(path / MANIFEST)
-    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    version_of(data, FORMAT, where)
-    manifest = checked(data, _KEYS, where)
+    return reading(directory, f"a directory with a {MANIFEST}", _read)
+
+
+def _read(folder: Folder) -> Artifact:
+    where = str(folder.path / MANIFEST)
+    data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
+    manifest = unsealed(data, _KEYS, FORMAT, where)
+    compare_versions(manifest["versions"], VERSION, where)
     steps: list[tuple[Pass, Plan, str]] = []
     for index, raw in enumerate(manifest["recipe"]):
         step = checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
@@ -194,11 +198,14 @@ def read(directory: str | Path) -> Artifact:
     base = checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
     if merkle_root(base["tensors"]) != base["root"]:
         raise CorruptFileError(f"{where}: the base hashes do not add up to their root.")
+    if not all(isinstance(n, str) for n in manifest["adapters"]):
+        raise CorruptFileError(f"{where}: the adapters are not names.")
     try:
         spec = InputSpec.from_json(manifest["inputs"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptFileError(f"{where}: the input spec is malformed ({error}).") from error
-    tensors = read_tensors(path / TENSORS, manifest["tensors"])
+    raw = folder.read(TENSORS)
+    tensors = tensors_of(raw, manifest["tensors"], str(folder.path / TENSORS))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     steps = [
@@ -215,43 +222,6 @@ def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:
     return replace(plan, tensors={n.removeprefix(prefix): t for n, t in mine.items()})
 
 
-def version_of(data: Any, known: int, where: str) -> None:
-    """Refuses a manifest of another format version, before anything else is looked at.
-
-    Raises:
-        CorruptFileError, FormatTooNewError: it is malformed, or newer than `known`.
-    """
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{where} is not a JSON object.")
-    version: Any = data.get("format_version")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    if isinstance(version, int) and version > known:
-        raise FormatTooNewError(
-            f"{where} has format {version}; this version reads up to {known}. Upgrade peftfx."
-        )
-    if version is not None and version != known:
-        raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
-
-
-def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A JSON object with exactly the given keys, each of its type.
-
-    Raises:
-        CorruptFileError: it is not.
-    """
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{where} is not a JSON object.")
-    found: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]
-    unknown = sorted(set(found) - set(keys))
-    missing = sorted(set(keys) - set(found))
-    if unknown or missing:
-        what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
-        raise CorruptFileError(f"{where}: {what}. The file was altered or is of another format.")
-    for key, kind in keys.items():
-        if not isinstance(found[key], kind):
-            raise CorruptFileError(f"{where}: {key!r} has the wrong type.")
-    return found
-
-
 def load(
     target: nn.Module | Program, directory: str | Path, *, allow_base_mismatch: bool = False
 ) -> Program:
@@ -260,7 +230,8 @@ def load(
     Args:
         target: the base model (captured with the saved input spec) or a program.
         directory: what `save` wrote.
-        allow_base_mismatch: accept base weights other than those trained on.
+        allow_base_mismatch: accept base weights other than those trained on; the certificates
+            in the history say so from then on, also once saved again.
 
     Returns:
         A new program in evaluation mode if `target` is; `target` is not changed.
@@ -271,19 +242,25 @@ def load(
     artifact = read(directory)
     program = target if isinstance(target, Program) else _capture(target, artifact.spec)
     have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
-    if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
-        raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
-    return attach(program, artifact, str(directory))
+    note = ""
+    if merkle_root(have) != artifact.base_root:
+        if not allow_base_mismatch:
+            raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
+        note = f"; loaded on another base ({_differing(have, artifact.base)})"
+    return attach(program, artifact, str(directory), note)
 
 
-def attach(program: Program, artifact: Artifact, directory: str) -> Program:
-    """Applies an artifact to a program whose base is known to be right; see `load`."""
+def attach(program: Program, artifact: Artifact, directory: str, note: str = "") -> Program:
+    """Applies an artifact to a program whose base is known to be right; see `load`.
+
+    `note` is added to the certificates: what whoever reads the history has to know.
+    """
     current = program
     done: set[str] = set()
     try:
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             current = apply_plan(current, item, plan, check=False)
-            said = Certificate(f"{_SAVED}{certificate}")
+            said = Certificate(f"{_SAVED}{certificate.removesuffix(note)}{note}")
             current.history = (
                 *current.history[:-1],
                 replace(current.history[-1], certificate=said),
@@ -294,14 +271,15 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
                 load_values(current, mine, reshaped)
                 done |= set(mine)
         check_graph(current)
-    except (KeyError, TypeError) as error:
-        raise CorruptFileError(
-            f"{directory}: the recipe does not fit this model: {error!r} is not a site here."
-        ) from error
     except ArtifactError:
         raise
     except RewriteError as error:
         raise ArtifactError(f"{directory} cannot be applied to this model: {error}") from error
+    except _DAMAGE as error:
+        why = f"{error!r} is not a site here" if isinstance(error, KeyError) else repr(error)
+        raise CorruptFileError(
+            f"{directory}: the recipe does not fit this model: {why}."
+        ) from error
     left = sorted(set(artifact.tensors) - done)
     if left:
         raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
@@ -344,6 +322,13 @@ def _capture(model: nn.Module, spec: InputSpec) -> Program:
 
 def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:
     """What an error says of base weights that are not those of an artifact."""
+    return (
+        f"{where} was trained on other base weights: {_differing(have, want)}. "
+        "Load the base it was trained on, or pass allow_base_mismatch=True."
+    )
+
+
+def _differing(have: Mapping[str, str], want: Mapping[str, str]) -> str:
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     changed = sorted(n for n in set(want) & set(have) if want[n] != have[n])
     parts = [
@@ -351,7 +336,4 @@ def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str
         for names, what in ((changed, "differ"), (missing, "are missing"), (extra, "are new"))
         if names
     ]
-    return (
-        f"{where} was trained on other base weights: of {len(want)} tensors, {'; '.join(parts)}. "
-        "Load the base it was trained on, or pass allow_base_mismatch=True."
-    )
+    return f"of {len(want)} tensors, {'; '.join(parts)}"

@@ -30,7 +30,7 @@ from ..running.pipeline import apply_plan, load_values
 from ..sites.sites import EmbeddingSite, LinearSite
 from .artifact import attach, base_difference, read
 from .checkpoint import Checkpoint, Entry, header_size
-from .files import new_directory
+from .directory import new_directory
 from .identity import tensor_bytes, tensor_digest, tensor_prefix
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
