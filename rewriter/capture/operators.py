@@ -33,8 +33,8 @@ _DENIED = frozenset({
     "_unsafe_masked_index_put_accumulate", "pin_memory", "record_stream", "data", "share_memory",
     # State of tensors, of autograd, of the process.
     "requires_grad", "retain_grad", "backward", "dist_backward", "rename", "refine_names",
-    "align_to", "manual_seed", "seed", "initial_seed", "set_grad_enabled", "is_grad_enabled", "warn",
-    "save", "get_gradients", "grad", "to_here", "wait",
+    "align_to", "manual_seed", "seed", "initial_seed", "set_grad_enabled", "is_grad_enabled",
+    "warn", "save", "get_gradients", "grad", "to_here", "wait",
 })  # fmt: skip
 
 _DENIED_PREFIXES = (

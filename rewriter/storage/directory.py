@@ -175,7 +175,10 @@ def _require_ours(target: Path, mark: str | None) -> None:
         return
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file; give a directory.")
-    if any(target.iterdir()) and (mark is None or not (target / mark).exists()):
+    with contextlib.suppress(FileNotFoundError):  # another process moves it aside
+        names = os.listdir(target)
+        if not names or (mark is not None and mark in names):
+            return
         raise ArtifactError(
             f"{target} holds other files{f' (no {mark})' if mark else ''}; give an empty or new "
             "directory."
