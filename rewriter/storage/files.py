@@ -156,7 +156,7 @@ def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
         raise CorruptFileError(f"{where}: the header claims {size} bytes; the file is damaged.")
     parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
     try:
-        return safetensors.torch.load(data)
+        return dict(sorted(safetensors.torch.load(data).items()))  # its own order is random
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptFileError(f"{where} is not a valid safetensors file: {error}.") from error
 
