@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +26,12 @@ from ..rewriter.capture.probes import probes
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
-from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
+from ..rewriter.errors import ArtifactError, ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.fingerprint import require_unchanged
 from ..rewriter.program import Program
 from ..rewriter.running.verify import evaluation, is_meta
 from ..rewriter.sharded import require_whole
+from ..rewriter.storage.files import new_file
 from .onnx_quantised import LAYOUT, translations
 
 OPSETS = (24, 20)
@@ -163,18 +162,12 @@ def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> Onnx
     for text in fork.spec.limits[:1]:
         note = model.metadata_props.add()
         note.key, note.value = "peftfx.limits", "; ".join((text, *fork.spec.limits[1:]))
-    handle, temporary = tempfile.mkstemp(".onnx", f".{path.name}.", path.parent)
-    os.close(handle)
     try:
-        onnx.save_model(model, temporary)
-        parity = _verify(fork, temporary, names, tolerance)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error}.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with new_file(path) as fresh:
+            onnx.save_model(model, str(fresh))
+            parity = _verify(fork, str(fresh), names, tolerance)
+    except ArtifactError as error:
+        raise ExportError(str(error)) from error
     nodes = len(model.graph.node)
     size, limits = path.stat().st_size, fork.spec.limits
     return OnnxReport(path, opset, nodes, size, fork.spec.names, names, parity, limits)

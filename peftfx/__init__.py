@@ -25,7 +25,8 @@ from .rewriter.running.passes import REGISTRY, Pass
 from .rewriter.running.pipeline import run
 from .rewriter.running.syntax import Pipeline, parse
 from .rewriter.sites.sites import Site, Sites
-from .rewriter.storage.artifact import VERSION, load, save
+from .rewriter.storage.artifact import VERSION, save
+from .rewriter.storage.loading import load
 from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
 from .training.fit import fit

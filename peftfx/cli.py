@@ -27,8 +27,9 @@ from .rewriter.program import Program
 from .rewriter.running.passes import REGISTRY
 from .rewriter.running.pipeline import run
 from .rewriter.sites.sites import Sites
-from .rewriter.storage.artifact import load, save
+from .rewriter.storage.artifact import save
 from .rewriter.storage.files import write_file, write_tensors
+from .rewriter.storage.loading import load
 from .rewriter.storage.stream import fold_checkpoint
 
 ERR = Console(stderr=True)

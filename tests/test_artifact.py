@@ -26,8 +26,9 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )  # fmt: skip
-from peftfx.rewriter.storage import files
+from peftfx.rewriter.storage import directory, files, leftovers
 
+from . import damage
 from .models import batch, build, first, randomise
 
 
@@ -37,13 +38,6 @@ def saved(captured: Any, tmp_path: Path) -> tuple[Any, peftfx.Program, Path]:
     program = randomise(peftfx.run(base, "lora{rank=2,where=q}"))
     peftfx.save(program, tmp_path / "a")
     return model, program, tmp_path / "a"
-
-
-def edit(folder: Path, change: Any) -> None:
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def test_several_adapters_and_a_choice(captured: Any, tmp_path: Path) -> None:
@@ -105,7 +99,7 @@ def test_another_base_is_refused_by_one_ulp(saved: Any) -> None:
 )
 def test_altered_manifests(saved: Any, change: Any, error: Any, message: str) -> None:
     _, program, folder = saved
-    edit(folder, change)
+    damage.change(folder / "manifest.json", change)
     with pytest.raises(error, match=message):
         peftfx.load(program.base, folder)
 
@@ -158,7 +152,7 @@ def test_a_foreign_directory_is_not_replaced(saved: Any, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "photos"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_crash_at_any_step_keeps_the_old_artifact(
     saved: Any, monkeypatch: pytest.MonkeyPatch, call: str, at: int
@@ -168,12 +162,12 @@ def test_a_crash_at_any_step_keeps_the_old_artifact(
     owner: Any = os if call == "fsync" else Path
     real, count = getattr(owner, call), 0
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == at + 1:
             raise OSError(28, "No space left on device")
-        return real(*args)
+        return real(*args, **options)
 
     randomise(program, seed=3)
     monkeypatch.setattr(owner, call, failing)
@@ -190,7 +184,7 @@ def test_a_crash_at_any_step_keeps_the_old_artifact(
 WRITER = """
 import resource, signal, sys
 from pathlib import Path
-from peftfx.rewriter.storage.files import write_directory
+from peftfx.rewriter.storage.directory import write_directory
 if sys.argv[2] != "0":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
@@ -203,7 +197,7 @@ for i in range(10**6 if sys.argv[2] == "0" else 1):
 
 def test_kill_and_full_disk(tmp_path: Path) -> None:
     target = tmp_path / "a"
-    files.write_directory(target, {"manifest.json": b"x", "big": b"x"}, "manifest.json")
+    directory.write_directory(target, {"manifest.json": b"x", "big": b"x"}, "manifest.json")
     command = [sys.executable, "-c", WRITER, str(target)]
     full = subprocess.run([*command, "100000"], capture_output=True, text=True)
     assert full.returncode != 0 and "cannot be written" in full.stderr
@@ -216,11 +210,11 @@ def test_kill_and_full_disk(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        files.write_directory(tmp_path / "b", {"manifest.json": b""}, "manifest.json")
-        files._clean(target)
+        directory.write_directory(tmp_path / "b", {"manifest.json": b""}, "manifest.json")
+        leftovers.clean(target.parent)
         number = (target / "manifest.json").read_bytes()
         assert (target / "big").read_bytes().endswith(number)
-    files.write_directory(target, {"manifest.json": b"y"}, "manifest.json")
+    directory.write_directory(target, {"manifest.json": b"y"}, "manifest.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.verify import floats
 from peftfx.rewriter.sites.sites import LinearSite
 
+from . import damage
 from .models import Convolutional, batch, first, moved, randomise
 
 RECIPES = (
@@ -168,10 +168,7 @@ def test_batch_statistics_go_on(tmp_path: Path) -> None:
 
 
 def change(folder: Path, name: str, edit: Any) -> None:
-    path = folder / name
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
+    damage.change(folder / name, edit)
 
 
 @pytest.fixture

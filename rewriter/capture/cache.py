@@ -24,18 +24,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError, CorruptFileError
 from ..module import CapturedModule
 from ..sites.sites import Sites
-from ..storage.files import parse_json, write_file, write_json
+from ..storage.files import parse_json, read_file, write_file, write_json
 from ..storage.identity import tensor_digest
+from ..storage.leftovers import make_parents
 from .graphfile import decode, encode, read_graph, write_graph
 from .spec import InputSpec
 
 FORMAT = 1
 LIMIT = 64 * 2**20
-_DAMAGE = (CorruptFileError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_DAMAGE = (
+    CorruptFileError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+    ArithmeticError,
+)  # fmt: skip
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FILE = re.compile(r'File "([^"]+)", line')
@@ -100,7 +105,7 @@ class Entry:
                 raise ValueError("a mask or a buffer that the sites depend on has other values")
             name = type(self.model).__name__
             found = Traced(
-                read_graph(data["graph"], self.held, self.packages, name),
+                read_graph(data["graph"], self.held, self.packages, name, _classes()),
                 InputSpec.from_json(data["spec"]),
                 Sites(decode(data["sites"], [])),
                 dict(data["symbols"]),
@@ -144,17 +149,31 @@ class Entry:
             again = InputSpec.from_json(data["spec"])
             if decode(data["sites"], []) != tuple(traced.sites) or again != traced.spec:
                 raise ValueError("its sites or inputs do not read back as they are")
-            read_graph(parse_json(write_json(graph), "", LIMIT), self.held, self.packages, "Check")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = parse_json(write_json(graph), "", LIMIT)
+            back = read_graph(text, self.held, self.packages, "Check", _classes())
+            if _structure(back) != _structure(traced.module):
+                raise ValueError("its inputs' or outputs' structure does not read back as it is")
+            make_parents(self.path)
             write_file(self.path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         except (*_DAMAGE, ArtifactError, OSError) as error:
             self.note = f"not cached: {error}"
 
 
+def _classes() -> list[str]:
+    """Names of the classes of outputs that the code that is loaded registered with torch."""
+    known = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.items()
+    return [n for n, kind in known if kind.__module__ not in ("builtins", "collections")]
+
+
+def _structure(gm: CapturedModule) -> Any:
+    info: Any = gm.graph._codegen
+    return info.pytree_info.in_spec, info.pytree_info.out_spec
+
+
 def _read(path: Path) -> Any:
-    if path.stat().st_size > LIMIT:
-        raise CorruptFileError(f"{path} is larger than {LIMIT} bytes.")
-    digest, _, body = path.read_bytes().partition(b"\n")
+    if not path.exists():
+        raise FileNotFoundError(path)
+    digest, _, body = read_file(path, LIMIT).partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise CorruptFileError(f"{path} was altered or is truncated.")
     return parse_json(body, str(path), LIMIT)

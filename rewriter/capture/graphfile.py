@@ -1,19 +1,20 @@
 """A captured graph as strict JSON and back: nodes, fake values, mode modules, output structure.
 
-Nothing in a file is executed: operators are looked up by name in `torch.ops` (ATEN, and the
-operators of the model's own package) or in a short list of functions, modules are the mode
-modules with their constructor's values, and paths must look like paths. What cannot be written
-so is a ValueError, and the graph is not stored.
+Nothing in a file is executed: operators are those that compute tensors (`operators.py`), or of the
+model's own package, or in a short list of functions; modules are the mode modules with their
+constructor's values, structures name no code (`structure.py`), and paths must look like paths.
+What cannot be written so is a ValueError, and the graph is not stored.
 """
 
 from __future__ import annotations
 
 import base64
 import inspect
+import keyword
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from ..module import CapturedModule
 from ..running.propagate import fake_mode
 from ..sites import sites
 from . import modes
+from .operators import find_operator, require_pure
+from .structure import read_structure
 from .symbols import Symbols, symbols_in, write_environment
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -124,8 +127,7 @@ def _write_target(node: Node, packages: frozenset[str]) -> str:
             raise ValueError(f"{node.op} of {target!r}")
         return target
     if isinstance(target, torch._ops.OpOverload):
-        if target.namespace not in {"aten", *packages}:
-            raise ValueError(f"the operator {target} is of another library")
+        require_pure(target, packages)
         return str(target)
     if target in _NAMES:
         return _NAMES[target]
@@ -136,19 +138,13 @@ def _read_target(op: str, text: str, packages: frozenset[str]) -> Any:
     if op != "call_function":
         pattern = _NODE if op in ("placeholder", "output") else _PATH
         if op not in ("placeholder", "output", "get_attr", "call_module") or (
-            not pattern.fullmatch(text)
+            not pattern.fullmatch(text) or keyword.iskeyword(text)
         ):
             raise ValueError(f"{op} of {text!r}")
         return text
     if text in FUNCTIONS:
         return FUNCTIONS[text]
-    namespace, name, overload = text.split(".")
-    if namespace not in {"aten", *packages}:
-        raise ValueError(f"the operator {text} is of another library")
-    found = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise ValueError(f"{text} is not an operator")
-    return found
+    return find_operator(text, packages)
 
 
 # Fake values.
@@ -261,6 +257,8 @@ def _write_constant(tensor: Any) -> list[Any]:
 def _read_constant(dtype: str, sizes: list[int], data: str) -> Tensor:
     raw = bytearray(base64.b64decode(data, validate=True))
     if not raw:
+        if 0 not in sizes:
+            raise ValueError(f"a constant of shape {sizes} has no bytes")
         return torch.empty(sizes, dtype=_TYPES[dtype])
     return torch.frombuffer(raw, dtype=torch.uint8).view(_TYPES[dtype]).view(sizes)
 
@@ -315,7 +313,7 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
 
 def read_graph(
     data: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
-    name: str,
+    name: str, classes: Collection[str],
 ) -> CapturedModule:  # fmt: skip
     """Builds a graph that `write_graph` wrote, over a model's own tensors.
 
@@ -324,6 +322,7 @@ def read_graph(
         held: the model's parameters and buffers; True marks those in its state dict.
         packages: as when writing.
         name: class name of the result.
+        classes: of outputs, which may be in it beside tuples, lists and dicts.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError: it is malformed.
@@ -362,10 +361,10 @@ def read_graph(
             made.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
         nodes.append(made)
     names, structure = data["inputs"]
-    if not all(_NODE.fullmatch(n) for n in names):
+    if not all(_NODE.fullmatch(n) and not keyword.iskeyword(n) for n in names):
         raise ValueError("an input's name is not a name")
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(
-        [str(n) for n in names], pytree.treespec_loads(structure),
-        pytree.treespec_loads(data["output"]),
+        [str(n) for n in names], read_structure(structure),
+        read_structure(data["output"], classes),
     )))  # fmt: skip
     return CapturedModule(root, graph, class_name=name)

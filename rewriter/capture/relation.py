@@ -28,6 +28,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 FUNCTIONS = frozenset({*_CALLS, "math"})
 """Words of a relation that are no sizes."""
 
+_TEXT = 4096
 _SPANS = {1: 130, 2: 14, 3: 6}
 _LANDMARKS = (33, 64, 1000, 4096, 1 << 20)
 
@@ -47,9 +48,11 @@ def holds(relation: str, sizes: Mapping[str, int]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(relation: str) -> ast.expr:
+    if len(relation) > _TEXT:
+        raise ValueError(f"a relation is longer than {_TEXT} characters.")
     try:
         return ast.parse(relation, mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{relation!r} is not a relation between sizes.") from error
 
 

@@ -321,26 +321,11 @@ class InputSpec:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> InputSpec:
-        """Reads `to_json`'s form; raises KeyError, TypeError or AttributeError if malformed."""
-        return InputSpec(
-            inputs=tuple(
-                TensorInput(
-                    i["name"],
-                    tuple(i["shape"]),
-                    getattr(torch, i["dtype"]),
-                    i["fill"],
-                    bool(i.get("optional", False)),
-                )
-                for i in data["inputs"]
-            ),
-            ranges={k: (int(v[0]), v[1]) for k, v in data["ranges"].items()},
-            parameters=tuple(data["parameters"]),
-            constants=dict(data["constants"]),
-            structure=dict(data["structure"]),
-            variadic=str(data["variadic"]),
-            relations=tuple(str(r) for r in data["relations"]),
-            reasons=dict(data["reasons"]),
-        )
+        """Reads `to_json`'s form; raises KeyError, TypeError, ValueError or AttributeError if
+        malformed."""
+        from .specfile import read_spec  # late: it makes specs
+
+        return read_spec(data)
 
 
 def short_type(dtype: torch.dtype, shape: Sequence[object]) -> str:

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import itertools
 import operator
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,11 @@ _COMPARE: dict[type[ast.cmpop], Any] = {
     ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Gt: sympy.Gt, ast.GtE: sympy.Ge,
 }  # fmt: skip
 _LIMIT = 2**62
+_TEXT = 4096
+"""Longest expression that is read, in characters."""
+_NAME = re.compile(r"s\d{1,4}")
+_BITS = 256
+"""Size of the largest number that an expression may have on the way."""
 
 
 def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
@@ -114,6 +120,9 @@ class Symbols:
                 raise ValueError(f"the guard {guard} does not hold")
 
     def _create(self, name: str, hint: int, low: int, high: int | None) -> None:
+        bounds = (low, hint, *([] if high is None else [high]))
+        if not _NAME.fullmatch(name) or any(type(n) is not int or abs(n) > _LIMIT for n in bounds):
+            raise ValueError(f"{name!r} in {low}..{high} is no size")
         from torch._dynamo.source import ConstantSource  # late: it imports triton
 
         # A symbol's number is drawn from a hash of its source; find a source that gives ours.
@@ -151,24 +160,57 @@ class Symbols:
         return self._tensors[key]
 
     def _parse(self, text: str) -> Any:
-        return self._build(ast.parse(text, mode="eval").body)
+        return self._build(parse_expression(text))
 
     def _build(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=int() as number) if not isinstance(number, bool):
-                return sympy.Integer(number)
+                return _small(sympy.Integer(number))
             case ast.Name(id=name):
                 return self.names[name]
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -self._build(operand)
             case ast.BinOp(left=left, op=op, right=right):
-                return _BINARY[type(op)](self._build(left), self._build(right))
+                return _binary(_BINARY[type(op)], self._build(left), self._build(right))
             case ast.Compare(left=left, ops=[op], comparators=[right]):
                 return _COMPARE[type(op)](self._build(left), self._build(right))
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
-                return _FUNCTIONS[name](*(self._build(a) for a in arguments))
+                parts = [self._build(a) for a in arguments]
+                if name == "PowByNatural" and len(parts) == 2:
+                    return _binary(_FUNCTIONS[name], *parts)
+                return _small(_FUNCTIONS[name](*parts))
             case _:
                 raise ValueError(f"{ast.unparse(node)} is not an expression of sizes")
+
+
+def parse_expression(text: str) -> ast.expr:
+    """The syntax tree of an expression in a file.
+
+    Raises:
+        ValueError: it is none, or longer than any real one.
+    """
+    if not isinstance(text, str) or len(text) > _TEXT:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"an expression is longer than {_TEXT} characters, or no text")
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text[:80]!r} is not an expression of sizes") from error
+
+
+def _binary(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    power = operation in (operator.pow, _FUNCTIONS.get("PowByNatural"))
+    if power and not (right.is_Integer and 0 <= int(right) <= 64):
+        raise ValueError(f"the exponent {right} is not one of 0 to 64")
+    if power and left.is_Integer and int(left).bit_length() * int(right) > _BITS:
+        raise ValueError(f"{left} ** {right} is larger than any size")
+    return _small(operation(left, right))
+
+
+def _small(number: Any) -> Any:
+    """ValueError for a constant beyond all sizes; anything else as it is."""
+    if number.is_Integer and int(number).bit_length() > _BITS:
+        raise ValueError(f"a number of {int(number).bit_length()} bits is no size")
+    return number
 
 
 def _number(source: str) -> int:

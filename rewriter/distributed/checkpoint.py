@@ -18,17 +18,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, CorruptFileError, RewriteError
 from ..module import device_of
 from ..program import Program
 from ..running.controller import Controllers
 from ..sharded import placed_like
 from ..storage.artifact import VERSION
-from ..storage.files import new_directory, write_json
+from ..storage.directory import new_directory
+from ..storage.sealed import sealed
 from .manifest import (
     FORMAT,
     MANIFEST,
@@ -54,6 +55,7 @@ from .state import (
     put_optimizer,
 )
 
+T = TypeVar("T")
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -115,7 +117,7 @@ def save_checkpoint(
     with contextlib.ExitStack() as opened:
         made: list[Path] = []
         first("creating the folder", lambda: made.append(
-            opened.enter_context(new_directory(target, MANIFEST))
+            opened.enter_context(new_directory(target, MANIFEST, _is_shard))
         ))  # fmt: skip
         fresh = Path(exchange(str(made[0]) if made else "")[0])
         _dcp(f"{target} cannot be written", lambda api: api.save(
@@ -127,7 +129,7 @@ def save_checkpoint(
 
         def finish() -> None:
             manifest["files"] = {n: digest(fresh / n) for n in seen}
-            (fresh / MANIFEST).write_bytes(write_json(manifest))
+            (fresh / MANIFEST).write_bytes(sealed(manifest))
 
         first("writing the manifest", finish)
         first("renaming the folder", opened.close)
@@ -166,16 +168,20 @@ def load_checkpoint(
     def collect() -> tuple[Tensors, Tensors]:
         return _places(path, manifest, program, optimizer, controllers)
 
-    live, places = together("comparing", collect)
+    live, places = together("comparing", lambda: _understood(path, collect))
     _dcp(f"{path} cannot be read", lambda api: api.load(
         _flat(places), no_dist=world() == 1,
         storage_reader=api.HuggingFaceStorageReader(str(path)),
     ))  # fmt: skip
     parts = {n: _below(places, n) for n in ("optimizer", "controllers", "random")}
-    if controllers is not None and manifest["controllers"] is not None:
-        put_controllers(controllers, parts["controllers"], manifest["controllers"])
-    if optimizer is not None and manifest["optimizer"] is not None:
-        put_optimizer(program, optimizer, parts["optimizer"], manifest["optimizer"])
+
+    def put() -> None:
+        if controllers is not None and manifest["controllers"] is not None:
+            put_controllers(controllers, parts["controllers"], manifest["controllers"])
+        if optimizer is not None and manifest["optimizer"] is not None:
+            put_optimizer(program, optimizer, parts["optimizer"], manifest["optimizer"])
+
+    _understood(path, put)
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(placed_like(places[f"program.{name}"], tensor))
@@ -189,6 +195,22 @@ def latest(folder: str | Path) -> Path | None:
     found = [p for p in Path(folder).glob("step-*") if (p / MANIFEST).is_file()]
     steps = {int(m[1]): p for p in found if (m := STEP.fullmatch(p.name))}
     return steps[max(steps)] if steps else None
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _understood(path: Path, work: Callable[[], T]) -> T:
+    """What `work` returns; what it cannot make sense of is damage of the checkpoint."""
+    try:
+        return work()
+    except RewriteError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CorruptFileError(
+            f"{path} is malformed ({type(error).__name__}: {error}). Resume from another one."
+        ) from error
 
 
 # Tensors by key, `program.<name>`, `optimizer.<parameter>.<state>`, ...

@@ -15,12 +15,15 @@ from torch import Tensor
 from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
 from ..fingerprint import require_unchanged
 from ..program import Program
-from ..storage.artifact import checked, version_of
+from ..storage.artifact import VERSION
 from ..storage.checkpoint import DTYPES
-from ..storage.files import JSON_LIMIT, parse_json, read_file
+from ..storage.directory import opened
+from ..storage.files import JSON_LIMIT, parse_json, require_regular
+from ..storage.nested import is_path
+from ..storage.sealed import checked, compare_versions, unsealed
 from .ranks import rank, world
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 _KEYS = {
@@ -105,6 +108,8 @@ def meta_of(kind: Any, where: str) -> Tensor:
     known = {str(d)[6:]: d for d in DTYPES.values()}
     try:
         dtype, shape = kind
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError("a size is no number")
         return torch.empty(shape, dtype=known[dtype], device="meta")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptFileError(f"{where}: {kind!r} is no dtype and shape.") from error
@@ -113,12 +118,20 @@ def meta_of(kind: Any, where: str) -> Tensor:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads and checks the manifest, and this rank's share of the files that it names."""
     where = str(path / MANIFEST)
-    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    version_of(data, FORMAT, where)
-    manifest = checked(data, _KEYS, where)
+    if not path.is_dir():
+        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
+    with opened(path) as folder:
+        data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
+    manifest = unsealed(data, _KEYS, FORMAT, where)
+    compare_versions(manifest["versions"], VERSION, where)
+    _check_parts(manifest, where)
     files = sorted(p.name for p in path.glob("*.safetensors"))
     if files != sorted(manifest["files"]):
         raise CorruptFileError(f"{path} holds {files}, not {sorted(manifest['files'])}.")
+    there = sum((path / n).stat().st_size for n in files)
+    told = sum(meta_of(k, f"{where}: {n}").nbytes for n, k in manifest["tensors"].items())
+    if told > there:
+        raise CorruptFileError(f"{where} lists {told} bytes of tensors; the files hold {there}.")
     for name in files[rank() :: world()]:
         if digest(path / name) != manifest["files"][name]:
             raise CorruptFileError(f"{path / name}: its bytes were altered (sha256 differs).")
@@ -126,8 +139,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(read_file(path)).hexdigest()
+    """sha256 of a file, read piece by piece."""
+    try:
+        require_regular(path, path.stat())
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _check_parts(manifest: Mapping[str, Any], where: str) -> None:
+    """CorruptFileError unless the states are as `optimizer_rest` and `flatten` write them."""
+    if manifest["optimizer"] is not None:
+        keys = {"class": str, "groups": list, "state": dict}
+        rest = checked(manifest["optimizer"], keys, f"{where}, optimizer")
+        groups: list[Any] = rest["groups"]
+        if not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups):
+            raise CorruptFileError(f"{where}: the optimizer's groups have no parameters.")
+    for item in manifest["controllers"] or ():
+        if not (isinstance(item, list) and len(item) == 2 and is_path(item[0])):  # pyright: ignore[reportUnknownArgumentType]
+            raise CorruptFileError(f"{where}: the controllers' state is malformed.")
 
 
 def strict(item: Any) -> bytes:

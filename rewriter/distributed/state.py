@@ -6,7 +6,7 @@ frozen base is not, so a checkpoint is as small as the adapters and their optimi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -102,12 +102,19 @@ def _plain(item: Any, key: str) -> Any:
 def put_optimizer(
     program: Program, optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]
 ) -> None:
-    """Gives an optimizer the state that the two functions above took."""
+    """Gives an optimizer the state that the two functions above took.
+
+    Raises:
+        ArtifactError: it holds a state of another parameter, or other options; nothing was changed.
+    """
     of = {n: p for n, p, _ in _states(program, optimizer)}
-    names = sorted(of, key=len, reverse=True)
+    states = [
+        (_owner(key, of), key, item) for key, item in (*tensors.items(), *rest["state"].items())
+    ]
+    for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
+        _check_options(group, saved)
     optimizer.state.clear()
-    for key, item in (*tensors.items(), *rest["state"].items()):
-        name = next(n for n in names if key.startswith(f"{n}."))
+    for name, key, item in states:
         optimizer.state[of[name]][key.removeprefix(f"{name}.")] = item
     for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
         for option, item in saved.items():
@@ -120,10 +127,28 @@ def put_optimizer(
                 group[option] = tuple(item) if isinstance(held, tuple) else item
 
 
+def _owner(key: str, names: Iterable[str]) -> str:
+    """The parameter whose state has this key."""
+    owners = [n for n in names if key.startswith(f"{n}.")]
+    if not owners:
+        raise ArtifactError(f"the checkpoint holds a state {key!r}, of no parameter here.")
+    return max(owners, key=len)
+
+
+def _check_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises ArtifactError unless saved options are of the kinds that a group has."""
+    for option, item in saved.items():
+        own = group.get(option)
+        number = isinstance(item, int | float) and not isinstance(item, bool)
+        wants = isinstance(own, int | float | Tensor) and not isinstance(own, bool)
+        if option != "params" and wants and not number:
+            raise ArtifactError(f"the checkpoint says {option}={item!r}, but here it is a number.")
+
+
 def optimizer_place(program: Program, key: str, saved: Tensor) -> Tensor:
     """An empty tensor for a saved state: sharded like its parameter if it has the same shape."""
-    names = [n for n, _ in program.module.named_parameters() if key.startswith(f"{n}.")]
-    parameter = program.module.get_parameter(max(names, key=len))
+    names = dict(program.module.named_parameters())
+    parameter = names[_owner(key, names)]
     if parameter.shape != saved.shape:
         scalar = saved.dim() == 0  # step counts, which optimizers keep on the CPU
         return torch.empty_like(saved, device="cpu" if scalar else parameter.device)

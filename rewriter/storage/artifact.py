@@ -14,37 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..capture.capture import capture
-from ..capture.probes import probes
 from ..capture.spec import InputSpec
 from ..distributed.ranks import agree, first, together
-from ..edits.trained import ITSELF, require_owned, train_only
+from ..edits.trained import ITSELF, require_owned
 from ..errors import (
-    ArtifactError,
-    BaseMismatchError,
     CorruptFileError,
-    FormatTooNewError,
     MetaTensorError,
     NonFiniteError,
     OptionError,
     PassError,
-    RewriteError,
-    nearest,
 )  # fmt: skip
 from ..fingerprint import require_unchanged
-from ..module import outside_inference
 from ..program import Program, Record
 from ..running.passes import Pass, Plan
-from ..running.pipeline import apply_plan, load_values
 from ..running.syntax import parse
-from ..running.verify import Certificate, check_graph
 from ..sharded import has_shards, whole
-from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
+from .directory import Folder, reading, write_directory
+from .files import JSON_LIMIT, parse_json, tensors_of
 from .files import write_tensors as tensor_file
 from .identity import merkle_root, tensor_digest
-from .renaming import renamed
+from .sealed import checked, compare_versions, sealed, unsealed, version_of
 
 FORMAT = 2
 VERSION = "0.1.0"
@@ -54,7 +45,7 @@ TENSORS = "tensors.safetensors"
 _PLAN = "plan."
 """Prefix of the tensors that step `index` of the recipe decided: `plan.<index>.<name>`."""
 
-_SAVED = "as saved, "
+SAVED = "as saved, "
 """Marks certificates that were measured before saving; `program.verify()` measures them again."""
 
 _KEYS = {
@@ -128,11 +119,8 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
         require_finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
     dtype = program.base.dtype
-    since_2 = {"trained": list(mine), "dtype": None if dtype is None else str(dtype)[6:]}
-    if not any(since_2.values()):
-        since_2 = {}  # any version reads it
-    manifest = since_2 | {
-        "format_version": 2 if since_2 else 1,
+    manifest = {
+        "format_version": FORMAT,
         "adapters": list(names),
         "recipe": [_step(r) for r in kept],
         "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
@@ -141,8 +129,10 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
         "versions": {
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
+        "trained": list(mine),
+        "dtype": None if dtype is None else str(dtype)[6:],
     }  # fmt: skip
-    return {TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
+    return {TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
 
 
 def _kept(record: Record) -> bool:
@@ -156,7 +146,7 @@ def _step(record: Record) -> dict[str, Any]:
         "decisions": dict(record.plan.decisions),
         "edited": list(record.edited),
         "skipped": [list(s) for s in record.skipped],
-        "certificate": record.certificate.text.removeprefix(_SAVED),
+        "certificate": record.certificate.text.removeprefix(SAVED),
     }
 
 
@@ -196,14 +186,15 @@ def read(directory: str | Path) -> Artifact:
         CorruptFileError: truncated, altered, malformed, or unknown keys.
         FormatTooNewError: written by a newer version.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
-    where = str(path / MANIFEST)
-    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    version_of(data, FORMAT, where)
-    keys = _KEYS if data["format_version"] == 1 else _KEYS | _SINCE_2
-    manifest = checked(data, keys, where)
+    return reading(directory, f"a directory with a {MANIFEST}", _read)
+
+
+def _read(folder: Folder) -> Artifact:
+    where = str(folder.path / MANIFEST)
+    data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
+    keys = _KEYS if version_of(data, FORMAT, where) == 1 else _KEYS | _SINCE_2
+    manifest = unsealed(data, keys, FORMAT, where)
+    compare_versions(manifest["versions"], VERSION, where)
     steps: list[tuple[Pass, Plan, str]] = []
     for index, raw in enumerate(manifest["recipe"]):
         step = checked(raw, _STEP_KEYS, f"{where}, recipe[{index}]")
@@ -215,11 +206,14 @@ def read(directory: str | Path) -> Artifact:
     base = checked(manifest["base"], {"root": str, "tensors": dict}, f"{where}, base")
     if merkle_root(base["tensors"]) != base["root"]:
         raise CorruptFileError(f"{where}: the base hashes do not add up to their root.")
+    if not all(isinstance(n, str) for n in manifest["adapters"]):
+        raise CorruptFileError(f"{where}: the adapters are not names.")
     try:
         spec = InputSpec.from_json(manifest["inputs"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptFileError(f"{where}: the input spec is malformed ({error}).") from error
-    tensors = read_tensors(path / TENSORS, manifest["tensors"])
+    raw = folder.read(TENSORS)
+    tensors = tensors_of(raw, manifest["tensors"], str(folder.path / TENSORS))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     steps = [
@@ -246,180 +240,15 @@ def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:
     return replace(plan, tensors={n.removeprefix(prefix): t for n, t in mine.items()})
 
 
-def version_of(data: Any, known: int, where: str) -> None:
-    """Refuses a manifest of another format version, before anything else is looked at.
-
-    Raises:
-        CorruptFileError, FormatTooNewError: it is malformed, or newer than `known`.
-    """
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{where} is not a JSON object.")
-    version: Any = data.get("format_version")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    if isinstance(version, int) and version > known:
-        raise FormatTooNewError(
-            f"{where} has format {version}; this version reads up to {known}. Upgrade peftfx."
-        )
-    if version is not None and (type(version) is not int or version < 1):
-        raise CorruptFileError(f"{where}: format_version {version!r} is unknown.")
-
-
-def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A JSON object with exactly the given keys, each of its type.
-
-    Raises:
-        CorruptFileError: it is not.
-    """
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{where} is not a JSON object.")
-    found: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]
-    unknown = sorted(set(found) - set(keys))
-    missing = sorted(set(keys) - set(found))
-    if unknown or missing:
-        what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
-        raise CorruptFileError(f"{where}: {what}. The file was altered or is of another format.")
-    for key, kind in keys.items():
-        if not isinstance(found[key], kind):
-            raise CorruptFileError(f"{where}: {key!r} has the wrong type.")
-    return found
-
-
-@outside_inference
-def load(
-    target: nn.Module | Program,
-    directory: str | Path,
-    *,
-    name: str | None = None,
-    allow_base_mismatch: bool = False,
-) -> Program:
-    """Loads saved adapters onto a model or program.
-
-    Args:
-        target: the base model (captured with the saved input spec) or a program.
-        directory: what `save` wrote.
-        name: what to call its adapter; by default as it was saved. Two artifacts whose adapters
-            have one name are loaded onto one program like this.
-        allow_base_mismatch: accept base weights other than those trained on.
-
-    Returns:
-        A new program in evaluation mode if `target` is; `target` is not changed.
-
-    Raises:
-        ArtifactError: (CorruptFileError, FormatTooNewError, BaseMismatchError) nothing is loaded.
-        OptionError: `name` is no name, or the artifact holds several adapters.
-    """
-    artifact = read(directory)
-    if name is not None:
-        artifact = renamed(artifact, name, str(directory))
-    program = target if isinstance(target, Program) else _capture(target, artifact)
-    require_unchanged(program)
-    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
-    if not allow_base_mismatch and merkle_root(have) != artifact.base_root:
-        raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
-    return attach(program, artifact, str(directory))
-
-
-def attach(program: Program, artifact: Artifact, directory: str) -> Program:
-    """Applies an artifact to a program whose base is known to be right; see `load`."""
-    if there := [n for n in artifact.adapters if n in program.adapters]:
-        raise ArtifactError(
-            f"{directory}: the program has an adapter {there[0]!r} already. Give this one another "
-            f"name: load(..., name={there[0] + '_2'!r})."
-        )
-    current = program
-    done: set[str] = set()
-    where = directory
-    try:
-        if artifact.trained:
-            current = program.fork()
-            train_only(current, artifact.trained)
-        for index, (item, plan, certificate) in enumerate(artifact.steps):
-            where = f"{directory}, recipe[{index}] ({item})"
-            _require_sites(current, plan, where)
-            current = apply_plan(current, item, plan, check=False)
-            said = Certificate(f"{_SAVED}{certificate}")
-            current.history = (
-                *current.history[:-1],
-                replace(current.history[-1], certificate=said),
-            )
-            reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
-            done |= _take(current, artifact, directory, reshaped)
-        if not artifact.steps:
-            done |= _take(current, artifact, directory, False)
-        check_graph(current)
-    except ArtifactError:
-        raise
-    except RewriteError as error:
-        raise ArtifactError(f"{directory} cannot be applied to this model: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(
-            f"{where}: what the step decided cannot be replayed ({type(error).__name__}: {error}). "
-            "The file was altered, or written by another version; save the adapter again."
-        ) from error
-    left = sorted(set(artifact.tensors) - done)
-    if left:
-        raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
-    return current
-
-
-def _require_sites(program: Program, plan: Plan, where: str) -> None:
-    """Raises CorruptFileError unless the program has all sites that a step edits."""
-    sites: Any = plan.decisions.get("sites", [])
-    if not isinstance(sites, list):
-        raise CorruptFileError(f"{where}: 'sites' is no list. The file was altered.")
-    known = {s.id for s in program.sites}
-    for site in sites:  # pyright: ignore[reportUnknownVariableType]
-        if site not in known:
-            raise CorruptFileError(
-                f"{where}: this model has no site {site!r}. Nearest: {nearest(str(site), known)}. "  # pyright: ignore[reportUnknownArgumentType]
-                "Load it onto the model that it was trained on."
-            )
-
-
-def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
-    """Loads the values of all adapters so far; their names."""
-    mine = program.adapter_tensors(ITSELF)
-    wanted = {n: mine[n] for n in artifact.trained}
-    for name in artifact.adapters:
-        wanted |= program.adapter_tensors(name)
-    values = _fitting(wanted, artifact.tensors, where, reshaped)
-    load_values(program, values, reshaped)
-    return set(values)
-
-
-def _fitting(
-    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, reshaped: bool
-) -> dict[str, Tensor]:
-    """The saved values; all must be there and fit, unless a later step reshapes them."""
-    if reshaped:
-        fitting = {n: t.shape for n, t in tensors.items() if n in wanted}
-        return {n: tensors[n] for n, shape in fitting.items() if shape == wanted[n].shape}
-    for name, tensor in wanted.items():
-        given = tensors.get(name)
-        if given is None:
-            raise CorruptFileError(f"{where}: the tensor {name!r} of an adapter is missing.")
-        wider = torch.promote_types(given.dtype, tensor.dtype) != tensor.dtype
-        if given.shape != tensor.shape or wider:
-            raise CorruptFileError(
-                f"{where}: {name!r} is {tuple(given.shape)} {given.dtype}, "
-                f"expected {tuple(tensor.shape)} {tensor.dtype}."
-            )
-    return {name: tensors[name] for name in wanted}
-
-
-def _capture(model: nn.Module, artifact: Artifact) -> Program:
-    spec = artifact.spec
-    example = spec.example(None, **probes(spec, {})[0])
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dynamic = {
-        i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
-        for i in spec.inputs
-    }
-    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
-    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
-
-
 def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str) -> str:
     """What an error says of base weights that are not those of an artifact."""
+    return (
+        f"{where} was trained on other base weights: {differing(have, want)}. "
+        "Load the base it was trained on, or pass allow_base_mismatch=True."
+    )
+
+
+def differing(have: Mapping[str, str], want: Mapping[str, str]) -> str:
     missing, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
     changed = sorted(n for n in set(want) & set(have) if want[n] != have[n])
     parts = [
@@ -427,7 +256,4 @@ def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str
         for names, what in ((changed, "differ"), (missing, "are missing"), (extra, "are new"))
         if names
     ]
-    return (
-        f"{where} was trained on other base weights: of {len(want)} tensors, {'; '.join(parts)}. "
-        "Load the base it was trained on, or pass allow_base_mismatch=True."
-    )
+    return f"of {len(want)} tensors, {'; '.join(parts)}"

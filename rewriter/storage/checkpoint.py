@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptFileError, WeightsError
-from .files import HEADER_LIMIT, parse_json, read_file
+from .files import HEADER_LIMIT, parse_json, read_file, require_regular
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -223,6 +223,7 @@ def _files(path: Path) -> tuple[str | None, dict[str, str], list[str]]:
 def header_size(path: Path) -> int:
     """Length of a safetensors file's header, its 8 bytes of length included."""
     try:
+        require_regular(path, path.stat())
         with open(path, "rb") as handle:
             start = handle.read(8)
     except OSError as error:

@@ -21,13 +21,28 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Any]]:
     return tensors, rest
 
 
+def is_path(path: Any) -> bool:
+    """Whether this is where `flatten` says that something is."""
+    return isinstance(path, list) and bool(path) and all(type(k) in (str, int) for k in path)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+
+
 def nest(tensors: Mapping[str, Tensor], rest: Iterable[Any]) -> dict[str, Any]:
-    """The state that `flatten` took apart."""
+    """The state that `flatten` took apart.
+
+    Raises:
+        ValueError: a path is none, or two contradict each other.
+    """
     state: dict[str, Any] = {}
     for path, item in [*((json.loads(n), t) for n, t in tensors.items()), *rest]:
-        inner = state
+        if not is_path(path):
+            raise ValueError(f"{path!r} is no path into a state")
+        inner: Any = state
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{path!r} leads through something that has no parts")
+        if path[-1] in inner:
+            raise ValueError(f"{path!r} is there twice")
         inner[path[-1]] = item
     return state
 

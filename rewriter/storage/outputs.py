@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 _PLAIN = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
-_NAME = "peftfx.Outputs"
+OUTPUTS = "peftfx.Outputs"
 
 
 class Outputs(dict[str, Any]):
@@ -42,7 +42,7 @@ def _with_keys(held: Outputs) -> tuple[list[tuple[Any, Any]], list[str]]:
 
 
 pytree.register_pytree_node(
-    Outputs, _flatten, _unflatten, serialized_type_name=_NAME, flatten_with_keys_fn=_with_keys
+    Outputs, _flatten, _unflatten, serialized_type_name=OUTPUTS, flatten_with_keys_fn=_with_keys
 )
 
 
@@ -58,11 +58,11 @@ def portable(structure: str) -> str:
 
 def _portable(spec: Any) -> Any:
     children = [_portable(child) for child in spec["children_spec"]]
-    if spec["type"] in _PLAIN | {_NAME}:
+    if spec["type"] in _PLAIN | {OUTPUTS}:
         return {**spec, "children_spec": children}
     names: Any = json.loads(spec["context"]) if spec["context"] else None
     if not isinstance(names, list) or len(names) != len(children):
         raise ValueError(f"the outputs are a {spec['type']}, whose parts have no names")
     if not all(isinstance(n, str) for n in names):
         raise ValueError(f"the outputs are a {spec['type']}, whose parts have no names")
-    return {"type": _NAME, "context": json.dumps(names), "children_spec": children}
+    return {"type": OUTPUTS, "context": json.dumps(names), "children_spec": children}

@@ -29,7 +29,6 @@ from ..edits.edit import Editor
 from ..edits.inline import inline_calls
 from ..edits.lowering import restore_deltas
 from ..errors import (
-    ArtifactError,
     CorruptFileError,
     ExportError,
     MetaTensorError,
@@ -43,20 +42,22 @@ from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
 from ..sharded import require_whole
 from ..sites.sites import LinearSite, Sites
-from .artifact import VERSION, checked, require_finite, version_of
-from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
+from .artifact import VERSION, require_finite
+from .directory import Folder, reading, write_directory
+from .files import JSON_LIMIT, parse_json, tensors_of, write_json
 from .files import write_tensors as tensor_file
 from .identity import tensor_digest
-from .outputs import portable
+from .outputs import OUTPUTS, portable
+from .sealed import compare_versions, sealed, unsealed
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "program.json"
 GRAPH = "graph.json"
 TENSORS = "tensors.safetensors"
 GRAPH_LIMIT = 256 * 2**20
 _SAMPLE = "sample:"
 _PACKAGES = frozenset({"peftfx"})
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 _KEYS = {
     "format_version": int, "name": str, "graph": str, "tensors": dict, "trainable": list,
@@ -124,7 +125,7 @@ def save_program(program: Program, directory: str | Path) -> None:
         check_graph(_assembled(manifest, parse_json(graph, GRAPH, GRAPH_LIMIT), tensors))
     except (*_DAMAGE, RewriteError) as error:
         raise ExportError(f"the program cannot be saved: it does not read back: {error}") from error
-    files = {GRAPH: graph, TENSORS: tensor_file(tensors), MANIFEST: write_json(manifest)}
+    files = {GRAPH: graph, TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
     write_directory(directory, files, MANIFEST)
 
 
@@ -180,25 +181,30 @@ def load_program(directory: str | Path) -> Program:
         CorruptFileError: truncated, altered or malformed.
         FormatTooNewError: written by a newer version.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
-    where = str(path / MANIFEST)
-    data = parse_json(read_file(path / MANIFEST, JSON_LIMIT), where)
-    version_of(data, FORMAT, where)
-    manifest = checked(data, _KEYS, where)
-    raw = read_file(path / GRAPH, GRAPH_LIMIT)
+    return reading(directory, f"a directory with a {MANIFEST}", _read)
+
+
+def _read(folder: Folder) -> Program:
+    where = str(folder.path / MANIFEST)
+    data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
+    manifest = unsealed(data, _KEYS, FORMAT, where)
+    compare_versions(manifest["versions"], VERSION, where)
+    raw, place = folder.read(GRAPH, GRAPH_LIMIT), str(folder.path / GRAPH)
     if hashlib.sha256(raw).hexdigest() != manifest["graph"]:
-        raise CorruptFileError(f"{path / GRAPH} was altered or is truncated (sha256 differs).")
-    graph = parse_json(raw, str(path / GRAPH), GRAPH_LIMIT)
-    tensors = read_tensors(path / TENSORS, manifest["tensors"])
+        raise CorruptFileError(f"{place} was altered or is truncated (sha256 differs).")
+    graph = parse_json(raw, place, GRAPH_LIMIT)
+    tensors = tensors_of(folder.read(TENSORS), manifest["tensors"], str(folder.path / TENSORS))
     try:
         program = _assembled(manifest, graph, tensors)
         check_graph(program)
     except VerifyError as error:
-        raise CorruptFileError(f"{path}: {error}") from error
+        raise CorruptFileError(f"{folder.path}: {error}") from error
     except _DAMAGE as error:
-        raise CorruptFileError(f"{path} is malformed: {error}") from error
+        by = manifest["versions"].get("torch")
+        raise CorruptFileError(
+            f"{folder.path} is malformed, or needs operators that torch {torch.__version__} lacks "
+            f"(it was written with torch {by}): {error}"
+        ) from error
     return program
 
 
@@ -211,7 +217,7 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
             if name in parameters:
                 tensor = nn.Parameter(tensor, name in trainable)
             held[name] = tensor, name not in transient
-    gm = read_graph(graph, held, _PACKAGES, manifest["name"]).eval()
+    gm = read_graph(graph, held, _PACKAGES, manifest["name"], (OUTPUTS,)).eval()
     sites = Sites(decode(manifest["sites"], []))
     _must_fit(gm, sites, held)
     spec = InputSpec.from_json(manifest["inputs"])

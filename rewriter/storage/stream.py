@@ -26,11 +26,12 @@ from ..fingerprint import Fingerprints, require_unchanged, take
 from ..module import copy_modes, device_of, outside_inference
 from ..program import Program
 from ..running.pipeline import apply_plan, load_values
-from .artifact import attach, base_difference, read
+from .artifact import base_difference, read
 from .checkpoint import Checkpoint, Entry, header_size
-from .files import new_directory
-from .folder import Folder
+from .directory import new_directory
+from .folding import ShardFolder
 from .identity import tensor_bytes, tensor_digest, tensor_prefix
+from .loading import attach
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
                   ".onnx", ".npz", ".index.json")  # fmt: skip
@@ -189,7 +190,7 @@ def fold_checkpoint(
             "files. Save the folded program itself: peftfx.save_program."
         )
     where = str(adapter or "the program")
-    folder = Folder(program, checkpoint)
+    folder = ShardFolder(program, checkpoint)
     found: dict[str, str] = {}
     result = FoldedCheckpoint(Path(target))
     with new_directory(target, None) as fresh:

@@ -16,7 +16,8 @@ import peftfx
 from peftfx.passes.selective.diff_pruning import GatedDelta
 from peftfx.rewriter.errors import MetaTensorError
 from peftfx.rewriter.sites.sites import LinearSite
-from peftfx.rewriter.storage.artifact import attach, read
+from peftfx.rewriter.storage.artifact import read
+from peftfx.rewriter.storage.loading import attach
 
 from ..models import batch, first, moved, randomise
 from ..zoo import ZOO

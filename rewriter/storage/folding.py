@@ -22,7 +22,7 @@ from ..sites.sites import LinearSite
 from .checkpoint import Checkpoint
 
 
-class Folder:
+class ShardFolder:
     """A program whose base is hollow; weights get values while they are folded, one at a time."""
 
     def __init__(self, program: Program, checkpoint: Checkpoint) -> None:

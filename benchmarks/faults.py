@@ -1,0 +1,304 @@
+"""Kills, full disks, flipped bits and fuzzed readers, counted.
+
+    python -m benchmarks.faults [--quick] [kills] [flips] [disk_full] [fuzz]
+
+writes `benchmarks/faults.json`. Kills: a forked child writes again and again and is killed at a
+random moment; what is read must be a whole old or new version. Flips and truncations: reading must
+refuse, or give just what was written. Full disks: what was there must still be readable. Fuzzing
+takes atheris where it is installed, else it is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import mmap
+import os
+import platform
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftfx.rewriter.errors import RewriteError
+from peftfx.rewriter.storage import directory, files
+from tests.damage import cuts, flips
+from tests.fuzzing import TARGETS, corpus
+from tests.writers import WRITERS, Writer, prepared
+
+HERE = Path(__file__).parent
+
+
+# Kills.
+
+
+def kills(count: int) -> dict[str, Any]:
+    """Killed writers; `broken` and `left` should be 0."""
+    with prepared():
+        return {name: _kills(writer, count) for name, writer in WRITERS.items()}
+
+
+def _kills(writer: Writer, count: int) -> dict[str, int]:
+    draw, seen = random.Random(0), collections.Counter[str]()
+    with tempfile.TemporaryDirectory() as place:
+        for number in (1, 2):  # warms what children inherit
+            writer.write(Path(place) / str(number), number) if not writer.replaces else None
+            (Path(place) / "w").mkdir(exist_ok=True)
+        window = _window(writer, Path(place))
+        for attempt in range(count):
+            folder = Path(place) / f"k{attempt if not writer.replaces else 0}"
+            folder.mkdir(exist_ok=True)
+            if writer.replaces and attempt == 0:
+                writer.write(folder, 1)
+            seen[_kill(writer, folder, draw.uniform(0, window))] += 1
+            seen["left"] += _left(writer, folder)
+    return {"runs": count, "window_ms": round(1000 * window), **seen}
+
+
+def _window(writer: Writer, place: Path) -> float:
+    """Seconds from the first temporary file to the end of writing."""
+    times: list[float] = []
+    for attempt in range(3):
+        folder = place / (f"w{attempt}" if not writer.replaces else "w")
+        folder.mkdir(exist_ok=True)
+        started: list[float] = []
+        _at_start(lambda started=started: started.append(time.perf_counter()))
+        writer.write(folder, 1 + attempt % 2)
+        times.append(time.perf_counter() - started[0])
+        _at_start(None)
+    return max(times[1:])
+
+
+_temporary = directory.temporary
+
+
+def _at_start(call: Callable[[], Any] | None) -> None:
+    """Calls something whenever writing begins."""
+
+    def told(target: Path, kind: str) -> Path:
+        if call is not None:
+            call()
+        return _temporary(target, kind)
+
+    directory.temporary = files.temporary = told  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _kill(writer: Writer, folder: Path, delay: float) -> str:
+    shared = mmap.mmap(-1, 8)  # (writes begun, writes done)
+    shared[:8] = struct.pack("<ii", 0, 0)
+    child = os.fork()
+    if child == 0:
+        _write_for_ever(writer, folder, shared)
+    until = time.monotonic() + 60
+    while struct.unpack("<ii", shared[:8])[0] < 1 and time.monotonic() < until:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    _, done = struct.unpack("<ii", shared[:8])
+    try:
+        number = writer.read(folder)
+    except RewriteError:
+        return "broken" if writer.replaces or done else "absent"
+    except (AssertionError, OSError, ValueError):
+        return "broken"
+    return "new" if done or number == 2 else "old"
+
+
+def _write_for_ever(writer: Writer, folder: Path, shared: mmap.mmap) -> None:
+    begun = done = 0
+
+    def begins() -> None:
+        nonlocal begun
+        begun += 1
+        shared[:8] = struct.pack("<ii", begun, done)
+
+    try:
+        _at_start(begins)
+        while writer.replaces or not done:
+            writer.write(folder, 2 - done % 2)
+            done += 1
+            shared[:8] = struct.pack("<ii", begun, done)
+        time.sleep(60)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _left(writer: Writer, folder: Path) -> int:
+    """Leftovers after the next successful write."""
+    if writer.replaces:
+        writer.write(folder, 1)
+    else:
+        files.write_file(folder / "next", b"")
+    return sum(p.name.startswith(".") for p in folder.iterdir())
+
+
+# Flipped bits and truncations.
+
+
+def flipped(flip_count: int, cut_count: int) -> dict[str, Any]:
+    """Damaged files: `other` (read with other values) and `raw` (an error not ours) should be 0."""
+    result: dict[str, Any] = {}
+    for name, writer in WRITERS.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            if writer.files:
+                writer.write(folder, 3)
+            for file in writer.files:
+                path = folder / file
+                good = path.read_bytes()
+                want = writer.state(folder)
+                for kind, damaged in (
+                    ("flips", flips(good, flip_count)), ("cuts", cuts(good, cut_count)),
+                ):  # fmt: skip
+                    seen = collections.Counter[str]()
+                    for bad in damaged:
+                        path.write_bytes(bad)
+                        seen[_outcome(writer, folder, want)] += 1
+                    result.setdefault(f"{name}: {path.name}", {})[kind] = dict(seen)
+                path.write_bytes(good)
+    return result
+
+
+def _outcome(writer: Writer, folder: Path, want: str) -> str:
+    try:
+        return "same" if writer.state(folder) == want else "other"
+    except RewriteError:
+        return "refused"
+    except Exception:
+        traceback.print_exc()
+        return "raw"
+
+
+# Full disks.
+
+
+def disk_full(spaces: tuple[int, ...]) -> dict[str, Any]:
+    """A new version does not fit: what was there must be, and nothing must be left over."""
+    seen: dict[str, Any] = {}
+    with prepared():
+        for name, writer in WRITERS.items():
+            for space in spaces:
+                seen[f"{name}, {space} bytes free"] = _disk_full(writer, space)
+    return {"cases": len(seen), "ok": sum(s.startswith("ok") for s in seen.values()), "each": seen}
+
+
+def _disk_full(writer: Writer, space: int) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if writer.replaces or not mounted:
+                writer.write(folder, 1)
+            else:  # its source has to fit
+                writer.write(folder, 1)
+                for path in (folder / "folded").iterdir():
+                    path.unlink()
+                (folder / "folded").rmdir()
+            if mounted:
+                free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+                (folder / "ballast").write_bytes(bytes(max(0, free - space)))
+            else:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (space, before[1]))
+            how = "tmpfs" if mounted else "RLIMIT_FSIZE"
+            try:
+                writer.write(folder, 2)
+                said, want = "written", 2
+            except RewriteError:
+                said, want = "refused", 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            if not writer.replaces and said == "refused":
+                whole = not (folder / "folded").exists()
+            else:
+                whole = writer.read(folder) == want or not writer.numbered
+            left = [p.name for p in folder.iterdir() if p.name.startswith(".")]
+            return f"{'ok' if whole and not left else 'BROKEN'}: {said} ({how})"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            if mounted:
+                subprocess.run(["umount", "-l", place], check=True)
+
+
+# Fuzzing.
+
+
+def fuzz(seconds: int) -> dict[str, Any]:
+    """Coverage-guided, every reader in a process of its own."""
+    probe = subprocess.run([sys.executable, "-c", "import atheris"], capture_output=True)
+    if probe.returncode:
+        return {"skipped": "atheris is not installed: pip install --target DIR atheris"}
+    result: dict[str, Any] = {}
+    for name in TARGETS:
+        command = [sys.executable, "-m", "benchmarks.faults", "--target", name, str(seconds)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        runs = [line.split() for line in done.stderr.splitlines() if line.startswith("Done ")]
+        result[name] = {
+            "runs": int(runs[-1][1]) if runs else 0, "seconds": seconds,
+            "failed": done.returncode != 0,
+        }  # fmt: skip
+        if done.returncode:
+            result[name]["last"] = done.stderr.splitlines()[-30:]
+    return {"each": result, "failed": sum(r["failed"] for r in result.values())}
+
+
+def _fuzz_here(name: str, seconds: int) -> None:
+    import atheris  # pyright: ignore[reportMissingImports]
+
+    target: Any = TARGETS[name]
+    atheris.instrument_func(target)
+    atheris.instrument_all()
+    with tempfile.TemporaryDirectory() as folder:
+        for index, data in enumerate(corpus(name)):
+            (Path(folder) / str(index)).write_bytes(data)
+        options = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=4096", "-max_len=8192"]
+        os.chdir(folder)
+        atheris.Setup([sys.argv[0], folder, *options], target)
+        atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if options.target:
+        _fuzz_here(options.target[0], int(options.target[1]))
+        return
+    small = 10 if options.quick else 1
+    sections: dict[str, Callable[[], dict[str, Any]]] = {
+        "kills": lambda: kills(200 // small),
+        "flips": lambda: flipped(300 // small, 50 // small),
+        "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),
+        "fuzz": lambda: fuzz(60 // small),
+    }
+    path = HERE / "faults.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    result["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    for name in options.sections:
+        result[name] = sections[name]()
+        print(name, json.dumps(result[name], indent=1), flush=True)
+        if not options.quick:
+            path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

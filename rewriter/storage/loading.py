@@ -1,0 +1,175 @@
+"""Loading saved adapters onto a model or program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.capture import capture
+from ..capture.probes import probes
+from ..edits.trained import ITSELF, train_only
+from ..errors import (
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    RewriteError,
+    nearest,
+)  # fmt: skip
+from ..fingerprint import require_unchanged
+from ..module import outside_inference
+from ..program import Program
+from ..running.passes import Plan
+from ..running.pipeline import apply_plan, load_values
+from ..running.verify import Certificate, check_graph
+from .artifact import SAVED, Artifact, base_difference, differing, read
+from .identity import merkle_root, tensor_digest
+from .renaming import renamed
+
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+
+
+@outside_inference
+def load(
+    target: nn.Module | Program,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    allow_base_mismatch: bool = False,
+) -> Program:
+    """Loads saved adapters onto a model or program.
+
+    Args:
+        target: the base model (captured with the saved input spec) or a program.
+        directory: what `save` wrote.
+        name: what to call its adapter; by default as it was saved. Two artifacts whose adapters
+            have one name are loaded onto one program like this.
+        allow_base_mismatch: accept base weights other than those trained on; the certificates
+            in the history say so from then on, also once saved again.
+
+    Returns:
+        A new program in evaluation mode if `target` is; `target` is not changed.
+
+    Raises:
+        ArtifactError: (CorruptFileError, FormatTooNewError, BaseMismatchError) nothing is loaded.
+        OptionError: `name` is no name, or the artifact holds several adapters.
+    """
+    artifact = read(directory)
+    if name is not None:
+        artifact = renamed(artifact, name, str(directory))
+    program = target if isinstance(target, Program) else _capture(target, artifact)
+    require_unchanged(program)
+    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    note = ""
+    if merkle_root(have) != artifact.base_root:
+        if not allow_base_mismatch:
+            raise BaseMismatchError(base_difference(have, artifact.base, str(directory)))
+        note = f"; loaded on another base ({differing(have, artifact.base)})"
+    return attach(program, artifact, str(directory), note)
+
+
+def attach(program: Program, artifact: Artifact, directory: str, note: str = "") -> Program:
+    """Applies an artifact to a program whose base is known to be right; see `load`.
+
+    `note` is added to the certificates: what whoever reads the history has to know.
+    """
+    if there := [n for n in artifact.adapters if n in program.adapters]:
+        raise ArtifactError(
+            f"{directory}: the program has an adapter {there[0]!r} already. Give this one another "
+            f"name: load(..., name={there[0] + '_2'!r})."
+        )
+    current = program
+    done: set[str] = set()
+    where = directory
+    try:
+        if artifact.trained:
+            current = program.fork()
+            train_only(current, artifact.trained)
+        for index, (item, plan, certificate) in enumerate(artifact.steps):
+            where = f"{directory}, recipe[{index}] ({item})"
+            _require_sites(current, plan, where)
+            current = apply_plan(current, item, plan, check=False)
+            said = Certificate(f"{SAVED}{certificate.removesuffix(note)}{note}")
+            current.history = (
+                *current.history[:-1],
+                replace(current.history[-1], certificate=said),
+            )
+            reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
+            done |= _take(current, artifact, directory, reshaped)
+        if not artifact.steps:
+            done |= _take(current, artifact, directory, False)
+        check_graph(current)
+    except ArtifactError:
+        raise
+    except RewriteError as error:
+        raise ArtifactError(f"{directory} cannot be applied to this model: {error}") from error
+    except _DAMAGE as error:
+        raise CorruptFileError(
+            f"{where}: what the step decided cannot be replayed ({type(error).__name__}: {error}). "
+            "The file was altered, or written by another version; save the adapter again."
+        ) from error
+    left = sorted(set(artifact.tensors) - done)
+    if left:
+        raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
+    return current
+
+
+def _require_sites(program: Program, plan: Plan, where: str) -> None:
+    """Raises CorruptFileError unless the program has all sites that a step edits."""
+    sites: Any = plan.decisions.get("sites", [])
+    if not isinstance(sites, list):
+        raise CorruptFileError(f"{where}: 'sites' is no list. The file was altered.")
+    known = {s.id for s in program.sites}
+    for site in sites:  # pyright: ignore[reportUnknownVariableType]
+        if site not in known:
+            raise CorruptFileError(
+                f"{where}: this model has no site {site!r}. Nearest: {nearest(str(site), known)}. "  # pyright: ignore[reportUnknownArgumentType]
+                "Load it onto the model that it was trained on."
+            )
+
+
+def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
+    """Loads the values of all adapters so far; their names."""
+    mine = program.adapter_tensors(ITSELF)
+    wanted = {n: mine[n] for n in artifact.trained}
+    for name in artifact.adapters:
+        wanted |= program.adapter_tensors(name)
+    values = _fitting(wanted, artifact.tensors, where, reshaped)
+    load_values(program, values, reshaped)
+    return set(values)
+
+
+def _fitting(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str, reshaped: bool
+) -> dict[str, Tensor]:
+    """The saved values; all must be there and fit, unless a later step reshapes them."""
+    if reshaped:
+        fitting = {n: t.shape for n, t in tensors.items() if n in wanted}
+        return {n: tensors[n] for n, shape in fitting.items() if shape == wanted[n].shape}
+    for name, tensor in wanted.items():
+        given = tensors.get(name)
+        if given is None:
+            raise CorruptFileError(f"{where}: the tensor {name!r} of an adapter is missing.")
+        wider = torch.promote_types(given.dtype, tensor.dtype) != tensor.dtype
+        if given.shape != tensor.shape or wider:
+            raise CorruptFileError(
+                f"{where}: {name!r} is {tuple(given.shape)} {given.dtype}, "
+                f"expected {tuple(tensor.shape)} {tensor.dtype}."
+            )
+    return {name: tensors[name] for name in wanted}
+
+
+def _capture(model: nn.Module, artifact: Artifact) -> Program:
+    spec = artifact.spec
+    example = spec.example(None, **probes(spec, {})[0])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dynamic = {
+        i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
+        for i in spec.inputs
+    }
+    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
+    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
