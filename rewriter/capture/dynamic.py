@@ -73,9 +73,7 @@ def _is_name(label: object) -> bool:
     )
 
 
-def _check_equal(
-    tensors: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]
-) -> None:
+def _check_equal(tensors: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> None:
     firsts: dict[str, tuple[str, int, int]] = {}
     for name, held in axes.items():
         for axis, label in held.items():
