@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftfx
+from peftfx.rewriter.edits.branch import Delta
+from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import OptionError, PassError
 from peftfx.rewriter.running.passes import write_value
+from peftfx.rewriter.running.propagate import propagate
 from peftfx.rewriter.running.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
+from peftfx.rewriter.sites.sites import LinearSite
 
 from .models import batch, first
 
@@ -140,3 +145,41 @@ def test_wrong_arguments_are_named(captured: Any) -> None:
         peftfx.run(captured["encoder"][1], 3)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="list of passes is empty"):
         peftfx.run(captured["encoder"][1], [])
+
+
+def test_threads_may_rewrite_one_base(captured: Any) -> None:
+    """The programs of one capture share the symbols of their sizes; edits take turns."""
+    base = peftfx.capture(captured["decoder"][0].eval().requires_grad_(False), kwargs=batch())
+    texts = ["lora{rank=2}", "ia3", "prefix_tuning{length=2}", "lora{rank=2};fold"] * 3
+    want = {text: peftfx.run(base, text) for text in set(texts)}
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda text: peftfx.run(base, text), texts))
+    for text, program in zip(texts, made, strict=True):
+        assert program.text() == want[text].text()
+        assert torch.equal(first(program(**batch())), first(want[text](**batch())))
+
+
+class Guardian(Delta):
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the guardian said no")
+
+
+class Fixing(Delta):
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 if x.shape[1] == 9 else 2)
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [(Guardian, "shapes do not fit.*guardian"), (Fixing, "the edit fixes a dynamic size")],
+)
+def test_a_fixed_size_is_told_from_other_failures(
+    captured: Any, branch: type[Delta], message: str
+) -> None:
+    program = captured["decoder"][1].fork()
+    site = next(s for s in program.sites if isinstance(s, LinearSite))
+    edit = Editor(program, "mine")
+    edit.add(site, branch())
+    edit.finish()
+    with pytest.raises(PassError, match=message):
+        propagate(edit.program)

@@ -1,4 +1,4 @@
-"""Sizes to try a program at: in its ranges, as its relations demand, and far from each other."""
+"""Sizes to try a program at: within ranges, as relations demand, and far from each other."""
 
 from __future__ import annotations
 
