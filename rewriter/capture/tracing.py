@@ -21,7 +21,7 @@ from .rows import PiecesUsedError, Rows
 Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From flat tensors to the positional and keyword arguments of a model's own forward."""
 
-RESERVED = {BRANCHES, MODES}
+RESERVED = {BRANCHES, MODES, f"{BRANCHES}_outlined"}
 
 _EXPORTED = {"_in_spec", "_out_spec", "shape_env"}
 """What `torch.export` puts on a graph module beside what `torch.fx` does."""
