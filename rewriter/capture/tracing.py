@@ -6,11 +6,12 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
 from ..program import BRANCHES
@@ -191,11 +192,36 @@ def _export(
     trace = functools.partial(
         torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
     )
-    try:
-        with Rows():
+    with Data():
+        try:
+            with Rows():
+                return trace()
+        except PiecesUsedError:
             return trace()
-    except PiecesUsedError:
-        return trace()
+
+
+class Data(TorchFunctionMode):
+    """Traces what goes through `tensor.data`, which tracing takes for a constant otherwise."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__self__", None) is not Tensor.data:
+            return func(*args, **(kwargs or {}))
+        if func.__name__ == "__get__":
+            return args[0].detach()
+        held, given = args
+        if held.shape != given.shape or held.dtype != given.dtype:
+            raise CaptureError(
+                f"a forward assigns {tuple(given.shape)} {given.dtype} to the .data of a tensor "
+                f"that is {tuple(held.shape)} {held.dtype}. Assign it before capturing."
+            )
+        held.detach().copy_(given)
+        return None
 
 
 def _user_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..module import modes_kept
+from ..module import modes_kept, state_tensors
 from ..running.propagate import quiet
 from ..running.verify import TOLERANCE, floats, gaps
 from .relation import violations
@@ -40,6 +40,7 @@ class Trial:
     ) -> None:
         self.model, self.gm, self.spec, self.sample = model, gm, spec, sample
         held = [*model.parameters(), *model.buffers(), *sample.values()]
+        self.state = state_tensors(gm) - {n for n, _ in model.named_buffers()}
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
@@ -59,12 +60,12 @@ class Trial:
             return None
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            with _undisturbed(self.model):
+            with _undisturbed(self.model, self.state):
                 want = self._model(inputs, training)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
-            with _undisturbed(self.gm):
+            with _undisturbed(self.gm, self.state):
                 got = self._graph(inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
@@ -82,7 +83,7 @@ class Trial:
     def wrong_updates(self, modes: Sequence[bool | None] = (True, False)) -> list[str]:
         """Names of buffers that model and graph do not both write, or both leave, in each mode."""
         wrong: set[str] = set()
-        if not self.possible or not any(True for _ in self.model.buffers()):
+        if not self.possible or not (self.state or any(True for _ in self.model.buffers())):
             return []
         for training in modes:
             try:
@@ -95,9 +96,9 @@ class Trial:
     def _written(
         self, module: nn.Module, run: Callable[..., Any], training: bool | None
     ) -> set[str]:
-        with _undisturbed(module) as kept:
+        with _undisturbed(module, self.state) as kept:
             run(self.sample, training)
-            held = module.named_buffers()
+            held = (*module.named_buffers(), *module.named_parameters())
             return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
 
     def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
@@ -113,20 +114,23 @@ class Trial:
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """No gradients, the same random numbers every time, and buffers put back afterwards.
+def _undisturbed(module: nn.Module, written: set[str]) -> Iterator[dict[str, Tensor]]:
+    """No gradients, the same random numbers every time; buffers, and the parameters that a
+    forward writes, are put back afterwards.
 
-    Yields the buffers' values from before.
+    Yields their values from before.
     """
-    kept = {n: b.clone() for n, b in module.named_buffers()}
+    parameters = [(n, p) for n, p in module.named_parameters() if n in written]
+    held = [*module.named_buffers(), *parameters]
+    kept = {n: b.detach().clone() for n, b in held}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             yield kept
     finally:
-        for name, buffer in module.named_buffers():
-            if name in kept and not torch.equal(buffer, kept[name]):
-                buffer.data.copy_(kept[name])
+        for name, tensor in held:
+            if not torch.equal(tensor, kept[name]):
+                tensor.data.copy_(kept[name])
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:

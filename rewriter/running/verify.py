@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..aten import attribute
 from ..errors import VerifyError
-from ..module import device_of, modes_kept
+from ..module import device_of, modes_kept, state_kept
 from ..sharded import outputs, placed_like, whole
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def evaluation(program: Program) -> Iterator[None]:
         # A module compiled in place would be compiled again, for inputs that no user gives.
         with (
             modes_kept(program.module),
+            state_kept(program.module),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
