@@ -87,3 +87,46 @@ def test_a_cast_that_copies_is_kept(as_keyword: bool) -> None:
     assert torch.equal(program(X), model(X))
     other: Any = X[:1, :3]
     assert torch.equal(peftfx.run(program, "lora{where=linear}")(other), model(other))
+
+
+class Packed(nn.Parameter):
+    """As libraries that quantise keep a matrix: bytes, and what they mean beside them."""
+
+    quant_state: Any = None
+
+
+class PackedLinear(nn.Module):
+    def __init__(self, dtype: torch.dtype, state: Any) -> None:
+        super().__init__()
+        self.weight = Packed(torch.zeros(128, 1, dtype=dtype), requires_grad=False)
+        self.weight.quant_state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy()) * 2  # a kernel that no trace sees
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state"), [(torch.uint8, object()), (torch.int8, None), (torch.bfloat16, object())]
+)
+def test_weights_in_a_code_of_their_own_are_refused_by_name(dtype: Any, state: Any) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), PackedLinear(dtype, state))
+    with pytest.raises(CaptureError, match=r"'1.weight' and 0 more .*Packed.*dequantize\(\).*peqa"):
+        peftfx.capture(model.eval(), (X,))
+
+
+def test_plain_integers_that_a_forward_decodes_are_captured() -> None:
+    class Decodes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+            self.codes = nn.Parameter(codes, requires_grad=False)
+            self.register_buffer("scale", torch.full((16, 1), 0.01))
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x @ ((self.codes.float() - 128) * self.scale).T)
+
+    model = Decodes().eval()
+    program = peftfx.run(peftfx.capture(model, (X,)), "lora{rank=2,where='name:head'}")
+    torch.testing.assert_close(program(X), model(X))
+    program.verify()

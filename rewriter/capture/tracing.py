@@ -56,6 +56,17 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}). "
             "Run it once on an example, then capture it."
         )
+    packed = [(n, t) for n, t in model.named_parameters() if _is_packed(t)]
+    if packed:
+        name, tensor = packed[0]
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise CaptureError(
+            f"{name!r} and {len(packed) - 1} more weights of {type(model).__name__} are {kind} "
+            f"({tensor.dtype}): quantised in a format of that library, whose layers run kernels "
+            "that cannot be traced. Capture the model in floating point: load it without its "
+            "quantization_config, or call model.dequantize() if it has that. To train over "
+            "integers, quantise the program itself: run(program, 'peqa{bits=4}')."
+        )
     inference = [n for n, t in model.named_parameters() if t.is_inference()]
     if inference:
         raise CaptureError(
@@ -75,6 +86,16 @@ def check_model(model: nn.Module) -> None:
             "of torch.fx use themselves. Rename it, or put the model into another: a module whose "
             "one child is the model, and whose forward calls it."
         )
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter holds a matrix in a code of its own class. Plain integer parameters are
+    none: the forward that reads them says what they mean."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return True
+    kind = type(parameter)
+    own = issubclass(kind, nn.Parameter) and kind is not nn.Parameter
+    return own and not (parameter.is_floating_point() or parameter.is_complex())
 
 
 @functools.cache

@@ -57,8 +57,9 @@ _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
     "inputs": dict, "versions": dict,
 }  # fmt: skip
-_SINCE_2 = {"trained": list, "dtype": (str, type(None))}
-"""Names of base parameters that the user trains himself; the dtype asked of `capture`."""
+_SINCE_2 = {"trained": list, "updated": list, "dtype": (str, type(None))}
+"""Names of base parameters that the user trains himself, and of what forwards updated (batch
+statistics); the dtype asked of `capture`."""
 
 _STEP_KEYS = {
     "pass": str, "adapter": (str, type(None)), "decisions": dict, "edited": list, "skipped": list,
@@ -119,13 +120,19 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     tensors = {n: whole(t) for n, t in tensors.items()}
-    for name, tensor in tensors.items():
-        require_finite(name, tensor)
     base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    updated = program.updated()
+    tensors |= {n: whole(t) for n, t in updated.items()}
     dtype = program.base.dtype
-    since_2 = {"trained": list(mine), "dtype": None if dtype is None else str(dtype)[6:]}
+    since_2 = {
+        "trained": list(mine),
+        "updated": list(updated),
+        "dtype": None if dtype is None else str(dtype)[6:],
+    }
     if not any(since_2.values()):
         since_2 = {}  # any version reads it
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
     manifest = since_2 | {
         "format_version": 2 if since_2 else 1,
         "adapters": list(names),
@@ -180,6 +187,8 @@ class Artifact:
     spec: InputSpec
     trained: tuple[str, ...] = ()
     """Parameters of the base that the user trains himself."""
+    updated: tuple[str, ...] = ()
+    """Tensors of the base that forwards had updated."""
     dtype: torch.dtype | None = None
     """What the base was captured in, if it was asked for."""
 
@@ -223,9 +232,10 @@ def read(directory: str | Path) -> Artifact:
     ]
     names = tuple(manifest["adapters"])
     trained = tuple(str(n) for n in manifest.get("trained", ()))
+    updated = tuple(str(n) for n in manifest.get("updated", ()))
     dtype = _dtype(manifest.get("dtype"), where)
     hashes = base["root"], base["tensors"]
-    return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, dtype)
+    return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, updated, dtype)
 
 
 def _dtype(name: str | None, where: str) -> torch.dtype | None:
@@ -308,7 +318,7 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
     current = program
     done: set[str] = set()
     try:
-        if artifact.trained:
+        if artifact.trained or artifact.updated:
             current = program.fork()
             train_only(current, artifact.trained)
         for index, (item, plan, certificate) in enumerate(artifact.steps):
@@ -340,7 +350,8 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
 def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
     """Loads the values of all adapters so far; their names."""
     mine = program.adapter_tensors(ITSELF)
-    wanted = {n: mine[n] for n in artifact.trained}
+    held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
+    wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
     for name in artifact.adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)
