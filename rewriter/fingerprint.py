@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import BaseChangedError
-from .module import same_view, state_buffers
+from .module import same_view, state_tensors
 from .sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def settled(program: Program) -> dict[str, Tensor]:
     """The program's tensors outside of branches that nothing may change: they do not train, and
     no batch updates them."""
     gm = program.module
-    moving = {n for n, p in gm.named_parameters() if p.requires_grad} | state_buffers(gm)
+    moving = {n for n, p in gm.named_parameters() if p.requires_grad} | state_tensors(gm)
     moving |= {n for names in program.owned.values() for n in names}
     return {n: t for n, t in program.base_tensors().items() if n not in moving}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from .aten import attribute, set_attribute, submodule, updates_stored
+from .aten import attribute, set_attribute, submodule, written
 from .capture.placement import relocate
 from .errors import CaptureError
 
@@ -111,24 +111,32 @@ def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch
             )
 
 
-def state_buffers(gm: GraphModule) -> set[str]:
-    """Names of buffers that training updates (batch statistics)."""
+def state_tensors(gm: GraphModule) -> set[str]:
+    """Names of stored tensors that a forward updates (batch statistics)."""
     found: set[str] = set()
     for node in gm.graph.nodes:
-        if getattr(submodule(gm, node), "updates_state", False) or updates_stored(node):
+        if getattr(submodule(gm, node), "updates_state", False):
             found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+        elif (target := written(node)) is not None and target.op == "get_attr":
+            found.add(str(target.target))
     return found
+
+
+def state_buffers(gm: GraphModule) -> set[str]:
+    """Those of `state_tensors` that are buffers."""
+    return state_tensors(gm) & {n for n, _ in gm.named_buffers()}
 
 
 def fork_module(gm: GraphModule) -> CapturedModule:
     """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
     memo: dict[int, Any] = {}
-    for parameter in gm.parameters():
+    updated = state_tensors(gm)
+    for name, parameter in gm.named_parameters():
         data = parameter.detach()
         memo[id(parameter)] = nn.Parameter(
-            data.clone() if parameter.requires_grad else data, parameter.requires_grad
+            data.clone() if parameter.requires_grad or name in updated else data,
+            parameter.requires_grad,
         )
-    updated = state_buffers(gm)
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
     return _rebuild(gm, gm.graph, memo, type(gm).__name__)
@@ -186,6 +194,19 @@ def copy_modes(source: nn.Module, target: nn.Module) -> None:
     modes = {path: module.training for path, module in source.named_modules()}
     for path, module in target.named_modules():
         module.training = modes.get(path, source.training)
+
+
+@contextlib.contextmanager
+def state_kept(gm: GraphModule) -> Iterator[None]:
+    """Puts back what a forward in evaluation mode writes; most models write nothing then."""
+    targets = {t for n in gm.graph.nodes if (t := written(n)) is not None and t.op == "get_attr"}
+    held: list[Tensor] = [attribute(gm, str(node.target)) for node in targets]
+    before = [tensor.detach().clone() for tensor in held]
+    try:
+        yield
+    finally:
+        for tensor, kept in zip(held, before, strict=True):
+            tensor.data.copy_(kept)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from .errors import CaptureError, PassError, nearest
 from .fingerprint import Fingerprints, take
 from .generate import generate
 from .history import Attachment, Record
-from .module import CapturedModule, fork_module, outside_inference, same_view
-from .sharded import reshard
+from .module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
+from .sharded import equal, reshard
 from .sites.sites import Sites
 from .storage.identity import merkle_root, tensor_digest
 from .text import diff_text, program_text
@@ -197,6 +197,13 @@ class Program:
     def inserted(self) -> tuple[str, ...]:
         """What the names of all tensors of branches and shared modules start with."""
         return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
+
+    def updated(self) -> dict[str, Tensor]:
+        """Tensors of the base that forwards have written since the capture (batch statistics)."""
+        before = dict(self.base._stored())
+        names = state_tensors(self.module) & before.keys() if self.origin is not None else ()
+        held = dict(self._stored()) if names else {}
+        return {n: held[n].detach() for n in sorted(names) if not equal(held[n], before[n])}
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         reshard(self.module)

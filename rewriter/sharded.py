@@ -100,3 +100,10 @@ def outputs(gm: GraphModule, inputs: Mapping[str, Tensor]) -> Any:
     given = [inputs[name] for name in placeholders(gm)]
     with torch.no_grad():
         return _Gathering(gm).run(*given, enable_io_processing=False)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and values; those without storage have none."""
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    return a.shape == b.shape and torch.equal(whole(a.detach()), whole(b.detach()))

@@ -185,3 +185,25 @@ def test_training_sees_the_head(tmp_path: Path) -> None:
     assert any(
         place.method == "base" and share.gradients for place, share in done.memory(4).shares.items()
     )
+
+
+def test_batch_statistics_go_with_the_adapters(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
+    before = copy.deepcopy(model.state_dict())
+    base = peftfx.capture(model, (X,))
+    program = moved(
+        peftfx.run(base, "lora{name=a,rank=2,where=linear};lora{name=b,rank=2,where=linear,seed=1}")
+    )
+    program.train()(X * 3 + 1)
+    program.eval().verify()
+    peftfx.save(program, tmp_path / "a")
+    for target in (model, base):
+        again = peftfx.load(target, tmp_path / "a")
+        assert torch.equal(again(X), program(X))
+        again.verify()
+    assert torch.equal(again.only(("a", "b"))(X), program(X))
+    removed = program.without("a").without("b")
+    assert torch.equal(removed(X), base(X))  # bit for bit the base
+    peftfx.save(program.without("b"), tmp_path / "b")
+    assert torch.equal(peftfx.load(model, tmp_path / "b")(X), program.without("b")(X))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

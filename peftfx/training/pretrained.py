@@ -168,7 +168,7 @@ class ForPretrained:
                 "a flat program has no blocks to checkpoint. Outline it first: "
                 "peftfx.as_hf(peftfx.outline(program), config)."
             )
-        self.runs.activation_checkpointing_enable(*args, **options)
+        self.runs.peftfx_outlined.activation_checkpointing_enable(*args, **options)
 
     gradient_checkpointing_enable = activation_checkpointing_enable
 

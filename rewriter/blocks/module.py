@@ -233,7 +233,7 @@ class Outlined(Traced):
         Raises:
             BlockError: `use_reentrant=True` is asked for, which loses gradients of branches.
         """
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        names(self).activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def activation_checkpointing_enable(
         self,

@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from ..aten import placeholders, set_attribute
 from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
-from ..module import CapturedModule, outside_inference, state_buffers
+from ..module import CapturedModule, outside_inference, state_tensors
 from ..program import Program
 from ..running.propagate import alone
 from ..sites.discover import discover
@@ -38,7 +38,7 @@ from .samples import Values, relabelled
 from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
 from .symbols import unify
 from .tracing import check_model, export, unwrapped
-from .training import draws, part_modes
+from .training import draws, part_modes, writes
 from .trial import Trial, must_be_equal, settle
 
 
@@ -147,7 +147,7 @@ def _trace(
         if equal := must_be_equal(trial, sizes.symbols):
             sizes = read_sizes(placeholders(gm), exported, axes, equal)
             trial.spec = _sized(spec, sizes, tensors)
-        if draws(gm) or not trial.agrees():
+        if draws(gm) or writes(gm) or not trial.agrees():
             part_modes(gm, _canonical(trace(training=False), aliases))
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
@@ -181,7 +181,7 @@ def _must_agree(model: nn.Module, trial: Trial) -> None:
     wrong = trial.wrong_updates()
     if wrong:
         raise CaptureError(
-            f"{type(model).__name__} writes the buffer {wrong[0]!r} in one mode only, in a way "
+            f"{type(model).__name__} writes the tensor {wrong[0]!r} in one mode only, in a way "
             "that the trace cannot follow (an `out=` argument, for example). Write it with "
             "buffer.copy_(value)."
         )
@@ -290,16 +290,17 @@ def _own_tensors(
     gm: GraphModule, aliases: Mapping[str, str], computed: Mapping[str, Tensor]
 ) -> None:
     own: dict[int, nn.Parameter] = {}
+    updated = state_tensors(gm)
     for name, parameter in list(gm.named_parameters(remove_duplicate=False)):
         if name in aliases:
             continue
         data = parameter.detach()
         fresh = nn.Parameter(
-            data.clone() if parameter.requires_grad else data, parameter.requires_grad
+            data.clone() if parameter.requires_grad or name in updated else data,
+            parameter.requires_grad,
         )
         own[id(parameter)] = fresh
         set_attribute(gm, name, fresh)
-    updated = state_buffers(gm)
     for name, buffer in list(gm.named_buffers()):
         buffer = computed.get(name, buffer)
         set_attribute(gm, name, buffer.detach().clone() if name in updated else buffer.detach())

@@ -8,12 +8,13 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
 from ..program import BRANCHES
@@ -24,7 +25,7 @@ from .rows import PiecesUsedError, Rows
 Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From flat tensors to the positional and keyword arguments of a model's own forward."""
 
-RESERVED = {BRANCHES, MODES}
+RESERVED = {BRANCHES, MODES, f"{BRANCHES}_outlined"}
 _NO_MODEL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 """What the files of frames start with that are no line of a model."""
 
@@ -60,6 +61,17 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}). "
             "Run it once on an example, then capture it."
         )
+    packed = [(n, t) for n, t in model.named_parameters() if _is_packed(t)]
+    if packed:
+        name, tensor = packed[0]
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        raise CaptureError(
+            f"{name!r} and {len(packed) - 1} more weights of {type(model).__name__} are {kind} "
+            f"({tensor.dtype}): quantised in a format of that library, whose layers run kernels "
+            "that cannot be traced. Capture the model in floating point: load it without its "
+            "quantization_config, or call model.dequantize() if it has that. To train over "
+            "integers, quantise the program itself: run(program, 'peqa{bits=4}')."
+        )
     inference = [n for n, t in model.named_parameters() if t.is_inference()]
     if inference:
         raise CaptureError(
@@ -79,6 +91,16 @@ def check_model(model: nn.Module) -> None:
             "of torch.fx use themselves. Rename it, or put the model into another: a module whose "
             "one child is the model, and whose forward calls it."
         )
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter holds a matrix in a code of its own class. Plain integer parameters are
+    none: the forward that reads them says what they mean."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return True
+    kind = type(parameter)
+    own = issubclass(kind, nn.Parameter) and kind is not nn.Parameter
+    return own and not (parameter.is_floating_point() or parameter.is_complex())
 
 
 @functools.cache
@@ -196,11 +218,11 @@ def _export(
     trace = functools.partial(
         torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
     )
-    try:
-        with Rows(), _model_lines():
-            return trace()
-    except PiecesUsedError:
-        with _model_lines():
+    with Data(), _model_lines():
+        try:
+            with Rows():
+                return trace()
+        except PiecesUsedError:
             return trace()
 
 
@@ -226,6 +248,30 @@ def _model_lines() -> Iterator[None]:
         yield
     finally:
         ShapeEnv._get_user_frame = inner  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Data(TorchFunctionMode):
+    """Traces what goes through `tensor.data`, which tracing takes for a constant otherwise."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__self__", None) is not Tensor.data:
+            return func(*args, **(kwargs or {}))
+        if func.__name__ == "__get__":
+            return args[0].detach()
+        held, given = args
+        if held.shape != given.shape or held.dtype != given.dtype:
+            raise CaptureError(
+                f"a forward assigns {tuple(given.shape)} {given.dtype} to the .data of a tensor "
+                f"that is {tuple(held.shape)} {held.dtype}. Assign it before capturing."
+            )
+        held.detach().copy_(given)
+        return None
 
 
 def _user_line(error: BaseException) -> str:

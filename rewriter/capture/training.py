@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..aten import (
+    ATEN,
     attribute,
     erase_dead,
     is_op,
@@ -26,11 +27,13 @@ from ..aten import (
     source_line,
     submodule,
     updates_stored,
+    written,
 )  # fmt: skip
 from ..errors import CaptureError
 from .modes import MODES, TrainingOnly, Update
 
 _COPIES = overloads("copy_")
+_SAME = overloads("detach", "alias")
 _HANDLED = frozenset({torch.Tag.nondeterministic_seeded})
 
 
@@ -40,6 +43,11 @@ def draws(gm: GraphModule) -> bool:
         n.op == "call_function" and not _HANDLED.isdisjoint(getattr(n.target, "tags", ()))
         for n in gm.graph.nodes
     )
+
+
+def writes(gm: GraphModule) -> bool:
+    """Whether the graph writes stored tensors other than through a mode's module."""
+    return any(updates_stored(node) for node in gm.graph.nodes)
 
 
 class _Alignment:
@@ -116,23 +124,43 @@ def part_modes(training: GraphModule, evaluation: GraphModule) -> int:
 
 
 def _gate_updates(at: _Alignment) -> None:
-    """Makes writes of buffers that evaluation does not do follow the mode."""
+    """Makes writes of stored tensors that evaluation does not do follow the mode."""
     gm = at.gm
     writes = [n for n in gm.graph.nodes if updates_stored(n) and n not in at.taken]
     for index, node in enumerate(writes):
-        if not is_op(node, _COPIES):
-            raise CaptureError(
-                f"{node.name} ({source_line(node)}) writes a buffer in training only, in a way "
-                "that has no counterpart here. Write it with buffer.copy_(value)."
-            )
         path = f"{MODES}.update_{index}"
         gm.add_submodule(path, Update())
         with gm.graph.inserting_before(node):
-            new = gm.graph.create_node("call_module", path, node.args[:2], name=f"update_{index}")
+            args = _written_whole(gm, node)
+            new = gm.graph.create_node("call_module", path, args, name=f"update_{index}")
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
         at.taken.add(new)  # regions read its result; they do not run it again
+
+
+def _written_whole(gm: GraphModule, node: Node) -> tuple[Any, Any]:
+    """The stored tensor that an in-place operation writes all of, and what it writes.
+
+    Raises:
+        CaptureError: it writes a part, or the operation has no form that is not in place.
+    """
+    target, state = node.args[0], written(node)
+    while is_op(target, _SAME) and isinstance(target, Node):
+        target = target.args[0]
+    if target is state and state is not None and is_op(node, _COPIES):
+        return state, node.args[1]
+    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
+    packet = getattr(ATEN, name.removesuffix("_"), None)
+    form = getattr(packet, overload, None)
+    if target is not state or form is None or "out" in overload:
+        raise CaptureError(
+            f"{node.name} ({source_line(node)}) writes a stored tensor in training only, in a way "
+            "that has no counterpart here. Write it with buffer.copy_(value)."
+        )
+    fresh = gm.graph.call_function(form, node.args, dict(node.kwargs))
+    fresh.meta.update(node.meta)
+    return state, fresh
 
 
 def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:

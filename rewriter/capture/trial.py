@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..module import modes_kept
+from ..module import modes_kept, state_tensors
 from ..running.propagate import quiet
 from ..running.verify import TOLERANCE, floats, gaps
 from .probes import fit
@@ -42,6 +42,7 @@ class Trial:
     ) -> None:
         self.model, self.gm, self.spec, self.sample = model, gm, spec, sample
         held = [*model.parameters(), *model.buffers(), *sample.values()]
+        self.state = state_tensors(gm) - {n for n, _ in model.named_buffers()}
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
@@ -61,12 +62,12 @@ class Trial:
             return None
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            with undisturbed(self.model):
+            with undisturbed(self.model, self.state):
                 want = self._model(inputs, training)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
             return None
         try:
-            with undisturbed(self.gm):
+            with undisturbed(self.gm, self.state):
                 got = self._graph(inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
@@ -84,7 +85,7 @@ class Trial:
     def wrong_updates(self, modes: Sequence[bool | None] = (True, False)) -> list[str]:
         """Names of buffers that model and graph do not both write, or both leave, in each mode."""
         wrong: set[str] = set()
-        if not self.possible or not any(True for _ in self.model.buffers()):
+        if not self.possible or not (self.state or any(True for _ in self.model.buffers())):
             return []
         for training in modes:
             try:
@@ -97,9 +98,9 @@ class Trial:
     def _written(
         self, module: nn.Module, run: Callable[..., Any], training: bool | None
     ) -> set[str]:
-        with undisturbed(module) as kept:
+        with undisturbed(module, self.state) as kept:
             run(self.sample, training)
-            held = module.named_buffers()
+            held = (*module.named_buffers(), *module.named_parameters())
             return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
 
     def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
@@ -115,20 +116,23 @@ class Trial:
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """No gradients, the same random numbers every time, and buffers put back afterwards.
+def undisturbed(module: nn.Module, written: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """No gradients, the same random numbers every time; buffers, and the parameters that a
+    forward writes, are put back afterwards.
 
-    Yields the buffers' values from before.
+    Yields their values from before.
     """
-    kept = {n: b.clone() for n, b in module.named_buffers()}
+    parameters = [(n, p) for n, p in module.named_parameters() if n in written]
+    held = [*module.named_buffers(), *parameters]
+    kept = {n: b.detach().clone() for n, b in held}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             yield kept
     finally:
-        for name, buffer in module.named_buffers():
-            if name in kept and not torch.equal(buffer, kept[name]):
-                buffer.data.copy_(kept[name])
+        for name, tensor in held:
+            if not torch.equal(tensor, kept[name]):
+                tensor.data.copy_(kept[name])
 
 
 def _relative(want: list[Tensor], got: list[Tensor]) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VerifyError
-from ..module import same_view, state_buffers, transient_buffers
+from ..module import same_view, state_tensors, transient_buffers
 from ..sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
     old, new = _tensors(replayed), _tensors(program)
     if odd := sorted(old.keys() ^ new.keys()):
         raise VerifyError(f"the program's history does not make the tensor {odd[0]}.")
-    moving = state_buffers(program.module)
+    moving = state_tensors(program.module)
     for name, tensor in new.items():
         want = old[name]
         if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not want.requires_grad:

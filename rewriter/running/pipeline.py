@@ -17,7 +17,7 @@ from ..edits.edit import Editor
 from ..edits.trained import ITSELF, require_owned, train_only
 from ..errors import PassError, RewriteError
 from ..fingerprint import require_unchanged, take
-from ..module import copy_modes, outside_inference
+from ..module import copy_modes, outside_inference, state_tensors
 from ..program import BRANCHES, Program, Record
 from ..sharded import placed_like, require_whole, whole
 from .checks import Checks, Skipped
@@ -199,6 +199,8 @@ def replay_steps(
         reshaped = any(r.applied.reshapes for r, _ in steps[index + 1 :])
         for name in current.owners:
             load_values(current, program.adapter_tensors(name), reshaped)
+        if set(names) == set(program.adapters):  # statistics are those of all of them together
+            load_values(current, program.updated(), reshaped)
 
 
 def _begin(program: Program) -> Program:
@@ -242,16 +244,16 @@ def replay(program: Program, adapters: Sequence[str]) -> Program:
 def load_values(
     program: Program, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
 ) -> None:
-    """Copies values into a program's own branch and trained base tensors, by name.
+    """Copies values into a program's own branch, trained and updated base tensors, by name.
 
     Where a tensor has no storage yet (meta device), it gets that of the value. With `reshaped`,
     a later pass gives tensors the shape that their values have: those are left for then.
     """
     held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
-    owned = {n for names in program.owned.values() for n in names}
+    mine = {n for names in program.owned.values() for n in names} | state_tensors(program.module)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name in held and (name.startswith(f"{BRANCHES}.") or name in owned):
+            if name in held and (name.startswith(f"{BRANCHES}.") or name in mine):
                 own = held[name]
                 if reshaped and own.shape != tensor.shape:
                     continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..module import CapturedModule, state_buffers, twin_module
+from ..module import CapturedModule, state_tensors, twin_module
 from ..sharded import is_sharded, outputs, reshard
 
 if TYPE_CHECKING:
@@ -28,20 +28,22 @@ def still(program: Program) -> CapturedModule:
 
     Parameters are objects of its own over the same memory, and require no gradients: torch picks
     the kernel of a product by that flag, and the last bit of the result depends on the kernel.
-    Their version counters are their own, too, so they tell of writes by this copy alone. Buffers
-    that training updates are copied.
+    Their version counters are their own, too, so they tell of writes by this copy alone. What
+    a forward updates is copied.
     """
     gm = program.module
     reshard(gm)
-    updated, memo = state_buffers(gm), dict[int, Any]()
-    for parameter in gm.parameters():
-        memo[id(parameter)] = nn.Parameter(_same_memory(parameter), requires_grad=False)
+    updated, memo = state_tensors(gm), dict[int, Any]()
+    for name, parameter in gm.named_parameters():
+        memo[id(parameter)] = nn.Parameter(_own(parameter, name in updated), requires_grad=False)
     for name, buffer in gm.named_buffers():
-        memo[id(buffer)] = buffer.detach().clone() if name in updated else _same_memory(buffer)
+        memo[id(buffer)] = _own(buffer, name in updated)
     return twin_module(gm, memo).eval()
 
 
-def _same_memory(tensor: Tensor) -> Tensor:
+def _own(tensor: Tensor, updated: bool) -> Tensor:
+    if updated:
+        return tensor.detach().clone()
     return tensor.detach() if is_sharded(tensor) else tensor.data
 
 
@@ -59,7 +61,7 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
 def written(gm: CapturedModule) -> set[str]:
     """Names of the buffers and parameters that a still module has written since it was made."""
     held = [*gm.named_parameters(), *gm.named_buffers()]
-    cloned = state_buffers(gm)
+    cloned = state_tensors(gm)
     return {n for n, t in held if not t.is_inference() and t._version and n not in cloned}
 
 

@@ -20,7 +20,7 @@ from ..aten import attribute
 from ..capture.probes import probes
 from ..errors import VerifyError
 from ..fingerprint import require_unchanged
-from ..module import device_of, modes_kept
+from ..module import device_of, modes_kept, state_kept
 from ..sharded import placed_like, whole
 from .choices import tied
 from .compare import Gap, compare, figures, floats, gaps, worst
@@ -107,6 +107,7 @@ def evaluation(program: Program) -> Iterator[None]:
         # A module compiled in place would be compiled again, for inputs that no user gives.
         with (
             modes_kept(program.module),
+            state_kept(program.module),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
         ):

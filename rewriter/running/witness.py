@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..module import CapturedModule, device_of, state_buffers
+from ..module import CapturedModule, device_of, state_tensors
 from ..sharded import is_sharded
 from .compare import compare
 from .still import Expected, forward, still, written
@@ -41,7 +41,7 @@ class Witness:
     def __post_init__(self) -> None:
         self.gm = still(self.program)
         held = dict(self.gm.named_buffers())
-        self._state = {n: held[n].clone() for n in state_buffers(self.gm) if n in held}
+        self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

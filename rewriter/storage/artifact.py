@@ -52,8 +52,9 @@ _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
     "inputs": dict, "versions": dict,
 }  # fmt: skip
-_SINCE_2 = {"trained": list, "dtype": (str, type(None))}
-"""Names of base parameters that the user trains himself; the dtype asked of `capture`."""
+_SINCE_2 = {"trained": list, "updated": list, "dtype": (str, type(None))}
+"""Names of base parameters that the user trains himself, and of what forwards updated (batch
+statistics); the dtype asked of `capture`."""
 
 _STEP_KEYS = {
     "pass": str, "adapter": (str, type(None)), "decisions": dict, "edited": list, "skipped": list,
@@ -115,10 +116,12 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     tensors = {n: whole(t) for n, t in tensors.items()}
+    base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    updated = program.updated()
+    tensors |= {n: whole(t) for n, t in updated.items()}
+    dtype = program.base.dtype
     for name, tensor in tensors.items():
         require_finite(name, tensor)
-    base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
-    dtype = program.base.dtype
     manifest = {
         "format_version": FORMAT,
         "adapters": list(names),
@@ -130,6 +133,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
         "trained": list(mine),
+        "updated": list(updated),
         "dtype": None if dtype is None else str(dtype)[6:],
     }  # fmt: skip
     return {TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
@@ -175,6 +179,8 @@ class Artifact:
     spec: InputSpec
     trained: tuple[str, ...] = ()
     """Parameters of the base that the user trains himself."""
+    updated: tuple[str, ...] = ()
+    """Tensors of the base that forwards had updated."""
     dtype: torch.dtype | None = None
     """What the base was captured in, if it was asked for."""
 
@@ -222,9 +228,10 @@ def _read(folder: Folder) -> Artifact:
     ]
     names = tuple(manifest["adapters"])
     trained = tuple(str(n) for n in manifest.get("trained", ()))
+    updated = tuple(str(n) for n in manifest.get("updated", ()))
     dtype = _dtype(manifest.get("dtype"), where)
     hashes = base["root"], base["tensors"]
-    return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, dtype)
+    return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, updated, dtype)
 
 
 def _dtype(name: str | None, where: str) -> torch.dtype | None:

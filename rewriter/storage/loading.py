@@ -86,7 +86,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     done: set[str] = set()
     where = directory
     try:
-        if artifact.trained:
+        if artifact.trained or artifact.updated:
             current = program.fork()
             train_only(current, artifact.trained)
         for index, (item, plan, certificate) in enumerate(artifact.steps):
@@ -135,7 +135,8 @@ def _require_sites(program: Program, plan: Plan, where: str) -> None:
 def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
     """Loads the values of all adapters so far; their names."""
     mine = program.adapter_tensors(ITSELF)
-    wanted = {n: mine[n] for n in artifact.trained}
+    held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
+    wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
     for name in artifact.adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)
