@@ -32,7 +32,8 @@ class Attaching:
         edited, skipped: what the report will say.
         figures: measured by the pass itself, added to its certificate.
         notes: (site, what to know about it) for the report.
-        decided: the plan's decisions; what only applying can tell is added for replays.
+        decided, tensors: the plan's decisions, and tensors for it; what only applying can tell is
+            added for replays.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Attaching:
         self.skipped: list[tuple[str, str]] = []
         self.figures: dict[str, float] = {}
         self.notes: list[tuple[str, str]] = []
+        self.tensors: dict[str, Tensor] = {}
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
         self._nodes = site_nodes(self.graph_module)

@@ -20,6 +20,7 @@ from ..sharded import placed_like, require_whole, whole
 from .passes import Pass, Plan
 from .propagate import propagate
 from .syntax import Passes, as_pipeline
+from .trained import LEFT, undone, values_then
 from .verify import Certificate, certify, check_graph
 
 
@@ -95,6 +96,7 @@ def apply_plan(
     edit.finish()
     clock.append(time.perf_counter())
     after = edit.program
+    after.prints = take(after)
     certificate = Certificate("unchecked")
     propagate(after)
     if check:
@@ -114,12 +116,10 @@ def apply_plan(
         certificate,
         seconds,
         item,
-        replace(plan, decisions=edit.decided),
+        replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors}),
         tuple(edit.notes),
     )
-    after = replace(after, history=(*program.history, record))
-    after.prints = take(after)
-    return after
+    return replace(after, history=(*program.history, record))
 
 
 def replay_steps(
@@ -132,16 +132,21 @@ def replay_steps(
     """
     names = program.adapters if adapters is None else tuple(adapters)
     current = program.base
-    steps = [(r, p) for r in program.history if (p := _kept(r, names)) is not None]
-    for index, (record, plan) in enumerate(steps):
+    kept_plans = ((i, r, _kept(r, names)) for i, r in enumerate(program.history))
+    steps = [(i, r, plan) for i, r, plan in kept_plans if plan is not None]
+    other = undone(program, [(i, plan) for i, _, plan in steps])
+    for index, (place, record, plan) in enumerate(steps):
         before = current
         current = apply_plan(current, record.applied, plan, check=False)
         kept = replace(current.history[-1], certificate=record.certificate)
         current.history = (*current.history[:-1], kept)
         yield record, before, current
-        reshaped = any(r.applied.reshapes for r, _ in steps[index + 1 :])
+        reshaped = any(r.applied.reshapes for _, r, _ in steps[index + 1 :])
+        later = [r.plan for r in program.history[place + 1 :]]
         for name in current.adapters:
-            load_values(current, program.adapter_tensors(name), reshaped)
+            values = values_then(program.adapter_tensors(name), later)
+            here = {n: t for n, t in values.items() if other.get(n, place + 1) > place}
+            load_values(current, here, reshaped)
 
 
 def _kept(record: Record, names: Sequence[str]) -> Plan | None:
@@ -156,7 +161,10 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
     if not kept:
         return None
     of_them = {p: paths[p] for p in kept} if isinstance(paths, Mapping) else kept
-    return replace(plan, decisions={**plan.decisions, "branches": of_them})
+    decisions = {**plan.decisions, "branches": of_them}
+    if len(kept) < len(paths):
+        decisions.pop(LEFT, None)
+    return replace(plan, decisions=decisions)
 
 
 def replay(program: Program, adapters: Sequence[str]) -> Program:

@@ -35,6 +35,7 @@ from ..program import Program, Record
 from ..running.passes import Pass, Plan
 from ..running.pipeline import apply_plan, load_values
 from ..running.syntax import parse
+from ..running.trained import values_then
 from ..running.verify import Certificate, check_graph
 from ..sharded import has_shards, whole
 from .files import JSON_LIMIT, parse_json, read_file, read_tensors, write_directory, write_json
@@ -294,7 +295,8 @@ def attach(program: Program, artifact: Artifact, directory: str) -> Program:
             reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
             for name in artifact.adapters:
                 mine = _tensors_of(current, name, artifact.tensors, directory, reshaped)
-                load_values(current, mine, reshaped)
+                later = [plan for _, plan, _ in artifact.steps[index + 1 :]]
+                load_values(current, values_then(mine, later), reshaped)
                 done |= set(mine)
         check_graph(current)
     except (KeyError, TypeError) as error:
