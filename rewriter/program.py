@@ -247,7 +247,7 @@ class Program:
 
     def only(self, names: tuple[str, ...]) -> Program:
         """The program with just the named adapters, rebuilt exactly from the captured base."""
-        from .running.pipeline import replay
+        from .running.replay import replay
 
         for name in names:
             self._known(name)

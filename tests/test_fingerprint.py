@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import BaseChangedError, RewriteError
 from peftfx.rewriter.fingerprint import changed, checksum, require_unchanged, training_shared
-from peftfx.rewriter.running.pipeline import replay
+from peftfx.rewriter.running.replay import replay
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
 

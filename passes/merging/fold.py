@@ -16,6 +16,7 @@ from ...rewriter.edits.fold import fold, warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.exported import put_back
 from ...rewriter.program import Program
+from ...rewriter.running.before_fold import keep_trained, trained_tensors
 from ...rewriter.running.passes import Pass, Plan
 from ...rewriter.running.verify import Contract, bound, is_meta, measure
 from ...rewriter.sharded import has_shards
@@ -73,7 +74,9 @@ class Fold(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         paths = list(plan.decisions["branches"])
         site_of = {a.path: a.site for a in edit.program.attachments}
+        trained = trained_tensors(edit.program)
         result = fold(edit, paths, self.tied)
+        keep_trained(edit, trained)
         if result.kept and self.names is not None:
             path, reason = next(iter(result.kept.items()))
             raise FoldError(f"{site_of[path]}: {path} is {reason.removeprefix('is ')}.")

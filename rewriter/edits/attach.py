@@ -34,7 +34,8 @@ class Attaching:
         edited, skipped: what the report will say.
         notes: further lines of the record.
         figures: measured by the pass itself, added to its certificate.
-        decided: the plan's decisions; what only applying can tell is added for replays.
+        decided, tensors: the plan's decisions, and tensors for it; what only applying can tell is
+            added for replays.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Attaching:
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
         self.figures: dict[str, float] = {}
+        self.tensors: dict[str, Tensor] = {}
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
         self._nodes = site_nodes(self.graph_module)

@@ -1,25 +1,21 @@
-"""Running and replaying passes: plan, fork, edit, propagate, check, record."""
+"""Running passes: plan, fork, edit, propagate, check, record."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from ..aten import set_attribute
 from ..edits.edit import Editor
-from ..edits.trained import ITSELF, require_owned, train_only
+from ..edits.trained import require_owned
 from ..errors import PassError, RewriteError
 from ..fingerprint import require_unchanged, take
-from ..module import copy_modes, outside_inference, state_tensors
-from ..program import BRANCHES, Program, Record
-from ..sharded import placed_like, require_whole, whole
+from ..module import outside_inference
+from ..program import Program, Record
+from ..sharded import require_whole
 from .checks import Checks, Skipped
 from .passes import Pass, Plan
 from .propagate import alone, propagate
@@ -120,7 +116,7 @@ def apply_plan(
         propagate(after, item.text)
     after.prints = take(after)
     certificate, left = Certificate("unchecked"), Skipped()
-    decided = replace(plan, decisions=edit.decided)
+    decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
         certificate, left = (checks or Checks(program)).finish(after, item, decided)
         figures = {**edit.figures, **item.examine(program, after)}
@@ -177,91 +173,3 @@ def _listed(plan: Plan) -> str:
     sites: Sequence[str] = plan.decisions.get("sites", ())
     more = ", ..." if len(sites) > 3 else ""
     return f"its {len(sites)} sites ({', '.join(sites[:3])}{more})"
-
-
-def replay_steps(
-    program: Program, adapters: Sequence[str] | None = None
-) -> Iterator[tuple[Record, Program, Program]]:
-    """Rebuilds a program from its base, step by step, with its current values.
-
-    Yields (record, before, after); `after` of an inserting pass holds freshly initialised
-    branches as far as its certificate goes, and the current values from the next step on.
-    """
-    names = program.adapters if adapters is None else tuple(adapters)
-    current = _begin(program)
-    steps = [(r, p) for r in program.history if (p := _kept(r, names)) is not None]
-    for index, (record, plan) in enumerate(steps):
-        before = current
-        current = apply_plan(current, record.applied, plan, check=False)
-        kept = replace(current.history[-1], certificate=record.certificate)
-        current.history = (*current.history[:-1], kept)
-        yield record, before, current
-        reshaped = any(r.applied.reshapes for r, _ in steps[index + 1 :])
-        for name in current.owners:
-            load_values(current, program.adapter_tensors(name), reshaped)
-        if set(names) == set(program.adapters):  # statistics are those of all of them together
-            load_values(current, program.updated(), reshaped)
-
-
-def _begin(program: Program) -> Program:
-    """The base with what the user trains himself, as it is now."""
-    mine = program.owned.get(ITSELF)
-    if not mine:
-        return program.base
-    current = program.base.fork()
-    train_only(current, mine)
-    load_values(current, program.adapter_tensors(ITSELF), reshaped=True)
-    return current
-
-
-def _kept(record: Record, names: Sequence[str]) -> Plan | None:
-    """A record's plan for the given adapters alone; None if it has nothing to do for them."""
-    plan = record.plan
-    if record.adapter is not None and record.adapter not in names:
-        return None
-    paths = plan.decisions.get("branches")
-    if not paths:
-        return plan
-    kept = [p for p in paths if p.split(".")[1] in names]
-    if not kept:
-        return None
-    of_them = {p: paths[p] for p in kept} if isinstance(paths, Mapping) else kept
-    return replace(plan, decisions={**plan.decisions, "branches": of_them})
-
-
-@outside_inference
-def replay(program: Program, adapters: Sequence[str]) -> Program:
-    """The program with only the given adapters, rebuilt from its base without random choices."""
-    require_owned(program)
-    require_unchanged(program)
-    current = _begin(program).fork()
-    for _, _, after in replay_steps(program, adapters):
-        current = after
-    copy_modes(program.module, current.module)
-    return current
-
-
-def load_values(
-    program: Program, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
-) -> None:
-    """Copies values into a program's own branch, trained and updated base tensors, by name.
-
-    Where a tensor has no storage yet (meta device), it gets that of the value. With `reshaped`,
-    a later pass gives tensors the shape that their values have: those are left for then.
-    """
-    held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
-    mine = {n for names in program.owned.values() for n in names} | state_tensors(program.module)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in held and (name.startswith(f"{BRANCHES}.") or name in mine):
-                own = held[name]
-                if reshaped and own.shape != tensor.shape:
-                    continue
-                if not own.is_meta or tensor.is_meta:
-                    own.copy_(placed_like(whole(tensor), own))
-                elif isinstance(own, nn.Parameter):
-                    set_attribute(
-                        program.module, name, nn.Parameter(tensor.clone(), own.requires_grad)
-                    )
-                else:
-                    set_attribute(program.module, name, tensor.clone())

@@ -388,7 +388,7 @@ def check_graph(program: Program) -> None:
 
 def verify_program(program: Program) -> list[Certificate]:
     """See `Program.verify`: replays the history from the base and measures each step again."""
-    from .pipeline import replay_steps
+    from .replay import replay_steps
 
     check_graph(program)
     require_unchanged(program)

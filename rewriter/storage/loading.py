@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from ..errors import (
 from ..fingerprint import require_unchanged
 from ..module import outside_inference
 from ..program import Program
+from ..running.before_fold import values_then
 from ..running.passes import Plan
-from ..running.pipeline import apply_plan, load_values
+from ..running.pipeline import apply_plan
+from ..running.replay import load_values
 from ..running.verify import Certificate, check_graph
 from .artifact import SAVED, Artifact, base_difference, differing, read
 from .identity import merkle_root, tensor_digest
@@ -99,9 +101,10 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
                 replace(current.history[-1], certificate=said),
             )
             reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
-            done |= _take(current, artifact, directory, reshaped)
+            plans = [plan for _, plan, _ in artifact.steps[index + 1 :]]
+            done |= _take(current, artifact, directory, reshaped, plans)
         if not artifact.steps:
-            done |= _take(current, artifact, directory, False)
+            done |= _take(current, artifact, directory, False, ())
         check_graph(current)
     except ArtifactError:
         raise
@@ -132,15 +135,18 @@ def _require_sites(program: Program, plan: Plan, where: str) -> None:
             )
 
 
-def _take(program: Program, artifact: Artifact, where: str, reshaped: bool) -> set[str]:
-    """Loads the values of all adapters so far; their names."""
+def _take(
+    program: Program, artifact: Artifact, where: str, reshaped: bool, later: Sequence[Plan]
+) -> set[str]:
+    """Loads the values of all adapters so far, as the steps found them of which `later` are the
+    plans; their names."""
     mine = program.adapter_tensors(ITSELF)
     held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
     wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
     for name in artifact.adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)
-    load_values(program, values, reshaped)
+    load_values(program, values_then(values, later), reshaped)
     return set(values)
 
 

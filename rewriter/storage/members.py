@@ -17,7 +17,7 @@ from ..edits.edit import Editor
 from ..errors import BaseMismatchError, PassError, nearest
 from ..program import BRANCHES, Program
 from ..running.passes import Plan
-from ..running.pipeline import load_values
+from ..running.replay import load_values
 from ..running.syntax import parse
 from .artifact import Artifact, base_difference, read
 from .identity import merkle_root, tensor_digest

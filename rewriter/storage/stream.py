@@ -25,7 +25,9 @@ from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..fingerprint import Fingerprints, require_unchanged, take
 from ..module import copy_modes, device_of, outside_inference
 from ..program import Program
-from ..running.pipeline import apply_plan, load_values
+from ..running.before_fold import values_then
+from ..running.pipeline import apply_plan
+from ..running.replay import load_values
 from .artifact import base_difference, read
 from .checkpoint import Checkpoint, Entry, header_size
 from .directory import new_directory
@@ -109,8 +111,9 @@ def load_weights(
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
         later = any(r.applied.reshapes for r in program.history[index + 1 :])
+        plans = [r.plan for r in program.history[index + 1 :]]
         for adapter in current.owners:
-            values = program.adapter_tensors(adapter)
+            values = values_then(program.adapter_tensors(adapter), plans)
             here = {n: t.to(place) for n, t in values.items() if not t.is_meta}
             load_values(current, here, later)
     return current
