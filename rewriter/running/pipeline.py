@@ -22,7 +22,6 @@ from .propagate import propagate
 from .syntax import Passes, as_pipeline
 from .verify import Certificate, certify, check_graph
 
-
 _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
 
