@@ -204,7 +204,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
     """
     old, new = _tensors(replayed), _tensors(program)
     if odd := sorted(old.keys() ^ new.keys()):
-        raise VerifyError(f"the program's history does not make the tensor {odd[0]}.")
+        raise VerifyError(f"the program is not what its history says: that does not make {odd[0]}.")
     moving = state_buffers(program.module)
     for name, tensor in new.items():
         want = old[name]
@@ -218,8 +218,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
             continue
         if not _close(want, tensor):
             raise VerifyError(
-                f"{name} is not what the program's history makes of it: it was changed outside of "
-                "training."
+                f"the program is not what its history says: {name} was changed outside of training."
             )
     held = {n for n, t in new.items() if old[n].requires_grad and not t.requires_grad}
     for adapter in program.adapters:

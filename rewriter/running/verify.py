@@ -302,7 +302,9 @@ def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[st
     if not seen or seen["error"] <= SHARE * seen["effect"]:
         return {}
     noise = math.sqrt(sum(g.error / g.size for g in limits.moved() if g.size))
-    off = abs(seen["kept"] - 1) > SHARE and seen["effect"] > 4 * noise
+    # Rounding moves outputs in all directions, so little of it is along what the branches add.
+    share = SHARE + noise / (4 * seen["effect"])
+    off = abs(seen["kept"] - 1) > share and seen["effect"] > noise / 2
     if off or seen["error"] > max(SHARE * seen["effect"], 2 * noise):
         raise VerifyError(
             f"the contract 'bounded' does not hold: of what the branches contribute to the outputs "
