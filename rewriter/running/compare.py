@@ -107,7 +107,9 @@ def _leaf(name: str, x: Any, y: Any) -> Gap:
     if x.shape != y.shape:
         return Gap(name, form=f"its shape changes from {tuple(x.shape)} to {tuple(y.shape)}")
     if x.is_complex():
-        return _numbers(name, torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj()))
+        return _numbers(
+            name, torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj())
+        )
     if x.is_floating_point():
         return _numbers(name, x, y)
     count = int((x != y).sum())
