@@ -399,5 +399,5 @@ def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
     monkeypatch.setattr(
         peftfx.passes.reparameterized.lora.LoRABranch, "delta", lambda s: delta(s) * factor
     )
-    with pytest.raises(RewriteError, match="does not hold|integers"):
+    with pytest.raises(RewriteError, match=r"does not hold|integers"):
         peftfx.run(adapted, fold)

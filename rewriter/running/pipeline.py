@@ -53,6 +53,8 @@ def run(
     if torch.is_inference_mode_enabled():  # tensors made there can never train
         with torch.inference_mode(False):
             return run(program, passes, data=data, sources=sources, progress=progress)
+    if program.training:  # another thread may move what trains meanwhile, and batch statistics
+        program = program.fork()
     done: list[str] = []
     checks: Checks | None = None
     for item in as_pipeline(passes):

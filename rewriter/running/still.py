@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..module import CapturedModule, twin_module, state_buffers
+from ..module import CapturedModule, state_buffers, twin_module
 from ..sharded import is_sharded, outputs, reshard
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..aten import attribute
 from ..errors import VerifyError
-from ..module import device_of
-from ..sharded import outputs, placed_like, whole
+from ..module import device_of, state_buffers
+from ..sharded import placed_like, whole
 from .choices import tied
 from .compare import Gap, compare, figures, floats, gaps, worst
 from .effect import SHARE, effect
@@ -413,6 +413,8 @@ def verify_program(program: Program) -> list[Certificate]:
     """See `Program.verify`: replays the history from the base and measures each step again."""
     from .pipeline import replay_steps
 
+    if program.training:  # another thread may move what trains meanwhile, and batch statistics
+        program = program.fork()
     check_graph(program)
     require_values(program)
     found: list[Certificate] = []
@@ -423,6 +425,7 @@ def verify_program(program: Program) -> list[Certificate]:
         found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
         last = after
     if program.history:
+        _take_state(last, program)
         require_recorded(last, program)
         measured = measure(last, program)
         allowed = bound(program, measured)
@@ -434,3 +437,10 @@ def verify_program(program: Program) -> list[Certificate]:
             )
         found.append(Certificate("replayed", measured))
     return found
+
+
+def _take_state(target: Program, source: Program) -> None:
+    """Gives a replayed program the batch statistics of the one that has trained."""
+    held, new = (dict(p.module.named_buffers()) for p in (target, source))
+    for name in state_buffers(target.module) & new.keys():
+        held[name].copy_(new[name])
