@@ -283,9 +283,8 @@ def _compare(program: Program, model: Any) -> None:
     if wrong := next((g for g in compare(want, got) if g.reason or g.relative > limit), None):
         raise ExportError(
             f"{type(model).__name__} with the program's tensors gives other outputs ({wrong.name}: "
-            f"{wrong.reason or f'off by {wrong.absolute:.3g}'}): the graph was "
-            "changed in a way that the configuration cannot express. Save the program itself "
-            "(peftfx.save_program)."
+            f"{wrong.reason or f'off by {wrong.absolute:.3g}'}): the graph was changed in a way "
+            "that the configuration cannot express. Save the program itself (peftfx.save_program)."
         )
 
 

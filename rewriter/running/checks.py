@@ -55,15 +55,16 @@ class Checks:
         self.unmoved(item)
         check_graph(after)
         require_names(before, after, str(item))
-        self.program, self._marks = after, marks(after)
         if self.witness is None:
+            self.program, self._marks = after, marks(after)
             return Certificate("unmeasured"), ()
         contract, made = item.promise(), Witness(after)
         require_others(before, after, item, contract.kind == "trainable")
         require_saved(before, after, item, plan)
         certificate = certify(contract, self.witness, made)
-        self.witness = made
-        return certificate, _unreached(before, made, item)
+        missing = _unreached(before, made, item)
+        self.program, self.witness, self._marks = after, made, marks(after)
+        return certificate, missing
 
 
 def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,8 @@ EDITORS = ("features", "own")
 class Mark:
     """One tensor of a program at one time; its object, memory, version counter and flag."""
 
-    tensor: int
+    tensor: Tensor = field(compare=False)
+    identity: int
     view: tuple[Any, ...]
     version: int
     trains: bool
@@ -39,10 +40,14 @@ def marks(program: Program) -> dict[str, Mark]:
         gm = each.module
         held = [*gm.named_parameters(), *gm.named_buffers(), *each.extras.items()]
         held += [*each.sample.items(), *each.removed.items()]
+        # Forwards of another thread may update these.
+        moving = state_tensors(gm) if gm.training else set[str]()
         for name, tensor in held:
+            if name in moving:
+                continue
             where = name if each is program else f"{name} of the base"
             version = -1 if tensor.is_inference() else tensor._version
-            found[where] = Mark(id(tensor), _view(tensor), version, tensor.requires_grad)
+            found[where] = Mark(tensor, id(tensor), _view(tensor), version, tensor.requires_grad)
     return found
 
 
@@ -53,6 +58,8 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 def require_unmoved(program: Program, before: Mapping[str, Mark], what: str) -> None:
     """Raises VerifyError if the program that a pass was given is not as it was.
 
+    Flags are put back; values cannot be.
+
     Args:
         program: that the pass was given.
         before: its marks from before the pass planned.
@@ -62,6 +69,9 @@ def require_unmoved(program: Program, before: Mapping[str, Mark], what: str) -> 
     moved = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
     if not moved:
         return
+    for mark in before.values():
+        if mark.tensor.requires_grad != mark.trains and mark.tensor.is_leaf:
+            mark.tensor.requires_grad_(mark.trains)
     name = min(moved)
     old, new = before.get(name), after.get(name)
     if old is None or new is None:
@@ -204,7 +214,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
     """
     old, new = _tensors(replayed), _tensors(program)
     if odd := sorted(old.keys() ^ new.keys()):
-        raise VerifyError(f"the program's history does not make the tensor {odd[0]}.")
+        raise VerifyError(f"the program is not what its history says: that does not make {odd[0]}.")
     moving = state_tensors(program.module)
     for name, tensor in new.items():
         want = old[name]
@@ -218,8 +228,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
             continue
         if not _close(want, tensor):
             raise VerifyError(
-                f"{name} is not what the program's history makes of it: it was changed outside of "
-                "training."
+                f"the program is not what its history says: {name} was changed outside of training."
             )
     held = {n for n, t in new.items() if old[n].requires_grad and not t.requires_grad}
     for adapter in program.adapters:

@@ -55,6 +55,8 @@ def run(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
     require_unchanged(program)
+    if program.training:  # another thread may move what trains meanwhile, and batch statistics
+        program = program.fork()
     done: list[str] = []
     checks: Checks | None = None
     for item in as_pipeline(passes):

@@ -6,6 +6,7 @@ The live module is left alone: another thread may be training it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,13 @@ class Expected(TorchDispatchMode):
     generator moves, which other threads may draw from.
 
     Attributes:
-        draws: how many random operators ran.
+        draws: how often each random operator ran, by its name, the shape of its operand and its
+            numbers (the probability of a dropout).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.draws = 0
+        self.draws: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -85,7 +87,9 @@ class Expected(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        self.draws += 1
+        numbers = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int | float)]
+        first = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else str(args)
+        self.draws[func._schema.name, first, tuple(numbers)] += 1
         replacement = _EXPECTED.get(func.overloadpacket)
         if replacement is not None:
             return replacement(func, args, kwargs)

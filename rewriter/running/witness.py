@@ -85,13 +85,13 @@ class Witness:
         return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
 
     @contextlib.contextmanager
-    def training(self) -> Iterator[CapturedModule]:
-        """The still copy in training mode, with its random operators at their expected value."""
+    def training(self) -> Iterator[Expected]:
+        """Lets `gm` be in training mode, with its random operators at their expected value."""
         self.reset()
         self.gm.train()
         try:
-            with Expected():
-                yield self.gm
+            with Expected() as mode:
+                yield mode
         finally:
             self.gm.eval()
             self.reset()
