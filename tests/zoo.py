@@ -203,7 +203,7 @@ def _llava() -> Any:
 
 def _gemma3n() -> Any:
     config = _config(
-        "Gemma3nTextConfig", **_ENCODER, **_IDS, **_PER_LAYER, num_key_value_heads=KV_HEADS,
+        "Gemma3nTextConfig", **{**_ENCODER, **_IDS, **_PER_LAYER}, num_key_value_heads=KV_HEADS,
         use_cache=False, laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 3,
     )()  # fmt: skip
     object.__setattr__(config, "altup_coef_clip", None)  # it writes weights, in training only
