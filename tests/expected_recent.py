@@ -28,12 +28,13 @@ _QWEN_NEXT = (
 # The last layer reads the keys and values of the one before.
 _GELU = replace(LLAMA_FF, act="gelu", before="mul")
 _PER_LAYER = FF("per_layer_input_gate", "per_layer_projection", before="mul")
-_LOCAL = replace(LLAMA, before="mul")
-_GLOBAL = replace(_LOCAL, dim=16)
-_BORROWED = {"k": "/model.layers.1.self_attn.k_proj", "v": "/model.layers.1.self_attn.v_proj"}
+_NORMED = replace(LLAMA, before="mul")
+_BORROWED = replace(
+    _NORMED, k="/model.layers.0.self_attn.k_proj", v="/model.layers.0.self_attn.v_proj"
+)
 
 
-def _gemma4(attention: Attn, layer: int, norms: int = 7) -> Stream:
+def _gemma4(attention: Attn, layer: int, norms: int) -> Stream:
     parts = (attention, _GELU, _PER_LAYER)
     return Stream(LAYERS, parts, layers=1, first=layer, norms=norms)
 
@@ -96,7 +97,9 @@ _ABSORBED = Attn(  # of the score's two products, the rotated one stands for it
     inner=("self_attn.q_b_proj[0:8,12:20,24:32,36:44]", "self_attn.q_a_proj",
            "self_attn.kv_b_proj", "self_attn.o_proj"),
 )  # fmt: skip
-_MODERN = Attn("attn.Wqkv[0:32]", "attn.Wqkv[32:64]", "attn.Wqkv[64:96]", "attn.Wo", before="dropout")
+_MODERN = Attn(
+    "attn.Wqkv[0:32]", "attn.Wqkv[32:64]", "attn.Wqkv[64:96]", "attn.Wo", before="dropout"
+)
 _MODERN_FF = FF("mlp.Wi[56:112]", "mlp.Wo", "mlp.Wi[0:56]")
 
 RECENT: dict[str, Expect] = {
@@ -107,26 +110,24 @@ RECENT: dict[str, Expect] = {
     ),
     "gemma4": Expect(
         (
-            _gemma4(_LOCAL, 0), _gemma4(_GLOBAL, 1),
-            _gemma4(replace(_GLOBAL, **_BORROWED), 2, norms=6),
+            _gemma4(replace(_NORMED, dim=16), 0, norms=7),
+            _gemma4(replace(_BORROWED, dim=16), 1, norms=6),
         ),
         one_stream=True, head=_HEAD, ties=_HEAD, norms=2, embeddings=_SIDE,
         other=("model.per_layer_model_projection",),
     ),
     "gemma3n": Expect(
         (
-            Stream(LAYERS, (_LOCAL, _GELU), norms=6),
-            Stream(
-                LAYERS, (replace(_LOCAL, **_BORROWED), _GELU), layers=1, norms=5, first=2
-            ),
+            Stream(LAYERS, (_NORMED, _GELU), layers=1, norms=6),
+            Stream(LAYERS, (_BORROWED, _GELU), layers=1, norms=5, first=1),
         ),
-        one_stream=True, head=_HEAD, ties=_HEAD, norms=11, embeddings=_SIDE,
+        one_stream=True, head=_HEAD, ties=_HEAD, norms=8, embeddings=_SIDE,
         other=(
             "model.per_layer_model_projection", "model.altup_projections.0",
             "model.altup_unembed_projections.0",
-            *(f"model.layers.{i}.{n}" for i in range(3) for n in _GEMMA3N_OTHER),
+            *(f"model.layers.{i}.{n}" for i in range(2) for n in _GEMMA3N_OTHER),
         ),
-        calls={f"model.layers.{i}.altup.modality_router": 2 for i in range(3)},
+        calls={f"model.layers.{i}.altup.modality_router": 2 for i in range(2)},
     ),
     "falcon_h1": Expect(
         (

@@ -201,7 +201,7 @@ def test_weights_read_as_views_are_listed_with_the_reason() -> None:
     with pytest.raises(PassError, match="a view of it"):
         peftfx.run(program, "lora{rank=2,where=view}")
     adapted = randomise(peftfx.run(program, "lora{rank=2,where=plain}"))
-    with pytest.raises(FoldError, match="plain.weight is tied|tied to matmul"):
+    with pytest.raises(FoldError, match="tied to matmul"):
         peftfx.run(adapted, "fold")
 
 
@@ -215,7 +215,7 @@ def test_methods_on_stored_tensors_reach_views() -> None:
 
 def test_ids_are_unique_and_unknown_ones_name_the_nearest() -> None:
     _, program, _ = captured(Gates)
-    with pytest.raises(RewriteError, match="Nearest: q.weight:q") as error:
+    with pytest.raises(RewriteError, match="Nearest: q") as error:
         program.sites["q.weigth:q"]
     assert isinstance(error.value, KeyError) and str(error.value).startswith("there is no site")
     with pytest.raises(RewriteError, match="several sites"):
