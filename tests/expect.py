@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from peftfx.rewriter.aten import submodule
+from peftfx.rewriter.sites.products import readings
 from peftfx.rewriter.sites.sites import (
     AttentionSite,
     ConvSite,
@@ -26,6 +27,7 @@ from peftfx.rewriter.sites.sites import (
     NormSite,
     SublayerSite,
 )
+from peftfx.rewriter.sites.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Attn:
     Attributes:
         before: the operator whose value is added to the stream.
         rotated: a second projection of keys (latent attention).
+        gate: features that gate the output.
         inner: linears without a role in it.
     """
 
@@ -50,13 +53,15 @@ class Attn:
     before: str = "linear"
     inner: tuple[str, ...] = ()
     rotated: str = ""
+    gate: str = ""
 
     kind = property(lambda self: "cross" if self.cross else "attn")
 
     def roles(self) -> list[tuple[str, str]]:
         parts = [("q", self.q), ("k", self.k), ("v", self.v), ("o", self.o)]
-        parts += [("k", self.rotated)] if self.rotated else []
-        return parts + [("other", name) for name in self.inner]
+        parts += [("k", self.rotated), ("attn.gate", self.gate)]
+        parts += [("other", name) for name in self.inner]
+        return parts[:4] + [p for p in parts[4:] if p[1]]
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,20 @@ class FF:
 
 @dataclass(frozen=True)
 class Mix:
-    """A token mixer that is no attention."""
+    """A token mixer that is no attention; `also` are further projections of the stream."""
 
     into: str
     out: str
     inner: tuple[str, ...] = ()
     before: str = "linear"
+    also: tuple[str, ...] = ()
 
     kind = "mixer"
 
     def roles(self) -> list[tuple[str, str]]:
         inner = [("mixer.inner", name) for name in self.inner]
-        return [("mixer.in", self.into), ("mixer.out", self.out), *inner]
+        into = [("mixer.in", name) for name in (self.into, *self.also)]
+        return [*into, ("mixer.out", self.out), *inner]
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class Expect:
         embeddings: `role:name`; two lookups of one table are listed twice.
         convs: weights of convolutions, as `role:name` where the role is not plain `conv`.
         ties: linear sites whose tensor is also another's.
+        fixed: weights that are read in a way that takes no branch.
         norms: learnt norms outside of layers.
         one_stream: the `streams` are parts of one (layers of different kinds).
         calls: weights that are called several times.
@@ -150,6 +158,7 @@ class Expect:
     embeddings: tuple[str, ...] = ()
     convs: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     norms: int = 0
     one_stream: bool = False
     calls: dict[str, int] = field(default_factory=dict[str, int])
@@ -200,7 +209,7 @@ def check(program: Any, expect: Expect) -> None:
 def _check_linears(program: Any, expect: Expect) -> None:
     want: dict[Key, tuple[str, int | None, bool]] = {}
     for stream, layer, shape, part in _layers(expect):
-        for role, text in part.roles():
+        for role, text in filter(lambda p: p[1], part.roles()):
             weight, features = _weight(text, shape.path, layer)
             cross = isinstance(part, Attn) and part.cross and role in ("q", "k", "v", "o")
             want.setdefault((weight, role, features), (stream, layer, cross))
@@ -208,6 +217,7 @@ def _check_linears(program: Any, expect: Expect) -> None:
         for text in names:
             want[(*_weight("/" + text, "", 0)[:1], role, None)] = ("", None, False)
     have: dict[Key, tuple[str, int | None, bool]] = {}
+    fixed = {_weight("/" + name, "", 0)[0] for name in expect.fixed}
     for site in program.sites:
         if isinstance(site, LinearSite | ExpertsSite):
             name = site.module + "." + site.weight.rpartition(".")[2]
@@ -218,9 +228,10 @@ def _check_linears(program: Any, expect: Expect) -> None:
             stored = tuple(reversed(stored[-2:])) if not site.in_out else tuple(stored[-2:])
             assert site.in_features == stored[0]
             assert site.out_features == (len(site.features) if site.features else stored[1])
+            assert bool(getattr(site, "fixed", "")) == (site.weight in fixed)
             assert len(site.nodes) == expect.calls.get(site.weight.removesuffix(".weight"), 1)
     assert have == want
-    tied = {s.id for s in program.sites if isinstance(s, LinearSite) and s.tied}
+    tied = {s.id.partition(":")[0] for s in program.sites if isinstance(s, LinearSite) and s.tied}
     assert tied == {_weight("/" + t, "", 0)[0] for t in expect.ties}
 
 
@@ -235,7 +246,7 @@ def _check_blocks(program: Any, expect: Expect) -> None:
             return weight + (f":{role}" if features else "")
 
         if isinstance(part, Attn):
-            ids = [name(text, role) for role, text in part.roles()[:4]]
+            ids = [name(text, role) if text else "" for role, text in part.roles()[:4]]
             wanted.append((at, *ids, part.heads, part.kv, part.dim, part.cross, part.causal))
         elif isinstance(part, FF):
             for block in (part, part.shared) if part.shared else (part,):
@@ -244,7 +255,8 @@ def _check_blocks(program: Any, expect: Expect) -> None:
                 ids = [name(block.up, "ffn.up"), gate, name(block.down, "ffn.down"), router]
                 wanted.append((at, *ids, block.act, block.experts))
         elif isinstance(part, Mix):
-            wanted.append((at, (name(part.into, ""),), (name(part.out, ""),)))
+            into = tuple(name(text, "") for text in (part.into, *part.also))
+            wanted.append((at, into, (name(part.out, ""),)))
     have: list[Any] = []
     for s in sites:
         at = (s.stream, s.layer)
@@ -261,10 +273,13 @@ def _check_blocks(program: Any, expect: Expect) -> None:
 
 def _check_sublayers(program: Any, expect: Expect) -> None:
     nodes = {n.name: n for n in program.module.graph.nodes}
-    wanted = [
-        (f"{stream}.layer{layer}.{part.kind}", shape.parallel, shape.width, part.before)
-        for stream, layer, shape, part in _layers(expect)
-    ]
+    wanted: list[Any] = []
+    named: dict[str, int] = {}
+    for stream, layer, shape, part in _layers(expect):
+        name = f"{stream}.layer{layer}.{part.kind}"
+        count = named[name] = named.get(name, 0) + 1
+        site_id = name if count == 1 else f"{name}_{count}"
+        wanted.append((site_id, shape.parallel, shape.width, part.before))
     have: list[Any] = []
     for site in program.sites:
         if isinstance(site, SublayerSite):
@@ -292,3 +307,45 @@ def _check_insertion(output: Node, add: Node) -> None:
     while current is not add:
         (current,) = (u for u in current.users if "sym_size" not in str(u.target))
         assert any(t in str(current.target) for t in ("add", "dropout", "permute", "view")), current
+
+
+def check_rows(program: Any) -> None:
+    """Asserts that each output feature of each stored matrix that a call multiplies by is in one
+    site of that call, and that every other product with a stored matrix is in the site of it."""
+    walk = Walk(program.module)
+    sites = [s for s in program.sites if isinstance(s, LinearSite | ExpertsSite)]
+    for node, linear in walk.linears.items():
+        rows: list[int] = []
+        for site in sites:
+            if site.weight == linear.weight and node.name in site.nodes:
+                rows += site.features or range(site.out_features)
+        assert sorted(rows) == sorted(linear.rows or range(linear.sizes[1])), (node, rows)
+    for reading in readings(walk):
+        assert any(
+            s.weight == reading.weight and reading.node.name in s.nodes and s.fixed
+            for s in sites if isinstance(s, LinearSite)
+        ), reading  # fmt: skip
+    named = {s.weight for s in sites}
+    for weight in multiplied(program):
+        assert weight in named, weight
+
+
+def multiplied(program: Any) -> set[str]:
+    """The parameters of two axes or more that some product of the graph reads, found by nothing but
+    the names of operators: what discovery may not forget."""
+    graph = program.module.graph
+    inside = dict(program.module.named_parameters(remove_duplicate=False))
+    reached: dict[Node, set[str]] = {}  # what is computed from parameters alone
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            known = inside.get(str(node.target))
+            reached[node] = {str(node.target)} if known is not None and known.dim() > 1 else set()
+            continue
+        sources = node.all_input_nodes
+        product = re.search(r"linear|matmul|\bb?mm\b|addmm|einsum|grouped_mm", str(node.target))
+        if product and not all(n in reached for n in sources):
+            found |= {w for n in sources for w in reached.get(n, ())}
+        if node.op == "call_function" and sources and all(n in reached for n in sources):
+            reached[node] = {w for n in sources for w in reached[n]}
+    return found

@@ -41,21 +41,21 @@ _DISTILBERT = Stream(
 
 # Decoders: pre-norm, causal.
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LLAMA = Attn(*_QKV, "self_attn.o_proj", kv=2, causal=True)
-_LLAMA_FF = FF("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", act="silu")
-_GEMMA_FF = replace(_LLAMA_FF, act="gelu")
-_LAYERS = "model.layers.{i}."
+LLAMA = Attn(*_QKV, "self_attn.o_proj", kv=2, causal=True)
+LLAMA_FF = FF("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", act="silu")
+_GEMMA_FF = replace(LLAMA_FF, act="gelu")
+LAYERS = "model.layers.{i}."
 _EXPERTS = FF(
     "mlp.experts.gate_up_proj[{up}]", "mlp.experts.down_proj", "mlp.experts.gate_up_proj[{gate}]",
     act="silu", before="reshape", experts=5, router="mlp.gate",
 )  # fmt: skip
 
 
-def _decoder(
+def decoder(
     *parts: Attn | FF, norms: int = 2, tied: bool = False, parallel: bool = False
 ) -> Expect:
     return Expect(
-        (Stream(_LAYERS, parts, norms=norms, parallel=parallel),), head=("lm_head",),
+        (Stream(LAYERS, parts, norms=norms, parallel=parallel),), head=("lm_head",),
         embeddings=("token:model.embed_tokens",), norms=1, ties=("lm_head",) if tied else (),
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def _experts(inner: int) -> FF:
     )  # fmt: skip
 
 
-_QWEN_MOE = replace(
+QWEN_MOE = replace(
     _experts(24),
     shared=FF("mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj",
               "mlp.shared_expert.gate_proj", act="silu"),
@@ -144,9 +144,10 @@ _BLOOM = Attn(
 _LATENT = Attn(  # keys: 8 features a head from the latent, 4 shared ones with the rotation
     "self_attn.q_b_proj", "self_attn.kv_b_proj[0:8,16:24,32:40,48:56]",
     "self_attn.kv_b_proj[8:16,24:32,40:48,56:64]", "self_attn.o_proj", dim=12, causal=True,
-    rotated="self_attn.kv_a_proj_with_mqa[12:16]", inner=("self_attn.q_a_proj",),
+    rotated="self_attn.kv_a_proj_with_mqa[12:16]",
+    inner=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa[0:12]"),
 )  # fmt: skip
-_DEEPSEEK_MOE = replace(
+DEEPSEEK_MOE = replace(
     _experts(24), before="add", experts=6,
     shared=FF("mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj",
               "mlp.shared_experts.gate_proj", act="silu"),
@@ -165,10 +166,10 @@ _ALBERT_CALLS = [
 _ODD, _EVEN = (",".join(f"{i}:{i + 1}" for i in range(s, 112, 2)) for s in (1, 0))
 _LFM_FF = FF("feed_forward.w3", "feed_forward.w2", "feed_forward.w1", act="silu")
 _LFM = (
-    Stream(_LAYERS, (Mix("conv.in_proj", "conv.out_proj"), _LFM_FF), layers=1),
+    Stream(LAYERS, (Mix("conv.in_proj", "conv.out_proj"), _LFM_FF), layers=1),
     Stream(
-        _LAYERS,
-        (replace(_LLAMA, o="self_attn.out_proj"), _LFM_FF), layers=1, norms=4, first=1,
+        LAYERS,
+        (replace(LLAMA, o="self_attn.out_proj"), _LFM_FF), layers=1, norms=4, first=1,
     ),
 )  # fmt: skip
 
@@ -208,30 +209,30 @@ TEXT: dict[str, Expect] = {
         ),
         head=("lm_head",), embeddings=("token:gpt_neox.embed_in",), norms=1,
     ),
-    "phi": _decoder(
-        replace(_LLAMA, o="self_attn.dense", before="dropout"),
+    "phi": decoder(
+        replace(LLAMA, o="self_attn.dense", before="dropout"),
         FF("mlp.fc1", "mlp.fc2", before="dropout"), norms=1, parallel=True,
     ),
-    "phi3": _decoder(
+    "phi3": decoder(
         Attn("self_attn.qkv_proj[0:32]", "self_attn.qkv_proj[32:48]", "self_attn.qkv_proj[48:64]",
              "self_attn.o_proj", kv=2, causal=True, before="dropout"),
         FF("mlp.gate_up_proj[56:112]", "mlp.down_proj", "mlp.gate_up_proj[0:56]", act="silu",
            before="dropout"),
     ),
-    "llama": _decoder(_LLAMA, _LLAMA_FF, tied=True),
-    "llama_eager": _decoder(_LLAMA, _LLAMA_FF),
-    "mistral": _decoder(_LLAMA, _LLAMA_FF),
-    "qwen2": _decoder(_LLAMA, _LLAMA_FF),
-    "qwen3": _decoder(_LLAMA, _LLAMA_FF, norms=4),
-    "gemma": _decoder(_LLAMA, _GEMMA_FF, tied=True),
-    "gemma2": _decoder(
-        replace(_LLAMA, before="mul"), replace(_GEMMA_FF, before="mul"), norms=4, tied=True
+    "llama": decoder(LLAMA, LLAMA_FF, tied=True),
+    "llama_eager": decoder(LLAMA, LLAMA_FF),
+    "mistral": decoder(LLAMA, LLAMA_FF),
+    "qwen2": decoder(LLAMA, LLAMA_FF),
+    "qwen3": decoder(LLAMA, LLAMA_FF, norms=4),
+    "gemma": decoder(LLAMA, _GEMMA_FF, tied=True),
+    "gemma2": decoder(
+        replace(LLAMA, before="mul"), replace(_GEMMA_FF, before="mul"), norms=4, tied=True
     ),
-    "gemma3": _decoder(
-        replace(_LLAMA, before="mul"), replace(_GEMMA_FF, before="mul"), norms=6, tied=True
+    "gemma3": decoder(
+        replace(LLAMA, before="mul"), replace(_GEMMA_FF, before="mul"), norms=6, tied=True
     ),
-    "mixtral": _decoder(_LLAMA, _experts(56)),
-    "qwen2_moe": _decoder(_LLAMA, _QWEN_MOE),
+    "mixtral": decoder(LLAMA, _experts(56)),
+    "qwen2_moe": decoder(LLAMA, QWEN_MOE),
     "falcon": Expect(
         (
             Stream("transformer.h.{i}.", (
@@ -253,14 +254,14 @@ TEXT: dict[str, Expect] = {
         head=("lm_head",), ties=("lm_head",), norms=2,
         embeddings=("token:transformer.word_embeddings",),
     ),
-    "deepseek_v3": _decoder(_LATENT, _DEEPSEEK_MOE, norms=4),
+    "deepseek_v3": decoder(_LATENT, DEEPSEEK_MOE, norms=4),
     "albert": Expect(
         (replace(_ALBERT, shared=True),), other=("encoder.embedding_hidden_mapping_in", "pooler"),
         embeddings=_tables("embeddings.", *_BERT_TABLES), norms=1,
         calls={name: 2 for name in _ALBERT_CALLS},
     ),
-    "gpt_oss": _decoder(
-        _LLAMA,
+    "gpt_oss": decoder(
+        LLAMA,
         replace(_EXPERTS, up=f"mlp.experts.gate_up_proj[{_ODD}]", router="mlp.router",
                 gate=f"mlp.experts.gate_up_proj[{_EVEN}]", act="gelu"),
     ),

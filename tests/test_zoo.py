@@ -12,12 +12,13 @@ from peftfx.rewriter.sites.discover import discover
 from peftfx.rewriter.sites.sites import Site, Sites
 
 from .conftest import Zoo
-from .expect import check
+from .expect import check, check_rows
 from .expected_other import OTHER
+from .expected_recent import RECENT
 from .expected_text import TEXT
 from .zoo import ZOO
 
-EXPECTED = {**TEXT, **OTHER}
+EXPECTED = {**TEXT, **RECENT, **OTHER}
 
 
 def test_every_architecture_has_an_expectation() -> None:
@@ -27,6 +28,7 @@ def test_every_architecture_has_an_expectation() -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_sites_are_what_the_source_says(zoo: Zoo, name: str) -> None:
     check(zoo[name], EXPECTED[name])
+    check_rows(zoo[name])
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -157,9 +157,8 @@ _SEQ2SEQ: dict[str, Any] = dict(
 
 
 _PER_LAYER: dict[str, Any] = dict(
-    num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
-    num_kv_shared_layers=1, sliding_window=8, head_dim=8, hidden_size_per_layer_input=12,
-    vocab_size_per_layer_input=VOCABULARY,
+    layer_types=["full_attention"] * 2, num_kv_shared_layers=1, sliding_window=8, head_dim=8,
+    hidden_size_per_layer_input=12, vocab_size_per_layer_input=VOCABULARY,
 )  # fmt: skip
 _GATED_DELTA: dict[str, Any] = dict(
     head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
@@ -204,7 +203,7 @@ def _llava() -> Any:
 def _gemma3n() -> Any:
     config = _config(
         "Gemma3nTextConfig", **_ENCODER, **_IDS, **_PER_LAYER, num_key_value_heads=KV_HEADS,
-        use_cache=False, laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 3,
+        use_cache=False, laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 2,
     )()  # fmt: skip
     object.__setattr__(config, "altup_coef_clip", None)  # it writes weights, in training only
     return _library("Gemma3nForCausalLM", lambda: config)
