@@ -40,9 +40,12 @@ class Witness:
 
     def __post_init__(self) -> None:
         self.gm = still(self.program)
-        held = dict(self.gm.named_buffers())
+        held = self._stored()
         self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
+
+    def _stored(self) -> dict[str, Tensor]:
+        return dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
@@ -71,9 +74,9 @@ class Witness:
 
     def reset(self) -> None:
         """Puts the state back that the program has."""
-        held = dict(self.gm.named_buffers())
+        held = self._stored()
         for name, value in self._state.items():
-            held[name].copy_(value)
+            held[name].data.copy_(value)
 
     def forget(self) -> None:
         """Drops what was computed."""
@@ -81,7 +84,7 @@ class Witness:
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
-        held = dict(self.gm.named_buffers())
+        held = self._stored()
         return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
 
     @contextlib.contextmanager
