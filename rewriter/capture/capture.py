@@ -135,7 +135,7 @@ def _trace(
         spec = settle(trial.spec, trial)
         _must_agree(model, trial)
     sites = discover(gm, aliases, given)
-    values = Values(gm, spec, sizes.symbols, given, sites)
+    values = Values(gm, spec, sizes.symbols, given, list(sites))
     if all(not name for held in axes.values() for name in held.values()):
         spec, symbols = relabelled(values)
         return Traced(gm, spec, sites, symbols)
