@@ -155,7 +155,7 @@ def _trace(
     sites = discover(gm, aliases, given, read)
     symbols = sizes.symbols
     if all(not name for held in axes.values() for name in held.values()):
-        spec, symbols = relabelled(Values(gm, spec, symbols, given, sites))
+        spec, symbols = relabelled(Values(gm, spec, symbols, given, list(sites)))
     return Traced(gm, spec, sites, symbols, frozenset(read))
 
 

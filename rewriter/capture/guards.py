@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -96,8 +96,9 @@ def read_sizes(
                 known = sizes.symbols[symbol] = wish or first or _label(sizes, axis)
                 if first and known != first:
                     sizes.relate(f"{first} == {known}", "the model fails where they differ")
-                if not size.node.expr.is_symbol:
-                    made[known] = size.node.expr, _why(environment, name, axis)
+                expression: Any = cast(Any, size).node.expr
+                if not expression.is_symbol:
+                    made[known] = expression, _why(environment, name, axis)
             elif wish and wish != known:
                 raise CaptureError(
                     f"dynamic calls one size {known!r} and {wish!r} (input {name!r}, axis {axis}): "

@@ -70,7 +70,7 @@ class Values:
         given = {n: [axis] if t.shape[axis : axis + 1] == (size,) else []
                  for n, t in self.sample.items()}  # fmt: skip
         axes = {
-            n: [a for a, s in enumerate(shape(node) or ()) if isinstance(s, int) and s == size]
+            n: [a for a, s in enumerate(shape(node) or ()) if type(s) is int and s == size]
             for n, node in self.nodes.items()
         }
         return self._moved(dict(self.sample), given, axes, size)
