@@ -10,11 +10,11 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
 
 An id counts from 0 in the order of the members, as in a Python list whose last entry is "none": n
-or -1 gives the model without any adapter. So a program with adapters that are no members is
-refused, unless `others=keep`: those then act on all rows (as do adapters that are inserted later).
-A call without ids gets the first member. The bank holds copies for inference: it does not train,
-has no dropout, and `program.without("bank")` gives the members back, one beside the other, to train
-on. Not foldable.
+or -1 gives the model without any adapter (what was folded into its weights is no adapter). So a
+program with adapters that are no members is refused, unless `others=keep`: those then act on all
+rows, as do adapters that are inserted later. A call without ids gets the first member. The bank
+holds copies for inference: it does not train, has no dropout, and `program.without("bank")` gives
+the members back, one beside the other, to train on. Not foldable.
 """
 
 from __future__ import annotations
@@ -137,12 +137,13 @@ class Bank(Pass):
         members = list(self.names or fitting)
         others = _others(program, members)
         if others and self.others == "refuse":
-            reason = reasons.get(others[0]) or "it is not in names"
+            other = others[0]
+            reason = _obstacle(program, other)
+            folding = f"fold it into the base (fold{{names=[{other}]}}), " if other in there else ""
             raise PassError(
-                f"bank: the adapter {others[0]!r} is no member ({reason}), so it would act on all "
-                "rows, also on those without an adapter. Leave it out (program.without("
-                f"{others[0]!r})), fold it into the base (fold{{names=[{others[0]}]}}), or say "
-                "bank{others=keep}."
+                f"bank: the adapter {other!r} is no member ({reason or 'it is not in names'}), so "
+                "it would act on all rows, also on those without an adapter. Leave it out ("
+                f"program.without({other!r})), {folding}or say bank{{others=keep}}."
             )
         return Plan({"members": members})
 

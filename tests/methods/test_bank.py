@@ -88,6 +88,8 @@ def test_other_adapters_go_on(captured: Any) -> None:
     )
     bank = peftfx.run(program, "bank{names=[b,a],others=keep}")
     own = {"ia3", "serial_adapter"}
+    assert {site for site, _ in bank.history[-1].skipped} == own
+    assert all("acts on all rows" in why for _, why in bank.history[-1].skipped)
     assert {n.split(".")[1] for n in bank.named_trainable_parameters()} == own
     assert set(peftfx.controllers(bank).each) >= own
     got = first(bank(**batch(), adapter=torch.tensor([1, 0, 2])))
@@ -147,6 +149,9 @@ def test_onnx_runtime_switches_rows(captured: Any, tmp_path: Path) -> None:
         ("lora{name=a};bank{input=attention_mask}", "has an input 'attention_mask' already"),
         ("unipelt{rank=2,bottleneck=4};bank{names=[unipelt]}", "not low-rank|reads gate"),
         ("lora{name=a};lora{name=b};fold;bank", "no adapter is low-rank"),
+        ("lora{name=a};ia3;bank", "'ia3' is no member .its output_scale.*all rows.*others=keep"),
+        ("lora{name=a};lora{name=b};bank{names=[a]}", "'b' is no member .it is not in names"),
+        ("bitfit;lora{name=a};bank", "'bitfit' is no member .it trains .* tensors of the base"),
     ],
 )
 def test_refusals(captured: Any, text: str, said: str) -> None:
