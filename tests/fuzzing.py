@@ -85,9 +85,7 @@ def _graph(data: bytes) -> None:
     files = {f.partition("/")[2]: content for f, content in written("save_program").items()}
     manifest = json.loads(files["program.json"])
     manifest["graph"] = hashlib.sha256(data).hexdigest()
-    held: Any = Held(
-        {**files, "graph.json": data, "program.json": _manifest(write_json(manifest))}
-    )
+    held: Any = Held({**files, "graph.json": data, "program.json": _manifest(write_json(manifest))})
     program_file._read(held)
 
 
@@ -248,5 +246,3 @@ def _exchanged(data: bytearray, draw: random.Random) -> bytearray:
     new = draw.choice((source[other], None, -1, 10**12, "x", [], {}, True, [[]], 1.5))
     to[key] = json.loads(json.dumps(new))
     return bytearray(json.dumps(item).encode())
-
-

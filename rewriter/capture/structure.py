@@ -36,18 +36,20 @@ def read_structure(text: Any, classes: Collection[str] = ()) -> pytree.TreeSpec:
         version, spec = json.loads(text)
         if version != 1:
             raise ValueError(f"a structure is of version {version!r}")
-        made = _structure(spec, classes)
+        structure = _structure(spec, classes)
     except RecursionError as error:
         raise ValueError("a structure is nested too deeply") from error
-    if made.num_nodes > _NODES:
-        raise ValueError(f"a structure has {made.num_nodes} parts")
-    return made
+    if structure.num_nodes > _NODES:
+        raise ValueError(f"a structure has {structure.num_nodes} parts")
+    return structure
 
 
 def _structure(spec: Any, classes: Collection[str]) -> pytree.TreeSpec:
     kind, context, children = spec["type"], spec["context"], spec["children_spec"]
     if kind is None and context is None and children == []:
         return pytree.tree_structure(0)
+    if not isinstance(kind, str) or not isinstance(context, str):
+        raise TypeError("a part of a structure has no type")
     inner = [_structure(child, classes) for child in children]
     about: Any = json.loads(context)
     if kind in _SEQUENCES:

@@ -41,12 +41,12 @@ _SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, item in pairs:
-        if key in made:
+        if key in mapping:
             raise ValueError(f"duplicate key {key!r}")
-        made[key] = item
-    return made
+        mapping[key] = item
+    return mapping
 
 
 def _no_constant(name: str) -> Any:
