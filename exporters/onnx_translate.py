@@ -107,8 +107,8 @@ def translate(
     written = model.opset_imports.get("")
     if written != opset:
         raise ExportError(
-            f"opset {opset} cannot be written: the exporter has operators from 18 on and could "
-            f"not convert them (it wrote {written}). Ask for 18 or more, or for none."
+            f"it cannot be written: torch.onnx could not convert its operators and left opset "
+            f"{written}. Ask for one between 18 and 26, or for none."
         )
     return model
 

@@ -184,15 +184,27 @@ def externalise(model: Any, folder: Path, name: str) -> Path:
 
 def place(folder: Path, path: Path) -> None:
     """Moves a finished model from `folder` to `path`: its data first, the model file last, then
-    removes the data of the model that it replaces."""
+    removes the data of the model that it replaces.
+
+    Raises:
+        OSError: it cannot be moved; what was at `path` is unchanged.
+    """
     old = _data_of(path)
-    files = sorted(folder.iterdir(), key=lambda f: f.name == path.name)
-    for file in files:
-        _sync(file)
-        os.replace(file, path.parent / file.name)
+    data = {f.name for f in folder.iterdir()} - {path.name}
+    try:
+        for name in (*data, path.name):
+            _sync(folder / name)
+            os.replace(folder / name, path.parent / name)
+    except OSError:
+        _remove(path.parent, data - old)
+        raise
     _sync(path.parent)
-    for name in old - {f.name for f in files}:
-        (path.parent / name).unlink(missing_ok=True)
+    _remove(path.parent, old - data)
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _data_of(path: Path) -> set[str]:
