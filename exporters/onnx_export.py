@@ -169,13 +169,15 @@ def export_onnx(
     _check_opset(opset)
     prepared = _prepare(program, dtype)
     failures: dict[str, int] = {}
+    last: ExportError | None = None
     for version in (opset,) if opset is not None else OPSETS:
         try:
             return _attempt(prepared, path, version, tolerance, limit)
         except ExportError as error:
             failures.setdefault(str(error), version)
+            last = error
     texts = [f"opset {version}: {text}" for text, version in failures.items()]
-    raise ExportError("the program cannot be exported. " + " | ".join(texts))
+    raise ExportError("the program cannot be exported. " + " | ".join(texts)) from last
 
 
 def _check_opset(opset: int | None) -> None:
@@ -216,7 +218,7 @@ def _conversion(
     for batch, tokens in SIZES:
         feed = _sample(program, batch, tokens)
         want = _outputs(program, feed)
-        got = _outputs(other, converted(feed, dtype))
+        got = _computed(other, converted(feed, dtype), dtype)
         for name, w, g in zip(names, want, got, strict=True):
             if w.is_floating_point():
                 worst = max(worst, gap(name, w, g, None))
@@ -234,6 +236,17 @@ def _outputs(program: Program, feed: Mapping[str, Tensor]) -> list[Tensor]:
     with evaluation(program):
         leaves = pytree.tree_leaves(program.module(**feed))
     return [t for t in leaves if isinstance(t, Tensor)]
+
+
+def _computed(other: Program, feed: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    try:
+        return _outputs(other, feed)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise ExportError(
+            f"the program cannot be computed in {dtype}: {reason[0]} Capture the model in it "
+            f"(peftfx.capture(model, ..., dtype={dtype})), or give a tolerance, if none is given."
+        ) from error
 
 
 def _attempt(
@@ -328,7 +341,7 @@ def _verify(
         parity[key] = _worst(names, expected, found, padding)
         limits.append(prepared.tolerance if tolerance is None else tolerance)
         if tolerance is None and prepared.wide is not None:
-            wide = _outputs(prepared.wide, converted(feed, torch.float32))
+            wide = _computed(prepared.wide, converted(feed, torch.float32), torch.float32)
             limits[-1] = max(limits[-1], ROUNDINGS * _worst(names, wide, expected, padding))
         if not parity[key] <= limits[-1]:
             raise ExportError(

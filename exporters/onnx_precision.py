@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from ..rewriter.aten import value
+from ..rewriter.aten import is_op, named_arguments, overloads, value
 from ..rewriter.errors import ExportError, NonFiniteError
 from ..rewriter.program import Program
 
@@ -133,7 +133,19 @@ def _convert_casts(gm: GraphModule, dtype: torch.dtype) -> None:
             return item
 
         _change_arguments(node, change)
+        _regroup(node)
     gm.recompile()
+
+
+def _regroup(node: Node) -> None:
+    """torch traces `_grouped_mm` in bfloat16 only; the operator with which transformers replaces
+    it computes the same in any dtype."""
+    any_dtype = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if any_dtype is not None and is_op(node, overloads("_grouped_mm")):
+        given = named_arguments(node)
+        if given.keys() == {"self", "mat2", "offs"}:
+            node.target = any_dtype.default
+            node.args, node.kwargs = (given["self"], given["mat2"], given["offs"]), {}
 
 
 def _change_arguments(node: Node, change: Any) -> None:

@@ -27,6 +27,8 @@ _TORCH = str(PurePath(torch.__file__).parent)
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
+_NARRATORS = ("torch.onnx", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir")
+
 _WAYS_OUT = {
     "grouped_mm": "If these are experts of transformers, set config._experts_implementation = "
     "'batched_mm' and capture again.",
@@ -67,7 +69,9 @@ def reexport(program: Program, example: Mapping[str, Tensor]) -> Exported:
             program.module, (), dict(example), dynamic_shapes=shapes, strict=False
         )
     except Exception as error:
-        raise ExportError(f"re-export fails: {type(error).__name__}: {error}") from error
+        reason, line = str(error).strip().splitlines() or [""], line_of(str(error))
+        place = f" (at {line})" if line else ""
+        raise ExportError(f"re-export fails: {type(error).__name__}: {reason[0]}{place}") from error
     symbols: dict[str, str] = {}
     values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
     for spec in program.spec.inputs:
@@ -169,7 +173,7 @@ def line_of(trace: str) -> str:
 @contextlib.contextmanager
 def silence() -> Generator[None]:
     """torch.onnx narrates; what matters comes back as errors."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(n) for n in _NARRATORS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
