@@ -11,15 +11,17 @@ from typing import Any, TypeVar, Union
 
 import onnxscript
 import torch
-from onnxscript import opset18 as op
+from onnxscript import values
 from onnxscript.onnx_types import DOUBLE, FLOAT, FLOAT16, INT32, INT64
+
+op: Any = onnxscript.opset18
 
 Floats = TypeVar("Floats", bound=Union[FLOAT, FLOAT16, DOUBLE])  # noqa: UP007
 Ends = TypeVar("Ends", bound=Union[INT32, INT64])  # noqa: UP007
 
 
-@onnxscript.script(onnxscript.values.Opset("peftfx", 1), default_opset=op)
-def grouped_product(x: Floats, matrices: Floats, ends: Ends) -> Floats:
+@onnxscript.script(values.Opset("peftfx", 1), default_opset=op)
+def grouped_product(x: Floats, matrices: Floats, ends: Ends) -> Floats:  # pyright: ignore[reportInvalidTypeVarUse]
     """Rows `ends[i - 1]` to `ends[i]` of x times matrix i; zeros behind the last end.
 
     Args:
@@ -35,16 +37,18 @@ def grouped_product(x: Floats, matrices: Floats, ends: Ends) -> Floats:
     stops = op.Cast(ends, to=7)
     starts = op.Concat(axis, op.Slice(stops, axis, last), axis=0)
     groups = op.Squeeze(op.Shape(stops))
-    parts = op.SequenceEmpty()
+    zero = op.CastLike(op.Constant(value_float=0.0), x)
+    columns = op.Shape(matrices, start=2, end=3)
+    # An empty part, which has the dtype; an empty sequence would be one of float32.
+    parts = op.SequenceConstruct(op.Expand(zero, op.Concat(axis, columns, axis=0)))
     for i in range(groups):
         start = op.Unsqueeze(op.Gather(starts, i), axis)
         stop = op.Unsqueeze(op.Gather(stops, i), axis)
         part = op.MatMul(op.Slice(x, start, stop, axis), op.Gather(matrices, i))
         parts = op.SequenceInsert(parts, part)
     behind = op.Sub(op.Shape(x, start=0, end=1), op.Gather(stops, last))
-    shape = op.Concat(behind, op.Shape(matrices, start=2, end=3), axis=0)
-    zero = op.CastLike(op.Constant(value_float=0.0), x)
-    parts = op.SequenceInsert(parts, op.Expand(zero, shape))
+    rest = op.Expand(zero, op.Concat(behind, columns, axis=0))
+    parts = op.SequenceInsert(parts, rest)
     return op.ConcatFromSequence(parts, axis=0)
 
 

@@ -20,7 +20,8 @@ def test_grouped_products(tmp_path: Path) -> None:
     """Also where a group has no row, and rows are left behind the last one."""
     from peftfx.exporters.onnx_operators import grouped_product
 
-    proto = grouped_product.to_model_proto(ir_version=10)
+    function: Any = grouped_product
+    proto = function.to_model_proto(ir_version=10)
     for info, kind in zip((*proto.graph.input, *proto.graph.output), (1, 1, 6, 1), strict=True):
         info.type.tensor_type.elem_type = kind
     onnx.save(proto, str(tmp_path / "g.onnx"))
@@ -43,6 +44,33 @@ def test_experts_of_transformers(zoo: Any, tmp_path: Path) -> None:
     stored = {i.name: i.dims for i in onnx.load(str(report.path)).graph.initializer}
     experts = [n for n, dims in stored.items() if len(dims) == 3]
     assert report.error <= 1e-5 and experts and set(experts) <= set(report.transposed)
+
+
+class Experts(nn.Module):
+    """One of three experts for each token, as transformers computes it in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.stack = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 16)
+        chosen = self.gate(rows).argmax(-1)
+        order = chosen.argsort()
+        ends = (chosen[:, None] == torch.arange(3)).sum(0).cumsum(0).int()
+        y = torch._grouped_mm(rows[order], self.stack.transpose(1, 2), offs=ends)
+        return y[order.argsort()].view(x.shape)
+
+
+def test_bfloat16_experts_go_out_in_float32(tmp_path: Path) -> None:
+    """torch traces their product in bfloat16 only."""
+    pytest.importorskip("transformers.integrations.moe")
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16).bfloat16()
+    program = peftfx.capture(Experts().bfloat16().eval(), (x,))
+    report = peftfx.export_onnx(program, tmp_path / "m.onnx", opset=20, dtype=torch.float32)
+    assert report.error <= 1e-5 and "stack" in report.transposed
 
 
 class Odd(nn.Module):
