@@ -8,16 +8,12 @@ with padding. What differs by more than the tolerance is an error and leaves no 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import logging
-import re
-import warnings
+import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -26,19 +22,31 @@ from ..rewriter.capture.probes import probes
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
-from ..rewriter.errors import ArtifactError, ExportError, MetaTensorError, NonFiniteError
-from ..rewriter.fingerprint import require_unchanged
+from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.program import Program
-from ..rewriter.running.verify import evaluation, is_meta
+from ..rewriter.running.verify import bound, evaluation, is_meta
 from ..rewriter.sharded import require_whole
-from ..rewriter.storage.files import new_file
+from ..rewriter.storage.leftovers import clean, temporary
+from .onnx_parity import gap, masks_of, padded, require, session
+from .onnx_precision import (
+    HALF,
+    ROUNDINGS,
+    TOLERANCE,
+    check_target,
+    converted,
+    dtypes_of,
+    floor_of,
+    in_dtype,
+)
 from .onnx_quantised import LAYOUT, translations
+from .onnx_translate import Exported, reexport, rename_sizes, silence, translate
 
 OPSETS = (24, 20)
 """Tried in order: 24 has a real Attention operator; 20 runs on older runtimes."""
 
 LIMIT = 1_800_000_000
-"""Largest model in bytes; one protobuf file cannot hold more than 2 GB."""
+"""Bytes of stored tensors in one file; beyond, they go to a data file beside it, because one
+protobuf file cannot hold more than 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,16 @@ class OnnxReport:
         path: the file.
         opset: its operator set.
         nodes: number of graph nodes.
-        size: bytes.
+        size: bytes, with the data file.
         inputs, outputs: names.
         parity: {"batch=2, sequence=12": largest difference relative to the largest output}, for
             all sizes that were run; the key is `fixed sizes` where none is dynamic.
+        tolerance: the largest difference that was allowed.
+        transposed: stored tensors whose axes are permuted, because products read them so; the
+            file's metadata lists them, too.
+        data: the file beside it that holds the large tensors, if they are not inside.
+        rounding: where `dtype` was given: how far the program in that dtype is from the program
+            itself, relative to the largest output.
         limits: what the program's spec says of sizes: ranges, relations and fixed ones; the file
             has them as its metadata `peftfx.limits`.
     """
@@ -64,6 +78,10 @@ class OnnxReport:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     parity: Mapping[str, float]
+    tolerance: float = TOLERANCE
+    transposed: tuple[str, ...] = ()
+    data: Path | None = None
+    rounding: float | None = None
     limits: tuple[str, ...] = ()
 
     @property
@@ -79,19 +97,29 @@ class OnnxReport:
         return "; ".join((text, *self.limits))
 
 
-def require(name: str) -> Any:
-    """Imports an optional package.
+@dataclass(frozen=True)
+class _Prepared:
+    """A program ready to be translated, to any operator set.
 
-    Raises:
-        ExportError: it is not installed; says how to get it.
+    Attributes:
+        program: the fork that is exported, in the dtype that was asked for.
+        exported: its graph.
+        outputs: names of its outputs.
+        masks: for each, the input that says which rows are padding.
+        table: translations that torch.onnx lacks.
+        wide: the same program in float32, if it computes in half precision.
+        tolerance: the difference allowed in any case.
+        rounding: see `OnnxReport`.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(
-            f"ONNX export needs the package {name!r}: pip install 'peftfx[onnx]' "
-            "(or 'peftfx[onnx-gpu]', never both)."
-        ) from error
+
+    program: Program
+    exported: Exported
+    outputs: tuple[str, ...]
+    masks: tuple[str | None, ...]
+    table: Mapping[Any, Any]
+    wide: Program | None
+    tolerance: float
+    rounding: float | None
 
 
 def export_onnx(
@@ -99,94 +127,174 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
+    limit: int = LIMIT,
 ) -> OnnxReport:
     """Writes a program, folded or not, as one ONNX file and verifies it in ONNX Runtime.
+
+    Stored tensors keep their names. Matrices lie as products read them, `[in, out]`
+    (`OnnxReport.transposed`), so that ONNX Runtime's quantisers find them; a matrix that is also
+    an embedding table stays as it is. `quantize_dynamic` takes the Attention operator of opset 23
+    and later for another one: give it `op_types_to_quantize=["MatMul"]`, or export with opset 20.
 
     Args:
         program: not changed; its mode is irrelevant (evaluation is exported).
         path: of the file; replaced atomically.
         opset: operator set; the newest of `OPSETS` that passes by default.
-        tolerance: largest difference allowed, relative to the largest output.
+        tolerance: largest difference allowed, relative to the largest output (default: 1e-5; in
+            half precision what the program's own rounding explains, measured against the same
+            graph in float32).
+        dtype: torch.float32 or torch.float16: what half precision in the program becomes. The
+            program in that dtype is what ONNX Runtime has to agree with, and has itself to agree
+            with the program as far as its rounding goes.
+        limit: bytes; larger weights go to `<name>.<hash>.data` beside the file, which refers to it
+            by that name.
 
     Raises:
         ExportError: an operator has no translation, the checker or ONNX Runtime refuses the
             file, or results differ; no file is left and an old one is kept.
+        NonFiniteError: a stored value is NaN or infinite, or becomes so in `dtype`.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         require(name)
     require_whole(program.module, "export_onnx")
-    require_unchanged(program)
     if is_meta(program):
         raise MetaTensorError("parameters are on the meta device; load weights before exporting.")
     for name, parameter in program.module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"{name} holds NaN or infinity; nothing was exported.")
-    size = sum(t.numel() * t.element_size() for t in program.module.state_dict().values())
-    if size > LIMIT:
-        raise ExportError(
-            f"the parameters take {size / 1e9:.1f} GB; one ONNX file holds {LIMIT / 1e9:.1f} GB. "
-            "Export in bfloat16 or quantise first."
-        )
-    newest: int = require("onnx").defs.onnx_opset_version()
-    if opset is not None and not 1 <= opset <= newest:
-        raise ExportError(
-            f"there is no opset {opset}: the newest that is known here is {newest}. Choose "
-            f"{' or '.join(map(str, OPSETS))}, or leave it out."
-        )
     path = Path(path)
     if not path.parent.is_dir():
         raise ExportError(f"the folder {path.parent} does not exist.")
-    failures: list[str] = []
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; give the name of a file.")
+    _check_opset(opset)
+    prepared = _prepare(program, dtype)
+    failures: dict[str, int] = {}
+    last: ExportError | None = None
     for version in (opset,) if opset is not None else OPSETS:
         try:
-            return _attempt(program, path, version, tolerance)
+            return _attempt(prepared, path, version, tolerance, limit)
         except ExportError as error:
-            failures.append(f"opset {version}: {error}")
-    raise ExportError("the program cannot be exported. " + " | ".join(failures))
+            failures.setdefault(str(error), version)
+            last = error
+    texts = [f"opset {version}: {text}" for text, version in failures.items()]
+    raise ExportError("the program cannot be exported. " + " | ".join(texts)) from last
 
 
-def _attempt(program: Program, path: Path, opset: int, tolerance: float) -> OnnxReport:
-    onnx: Any = require("onnx")
+def _check_opset(opset: int | None) -> None:
+    newest = require("onnx").defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise ExportError(f"there is no opset {opset}; the onnx package installed has 1..{newest}.")
+
+
+def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
     fork = program.fork()
     plain = Editor(fork)
     restore_deltas(plain)
     quantised = repack(plain, LAYOUT)
     plain.finish()
+    dtypes = dtypes_of(fork)
+    check_target(dtypes, dtype)
     names = _output_names(fork)
-    with evaluation(fork), _silence():
-        exported, symbols = _reexport(fork)
-        table = translations() if quantised else None
-        model = _translate(exported, opset, fork.spec.names, names, table)
-    _rename_sizes(model, symbols)
-    for text in fork.spec.limits[:1]:
-        note = model.metadata_props.add()
-        note.key, note.value = "peftfx.limits", "; ".join((text, *fork.spec.limits[1:]))
+    rounding = None
+    if dtype is not None and dtypes & set(HALF) - {dtype}:
+        original, fork = fork, in_dtype(fork, dtype)
+        rounding = _conversion(original, fork, names, dtype)
+        dtypes = dtypes - set(HALF) | {dtype}
+    wide = in_dtype(fork, torch.float32) if dtypes & set(HALF) else None
+    with evaluation(fork), silence():
+        exported = reexport(fork, next(iter(_feeds(fork).values())))
+    from .onnx_operators import operators  # needs onnxscript
+
+    table = {**operators(), **(translations() if quantised else {})}
+    masks = masks_of(fork, exported)
+    return _Prepared(fork, exported, names, masks, table, wide, floor_of(dtypes), rounding)
+
+
+def _conversion(
+    program: Program, other: Program, names: Sequence[str], dtype: torch.dtype
+) -> float:
+    """How far a program in another dtype is from the program, of the largest output."""
+    worst = 0.0
+    for feed in _feeds(program).values():
+        want = _outputs(program, feed)
+        got = _computed(other, converted(feed, dtype), dtype)
+        for name, w, g in zip(names, want, got, strict=True):
+            if w.is_floating_point():
+                worst = max(worst, gap(name, w, g, None))
+    allowed = bound(program, {"max_rel": worst})
+    if not worst <= allowed:
+        raise ExportError(
+            f"in {dtype} the program differs from itself by {worst:.3g} of the largest output; "
+            f"its own rounding explains {allowed:.3g}. Its values leave the range of {dtype}, or "
+            "it depends on its dtype: capture the model in the dtype that it is to have."
+        )
+    return worst
+
+
+def _outputs(program: Program, feed: Mapping[str, Tensor]) -> list[Tensor]:
+    with evaluation(program):
+        leaves = pytree.tree_leaves(program.module(**feed))
+    return [t for t in leaves if isinstance(t, Tensor)]
+
+
+def _computed(other: Program, feed: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
     try:
-        with new_file(path) as fresh:
-            onnx.save_model(model, str(fresh))
-            parity = _verify(fork, str(fresh), names, tolerance)
-    except ArtifactError as error:
-        raise ExportError(str(error)) from error
-    nodes = len(model.graph.node)
-    size, limits = path.stat().st_size, fork.spec.limits
-    return OnnxReport(path, opset, nodes, size, fork.spec.names, names, parity, limits)
+        return _outputs(other, feed)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise ExportError(
+            f"the program cannot be computed in {dtype}: {reason[0]} Capture the model in it "
+            f"(peftfx.capture(model, ..., dtype={dtype})), or give a tolerance, if none is given."
+        ) from error
+
+
+def _attempt(
+    prepared: _Prepared, path: Path, opset: int, tolerance: float | None, limit: int
+) -> OnnxReport:
+    from . import onnx_weights as weights  # needs onnx
+
+    onnx: Any = require("onnx")
+    inputs, outputs = prepared.program.spec.names, prepared.outputs
+    with silence():
+        model = translate(prepared.exported, opset, inputs, outputs, prepared.table)
+    transposed = weights.store_as_read(model)
+    weights.strip(model)
+    with _folder_beside(path) as folder:
+        data = None
+        if weights.size_of(model) > limit:
+            data = path.parent / weights.externalise(model, folder, path.name).name
+        proto = weights.to_proto(model)
+        rename_sizes(proto, prepared.exported.symbols)
+        if limits := prepared.program.spec.limits:
+            note = proto.metadata_props.add()
+            note.key, note.value = "peftfx.limits", "; ".join(limits)
+        onnx.save_model(proto, str(folder / path.name))
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        parity, allowed = _verify(prepared, str(folder / path.name), tolerance)
+        weights.place(folder, path)
+    nodes = len(proto.graph.node)
+    return OnnxReport(
+        path, opset, nodes, size, inputs, outputs, parity, allowed, transposed, data,
+        prepared.rounding, limits,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _silence() -> Generator[None]:
-    """torch.onnx narrates; what matters comes back as errors."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _folder_beside(path: Path) -> Generator[Path]:
+    """A folder on the same disk that is gone afterwards."""
+    try:
+        clean(path.parent)
+        folder = temporary(path, "new")
+        folder.mkdir()
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
+            yield folder
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}.") from error
 
 
 def _sizes(program: Program) -> list[dict[str, int]]:
@@ -194,9 +302,18 @@ def _sizes(program: Program) -> list[dict[str, int]]:
     return probes(program.spec, program.spec.sizes_of(program.sample))
 
 
+def _feeds(program: Program) -> dict[str, dict[str, Tensor]]:
+    """Example inputs at those sizes, by what they are called in the report."""
+    return {
+        ", ".join(f"{n}={size}" for n, size in sizes.items()) or "fixed sizes":
+            program.spec.resize(program.sample, **sizes)
+        for sizes in _sizes(program)
+    }  # fmt: skip
+
+
 def _output_names(program: Program) -> tuple[str, ...]:
     with evaluation(program):
-        output = program.module(**program.spec.resize(program.sample, **_sizes(program)[0]))
+        output = program.module(**next(iter(_feeds(program).values())))
     names: list[str] = []
     for path, leaf in pytree.tree_flatten_with_path(output)[0]:
         if isinstance(leaf, Tensor):
@@ -210,137 +327,45 @@ def _key(part: Any) -> str:
     return str(next(found, ""))
 
 
-def _reexport(program: Program) -> tuple[Any, dict[str, str]]:
-    example = program.spec.resize(program.sample, **_sizes(program)[0])
-    try:
-        exported = torch.export.export(
-            program.module, (), example, dynamic_shapes=program.spec.dynamic_shapes(), strict=False
-        )
-    except Exception as error:
-        raise ExportError(f"re-export fails: {type(error).__name__}: {error}") from error
-    symbols: dict[str, str] = {}
-    held = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
-    for spec in program.spec.inputs:
-        value = held.get(spec.name)
-        held_shape: tuple[Any, ...] = tuple(value.shape) if value is not None else ()
-        for size, label in zip(held_shape, spec.shape, strict=False):
-            if isinstance(label, str) and not isinstance(size, int):
-                symbols[str(size)] = label
-    return exported, symbols
-
-
-def _translate(
-    exported: Any, opset: int, inputs: Sequence[str], outputs: Sequence[str], table: Any
-) -> Any:
-    try:
-        # Unoptimised keeps original parameter names; the runtime folds transposes as it loads.
-        result: Any = torch.onnx.export(
-            exported,
-            (),
-            None,
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            custom_translation_table=table,
-        )
-        return result.model_proto
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"translation fails: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
-
-
-def _rename_sizes(model: Any, symbols: Mapping[str, str]) -> None:
-    graph = model.graph
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = re.sub(
-                    r"\bs\d+\b", lambda m: symbols.get(m[0], m[0]), dim.dim_param
-                )
-
-
-def session(path: str | Path, threads: int = 0) -> Any:
-    """A CPU session of ONNX Runtime.
-
-    Raises:
-        ExportError: the runtime refuses the file.
-    """
-    ort: Any = require("onnxruntime")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime refuses {path}: {error}") from error
-
-
 def _verify(
-    program: Program, path: str, names: Sequence[str], tolerance: float
-) -> dict[str, float]:
+    prepared: _Prepared, path: str, tolerance: float | None
+) -> tuple[dict[str, float], float]:
+    """The parity at each size, and the largest difference that was allowed."""
     onnx: Any = require("onnx")
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:
         raise ExportError(f"the ONNX checker refuses the model: {error}") from error
     running = session(path)
+    program, names, masks = prepared.program, prepared.outputs, prepared.masks
     wanted = {i.name for i in running.get_inputs()}
     parity: dict[str, float] = {}
-    for sizes in _sizes(program):
-        key = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "fixed sizes"
-        feed = _padded(program.spec.resize(program.sample, **sizes))
+    limits: list[float] = []
+    for key, example in _feeds(program).items():
+        feed = padded(example, masks)
         arrays = {n: t.cpu().numpy() for n, t in feed.items() if n in wanted}
         try:
             found = running.run(None, arrays)
         except Exception as error:
             raise ExportError(f"ONNX Runtime fails at {key}: {error}") from error
-        with evaluation(program):
-            leaves = pytree.tree_leaves(program.module(**feed))
-        expected = [t for t in leaves if isinstance(t, Tensor)]
-        parity[key] = max(
-            (_gap(name, e, f, feed) for name, e, f in zip(names, expected, found, strict=True)),
-            default=0.0,
-        )
-        if not parity[key] <= tolerance:
+        expected = _outputs(program, feed)
+        padding = [None if m is None else feed[m] for m in masks]
+        parity[key] = _worst(names, expected, found, padding)
+        limits.append(prepared.tolerance if tolerance is None else tolerance)
+        if tolerance is None and prepared.wide is not None:
+            wide = _computed(prepared.wide, converted(feed, torch.float32), torch.float32)
+            limits[-1] = max(limits[-1], ROUNDINGS * _worst(names, wide, expected, padding))
+        if not parity[key] <= limits[-1]:
             raise ExportError(
                 f"ONNX Runtime differs by {parity[key]:.3g} of the largest output at {key}; "
-                f"allowed is {tolerance:.3g}."
+                f"allowed is {limits[-1]:.3g}."
             )
-    return parity
+    return parity, max(limits)
 
 
-def _mask(feed: Mapping[str, Tensor]) -> Tensor | None:
-    return next((t for n, t in feed.items() if "mask" in n and t.dim() == 2), None)
-
-
-def _padded(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks the last two tokens of the first of several rows."""
-    mask = _mask(feed)
-    if mask is None or mask.shape[0] < 2 or mask.shape[1] < 4 or mask.is_floating_point():
-        return feed
-    name = next(n for n, t in feed.items() if t is mask)
-    padded = mask.clone()
-    padded[0, -2:] = 0
-    return {**feed, name: padded}
-
-
-def _gap(name: str, expected: Tensor, found: Any, feed: Mapping[str, Tensor]) -> float:
-    """Largest difference relative to the largest value, on rows that are not padding."""
-    got = torch.from_numpy(np.asarray(found))
-    want = expected.detach().cpu()
-    if got.shape != want.shape:
-        raise ExportError(f"output {name!r} is {tuple(got.shape)}, expected {tuple(want.shape)}.")
-    mask = _mask(feed)
-    if mask is not None and want.dim() >= 2 and want.shape[:2] == mask.shape:
-        got, want = got[mask.bool()], want[mask.bool()]
-    if not want.numel():
-        return 0.0
-    if not want.is_floating_point():
-        return 0.0 if torch.equal(got, want) else float("inf")
-    gap = float((got.double() - want.double()).abs().max())
-    return gap / max(float(want.double().abs().max()), 1e-30)
+def _worst(
+    names: Sequence[str], want: Sequence[Tensor], got: Sequence[Any],
+    padding: Sequence[Tensor | None],
+) -> float:  # fmt: skip
+    items = zip(names, want, got, padding, strict=True)
+    return max((gap(*item) for item in items), default=0.0)

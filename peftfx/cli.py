@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -184,11 +185,17 @@ def export(options: Any) -> Any:
 
     program = _program(options, options.passes)
     with progress(options, "exporting to ONNX and running it"):
-        report = export_onnx(program, options.out, opset=options.opset)
+        report = export_onnx(
+            program, options.out, opset=options.opset, tolerance=options.tolerance,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+        )  # fmt: skip
     _say(options, str(report))
+    if report.data is not None:
+        _say(options, f"its weights are in {report.data}; keep the two together")
     return {
         "out": str(report.path), "opset": report.opset, "nodes": report.nodes,
-        "bytes": report.size, "parity": dict(report.parity),
+        "bytes": report.size, "parity": dict(report.parity), "tolerance": report.tolerance,
+        "data": str(report.data) if report.data else None, "rounding": report.rounding,
     }  # fmt: skip
 
 
@@ -310,6 +317,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--adapter", help="a saved adapter to load first")
     command.add_argument("--out", required=True, help="the ONNX file")
     command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
+    about = "difference allowed, of the largest output (default: 1e-5, more in half precision)"
+    command.add_argument("--tolerance", type=float, help=about)
+    about = "what half precision in the model becomes (bfloat16 runs in no CPU runtime)"
+    command.add_argument("--dtype", choices=["float32", "float16"], help=about)
     add("passes", passes, "list the passes")
     command = add("methods", list_methods, "list the methods, with what they train on a model")
     command.add_argument("model", nargs="?", help="a model directory, or module:function")

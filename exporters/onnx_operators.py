@@ -1,0 +1,74 @@
+"""Operators that `torch.onnx` has no translation for, written in ONNX operators.
+
+A grouped product (the experts of transformers 5) becomes a loop over groups, each a product of a
+slice of the rows: no more work than in torch, and the stack of matrices stays one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, Union
+
+import onnxscript
+import torch
+from onnxscript import values
+from onnxscript.onnx_types import DOUBLE, FLOAT, FLOAT16, INT32, INT64
+
+op: Any = onnxscript.opset18
+
+Floats = TypeVar("Floats", bound=Union[FLOAT, FLOAT16, DOUBLE])  # noqa: UP007
+Ends = TypeVar("Ends", bound=Union[INT32, INT64])  # noqa: UP007
+
+
+@onnxscript.script(values.Opset("peftfx", 1), default_opset=op)
+def grouped_product(x: Floats, matrices: Floats, ends: Ends) -> Floats:  # pyright: ignore[reportInvalidTypeVarUse]
+    """Rows `ends[i - 1]` to `ends[i]` of x times matrix i; zeros behind the last end.
+
+    Args:
+        x: `[rows, in]`.
+        matrices: `[groups, in, out]`.
+        ends: `[groups]`, rising.
+
+    Returns:
+        `[rows, out]`.
+    """
+    axis = op.Constant(value_ints=[0])
+    last = op.Constant(value_ints=[-1])
+    stops = op.Cast(ends, to=7)
+    starts = op.Concat(axis, op.Slice(stops, axis, last), axis=0)
+    groups = op.Squeeze(op.Shape(stops))
+    zero = op.CastLike(op.Constant(value_float=0.0), x)
+    columns = op.Shape(matrices, start=2, end=3)
+    # An empty part, which has the dtype; an empty sequence would be one of float32.
+    parts = op.SequenceConstruct(op.Expand(zero, op.Concat(axis, columns, axis=0)))
+    for i in range(groups):
+        start = op.Unsqueeze(op.Gather(starts, i), axis)
+        stop = op.Unsqueeze(op.Gather(stops, i), axis)
+        part = op.MatMul(op.Slice(x, start, stop, axis), op.Gather(matrices, i))
+        parts = op.SequenceInsert(parts, part)
+    behind = op.Sub(op.Shape(x, start=0, end=1), op.Gather(stops, last))
+    rest = op.Expand(zero, op.Concat(behind, columns, axis=0))
+    parts = op.SequenceInsert(parts, rest)
+    return op.ConcatFromSequence(parts, axis=0)
+
+
+def _grouped_mm(
+    x: Any, matrices: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    if offs is None or bias is not None or out_dtype is not None:
+        raise NotImplementedError("only with offsets, without bias and out_dtype")
+    if len(x.shape) != 2 or len(matrices.shape) != 3:
+        raise NotImplementedError("only for rows [rows, in] and matrices [groups, in, out]")
+    return grouped_product(x, matrices, offs)
+
+
+def operators() -> Mapping[Any, Callable[..., Any]]:
+    """A table for `torch.onnx.export(custom_translation_table=...)`, of the operators that this
+    process knows."""
+    names = {"aten": "_grouped_mm", "transformers": "grouped_mm_fallback"}
+    table: dict[Any, Callable[..., Any]] = {}
+    for space, name in names.items():
+        operator = getattr(getattr(torch.ops, space), name, None)
+        if operator is not None:
+            table[operator.default] = _grouped_mm
+    return table
