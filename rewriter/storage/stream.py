@@ -24,7 +24,7 @@ from ..edits.compose import fold_ready
 from ..edits.edit import Editor
 from ..edits.fold import Folding, by_weight, fold_weight
 from ..edits.quantised import quantised_calls
-from ..edits.trained import ITSELF
+from ..edits.trained import ITSELF, train_only
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..module import copy_modes, device_of, outside_inference
 from ..program import Program
@@ -87,8 +87,7 @@ def load_weights(
         for canonical, name in names.items():
             tensor = checkpoint.mapped(name).to(place)
             if canonical in parameters:
-                trains = canonical in mine
-                set_attribute(gm, canonical, nn.Parameter(tensor, trains))
+                set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
             elif canonical in held:
                 set_attribute(gm, canonical, tensor.clone())
             if canonical in extras:
@@ -106,6 +105,9 @@ def load_weights(
         )
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample)
+    if mine:
+        current = current.fork()  # the base stays as the checkpoint has it
+        train_only(current, mine)
     copy_modes(program.module, current.module)
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
