@@ -29,7 +29,8 @@ class CapturedModule(GraphModule):
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
         if own_attribute(root, "device") is not None:  # every instance has a class of its own
-            type(self).device = property(lambda me: own_attribute(me, "device"))
+            kind: Any = type(self)
+            kind.device = property(lambda me: own_attribute(me, "device"))
         super().__init__(root, graph, class_name)
 
     def _deepcopy_init(self) -> Callable[..., None]:

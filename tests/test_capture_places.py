@@ -124,7 +124,8 @@ def test_plain_integers_that_a_forward_decodes_are_captured() -> None:
             self.head = nn.Linear(16, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(x @ ((self.codes.float() - 128) * self.scale).T)
+            scale: Any = self.scale
+            return self.head(x @ ((self.codes.float() - 128) * scale).T)
 
     model = Decodes().eval()
     program = peftfx.run(peftfx.capture(model, (X,)), "lora{rank=2,where='name:head'}")

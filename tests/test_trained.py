@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftfx
@@ -73,11 +74,19 @@ def test_a_chosen_head_trains_through_every_pass(tmp_path: Path) -> None:
     for index, one in enumerate((program, more, folded)):
         folder = tmp_path / str(index)
         peftfx.save(one, folder)
-        for target in (chosen_head(), Classifier().eval(), peftfx.capture(Classifier(), (X,))):
+        frozen = Classifier().eval().requires_grad_(False)
+        for target in (
+            chosen_head(),
+            frozen,
+            Classifier().eval(),
+            peftfx.capture(Classifier(), (X,)),
+            peftfx.capture(frozen, (X,)),
+        ):
             again = peftfx.load(target, folder)
             torch.testing.assert_close(again.eval()(X), one(X), rtol=0, atol=0)
             assert base_trained(again) == base_trained(one)
             again.verify()
+        assert all(torch.equal(t, model.state_dict()[n]) for n, t in frozen.state_dict().items())
     peftfx.save(more, tmp_path / "some", adapters=["ia3"])
     some = peftfx.load(Classifier().eval(), tmp_path / "some")
     torch.testing.assert_close(some(X), more.only(("ia3",))(X), rtol=0, atol=0)
@@ -207,3 +216,21 @@ def test_batch_statistics_go_with_the_adapters(tmp_path: Path) -> None:
     peftfx.save(program.without("b"), tmp_path / "b")
     assert torch.equal(peftfx.load(model, tmp_path / "b")(X), program.without("b")(X))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_choice_on_a_hollow_model(tmp_path: Path) -> None:
+    real = Classifier().eval()
+    save_file(real.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        hollow = Classifier().eval().requires_grad_(False)
+    hollow.head.requires_grad_(True)
+    program = peftfx.capture(hollow, (X,))
+    for loaded in (
+        peftfx.load_weights(program, tmp_path),
+        peftfx.load_weights(peftfx.run(program, "lora{rank=2,where=name:up}"), tmp_path),
+    ):
+        assert base_trained(loaded) == set(HEAD)
+        torch.testing.assert_close(loaded(X), real(X))
+        trained = moved(loaded)
+        peftfx.save(trained, tmp_path / "a")
+        assert torch.equal(peftfx.load(real, tmp_path / "a")(X), trained(X))

@@ -27,7 +27,7 @@ class Train(Method):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts", "embedding", "norm")
 
     bias: bool = True
-    where: str = "head"
+    where: str = "head|norm"
 
     def insert(
         self, edit: Editor, site: LinearSite | ConvSite | ExpertsSite | EmbeddingSite | NormSite

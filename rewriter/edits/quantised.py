@@ -209,7 +209,9 @@ def quantise_weight(
         compose(edit.program, edit.node(name), site.weight)  # a lowered call becomes a linear
     nodes = site_nodes(gm)
     calls = [nodes[name] for name in site.nodes]
-    if reason := _obstacle(gm, site, calls):
+    trained = any(site.weight in names for names in edit.program.owned.values())
+    reason = f"{site.weight} trains as it is" if trained else _obstacle(gm, site, calls)
+    if reason:
         edit.skip(site, reason)
         return False
     dense = weight.dense()

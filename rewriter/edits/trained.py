@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..aten import set_attribute
 from ..errors import PassError
 from ..sites.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, Site
 
@@ -60,7 +61,9 @@ def train_only(program: Program, names: Sequence[str]) -> None:
     for name in names:
         if name not in base:
             raise PassError(f"{name!r}, which was trained, is no parameter of this program.")
-        base[name].requires_grad_(True)
+        if not base[name].requires_grad:  # frozen storage is shared
+            fresh = nn.Parameter(base[name].detach().clone())
+            set_attribute(program.module, name, fresh)
     for name, parameter in base.items():
         if name not in owned:
             parameter.requires_grad_(False)

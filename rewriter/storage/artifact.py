@@ -53,8 +53,7 @@ _KEYS = {
     "inputs": dict, "versions": dict,
 }  # fmt: skip
 _SINCE_2 = {"trained": list, "updated": list, "dtype": (str, type(None))}
-"""Names of base parameters that the user trains himself, and of what forwards updated (batch
-statistics); the dtype asked of `capture`."""
+"""What the user trains himself, what forwards updated, and the dtype asked of `capture`."""
 
 _STEP_KEYS = {
     "pass": str, "adapter": (str, type(None)), "decisions": dict, "edited": list, "skipped": list,
@@ -178,11 +177,9 @@ class Artifact:
     base: Mapping[str, str]
     spec: InputSpec
     trained: tuple[str, ...] = ()
-    """Parameters of the base that the user trains himself."""
     updated: tuple[str, ...] = ()
-    """Tensors of the base that forwards had updated."""
     dtype: torch.dtype | None = None
-    """What the base was captured in, if it was asked for."""
+    """See `_SINCE_2`."""
 
 
 def read(directory: str | Path) -> Artifact:
@@ -227,8 +224,7 @@ def _read(folder: Folder) -> Artifact:
         for index, (item, plan, said) in enumerate(steps)
     ]
     names = tuple(manifest["adapters"])
-    trained = tuple(str(n) for n in manifest.get("trained", ()))
-    updated = tuple(str(n) for n in manifest.get("updated", ()))
+    trained, updated = (tuple(map(str, manifest.get(k, ()))) for k in ("trained", "updated"))
     dtype = _dtype(manifest.get("dtype"), where)
     hashes = base["root"], base["tensors"]
     return Artifact(names, tuple(steps), tensors, *hashes, spec, trained, updated, dtype)

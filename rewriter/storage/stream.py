@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..aten import set_attribute
 from ..capture.placement import relocate, still_hollow
 from ..edits.fold import warn_of
-from ..edits.trained import ITSELF
+from ..edits.trained import ITSELF, train_only
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..fingerprint import Fingerprints, require_unchanged, take
 from ..module import copy_modes, device_of, outside_inference
@@ -87,8 +87,7 @@ def load_weights(
         for canonical, name in names.items():
             tensor = checkpoint.mapped(name).to(place)
             if canonical in parameters:
-                trains = canonical in mine
-                set_attribute(gm, canonical, nn.Parameter(tensor, trains))
+                set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
             elif canonical in held:
                 set_attribute(gm, canonical, tensor.clone())
             if canonical in extras:
@@ -107,6 +106,9 @@ def load_weights(
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
     current.prints = take(current, values=False)
+    if mine:
+        current = current.fork()  # the base stays as the checkpoint has it
+        train_only(current, mine)
     copy_modes(program.module, current.module)
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import SelectorError
+from peftfx.rewriter.errors import PassError, SelectorError
 
 from ..models import batch, first, randomise
 from .common import check
@@ -106,3 +106,6 @@ def test_what_is_shared_and_what_cannot_train_is_said() -> None:
     both = peftfx.run(base, "peqa{where='name:mid',group=8};train{where='name:mid|name:head'}")
     assert [site for site, _ in both.history[-1].skipped] == ["mid.weight"]
     assert "no floating-point parameter" in str(both.history[-1])
+    turned = peftfx.run(base, "train{where='name:mid'}")
+    with pytest.raises(PassError, match=r"mid.weight trains as it is"):
+        peftfx.run(turned, "peqa{where='name:mid',group=8}")
