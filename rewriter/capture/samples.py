@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from ..aten import output_node, placeholders, shape
 from ..running.verify import TOLERANCE, gaps
-from ..sharded import whole
+from ..sharded import Gathering, whole
 from ..sites.sites import AttentionSite, MixerSite, Site
 from .probes import fit
 from .spec import InputSpec, TensorInput
@@ -133,7 +133,7 @@ class Values:
         return recorder.kept
 
 
-class _Recorder(Interpreter):
+class _Recorder(Gathering):
     """Keeps the floating-point values of some nodes."""
 
     def __init__(self, gm: GraphModule, names: Collection[str]) -> None:
