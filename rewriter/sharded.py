@@ -74,7 +74,7 @@ def whole_module(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-class _Gathering(Interpreter):
+class Gathering(Interpreter):
     """Runs a graph over sharded parameters: each is gathered at each use and dropped again."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -99,7 +99,7 @@ def outputs(gm: GraphModule, inputs: Mapping[str, Tensor]) -> Any:
         return gm(**inputs)
     given = [inputs[name] for name in placeholders(gm)]
     with torch.no_grad():
-        return _Gathering(gm).run(*given, enable_io_processing=False)
+        return Gathering(gm).run(*given, enable_io_processing=False)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

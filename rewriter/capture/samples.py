@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from ..aten import output_node, placeholders, shape
 from ..running.verify import TOLERANCE, gaps
+from ..sharded import Gathering, whole
 from ..sites.sites import AttentionSite, MixerSite, Site
 from .probes import fit
 from .spec import InputSpec, TensorInput
@@ -57,11 +58,12 @@ class Values:
         example = {n: max(2, s) for n, s in self.spec.sizes_of(self.sample).items()}
         sizes = fit(self.spec, {**example, label: _PLACES})
         if sizes is None or sizes[label] < 2:
-            return None
+            return self._attended(label)
         inputs = self.spec.resize(self.sample, **sizes)
         axes = {n: self._axes(node, label) for n, node in self.nodes.items()}
         given = {i.name: [a for a, s in enumerate(i.shape) if s == label] for i in self.spec.inputs}
-        return self._moved(inputs, given, axes, sizes[label])
+        moved = self._moved(inputs, given, axes, sizes[label])
+        return self._attended(label) if moved is None else moved
 
     def mixes_fixed(self, axis: int, size: int) -> bool | None:
         """The same for an axis of all inputs whose size is a number, two at least."""
@@ -131,7 +133,7 @@ class Values:
         return recorder.kept
 
 
-class _Recorder(Interpreter):
+class _Recorder(Gathering):
     """Keeps the floating-point values of some nodes."""
 
     def __init__(self, gm: GraphModule, names: Collection[str]) -> None:
@@ -142,7 +144,7 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if n.name in self.names and isinstance(result, Tensor) and result.is_floating_point():
-            self.kept[n.name] = result.detach().clone()
+            self.kept[n.name] = whole(result.detach()).clone()
         return result
 
 
