@@ -74,7 +74,8 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
     module.follow(device, device_of(module))
     if origin is not None:
         base = _sharded_base(origin, before, dict(module.named_parameters()))
-        module.flat = replace(module.flat, program=replace(module.flat.program, origin=base))
+        program = replace(module.flat.program, origin=base, prints=None)
+        module.flat = replace(module.flat, program=program)
     return module
 
 
