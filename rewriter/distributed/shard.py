@@ -76,7 +76,8 @@ def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:
     own.follow(device, device_of(module))
     if origin is not None:
         base = _sharded_base(origin, before, dict(module.named_parameters()))
-        own.flat = replace(own.flat, program=replace(own.flat.program, origin=base))
+        program = replace(own.flat.program, origin=base, prints=None)
+        own.flat = replace(own.flat, program=program)
     return module
 
 

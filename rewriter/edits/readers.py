@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..aten import CASTS, SLICES, VIEWS, expression_of, is_op, overloads, shape, source_line, users
+from ..sharded import is_sharded
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -88,7 +89,7 @@ def _first_names(program: Program) -> dict[str, str]:
     """Name -> the name that stands for it, for captured tensors that overlap in memory."""
     spans: list[tuple[int, int, str]] = []
     for name, tensor in program.base.base_tensors().items():
-        if not tensor.is_meta and tensor.numel() and hasattr(tensor, "untyped_storage"):
+        if not tensor.is_meta and tensor.numel() and not is_sharded(tensor):
             start = tensor.data_ptr()
             spans.append((start, start + _reach(tensor), name))
     first: dict[str, str] = {}
