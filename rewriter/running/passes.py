@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, SelectorError, nearest
 from ..program import Program
-from ..sites.selector import WORDS, Selection, meaning, select
+from ..sites.selector import Selection, meaning, select
 from ..sites.sites import LinearSite, Site, listed
 from .controller import Controller
 from .options import adapt, fits, type_name, write_value
+from .placing import example_word, left_out
 from .verify import Contract
 
 REGISTRY: dict[str, type[Pass]] = {}
@@ -225,7 +226,7 @@ class Method(Pass, abstract=True):
         if not self.where.strip():
             raise SelectorError(
                 f"{self.text}: where is empty, and selects nothing. Say where, for example "
-                f"{self.text}{{where={self._example(program)}}}."
+                f"{self.text}{{where={example_word(program, self.kinds)}}}."
             )
         if self.placed:
             selection = select(self.where, every, self.kinds)
@@ -259,15 +260,16 @@ class Method(Pass, abstract=True):
                 f"model has none. It has: {other or 'no sites'}. Choose another method"
                 f"{_methods_for(have)}."
             )
-        listed = ", ".join(f"{role} ({n})" for role, n in sorted(roles.items()))
+        counted = ", ".join(f"{role} ({n})" for role, n in sorted(roles.items()))
+        example = example_word(program, self.kinds)
         return (
             f"{self.text}: the usual places ({self.where}) are not in this model. Its {kinds} "
-            f"sites have the roles {listed}. Say where, for example "
-            f"{self.text}{{where={self._example(program)}}}; print program.sites to see them all."
+            f"sites have the roles {counted}. Say where, for example "
+            f"{self.text}{{where={example}}}; print program.sites to see them all."
         )
 
     def _unsupported(self, program: Program, selection: Selection) -> str:
-        example = self._example(program)
+        example = example_word(program, self.kinds)
         elsewhere = f"Say where, for example {self.text}{{where={example}}}, or choose" if example \
             else "Choose"  # fmt: skip
         return (
@@ -279,14 +281,10 @@ class Method(Pass, abstract=True):
     def _works_on(self) -> str:
         return f"{self.text} works on {' and '.join(self.kinds)} sites only"
 
-    def _example(self, program: Program) -> str:
-        """The word of the commonest role of sites that the method takes; empty without any."""
-        roles = Counter(s.role for s in program.sites.of(*self.kinds))
-        if not roles:
-            return ""
-        role = roles.most_common(1)[0][0]
-        site = next(s for s in program.sites.of(*self.kinds) if s.role == role)
-        return max(sorted(site.tags & WORDS), key=len)
+    def _why_left(self, kind: str) -> str:
+        if kind in self.kinds:
+            return f"where={self.where!r} does not name {kind} sites"
+        return f"{kind}: {self._works_on()}"
 
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         selection, absent = self._selection(program)
@@ -298,16 +296,15 @@ class Method(Pass, abstract=True):
         decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}
         if absent:
             decisions["absent"] = absent
-        unsupported = _unsupported_reasons(self, program, selection.left)
-        if reasons := misfits | unsupported:
-            decisions["skipped"] = reasons
+        if skipped := misfits | left_out(program, selection.left, self._why_left):
+            decisions["skipped"] = skipped
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         sites = [edit.program.sites[i] for i in plan.decisions["sites"]]
         for site in sites:
             if site.kind not in self.kinds:  # planned by an earlier version
-                edit.skip(site, f"{site.kind}: {self._works_on()}")
+                edit.skip(site, self._why_left(site.kind))
         self.insert_all(edit, [s for s in sites if s.kind in self.kinds], plan)
         edit.skipped.extend(plan.decisions.get("skipped", {}).items())
         for part in plan.decisions.get("absent", ()):
@@ -358,24 +355,6 @@ def _methods_for(kinds: Iterable[str]) -> str:
         if names:
             parts.append(f"{kind} sites: {', '.join(names)}")
     return f" ({'; '.join(parts)})" if parts else ""
-
-
-def _unsupported_reasons(method: Method, program: Program, left: Sequence[Site]) -> dict[str, str]:
-    """Site id -> why the method leaves it alone, with the share of the parameters."""
-    stored = dict(program.base.module.named_parameters())
-    total = sum(p.numel() for p in stored.values())
-    reasons: dict[str, str] = {}
-    for kind in dict.fromkeys(s.kind for s in left):
-        sites = [s for s in left if s.kind == kind]
-        weights = {getattr(s, "weight", "") for s in sites} & stored.keys()
-        share = sum(stored[w].numel() for w in weights) / total if total else 0.0
-        works = (
-            f"where={method.where!r} does not name {kind} sites" if kind in method.kinds
-            else f"{kind}: {method._works_on()}"
-        )  # fmt: skip
-        held = f"; what is left out so holds {share:.0%} of the parameters" if weights else ""
-        reasons |= {s.id: f"{works}{held}" for s in sites}
-    return reasons
 
 
 def lookup(name: str) -> type[Pass]:
