@@ -26,8 +26,9 @@ from .choices import tied
 from .compare import Gap, compare, figures, floats, gaps, worst
 from .effect import SHARE, effect
 from .intact import require_recorded, require_values
-from .still import forward, still, written
-from .witness import Witness, repeats, whole_tensors
+from .steady import require_steady, trained
+from .still import forward, still
+from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -218,7 +219,7 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     """
     if is_meta(after.program):
         return Certificate("unmeasured")
-    _require_steady(before, after)
+    require_steady(before, after, sizes(after.program))
     each = _measured(before, after)
     kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
     if kind in ("identity", "exact") and any(g.relative for g in each) and not on_cpu:
@@ -234,7 +235,10 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     if kind == "bounded":
         measured |= _require_effect(before, after, limits)
     if kind != "near" and whole_tensors(before.program):
-        each = _trained(before, after, limits, grows=contract.kind != "bounded")
+        inputs = sizes(after.program)[0]
+        each = trained(before, after, inputs, grows=contract.kind != "bounded")
+        with before.training(), after.training():
+            each = _untied(before, after, each, limits, [inputs])
         _require(kind, each, limits, " in training mode")
     return Certificate(kind, measured)
 
@@ -319,74 +323,6 @@ def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[st
             "is unchanged."
         )
     return {"kept": seen["kept"]}
-
-
-def _trained(before: Witness, after: Witness, limits: _Limits, *, grows: bool) -> list[Gap]:
-    """The gaps in training mode; none if the program before does not run there.
-
-    Args:
-        before, after: what is compared.
-        limits: of the outputs.
-        grows: the pass may add random operators, and must take none away; else the other way round.
-    """
-    inputs = sizes(after.program)[0]
-    with before.training() as drawn:
-        try:
-            want = forward(before.gm, before.completed(inputs))
-        except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
-            return []
-    with after.training() as drawing:
-        try:
-            got = forward(after.gm, after.completed(inputs))
-        except Exception as error:
-            raise VerifyError(f"the result does not run in training mode: {error}") from error
-    # Branches may have dropout of their own, which goes when they fold; the model's own stays.
-    more, less = (drawing, drawn) if grows else (drawn, drawing)
-    if lost := less.draws - more.draws:
-        name, shape, numbers = next(iter(lost))
-        raise VerifyError(
-            f"dropout or other noise changes in training mode: {name} {numbers} on {shape} runs "
-            f"{lost.total()} times {'less' if grows else 'more'}."
-        )
-    silent = written(after.gm) - written(before.gm)
-    if silent:
-        raise VerifyError(
-            f"{min(silent)} is written in training mode, but its module does not say so: set "
-            "`updates_state = True` there, so that programs do not share it."
-        )
-    with before.training(), after.training():
-        return _untied(before, after, compare(want, got), limits, [inputs])
-
-
-def _require_steady(before: Witness, after: Witness) -> None:
-    """Raises VerifyError unless a second call gives the same, as far as it did before the pass."""
-    probe = min(sizes(after.program), key=lambda i: sum(t.numel() for t in i.values()))
-    was, now = repeats(before, probe), repeats(after, probe)
-    if was.startswith("changed"):
-        raise VerifyError(
-            "the pass changed the program that it was given, whose outputs are not what they were "
-            f"({was.removeprefix('changed: ')}). Passes read it in `plan` and change a fork in "
-            "`apply`. It shares storage with others: load its weights again, or capture again."
-        )
-    if was.startswith("random"):
-        for witness in (before, after):
-            witness.expected = True
-            witness.forget()
-    if now.startswith("random") and not was:
-        raise VerifyError(
-            "the result draws random numbers in evaluation mode, which the program before does "
-            f"not: two calls on equal inputs differ ({now.removeprefix('random: ')})."
-        )
-    if now and not was:
-        raise VerifyError(
-            "the result's state drifts in evaluation mode: two calls on equal inputs differ "
-            f"({now.partition(': ')[2]}). Only training may update buffers."
-        )
-    if writes := after.moved() - before.moved():
-        raise VerifyError(
-            f"the result writes {min(writes)} in evaluation mode, which the program before does "
-            "not. Only training may update buffers."
-        )
 
 
 def check_graph(program: Program) -> None:

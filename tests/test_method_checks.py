@@ -1,0 +1,205 @@
+"""More that every registered method gets for free: determinism, meta, causality, exact deltas,
+program files, outputs of all kinds, and the way back into the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.rewriter.edits.branch import Delta, RowScale
+from peftfx.rewriter.errors import ExportError, MetaTensorError, RewriteError
+from peftfx.rewriter.running.compare import compare
+
+from .models import Decoder, batch, build, first, moved, randomise
+from .recipes import METHODS, RECIPES, start
+
+
+def made(base: peftfx.Program, method: str) -> peftfx.Program:
+    """A method's recipe with values that are not its initial ones."""
+    return randomise(peftfx.run(*start(base, method)))
+
+
+def stored(program: peftfx.Program) -> dict[str, Tensor]:
+    return dict([*program.module.named_parameters(), *program.module.named_buffers()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_twice_gives_the_same_bits(captured: Any, method: str) -> None:
+    _, base = captured["decoder"]
+    one = stored(peftfx.run(base, RECIPES[method]))
+    torch.rand(7)  # moves the global generator, which no method may draw from
+    two = stored(peftfx.run(base, RECIPES[method]))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+class Mixed(nn.Module):
+    """A causal decoder with a large, a small, an integer and a boolean output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Decoder()
+        self.score = nn.Linear(64, 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(input_ids, attention_mask)
+        score = self.score(logits)
+        return {
+            "logits": 1e3 * logits, "small": 1e-4 * score.sigmoid(),
+            "label": logits.argmax(-1), "positive": score > 0,
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[nn.Module, peftfx.Program]:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    return model, peftfx.capture(model, kwargs=batch())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_of_all_sizes_and_kinds(mixed: Any, method: str) -> None:
+    model, base = mixed
+    program = made(base, method)
+    want, got = model(**batch()), program(**batch())
+    gaps = {g.name: g for g in compare(want, got)}
+    assert not any(g.form or g.spoilt for g in gaps.values())
+    assert all(gaps[n].relative > 1e-4 for n in ("['logits']", "['small']"))
+    assert all(c.holds for c in program.verify())
+    try:
+        folded = peftfx.run(program, "fold")
+    except RewriteError as error:  # what folds promises the same outputs; nothing else may fail
+        assert program.attachments == (), error
+        return
+    for gap in compare(got, folded(**batch())):
+        assert gap.discrete or gap.relative < 1e-4, gap
+
+
+def causal_unless_said(method: str) -> bool:
+    (*_, item) = peftfx.parse(RECIPES[method])
+    return getattr(item, "causal", "") == getattr(type(item), "causal", "")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base_name", ["decoder", "fused"])
+def test_a_causal_model_stays_causal(captured: Any, method: str, base_name: str) -> None:
+    """Changing the last token moves no earlier output, unless the recipe says so."""
+    _, base = captured[base_name]
+    program = made(base, method)
+    names = program.spec.names
+    inputs = {n: t for n, t in batch(2, 9).items() if n in names}
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -1] = (other["input_ids"][:, -1] + 7) % 60 + 2
+    one, two = first(program(**inputs)), first(program(**other))
+    assert moved(one[:, -1], two[:, -1]) > 1e-3
+    if causal_unless_said(method):
+        assert moved(one[:, :-1], two[:, :-1]) < 1e-6
+    else:
+        assert moved(one[:, :-1], two[:, :-1]) > 1e-6, "the recipe need not say so"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("base_name", ["decoder", "fused"])
+def test_each_branch_is_its_delta(captured: Any, method: str, base_name: str) -> None:
+    """In float32 and by itself, so that no network around it hides a wrong one."""
+    program = made(captured[base_name][1], method).eval()
+    generator = torch.Generator().manual_seed(0)
+    for attachment in program.attachments:
+        branch = program.branch(attachment)
+        if not isinstance(branch, Delta | RowScale) or attachment.reads or branch.not_foldable:
+            continue
+        delta = branch.delta().detach()
+        x = torch.randn(5, delta.shape[1], generator=generator)
+        with torch.no_grad():
+            got = branch.branch(x)
+        torch.testing.assert_close(got, x @ delta.T, rtol=1e-4, atol=1e-5 * float(got.abs().max()))
+        factors = branch.factors()
+        if factors is not None:
+            a, b, scale = factors
+            torch.testing.assert_close(scale * b @ a, delta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_program_files(captured: Any, method: str, tmp_path: Path) -> None:
+    program = made(captured["decoder"][1], method)
+    inputs = batch(2, 7, pad=2)
+    want = first(program(**inputs))
+    peftfx.save_program(program, tmp_path / "p")
+    loaded = peftfx.load_program(tmp_path / "p")
+    torch.testing.assert_close(first(loaded(**inputs)), want, rtol=1e-5, atol=1e-5)
+    assert set(program.named_trainable_parameters()) == set(loaded.named_trainable_parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_way_back_into_the_model(captured: Any, method: str) -> None:
+    """What folds away loads into the original model; the rest is refused, and names why."""
+    model, base = captured["encoder"]
+    program = made(base, method)
+    if program.attachments:
+        program = peftfx.run(program, "fold")
+    if program.attachments or program.added:
+        with pytest.raises(ExportError, match="no place in the original model"):
+            program.export_state_dict()
+        return
+    other = copy.deepcopy(model)
+    other.load_state_dict(program.export_state_dict())
+    want = first(program(**batch()))
+    assert moved(first(model(**batch())), want) > 1e-3
+    torch.testing.assert_close(first(other(**batch())), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_meta_device(method: str, tmp_path: Path) -> None:
+    """Placed without weights, then given them: the same program. Or refused for want of values."""
+    model = build("decoder")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    want = peftfx.run(peftfx.capture(model, kwargs=batch()), RECIPES[method])
+    with torch.device("meta"):
+        hollow = Decoder().eval()
+    base = peftfx.capture(hollow, kwargs=batch())
+    try:
+        program = peftfx.run(base, RECIPES[method])
+    except MetaTensorError as error:
+        assert "load" in str(error)
+        return
+    loaded = peftfx.load_weights(program, tmp_path)
+    assert not any(t.is_meta for t in stored(loaded).values())
+    # What branches start as, where it does not follow from weights, is drawn with the seed.
+    torch.testing.assert_close(first(loaded(**batch())), first(want(**batch())))
+
+
+PAIRS = [
+    p for p in itertools.permutations(("lora", "dora", "ia3", "adalora"), 2)
+]  # what folds, each before each
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS)
+def test_folding_one_of_two(captured: Any, one: str, two: str) -> None:
+    """The other keeps its values and trains on; without it, the folded one is left alone."""
+    _, base = captured["decoder"]
+    options = {"lora": "rank=2", "dora": "rank=2", "adalora": "rank=2,target=1", "ia3": ""}
+    recipe = ";".join(f"{n}{{{','.join(filter(None, [options[n], 'where=v|ffn.down']))}}}"
+                      for n in (one, two))  # fmt: skip
+    both = randomise(peftfx.run(base, recipe))
+    trained = {n for n in both.named_trainable_parameters() if f".{two}." in n}
+    try:
+        folded = peftfx.run(both, f"fold{{names=[{one}]}}")
+    except RewriteError as error:
+        assert "fold" in str(error)
+        return
+    torch.testing.assert_close(
+        first(folded(**batch())), first(both(**batch())), rtol=1e-4, atol=1e-5
+    )
+    assert set(folded.named_trainable_parameters()) == trained
+    alone = folded.without(two)
+    torch.testing.assert_close(
+        first(alone(**batch())), first(both.without(two)(**batch())), rtol=1e-4, atol=1e-5
+    )
