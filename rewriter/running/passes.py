@@ -190,7 +190,7 @@ class Method(Pass, abstract=True):
                 f"{self.text}: name={self.name!r} is not a name: letters, digits, _ and -, "
                 "starting with a letter, at most 64 characters."
             )
-        if iskeyword(self.adapter) or hasattr(nn.Module(), self.adapter):
+        if self.name and (iskeyword(self.name) or hasattr(nn.Module(), self.name)):
             raise OptionError(
                 f"{self.text}: name={self.name!r} is a word of Python or of torch's modules, which "
                 f"cannot name one. Choose another, such as {self.adapter}_1."

@@ -54,6 +54,7 @@ def run(
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
+    require_owned(program)
     require_unchanged(program)
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()

@@ -218,7 +218,7 @@ def _propagate(program: Program, gm: GraphModule, mode: Any, method: str) -> int
             fixed = isinstance(error, _FIXING)
             cause = "value" if isinstance(error, _VALUES) else "size" if fixed else "shape"
             if said := failing_branch(program, node, cause, str(error)):
-                raise PassError(f"{method}: {said}") from error
+                raise PassError(f"{method}: {said}" if method else said) from error
             line = source_line(node)
             what = "the edit fixes a dynamic size" if fixed else "shapes do not fit"
             raise PassError(
