@@ -190,7 +190,7 @@ def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[s
         )  # fmt: skip
         raise BlockError(
             f"the blocks are not regular: the parameters of {label} {what}, so it cannot be a "
-            "module of its own. Train the program as one module (program.module)."
+            "module of its own. Keep the program as one module (program.module)."
         )
     return paths
 
@@ -232,7 +232,7 @@ def _add_readers(
             raise BlockError(
                 f"the blocks are not regular: {label} ({path}) would hold {first}, which reads "
                 f"its parameters, but {flow.nodes[lost[0]].name} of {owners[lost[0]]} lies "
-                "between them. Train the program as one module (program.module)."
+                "between them. Keep the program as one module (program.module)."
             )
         sets[label] = whole
 
@@ -305,7 +305,7 @@ def _ordered(
         name = blocker.label if isinstance(blocker, Part) else blocker.name
         raise BlockError(
             f"the blocks are not regular: {stuck[0].label} ({stuck[0].path}) and {name} each need "
-            "a value of the other, so neither can run first. Train the program as one module "
+            "a value of the other, so neither can run first. Keep the program as one module "
             "(program.module)."
         )
     drawn = [n for n in _nodes(done) if _is_random(n)]
@@ -314,6 +314,6 @@ def _ordered(
             raise BlockError(
                 f"the blocks are not regular: {node.name} has to run before {following.name}, "
                 "which draws random numbers before it in the model, so training would differ. "
-                "Train the program as one module (program.module)."
+                "Keep the program as one module (program.module)."
             )
     return tuple(done)

@@ -84,7 +84,7 @@ def _inserting(artifact: Artifact, where: str) -> list[Source]:
     if trained := [n for n in artifact.tensors if not n.startswith(f"{BRANCHES}.")]:
         raise PassError(
             f"{where}: the adapter also trained {len(trained)} tensors of the base (first: "
-            f"{trained[0]}), which other adapters do not share. Train it without (norms=false)."
+            f"{trained[0]}), which other adapters do not share: insert it with norms=false."
         )
     return found
 
