@@ -19,7 +19,7 @@ from .zoo import ZOO
 SIZES = [(3, 9), (1, 7), (5, 14), (2, 1)]
 FIXED = {
     "mamba": ("input_ids", 1, "modeling_mamba.py"),  # a Python loop over time
-    "whisper": ("input_features", 1, "conv"),  # the number of mel bins
+    "whisper": ("input_features", 1, "modeling_whisper.py"),  # the number of mel bins
 }
 """Sizes that would be dynamic by default, but that the model fixes: input, axis, who needs it."""
 
