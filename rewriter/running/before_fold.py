@@ -1,6 +1,6 @@
 """Base tensors that adapters train, on both sides of a fold of another adapter into them.
 
-A fold's plan holds such a tensor as it was before (`before/<name>`) and the digest of what the
+A fold's plan holds such a tensor as it was before (`fold_before/<name>`) and the digest of what the
 fold left. So a replay gives every step the value that it had then, and one without the fold goes
 on with the value before: nothing is ever divided out.
 """
@@ -19,8 +19,8 @@ from ..sharded import whole
 from ..storage.identity import tensor_digest
 from .passes import Plan
 
-BEFORE = "before/"
-LEFT = "left"
+BEFORE = "fold_before/"
+LEFT = "fold_left"
 
 
 def trained_tensors(program: Program) -> dict[str, Tensor]:
