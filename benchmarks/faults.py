@@ -47,10 +47,14 @@ HERE = Path(__file__).parent
 # Kills.
 
 
-def kills(count: int) -> dict[str, Any]:
-    """Killed writers; `broken` and `left` should be 0."""
+def kills(count: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far."""
+    counted: dict[str, Any] = {}
     with prepared():
-        return {name: _kills(writer, count) for name, writer in WRITERS.items()}
+        for name, writer in WRITERS.items():
+            counted[name] = _kills(writer, count)
+            keep(counted)
+    return counted
 
 
 def _kills(writer: Writer, count: int) -> dict[str, int]:
@@ -241,8 +245,8 @@ def _disk_full(writer: Writer, space: int) -> str:
 # Fuzzing.
 
 
-def fuzz(seconds: int) -> dict[str, Any]:
-    """Coverage-guided, every reader in a process of its own."""
+def fuzz(seconds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Coverage-guided, every reader in a process of its own; `failed` should be 0."""
     probe = subprocess.run([sys.executable, "-c", "import atheris"], capture_output=True)
     if probe.returncode:
         return {"skipped": "atheris is not installed: pip install --target DIR atheris"}
@@ -257,6 +261,7 @@ def fuzz(seconds: int) -> dict[str, Any]:
         }  # fmt: skip
         if done.returncode:
             result[name]["last"] = done.stderr.splitlines()[-30:]
+        keep({"each": result, "failed": sum(r["failed"] for r in result.values())})
     return {"each": result, "failed": sum(r["failed"] for r in result.values())}
 
 
@@ -308,6 +313,7 @@ def _fuzz_here(name: str, seconds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--seconds", type=int, default=40, help="of fuzzing for each reader")
     parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
     options = parser.parse_args()
@@ -317,21 +323,26 @@ def main() -> None:
         _fuzz_here(options.target[0], int(options.target[1]))
         return
     small = 10 if options.quick else 1
+
+    def keep(name: str, counted: dict[str, Any]) -> None:
+        if options.quick:
+            return
+        path = HERE / "faults.json"
+        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        result |= {name: counted, "machine": machine}
+        path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: kills(200 // small),
+        "kills": lambda: kills(200 // small, lambda counted: keep("kills", counted)),
         "flips": lambda: flipped(300 // small, 50 // small),
         "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),
-        "fuzz": lambda: fuzz(40 // small),
+        "fuzz": lambda: fuzz(options.seconds // small, lambda counted: keep("fuzz", counted)),
     }
-    path = HERE / "faults.json"
     for name in options.sections:
         counted = sections[name]()
         print(name, json.dumps(counted, indent=1), flush=True)
-        if not options.quick:
-            result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-            machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-            result |= {name: counted, "machine": machine}
-            path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        keep(name, counted)
 
 
 if __name__ == "__main__":
