@@ -50,6 +50,7 @@ _FALCON_FF = replace(
     up="feed_forward.up_proj",
     down="feed_forward.down_proj",
     gate="feed_forward.gate_proj",
+    before="mul",
 )
 _NEMOTRON = (  # two sublayers of the model are one layer: a mixer and a feed-forward block
     Stream("model.layers.0.", (
