@@ -50,7 +50,6 @@ _FALCON_FF = replace(
     up="feed_forward.up_proj",
     down="feed_forward.down_proj",
     gate="feed_forward.gate_proj",
-    before="mul",
 )
 _NEMOTRON = (  # two sublayers of the model are one layer: a mixer and a feed-forward block
     Stream("model.layers.0.", (
@@ -130,10 +129,9 @@ RECENT: dict[str, Expect] = {
         ),
         calls={f"model.layers.{i}.altup.modality_router": 2 for i in range(2)},
     ),
-    "falcon_h1": Expect(
+    "falcon_h1": Expect(  # the multipliers are 1
         (
-            Stream(LAYERS, (Mix("mamba.in_proj", "mamba.out_proj", before="mul"),
-                            replace(LLAMA, before="mul")), parallel=True),
+            Stream(LAYERS, (Mix("mamba.in_proj", "mamba.out_proj"), LLAMA), parallel=True),
             Stream(LAYERS, (_FALCON_FF,)),
         ),
         one_stream=True, head=_HEAD, norms=1, embeddings=_TOKENS,
