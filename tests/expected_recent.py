@@ -129,10 +129,9 @@ RECENT: dict[str, Expect] = {
         ),
         calls={f"model.layers.{i}.altup.modality_router": 2 for i in range(2)},
     ),
-    "falcon_h1": Expect(
+    "falcon_h1": Expect(  # the multipliers are 1
         (
-            Stream(LAYERS, (Mix("mamba.in_proj", "mamba.out_proj", before="mul"),
-                            replace(LLAMA, before="mul")), parallel=True),
+            Stream(LAYERS, (Mix("mamba.in_proj", "mamba.out_proj"), LLAMA), parallel=True),
             Stream(LAYERS, (_FALCON_FF,)),
         ),
         one_stream=True, head=_HEAD, norms=1, embeddings=_TOKENS,

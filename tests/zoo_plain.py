@@ -112,9 +112,10 @@ def absorb_keys(model: Any) -> Any:
 
 def _absorbed(
     self: Any, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    batch, tokens, _ = hidden_states.shape
+    del attention_mask, options  # causal
+    batch, tokens = hidden_states.shape[:2]
     rank, turned, plain = self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim
     q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
     q = q.view(batch, tokens, HEADS, -1).transpose(1, 2)

@@ -111,7 +111,7 @@ def _strided(
     for step in steps:
         if is_op(step, _STILL):
             continue
-        if any(isinstance(a, Node) for a in step.all_input_nodes[1:]):
+        if len(step.all_input_nodes) > 1:
             return None
         target: Any = step.target
         try:
