@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..running.compare import relative, tensors
 from ..running.propagate import quiet
-from ..running.verify import TOLERANCE, floats, gaps
+from ..running.verify import TOLERANCE
 from .relation import violations
 from .spec import InputSpec
 from .tracing import prepared
@@ -42,7 +43,7 @@ class Trial:
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
-        """Largest output difference relative to the largest output.
+        """Largest difference of an output relative to its own largest value.
 
         None if nothing can be said (the model fails, or has no values); infinite if the graph
         fails, or returns something of another form.
@@ -60,7 +61,7 @@ class Trial:
                 got = self._graph(inputs)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
-        return _relative(want, got)
+        return relative(want, got)
 
     def agrees(self, **sizes: int) -> bool:
         """Whether nothing speaks against the graph at the given sizes."""
@@ -93,13 +94,13 @@ class Trial:
     def _model(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
         with prepared(self.model, training), quiet():
-            return floats(self.model(*args, **kwargs))
+            return tensors(self.model(*args, **kwargs))
 
     def _graph(self, inputs: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
         before = self.gm.training
         self.gm.train(training)
         try:
-            return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
+            return tensors(self.gm(**{n: t.clone() for n, t in inputs.items()}))
         finally:
             self.gm.train(before)
 
@@ -119,13 +120,6 @@ def _undisturbed(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         for name, buffer in module.named_buffers():
             if name in kept and not torch.equal(buffer, kept[name]):
                 buffer.data.copy_(kept[name])
-
-
-def _relative(want: list[Tensor], got: list[Tensor]) -> float:
-    if [t.shape for t in want] != [t.shape for t in got]:
-        return float("inf")
-    worst, largest = gaps(want, got)
-    return worst / largest if largest else worst
 
 
 def settle(spec: InputSpec, trial: Trial) -> InputSpec:

@@ -107,24 +107,14 @@ def apply_plan(
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
-    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
-    if item.adapter is not None:
-        edit.freeze(keep={n for names in program.owned.values() for n in names})
-    item.apply(edit, plan)
-    if item.adapter is not None and not edit.edited:
-        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
-        raise PassError(
-            f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
-            "others with where=."
-        )
-    edit.finish()
+    edit = _edited(fork, item, plan)
     clock.append(time.perf_counter())
     after = edit.program
     certificate, left = Certificate("unchecked"), Skipped()
     decided = replace(plan, decisions=edit.decided)
     propagate(after)
     if check:
-        certificate, left = (checks or Checks(program)).finish(after, item, decided)
+        certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
         certificate = replace(certificate, measured={**certificate.measured, **edit.figures})
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))
@@ -141,6 +131,22 @@ def apply_plan(
         decided,
     )
     return replace(after, history=(*program.history, record))
+
+
+def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
+    """The editor after a planned pass has edited its fork."""
+    edit = Editor(fork, item.adapter, getattr(item, "seed", 0), plan.decisions)
+    if item.adapter is not None:
+        edit.freeze(keep={n for names in fork.owned.values() for n in names})
+    item.apply(edit, plan)
+    if item.adapter is not None and not edit.edited:
+        site, reason = edit.skipped[0] if edit.skipped else ("", "there is no site")
+        raise PassError(
+            f"{item}: none of the selected sites could be edited, first {site}: {reason}. Choose "
+            "others with where=."
+        )
+    edit.finish()
+    return edit
 
 
 def replay_steps(
