@@ -76,7 +76,8 @@ class Checks:
 
         def again() -> Program:
             read = replace(plan, decisions=json.loads(json.dumps(dict(plan.decisions))))
-            return redo(before.fork(), parse(str(item))[0], read).program
+            (same,) = parse(str(item))
+            return redo(before.fork(), same, read).program
 
         if item.portable:
             require_saved(before, after, str(item), again)
