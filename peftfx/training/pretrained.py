@@ -21,14 +21,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
 from ..rewriter.module import device_of
 from ..rewriter.program import Program
-from ..rewriter.running.compare import compare
+from ..rewriter.running.compare import compare, tensors
 from ..rewriter.running.still import forward, still
 from ..rewriter.running.verify import TOLERANCE
 from ..rewriter.storage.artifact import save
@@ -279,8 +278,9 @@ def _compare(program: Program, model: Any) -> None:
         want, got = forward(still(program), sample), model(*args, **kwargs)
     model.config.use_cache = cache
     limit = TOLERANCE.get(model.dtype, 2e-5)
-    want, got = ([t for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (want, got))
-    if wrong := next((g for g in compare(want, got) if g.reason or g.relative > limit), None):
+    if wrong := next(
+        (g for g in compare(tensors(want), tensors(got)) if g.reason or g.relative > limit), None
+    ):
         raise ExportError(
             f"{type(model).__name__} with the program's tensors gives other outputs ({wrong.name}: "
             f"{wrong.reason or f'off by {wrong.absolute:.3g}'}): the graph was changed in a way "

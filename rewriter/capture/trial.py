@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..module import modes_kept, state_tensors
+from ..running.compare import relative, tensors
 from ..running.propagate import quiet
-from ..running.verify import TOLERANCE, floats, gaps
+from ..running.verify import TOLERANCE
 from .probes import fit
 from .relation import violations
 from .spec import InputSpec
@@ -46,7 +47,7 @@ class Trial:
         self.possible = not any(t.is_meta for t in held)
 
     def gap(self, **sizes: int) -> float | None:
-        """Largest output difference relative to the largest output, in evaluation mode.
+        """Largest difference of an output relative to its own largest value, in evaluation mode.
 
         None if nothing can be said (the model fails, or has no values); infinite if the graph
         fails, or returns something of another form.
@@ -71,7 +72,7 @@ class Trial:
                 got = self._graph(inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
             return float("inf")
-        return _relative(want, got)
+        return relative(want, got)
 
     def agrees(self, **sizes: int) -> bool:
         """Whether nothing speaks against the graph at the given sizes."""
@@ -106,13 +107,13 @@ class Trial:
     def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
         with prepared(self.model, training), quiet():
-            return floats(self.model(*args, **kwargs))
+            return tensors(self.model(*args, **kwargs))
 
     def _graph(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
         with modes_kept(self.gm):
             if training is not None:
                 self.gm.train(training)
-            return floats(self.gm(**{n: t.clone() for n, t in inputs.items()}))
+            return tensors(self.gm(**{n: t.clone() for n, t in inputs.items()}))
 
 
 @contextlib.contextmanager
@@ -133,13 +134,6 @@ def undisturbed(module: nn.Module, written: Collection[str] = ()) -> Iterator[di
         for name, tensor in held:
             if not torch.equal(tensor, kept[name]):
                 tensor.data.copy_(kept[name])
-
-
-def _relative(want: list[Tensor], got: list[Tensor]) -> float:
-    if [t.shape for t in want] != [t.shape for t in got]:
-        return float("inf")
-    worst, largest = gaps(want, got)
-    return worst / largest if largest else worst
 
 
 def must_be_equal(trial: Trial, symbols: Mapping[str, str]) -> list[tuple[str, str]]:

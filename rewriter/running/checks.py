@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import VerifyError
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
+from .propagate import alone
 from .reach import unreached
+from .syntax import parse
 from .verify import Certificate, certify, check_graph, is_meta, sizes
 from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:
+    from ..edits.edit import Editor
     from ..program import Program
     from .passes import Pass, Plan
+
+    Redo = Callable[[Program, Pass, Plan], Editor]
 
 Skipped = tuple[tuple[str, str], ...]
 
@@ -42,8 +49,15 @@ class Checks:
         """Raises VerifyError if the program is not what it was when the pass began."""
         require_unmoved(self.program, self._marks, str(item))
 
-    def finish(self, after: Program, item: Pass, plan: Plan) -> tuple[Certificate, Skipped]:
+    def finish(
+        self, after: Program, item: Pass, plan: Plan, redo: Redo
+    ) -> tuple[Certificate, Skipped]:
         """After a pass has made a program of that which it was given.
+
+        Args:
+            after: what it made.
+            item, plan: the pass, and all that was decided.
+            redo: applies a pass to a fork.
 
         Returns:
             The certificate, and what the pass trains although no gradient reaches it.
@@ -60,7 +74,15 @@ class Checks:
             return Certificate("unmeasured"), ()
         contract, made = item.promise(), Witness(after)
         require_others(before, after, item, contract.kind == "trainable")
-        require_saved(before, after, item, plan)
+
+        def again() -> Program:
+            read = replace(plan, decisions=json.loads(json.dumps(dict(plan.decisions))))
+            (same,) = parse(str(item))
+            with alone():
+                return redo(before.fork(), same, read).program
+
+        if item.portable:
+            require_saved(before, after, str(item), again)
         certificate = certify(contract, self.witness, made)
         missing = _unreached(before, made, item)
         self.program, self.witness, self._marks = after, made, marks(after)

@@ -50,6 +50,11 @@ def floats(output: Any) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors of any output structure."""
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+
+
 def gaps(want: list[Tensor], got: list[Tensor]) -> tuple[float, float]:
     """Largest absolute difference of tensors of equal shapes, and largest finite value of all."""
     each = [_numbers("", x, y) for x, y in zip(want, got, strict=True)]
@@ -94,6 +99,13 @@ def figures(each: Sequence[Gap]) -> dict[str, float]:
         "max_abs": max((g.absolute for g in each), default=0.0),
         "max_rel": max((g.relative for g in each), default=0.0),
     }
+
+
+def relative(want: Any, got: Any) -> float:
+    """The largest relative difference of an output; infinite where type, dtype, shape or integers
+    differ, or NaN and infinity are at other places."""
+    each = compare(want, got)
+    return float("inf") if any(g.reason for g in each) else figures(each)["max_rel"]
 
 
 _TEXTS = ("form", "values", "spoilt")

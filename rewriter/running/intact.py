@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ..sharded import is_sharded
 
 if TYPE_CHECKING:
     from ..program import Program
-    from .passes import Pass, Plan
+    from .passes import Pass
 
 EDITORS = ("features", "own")
 """Buffers of branches that the editor makes from the site."""
@@ -158,37 +157,28 @@ def require_others(before: Program, after: Program, item: Pass, free: bool) -> N
             )
 
 
-def require_saved(before: Program, after: Program, item: Pass, plan: Plan) -> None:
+def require_saved(before: Program, after: Program, what: str, again: Callable[[], Program]) -> None:
     """Raises VerifyError if a branch holds values that neither an artifact nor its recipe has.
-
-    Buffers that are not persistent are made again by the recipe: this does so, from what an
-    artifact would hold.
 
     Args:
         before, after: the programs.
-        item, plan: the pass and all that was decided.
+        what: the pass.
+        again: does it again, from what an artifact would hold. Buffers that are not persistent
+            come from there.
     """
-    from ..edits.edit import Editor
-    from .passes import Plan as Decided
-    from .syntax import parse
-
-    gm, known = after.module, {a.path for a in before.attachments}
+    known = before.inserted
     names = [
-        n for n in sorted(transient_buffers(gm))
+        n for n in sorted(transient_buffers(after.module))
         if n.startswith(after.inserted) and n.rpartition(".")[2] not in EDITORS
-        and not any(n.startswith(f"{p}.") for p in known)
+        and not (known and n.startswith(known))
     ]  # fmt: skip
-    if not names or not item.portable:
+    if not names:
         return
-    (again,) = parse(str(item))
-    decisions = json.loads(json.dumps(dict(plan.decisions)))
-    edit = Editor(before.fork(), again.adapter, getattr(again, "seed", 0), decisions)
-    again.apply(edit, Decided(decisions, plan.tensors))
-    want, got = _tensors(after), _tensors(edit.program)
+    want, got = _tensors(after), _tensors(again())
     for name in names:
         if name in want and (name not in got or not _same(want[name], got[name])):
             raise VerifyError(
-                f"{item}: the buffer {name} would be lost by saving: it is not persistent, and the "
+                f"{what}: the buffer {name} would be lost by saving: it is not persistent, and the "
                 "recipe makes it with other values. Register it as persistent, draw with "
                 "edit.generator, or put it into the plan."
             )

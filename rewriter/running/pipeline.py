@@ -110,9 +110,9 @@ def apply_plan(
         )
     require_owned(program)
     clock = [time.perf_counter()]
+    fork = program.fork()
+    clock.append(time.perf_counter())
     with alone():
-        fork = program.fork()
-        clock.append(time.perf_counter())
         edit = _edited(fork, item, plan)
         clock.append(time.perf_counter())
         after = edit.program
@@ -121,7 +121,7 @@ def apply_plan(
     certificate, left = Certificate("unchecked"), Skipped()
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
-        certificate, left = (checks or Checks(program)).finish(after, item, decided)
+        certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
         figures = {**edit.figures, **item.examine(program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
     clock.append(time.perf_counter())
