@@ -52,7 +52,16 @@ _PLAN = "plan."
 _SAVED = "as saved, "
 """Marks certificates that were measured before saving; `program.verify()` measures them again."""
 
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    SyntaxError,
+)  # fmt: skip; the last two are torch's
 
 _KEYS = {
     "format_version": int, "adapters": list, "recipe": list, "tensors": dict, "base": dict,
