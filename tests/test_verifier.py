@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.aten import ATEN, output_node, set_attribute
 from peftfx.rewriter.edits.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
@@ -395,9 +396,7 @@ def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     fold = "fold{tied=untie}"
     assert peftfx.run(adapted, fold).history[-1].certificate.holds
-    delta = peftfx.passes.reparameterized.lora.LoRABranch.delta
-    monkeypatch.setattr(
-        peftfx.passes.reparameterized.lora.LoRABranch, "delta", lambda s: delta(s) * factor
-    )
+    delta = LoRABranch.delta
+    monkeypatch.setattr(LoRABranch, "delta", lambda s: delta(s) * factor)
     with pytest.raises(RewriteError, match=r"does not hold|integers"):
         peftfx.run(adapted, fold)
