@@ -16,7 +16,7 @@ from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.aten import ATEN, output_node, set_attribute
 from peftfx.rewriter.edits.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.errors import RewriteError, VerifyError
+from peftfx.rewriter.errors import PassError, RewriteError, VerifyError
 from peftfx.rewriter.running.passes import REGISTRY, Plan
 from peftfx.rewriter.running.verify import Contract, certify
 from peftfx.rewriter.running.witness import Witness
@@ -71,7 +71,7 @@ class Plain(Delta):
 
 
 def wrong(
-    branch: type[Delta] = Plain,
+    branch: Callable[[Any], Delta] = Plain,
     apply: Callable[[Editor], None] | None = None,
     plan: Callable[[peftfx.Program], None] | None = None,
     kind: str = "identity",
@@ -236,7 +236,7 @@ def hidden_in_place(program: peftfx.Program) -> None:
 def in_place_and_refuse(program: peftfx.Program) -> None:
     with torch.no_grad():
         program.module.get_parameter("head.weight").mul_(1.5)
-    raise peftfx.rewriter.errors.PassError("no")
+    raise PassError("no")
 
 
 def replaced(program: peftfx.Program) -> None:
