@@ -381,9 +381,6 @@ def test_integers_may_differ_where_scores_are_tied(apart: float, holds: bool) ->
         certify(Contract("exact"), Witness(before), Witness(after))
 
 
-# In bfloat16 rounding explains much; what a branch does has to be kept all the same.
-
-
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
 @pytest.mark.parametrize("scale", [0.01, 0.1])
 def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
