@@ -87,6 +87,13 @@ class Expected(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        if "dropout_p" in (names := [a.name for a in func._schema.arguments]):
+            # One kernel or another of attention, random only with dropout.
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if not given.get("dropout_p", 0.0):
+                return func(*args, **kwargs)
+            self.draws["attention", tuple(args[0].shape), given["dropout_p"]] += 1
+            return _seeded(func, args, kwargs)
         numbers = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int | float)]
         first = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else str(args)
         self.draws[func._schema.name, first, tuple(numbers)] += 1
