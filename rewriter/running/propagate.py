@@ -31,6 +31,7 @@ from ..turns import alone
 if TYPE_CHECKING:
     from ..program import Program
 
+
 class _SizeFixedError(PassError):
     """An operation asked for a guard, which would fix or narrow a size."""
 

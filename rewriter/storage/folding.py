@@ -130,7 +130,10 @@ class ShardFolder:
             fold_weight(self.edit, self.groups[weight], "keep", self.result)
         if self.result.kept:
             path, reason = next(iter(self.result.kept.items()))
-            raise FoldError(f"{weight}: the branch {path} cannot be folded: {reason}.")
+            raise FoldError(
+                f"{weight}: the branch {path} cannot be folded: "
+                f"{reason.removeprefix('not foldable: ')}."
+            )
         for member in members:
             self.ready[member] = self._if_changed(member)
             hollow = gm.get_parameter(member).detach().to("meta")
