@@ -158,6 +158,7 @@ def test_a_program_file_touches_nothing(program_file: Path, canary: str, tmp_pat
         call, keyword, huge, of_outputs(spec("collections.defaultdict", json.dumps(factory), LEAF)),
         lambda d: d["environment"]["symbols"].append(["s99999999999", 8, 2, None]),
         lambda d: d["environment"]["guards"].append("Eq(s0, 10**10**10)"),
+        lambda d: d["nodes"][-1].__setitem__(3, 5), lambda d: d["nodes"][-1].__setitem__(4, True),
     ):  # fmt: skip
         alter_graph(program_file, edit)
         with pytest.raises(CorruptFileError, match="malformed"):

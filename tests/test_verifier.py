@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.aten import ATEN, output_node, set_attribute
 from peftfx.rewriter.edits.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.errors import RewriteError, VerifyError
+from peftfx.rewriter.errors import PassError, RewriteError, VerifyError
 from peftfx.rewriter.running.passes import REGISTRY, Plan
 from peftfx.rewriter.running.verify import Contract, certify
 from peftfx.rewriter.running.witness import Witness
@@ -70,7 +71,7 @@ class Plain(Delta):
 
 
 def wrong(
-    branch: type[Delta] = Plain,
+    branch: Callable[[Any], Delta] = Plain,
     apply: Callable[[Editor], None] | None = None,
     plan: Callable[[peftfx.Program], None] | None = None,
     kind: str = "identity",
@@ -235,7 +236,7 @@ def hidden_in_place(program: peftfx.Program) -> None:
 def in_place_and_refuse(program: peftfx.Program) -> None:
     with torch.no_grad():
         program.module.get_parameter("head.weight").mul_(1.5)
-    raise peftfx.rewriter.errors.PassError("no")
+    raise PassError("no")
 
 
 def replaced(program: peftfx.Program) -> None:
@@ -380,9 +381,6 @@ def test_integers_may_differ_where_scores_are_tied(apart: float, holds: bool) ->
         certify(Contract("exact"), Witness(before), Witness(after))
 
 
-# In bfloat16 rounding explains much; what a branch does has to be kept all the same.
-
-
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
 @pytest.mark.parametrize("scale", [0.01, 0.1])
 def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
@@ -395,9 +393,7 @@ def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     fold = "fold{tied=untie}"
     assert peftfx.run(adapted, fold).history[-1].certificate.holds
-    delta = peftfx.passes.reparameterized.lora.LoRABranch.delta
-    monkeypatch.setattr(
-        peftfx.passes.reparameterized.lora.LoRABranch, "delta", lambda s: delta(s) * factor
-    )
+    delta = LoRABranch.delta
+    monkeypatch.setattr(LoRABranch, "delta", lambda s: delta(s) * factor)
     with pytest.raises(RewriteError, match=r"does not hold|integers"):
         peftfx.run(adapted, fold)

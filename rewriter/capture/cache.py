@@ -39,7 +39,7 @@ FORMAT = 1
 LIMIT = 64 * 2**20
 _DAMAGE = (
     CorruptFileError, ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-    ArithmeticError,
+    ArithmeticError, AssertionError, SyntaxError,  # the last two are torch's
 )  # fmt: skip
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -353,7 +353,10 @@ def read_graph(
             else:
                 tensor, persistent = _read_constant(*data["constants"][target]), True
             set_attribute(root, target, tensor, not persistent)
-        made = graph.create_node(op, target, decode(args, nodes), decode(kwargs, nodes), title)
+        given, named = decode(args, nodes), decode(kwargs, nodes)
+        if not isinstance(given, tuple) or not isinstance(named, dict):
+            raise TypeError(f"the arguments of the node {title} are no arguments")
+        made = graph.create_node(op, target, given, named, title)
         if made.name != title:
             raise ValueError(f"the node {title} cannot be made again")
         if op != "output":

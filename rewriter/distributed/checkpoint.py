@@ -56,6 +56,7 @@ from .state import (
 )
 
 T = TypeVar("T")
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -207,7 +208,7 @@ def _understood(path: Path, work: Callable[[], T]) -> T:
         return work()
     except RewriteError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise CorruptFileError(
             f"{path} is malformed ({type(error).__name__}: {error}). Resume from another one."
         ) from error

@@ -87,27 +87,20 @@ class Expected(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        share, name = _attention_dropout(func, args, kwargs), func._schema.name
-        if share == 0.0:
-            return func(*args, **kwargs)
+        if "dropout_p" in (names := [a.name for a in func._schema.arguments]):
+            # One kernel or another of attention, random only with dropout.
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if not given.get("dropout_p", 0.0):
+                return func(*args, **kwargs)
+            self.draws["attention", tuple(args[0].shape), given["dropout_p"]] += 1
+            return _seeded(func, args, kwargs)
         numbers = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int | float)]
-        if share is not None:  # which kernel runs depends on how its mask is said
-            name, numbers = "attention", [share]
         first = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else str(args)
-        self.draws[name, first, tuple(numbers)] += 1
+        self.draws[func._schema.name, first, tuple(numbers)] += 1
         replacement = _EXPECTED.get(func.overloadpacket)
         if replacement is not None:
             return replacement(func, args, kwargs)
         return _seeded(func, args, kwargs)
-
-
-def _attention_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The dropout of an operator that is a whole attention; None if it is something else."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[index] if index < len(args) else argument.default_value
-            return float(kwargs.get(argument.name, given))
-    return None
 
 
 def _seeded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,7 +32,16 @@ from .artifact import SAVED, Artifact, base_difference, differing, read
 from .identity import merkle_root, tensor_digest
 from .renaming import renamed
 
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    SyntaxError,
+)  # fmt: skip; the last two are torch's
 
 
 @outside_inference

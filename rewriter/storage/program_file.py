@@ -58,7 +58,16 @@ TENSORS = "tensors.safetensors"
 GRAPH_LIMIT = 256 * 2**20
 _SAMPLE = "sample:"
 _PACKAGES = frozenset({"peftfx"})
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    SyntaxError,
+)  # fmt: skip; the last two are torch's
 
 _KEYS = {
     "format_version": int, "name": str, "graph": str, "tensors": dict, "trainable": list,
