@@ -27,6 +27,7 @@ from ..rewriter.program import Program
 from ..rewriter.running.verify import bound, evaluation, is_meta
 from ..rewriter.sharded import require_whole
 from ..rewriter.storage.leftovers import clean, temporary
+from ..rewriter.turns import alone
 from .onnx_parity import gap, masks_of, padded, require, session
 from .onnx_precision import (
     HALF,
@@ -191,10 +192,11 @@ def _check_opset(opset: int | None) -> None:
 
 def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
     fork = program.fork()
-    plain = Editor(fork)
-    restore_deltas(plain)
-    quantised = repack(plain, LAYOUT)
-    plain.finish()
+    with alone():
+        plain = Editor(fork)
+        restore_deltas(plain)
+        quantised = repack(plain, LAYOUT)
+        plain.finish()
     dtypes = dtypes_of(fork)
     check_target(dtypes, dtype)
     names = _output_names(fork)
@@ -204,7 +206,7 @@ def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
         rounding = _conversion(original, fork, names, dtype)
         dtypes = dtypes - set(HALF) | {dtype}
     wide = in_dtype(fork, torch.float32) if dtypes & set(HALF) else None
-    with evaluation(fork), silence():
+    with alone(), evaluation(fork), silence():
         exported = reexport(fork, next(iter(_feeds(fork).values())))
     from .onnx_operators import operators  # needs onnxscript
 
@@ -258,7 +260,7 @@ def _attempt(
 
     onnx: Any = require("onnx")
     inputs, outputs = prepared.program.spec.names, prepared.outputs
-    with silence():
+    with alone(), silence():
         model = translate(prepared.exported, opset, inputs, outputs, prepared.table)
     transposed = weights.store_as_read(model)
     weights.strip(model)

@@ -113,11 +113,15 @@ def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch
 
 
 def state_tensors(gm: GraphModule) -> set[str]:
-    """Names of stored tensors that a forward updates (batch statistics)."""
+    """Names of stored tensors that a forward updates (batch statistics).
+
+    A module's `updates_state` says which of its arguments it writes, by position, or True for all.
+    """
     found: set[str] = set()
     for node in gm.graph.nodes:
-        if getattr(submodule(gm, node), "updates_state", False):
-            found |= {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+        if places := getattr(submodule(gm, node), "updates_state", False):
+            inputs = node.all_input_nodes if places is True else [node.args[i] for i in places]
+            found |= {str(a.target) for a in inputs if isinstance(a, Node) and a.op == "get_attr"}
         elif (target := written(node)) is not None and target.op == "get_attr":
             found.add(str(target.target))
     return found

@@ -22,7 +22,7 @@ from peftfx.rewriter.capture.symbols import Symbols
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.running.syntax import parse, parse_yaml
 from peftfx.rewriter.sites.selector import choose
-from peftfx.rewriter.storage import artifact, program_file
+from peftfx.rewriter.storage import artifact, loading, program_file
 from peftfx.rewriter.storage.checkpoint import Checkpoint
 from peftfx.rewriter.storage.files import parse_json, write_json
 from peftfx.rewriter.storage.sealed import SEAL, sealed
@@ -72,7 +72,7 @@ def _manifest(data: bytes) -> bytes:
 def _artifact(data: bytes) -> None:
     files = {f.partition("/")[2]: content for f, content in written("save").items()}
     held: Any = Held({**files, "manifest.json": _manifest(data)})
-    artifact.attach(writers.base(), artifact._read(held), "held")
+    loading.attach(writers.base(), artifact._read(held), "held")
 
 
 def _program(data: bytes) -> None:

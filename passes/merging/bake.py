@@ -19,6 +19,7 @@ from ...rewriter.errors import PassError, nearest
 from ...rewriter.program import Program
 from ...rewriter.running.passes import Method, Pass, Plan
 from ...rewriter.running.verify import Contract, difference, is_meta
+from ...rewriter.turns import alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,10 @@ class Bake(Pass):
 
     def _moved(self, program: Program, plan: Plan, data: Sequence[Any]) -> dict[str, float]:
         """How far outputs move on the calibration data."""
-        trial = Editor(program.fork())
-        self.apply(trial, plan)
-        trial.finish()
+        with alone():
+            trial = Editor(program.fork())
+            self.apply(trial, plan)
+            trial.finish()
         worst, relative = difference(program, trial.program, data)
         return {"data_abs": worst, "data_rel": relative}
 

@@ -25,8 +25,8 @@ from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
 from ..module import CapturedModule, outside_inference, state_tensors
 from ..program import Program
-from ..running.propagate import alone
 from ..sites.discover import discover
+from ..turns import alone
 from .cache import Entry, Traced, place
 from .canonical import canonicalize
 from .dynamic import Dynamic, dynamic_axes
@@ -95,7 +95,8 @@ def capture(
         if entry:
             entry.store(traced)
     gm = traced.module
-    unify(gm, traced.symbols)
+    with alone():
+        unify(gm, traced.symbols)
     _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
     if follow_modes(gm, model):
         _modes_must_agree(model, Trial(model, gm, traced.spec, tensors))

@@ -28,6 +28,7 @@ from ..aten import attribute, set_attribute
 from ..module import CapturedModule
 from ..running.propagate import fake_mode
 from ..sites import sites
+from ..turns import alone
 from . import modes
 from .operators import find_operator, require_pure
 from .structure import read_structure
@@ -263,6 +264,7 @@ def _read_constant(dtype: str, sizes: list[int], data: str) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8).view(_TYPES[dtype]).view(sizes)
 
 
+@alone()
 def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str]) -> dict[str, Any]:
     """A captured graph as JSON.
 
@@ -311,6 +313,7 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
     }  # fmt: skip
 
 
+@alone()
 def read_graph(
     data: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
     name: str, classes: Collection[str],

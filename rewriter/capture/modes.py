@@ -76,7 +76,7 @@ class Attention(Switch):
 class BatchNorm(Switch):
     """Batch norm that updates its running statistics in training only."""
 
-    updates_state = True
+    updates_state = (3, 4)
 
     def __init__(self, momentum: float, eps: float) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class BatchNorm(Switch):
 class Counter(Switch):
     """Counts the batches seen in training (batch norm's `num_batches_tracked`)."""
 
-    updates_state = True
+    updates_state = (0,)
 
     def forward(self, count: Tensor, step: int = 1) -> Tensor:
         if self.training:
@@ -139,7 +139,7 @@ class TrainingOnly(Switch):
 class Update(Switch):
     """Writes a buffer in training only (moving averages)."""
 
-    updates_state = True
+    updates_state = (0,)
 
     def forward(self, state: Tensor, fresh: Tensor) -> Tensor:
         if self.training:

@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from ..aten import attribute
+from ..turns import alone
 
 _BUILD_ERRORS = (
     TypeError, ValueError, AttributeError, LookupError, RuntimeError, ImportError, ArithmeticError,
@@ -38,6 +39,7 @@ def relocate(gm: nn.Module, old: torch.device, new: torch.device) -> None:
             module.recompile()
 
 
+@alone()
 def relocate_graph(graph: Graph, old: torch.device, new: torch.device) -> None:
     """See `relocate`; the code is not generated again."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..aten import output_node, placeholders, shape
+from ..module import state_tensors
 from ..running.verify import TOLERANCE, gaps
 from ..sharded import Gathering, whole
 from ..sites.sites import AttentionSite, MixerSite, Site
@@ -124,7 +125,7 @@ class Values:
         flat = [inputs[n].to(device) for n in placeholders(self.gm)]
         try:
             self.gm.eval()
-            with undisturbed(self.gm):
+            with undisturbed(self.gm, state_tensors(self.gm)):
                 recorder.run(*flat, enable_io_processing=False)
         except Exception:  # noqa: BLE001 - whatever the graph raises here means: no evidence
             return None

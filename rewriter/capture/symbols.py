@@ -39,6 +39,10 @@ _FUNCTIONS: dict[str, Any] = {
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.Pow: operator.pow, ast.FloorDiv: functions.FloorDiv,
+    ast.BitOr: sympy.Or, ast.BitAnd: sympy.And,
+}  # fmt: skip
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.USub: operator.neg, ast.Invert: sympy.Not,
 }  # fmt: skip
 _COMPARE: dict[type[ast.cmpop], Any] = {
     ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Gt: sympy.Gt, ast.GtE: sympy.Ge,
@@ -168,13 +172,15 @@ class Symbols:
                 return _small(sympy.Integer(number))
             case ast.Name(id=name):
                 return self.names[name]
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -self._build(operand)
-            case ast.BinOp(left=left, op=op, right=right):
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+                return _UNARY[type(op)](self._build(operand))
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 return _binary(_BINARY[type(op)], self._build(left), self._build(right))
-            case ast.Compare(left=left, ops=[op], comparators=[right]):
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
                 return _COMPARE[type(op)](self._build(left), self._build(right))
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if (
+                name in _FUNCTIONS
+            ):
                 parts = [self._build(a) for a in arguments]
                 if name == "PowByNatural" and len(parts) == 2:
                     return _binary(_FUNCTIONS[name], *parts)

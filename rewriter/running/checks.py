@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import VerifyError
+from ..turns import alone
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
-from .propagate import alone
 from .reach import unreached
 from .syntax import parse
 from .verify import Certificate, certify, check_graph, is_meta, sizes

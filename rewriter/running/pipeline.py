@@ -16,9 +16,10 @@ from ..fingerprint import require_unchanged, take
 from ..module import outside_inference
 from ..program import Program, Record
 from ..sharded import require_whole
+from ..turns import alone
 from .checks import Checks, Skipped
 from .passes import Pass, Plan
-from .propagate import alone, propagate
+from .propagate import propagate
 from .syntax import Passes, as_pipeline
 from .verify import Certificate
 

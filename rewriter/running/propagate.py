@@ -2,17 +2,12 @@
 
 Recomputes nodes whose inputs changed, in order, and stops where shape and dtype stay the same.
 A pass that makes a size fixed would add a guard to the shape environment; that is an error.
-
-Programs that come from one capture share the symbols of their sizes, and with them torch's fake
-mode and shape environment, which are not made for threads: whoever makes fake values or reasons
-about sizes is `alone`. Running programs needs neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +26,10 @@ from ..capture.modes import Attention
 from ..capture.symbols import unify
 from ..edits.requirements import failing_branch
 from ..errors import PassError
+from ..turns import alone
 
 if TYPE_CHECKING:
     from ..program import Program
-
-_TURN = threading.RLock()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """One thread at a time: edits fake values, which share one shape environment."""
-    with _TURN:
-        yield
 
 
 class _SizeFixedError(PassError):

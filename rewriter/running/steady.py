@@ -13,20 +13,31 @@ from .still import forward, written
 from .witness import Witness, repeats
 
 
+def quieten(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> str:
+    """Lets random operators have their expected value in both, if the program before draws random
+    numbers in evaluation mode; says what `repeats` says of it."""
+    was = repeats(before, _smallest(rounds))
+    if was.startswith("random"):
+        for witness in (before, after):
+            witness.expected = True
+            witness.forget()
+    return was
+
+
+def _smallest(rounds: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    return min(rounds, key=lambda i: sum(t.numel() for t in i.values()))
+
+
 def require_steady(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> None:
     """Raises VerifyError unless a second call gives the same, as far as it did before the pass."""
-    probe = min(rounds, key=lambda i: sum(t.numel() for t in i.values()))
-    was, now = repeats(before, probe), repeats(after, probe)
+    now = repeats(after, _smallest(rounds))
+    was = quieten(before, after, rounds)
     if was.startswith("changed"):
         raise VerifyError(
             "the pass changed the program that it was given, whose outputs are not what they were "
             f"({was.removeprefix('changed: ')}). Passes read it in `plan` and change a fork in "
             "`apply`. It shares storage with others: load its weights again, or capture again."
         )
-    if was.startswith("random"):
-        for witness in (before, after):
-            witness.expected = True
-            witness.forget()
     if now.startswith("random") and not was:
         raise VerifyError(
             "the result draws random numbers in evaluation mode, which the program before does "

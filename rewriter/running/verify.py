@@ -26,7 +26,7 @@ from .choices import tied
 from .compare import Gap, compare, figures, floats, gaps, worst
 from .effect import SHARE, effect
 from .intact import require_recorded, require_values
-from .steady import require_steady, trained
+from .steady import quieten, require_steady, trained
 from .still import forward, still
 from .witness import Witness, whole_tensors
 
@@ -131,7 +131,9 @@ def measure(before: Program, after: Program) -> dict[str, float]:
     Raises:
         VerifyError: number, type, dtype or shape of the outputs differ.
     """
-    each = _measured(Witness(before), Witness(after))
+    one, other = Witness(before), Witness(after)
+    quieten(one, other, sizes(after))
+    each = _measured(one, other)
     infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}
     return {**figures(each), **infinite}
 
@@ -176,7 +178,9 @@ def _rounding(program: Program, seed: int = 0) -> list[Gap]:
                 sign = torch.randint(0, 2, held.shape, generator=generator) * 2 - 1
                 step = torch.finfo(held.dtype).eps * sign.to(held)
                 parameter.data = placed_like(held * (1 + step), parameter)
-    return _measured(Witness(program), moved)
+    resting = Witness(program)
+    quieten(resting, moved, sizes(program))
+    return _measured(resting, moved)
 
 
 def rounding(program: Program, seed: int = 0) -> float:

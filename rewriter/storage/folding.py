@@ -19,6 +19,7 @@ from ..edits.weight import all_finite
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..program import Program
 from ..sites.sites import LinearSite
+from ..turns import alone
 from .checkpoint import Checkpoint
 
 
@@ -38,7 +39,8 @@ class ShardFolder:
         for name in self.hollowed:
             self._hollow(name)
         paths = [a.path for a in program.attachments]
-        fold_ready(self.program, frozenset(paths))
+        with alone():
+            fold_ready(self.program, frozenset(paths))
         self.groups = by_weight(self.program, paths)
         self.sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
         self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
@@ -124,10 +126,14 @@ class ShardFolder:
             if gm.get_parameter(member).is_meta:
                 value = self.checkpoint.tensor(self.names[member])
                 set_attribute(gm, member, nn.Parameter(value, requires_grad=False))
-        fold_weight(self.edit, self.groups[weight], "keep", self.result)
+        with alone():
+            fold_weight(self.edit, self.groups[weight], "keep", self.result)
         if self.result.kept:
             path, reason = next(iter(self.result.kept.items()))
-            raise FoldError(f"{weight}: the branch {path} cannot be folded: {reason}.")
+            raise FoldError(
+                f"{weight}: the branch {path} cannot be folded: "
+                f"{reason.removeprefix('not foldable: ')}."
+            )
         for member in members:
             self.ready[member] = self._if_changed(member)
             hollow = gm.get_parameter(member).detach().to("meta")

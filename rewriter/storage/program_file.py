@@ -42,6 +42,7 @@ from ..running.propagate import propagate
 from ..running.verify import bound, check_graph, is_meta, measure
 from ..sharded import require_whole
 from ..sites.sites import LinearSite, Sites
+from ..turns import alone
 from .artifact import VERSION, require_finite
 from .directory import Folder, reading, write_directory
 from .files import JSON_LIMIT, parse_json, tensors_of, write_json
@@ -145,12 +146,13 @@ def flattened(program: Program) -> Program:
         ExportError: it cannot be, or computes something else.
     """
     flat = program.fork()
-    edit = Editor(flat)
     try:
-        restore_deltas(edit)
-        edit.finish()
-        propagate(flat)
-        inline_calls(flat)
+        with alone():
+            edit = Editor(flat)
+            restore_deltas(edit)
+            edit.finish()
+            propagate(flat)
+            inline_calls(flat)
         check_graph(flat)
     except RewriteError as error:
         raise ExportError(f"the program cannot be written as operators: {error}") from error
