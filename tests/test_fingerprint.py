@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import BaseChangedError, RewriteError
+from peftfx.rewriter.errors import BaseChangedError, PassError, RewriteError
 from peftfx.rewriter.fingerprint import changed, checksum, require_unchanged, training_shared
 from peftfx.rewriter.running.replay import replay
 
@@ -148,7 +148,12 @@ def test_what_trains_in_shared_memory_is_refused() -> None:
     program.module.get_parameter("up.weight").requires_grad_(True)
     assert training_shared(program) == ["up.weight"]
     with pytest.raises(BaseChangedError, match=r"'up\.weight' requires gradients"):
+        require_unchanged(program)
+    with pytest.raises(PassError, match=r"up\.weight require gradients, but no pass trains them"):
         peftfx.run(program, "lora{where=up}")
+    base.module.get_parameter("up.weight").requires_grad_(True)
+    with pytest.raises(BaseChangedError, match=r"'up\.weight' requires gradients"):
+        peftfx.run(base, "lora{where=up}")
 
 
 def test_folded_weights_are_watched_too() -> None:
@@ -161,13 +166,14 @@ def test_folded_weights_are_watched_too() -> None:
 
 
 def test_inference_tensors_meta_tensors_and_moves() -> None:
+    model = net()
     with torch.inference_mode():
-        model = net()
+        model.register_buffer("table", torch.ones(3))  # parameters made so are refused
     program = peftfx.capture(model, (X,))
     require_unchanged(program)
     with torch.inference_mode():
-        model.up.weight.mul_(2)
-    assert changed(program, values=False) == ["up.weight"]
+        model.get_buffer("table").mul_(2)
+    assert changed(program, values=False) == ["table"]
 
     program = peftfx.run(peftfx.capture(net(), (X,)), "lora{where=up}")
     require_unchanged(program.to("meta"))

@@ -16,10 +16,12 @@ import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.edits import rules
 from peftfx.rewriter.edits.branch import Branch, Delta, OutputScale
-from peftfx.rewriter.edits.certificate import Matrix, check_folded
+from peftfx.rewriter.edits.certificate import Matrix, Verdict, check_folded
 from peftfx.rewriter.edits.weight import Weight
 from peftfx.rewriter.errors import NonFiniteError, PassError, VerifyError
 from peftfx.rewriter.program import Program
+
+from .test_verifier import program as verified
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
 
@@ -222,3 +224,25 @@ def test_folding_keeps_the_program_before() -> None:
     before = copy.deepcopy({n: p.detach() for n, p in program.module.named_parameters()})
     peftfx.run(program, "fold{names=ia3}")
     assert all(torch.equal(p, before[n]) for n, p in program.module.named_parameters())
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
+@pytest.mark.parametrize("scale", [0.01, 0.1])
+def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
+    monkeypatch: pytest.MonkeyPatch, scale: float, factor: float
+) -> None:
+    adapted = peftfx.run(verified(torch.bfloat16), "lora{rank=1,where=linear}")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.trainable_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    fold = "fold{tied=untie}"
+    assert peftfx.run(adapted, fold).history[-1].certificate.holds
+    delta = LoRABranch.delta
+    monkeypatch.setattr(LoRABranch, "delta", lambda s: delta(s) * factor)
+    with pytest.raises(VerifyError, match="computes something else than what it folds"):
+        peftfx.run(adapted, fold)
+    # What only compares outputs has to see it, too.
+    monkeypatch.setattr("peftfx.rewriter.edits.fold.check_folded", lambda *_: Verdict(0.0, False))
+    with pytest.raises(VerifyError, match=r"does not hold|integers"):
+        peftfx.run(adapted, fold)
