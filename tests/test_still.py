@@ -118,6 +118,23 @@ def test_random_operators_at_their_expected_value() -> None:
     assert torch.equal(torch.random.get_rng_state(), seed)
 
 
+def test_dropout_of_attention_counts_the_same_in_every_kernel() -> None:
+    x = torch.randn(2, 4, 6, 8)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    attend = nn.functional.scaled_dot_product_attention
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), Expected() as none:
+        attend(x, x, x, causal)
+        attend(x, x, x, is_causal=True)
+    assert not none.draws
+    with torch.no_grad(), Expected() as formula:
+        want = attend(x, x, x, causal, dropout_p=0.25)
+    with torch.no_grad(), Expected() as kernel:
+        got, _ = fused(x, x, x, 0.25, True)  # which refuses dropout that is not taken out
+    torch.testing.assert_close(got, want)
+    assert formula.draws == kernel.draws and kernel.draws.total() == 1
+
+
 def test_run_in_inference_mode_can_train(captured: Any) -> None:
     _, base = captured["encoder"]
     with torch.inference_mode():

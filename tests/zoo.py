@@ -200,15 +200,6 @@ def _llava() -> Any:
     return _library("LlavaForConditionalGeneration", config)
 
 
-def _gemma3n() -> Any:
-    config = _config(
-        "Gemma3nTextConfig", **_ENCODER, **_IDS, **_PER_LAYER, num_key_value_heads=KV_HEADS,
-        use_cache=False, laurel_rank=6, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 2,
-    )()  # fmt: skip
-    object.__setattr__(config, "altup_coef_clip", None)  # it writes weights, in training only
-    return _library("Gemma3nForCausalLM", lambda: config)
-
-
 def _unet() -> Any:
     return importlib.import_module("diffusers").UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, dropout=0.1,
@@ -297,7 +288,10 @@ ZOO: dict[str, Entry] = {
         shared_expert_intermediate_size=40,
     ),
     "gemma4": _decoder("Gemma4", config="Gemma4TextConfig", **_PER_LAYER, global_head_dim=16),
-    "gemma3n": Entry(_gemma3n, _seeded(text)),
+    "gemma3n": _decoder(
+        "Gemma3n", config="Gemma3nTextConfig", **_PER_LAYER, laurel_rank=6, altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 2,
+    ),
     "falcon_h1": _decoder(
         "FalconH1", head_dim=8, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4,
         mamba_chunk_size=8,

@@ -117,6 +117,24 @@ def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachme
 def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
     """Folds the branches of one weight to a fixpoint, and checks what became of the weight; needs
     the values of no other weight."""
+    count = -1
+    while count < len(result.folded):
+        count = len(result.folded)
+        left = [a for a in group if a.path not in result.folded]
+        for part in _by_calls(edit.program, left):
+            _fold_calls(edit, part, tied, result)
+
+
+def _by_calls(program: Program, group: Sequence[Attachment]) -> list[list[Attachment]]:
+    """The branches of one weight, parted where other calls read it: they may get their own."""
+    parts: dict[tuple[str, ...], list[Attachment]] = {}
+    for attachment in group:
+        parts.setdefault(tuple(program.sites[attachment.site].nodes), []).append(attachment)
+    return list(parts.values())
+
+
+def _fold_calls(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+    """Folds the branches of one weight at the same calls, and compares it with them."""
     branches = {a.path: branch_of(edit.program, a) for a in group}
     before = _matrix(edit, group)
     progress = True

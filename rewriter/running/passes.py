@@ -289,8 +289,9 @@ class Method(Pass, abstract=True):
     def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         selection, absent = self._selection(program)
         sites = self.sites(program)
-        misfits = {s.id: reason for s in sites if (reason := self.obstacle(s))}
-        if sites and len(misfits) == len(sites):
+        free = [s for s in sites if not (isinstance(s, LinearSite) and s.fixed)]
+        misfits = {s.id: reason for s in free if (reason := self.obstacle(s))}
+        if free and len(misfits) == len(free):
             where, reason = next(iter(misfits.items()))
             raise OptionError(f"{self.text}: no selected site fits. {where}: {reason}.")
         decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}

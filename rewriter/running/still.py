@@ -87,13 +87,9 @@ class Expected(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        if "dropout_p" in (names := [a.name for a in func._schema.arguments]):
-            # One kernel or another of attention, random only with dropout.
-            given = dict(zip(names, args, strict=False)) | kwargs
-            if not given.get("dropout_p", 0.0):
-                return func(*args, **kwargs)
-            self.draws["attention", tuple(args[0].shape), given["dropout_p"]] += 1
-            return _seeded(func, args, kwargs)
+        names = [a.name for a in func._schema.arguments]
+        if {"query", "key", "dropout_p"} <= set(names):
+            return self._attention(func, dict(zip(names, args, strict=False)) | kwargs)
         numbers = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int | float)]
         first = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else str(args)
         self.draws[func._schema.name, first, tuple(numbers)] += 1
@@ -101,6 +97,14 @@ class Expected(TorchDispatchMode):
         if replacement is not None:
             return replacement(func, args, kwargs)
         return _seeded(func, args, kwargs)
+
+    def _attention(self, func: Any, given: dict[str, Any]) -> Any:
+        """A fused attention without its dropout, which is counted as the formula's own: on weights
+        `[..., queries, keys]`. Which kernel runs depends on the mask, and is no noise."""
+        if probability := given.get("dropout_p", 0.0):
+            weights = (*given["query"].shape[:-1], given["key"].shape[-2])
+            self.draws["aten::bernoulli_", weights, (1.0 - probability,)] += 1
+        return func(**given | {"dropout_p": 0.0})
 
 
 def _seeded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
