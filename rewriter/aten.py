@@ -6,6 +6,7 @@ linear), never by what a model calls them.
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx import graph as fx_graph
 
 ATEN: Any = torch.ops.aten
 
 Target = Callable[..., Any] | str
+
+
+def _format_target(base: str, target: str) -> str:
+    """The code that reads a path, where torch's own is none: children may be called `in`, `class`
+    or, in letters that Python takes for others, `ﬁrst`."""
+    code = base
+    for part in target.split("."):
+        plain = part.isidentifier() and part.isascii() and not keyword.iskeyword(part)
+        code = f"{code}.{part}" if plain else f"getattr({code}, {part!r})"
+    return code
+
+
+# Of all graphs, as torch.export makes some of its own on the way; else such code does not compile.
+fx_graph._format_target = _format_target
 
 
 def overloads(*names: str) -> frozenset[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, OptionError
+from peftfx.rewriter.storage.sealed import SEAL, sealed
 
 from .models import batch, first, randomise
 from .recipes import METHODS, start
@@ -167,7 +168,7 @@ def test_only_a_missing_site_is_called_one(
     path = tmp_path / "a" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["recipe"][0]["decisions"] = decisions
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed({k: v for k, v in manifest.items() if k != SEAL}))
     with pytest.raises(CorruptFileError, match=said) as caught:
         peftfx.load(base, tmp_path / "a")
     assert ("no site" in str(caught.value)) == ("no site" in said)

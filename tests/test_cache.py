@@ -17,6 +17,7 @@ from torch import nn
 import peftfx
 from peftfx.rewriter.aten import shape, source_line
 from peftfx.rewriter.capture import graphfile
+from peftfx.rewriter.capture.symbols import Symbols
 from peftfx.rewriter.storage.files import parse_json, write_json
 
 from .models import Convolutional, Decoder, Encoder, batch, bert, first, llama, moved, randomise
@@ -41,6 +42,10 @@ class Spent:
         program = peftfx.capture(*args, **options)
         self.seconds = time.process_time() - begun
         return program
+
+
+def environment_of(program: peftfx.Program) -> Any:
+    return next(n.meta["val"].fake_mode.shape_env for n in program.module.graph.nodes)
 
 
 @pytest.mark.parametrize("name", FRESH)
@@ -84,7 +89,7 @@ def test_a_recalled_program_keeps_its_dynamic_sizes(tmp_path: Path) -> None:
     assert program.cached == "recalled" and program.spec.ranges["sequence"] == (1, 64)
     other = batch(5, 23)
     assert torch.equal(first(program(**other)), first(model(**other)))
-    environment: Any = next(n.meta["val"].fake_mode.shape_env for n in program.module.graph.nodes)
+    environment = environment_of(program)
     before = len(environment.guards)
     peftfx.run(program, "lora{where=linear};prompt_tuning{length=3}")
     assert len(environment.guards) == before
@@ -329,3 +334,43 @@ def test_the_content_of_a_mask_that_sites_depend_on(tmp_path: Path) -> None:
     assert recall(x + 1, causal) == ("recalled", True)  # no site depends on that
     note, found = recall(x, torch.ones(5, 5, dtype=torch.bool))
     assert note.startswith("stored again: a mask") and not found
+
+
+class Padded(nn.Module):
+    """Pads to a multiple of four, so that torch notes alternatives: a size is 1, or another 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, tokens = x.shape[:2]
+        x = nn.functional.pad(self.up(x), (0, 0, 0, -tokens % 4))
+        x = x.reshape(rows, -1, 4, 8).transpose(1, 2).reshape(rows, -1, 8)
+        return self.down(x)[:, :tokens]
+
+
+def test_guards_with_alternatives(tmp_path: Path) -> None:
+    model, x = Padded().eval(), torch.randn(2, 7, 8)
+    assert peftfx.capture(model, (x,), cache=tmp_path).cached == "stored"
+    program = peftfx.capture(model, (x,), cache=tmp_path)
+    assert program.cached == "recalled" and "|" in str(environment_of(program).guards)
+    x = torch.randn(3, 9, 8)
+    assert torch.equal(program(x), model(x))
+    peftfx.save_program(program, tmp_path / "program")
+    assert torch.equal(peftfx.load_program(tmp_path / "program")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("guard", "holds"),
+    [("Eq(s0, 8) | (s0 > 9)", True), ("(s0 < 9) & ~Eq(Mod(s0, 2), 0)", False), ("s0 | 3", None),
+     ("s0 ^ 3", None), ("not s0", None), ("s0 < s0 < 3", None)],
+)  # fmt: skip
+def test_guards_that_are_read(guard: str, holds: bool | None) -> None:
+    data = {"symbols": [["s0", 8, 2, None]], "guards": [guard]}
+    if holds:
+        assert str(Symbols(data).environment.guards[0].expr) == guard
+    else:
+        said = "does not hold" if holds is False else "not an expression of sizes|boolean|Boolean"
+        with pytest.raises((ValueError, TypeError), match=said):
+            Symbols(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.blocks.module import Outlined
 from peftfx.rewriter.errors import BlockError, CaptureError
+
+from .models import randomise
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -162,3 +165,38 @@ def test_copies_and_pickles_keep_their_guard(plain: peftfx.Program) -> None:
             with pytest.raises(CaptureError, match="keeps its dtype"):
                 change()
         assert module.to("cpu") is module
+
+
+class Keyed(nn.Module):
+    """Linears in a dict, as graph networks have for the kinds of their edges."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleDict({n: nn.Linear(8, 8) for n in names})
+        self.scales = nn.ParameterDict({n: nn.Parameter(torch.ones(8)) for n in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, part in self.parts.items():
+            x = x + torch.tanh(part(x) * self.scales[name])
+        return x
+
+
+def test_keywords_are_names(tmp_path: Path) -> None:
+    model = Keyed("in", "class", "None", "a-b", "ﬁrst", "x").eval().requires_grad_(False)
+    base = peftfx.capture(model, (X,), cache=tmp_path / "cache")
+    assert base.cached == "stored" and torch.equal(base(X), model(X))
+    assert len(base.sites.of("linear")) == 6
+    program = randomise(peftfx.run(base, "lora{rank=2,where='name:in|name:class'}"))
+    program(X).sum().backward()
+    assert all(p.grad is not None for p in program.trainable_parameters())
+    folded = peftfx.run(program, "fold")
+    torch.testing.assert_close(folded(X), program(X))
+    again = copy.deepcopy(model)
+    again.load_state_dict(folded.export_state_dict(), strict=True)
+    torch.testing.assert_close(again(X), program(X))
+    peftfx.save_program(program, tmp_path / "program")
+    torch.testing.assert_close(peftfx.load_program(tmp_path / "program")(X), program(X))
+    peftfx.export_onnx(program, tmp_path / "model.onnx")
+    assert torch.equal(copy.deepcopy(program.module)(x=X), program(X))
+    assert peftfx.capture(model, (X,), cache=tmp_path / "cache").cached == "recalled"

@@ -195,6 +195,7 @@ def test_files_of_the_first_format_load(program_file: Path, captured: Any, tmp_p
         lambda i: i.update(shape=[-1]), lambda i: i.update(shape=[True]),
         lambda i: i.update(shape=[1] * 65), lambda i: i.update(fill="0"), lambda i: i.update(name=3),
         lambda i: i.update(fill=10**30), lambda i: i.pop("name"),
+        lambda i: i.update(values=[3, 1]), lambda i: i.update(values=["a", "b"]),
     ],
 )  # fmt: skip
 def test_input_specs(captured: Any, edit: Any) -> None:

@@ -9,12 +9,12 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
     program = peftfx.run(program, "lora{name=a};lora{name=b,rank=4};bank")
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
 
-An id counts from 0 in the order of the members, as in a Python list whose last entry is "none": n
-or -1 gives the model without any adapter (what was folded into its weights is no adapter). So a
-program with adapters that are no members is refused, unless `others=keep`: those then act on all
-rows, as do adapters that are inserted later. A call without ids gets the first member. The bank
-holds copies for inference: it does not train, has no dropout, and `program.without("bank")` gives
-the members back, one beside the other, to train on. Not foldable.
+An id counts from 0 in the order of the members; n or -1 gives the model without any adapter (what
+was folded into its weights is no adapter), and a call with any other id is refused. So a program
+with adapters that are no members is refused, unless `others=keep`: those then act on all rows, as
+do adapters that are inserted later. A call without ids gets the first member. The bank holds copies
+for inference: it does not train, has no dropout, and `program.without("bank")` gives the members
+back, one beside the other, to train on. Not foldable.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class Bank(Pass):
                 f"the bank is made of the adapter {min(missing)!r}, which is not here. Keep it, or "
                 "take the bank apart first: program.without('bank')."
             )
-        ids = edit.add_input(self.input, torch.zeros((), dtype=torch.long), per_sample=True)
+        first = torch.zeros((), dtype=torch.long)
+        ids = edit.add_input(self.input, first, per_sample=True, values=(-1, len(names)))
         for name, held in branches.items():
             site: Any = edit.program.sites[name]
             samples = edit.samples(site)

@@ -28,6 +28,9 @@ class TensorInput:
     """A value that was valid in the captured example (its largest one for integers)."""
     optional: bool = False
     """A call may leave it out: it is `fill` then, in sizes that other inputs have, too."""
+    values: tuple[int, int] | None = None
+    """The smallest and the largest value that it may hold, if others mean nothing. Looking at them
+    waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class InputSpec:
         return (
             *(f"{n} is {self._range(n)}{self._because(n)}" for n in bounded),
             *(f"{r}{self._because(r)}" for r in self.relations),
+            *(
+                f"{i.name} holds {i.values[0]} to {i.values[1]}"
+                for i in self.inputs
+                if i.values is not None
+            ),
             *(
                 f"{i.name} axis {axis} is always {size} ({self.reasons[f'{i.name}.{axis}']})"
                 for i in self.inputs
@@ -190,6 +198,8 @@ class InputSpec:
             if tensor.dtype != spec.dtype or tensor.dim() != len(spec.shape):
                 got = short_type(tensor.dtype, tuple(tensor.shape))
                 raise InputError(f"input {spec.name!r} must be {want}, not {got}.")
+            if spec.values is not None:
+                _check_values(spec.name, tensor, *spec.values)
             for axis, (size, expected) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
                 where = f"input {spec.name!r}, axis {axis}"
                 if isinstance(expected, int):
@@ -308,6 +318,7 @@ class InputSpec:
                     "fill": i.fill,
                     "optional": i.optional,
                 }
+                | ({} if i.values is None else {"values": list(i.values)})
                 for i in self.inputs
             ],
             "ranges": {k: list(v) for k, v in self.ranges.items()},
@@ -326,6 +337,15 @@ class InputSpec:
         from .specfile import read_spec  # late: it makes specs
 
         return read_spec(data)
+
+
+def _check_values(name: str, tensor: Tensor, low: int, high: int) -> None:
+    if tensor.is_meta or not tensor.numel():
+        return
+    ends = int(tensor.min()), int(tensor.max())
+    if ends[0] < low or ends[1] > high:
+        wrong = ends[0] if ends[0] < low else ends[1]
+        raise InputError(f"input {name!r} holds {wrong}; it takes {low} to {high}.")
 
 
 def short_type(dtype: torch.dtype, shape: Sequence[object]) -> str:

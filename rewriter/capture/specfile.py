@@ -56,7 +56,15 @@ def _input(data: Mapping[str, Any], ranges: Mapping[str, tuple[int, int | None]]
     least = [s if isinstance(s, int) else ranges.get(s, (1, None))[0] for s in sizes]
     if len(sizes) > 64 or math.prod(least) > ELEMENTS:
         raise ValueError(f"the input {name!r} is {least} at least: larger than inputs get")
-    return TensorInput(name, sizes, dtype, fill, bool(data.get("optional", False)))
+    optional, held = bool(data.get("optional", False)), data.get("values")
+    return TensorInput(name, sizes, dtype, fill, optional, None if held is None else _values(held))
+
+
+def _values(ends: Any) -> tuple[int, int]:
+    low, high = ends
+    if not all(type(n) is int and abs(n) < 2**63 for n in (low, high)) or high < low:
+        raise ValueError(f"{ends!r} is not a range of values")
+    return low, high
 
 
 def _range(bounds: Any) -> tuple[int, int | None]:

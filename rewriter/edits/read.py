@@ -121,10 +121,17 @@ class Reading(Attaching):
             self.skip(site, sample_axis(self.program).reason or rows)
         return found
 
-    def add_input(self, name: str, example: Tensor, per_sample: bool = False) -> Value:
+    def add_input(
+        self,
+        name: str,
+        example: Tensor,
+        per_sample: bool = False,
+        values: tuple[int, int] | None = None,
+    ) -> Value:
         """A new input of the program, of fixed shape or, `per_sample`, one number for each
-        sample; a call that leaves it out gets `example`."""
-        return add_input(self.program, name, example, per_sample)
+        sample; a call that leaves it out gets `example`, and one that gives values beyond the
+        smallest and largest of `values` is refused."""
+        return add_input(self.program, name, example, per_sample, values)
 
     def drop_input(self, name: str, reason: str) -> None:
         """Removes an input that nothing reads any more."""

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from ..program import Program
 
 
-def add_input(program: Program, name: str, example: Tensor, per_sample: bool = False) -> Node:
+def add_input(
+    program: Program,
+    name: str,
+    example: Tensor,
+    per_sample: bool = False,
+    values: tuple[int, int] | None = None,
+) -> Node:
     """A new input; a call may leave it out and then gets `example`.
 
     Args:
         example: one value of fixed shape.
         per_sample: the input is `[batch]` instead, with one such number for each sample.
+        values: the smallest and the largest that it may hold; a call with others is refused.
 
     Raises:
         PassError: there is an input of that name, or no dynamic number of samples.
@@ -50,7 +57,7 @@ def add_input(program: Program, name: str, example: Tensor, per_sample: bool = F
             node.meta["val"] = node.meta["val"].expand(value(held[source]).shape[axis])
         example, shape = example.expand(program.sample[source].shape[axis]), (label,)
     fill = example.flatten()[0].item()
-    added = TensorInput(name, shape, example.dtype, fill, optional=True)
+    added = TensorInput(name, shape, example.dtype, fill, optional=True, values=values)
     program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
     program.sample = {**program.sample, name: example}
     _sign(gm, lambda names: [*names, name])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import peftfx
+from peftfx.rewriter.errors import InputError
 
 from ..models import Decoder, batch, build, first, moved, randomise
 
@@ -42,8 +43,9 @@ def test_each_row_has_its_own_adapter(captured: Any, zoo: Any, name: str) -> Non
     assert all(moved(plain[row], got[row]) > 0.01 for row in range(3))
     assert torch.equal(got[3:], plain[3:])
     torch.testing.assert_close(first(bank(**inputs)), first(program.only(("a",))(**inputs)))
-    with pytest.raises(IndexError):
-        bank(**inputs, adapter=IDS + 1)
+    for ids, value in ((IDS + 1, 4), (IDS - 1, -2)):
+        with pytest.raises(InputError, match=f"'adapter' holds {value}.* -1 to 3"):
+            bank(**inputs, adapter=ids)
 
 
 def test_half_precision_and_dropout() -> None:

@@ -81,6 +81,8 @@ def test_hyperformer_equals_its_reference(captured: Any, zoo: Any, name: str) ->
     assert torch.equal(first(program(**inputs)), seen[0])
     with pytest.raises(InputError, match="task"):
         program(**inputs, task=torch.tensor([0, 1]))
+    with pytest.raises(InputError, match="'task' holds 3; it takes 0 to 2"):
+        program(**inputs, task=torch.tensor(3))
 
 
 @pytest.mark.parametrize("name", list(LAST))
