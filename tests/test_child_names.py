@@ -200,3 +200,12 @@ def test_keywords_are_names(tmp_path: Path) -> None:
     peftfx.export_onnx(program, tmp_path / "model.onnx")
     assert torch.equal(copy.deepcopy(program.module)(x=X), program(X))
     assert peftfx.capture(model, (X,), cache=tmp_path / "cache").cached == "recalled"
+
+
+def test_names_of_digits_are_saved_and_cached(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    program = peftfx.capture(model, (X,), cache=tmp_path / "cache")
+    assert program.cached == "stored"
+    assert peftfx.capture(model, (X,), cache=tmp_path / "cache").cached == "recalled"
+    peftfx.save_program(program, tmp_path / "program")
+    assert torch.equal(peftfx.load_program(tmp_path / "program")(X), program(X))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.edits.readers import readers
-from peftfx.rewriter.errors import FoldError, VerifyError
+from peftfx.rewriter.errors import ExportError, FoldError, VerifyError
 from peftfx.rewriter.exported import put_back
 from peftfx.rewriter.program import Program
 
@@ -242,3 +242,44 @@ def test_an_output_scale_waits_for_an_expression_of_the_bias() -> None:
     program = peftfx.run(program, "bake")
     folded = peftfx.run(program, "fold")
     torch.testing.assert_close(folded(X), program(X), rtol=1e-4, atol=1e-5)
+
+
+class Measured(nn.Module):
+    """A linear whose weight the root module reads itself, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(x) / (1 + self.l.weight.norm())
+
+
+def test_untying_says_what_the_original_model_needs() -> None:
+    program = peftfx.run(peftfx.capture(Measured().eval(), (X,)), "lora{rank=2,where=linear}")
+    with torch.no_grad():
+        for tensor in program.trainable_parameters():
+            tensor.add_(torch.randn_like(tensor))
+    folded = peftfx.run(program, "fold{tied=untie}")
+    torch.testing.assert_close(folded(X), program(X), rtol=1e-4, atol=1e-5)
+    assert "tensor of its own now" in str(folded.history[-1])
+    with pytest.raises(ExportError, match=r"was untied.*tied=both"):
+        folded.export_state_dict()
+
+
+def test_overlapping_memory_is_not_untied() -> None:
+    stored = torch.randn(24, 16)
+
+    class Overlapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.a.weight = nn.Parameter(stored[:16], requires_grad=False)
+            self.b.weight = nn.Parameter(stored[8:], requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    program = peftfx.run(peftfx.capture(Overlapping().eval(), (X,)), "lora{rank=2,where=linear}")
+    with pytest.raises(FoldError, match="overlap in memory"):
+        peftfx.run(program, "fold{tied=untie}")

@@ -234,3 +234,19 @@ def test_a_choice_on_a_hollow_model(tmp_path: Path) -> None:
         trained = moved(loaded)
         peftfx.save(trained, tmp_path / "a")
         assert torch.equal(peftfx.load(real, tmp_path / "a")(X), trained(X))
+
+
+def test_two_artifacts_of_one_trained_tensor_are_not_mixed(tmp_path: Path) -> None:
+    """The second would overwrite what the first has learnt."""
+    model = Classifier().requires_grad_(False)
+    base = peftfx.capture(model, (X,))
+    for name in ("one", "two"):
+        trained = peftfx.run(base, f"train{{name={name},where='name:head'}}")
+        with torch.no_grad():
+            trained.module.get_parameter("head.weight").add_(1.0 if name == "one" else 2.0)
+        peftfx.save(trained, tmp_path / name)
+    one = peftfx.load(model, tmp_path / "one")
+    with pytest.raises(ArtifactError, match=r"other values of head.weight.*'one' has trained"):
+        peftfx.load(one, tmp_path / "two")
+    again = peftfx.load(peftfx.run(base, "lora{rank=2,where=name:up}"), tmp_path / "two")
+    assert torch.equal(again(X), peftfx.load(model, tmp_path / "two")(X))

@@ -74,7 +74,7 @@ class Fold(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         paths = list(plan.decisions["branches"])
         site_of = {a.path: a.site for a in edit.program.attachments}
-        trained = trained_tensors(edit.program)
+        trained, untied = trained_tensors(edit.program), set(edit.program.untied)
         result = fold(edit, paths, self.tied)
         keep_trained(edit, trained)
         if result.kept and self.names is not None:
@@ -87,3 +87,8 @@ class Fold(Pass):
             edit.figures["branch"] = result.gap
         edit.notes.extend(f"{site}: {note}" for site, note in result.vanished)
         warn_of(result.vanished)
+        for name in sorted({*edit.program.untied} - untied):
+            edit.note(
+                f"{name} is a tensor of its own now: the original model gives its outputs only once "
+                "it is untied there, too (such as tie_word_embeddings=False)"
+            )

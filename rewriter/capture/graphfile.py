@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
        if hasattr(torch, n)},
 }  # fmt: skip
 _NAMES: dict[Any, str] = {f: n for n, f in FUNCTIONS.items()}
-_PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_PATH = re.compile(r"[\w-]+(\.[\w-]+)*")
 _NODE = re.compile(r"[A-Za-z_]\w*")
 CONSTANT_LIMIT = 2**20
 """Largest tensor constant that is written, in bytes."""

@@ -66,7 +66,7 @@ def check_model(model: nn.Module) -> None:
         name, tensor = packed[0]
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         raise CaptureError(
-            f"{name!r} and {len(packed) - 1} more weights of {type(model).__name__} are {kind} "
+            f"{len(packed)} weights of {type(model).__name__} (first: {name!r}) are {kind} "
             f"({tensor.dtype}): quantised in a format of that library, whose layers run kernels "
             "that cannot be traced. Capture the model in floating point: load it without its "
             "quantization_config, or call model.dequantize() if it has that. To train over "

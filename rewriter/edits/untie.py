@@ -47,7 +47,13 @@ def untie(
     moving = mine or [_unused(gm, f"{name}_untied")]
     nodes: list[Node] = [*calls, *_around(calls)]
     if name in moving:  # the first name stays with the calls, the others move
-        moving, nodes = theirs, [reader.node for reader in rest]
+        moving = theirs or [_unused(gm, f"{name}_untied")]
+        nodes = [reader.node for reader in rest]
+        if not any(_is_view_of(read, name) for node in nodes for read in node.all_input_nodes):
+            raise FoldError(
+                f"{site.id}: {name} and what {rest[0]} reads overlap in memory, so no model could "
+                "load two values. Choose fold{tied=keep}, or give the model tensors of their own."
+            )
     own = moving[0]
     tensor = gm.get_parameter(name).detach()
     set_attribute(gm, own, nn.Parameter(tensor, requires_grad=False))

@@ -93,7 +93,7 @@ def _split(text: str, mark: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _short(text: str, limit: int = 500) -> str:
+def _short(text: str, limit: int = 160) -> str:
     """Text for an error message."""
     return repr(text if len(text) <= limit else f"{text[:limit]}...")
 

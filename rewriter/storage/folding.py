@@ -57,7 +57,7 @@ class ShardFolder:
             )
         if quantised := list(quantised_calls(program)):
             raise FoldError(
-                f"{quantised[0]!r} and {len(quantised) - 1} more weights are quantised; the "
+                f"{len(quantised)} weights are quantised (first: {quantised[0]}); the "
                 "checkpoint has no place for integers. Export to ONNX instead, or take dense "
                 "weights from program.export_state_dict()."
             )

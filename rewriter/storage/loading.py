@@ -28,6 +28,7 @@ from ..running.passes import Plan
 from ..running.pipeline import apply_plan
 from ..running.replay import load_values
 from ..running.verify import Certificate, check_graph
+from ..sharded import equal
 from .artifact import SAVED, Artifact, base_difference, differing, read
 from .identity import merkle_root, tensor_digest
 from .renaming import renamed
@@ -93,6 +94,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
             f"{directory}: the program has an adapter {there[0]!r} already. Give this one another "
             f"name: load(..., name={there[0] + '_2'!r})."
         )
+    _require_free(program, artifact, directory)
     current = program
     done: set[str] = set()
     where = directory
@@ -128,6 +130,25 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     if left:
         raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
     return current
+
+
+def _require_free(program: Program, artifact: Artifact, directory: str) -> None:
+    """Raises ArtifactError where an artifact holds other values of a base tensor that the program
+    has trained or updated: one of the two would be lost."""
+    base = program.base.base_tensors()
+    mine = {n: program.module.get_parameter(n) for names in program.owned.values() for n in names}
+    for name, tensor in {**mine, **program.updated()}.items():
+        saved = artifact.tensors.get(name)
+        if saved is None or equal(saved, tensor) or name not in base:
+            continue
+        if not equal(base[name].to(tensor.dtype), tensor):
+            owner = next((o for o, names in program.owned.items() if name in names), "")
+            raise ArtifactError(
+                f"{directory} holds other values of {name}, which "
+                f"{f'the adapter {owner!r}' if owner else 'the program itself'} has trained: both "
+                "are that one tensor of the base, so one would be lost. Load them into programs of "
+                "their own."
+            )
 
 
 def _require_sites(program: Program, plan: Plan, where: str) -> None:

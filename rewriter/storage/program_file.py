@@ -213,8 +213,8 @@ def _read(folder: Folder) -> Program:
     except _DAMAGE as error:
         by = manifest["versions"].get("torch")
         raise CorruptFileError(
-            f"{folder.path} is malformed, or needs operators that torch {torch.__version__} lacks "
-            f"(it was written with torch {by}): {error}"
+            f"{folder.path}: {str(error).rstrip('.')}. It is malformed, or needs what torch "
+            f"{torch.__version__} lacks (it was written with torch {by})."
         ) from error
     return program
 
