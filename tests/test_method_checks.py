@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import peftfx
 from peftfx.rewriter.edits.branch import Delta, RowScale
 from peftfx.rewriter.errors import ExportError, MetaTensorError, RewriteError
 from peftfx.rewriter.running.compare import compare
+from peftfx.rewriter.running.still import Expected
 
 from .models import Decoder, batch, build, first, moved, randomise
-from .recipes import METHODS, RECIPES, start
+from .recipes import METHODS, RECIPES, method_class, start
 
 
 def made(base: peftfx.Program, method: str) -> peftfx.Program:
@@ -176,20 +178,26 @@ def test_on_the_meta_device(method: str, tmp_path: Path) -> None:
     torch.testing.assert_close(first(loaded(**batch())), first(want(**batch())))
 
 
-PAIRS = [
-    p for p in itertools.permutations(("lora", "dora", "ia3", "adalora"), 2)
-]  # what folds, each before each
+FOLDABLE = [m for m in METHODS if method_class(m).folds == "exactly"]
+KEPT = ("bitfit", "peqa")
+"""Train base tensors that others fold into."""
+PAIRS = [*itertools.permutations(FOLDABLE, 2), *itertools.product(("lora", "ia3"), KEPT)]
+
+
+@pytest.fixture(scope="module")
+def small() -> peftfx.Program:
+    torch.manual_seed(0)
+    return peftfx.capture(Decoder(layers=1).eval(), kwargs=batch())
 
 
 @pytest.mark.parametrize(("one", "two"), PAIRS)
-def test_folding_one_of_two(captured: Any, one: str, two: str) -> None:
+def test_folding_one_of_two(small: peftfx.Program, one: str, two: str) -> None:
     """The other keeps its values and trains on; without it, the folded one is left alone."""
-    _, base = captured["decoder"]
-    options = {"lora": "rank=2", "dora": "rank=2", "adalora": "rank=2,target=1", "ia3": ""}
-    recipe = ";".join(f"{n}{{{','.join(filter(None, [options[n], 'where=v|ffn.down']))}}}"
-                      for n in (one, two))  # fmt: skip
-    both = randomise(peftfx.run(base, recipe))
-    trained = {n for n in both.named_trainable_parameters() if f".{two}." in n}
+    items = [list(peftfx.parse(RECIPES[n]))[-1] for n in (one, two)]
+    both = randomise(peftfx.run(small, [replace(i, where="v|ffn.down") for i in items]))  # pyright: ignore[reportCallIssue]
+    owned = both.owned.get(two, ())
+    trained = {n for n in both.named_trainable_parameters() if f".{two}." in n or n in owned}
+    assert trained
     try:
         folded = peftfx.run(both, f"fold{{names=[{one}]}}")
     except RewriteError as error:
@@ -203,3 +211,103 @@ def test_folding_one_of_two(captured: Any, one: str, two: str) -> None:
     torch.testing.assert_close(
         first(alone(**batch())), first(both.without(two)(**batch())), rtol=1e-4, atol=1e-5
     )
+
+
+class Turned(nn.Module):
+    """An encoder of ids `[tokens, batch]`, or of their transpose."""
+
+    def __init__(self, tokens_first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=not tokens_first)
+        self.embed = nn.Embedding(64, 16)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(input_ids)))
+
+
+@pytest.fixture(scope="module")
+def turned() -> tuple[peftfx.Program, peftfx.Program]:
+    """The same model with tokens first, and with the batch first."""
+    ids = batch(2, 7)["input_ids"]
+    programs: list[peftfx.Program] = []
+    for tokens_first in (True, False):
+        torch.manual_seed(0)
+        model = Turned(tokens_first).eval().requires_grad_(False)
+        programs.append(peftfx.capture(model, (ids.mT.contiguous() if tokens_first else ids,)))
+    return programs[0], programs[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_first(turned: Any, method: str) -> None:
+    """Samples do not mix, and all is as with the batch first. Or refused."""
+    base, other = turned
+    try:
+        program = made(base, method)
+    except RewriteError as error:
+        assert method in NO_TOKENS_FIRST, error
+        return
+    assert method not in NO_TOKENS_FIRST
+    ids = batch(3, 5, seed=1)["input_ids"]
+    moved_ids = ids.clone()
+    moved_ids[1] = (ids[1] + 5) % 60 + 2
+    one, two = program(ids.mT), program(moved_ids.mT)
+    assert moved(one[:, [0, 2]], two[:, [0, 2]]) < 1e-6 and moved(one[:, 1], two[:, 1]) > 1e-3
+    twin = made(other, method)
+    held = twin.named_trainable_parameters()
+    mine = program.named_trainable_parameters()
+    assert [t.shape for t in held.values()] == [t.shape for t in mine.values()]
+    with torch.no_grad():
+        for tensor, value in zip(held.values(), mine.values(), strict=True):
+            tensor.copy_(value)
+    assert moved(base(ids.mT), one) > 1e-4
+    torch.testing.assert_close(one.transpose(0, 1), twin(ids), rtol=1e-4, atol=1e-5)
+
+
+NO_TOKENS_FIRST = {"coda", "prompt_tuning"}
+"""They need the tokens on axis 1, and say so."""
+
+
+class Nested(nn.Module):
+    """A decoder behind a part with dropout and batch norm, which the user keeps in eval()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Decoder(layers=1)
+        self.part = nn.ModuleList([nn.BatchNorm1d(64), nn.Dropout(0.37), nn.Linear(64, 64)])
+        self.drop = nn.Dropout(0.25)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        norm, drop, last = self.part
+        h = self.drop(self.inner(input_ids, attention_mask))
+        return h + last(drop(norm(h.mT).mT))
+
+
+@pytest.fixture(scope="module")
+def nested() -> peftfx.Program:
+    torch.manual_seed(0)
+    model = Nested().train()
+    model.part.eval()
+    return peftfx.capture(model, kwargs=batch())
+
+
+def acting(program: peftfx.Program) -> set[float]:
+    """Probabilities of the dropouts that act now."""
+    with Expected() as mode, torch.no_grad():
+        program(**batch())
+    numbers = [n for *_, each in mode.draws for n in (each if isinstance(each, tuple) else [each])]
+    return {
+        p for p in (0.25, 0.37) if any(abs(n - p) < 1e-6 or abs(n - 1 + p) < 1e-6 for n in numbers)
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_in_eval_stays_so(nested: peftfx.Program, method: str) -> None:
+    """Under a training root its dropout is off and its statistics stand still, pass or no pass."""
+    program = made(nested, method)
+    statistics = {n: t.clone() for n, t in program.module.named_buffers() if "running" in n}
+    assert len(statistics) == 2 and acting(nested) == acting(program) == {0.25}
+    for name, value in statistics.items():
+        assert torch.equal(program.module.get_buffer(name), value)
+    assert acting(program.fork().train()) == {0.25, 0.37}, "the check sees nothing"

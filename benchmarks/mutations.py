@@ -1,0 +1,277 @@
+"""Wrong lines, seeded one at a time, and what catches each.
+
+    python -m benchmarks.mutations [--only WORD]
+
+writes `benchmarks/mutations.json`. Every mutation (`tests/mutants.py`) swaps the code of one
+function in a forked child, and its probe has to fail there, in two dtypes and with two seeds; the
+same probe passes without it. What catches it is an error of ours (the verifier, or a reader that
+refuses), or a check of the tests, called as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftfx.rewriter.errors import RewriteError
+from tests import mutants as probe
+from tests.mutants import DTYPES, Case, Mutation, applied, folds, reference, reloads, runs
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1)
+
+_LORA, _SQUARE = "lora{rank=4,alpha=6,where=linear}", "lora{rank=32,alpha=6,where=q}"
+_ADALORA, _DORA = "adalora{rank=4,alpha=6,where=linear}", "dora{rank=4,alpha=6,where=q|v}"
+_SERIAL, _PREFIX = "serial_adapter{bottleneck=6,norms=false}", "prefix_tuning{length=5}"
+_PROMPT = "prompt_tuning{length=4}"
+_METHODS, _ADDITIVE = "passes/reparameterized", "passes/additive"
+_EDITS, _STORE, _RUN = "rewriter/edits", "rewriter/storage", "rewriter/running"
+_FREEZE, _ROWS = f"{_EDITS}/edit.py:Editor.freeze", f"{_METHODS}/dora.py:DoRABranch.rows"
+
+MUTATIONS = tuple(Mutation(*each) for each in [
+    # Branches: what they compute, what they fold, and what they start as.
+    ("sign", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* -self.scale", folds(_LORA)),
+    ("scale", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* self.scale * 0.8",
+     folds(_LORA)),
+    ("transpose", f"{_METHODS}/lora.py:LoRABranch.delta", "self.b @ self.a", "self.b.T @ self.a",
+     folds(_SQUARE)),
+    ("sign", f"{_METHODS}/lora.py:LoRABranch.branch", "* self.scale", "* -self.scale",
+     reference(_LORA)),
+    ("transpose", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)", "x, self.a.T)",
+     reference(_SQUARE)),
+    ("scale", f"{_METHODS}/lora.py:LoRA.made", "self.alpha / (", "2 * self.alpha / (",
+     reference(_LORA)),
+    ("seed", f"{_METHODS}/lora.py:LoRA.made", "generator=edit.generator", "generator=None",
+     probe.same_seed("lora")),
+    ("initial value", f"{_METHODS}/lora.py:LoRA.made", "torch.zeros(", "torch.ones(", runs(_LORA)),
+    ("scale", f"{_METHODS}/lora.py:LoRABranch.factors", "self.scale", "self.scale / 2",
+     probe.each_branch("lora")),
+    ("scale", _ROWS, "beta=2 * self.scale", "beta=self.scale", probe.rows_alone),
+    ("sign", _ROWS, "squares + (", "squares - (", reference(_DORA)),
+    ("wrong value", _ROWS, "self.m / root", "self.m * root", runs(_DORA)),
+    ("sign", f"{_METHODS}/dora.py:DoRABranch.branch", "* self.scale", "* -self.scale",
+     folds(_DORA)),
+    ("axis", f"{_METHODS}/dora.py:squared_norms", "dim=1", "dim=0", probe.rows_alone),
+    ("sign", f"{_METHODS}/adalora.py:AdaLoRABranch.branch", "(self.e * ", "(self.e.abs() * ",
+     reference(_ADALORA)),
+    ("silent skip", f"{_METHODS}/adalora.py:AdaLoRABranch.factors", "self.q * self.e[:, None]",
+     "self.q", probe.each_branch("adalora")),
+    ("sign", f"{_ADDITIVE}/ia3.py:IA3Output.scale", "self.l", "2 - self.l", reference("ia3")),
+    ("side", f"{_ADDITIVE}/ia3.py:IA3.insert", "if at_input else IA3Output", "if False else IA3Output",
+     reference("ia3")),
+    ("swap", f"{_ADDITIVE}/prefix_tuning.py:PrefixBranch.rows", "self.key, self.value",
+     "self.value, self.key", reference(_PREFIX)),
+    ("seed", f"{_ADDITIVE}/prefix_tuning.py:PrefixTuning.made", "w, generator=edit.generator",
+     "w", probe.same_seed("prefix_tuning")),
+    ("silent skip", f"{_ADDITIVE}/serial_adapter.py:SerialAdapterBranch.update",
+     "linear(inner, self.up, self.up_bias)", "linear(inner, self.up)", runs(_SERIAL)),
+    ("sign", f"{_EDITS}/branch.py:Serial.transform", "h[0] + ", "h[0] - ", reference(_SERIAL)),
+    ("order", f"{_EDITS}/branch.py:KeyValue._join", "[rows.to(x.dtype), x]",
+     "[x, rows.to(x.dtype)]", reference(_PREFIX)),
+    ("feature", f"{_EDITS}/branch.py:Tokens.forward", "embedded[:, self.length :]",
+     "embedded[:, : -self.length]", reference(_PROMPT)),
+    ("cast", f"{_EDITS}/branch.py:linear", "weight.to(x.dtype)",
+     "weight.to(torch.float16).to(x.dtype)", folds(_LORA)),
+    ("dtype", f"{_EDITS}/branch.py:KeyValue._join", "torch.cat([rows.to(x.dtype), x]",
+     "torch.cat([rows.to(x.dtype), x.double()]", runs(_PREFIX)),
+    ("feature", f"{_EDITS}/branch.py:Delta.forward", "(-1, self.features)",
+     "(-1, self.features.flip(0))", folds("lora{rank=4,where=v}", "fused")),
+    ("feature", f"{_EDITS}/branch.py:RowScale.full_rows", "dense[self.own]",
+     "dense[self.own.flip(0)]", runs("dora{rank=4,where=v}", "fused")),
+    ("silent skip", "passes/selective/bitfit.py:BitFit.insert", "edit.train(bias)", "pass",
+     reference("bitfit")),
+    # Banks, masks and means.
+    ("relation", "passes/merging/bank.py:BankBranch.branch", "t[ids]", "t[ids.flip(0)]",
+     probe.by_row),
+    ("scale", "passes/merging/bank.py:BankBranch.branch", "scale[:, None, None]",
+     "scale[:1, None, None]", probe.by_row),
+    ("mask", f"{_EDITS}/keyvalue.py:WidenMask.forward", "self.fill)", "0.0)", reference(_PREFIX)),
+    ("mask", f"{_EDITS}/keyvalue.py:WidenMask.forward", "[left, mask]", "[mask, left]",
+     reference(_PREFIX)),
+    ("mask", f"{_EDITS}/hidden.py:Axes.mean", 'reach == "past"', 'reach == "never"',
+     probe.stays_causal("unipelt")),
+    ("mask", f"{_EDITS}/hidden.py:hidden_of", "valid_of(program, states), is_causal",
+     "None, is_causal", probe.fits_padding("coda{bottleneck=4,causal=prefill}")),
+    # The core: folding.
+    ("silent skip", f"{_EDITS}/rules.py:_fold_delta",
+     "weight.with_delta(_exact_delta(weight, branch))", "weight, 0.0", folds(_LORA)),
+    ("scale", f"{_EDITS}/rules.py:_exact_delta", "branch.full_delta()", "0.9 * branch.full_delta()",
+     folds(_LORA)),
+    ("axis", f"{_EDITS}/rules.py:_fold_rows", "c[:, None]", "c[None, :]", folds(_DORA)),
+    ("axis", f"{_EDITS}/rules.py:_fold_input", "weight.with_columns", "weight.with_rows",
+     folds("ia3")),
+    ("axis", f"{_EDITS}/weight.py:DenseWeight.with_rows", "[:, None]", "[None, :]", folds("ia3")),
+    ("transpose", f"{_EDITS}/weight.py:DenseWeight._with", "if self.in_out", "if not self.in_out",
+     folds(_LORA)),
+    ("sign", f"{_EDITS}/weight.py:Weight.with_delta", "+ delta", "- delta", folds(_LORA)),
+    ("relation", f"{_EDITS}/readers.py:others", "program, name), [])", "program, name), [])[:0]",
+     probe.untied),
+    ("silent skip", f"{_RUN}/before_fold.py:keep_trained", "after[n] is not t", "False",
+     probe.partial_fold),
+    ("order", f"{_EDITS}/compose.py:compose", "for attachment in of_slot(\"output_scale\"):",
+     "for attachment in of_slot(\"output_scale\")[:0]:", runs("ia3")),
+    # The core: what trains, seeds, replays, what was changed.
+    ("silent skip", _FREEZE, "train_only(self.program, chosen(self.program) if undecided else ())",
+     "None", probe.trains_only_its_own("lora")),
+    ("seed", f"{_RUN}/passes.py:Method.random_seed", "0 if self.adapter == self.text else", "0 if 1 else",
+     probe.adapters_differ),
+    ("silent skip", f"{_RUN}/replay.py:load_values", "not own.is_meta or tensor.is_meta", "False",
+     reloads(_LORA)),
+    ("silent skip", "rewriter/fingerprint.py:changed", "_differs(of_base", "False and _differs(of_base",
+     probe.base_moved),
+    ("silent skip", "rewriter/fingerprint.py:changed", "_differs(own", "False and _differs(own",
+     probe.altered_program),
+    ("relation", f"{_RUN}/replay.py:_kept", "record.adapter not in names", "record.adapter in names",
+     probe.removes),
+    # Readers and writers.
+    ("cast", f"{_STORE}/artifact.py:_files", "{n: whole(t) for n, t in tensors.items()}",
+     "{n: whole(t).half().to(t.dtype) for n, t in tensors.items()}", reloads(_LORA)),
+    ("silent skip", f"{_STORE}/files.py:tensors_of", "tensor_digest(tensor) != digests[name]",
+     "False", probe.flipped_tensor),
+    ("silent skip", f"{_STORE}/sealed.py:unsealed", "!= manifest.pop(SEAL)",
+     "== manifest.pop(SEAL) * 2", probe.altered_manifest),
+    ("silent skip", f"{_STORE}/loading.py:load", "merkle_root(have) != artifact.base_root", "False",
+     probe.other_base),
+    ("silent skip", f"{_STORE}/folding.py:ShardFolder._fold", "self._if_changed(member)", "None",
+     probe.streamed),
+    ("cast", f"{_STORE}/folding.py:ShardFolder._if_changed", ".to(old.dtype)",
+     ".to(torch.float8_e4m3fn).to(old.dtype)", probe.streamed),
+    ("relation", f"{_STORE}/program_file.py:save_program", "flat.extras, **sample}",
+     "flat.extras, **{n: t * 0 for n, t in sample.items()}}", probe.program_files),
+    # Capture.
+    ("mask", "rewriter/capture/modes.py:Attention.forward", "query, key, value, mask, p",
+     "query, key, value, None, p", probe.captures),
+    ("mode", "rewriter/capture/modes.py:BatchNorm.forward", "self.training or mean is None",
+     "True", probe.captures),
+    ("mode", "rewriter/capture/modes.py:follow_modes", "modes.get(path, model.training)",
+     "model.training", probe.captures),
+    ("scale", "rewriter/capture/modes.py:Attention.forward", "scale=scale", "scale=0.5",
+     probe.captures),
+])  # fmt: skip
+
+
+def caught(mutation: Mutation, case: Case) -> str:
+    """What fails with the mutation; empty if nothing does."""
+    with applied(mutation):
+        return failed(mutation, case)
+
+
+def failed(mutation: Mutation, case: Case) -> str:
+    """What fails in a probe: an error of ours by its name, or the check; empty if nothing does."""
+    try:
+        mutation.probe(case)
+    except RewriteError as error:
+        return f"{type(error).__name__} in {_operation(error)}"
+    except AssertionError:
+        return said(mutation.probe)
+    except Exception as error:  # noqa: BLE001 - loud, but not ours
+        return f"raw {type(error).__name__}"
+    return ""
+
+
+def said(check: Callable[..., Any]) -> str:
+    """The name of a check."""
+    title = (check.__doc__ or "").split(":")[0].split("\n")[0]
+    if check.__name__.startswith("test_"):
+        return check.__name__
+    return f"{title}: {check.__name__}" if title.startswith("tests/") else check.__name__
+
+
+_OPERATIONS = ("run", "verify_program", "load", "save", "save_program", "load_program", "capture",
+               "fold_checkpoint")  # fmt: skip
+
+
+def _operation(error: BaseException) -> str:
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return next((n.removesuffix("_program") if n == "verify_program" else n
+                 for n in names if n in _OPERATIONS), "a call")  # fmt: skip
+
+
+def isolated(call: Callable[[], str]) -> str:
+    """What a call returns in a forked child."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            text = call()
+        except BaseException as error:  # noqa: BLE001 - told to the parent
+            text = f"ERROR {type(error).__name__}: {error}"
+        os.write(writer, text.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        text = stream.read().decode()
+    os.waitpid(child, 0)
+    return text
+
+
+def tried(mutation: Mutation, clean: dict[Any, str]) -> dict[str, Any]:
+    """One row of the table."""
+    row: dict[str, Any] = {
+        "kind": mutation.kind, "where": mutation.where,
+        "mutation": f"{mutation.old} -> {mutation.new}",
+    }  # fmt: skip
+    for name, dtype in DTYPES.items():
+        seen: list[str] = []
+        for seed in SEEDS:
+            case = Case(dtype, seed)
+            if (key := (mutation.probe, case)) not in clean:
+                clean[key] = isolated(lambda case=case: failed(mutation, case))
+            if clean[key]:
+                seen.append(f"PROBE FAILS WITHOUT IT: {clean[key]}")
+            else:
+                seen.append(isolated(lambda case=case: caught(mutation, case)) or "missed")
+        row[name] = ", ".join(dict.fromkeys(seen))
+    return row
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Whether a mutation is caught in both dtypes and with all seeds, for a reason of ours."""
+    return not any(word in row[name] for name in DTYPES
+                   for word in ("missed", "PROBE", "ERROR", "raw "))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutations whose text holds this")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in probe.MODELS:  # captured once; children inherit it
+        for dtype in DTYPES.values():
+            probe.base(name, dtype)
+    clean: dict[Any, str] = {}
+    rows: list[dict[str, Any]] = []
+    print("| mutation | where | float32 | bfloat16 |\n|---|---|---|---|", flush=True)
+    for mutation in (m for m in MUTATIONS if options.only in m.name):
+        row = tried(mutation, clean)
+        rows.append(row)
+        mark = "" if holds(row) else "**NOT CAUGHT** "
+        cells = row["mutation"].replace("|", "\\|"), row["where"], row["float32"], row["bfloat16"]
+        print(f"| {mark}{row['kind']}: {' | '.join(cells)} |", flush=True)
+    counted = sum(map(holds, rows))
+    print(f"{counted} of {len(rows)} caught")
+    if not options.only:
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+            "mutations": len(rows), "caught": counted, "dtypes": list(DTYPES),
+            "seeds": list(SEEDS), "missed": [r["mutation"] for r in rows if not holds(r)],
+            "each": rows,
+        }  # fmt: skip
+        (HERE / "mutations.json").write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(counted < len(rows))
+
+
+if __name__ == "__main__":
+    main()
