@@ -89,6 +89,6 @@ class Fold(Pass):
         warn_of(result.vanished)
         for name in sorted({*edit.program.untied} - untied):
             edit.note(
-                f"{name} is a tensor of its own now: the original model gives its outputs only once "
-                "it is untied there, too (such as tie_word_embeddings=False)"
+                f"{name} is a tensor of its own now: the original model gives these outputs only "
+                "once it is untied there, too (such as tie_word_embeddings=False)"
             )
