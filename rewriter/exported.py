@@ -73,8 +73,8 @@ def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:
     if strict and extra and not set(extra) - {*program.untied}:
         raise ExportError(
             f"{extra[0]} was untied (fold{{tied=untie}}), and the original model has no name for "
-            "it, so load_state_dict cannot work. Choose fold{tied=both} or fold{tied=keep}, save the "
-            "program itself (peftfx.save_program), or take the tensors with "
+            "it, so load_state_dict cannot work. Choose fold{tied=both} or fold{tied=keep}, save "
+            "the program itself (peftfx.save_program), or take the tensors with "
             "export_state_dict(strict=False)."
         )
     if extra and strict:

@@ -22,9 +22,15 @@ from peftfx.rewriter.capture.relation import holds
 from peftfx.rewriter.capture.spec import InputSpec
 from peftfx.rewriter.capture.structure import read_structure
 from peftfx.rewriter.capture.symbols import Symbols
-from peftfx.rewriter.errors import ArtifactError, CorruptFileError, OptionError, RewriteError
+from peftfx.rewriter.errors import (
+    ArtifactError,
+    CorruptFileError,
+    OptionError,
+    RewriteError,
+    SelectorError,
+)  # fmt: skip
 from peftfx.rewriter.running.syntax import parse, parse_yaml
-from peftfx.rewriter.sites.selector import _suffix
+from peftfx.rewriter.sites.selector import _suffix, choose
 from peftfx.rewriter.storage import files
 from peftfx.rewriter.storage.outputs import OUTPUTS, Outputs
 
@@ -234,7 +240,8 @@ def test_guards(text: str, in_time: None) -> None:
 
 @pytest.mark.parametrize(
     "symbol",
-    [["s99999999", 8, 2, None], ["x0", 8, 2, None], ["s0", 10**30, 2, None], ["s0", 8, 2, "x"]],
+    [["s99999999", 8, 2, None], ["x0", 8, 2, None], ["s0", 10**30, 2, None], ["s0", 8, 2, "x"],
+     ["s0", -1, 2, None], ["s0", 8, -2, None]],
 )
 def test_symbols(symbol: list[Any], in_time: None) -> None:
     with pytest.raises((ValueError, TypeError)):
@@ -243,7 +250,7 @@ def test_symbols(symbol: list[Any], in_time: None) -> None:
 
 def test_relations(in_time: None) -> None:
     assert holds("(a + 1) % 8 == 0", {"a": 7})
-    for text in ("(" * 3000, "-" * 4000 + "1", "a" * 5000, "a ** 9", "a.b", "exit()"):
+    for text in ("(" * 3000, "-" * 4000 + "1", "-" * 1500 + "a", "a" * 5000, "a ** 9", "a.b", "exit()"):
         with pytest.raises(ValueError, match="relation"):
             holds(text, {"a": 1})
 
@@ -348,3 +355,9 @@ def test_manifests_of_newer_versions(program_file: Path, captured: Any) -> None:
     with pytest.raises(ArtifactError, match=r"format 3, written by peftfx .*Upgrade"):
         peftfx.load_program(program_file)
     assert issubclass(ArtifactError, RewriteError)
+
+
+@pytest.mark.parametrize("text", ["not " * 5000 + "q", "(" * 5000 + "q" + ")" * 5000])
+def test_nested_selectors(text: str, in_time: None) -> None:
+    with pytest.raises(SelectorError, match="deeper than"):
+        choose(text, [])

@@ -44,6 +44,8 @@ def holds(relation: str, sizes: Mapping[str, int]) -> bool:
         return bool(_value(_parsed(relation), sizes))
     except ZeroDivisionError:
         return False
+    except RecursionError as error:
+        raise ValueError(f"the relation {relation[:60]!r}... is nested too deeply.") from error
 
 
 @functools.lru_cache(maxsize=64)

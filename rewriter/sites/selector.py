@@ -117,6 +117,10 @@ def _atom(kind: str, token: str, text: str) -> Test:
     return lambda s: token in s.tags or suffix(s)
 
 
+DEPTH_LIMIT = 50
+"""Of nested brackets and negations."""
+
+
 class _Parser:
     """Recursive descent over the tokens; remembers every atom for the nothing-matched error."""
 
@@ -126,6 +130,7 @@ class _Parser:
         self.position = 0
         self.atoms: list[tuple[str, Test]] = []
         self.negations = 0
+        self.depth = 0
         self.test = self.parse()
 
     def peek(self) -> tuple[str, str]:
@@ -159,6 +164,16 @@ class _Parser:
         return tests[0] if len(tests) == 1 else lambda s: all(t(s) for t in tests)
 
     def factor(self) -> Test:
+        self.depth += 1
+        if self.depth > DEPTH_LIMIT:
+            raise SelectorError(
+                f"selector {self.text[:60]!r}...: 'not' and brackets are deeper than {DEPTH_LIMIT}."
+            )
+        test = self.innermost()
+        self.depth -= 1
+        return test
+
+    def innermost(self) -> Test:
         kind, token = self.take()
         if (kind, token) == ("op", "not"):
             self.negations += 1
