@@ -66,7 +66,9 @@ class Attention(Switch):
 
     def abstract(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The result's shape and dtype; the operator itself would fix dynamic sizes."""
-        del key
+        if not query.dtype == key.dtype == value.dtype:
+            dtypes = ", ".join(str(t.dtype)[6:] for t in (query, key, value))
+            raise RuntimeError(f"query, key and value differ in dtype: {dtypes}")
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
     def extra_repr(self) -> str:
