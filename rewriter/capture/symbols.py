@@ -125,7 +125,8 @@ class Symbols:
 
     def _create(self, name: str, hint: int, low: int, high: int | None) -> None:
         bounds = (low, hint, *([] if high is None else [high]))
-        if not _NAME.fullmatch(name) or any(type(n) is not int or not 0 <= n <= _LIMIT for n in bounds):
+        sizes = all(type(n) is int and 0 <= n <= _LIMIT for n in bounds)
+        if not _NAME.fullmatch(name) or not sizes:
             raise ValueError(f"{name!r} in {low}..{high} is no size")
         from torch._dynamo.source import ConstantSource  # late: it imports triton
 
