@@ -30,8 +30,8 @@ from .rewriter.running.syntax import Pipeline as Pipeline
 from .rewriter.running.syntax import parse as parse
 from .rewriter.sites.sites import Site as Site
 from .rewriter.sites.sites import Sites as Sites
-from .rewriter.storage.loading import load as load
 from .rewriter.storage.artifact import save as save
+from .rewriter.storage.loading import load as load
 from .rewriter.storage.program_file import load_program as load_program
 from .rewriter.storage.program_file import save_program as save_program
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint

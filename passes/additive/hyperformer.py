@@ -121,9 +121,7 @@ class HyperFormer(Method):
     def insert_all(self, edit: Editor, sites: Sequence[SublayerSite], plan: Plan) -> None:
         table = nn.Embedding(self.tasks, self.dim)
         nn.init.normal_(table.weight, generator=edit.generator)
-        task = edit.add_input(
-            self.task, torch.zeros((), dtype=torch.long), values=(0, self.tasks - 1)
-        )
+        task = edit.add_input(self.task, torch.tensor(0), values=(0, self.tasks - 1))
         table = edit.share("tasks", table.to(edit.like(sites[0])), input=task)
         for stream, width in dict.fromkeys((s.stream, s.width) for s in sites):
             here = [s for s in sites if (s.stream, s.width) == (stream, width)]

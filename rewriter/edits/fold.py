@@ -89,7 +89,7 @@ def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
         site, note = vanished[0]
         more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
         warnings.warn(
-            f"fold: {site}: {note}{more}. Train longer or with a larger rate, keep the branch, or "
+            f"fold: {site}: {note}{more}. Use more steps or a larger rate, keep the branch, or "
             "capture the model in float32 before folding.",
             stacklevel=3,
         )
