@@ -122,7 +122,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      "for attachment in of_slot(\"output_scale\")[:0]:", runs("ia3")),
     # The core: what trains, seeds, replays, what was changed.
     ("silent skip", _FREEZE, "train_only(self.program, chosen(self.program) if undecided else ())",
-     "None", probe.trains_only_its_own("lora")),
+     "None", probe.trains_alone),
     ("seed", f"{_RUN}/passes.py:Method.random_seed", "0 if self.adapter == self.text else",
      "0 if 1 else", probe.adapters_differ),
     ("silent skip", f"{_RUN}/replay.py:load_values", "own.copy_(placed_like(whole(tensor), own))",
