@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..rewriter.capture.probes import probes
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.program import Program
+from ..rewriter.running.trials import described, measured
 from ..rewriter.running.verify import bound, evaluation, is_meta
 from ..rewriter.sharded import require_whole
 from ..rewriter.storage.leftovers import clean, temporary
@@ -299,18 +299,12 @@ def _folder_beside(path: Path) -> Generator[Path]:
         raise ExportError(f"{path} cannot be written: {error}.") from error
 
 
-def _sizes(program: Program) -> list[dict[str, int]]:
-    """The sizes of the parity runs; all are two at least in the first, where they may be."""
-    return probes(program.spec, program.spec.sizes_of(program.sample))
-
-
 def _feeds(program: Program) -> dict[str, dict[str, Tensor]]:
     """Example inputs at those sizes, by what they are called in the report."""
     return {
-        ", ".join(f"{n}={size}" for n, size in sizes.items()) or "fixed sizes":
-            program.spec.resize(program.sample, **sizes)
-        for sizes in _sizes(program)
-    }  # fmt: skip
+        described(sizes): program.spec.resize(program.sample, **sizes)
+        for sizes in measured(program)
+    }
 
 
 def _output_names(program: Program) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, An
 RESERVED = {BRANCHES, MODES, f"{BRANCHES}_outlined"}
 _NO_MODEL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 """What the files of frames start with that are no line of a model."""
+_LAYERS = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 
 _EXPORTED = {"_in_spec", "_out_spec", "shape_env"}
 """What `torch.export` puts on a graph module beside what `torch.fx` does."""
@@ -236,12 +237,15 @@ def _model_lines() -> Iterator[None]:
         return
 
     def user_frame(environment: ShapeEnv) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename != __file__:
-            if not frame.f_code.co_filename.startswith(_NO_MODEL):
+        frame, layer = sys._getframe(1), None
+        while frame is not None and frame.f_code is not _export.__code__:
+            name = frame.f_code.co_filename
+            if not name.startswith(_NO_MODEL):
                 return frame
+            if layer is None and name.startswith(_LAYERS):
+                layer = frame
             frame = frame.f_back
-        return inner(environment)
+        return layer or inner(environment)
 
     ShapeEnv._get_user_frame = user_frame  # pyright: ignore[reportAttributeAccessIssue]
     try:

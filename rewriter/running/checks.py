@@ -12,7 +12,8 @@ from ..turns import alone
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
 from .reach import unreached
 from .syntax import parse
-from .verify import Certificate, certify, check_graph, is_meta, sizes
+from .trials import sizes
+from .verify import Certificate, certify, check_graph, is_meta
 from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:

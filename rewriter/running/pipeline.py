@@ -21,7 +21,8 @@ from .checks import Checks, Skipped
 from .passes import Pass, Plan
 from .propagate import propagate
 from .syntax import Passes, as_pipeline
-from .verify import Certificate
+from .trials import left_out
+from .verify import Certificate, is_meta
 
 _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
@@ -119,12 +120,13 @@ def apply_plan(
         after = edit.program
         propagate(after, item.text)
     after.prints = take(after)
-    certificate, left = Certificate("unchecked"), Skipped()
+    certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
         certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
         figures = {**edit.figures, **item.examine(program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
+        notes += () if is_meta(after) else left_out(after)
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}
@@ -138,7 +140,7 @@ def apply_plan(
         seconds,
         item,
         decided,
-        tuple(edit.notes),
+        tuple(notes),
     )
     return replace(after, history=(*program.history, record))
 

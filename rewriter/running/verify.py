@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..aten import attribute
-from ..capture.probes import probes
 from ..errors import VerifyError
 from ..fingerprint import require_unchanged
 from ..module import device_of, modes_kept, state_kept
@@ -28,6 +27,7 @@ from .effect import SHARE, effect
 from .intact import require_recorded, require_values
 from .steady import quieten, require_steady, trained
 from .still import forward, still
+from .trials import sizes
 from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:
@@ -83,15 +83,6 @@ class Certificate:
 
     def __str__(self) -> str:
         return self.text if self.holds else f"BROKEN {self.text}"
-
-
-def sizes(program: Program) -> list[dict[str, Tensor]]:
-    """The captured example, cut or repeated to a few small sizes that the spec allows."""
-    spec, device = program.spec, device_of(program.module)
-    return [
-        {n: t.to(device) for n, t in spec.resize(program.sample, **wanted).items()}
-        for wanted in probes(spec, spec.sizes_of(program.sample))
-    ]
 
 
 @contextlib.contextmanager

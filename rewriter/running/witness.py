@@ -50,12 +50,7 @@ class Witness:
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
         they had to have, none that a pass has added."""
-        spec = self.program.spec
-        if all(i.name in inputs for i in spec.inputs):
-            return {i.name: inputs[i.name] for i in spec.inputs}
-        example = spec.example(None, **spec.sizes_of(inputs))
-        device = device_of(self.gm)
-        return {i.name: inputs.get(i.name, example[i.name].to(device)) for i in spec.inputs}
+        return completed(self.program, inputs)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Any:
         """The outputs in evaluation mode, from the program's own state."""
@@ -98,6 +93,16 @@ class Witness:
         finally:
             self.gm.eval()
             self.reset()
+
+
+def completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See `Witness.completed`."""
+    spec = program.spec
+    if all(i.name in inputs for i in spec.inputs):
+        return {i.name: inputs[i.name] for i in spec.inputs}
+    example = spec.example(None, **spec.sizes_of(inputs))
+    device = device_of(program.module)
+    return {i.name: inputs.get(i.name, example[i.name].to(device)) for i in spec.inputs}
 
 
 def equal(x: Tensor, y: Tensor) -> bool:
