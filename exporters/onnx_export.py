@@ -23,6 +23,7 @@ from ..rewriter.edits.lowering import restore_deltas
 from ..rewriter.edits.quantised import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.program import Program
+from ..rewriter.running.compare import keyed_leaves
 from ..rewriter.running.trials import described, measured
 from ..rewriter.running.verify import bound, evaluation, is_meta
 from ..rewriter.sharded import require_whole
@@ -311,7 +312,7 @@ def _output_names(program: Program) -> tuple[str, ...]:
     with evaluation(program):
         output = program.module(**next(iter(_feeds(program).values())))
     names: list[str] = []
-    for path, leaf in pytree.tree_flatten_with_path(output)[0]:
+    for path, leaf in keyed_leaves(output):
         if isinstance(leaf, Tensor):
             text = "_".join(s for p in path if (s := _key(p)))
             names.append(text if text and not text[0].isdigit() else f"output_{text or 0}")

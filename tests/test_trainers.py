@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -364,15 +364,15 @@ def test_misuse_is_named(
     assert not peftfx.run(labelled, LORA).module._forward_hooks
 
 
-def test_resuming_needs_the_same_recipe_and_base(labelled: Any, tmp_path: Path) -> None:
+def test_resuming_needs_the_same_recipe_and_base(tied: Any, labelled: Any, tmp_path: Path) -> None:
     first_run = peftfx.run(labelled, LORA)
     controlled(first_run, tmp_path, "tokens", max_steps=4)[0].train()
     other = peftfx.run(labelled, "lora{rank=2,alpha=1,where=q|v}")
     with pytest.raises(PassError, match=r"was written by lora.*Run the same recipe"):
         controlled(other, tmp_path, "tokens")[0].train(resume_from_checkpoint=True)
-    changed = dataclasses.replace(labelled.fork(), origin=None)
-    changed.module.get_parameter("model.norm.weight").data = torch.full((32,), 1.5)
-    moved = peftfx.run(changed, LORA)
+    changed = copy.deepcopy(tied)
+    changed.get_parameter("model.norm.weight").data.fill_(1.5)
+    moved = peftfx.run(peftfx.capture(changed, kwargs=labelled_batch("tokens", 0)), LORA)
     with pytest.raises(BaseMismatchError, match="other base weights"):
         controlled(moved, tmp_path, "tokens")[0].train(resume_from_checkpoint=True)
     same(peftfx.load(labelled, tmp_path / "checkpoint-4" / ADAPTER), first_run)

@@ -67,11 +67,20 @@ def compare(want: Any, got: Any) -> list[Gap]:
 
     Where the structures differ, the one gap says so.
     """
-    ours, theirs = pytree.tree_leaves_with_path(want), pytree.tree_leaves_with_path(got)
+    ours, theirs = keyed_leaves(want), keyed_leaves(got)
     if len(ours) != len(theirs):
         return [Gap("outputs", form=f"there are {len(theirs)} instead of {len(ours)}")]
     pairs = zip(ours, theirs, strict=True)
     return [_leaf(pytree.keystr(path), x, y) for (path, x), (_, y) in pairs]
+
+
+def keyed_leaves(output: Any) -> list[tuple[Any, Any]]:
+    """The leaves of an output structure behind their paths, keys of pytree."""
+    try:
+        return list(pytree.tree_leaves_with_path(output))
+    except ValueError:  # a type that is registered without keys, such as diffusers' outputs
+        leaves = pytree.tree_leaves(output)
+        return [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(leaves)]
 
 
 def worst(rounds: Sequence[Sequence[Gap]]) -> list[Gap]:
