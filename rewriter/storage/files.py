@@ -158,7 +158,7 @@ def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         return dict(sorted(safetensors.torch.load(data).items()))  # its own order is random
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CorruptFileError(f"{where} is not a valid safetensors file: {error}.") from error
+        raise CorruptFileError(f"{where} is damaged, no safetensors file: {error}.") from error
 
 
 def tensors_of(data: bytes, digests: Mapping[str, Any], where: str) -> dict[str, Tensor]:
