@@ -11,6 +11,7 @@ from ..errors import VerifyError
 from ..turns import alone
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
 from .reach import unreached
+from .steady import perturbed, require_settled
 from .syntax import parse
 from .verify import Certificate, certify, check_graph, is_meta, sizes
 from .witness import Witness, whole_tensors
@@ -84,6 +85,10 @@ class Checks:
         if item.portable:
             require_saved(before, after, str(item), again)
         certificate = certify(contract, self.witness, made)
+        if item.adapter is not None:
+            old = before.named_trainable_parameters()
+            fresh = [n for n in after.named_trainable_parameters() if n not in old]
+            require_settled(perturbed(after, fresh), before.base, sizes(after))
         missing = _unreached(before, made, item)
         self.program, self.witness, self._marks = after, made, marks(after)
         return certificate, missing
