@@ -92,3 +92,50 @@ def test_an_earlier_branch_excuses_no_noise(monkeypatch: pytest.MonkeyPatch) -> 
         bad.verify()
     with pytest.raises(VerifyError, match="draws random numbers in evaluation mode"):
         peftfx.run(bad, "ia3{where=up}")
+
+
+class InPlace(Plain):
+    def branch(self, x: Tensor) -> Tensor:
+        return super().branch(x.mul_(1.0))
+
+
+class InPlaceInTraining(Plain):
+    def branch(self, x: Tensor) -> Tensor:
+        return super().branch(x.add_(0.0) if self.training else x)
+
+
+class FailsAtOneRow(Plain):
+    def branch(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and x.shape[0] == 1:
+            raise KeyError("one row")
+        return super().branch(x)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise ZeroDivisionError("not derived yet")
+
+
+class FailsInBackward(Plain):
+    def branch(self, x: Tensor) -> Tensor:
+        kept: Any = NoBackward.apply(super().branch(x))  # type: ignore[no-untyped-call]
+        return kept
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (InPlace, "wrong.*the branch peftfx.* at down.weight writes its input in place"),
+        (InPlaceInTraining, "the branch peftfx.* at down.weight writes its input in place"),
+        (FailsAtOneRow, "wrong.*the branch peftfx.* at down.weight fails: KeyError: 'one row'"),
+        (FailsInBackward, "backward of the branch .* at down.weight fails: .*not derived yet"),
+    ],
+)
+def test_a_failing_branch_is_named(branch: Any, message: str) -> None:
+    with pytest.raises(VerifyError, match=message):
+        inserted(branch)
