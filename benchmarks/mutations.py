@@ -1,6 +1,6 @@
 """Wrong lines, seeded one at a time, and what catches each.
 
-    python -m benchmarks.mutations [--only WORD]
+    python -m benchmarks.mutations [--only WORD ...]
 
 writes `benchmarks/mutations.json`; with `--only`, over what it says of the same mutations. Every
 mutation swaps the code of one function in a forked child, and its probe (`tests/mutants.py`) has
@@ -146,8 +146,8 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      probe.streamed),
     ("cast", f"{_STORE}/folding.py:ShardFolder._if_changed", ".to(old.dtype)",
      ".to(torch.float8_e4m3fn).to(old.dtype)", probe.streamed),
-    ("relation", f"{_STORE}/program_file.py:save_program", "flat.extras, **sample}",
-     "flat.extras, **{n: t * 0 for n, t in sample.items()}}", probe.program_files),
+    ("relation", f"{_STORE}/program_file.py:save_program", "if p.requires_grad",
+     "if not p.requires_grad", probe.program_files),
     # Capture.
     ("mask", "rewriter/capture/modes.py:Attention.forward", "query, key, value, mask, p",
      "query, key, value, None, p", probe.captures),
@@ -244,7 +244,9 @@ def holds(row: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="mutations whose text holds this")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="those whose text holds one of these"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -254,7 +256,7 @@ def main() -> None:
     clean: dict[Any, str] = {}
     rows: list[dict[str, Any]] = []
     print("| mutation | where | float32 | bfloat16 |\n|---|---|---|---|", flush=True)
-    for mutation in (m for m in MUTATIONS if options.only in m.name):
+    for mutation in (m for m in MUTATIONS if any(o in m.name for o in options.only)):
         row = tried(mutation, clean)
         rows.append(row)
         mark = "" if holds(row) else "**NOT CAUGHT** "

@@ -143,8 +143,8 @@ def require_unchanged(program: Program, values: bool = True) -> None:
     if names := training_shared(program):
         raise BaseChangedError(
             f"{_listed(names)} requires gradients, but shares storage with the captured base (and "
-            "with the model, if it was frozen at capture), which training would change. Train it "
-            "with a pass (train{where=...}; Editor.train in one of your own), or set "
+            "with the model, if it was frozen at capture), which training would change. Let a "
+            "pass train it (train{where=...}; Editor.train in one of your own), or set "
             "requires_grad on the model before capture, which copies it."
         )
 

@@ -391,7 +391,9 @@ def program_files(case: Case) -> None:
         program = case.made("prefix_tuning{length=3};lora{rank=4}")
         want = first(program(**batch()))
         peftfx.save_program(program, Path(folder) / "p")
-        got = first(peftfx.load_program(Path(folder) / "p")(**batch()))
+        loaded = peftfx.load_program(Path(folder) / "p")
+    got, names = first(loaded(**batch())), set(program.named_trainable_parameters())
+    assert set(loaded.named_trainable_parameters()) == names, "something else trains"
     bare = first(case["decoder"][1](**batch()))
     case.near(want.detach(), got.detach(), bare, "program_files")
 

@@ -162,7 +162,7 @@ def test_a_change_that_rounding_loses_wholly_is_a_warning_and_a_note() -> None:
     with pytest.warns(UserWarning, match=r"up\.0\.weight: rounding to bfloat16 left nothing"):
         folded = peftfx.run(program, "fold")
     assert folded.history[-1].certificate.measured["delta_lost"] == pytest.approx(1)
-    assert "note up.0.weight: rounding to bfloat16" in str(folded.history[-1])
+    assert "\n  up.0.weight: rounding to bfloat16" in str(folded.history[-1])
 
 
 def test_the_tensor_that_is_not_finite_is_named() -> None:

@@ -268,11 +268,13 @@ WRITERS = {
 @contextmanager
 def prepared() -> Iterator[None]:
     """Writers work out once what they write: how it is written is what counts here."""
+    import onnx_ir as ir
+
     from peftfx.exporters import onnx_export
     from peftfx.rewriter.storage import program_file
 
-    translate, flatten = onnx_export._translate, program_file.flattened
-    export = onnx_export._reexport
+    translate, flatten = onnx_export.translate, program_file.flattened
+    export = onnx_export.reexport
     flat = functools.cache(flatten)
 
     def filled(given: peftfx.Program) -> peftfx.Program:
@@ -283,21 +285,26 @@ def prepared() -> Iterator[None]:
         return flat(given)
 
     models: dict[Any, Any] = {}
-    exported = functools.cache(lambda number: export(program()))
+    graphs: dict[float, Any] = {}
 
     def number() -> float:
         return float(program().trainable_parameters()[0].detach()[0, 0])
 
+    def reexported(_: peftfx.Program, example: Any) -> Any:
+        if number() not in graphs:
+            graphs[number()] = export(program(), example)
+        return graphs[number()]
+
     def translated(*args: Any) -> Any:
         key = number(), args[1]
         if key not in models:
-            models[key] = translate(*args)
-        return models[key]
+            models[key] = ir.to_proto(translate(*args))
+        return ir.from_proto(models[key])
 
-    onnx_export._translate, program_file.flattened = translated, filled
-    onnx_export._reexport = lambda _: exported(number())
+    onnx_export.translate, program_file.flattened = translated, filled
+    onnx_export.reexport = reexported
     try:
         yield
     finally:
-        onnx_export._translate, program_file.flattened = translate, flatten
-        onnx_export._reexport = export
+        onnx_export.translate, program_file.flattened = translate, flatten
+        onnx_export.reexport = export

@@ -11,9 +11,11 @@ from ..errors import VerifyError
 from ..turns import alone
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
 from .reach import unreached
+from .steady import perturbed, require_settled
 from .syntax import parse
 from .trials import sizes
 from .verify import Certificate, certify, check_graph, is_meta
+from .watch import watched
 from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:
@@ -84,10 +86,21 @@ class Checks:
 
         if item.portable:
             require_saved(before, after, str(item), again)
-        certificate = certify(contract, self.witness, made)
-        missing = _unreached(before, made, item)
+        with watched(made, str(item)):
+            certificate = certify(contract, self.witness, made)
+            missing = _unreached(before, made, item)
+        if item.adapter is not None:
+            _require_settled(before, after, item)
         self.program, self.witness, self._marks = after, made, marks(after)
         return certificate, missing
+
+
+def _require_settled(before: Program, after: Program, item: Pass) -> None:
+    """Raises VerifyError for what the initial values of an adapter hide."""
+    old = before.named_trainable_parameters()
+    moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
+    with watched(moved, str(item)):
+        require_settled(moved, before.base, sizes(after))
 
 
 def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:
@@ -100,7 +113,7 @@ def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:
         return ()
     old = before.named_trainable_parameters()
     fresh = [n for n in made.program.named_trainable_parameters() if n not in old]
-    missing = unreached(made, fresh, sizes(made.program)[0])
+    missing = unreached(made, fresh, sizes(made.program)[0], str(item))
     fault = [n for n, reason in missing.items() if reason == "branch"]
     if fault:
         raise VerifyError(

@@ -192,7 +192,7 @@ def require_values(program: Program) -> None:
         if bool(parameter.detach().isnan().any()):
             count = int(parameter.detach().isnan().sum())
             raise VerifyError(
-                f"the parameter {name} holds {count} NaN. Train again from a checkpoint before "
+                f"the parameter {name} holds {count} NaN. Go on from a checkpoint before "
                 "they came, with a smaller learning rate."
             )
 

@@ -13,25 +13,40 @@ from torch.utils import _pytree as pytree
 
 from ..aten import placeholders
 from .compare import floats
+from .watch import require_backward
 from .witness import Witness
 
 
 def unreached(
-    witness: Witness, names: Collection[str], inputs: Mapping[str, Tensor]
+    witness: Witness, names: Collection[str], inputs: Mapping[str, Tensor], what: str = "the pass"
 ) -> dict[str, str]:
     """The named parameters without a gradient after one backward in training mode, with the reason.
 
     A gradient of zero is one: B of a LoRA is zero at first, so A gets none yet.
 
+    Args:
+        witness: of the program.
+        names: of the parameters.
+        inputs: that it is called with.
+        what: the pass, for messages.
+
     Returns:
         name -> `model` if no gradient reaches that place of the graph at all (the model detaches
         it, or makes integers of it), else `branch`.
+
+    Raises:
+        VerifyError: the backward of a branch fails.
     """
     held = dict(witness.gm.named_parameters())
     wanted = {n: held[n] for n in names if n in held}
     given = witness.completed(inputs)
     with _trained(witness, wanted):
-        grads = _gradients(witness.gm(**given), list(wanted.values()))
+        output = witness.gm(**given)
+        try:
+            grads = _gradients(output, list(wanted.values()))
+        except Exception:
+            require_backward(witness, inputs, what)
+            raise
         missing = [n for n, g in zip(wanted, grads, strict=True) if g is None]
         if not missing:
             return {}

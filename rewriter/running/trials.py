@@ -61,7 +61,7 @@ def measured(program: Program) -> list[dict[str, int]]:
     if not chosen:
         raise VerifyError(
             "the program cannot be measured: the captured model fails at every size that was "
-            f"tried, last at {described(own)} ({reason}). Capture it with an example it runs on."
+            f"tried. Last, at {described(own)}: {reason}. Capture it with an example it runs on."
         )
     return chosen
 
@@ -71,11 +71,7 @@ def left_out(program: Program) -> tuple[str, ...]:
     spec = program.spec
     wanted = probes(spec, spec.sizes_of(program.sample))
     reasons = {described(each): _failure(program, each) for each in wanted}
-    return tuple(
-        f"not measured at {each}: the model fails there ({reason})"
-        for each, reason in reasons.items()
-        if reason
-    )
+    return tuple(f"not measured at {each}: {reason}" for each, reason in reasons.items() if reason)
 
 
 def described(sizes: Mapping[str, int]) -> str:
@@ -107,12 +103,31 @@ def _failure(program: Program, wanted: Mapping[str, int]) -> str:
     base = program.base
     if any(p.is_meta for p in base.module.parameters()):
         return ""
+    on_cpu = device_of(base.module).type == "cpu"
+    if not on_cpu and (name := beyond(program.spec, program.sample, wanted)):
+        return f"{name} may hold indices beyond that, and on a GPU such an error ends the process"
     given = completed(base, program.spec.resize(program.sample, **wanted))
     tried = _TRIED.setdefault(base, {})
     shapes = tuple((n, tuple(t.shape)) for n, t in given.items())
     if shapes not in tried:
         tried[shapes] = _tried(base, given)
     return tried[shapes]
+
+
+def beyond(spec: InputSpec, sample: Mapping[str, Tensor], wanted: Mapping[str, int]) -> str:
+    """The first integer input that may hold indices which the wanted sizes are too small for.
+
+    Its values, other than the zeros and ones of masks, are below a size of the sample, and not
+    below the wanted one; empty if there is none.
+    """
+    own, cut = spec.sizes_of(sample), spec.resize(sample, **wanted)
+    for name, tensor in cut.items():
+        if tensor.is_floating_point() or tensor.is_complex() or not tensor.numel():
+            continue
+        kept, all_of = int(tensor.max()), int(sample[name].max())
+        if kept > 1 and any(size <= kept and all_of < own.get(n, 0) for n, size in wanted.items()):
+            return name
+    return ""
 
 
 def _tried(base: Program, given: Mapping[str, Tensor]) -> str:
@@ -125,5 +140,6 @@ def _tried(base: Program, given: Mapping[str, Tensor]) -> str:
         raise
     except Exception as error:  # noqa: BLE001 - a model may raise anything
         lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0][:200]}"
+        said = lines[0][:200].rstrip(". ")
+        return f"the model fails there ({type(error).__name__}: {said})"
     return ""

@@ -25,7 +25,7 @@ from .choices import tied
 from .compare import Gap, compare, figures, floats, gaps, worst
 from .effect import SHARE, effect
 from .intact import require_recorded, require_values
-from .steady import quieten, require_steady, trained
+from .steady import perturbed, quieten, require_settled, require_steady, trained
 from .still import forward, still
 from .trials import sizes
 from .witness import Witness, whole_tensors
@@ -360,6 +360,7 @@ def verify_program(program: Program) -> list[Certificate]:
         last = after
     if program.history:
         require_recorded(last, program)
+        require_settled(perturbed(program), program.base, sizes(program))
         measured = measure(last, program)
         allowed = bound(program, measured)
         if measured["max_rel"] > allowed:

@@ -153,7 +153,7 @@ def _step(record: Record) -> dict[str, Any]:
     }
 
 
-def require_finite(name: str, tensor: Tensor, remedy: str = "Train from earlier values.") -> None:
+def require_finite(name: str, tensor: Tensor, remedy: str = "Go back to earlier values.") -> None:
     """Raises MetaTensorError or NonFiniteError unless a tensor has values, all finite."""
     if tensor.is_meta:
         raise MetaTensorError(
