@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +140,38 @@ class FailsInBackward(Plain):
 def test_a_failing_branch_is_named(branch: Any, message: str) -> None:
     with pytest.raises(VerifyError, match=message):
         inserted(branch)
+
+
+class Transient(Plain):
+    def __init__(self, site: Any) -> None:
+        super().__init__(site)
+        self.register_buffer("mask", torch.ones(2), persistent=False)
+        self.mask: Tensor
+        self.plain = torch.ones(2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return (x @ self.a.T * self.mask * self.plain) @ self.b.T
+
+
+@pytest.mark.parametrize("name", ["mask", "plain"])
+def test_a_changed_value_that_is_not_saved_is_refused(tmp_path: Path, name: str) -> None:
+    done = inserted(Transient)
+    peftfx.save(done, tmp_path / "unchanged")
+    tensor = getattr(done.branch(done.attachments[0]), name)
+    tensor[0] = 3.0
+    for refusing in (done.verify, lambda: peftfx.save(done, tmp_path / "changed")):
+        with pytest.raises(VerifyError, match=f"{name} was changed outside of training"):
+            refusing()
+    assert not (tmp_path / "changed").exists()
+    tensor[0] = 1.0
+    peftfx.save(done, tmp_path / "changed")
+
+
+def test_a_drawn_plain_tensor_is_refused() -> None:
+    class Drawn(Transient):
+        def __init__(self, site: Any) -> None:
+            super().__init__(site)
+            self.plain = torch.rand(2)
+
+    with pytest.raises(VerifyError, match="plain would be lost by saving"):
+        inserted(Drawn)

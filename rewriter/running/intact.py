@@ -167,11 +167,7 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
             come from there.
     """
     known = before.inserted
-    names = [
-        n for n in sorted(transient_buffers(after.module))
-        if n.startswith(after.inserted) and n.rpartition(".")[2] not in EDITORS
-        and not (known and n.startswith(known))
-    ]  # fmt: skip
+    names = [n for n in _unsaved(after) if not (known and n.startswith(known))]
     if not names:
         return
     want, got = _tensors(after), _tensors(again())
@@ -182,6 +178,46 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
                 "recipe makes it with other values. Register it as persistent, draw with "
                 "edit.generator, or put it into the plan."
             )
+
+
+def require_remade(program: Program) -> None:
+    """Raises VerifyError if a branch holds values, changed since the pass, that an artifact loses.
+
+    Replays the history only where there are such tensors. What a forward has cached since is no
+    part of what the pass made.
+    """
+    names = [n for n in _unsaved(program) if n not in state_tensors(program.module)]
+    if not names:
+        return
+    want, got = _tensors(program), _tensors(program.only(program.adapters))
+    for name in names:
+        if name in got and not _close(got[name], want[name]):
+            raise VerifyError(
+                f"{name} was changed outside of training, and would be lost by saving: it is not "
+                "persistent, and replaying the history gives other values. Register it as a "
+                "persistent buffer, or give it its old values back."
+            )
+
+
+def _unsaved(program: Program) -> list[str]:
+    """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
+    names = transient_buffers(program.module) | _plain(program).keys()
+    held = program.inserted
+    return [
+        n for n in sorted(names)
+        if n.startswith(held) and n.rpartition(".")[2] not in EDITORS
+    ]  # fmt: skip
+
+
+def _plain(program: Program) -> dict[str, Tensor]:
+    """Tensors that branches hold as plain attributes, which torch neither moves nor saves."""
+    return {
+        f"{path}.{name}": value
+        for path, module in program.module.named_modules()
+        if f"{path}.".startswith(program.inserted)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def require_values(program: Program) -> None:
@@ -203,8 +239,10 @@ def require_recorded(replayed: Program, program: Program) -> None:
     What trains, and what batches update, may have any value; all else is computed again.
     """
     old, new = _tensors(replayed), _tensors(program)
-    if odd := sorted(old.keys() ^ new.keys()):
+    cached = _plain(program).keys() ^ _plain(replayed).keys()
+    if odd := sorted((old.keys() ^ new.keys()) - cached):
         raise VerifyError(f"the program is not what its history says: that does not make {odd[0]}.")
+    new = {n: t for n, t in new.items() if n in old}
     moving = state_tensors(program.module)
     for name, tensor in new.items():
         want = old[name]
@@ -232,7 +270,8 @@ def require_recorded(replayed: Program, program: Program) -> None:
 
 
 def _tensors(program: Program) -> dict[str, Tensor]:
-    return dict([*program.module.named_parameters(), *program.module.named_buffers()])
+    gm = program.module
+    return dict([*gm.named_parameters(), *gm.named_buffers(), *_plain(program).items()])
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -28,6 +28,7 @@ from ..errors import (
 )  # fmt: skip
 from ..fingerprint import require_unchanged
 from ..program import Program, Record
+from ..running.intact import require_remade
 from ..running.passes import Pass, Plan
 from ..running.syntax import parse
 from ..sharded import has_shards, whole
@@ -81,6 +82,7 @@ def save(
     Raises:
         PassError: there is nothing to save, or an adapter's name is unknown.
         NonFiniteError: a tensor holds NaN or infinity.
+        VerifyError: a branch holds changed values that are not saved.
         ArtifactError: the directory cannot be written; what was there stays.
         RanksError: another rank failed, or ranks have different recipes.
     """
@@ -104,6 +106,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     require_owned(program)
     if not program.owners:
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
+    require_remade(program)
     if set(names) != set(program.adapters):
         program = program.only(names)
     require_unchanged(program)
