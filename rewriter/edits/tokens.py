@@ -43,6 +43,7 @@ from ..sites.landmarks import ids_of
 from ..sites.sites import AttentionSite
 from .branch import Branch, Tokens
 from .keyvalue import add_call
+from .places import moved_places
 from .samples import sample_axis
 
 if TYPE_CHECKING:
@@ -240,8 +241,10 @@ def prepend_tokens(
     symbol = str(value(ids).shape[1])
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
-    pooled = [n for n in gm.graph.nodes if _first_token(n, symbol)]
+    moves = moved_places(gm, embedding, ids, symbol, length)
     size = fresh_size(value(ids).fake_mode, label)
+    for node, arguments in moves.items():
+        node.args = arguments
     fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
     for source in placeholders(gm).values():
         dims = shape(source)
@@ -267,10 +270,6 @@ def prepend_tokens(
         prompt = gm.graph.create_node("call_module", path, (embedding,), {}, name=name)
     prompt.meta["val"] = value(embedding)
     embedding.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
-    for node in pooled:
-        node.update_arg(2, length)
-        if not is_op(node, ATEN.select.int):
-            node.update_arg(3, length + 1)
     end = output_node(gm)
     for leaf, axes in outputs.items():
         with gm.graph.inserting_before(end):
@@ -354,14 +353,3 @@ def _token_outputs(gm: GraphModule, symbol: str) -> dict[Node, tuple[int, ...]]:
         if axes:
             found[leaf] = axes
     return found
-
-
-def _first_token(node: Node, symbol: str) -> bool:
-    """Whether a node picks the first token of a hidden state."""
-    if not (is_op(node, ATEN.select.int) or is_op(node, ATEN.slice.Tensor)) or not is_float(node):
-        return False
-    size = shape(node.args[0])
-    if size is None or len(size) != 3 or str(size[1]) != symbol or node.args[1] != 1:
-        return False
-    first = bool(node.args[2] == 0)
-    return first and (is_op(node, ATEN.select.int) or bool(node.args[3:4] == (1,)))
