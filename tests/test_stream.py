@@ -261,7 +261,9 @@ def test_folding_by_shard_equals_folding_in_memory(
 
 def test_a_head_tied_to_an_embedding_is_refused(stored: Any, tmp_path: Path) -> None:
     s = stored("gpt2")
-    with pytest.raises(FoldError, match=r"cannot be folded: transformer\.wte\.weight is also read by embedding"):
+    with pytest.raises(
+        FoldError, match=r"cannot be folded: transformer\.wte\.weight is also read by embedding"
+    ):
         program = peftfx.run(s.hollow, "lora{where=head}")
         peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
     assert not list(tmp_path.iterdir())

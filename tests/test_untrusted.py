@@ -240,8 +240,14 @@ def test_guards(text: str, in_time: None) -> None:
 
 @pytest.mark.parametrize(
     "symbol",
-    [["s99999999", 8, 2, None], ["x0", 8, 2, None], ["s0", 10**30, 2, None], ["s0", 8, 2, "x"],
-     ["s0", -1, 2, None], ["s0", 8, -2, None]],
+    [
+        ["s99999999", 8, 2, None],
+        ["x0", 8, 2, None],
+        ["s0", 10**30, 2, None],
+        ["s0", 8, 2, "x"],
+        ["s0", -1, 2, None],
+        ["s0", 8, -2, None],
+    ],
 )
 def test_symbols(symbol: list[Any], in_time: None) -> None:
     with pytest.raises((ValueError, TypeError)):
@@ -250,7 +256,15 @@ def test_symbols(symbol: list[Any], in_time: None) -> None:
 
 def test_relations(in_time: None) -> None:
     assert holds("(a + 1) % 8 == 0", {"a": 7})
-    for text in ("(" * 3000, "-" * 4000 + "1", "-" * 1500 + "a", "a" * 5000, "a ** 9", "a.b", "exit()"):
+    for text in (
+        "(" * 3000,
+        "-" * 4000 + "1",
+        "-" * 1500 + "a",
+        "a" * 5000,
+        "a ** 9",
+        "a.b",
+        "exit()",
+    ):
         with pytest.raises(ValueError, match="relation"):
             holds(text, {"a": 1})
 
