@@ -316,7 +316,7 @@ ZOO: dict[str, Entry] = {
     ),
     "modernbert": _encoder(
         "ModernBertForMaskedLM", "ModernBertConfig", **_IDS, cls_token_id=1, sep_token_id=2,
-        local_attention=8, attention_dropout=0.1, mlp_dropout=0.1,
+        local_attention=8, initializer_range=0.2, attention_dropout=0.1, mlp_dropout=0.1,
         layer_types=["full_attention", "sliding_attention"],
     ),
     # Text to text.
