@@ -43,8 +43,9 @@ from peftfx.rewriter.errors import (
 )  # fmt: skip
 from peftfx.rewriter.running.passes import NAME, REGISTRY, Pass
 from peftfx.rewriter.running.syntax import parse_yaml
-from peftfx.rewriter.storage import files
+from peftfx.rewriter.storage import directory, files
 
+from .damage import change as edited
 from .models import randomise
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
@@ -103,9 +104,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = safetensors.torch.load(path.read_bytes())
     change(tensors)
     path.write_bytes(safetensors.torch.save(tensors))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["tensors"] = {n: digest(t) for n, t in tensors.items()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    digests = {n: digest(t) for n, t in tensors.items()}
+    edited(folder / "manifest.json", lambda m: m.update(tensors=digests))
 
 
 def digest(tensor: Tensor) -> str:
@@ -294,9 +294,7 @@ def test_row_11_names_of_classes(base: peftfx.Program, saved: Path) -> None:
             peftfx.run(base, text)
     with refused(OptionError, ValueError, "not YAML"):
         parse_yaml("- !!python/object/apply:os.system ['true']")
-    manifest = json.loads((saved / "manifest.json").read_text())
-    manifest["recipe"][0]["pass"] = "builtins.print"
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    edited(saved / "manifest.json", lambda m: m["recipe"][0].update({"pass": "builtins.print"}))
     with refused(CorruptFileError, ValueError, "recipe[0]", "builtins.print", of=[base]):
         peftfx.load(base, saved)
 
@@ -387,7 +385,7 @@ def test_row_18_inputs(base: peftfx.Program, value: Any, words: tuple[str, ...])
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "_exchange"])
 def test_rows_19_and_20_disk_full_and_killed(
     program: peftfx.Program, saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Any
 ) -> None:
@@ -399,7 +397,7 @@ def test_rows_19_and_20_disk_full_and_killed(
 
     expected = ArtifactError if isinstance(error, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(os if call == "fsync" else Path, call, failing)
+        patch.setattr(os if call == "fsync" else directory, call, failing)
         with pytest.raises(expected, match="No space left" if expected is ArtifactError else None):
             peftfx.save(program, saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -479,7 +477,7 @@ def test_row_26_no_such_device(base: peftfx.Program) -> None:
 @pytest.mark.parametrize("opset", [0, 99])
 def test_row_27_opsets(base: peftfx.Program, tmp_path: Path, opset: int) -> None:
     pytest.importorskip("onnx")
-    with refused(ExportError, RuntimeError, f"no opset {opset}", "Choose", of=[base]):
+    with refused(ExportError, RuntimeError, f"no opset {opset}", "1..", of=[base]):
         peftfx.export_onnx(base, tmp_path / "a.onnx", opset=opset)
     assert not (tmp_path / "a.onnx").exists()
 

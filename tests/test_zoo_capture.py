@@ -23,8 +23,9 @@ FIXED = {
 }
 """Sizes that would be dynamic by default, but that the model fixes: input, axis, who needs it."""
 
-ROUNDED = {"minilm"}
-"""Where batch one takes another kernel by the alignment of memory, also from eager to eager."""
+ROUNDED = {"minilm", "qwen3_next"}
+"""Where batch one takes another kernel by the alignment of memory, also from eager to eager; and
+where a rule of deltas sums chunks in another order."""
 
 
 @contextmanager

@@ -212,7 +212,9 @@ def _require_written(
 def require_finite_base(name: str, weight: Tensor) -> None:
     """Raises NonFiniteError, which names the tensor, if a weight is broken before any fold."""
     if not bool(torch.isfinite(weight).all()):
+        index = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise NonFiniteError(
-            f"the base's own tensor {name} holds NaN or infinity, so nothing can be folded into "
-            "it. The branches are not to blame: look at the model or its checkpoint."
+            f"the base's own tensor {name} holds NaN or infinity (first at {index}), so nothing "
+            "can be folded into it. The branches are not to blame: look at the model or its "
+            "checkpoint."
         )

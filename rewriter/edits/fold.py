@@ -276,9 +276,11 @@ def _require_finite(weight: Weight, path: str, branch: Branch) -> None:
         require_finite_base(weight.bias_name or weight.name, weight.bias)
     for name, tensor in branch.named_parameters():
         if not all_finite(tensor):
+            index = (~torch.isfinite(whole(tensor))).nonzero()[0].tolist()
             raise NonFiniteError(
-                f"{path}.{name} holds NaN or infinity, so it cannot be folded: keep the branch, go "
-                "back to an earlier checkpoint, or train it again with a smaller rate."
+                f"{path}.{name} holds NaN or infinity (first at {index}), so it cannot be folded: "
+                "leave it out (fold{names=[...]}), go back to an earlier checkpoint, or train it "
+                "again with a smaller rate."
             )
 
 

@@ -227,7 +227,7 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     each = _untied(before, after, each, limits, sizes(after.program))
     measured = {**figures(each), **limits.figures(each)}
     _require(kind, each, limits, "")
-    if kind == "bounded":
+    if kind == "bounded" and whole_tensors(before.program) and whole_tensors(after.program):
         measured |= _require_effect(before, after, limits)
     if kind != "near" and whole_tensors(before.program):
         inputs = sizes(after.program)[0]
