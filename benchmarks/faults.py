@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.storage import directory, files
+from peftfx.rewriter.files import directory, files
 from tests.damage import cuts, flips
 from tests.fuzzing import TARGETS, corpus, mutations
 from tests.writers import WRITERS, Writer, prepared

@@ -19,16 +19,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..rewriter.edits.edit import Editor
-from ..rewriter.edits.lowering import restore_deltas
-from ..rewriter.edits.quantised import repack
+from ..rewriter.edits.linear.lower import restore_deltas
+from ..rewriter.edits.linear.quantise import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
-from ..rewriter.program import Program
-from ..rewriter.running.compare import keyed_leaves
-from ..rewriter.running.trials import described, measured
-from ..rewriter.running.verify import bound, evaluation, is_meta
-from ..rewriter.sharded import require_whole
-from ..rewriter.storage.leftovers import clean, temporary
-from ..rewriter.turns import alone
+from ..rewriter.files.leftovers import clean, temporary
+from ..rewriter.graph.sharded import require_whole
+from ..rewriter.graph.turns import alone
+from ..rewriter.measure.compare import keyed_leaves
+from ..rewriter.measure.trials import described, measured
+from ..rewriter.program.state import Program
+from ..rewriter.verify.verify import bound, evaluation, is_meta
 from .onnx_parity import gap, masks_of, padded, require, session
 from .onnx_precision import (
     HALF,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..rewriter.aten import value
 from ..rewriter.errors import ExportError
-from ..rewriter.program import BRANCHES, Program
+from ..rewriter.graph.aten import value
+from ..rewriter.program.state import BRANCHES, Program
 
 _TORCH = str(PurePath(torch.__file__).parent)
 

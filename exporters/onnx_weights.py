@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from ..rewriter.storage.leftovers import sync
+from ..rewriter.files.leftovers import sync
 from .onnx_translate import line_of
 
 TRANSPOSED = "peftfx.transposed"

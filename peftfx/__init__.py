@@ -18,13 +18,13 @@ from .registry import load_passes
 from .rewriter.blocks.outline import inline, outline
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
-from .rewriter.program import Program
-from .rewriter.running.controller import controllers
-from .rewriter.running.observe import observe, tap
-from .rewriter.running.passes import REGISTRY, Pass
-from .rewriter.running.pipeline import run
-from .rewriter.running.syntax import Pipeline, parse
-from .rewriter.sites.sites import Site, Sites
+from .rewriter.pipeline.controller import controllers
+from .rewriter.pipeline.passes import REGISTRY, Pass
+from .rewriter.pipeline.syntax import Pipeline, parse
+from .rewriter.program.sites import Site, Sites
+from .rewriter.program.state import Program
+from .rewriter.run.observe import observe, tap
+from .rewriter.run.run import run
 from .rewriter.storage.artifact import VERSION, save
 from .rewriter.storage.loading import load
 from .rewriter.storage.program_file import load_program, save_program

@@ -24,12 +24,12 @@ from .methods import Entry, methods
 from .models import load_model
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError, RewriteError
-from .rewriter.program import Program
-from .rewriter.running.passes import REGISTRY
-from .rewriter.running.pipeline import run
-from .rewriter.sites.sites import Sites
+from .rewriter.files.files import write_file, write_tensors
+from .rewriter.pipeline.passes import REGISTRY
+from .rewriter.program.sites import Sites
+from .rewriter.program.state import Program
+from .rewriter.run.run import run
 from .rewriter.storage.artifact import save
-from .rewriter.storage.files import write_file, write_tensors
 from .rewriter.storage.loading import load
 from .rewriter.storage.stream import fold_checkpoint
 

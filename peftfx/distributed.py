@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from .rewriter.distributed.checkpoint import Resumed, latest, load_checkpoint, save_checkpoint
 from .rewriter.distributed.held import Held, held
-from .rewriter.distributed.ranks import agree, first, rank, together, world
 from .rewriter.distributed.shard import gather, shard
+from .rewriter.files.ranks import agree, first, rank, together, world
 
 __all__ = [
     "Held",

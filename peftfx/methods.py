@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .rewriter.errors import RewriteError
-from .rewriter.program import Program
-from .rewriter.running.passes import REGISTRY, Method
-from .rewriter.running.pipeline import run
+from .rewriter.pipeline.passes import REGISTRY, Method
+from .rewriter.program.state import Program
+from .rewriter.run.run import run
 
 
 @dataclass(frozen=True)

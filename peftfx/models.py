@@ -63,7 +63,7 @@ def load_model(name: str, hollow: bool = False) -> Named:
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
-    from .rewriter.capture.spec import forward_parameters
+    from .rewriter.inputs.spec import forward_parameters
 
     return forward_parameters(model.forward)[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .rewriter.running.passes import REGISTRY
+from .rewriter.pipeline.passes import REGISTRY
 
 STUB = Path(__file__).with_name("__init__.pyi")
 
@@ -20,16 +20,16 @@ _TAIL = """from .rewriter.blocks.outline import inline as inline
 from .rewriter.blocks.outline import outline as outline
 from .rewriter.capture.capture import capture as capture
 from .rewriter.errors import RewriteError as RewriteError
-from .rewriter.program import Program as Program
-from .rewriter.running.controller import controllers as controllers
-from .rewriter.running.observe import observe as observe
-from .rewriter.running.observe import tap as tap
-from .rewriter.running.passes import Pass as Pass
-from .rewriter.running.pipeline import run as run
-from .rewriter.running.syntax import Pipeline as Pipeline
-from .rewriter.running.syntax import parse as parse
-from .rewriter.sites.sites import Site as Site
-from .rewriter.sites.sites import Sites as Sites
+from .rewriter.program.state import Program as Program
+from .rewriter.pipeline.controller import controllers as controllers
+from .rewriter.run.observe import observe as observe
+from .rewriter.run.observe import tap as tap
+from .rewriter.pipeline.passes import Pass as Pass
+from .rewriter.run.run import run as run
+from .rewriter.pipeline.syntax import Pipeline as Pipeline
+from .rewriter.pipeline.syntax import parse as parse
+from .rewriter.program.sites import Site as Site
+from .rewriter.program.sites import Sites as Sites
 from .rewriter.storage.artifact import save as save
 from .rewriter.storage.loading import load as load
 from .rewriter.storage.program_file import load_program as load_program

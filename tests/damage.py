@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftfx.rewriter.storage.sealed import SEAL, sealed
+from peftfx.rewriter.files.sealed import SEAL, sealed
 
 
 def change(path: Path, edit: Callable[[Any], Any]) -> None:

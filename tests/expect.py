@@ -14,9 +14,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from peftfx.rewriter.aten import submodule
-from peftfx.rewriter.sites.products import readings
-from peftfx.rewriter.sites.sites import (
+from peftfx.rewriter.graph.aten import submodule
+from peftfx.rewriter.program.sites import (
     AttentionSite,
     ConvSite,
     EmbeddingSite,
@@ -27,6 +26,7 @@ from peftfx.rewriter.sites.sites import (
     NormSite,
     SublayerSite,
 )
+from peftfx.rewriter.sites.products import readings
 from peftfx.rewriter.sites.walk import Walk
 
 

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftfx.rewriter.capture.relation import holds
-from peftfx.rewriter.capture.spec import InputSpec
 from peftfx.rewriter.capture.structure import read_structure
-from peftfx.rewriter.capture.symbols import Symbols
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.running.syntax import parse, parse_yaml
-from peftfx.rewriter.sites.selector import choose
+from peftfx.rewriter.files.files import parse_json, write_json
+from peftfx.rewriter.files.sealed import SEAL, sealed
+from peftfx.rewriter.graph.symbols import Symbols
+from peftfx.rewriter.inputs.relation import holds
+from peftfx.rewriter.inputs.spec import InputSpec
+from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
+from peftfx.rewriter.program.selector import choose
 from peftfx.rewriter.storage import artifact, loading, program_file
 from peftfx.rewriter.storage.checkpoint import Checkpoint
-from peftfx.rewriter.storage.files import parse_json, write_json
-from peftfx.rewriter.storage.sealed import SEAL, sealed
 from peftfx.training.state import read_state
 
 from . import writers

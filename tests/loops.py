@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.running.controller import Controller
+from peftfx.rewriter.pipeline.controller import Controller
 
 from .models import batch, first
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import peftfx
-from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method
 
 GOLDEN = Path(__file__).parent / "golden"
 

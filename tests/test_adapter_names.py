@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, OptionError
-from peftfx.rewriter.storage.sealed import SEAL, sealed
+from peftfx.rewriter.files.sealed import SEAL, sealed
 
 from .models import batch, first, randomise
 from .recipes import METHODS, start

@@ -27,7 +27,7 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )  # fmt: skip
-from peftfx.rewriter.storage import directory, files, leftovers
+from peftfx.rewriter.files import directory, files, leftovers
 
 from . import damage
 from .models import batch, build, first, randomise
@@ -191,7 +191,7 @@ def test_a_crash_at_any_step_keeps_the_old_artifact(
 WRITER = """
 import resource, signal, sys
 from pathlib import Path
-from peftfx.rewriter.storage.directory import write_directory
+from peftfx.rewriter.files.directory import write_directory
 if sys.argv[2] != "0":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)

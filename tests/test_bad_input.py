@@ -41,9 +41,9 @@ from peftfx.rewriter.errors import (
     SelectorError,
     VerifyError,
 )  # fmt: skip
-from peftfx.rewriter.running.passes import NAME, REGISTRY, Pass
-from peftfx.rewriter.running.syntax import parse_yaml
-from peftfx.rewriter.storage import directory, files
+from peftfx.rewriter.files import directory, files
+from peftfx.rewriter.pipeline.passes import NAME, REGISTRY, Pass
+from peftfx.rewriter.pipeline.syntax import parse_yaml
 
 from .damage import change as edited
 from .models import randomise
@@ -109,7 +109,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 
 def digest(tensor: Tensor) -> str:
-    from peftfx.rewriter.storage.identity import tensor_digest
+    from peftfx.rewriter.files.identity import tensor_digest
 
     return tensor_digest(tensor)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import VerifyError
-from peftfx.rewriter.running.checks import Checks
-from peftfx.rewriter.running.passes import REGISTRY
-from peftfx.rewriter.running.verify import Certificate
+from peftfx.rewriter.pipeline.passes import REGISTRY
+from peftfx.rewriter.verify.checks import Checks
+from peftfx.rewriter.verify.verify import Certificate
 
 from .test_verifier import Plain, wrong
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import peftfx
-from peftfx.rewriter.aten import shape, source_line
 from peftfx.rewriter.capture import graphfile
-from peftfx.rewriter.capture.symbols import Symbols
-from peftfx.rewriter.storage.files import parse_json, write_json
+from peftfx.rewriter.files.files import parse_json, write_json
+from peftfx.rewriter.graph.aten import shape, source_line
+from peftfx.rewriter.graph.symbols import Symbols
 
 from .models import Convolutional, Decoder, Encoder, batch, bert, first, llama, moved, randomise
 

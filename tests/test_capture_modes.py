@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import CaptureError
-from peftfx.rewriter.module import modes_kept
+from peftfx.rewriter.graph.module import modes_kept
 
 
 class Wrapped(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import peftfx
-from peftfx.rewriter.capture.modes import Attention
 from peftfx.rewriter.errors import InputError, PassError
+from peftfx.rewriter.graph.modes import Attention
 
 from .models import batch, first
 from .zoo import ZOO

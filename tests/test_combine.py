@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import Combine, Serial
+from peftfx.rewriter.branches.branch import Combine, Serial
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import FoldError, PassError
-from peftfx.rewriter.running.passes import REGISTRY, Method, Plan
-from peftfx.rewriter.running.verify import Contract
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method, Plan
 from peftfx.rewriter.storage.members import plan_members, take_members
+from peftfx.rewriter.verify.verify import Contract
 
 from .models import batch, first, moved, randomise
 

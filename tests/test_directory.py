@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError
-from peftfx.rewriter.storage import directory, files, leftovers
+from peftfx.rewriter.files import directory, files, leftovers
 
 MARK = "manifest.json"
 

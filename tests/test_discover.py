@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.sites.sites import AttentionSite, LinearSite, SublayerSite
+from peftfx.rewriter.program.sites import AttentionSite, LinearSite, SublayerSite
 
 from .models import batch, build, randomise
 

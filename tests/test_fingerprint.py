@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import BaseChangedError, PassError, RewriteError
-from peftfx.rewriter.fingerprint import changed, checksum, require_unchanged, training_shared
-from peftfx.rewriter.running.replay import replay
+from peftfx.rewriter.program.fingerprint import (
+    changed,
+    checksum,
+    require_unchanged,
+    training_shared,
+)
+from peftfx.rewriter.run.replay import replay
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
-from peftfx.rewriter.edits import rules
-from peftfx.rewriter.edits.branch import Branch, Delta, OutputScale
-from peftfx.rewriter.edits.certificate import Matrix, Verdict, check_folded
-from peftfx.rewriter.edits.weight import Weight
+from peftfx.rewriter.branches.branch import Branch, Delta, OutputScale
+from peftfx.rewriter.edits.folding import rules
 from peftfx.rewriter.errors import NonFiniteError, PassError, VerifyError
-from peftfx.rewriter.program import Program
+from peftfx.rewriter.program.state import Program
+from peftfx.rewriter.weights.certificate import Matrix, Verdict, check_folded
+from peftfx.rewriter.weights.weight import Weight
 
 from .test_verifier import program as verified
 
@@ -243,6 +243,8 @@ def test_a_fold_in_bfloat16_keeps_what_the_branch_does(
     with pytest.raises(VerifyError, match="computes something else than what it folds"):
         peftfx.run(adapted, fold)
     # What only compares outputs has to see it, too.
-    monkeypatch.setattr("peftfx.rewriter.edits.fold.check_folded", lambda *_: Verdict(0.0, False))
+    monkeypatch.setattr(
+        "peftfx.rewriter.edits.folding.fold.check_folded", lambda *_: Verdict(0.0, False)
+    )
     with pytest.raises(VerifyError, match=r"does not hold|integers"):
         peftfx.run(adapted, fold)

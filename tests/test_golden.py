@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import peftfx
-from peftfx.rewriter.running.passes import REGISTRY
+from peftfx.rewriter.pipeline.passes import REGISTRY
 
 from .recipes import GOLDEN, RECIPES
 

@@ -18,7 +18,7 @@ import torch
 import peftfx
 from peftfx import stubs
 from peftfx.methods import methods, split_docstring
-from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method
 
 from .models import batch, first, randomise
 
@@ -134,8 +134,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from torch import nn
-from peftfx.rewriter.edits.branch import Delta
-from peftfx.rewriter.running.passes import Method
+from peftfx.rewriter.branches.branch import Delta
+from peftfx.rewriter.pipeline.passes import Method
 
 class ToyBranch(Delta):
     def __init__(self, site):

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 import peftfx
 from peftfx.cli import main
 from peftfx.demo.encoder import load_model
-from peftfx.rewriter.aten import LINEAR
 from peftfx.rewriter.errors import InputError, OptionError
-from peftfx.rewriter.running.memory import STATES
+from peftfx.rewriter.graph.aten import LINEAR
+from peftfx.rewriter.training.memory import STATES
 
 from . import models
 from .models import batch, first

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import Delta, RowScale
+from peftfx.rewriter.branches.branch import Delta, RowScale
 from peftfx.rewriter.errors import ExportError, MetaTensorError, RewriteError
-from peftfx.rewriter.running.compare import compare
-from peftfx.rewriter.running.still import Expected
+from peftfx.rewriter.measure.compare import compare
+from peftfx.rewriter.measure.still import Expected
 
 from .models import Decoder, batch, build, first, moved, randomise
 from .recipes import METHODS, RECIPES, method_class, start

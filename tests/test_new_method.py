@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import Delta, Expression, Serial
+from peftfx.rewriter.branches.branch import Delta, Expression, Serial
 from peftfx.rewriter.errors import PassError, RewriteError
-from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method
 
 from .models import batch, first
 

@@ -13,7 +13,7 @@ import peftfx
 from peftfx.cli import main
 from peftfx.exporters import onnx_export, onnx_parity
 from peftfx.rewriter.errors import ExportError, NonFiniteError
-from peftfx.rewriter.program import Program
+from peftfx.rewriter.program.state import Program
 
 from .models import randomise
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from peftfx.rewriter.running.compare import compare
+from peftfx.rewriter.measure.compare import compare
 
 
 class Pair:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftfx
-from peftfx.rewriter.edits.branch import Delta
+from peftfx.rewriter.branches.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import OptionError, PassError
-from peftfx.rewriter.running.passes import write_value
-from peftfx.rewriter.running.propagate import propagate
-from peftfx.rewriter.running.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
-from peftfx.rewriter.sites.sites import LinearSite
+from peftfx.rewriter.pipeline.passes import write_value
+from peftfx.rewriter.pipeline.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
+from peftfx.rewriter.program.sites import LinearSite
+from peftfx.rewriter.tracing.propagate import propagate
 
 from .models import batch, first
 

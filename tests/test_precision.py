@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.running.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method
 
 from .methods.common import copied, hooked, tensors
 from .models import batch, bert, build, first, moved, randomise

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import VerifyError
-from peftfx.rewriter.running import trials
-from peftfx.rewriter.running.trials import beyond, measured
+from peftfx.rewriter.measure import trials
+from peftfx.rewriter.measure.trials import beyond, measured
 
 LORA = "lora{rank=2,where=linear}"
 

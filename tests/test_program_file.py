@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import Delta, Expression
+from peftfx.rewriter.branches.branch import Delta, Expression
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import (
     ArtifactError,
@@ -24,9 +24,9 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )
-from peftfx.rewriter.running.propagate import propagate
-from peftfx.rewriter.running.verify import floats
-from peftfx.rewriter.sites.sites import LinearSite
+from peftfx.rewriter.program.sites import LinearSite
+from peftfx.rewriter.tracing.propagate import propagate
+from peftfx.rewriter.verify.verify import floats
 
 from . import damage
 from .models import Convolutional, batch, first, moved, randomise

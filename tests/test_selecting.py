@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import SelectorError
-from peftfx.rewriter.running.passes import REGISTRY, Method, Plan
-from peftfx.rewriter.running.pipeline import apply_plan
-from peftfx.rewriter.sites.selector import meaning
+from peftfx.rewriter.pipeline.passes import REGISTRY, Method, Plan
+from peftfx.rewriter.program.selector import meaning
+from peftfx.rewriter.run.run import apply_plan
 
 
 class Experts(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import PassError
-from peftfx.rewriter.sites.sites import AttentionSite, EmbeddingSite, NormSite
+from peftfx.rewriter.program.sites import AttentionSite, EmbeddingSite, NormSite
 
 from .models import moved, randomise
 

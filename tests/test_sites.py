@@ -8,8 +8,8 @@ import pytest
 
 import peftfx
 from peftfx.rewriter.errors import SelectorError
+from peftfx.rewriter.program.sites import AttentionSite, LinearSite, Sites
 from peftfx.rewriter.sites.discover import discover
-from peftfx.rewriter.sites.sites import AttentionSite, LinearSite, Sites
 
 from .models import batch, build, scramble
 
@@ -69,7 +69,7 @@ def test_roles_do_not_depend_on_names(captured: Any, name: str) -> None:
 
 def test_scrambled_parameter_names_of_library_models(captured: Any) -> None:
     """Renames every stored tensor of a captured graph: roles stay."""
-    from peftfx.rewriter.aten import attribute, set_attribute
+    from peftfx.rewriter.graph.aten import attribute, set_attribute
 
     for name in ("bert", "llama"):
         program = captured[name][1].fork()

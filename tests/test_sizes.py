@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.capture.probes import probes
-from peftfx.rewriter.capture.spec import InputSpec, TensorInput
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
-from peftfx.rewriter.running.verify import sizes
+from peftfx.rewriter.inputs.probes import probes
+from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
+from peftfx.rewriter.verify.verify import sizes
 
 from .models import Encoder, batch, randomise
 

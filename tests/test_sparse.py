@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.edits.sparse import (
+from peftfx.rewriter.edits.linear.sparse import (
     DenseDelta,
     Part,
     SparseDelta,

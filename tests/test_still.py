@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import VerifyError
-from peftfx.rewriter.running.compare import compare
-from peftfx.rewriter.running.observe import observe
-from peftfx.rewriter.running.still import Expected, still
-from peftfx.rewriter.running.verify import difference
-from peftfx.rewriter.running.witness import Witness
+from peftfx.rewriter.measure.compare import compare
+from peftfx.rewriter.measure.still import Expected, still
+from peftfx.rewriter.measure.witness import Witness
+from peftfx.rewriter.run.observe import observe
+from peftfx.rewriter.verify.verify import difference
 
 from .models import batch, first, randomise
 

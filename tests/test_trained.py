@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.trained import ITSELF
 from peftfx.rewriter.errors import ArtifactError, PassError
+from peftfx.rewriter.program.trained import ITSELF
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 HEAD = ("head.weight", "head.bias")

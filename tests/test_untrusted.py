@@ -18,10 +18,7 @@ from torch.utils import _pytree as pytree
 import peftfx
 from peftfx.rewriter.capture.graphfile import decode
 from peftfx.rewriter.capture.operators import find_operator
-from peftfx.rewriter.capture.relation import holds
-from peftfx.rewriter.capture.spec import InputSpec
 from peftfx.rewriter.capture.structure import read_structure
-from peftfx.rewriter.capture.symbols import Symbols
 from peftfx.rewriter.errors import (
     ArtifactError,
     CorruptFileError,
@@ -29,9 +26,12 @@ from peftfx.rewriter.errors import (
     RewriteError,
     SelectorError,
 )  # fmt: skip
-from peftfx.rewriter.running.syntax import parse, parse_yaml
-from peftfx.rewriter.sites.selector import _suffix, choose
-from peftfx.rewriter.storage import files
+from peftfx.rewriter.files import files
+from peftfx.rewriter.graph.symbols import Symbols
+from peftfx.rewriter.inputs.relation import holds
+from peftfx.rewriter.inputs.spec import InputSpec
+from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
+from peftfx.rewriter.program.selector import _suffix, choose
 from peftfx.rewriter.storage.outputs import OUTPUTS, Outputs
 
 from .damage import change

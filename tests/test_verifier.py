@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.aten import ATEN, output_node, set_attribute
-from peftfx.rewriter.edits.branch import Delta
+from peftfx.rewriter.branches.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import PassError, RewriteError, VerifyError
-from peftfx.rewriter.running.passes import REGISTRY, Plan
-from peftfx.rewriter.running.verify import Contract, certify
-from peftfx.rewriter.running.witness import Witness
+from peftfx.rewriter.graph.aten import ATEN, output_node, set_attribute
+from peftfx.rewriter.measure.witness import Witness
+from peftfx.rewriter.pipeline.passes import REGISTRY, Plan
+from peftfx.rewriter.verify.verify import Contract, certify
 
 LENGTH = 5
 

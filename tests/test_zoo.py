@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from peftfx.rewriter.aten import attribute, set_attribute
+from peftfx.rewriter.graph.aten import attribute, set_attribute
+from peftfx.rewriter.program.sites import Site, Sites
 from peftfx.rewriter.sites.discover import discover
-from peftfx.rewriter.sites.sites import Site, Sites
 
 from .conftest import Zoo
 from .expect import check, check_rows

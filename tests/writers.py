@@ -229,7 +229,7 @@ def _state_cache(folder: Path) -> str:
 
 def _controllers(folder: Path, number: int) -> None:
     state = {"lora": {"scale": torch.full((4,), number), "step": number, "deep": {"names": ["a"]}}}
-    from peftfx.rewriter.storage.files import write_file
+    from peftfx.rewriter.files.files import write_file
 
     write_file(folder / "state.safetensors", state_bytes(state))
 

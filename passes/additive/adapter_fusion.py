@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Combine, linear
+from ...rewriter.branches.branch import Combine, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.program import Program
-from ...rewriter.running.controller import Controller, Forward
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.pipeline.controller import Controller, Forward
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.state import Program
 from ...rewriter.storage.members import plan_members, take_members
+from ...rewriter.verify.verify import Contract
 
 
 class AdapterFusionBranch(Combine):

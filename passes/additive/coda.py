@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.soft_topk import coordinate_descent, soft_topk
-from ...rewriter.edits.branch import linear
+from ...rewriter.branches.branch import linear
+from ...rewriter.branches.routing import Routed
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.routing import Routed
-from ...rewriter.program import Program
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import AttentionSite, Site, SublayerSite
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.sites import AttentionSite, Site, SublayerSite
+from ...rewriter.program.state import Program
+from ...rewriter.verify.verify import Contract
 
 
 class CoDABranch(Routed):

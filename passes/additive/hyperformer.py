@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Serial
+from ...rewriter.branches.branch import Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
-from ...rewriter.program import Program
-from ...rewriter.running.observe import constants
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import SublayerSite
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.sites import SublayerSite
+from ...rewriter.program.state import Program
+from ...rewriter.run.observe import constants
+from ...rewriter.verify.verify import Contract
 
 
 class Generator(nn.Module):

@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, InputScale, OutputScale
+from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import LinearSite
 
 
 class IA3Output(OutputScale):

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, KeyValue
+from ...rewriter.branches.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import AttentionSite
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.sites import AttentionSite
+from ...rewriter.verify.verify import Contract
 
 
 class PrefixBranch(KeyValue):

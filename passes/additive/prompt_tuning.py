@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, Tokens
+from ...rewriter.branches.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.tokens import entrances, separate
-from ...rewriter.program import Program
-from ...rewriter.running.passes import Method
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import EmbeddingSite, Site
+from ...rewriter.edits.stream.tokens import entrances, separate
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import EmbeddingSite, Site
+from ...rewriter.program.state import Program
+from ...rewriter.verify.verify import Contract
 
 
 class PromptBranch(Tokens):

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, Serial, linear
+from ...rewriter.branches.branch import Axes, Serial, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import SublayerSite
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.sites import SublayerSite
+from ...rewriter.verify.verify import Contract
 
 
 class SerialAdapterBranch(Serial):

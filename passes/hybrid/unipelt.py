@@ -28,17 +28,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import linear
+from ...rewriter.branches.branch import linear
+from ...rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
+from ...rewriter.edits.calls.values import Value
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.gated import GatedDelta, GatedKeyValue, GatedSerial
-from ...rewriter.edits.hidden import Axes, Reach
-from ...rewriter.edits.values import Value
+from ...rewriter.edits.stream.hidden import Axes, Reach
 from ...rewriter.errors import PassError
-from ...rewriter.program import Program
-from ...rewriter.running.observe import observe
-from ...rewriter.running.passes import Method
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import AttentionSite, LinearSite, Site, SublayerSite
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import AttentionSite, LinearSite, Site, SublayerSite
+from ...rewriter.program.state import Program
+from ...rewriter.run.observe import observe
+from ...rewriter.verify.verify import Contract
 from ..additive.prefix_tuning import PrefixTuning
 from ..additive.serial_adapter import SerialAdapter
 from ..reparameterized.lora import LoRA

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...rewriter.edits.causal import use_causal
+from ...rewriter.edits.attention.causal import use_causal
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.verify.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 
 from ...kernels.lora_linear import lora_linear, require_triton, triton_lora_linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.lowering import fuse_deltas, restore_deltas
+from ...rewriter.edits.linear.lower import fuse_deltas, restore_deltas
 from ...rewriter.errors import PassError
-from ...rewriter.program import Program
-from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.program.state import Program
+from ...rewriter.verify.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
-from ...rewriter.program import Program
-from ...rewriter.running.passes import Method, Pass, Plan
-from ...rewriter.running.verify import Contract, difference, is_meta
-from ...rewriter.turns import alone
+from ...rewriter.graph.turns import alone
+from ...rewriter.pipeline.passes import Method, Pass, Plan
+from ...rewriter.program.state import Program
+from ...rewriter.verify.verify import Contract, difference, is_meta
 
 
 @dataclass(frozen=True, kw_only=True)

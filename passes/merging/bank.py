@@ -26,12 +26,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...rewriter.edits.branch import Axes, Delta
+from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
-from ...rewriter.program import Attachment, Program
-from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
+from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.program.state import Attachment, Program
+from ...rewriter.verify.verify import Contract
 
 Factors = tuple[Tensor, Tensor, float]
 PLAIN = torch.contiguous_format

@@ -1,6 +1,6 @@
 """Fold: turn trained branches into constants of the base weights, and drop them.
 
-Peephole rules run to a fixpoint from the inside out (`rewriter/edits/fold.py`). What cannot be
+Peephole rules run to a fixpoint from the inside out (`rewriter/edits/folding/fold.py`). What cannot be
 folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
 one rounding; the certificate says how much of a delta the rounding lost.
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.fold import fold, warn_of
+from ...rewriter.edits.exported import put_back
+from ...rewriter.edits.folding.fold import fold, warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
-from ...rewriter.exported import put_back
-from ...rewriter.program import Program
-from ...rewriter.running.before_fold import keep_trained, trained_tensors
-from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract, bound, is_meta, measure
-from ...rewriter.sharded import has_shards
+from ...rewriter.graph.sharded import has_shards
+from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.program.state import Program
+from ...rewriter.run.before_fold import keep_trained, trained_tensors
+from ...rewriter.verify.verify import Contract, bound, is_meta, measure
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,15 +22,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...rewriter.edits.axes import Channels, channels
-from ...rewriter.edits.compose import adapted_weight
 from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.linear.compose import adapted_weight
+from ...rewriter.edits.structure.axes import Channels, channels
 from ...rewriter.errors import MetaTensorError, PassError
-from ...rewriter.program import Program
-from ...rewriter.running.gradients import gradients
-from ...rewriter.running.passes import Pass, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.state import Program
+from ...rewriter.run.gradients import gradients
+from ...rewriter.verify.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ChannelPruning(Pass):
     Attributes:
         ratio: the share of channels that is removed.
         where: which blocks.
-        score: `magnitude`, or `taylor`, which needs `data` (see `rewriter/running/gradients.py`).
+        score: `magnitude`, or `taylor`, which needs `data` (see `rewriter/run/gradients.py`).
         scope: rank the channels of each block (`local`) or of all blocks together (`global`).
         round_to: widths stay multiples of it (rounded up).
     """

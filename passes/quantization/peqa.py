@@ -19,10 +19,10 @@ from torch import nn
 
 from ...kernels.quantised_linear import OPERATOR
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.controller import Controller
-from ...rewriter.running.passes import Method, Plan
-from ...rewriter.running.verify import Contract
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.pipeline.controller import Controller
+from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.program.sites import LinearSite
+from ...rewriter.verify.verify import Contract
 
 
 class Scales(Controller):

@@ -3,7 +3,7 @@
 Zhang et al., ICLR 2023, arXiv:2303.10512. `P [out, rank]` and `Q [rank, in]` stay nearly orthogonal
 by a loss term, so that `e [rank]` are like singular values; the least important of all sites become
 zero until a common budget is met, and may grow again until the last phase. The importance of rank i
-is `S(e_i) + mean_j S(P_ji) + mean_j S(Q_ij)`, with S of `rewriter/running/budget.py`; P, Q and the
+is `S(e_i) + mean_j S(P_ji) + mean_j S(Q_ij)`, with S of `rewriter/training/budget.py`; P, Q and the
 optimizer's state go on. P and Q start normal (std 0.02) and e as zero, so step 0 is the base model.
 `c = alpha / rank`, also when fewer ranks are left. Folds exactly: `W + c P diag(e) Q`.
 """
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
-from ...rewriter.edits.branch import Delta, linear
+from ...rewriter.branches.branch import Delta, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.program import Program
-from ...rewriter.running.budget import BudgetController, Budgeted
-from ...rewriter.running.controller import Controller, Forward
-from ...rewriter.running.passes import Pass
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.pipeline.controller import Controller, Forward
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.state import Program
+from ...rewriter.training.budget import BudgetController, Budgeted
 from ..merging.bake import Bake
 from .lora import rank_obstacle
 

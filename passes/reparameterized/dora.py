@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import RowScale, linear
+from ...rewriter.branches.branch import RowScale, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.program.sites import LinearSite
 from .lora import LoRA, LoRABranch
 
 

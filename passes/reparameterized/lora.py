@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.edits.branch import Axes, Delta, linear
+from ...rewriter.branches.branch import Axes, Delta, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method
-from ...rewriter.sites.sites import LinearSite
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import LinearSite
 
 
 class LoRABranch(Delta):

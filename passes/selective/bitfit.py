@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method
-from ...rewriter.sites.sites import ConvSite, LinearSite, NormSite
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import ConvSite, LinearSite, NormSite
 
 
 @dataclass(frozen=True, kw_only=True)

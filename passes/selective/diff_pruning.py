@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from ...kernels.hard_concrete import gate_noise, hard_concrete, open_probability
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.sparse import DenseDelta, Part, keep_largest, parts_of
-from ...rewriter.program import Program
-from ...rewriter.running.controller import Controller, Forward
-from ...rewriter.running.passes import Method, Pass, Plan
-from ...rewriter.sites.sites import Site
+from ...rewriter.edits.linear.sparse import DenseDelta, Part, keep_largest, parts_of
+from ...rewriter.pipeline.controller import Controller, Forward
+from ...rewriter.pipeline.passes import Method, Pass, Plan
+from ...rewriter.program.sites import Site
+from ...rewriter.program.state import Program
 from ..merging.bake import Bake
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.running.passes import Method
-from ...rewriter.sites.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite
+from ...rewriter.pipeline.passes import Method
+from ...rewriter.program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite
 
 
 @dataclass(frozen=True, kw_only=True)

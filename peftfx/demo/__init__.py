@@ -24,10 +24,10 @@ from rich.table import Table
 
 from ..exporters.onnx_export import OnnxReport, export_onnx
 from ..rewriter.capture.capture import capture
-from ..rewriter.program import Program
-from ..rewriter.running.pipeline import run
+from ..rewriter.files.files import write_file, write_json
+from ..rewriter.program.state import Program
+from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import save
-from ..rewriter.storage.files import write_file, write_json
 from . import report
 from .corpus import Corpus, Split, make_splits, read_corpus
 from .encoder import QUERY_TOKENS, load_model, load_tokenizer, model_directory

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rewriter.program import Program
-from ..rewriter.running.pipeline import run
+from ..rewriter.program.state import Program
+from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import save
 from .corpus import Pair, Split
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Tokenizer, embed

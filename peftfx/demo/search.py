@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..rewriter.errors import ArtifactError
-from ..rewriter.storage.files import parse_json, read_file, write_file, write_json
+from ..rewriter.files.files import parse_json, read_file, write_file, write_json
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, DemoError, Tokenizer, pool_array
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.program import Program
-from ..rewriter.running.saved import SavedBytes
+from ..rewriter.program.state import Program
+from ..rewriter.training.saved import SavedBytes
 from ..training.fit import fit
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool

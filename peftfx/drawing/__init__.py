@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..rewriter.errors import OptionError
-from ..rewriter.program import Program
-from ..rewriter.sites.sites import Site
-from ..rewriter.storage.files import write_file
+from ..rewriter.files.files import write_file
+from ..rewriter.program.sites import Site
+from ..rewriter.program.state import Program
 from .boxes import (
     BODY,
     EDGE,

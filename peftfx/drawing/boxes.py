@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..rewriter.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site
+from ..rewriter.program.sites import AttentionSite, EmbeddingSite, LinearSite, Site
 from .canvas import Canvas, Circle, Line, Rect, shorten, text_width
 from .parts import Box, site_weight
 from .repeats import common, pattern

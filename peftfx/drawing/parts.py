@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..rewriter.sites.sites import Site
+from ..rewriter.program.sites import Site
 
 
 def site_weight(site: Site) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.errors import PassError
-from ..rewriter.running.controller import Controller, Controllers
+from ..rewriter.pipeline.controller import Controller, Controllers
 
 _LISTENING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 """Each module's hooks; those of a run that was interrupted end when the next one begins."""

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..rewriter.errors import NonFiniteError, OptionError
-from ..rewriter.module import device_of, modes_kept
-from ..rewriter.program import Program
-from ..rewriter.running.controller import Controllers
-from ..rewriter.running.pipeline import run
+from ..rewriter.graph.module import device_of, modes_kept
+from ..rewriter.pipeline.controller import Controllers
+from ..rewriter.program.state import Program
+from ..rewriter.run.run import run
 
 Loss = Callable[[Any, Any], Tensor]
 """`(outputs, batch) -> loss`, a scalar."""

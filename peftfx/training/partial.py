@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..rewriter.capture.modes import MODES
-from ..rewriter.module import state_buffers
-from ..rewriter.program import BRANCHES, Program
+from ..rewriter.graph.modes import MODES
+from ..rewriter.graph.module import state_buffers
+from ..rewriter.program.state import BRANCHES, Program
 
 
 def frozen_base(program: Program) -> frozenset[str]:

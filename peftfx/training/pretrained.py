@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
-from ..rewriter.module import device_of
-from ..rewriter.program import Program
-from ..rewriter.running.compare import compare, tensors
-from ..rewriter.running.still import forward, still
-from ..rewriter.running.verify import TOLERANCE
+from ..rewriter.graph.module import device_of
+from ..rewriter.measure.compare import compare, tensors
+from ..rewriter.measure.still import forward, still
+from ..rewriter.program.state import Program
 from ..rewriter.storage.artifact import save
+from ..rewriter.verify.verify import TOLERANCE
 from .partial import frozen_base
 
 IGNORED = -100

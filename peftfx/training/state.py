@@ -16,9 +16,9 @@ import safetensors.torch
 from torch import Tensor
 
 from ..rewriter.errors import ArtifactError, CorruptFileError
-from ..rewriter.storage.files import parse_json, parse_tensors, read_file
-from ..rewriter.storage.identity import merkle_root, tensor_digest
-from ..rewriter.storage.nested import flatten, nest
+from ..rewriter.files.files import parse_json, parse_tensors, read_file
+from ..rewriter.files.identity import merkle_root, tensor_digest
+from ..rewriter.files.nested import flatten, nest
 
 _REST, _SEAL = "others", "sha256"
 

@@ -25,10 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from ..rewriter.errors import BaseMismatchError, PassError
-from ..rewriter.running.controller import Controllers
+from ..rewriter.files.files import write_file
+from ..rewriter.files.identity import tensor_digest
+from ..rewriter.pipeline.controller import Controllers
 from ..rewriter.storage.artifact import base_difference, read, save
-from ..rewriter.storage.files import write_file
-from ..rewriter.storage.identity import tensor_digest
 from .callback import ControllersCallback, release
 from .partial import fill_in, frozen_base, leave_out
 from .state import read_state, state_bytes

@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..aten import attribute
 from ..errors import BlockError
+from ..graph.aten import attribute
 from .kept import watched
 from .names import names
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..module import own_attribute
+from ..graph.module import own_attribute
 
 _YIELDED = "_yielded"
 TRACED = {"graph", "run"}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from ..aten import attribute, is_float, set_attribute
 from ..errors import BlockError
-from ..module import same_view, sharing_module
-from ..program import Program
+from ..graph.aten import attribute, is_float, set_attribute
+from ..graph.module import same_view, sharing_module
+from ..program.state import Program
 from .kept import Kept, Recipe
 from .names import names
 

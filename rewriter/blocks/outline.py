@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from ..aten import value
 from ..errors import BlockError
-from ..module import CapturedModule, copy_graph, sharing_module
-from ..program import Program
-from ..sharded import reshard
+from ..graph.aten import value
+from ..graph.module import CapturedModule, copy_graph, sharing_module
+from ..graph.sharded import reshard
+from ..program.state import Program
 from .module import Block, Flat, Outlined, Region
 from .names import TRACED, names, yielding
 from .offload import offload as move_out

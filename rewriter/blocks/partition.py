@@ -15,15 +15,15 @@ from itertools import count, pairwise
 from torch import Tag, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import NORMS, attribute, inputs, is_op, submodule
-from ..capture.modes import MODES
-from ..edits.compose import site_nodes
-from ..edits.region import stream_before, stream_behind
-from ..edits.routing import TakeTokens
+from ..branches.routing import TakeTokens
+from ..edits.linear.compose import site_nodes
+from ..edits.stream.region import stream_before, stream_behind
 from ..errors import BlockError, PassError
-from ..program import BRANCHES, Program
-from ..sites.sites import SublayerSite
-from .flow import Flow
+from ..graph.aten import NORMS, attribute, inputs, is_op, submodule
+from ..graph.flow import Flow
+from ..graph.modes import MODES
+from ..program.sites import SublayerSite
+from ..program.state import BRANCHES, Program
 from .regions import Routing, routings
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from ..aten import (
+from ..graph.aten import (
     ADDS,
     CASTS,
     LINEAR,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from ..aten import is_op, operands, submodule
-from ..edits.compose import site_nodes
-from ..edits.routing import PutTokens, Routed, TakeTokens
-from ..program import Program
-from ..sites.sites import SublayerSite
-from .flow import Flow
+from ..branches.routing import PutTokens, Routed, TakeTokens
+from ..edits.linear.compose import site_nodes
+from ..graph.aten import is_op, operands, submodule
+from ..graph.flow import Flow
+from ..program.sites import SublayerSite
+from ..program.state import Program
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError, CorruptFileError
-from ..module import CapturedModule
-from ..sites.sites import Sites
-from ..storage.files import parse_json, read_file, write_file, write_json
-from ..storage.identity import tensor_digest
-from ..storage.leftovers import make_parents
+from ..files.files import parse_json, read_file, write_file, write_json
+from ..files.identity import tensor_digest
+from ..files.leftovers import make_parents
+from ..graph.module import CapturedModule
+from ..inputs.spec import InputSpec
+from ..program.sites import Sites
 from .graphfile import decode, encode, read_graph, write_graph
-from .spec import InputSpec
 
 FORMAT = 1
 LIMIT = 64 * 2**20

@@ -20,25 +20,25 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from ..aten import placeholders, set_attribute
-from ..edits.trained import chosen, train_only
 from ..errors import CaptureError
-from ..module import CapturedModule, outside_inference, state_tensors
-from ..program import Program
+from ..graph.aten import placeholders, set_attribute
+from ..graph.modes import follow_modes, restore_modes
+from ..graph.module import CapturedModule, outside_inference, state_tensors
+from ..graph.placement import buffers_on_meta, computed_buffers, is_hollow
+from ..graph.symbols import unify
+from ..graph.turns import alone
+from ..inputs.dynamic import Dynamic, dynamic_axes
+from ..inputs.nesting import template_of
+from ..inputs.spec import InputSpec, TensorInput, forward_parameters, named_arguments
+from ..measure.independence import Values, relabelled
+from ..program.state import Program
+from ..program.trained import chosen, train_only
 from ..sites.discover import discover
-from ..turns import alone
+from ..tracing.canonical import canonicalize
+from ..tracing.guards import Sizes, read_sizes
+from ..tracing.tracing import check_model, export, unwrapped
+from ..tracing.training import draws, part_modes, writes
 from .cache import Entry, Traced, place
-from .canonical import canonicalize
-from .dynamic import Dynamic, dynamic_axes
-from .guards import Sizes, read_sizes
-from .modes import follow_modes, restore_modes
-from .nesting import template_of
-from .placement import buffers_on_meta, computed_buffers, is_hollow
-from .samples import Values, relabelled
-from .spec import InputSpec, TensorInput, forward_parameters, named_arguments
-from .symbols import unify
-from .tracing import check_model, export, unwrapped
-from .training import draws, part_modes, writes
 from .trial import Trial, must_be_equal, settle
 
 

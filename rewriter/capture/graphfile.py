@@ -24,15 +24,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from ..aten import attribute, set_attribute
-from ..module import CapturedModule
-from ..running.propagate import fake_mode
-from ..sites import sites
-from ..turns import alone
-from . import modes
+from ..graph import modes
+from ..graph.aten import attribute, set_attribute
+from ..graph.module import CapturedModule
+from ..graph.symbols import Symbols, symbols_in, write_environment
+from ..graph.turns import alone
+from ..program import sites
+from ..tracing.propagate import fake_mode
 from .operators import find_operator, require_pure
 from .structure import read_structure
-from .symbols import Symbols, symbols_in, write_environment
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{n}": getattr(operator, n) for n in (

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..module import modes_kept, state_tensors
-from ..running.compare import relative, tensors
-from ..running.propagate import quiet
-from ..running.verify import TOLERANCE
-from .probes import fit
-from .relation import violations
-from .spec import InputSpec
-from .tracing import prepared
+from ..graph.module import modes_kept, state_tensors
+from ..inputs.probes import fit
+from ..inputs.relation import violations
+from ..inputs.spec import InputSpec
+from ..measure.compare import relative, tensors
+from ..tracing.propagate import quiet
+from ..tracing.tracing import prepared
+from ..verify.verify import TOLERANCE
 
 
 class Trial:

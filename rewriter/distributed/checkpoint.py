@@ -23,13 +23,14 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import ArtifactError, CorruptFileError, RewriteError
-from ..module import device_of
-from ..program import Program
-from ..running.controller import Controllers
-from ..sharded import placed_like
+from ..files.directory import new_directory
+from ..files.ranks import agree, exchange, first, rank, together, world
+from ..files.sealed import sealed
+from ..graph.module import device_of
+from ..graph.sharded import placed_like
+from ..pipeline.controller import Controllers
+from ..program.state import Program
 from ..storage.artifact import VERSION
-from ..storage.directory import new_directory
-from ..storage.sealed import sealed
 from .manifest import (
     FORMAT,
     MANIFEST,
@@ -43,7 +44,6 @@ from .manifest import (
     read_manifest,
     strict,
 )
-from .ranks import agree, exchange, first, rank, together, world
 from .state import (
     Tensors,
     controller_leaves,

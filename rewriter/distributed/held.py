@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks.kept import watched
-from ..sharded import reshard
-from .ranks import exchange
+from ..files.ranks import exchange
+from ..graph.sharded import reshard
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
-from ..fingerprint import require_unchanged
-from ..program import Program
+from ..files.directory import opened
+from ..files.files import JSON_LIMIT, parse_json, require_regular
+from ..files.nested import is_path
+from ..files.ranks import rank, world
+from ..files.sealed import checked, compare_versions, unsealed
+from ..program.fingerprint import require_unchanged
+from ..program.state import Program
 from ..storage.artifact import VERSION
 from ..storage.checkpoint import DTYPES
-from ..storage.directory import opened
-from ..storage.files import JSON_LIMIT, parse_json, require_regular
-from ..storage.nested import is_path
-from ..storage.sealed import checked, compare_versions, unsealed
-from .ranks import rank, world
 
 FORMAT = 2
 MANIFEST = "manifest.json"

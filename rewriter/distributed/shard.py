@@ -19,17 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..aten import set_attribute
 from ..blocks.module import Outlined
 from ..blocks.names import names
-from ..capture.placement import relocate
 from ..errors import MetaTensorError, RanksError
-from ..module import device_of
-from ..program import BRANCHES, Program
-from ..running.controller import Controller
-from ..running.passes import Method
-from ..sharded import has_shards, is_sharded, placed_like, whole
-from .ranks import agree, together
+from ..files.ranks import agree, together
+from ..graph.aten import set_attribute
+from ..graph.module import device_of
+from ..graph.placement import relocate
+from ..graph.sharded import has_shards, is_sharded, placed_like, whole
+from ..pipeline.controller import Controller
+from ..pipeline.passes import Method
+from ..program.state import BRANCHES, Program
 
 
 def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..module import state_buffers
-from ..program import Program
-from ..running.controller import Controllers
-from ..sharded import is_sharded, whole
-from ..storage.nested import flatten, nest
+from ..files.nested import flatten, nest
+from ..graph.module import state_buffers
+from ..graph.sharded import is_sharded, whole
+from ..pipeline.controller import Controllers
+from ..program.state import Program
 
 Tensors = dict[str, Tensor]
 

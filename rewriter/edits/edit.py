@@ -13,19 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aten import ancestors, set_attribute, users
-from ..sites.sites import (
-    AttentionSite,
-    ConvSite,
-    EmbeddingSite,
-    LinearSite,
-    Site,
-    SublayerSite,
-)
-from .attach import EMPTY, given
-from .axes import Channels
-from .bias import add_bias
-from .branch import (
+from ..branches.branch import (
     Combine,
     Delta,
     Expression,
@@ -36,20 +24,32 @@ from .branch import (
     Serial,
     Tokens,
 )
-from .combining import combine_serial, hold, member_paths
-from .compose import compose, site_nodes
-from .cut import cut_channels
-from .keyvalue import prepend_key_value
-from .quantised import quantise_weight
+from ..branches.routing import Routed
+from ..graph.aten import ancestors, set_attribute, users
+from ..program.sites import (
+    AttentionSite,
+    ConvSite,
+    EmbeddingSite,
+    LinearSite,
+    Site,
+    SublayerSite,
+)
+from ..program.trained import ITSELF, chosen, train_only
+from .attention.keyvalue import prepend_key_value
+from .calls.attach import EMPTY, given
+from .calls.requirements import require_fit
+from .calls.values import Value, latest
+from .linear.bias import add_bias
+from .linear.combine import combine_serial, hold, member_paths
+from .linear.compose import compose, site_nodes
+from .linear.expression import express, remember, remove, settle, widened
+from .linear.quantise import quantise_weight
 from .read import Reading
-from .region import find_region
-from .replacing import express, remember, remove, settle, widened
-from .requirements import require_fit
-from .route import run_on_chosen
-from .routing import Routed
-from .tokens import beside, prepend_tokens, shift_positions
-from .trained import ITSELF, chosen, train_only
-from .values import Value, latest
+from .stream.region import find_region
+from .stream.route import run_on_chosen
+from .stream.tokens import beside, prepend_tokens, shift_positions
+from .structure.axes import Channels
+from .structure.cut import cut_channels
 
 Linear = Delta | InputScale | OutputScale | RowScale | Combine
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..aten import erase_dead, is_quantised, users
-from ..program import BRANCHES
-from ..sites.sites import (
+from ..graph.aten import erase_dead, is_quantised, users
+from ..program.sites import (
     AttentionSite,
     EmbeddingSite,
     FeedForwardSite,
@@ -17,17 +16,18 @@ from ..sites.sites import (
     Site,
     SublayerSite,
 )
-from .attach import Attaching, given
-from .axes import Channels, channels
-from .compose import composed_value
-from .hidden import Hidden, Samples, behind_of, hidden_of, samples_of
-from .keyvalue import key_value_widths
-from .quantised import QuantisedWeight, whole_weights
-from .replacing import matrix_of
-from .samples import sample_axis
-from .signature import add_input, drop_input
-from .values import Value, input_of, item_of, latest, valid_of
-from .weight import DenseWeight, Weight
+from ..program.state import BRANCHES
+from ..weights.weight import DenseWeight, Weight
+from .attention.keyvalue import key_value_widths
+from .calls.attach import Attaching, given
+from .calls.samples import sample_axis
+from .calls.signature import add_input, drop_input
+from .calls.values import Value, input_of, item_of, latest, valid_of
+from .linear.compose import composed_value
+from .linear.expression import matrix_of
+from .linear.quantise import QuantisedWeight, whole_weights
+from .stream.hidden import Hidden, Samples, behind_of, hidden_of, samples_of
+from .structure.axes import Channels, channels
 
 
 class Reading(Attaching):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..aten import (
+from ..graph.aten import (
     ARITHMETIC,
     ATEN,
     CASTS,
@@ -29,7 +29,7 @@ from ..aten import (
     submodule,
     users,
 )  # fmt: skip
-from ..capture.modes import Attention
+from ..graph.modes import Attention
 from .probe import Probe
 from .walk import UP, Linear, Walk
 

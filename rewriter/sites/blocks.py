@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from ..aten import ACTIVATIONS, ADDS, GATHERS, MULS, TOP, VIEWS, inputs, is_op, overloads, users
+from ..graph.aten import (
+    ACTIVATIONS,
+    ADDS,
+    GATHERS,
+    MULS,
+    TOP,
+    VIEWS,
+    inputs,
+    is_op,
+    overloads,
+    users,
+)
 from .attention import Core
 from .probe import Probe
 from .residual import Sublayer

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch.fx import Node
 
-from ..aten import (
+from ..graph.aten import (
     ADDS,
     EMBEDDING,
     GATHERS,
@@ -24,13 +24,7 @@ from ..aten import (
     shape,
     users,
 )
-from .attention import Core
-from .blocks import Draft, Part
-from .landmarks import convolutions, embeddings, norms
-from .probe import Probe
-from .products import Reading, readings
-from .residual import Sublayer
-from .sites import (
+from ..program.sites import (
     AttentionSite,
     ExpertsSite,
     FeedForwardSite,
@@ -40,6 +34,12 @@ from .sites import (
     Sites,
     SublayerSite,
 )
+from .attention import Core
+from .blocks import Draft, Part
+from .landmarks import convolutions, embeddings, norms
+from .probe import Probe
+from .products import Reading, readings
+from .residual import Sublayer
 from .walk import Linear, Walk
 
 Call = tuple[str, tuple[int, ...] | None, bool, bool]

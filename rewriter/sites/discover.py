@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..aten import SLICES, is_op, shape
+from ..graph.aten import SLICES, is_op, shape
+from ..program.sites import Sites
 from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build
 from .probe import Probe
 from .residual import Residual, ResidualBranch, Streams, Sublayer, channels_last, number, residuals
-from .sites import Sites
 from .walk import Linear, Walk
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import (
+from ..graph.aten import (
     ADDS,
     EMBEDDING,
     GATHERS,
@@ -32,9 +32,9 @@ from ..aten import (
     users,
     value,
 )  # fmt: skip
-from ..capture.modes import Attention
+from ..graph.modes import Attention
+from ..program.sites import ConvSite, EmbeddingSite, NormSite, Site
 from .residual import CARRIES, Sublayer
-from .sites import ConvSite, EmbeddingSite, NormSite, Site
 from .walk import Walk
 
 _INTO_STREAM = CARRIES | SLICES | overloads("stack", "cat")

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
-from ..aten import SDPA, attribute, value
-from ..capture.modes import Attention
+from ..graph.aten import SDPA, attribute, value
+from ..graph.modes import Attention
 
 Size = int | torch.SymInt
 

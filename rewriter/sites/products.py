@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..aten import (
+from ..graph.aten import (
     CASTS,
     LINEAR,
     MATMULS,

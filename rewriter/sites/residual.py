@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..aten import (
+from ..graph.aten import (
     ACTIVATIONS,
     ADDS,
     MULS,

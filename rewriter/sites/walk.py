@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..aten import (
+from ..graph.aten import (
     ACTIVATIONS,
     ADDS,
     ARITHMETIC,
@@ -40,7 +40,7 @@ from ..aten import (
     users,
     written,
 )  # fmt: skip
-from ..capture.modes import AlphaDropout, BatchNorm, TrainingOnly
+from ..graph.modes import AlphaDropout, BatchNorm, TrainingOnly
 from .products import is_grouped, matrix
 
 UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")

@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture.spec import InputSpec
-from ..distributed.ranks import agree, first, together
-from ..edits.trained import ITSELF, require_owned
 from ..errors import (
     CorruptFileError,
     MetaTensorError,
@@ -26,17 +23,20 @@ from ..errors import (
     OptionError,
     PassError,
 )  # fmt: skip
-from ..fingerprint import require_unchanged
-from ..program import Program, Record
-from ..running.intact import require_remade
-from ..running.passes import Pass, Plan
-from ..running.syntax import parse
-from ..sharded import has_shards, whole
-from .directory import Folder, reading, write_directory
-from .files import JSON_LIMIT, parse_json, tensors_of
-from .files import write_tensors as tensor_file
-from .identity import merkle_root, tensor_digest
-from .sealed import checked, compare_versions, sealed, unsealed, version_of
+from ..files.directory import Folder, reading, write_directory
+from ..files.files import JSON_LIMIT, parse_json, tensors_of
+from ..files.files import write_tensors as tensor_file
+from ..files.identity import merkle_root, tensor_digest
+from ..files.ranks import agree, first, together
+from ..files.sealed import checked, compare_versions, sealed, unsealed, version_of
+from ..graph.sharded import has_shards, whole
+from ..inputs.spec import InputSpec
+from ..pipeline.passes import Pass, Plan
+from ..pipeline.syntax import parse
+from ..program.fingerprint import require_unchanged
+from ..program.state import Program, Record
+from ..program.trained import ITSELF, require_owned
+from ..verify.intact import require_remade
 
 FORMAT = 2
 VERSION = "0.1.0"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptFileError, WeightsError
-from .files import HEADER_LIMIT, parse_json, read_file, require_regular
+from ..files.files import HEADER_LIMIT, parse_json, read_file, require_regular
 
 if TYPE_CHECKING:
-    from ..program import Program
+    from ..program.state import Program
 
 INDEX = ".safetensors.index.json"
 DTYPES = {

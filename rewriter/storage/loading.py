@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.capture import capture
-from ..capture.probes import probes
-from ..edits.trained import ITSELF, train_only
 from ..errors import (
     ArtifactError,
     BaseMismatchError,
@@ -20,17 +18,19 @@ from ..errors import (
     RewriteError,
     nearest,
 )  # fmt: skip
-from ..fingerprint import require_unchanged
-from ..module import outside_inference
-from ..program import Program
-from ..running.before_fold import values_then
-from ..running.passes import Plan
-from ..running.pipeline import apply_plan
-from ..running.replay import load_values
-from ..running.verify import Certificate, check_graph
-from ..sharded import equal
+from ..files.identity import merkle_root, tensor_digest
+from ..graph.module import outside_inference
+from ..graph.sharded import equal
+from ..inputs.probes import probes
+from ..pipeline.passes import Plan
+from ..program.fingerprint import require_unchanged
+from ..program.state import Program
+from ..program.trained import ITSELF, train_only
+from ..run.before_fold import values_then
+from ..run.replay import load_values
+from ..run.run import apply_plan
+from ..verify.verify import Certificate, check_graph
 from .artifact import SAVED, Artifact, base_difference, differing, read
-from .identity import merkle_root, tensor_digest
 from .renaming import renamed
 
 _DAMAGE = (

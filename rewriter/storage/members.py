@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..edits.edit import Editor
 from ..errors import BaseMismatchError, PassError, nearest
-from ..program import BRANCHES, Program
-from ..running.passes import Plan
-from ..running.replay import load_values
-from ..running.syntax import parse
+from ..files.identity import merkle_root, tensor_digest
+from ..pipeline.passes import Plan
+from ..pipeline.syntax import parse
+from ..program.state import BRANCHES, Program
+from ..run.replay import load_values
 from .artifact import Artifact, base_difference, read
-from .identity import merkle_root, tensor_digest
 
 
 @dataclass(frozen=True)

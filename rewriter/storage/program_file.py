@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..aten import attribute, shape
 from ..capture.graphfile import decode, encode, read_graph, write_graph
-from ..capture.spec import InputSpec
 from ..edits.edit import Editor
-from ..edits.inline import inline_calls
-from ..edits.lowering import restore_deltas
+from ..edits.linear.lower import restore_deltas
+from ..edits.structure.inline import inline_calls
 from ..errors import (
     CorruptFileError,
     ExportError,
@@ -35,21 +33,23 @@ from ..errors import (
     RewriteError,
     VerifyError,
 )  # fmt: skip
-from ..fingerprint import require_unchanged
-from ..module import outside_inference
-from ..program import Program
-from ..running.propagate import propagate
-from ..running.verify import bound, check_graph, is_meta, measure
-from ..sharded import require_whole
-from ..sites.sites import LinearSite, Sites
-from ..turns import alone
+from ..files.directory import Folder, reading, write_directory
+from ..files.files import JSON_LIMIT, parse_json, tensors_of, write_json
+from ..files.files import write_tensors as tensor_file
+from ..files.identity import tensor_digest
+from ..files.sealed import compare_versions, sealed, unsealed
+from ..graph.aten import attribute, shape
+from ..graph.module import outside_inference
+from ..graph.sharded import require_whole
+from ..graph.turns import alone
+from ..inputs.spec import InputSpec
+from ..program.fingerprint import require_unchanged
+from ..program.sites import LinearSite, Sites
+from ..program.state import Program
+from ..tracing.propagate import propagate
+from ..verify.verify import bound, check_graph, is_meta, measure
 from .artifact import VERSION, require_finite
-from .directory import Folder, reading, write_directory
-from .files import JSON_LIMIT, parse_json, tensors_of, write_json
-from .files import write_tensors as tensor_file
-from .identity import tensor_digest
 from .outputs import OUTPUTS, portable
-from .sealed import compare_versions, sealed, unsealed
 
 FORMAT = 2
 MANIFEST = "program.json"

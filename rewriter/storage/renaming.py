@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
-from ..program import BRANCHES
-from ..running.passes import Pass, Plan
+from ..pipeline.passes import Pass, Plan
+from ..program.state import BRANCHES
 
 if TYPE_CHECKING:
     from .artifact import Artifact

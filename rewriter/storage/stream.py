@@ -17,22 +17,22 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from ..aten import set_attribute
-from ..capture.placement import relocate, still_hollow
-from ..edits.fold import warn_of
-from ..edits.trained import ITSELF, train_only
+from ..edits.folding.fold import warn_of
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
-from ..fingerprint import Fingerprints, require_unchanged, take
-from ..module import copy_modes, device_of, outside_inference
-from ..program import Program
-from ..running.before_fold import values_then
-from ..running.pipeline import apply_plan
-from ..running.replay import load_values
+from ..files.directory import new_directory
+from ..files.identity import tensor_bytes, tensor_digest, tensor_prefix
+from ..graph.aten import set_attribute
+from ..graph.module import copy_modes, device_of, outside_inference
+from ..graph.placement import relocate, still_hollow
+from ..program.fingerprint import Fingerprints, require_unchanged, take
+from ..program.state import Program
+from ..program.trained import ITSELF, train_only
+from ..run.before_fold import values_then
+from ..run.replay import load_values
+from ..run.run import apply_plan
 from .artifact import base_difference, read
 from .checkpoint import Checkpoint, Entry, header_size
-from .directory import new_directory
 from .folding import ShardFolder
-from .identity import tensor_bytes, tensor_digest, tensor_prefix
 from .loading import attach
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peftfx
 import peftfx.distributed as pd
-from peftfx.rewriter.distributed.ranks import exchange
+from peftfx.rewriter.files.ranks import exchange
 
 from .. import models
 from ..recipes import METHODS, start

@@ -18,7 +18,7 @@ import torch
 import peftfx
 import peftfx.distributed as pd
 from peftfx.rewriter.errors import CorruptFileError, RanksError
-from peftfx.rewriter.running.controller import Controller
+from peftfx.rewriter.pipeline.controller import Controller
 
 from ..recipes import METHODS, method_class
 from .job import RECIPE, base, launch, optimizer_of, prepared, train

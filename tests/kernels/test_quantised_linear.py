@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, library
 
 from peftfx.kernels import quantised_linear as kernel
-from peftfx.rewriter.edits.integers import Quantised, pack, quantise, unpack
+from peftfx.rewriter.weights.integers import Quantised, pack, quantise, unpack
 
 Op = Callable[..., Tensor]
 quantised_linear: Op = kernel.quantised_linear

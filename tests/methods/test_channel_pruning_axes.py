@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
-from peftfx.rewriter.edits.axes import channels
-from peftfx.rewriter.edits.branch import Axes, InputScale, RowScale
+from peftfx.rewriter.branches.branch import Axes, InputScale, RowScale
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.edits.fold import fold
+from peftfx.rewriter.edits.folding.fold import fold
+from peftfx.rewriter.edits.structure.axes import channels
 from peftfx.rewriter.errors import PassError
-from peftfx.rewriter.running.passes import Method
-from peftfx.rewriter.running.propagate import propagate
-from peftfx.rewriter.sites.sites import AttentionSite, FeedForwardSite, LinearSite
+from peftfx.rewriter.pipeline.passes import Method
+from peftfx.rewriter.program.sites import AttentionSite, FeedForwardSite, LinearSite
+from peftfx.rewriter.tracing.propagate import propagate
 
 from ..models import batch, first, moved, randomise
 from ..recipes import METHODS, RECIPES

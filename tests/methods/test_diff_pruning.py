@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.passes.selective.diff_pruning import GatedDelta
 from peftfx.rewriter.errors import MetaTensorError
-from peftfx.rewriter.sites.sites import LinearSite
+from peftfx.rewriter.program.sites import LinearSite
 from peftfx.rewriter.storage.artifact import read
 from peftfx.rewriter.storage.loading import attach
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.branch import RowScale
+from peftfx.rewriter.branches.branch import RowScale
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.edits.fold import fold
-from peftfx.rewriter.edits.sparse import SparseDelta
+from peftfx.rewriter.edits.folding.fold import fold
+from peftfx.rewriter.edits.linear.sparse import SparseDelta
 from peftfx.rewriter.errors import NonFiniteError, OptionError
-from peftfx.rewriter.running.propagate import propagate
-from peftfx.rewriter.sites.sites import LinearSite
+from peftfx.rewriter.program.sites import LinearSite
+from peftfx.rewriter.tracing.propagate import propagate
 
 from ..models import batch, build, first, moved, randomise
 from ..zoo import ZOO

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.passes.reparameterized.dora import DoRABranch
 from peftfx.passes.reparameterized.lora import LoRABranch
-from peftfx.rewriter.edits.branch import Expression
+from peftfx.rewriter.branches.branch import Expression
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import FoldError, PassError
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import ArtifactError, ExportError, FoldError, OptionError, PassError
-from peftfx.rewriter.running.compare import compare as compare_outputs
-from peftfx.rewriter.running.passes import Plan
-from peftfx.rewriter.running.verify import sizes
+from peftfx.rewriter.measure.compare import compare as compare_outputs
+from peftfx.rewriter.pipeline.passes import Plan
+from peftfx.rewriter.verify.verify import sizes
 
 from ..models import Encoder, batch, build, first, moved, randomise
 from .common import hooked
@@ -341,7 +341,7 @@ def test_bad_options_and_places_are_refused(captured: Any, tmp_path: Path) -> No
 
 
 def test_other_integers_than_those_of_the_plan_are_refused(captured: Any) -> None:
-    from peftfx.rewriter.running.pipeline import apply_plan
+    from peftfx.rewriter.run.run import apply_plan
 
     _, base = captured["decoder"]
     record = peftfx.run(base, "peqa").history[-1]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.edits.hidden import Axes
+from peftfx.rewriter.edits.stream.hidden import Axes
 
 from ..models import batch, first, moved, randomise
 from .common import check, hooked

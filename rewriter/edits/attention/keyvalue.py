@@ -1,0 +1,210 @@
+"""Edits for rows before the keys and values of an attention.
+
+Everything that follows from more keys (masks, causality, biases of scores) is settled here, once,
+so that a method only says what its rows are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ...errors import PassError
+from ...graph.aten import (
+    ADDS,
+    ATEN,
+    MATMULS,
+    SOFTMAX,
+    ancestors,
+    inputs,
+    is_float,
+    is_op,
+    operands,
+    overloads,
+    shape,
+    submodule,
+    users,
+)  # fmt: skip
+from ...graph.modes import Attention
+
+_FILLS = overloads("masked_fill", "masked_fill_")
+_WHERE = overloads("where")
+
+
+class WidenMask(nn.Module):
+    """Lets every query see `length` more keys on the left: `[..., T] -> [..., length + T]`."""
+
+    def __init__(self, length: int, fill: float) -> None:
+        super().__init__()
+        self.length, self.fill = length, fill
+
+    def forward(self, mask: Tensor) -> Tensor:
+        left = torch.full_like(mask[..., :1], self.fill).expand(*mask.shape[:-1], self.length)
+        return torch.cat([left, mask], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}"
+
+
+class CausalMask(nn.Module):
+    """The mask that `is_causal` stood for, `[S, length + T]`, with the first keys always seen."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        size = (query.shape[-2], key.shape[-2])
+        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        left = torch.ones_like(mask[:, :1]).expand(-1, self.length)
+        return torch.cat([left, mask], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}"
+
+
+def add_call(gm: GraphModule, kind: str, module: nn.Module, args: tuple[Any, ...]) -> Node:
+    """A new call of `module`, registered as `soft.<kind>_<number>`, at the insertion point."""
+    index = 0
+    held = getattr(gm, "soft", None)
+    while isinstance(held, nn.Module) and hasattr(held, f"{kind}_{index}"):
+        index += 1
+    path = f"soft.{kind}_{index}"
+    gm.add_submodule(path, module)
+    return gm.graph.create_node("call_module", path, args, {}, name=path.replace(".", "_"))
+
+
+def _widened(gm: GraphModule, mask: Node, length: int, fill: float) -> Node:
+    size = shape(mask)
+    if size is None or (isinstance(size[-1], int) and size[-1] == 1):
+        return mask
+    for user in mask.users:
+        module = submodule(gm, user)
+        if isinstance(module, WidenMask) and (module.length, module.fill) == (length, fill):
+            return user
+    with gm.graph.inserting_after(mask):
+        return add_call(gm, "widen_mask", WidenMask(length, fill), (mask,))
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """One attention's keys and values, and the call and argument that read the keys.
+
+    Keys of unfused attentions are `[..., dim, tokens]`, all others `[..., tokens, dim]`.
+    """
+
+    product: Node
+    index: int
+    key: Node
+    value: Node
+    fused: bool
+
+
+def _operands(gm: GraphModule, core: Node) -> _Operands:
+    fused = isinstance(submodule(gm, core), Attention)
+    product = core if fused else _scores(core)
+    if product is None:
+        raise PassError(f"the scores of the attention at {core.name} cannot be found.")
+    index = 2 if is_op(product, ATEN.baddbmm.default) else 1
+    key: Any = operands(product)[index]
+    held: Any = operands(core)[2 if fused else 1]
+    if not isinstance(key, Node) or not isinstance(held, Node):
+        raise PassError(f"the attention at {core.name} has no key or value tensor.")
+    return _Operands(product, index, key, held, fused)
+
+
+def key_value_widths(gm: GraphModule, core: Node) -> tuple[int, int]:
+    """Width of one head's keys and of its values; they differ in latent attention."""
+    found = _operands(gm, core)
+    key, held = shape(found.key), shape(found.value)
+    if key is None or held is None:
+        raise PassError(f"the attention at {core.name} has no recorded shapes.")
+    return int(key[-1 if found.fused else -2]), int(held[-1])
+
+
+def prepend_key_value(
+    gm: GraphModule, core: Node, path: str, length: int, reads: Mapping[str, Node]
+) -> None:
+    """Feeds keys and values of one attention through the branch at `path`."""
+    found = _operands(gm, core)
+    product, graph = found.product, gm.graph
+    if not found.fused:
+        _widen_scores(gm, product, core, length)
+    with graph.inserting_before(product):
+        if not found.fused:
+            _move_before(gm, found.value, product)
+        name = path.replace(".", "_")
+        args = (found.key, found.value, not found.fused)
+        both = graph.create_node("call_module", path, args, dict(reads), name=name)
+        new_key, new_value = (
+            graph.create_node("call_function", operator.getitem, (both, i), {}, name=f"{name}_{n}")
+            for i, n in enumerate(("key", "value"))
+        )
+        if found.fused:
+            below: Any = operands(core)
+            mask = below[3] if len(below) > 3 else None
+            if len(below) > 4 and below[4]:
+                mask = add_call(gm, "causal_mask", CausalMask(length), (below[0], found.key))
+            elif isinstance(mask, Node):
+                mask = _widened(gm, mask, length, 1.0 if not is_float(mask) else 0.0)
+            core.args = (below[0], new_key, new_value, mask, False)
+    if not found.fused:
+        product.update_arg(found.index, new_key)
+        core.update_arg(1, new_value)
+
+
+def _move_before(gm: GraphModule, node: Node, place: Node) -> None:
+    """Moves a value's computation in front of `place` where it stands behind it."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    if order[node] < order[place]:
+        return
+    late = sorted((n for n in ancestors(node) if order[n] > order[place]), key=order.__getitem__)
+    for current in late:
+        place.prepend(current)
+
+
+def _scores(core: Node) -> Node | None:
+    """The query-key product above an unfused attention's weighted sum."""
+    seen: set[Node] = set()
+    stack = [core.args[0]]
+    softmax = False
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        softmax = softmax or is_op(node, SOFTMAX)
+        if softmax and is_op(node, MATMULS):
+            return node
+        stack.extend(inputs(node)[:1] if not is_op(node, _WHERE) else inputs(node)[1:])
+    return None
+
+
+def _widen_scores(gm: GraphModule, product: Node, core: Node, length: int) -> None:
+    """Widens everything that meets the scores between the product and the softmax."""
+    above = set(ancestors(core, block=lambda n: n is product))
+    current = product
+    bias = product.args[0]
+    if is_op(product, ATEN.baddbmm.default) and isinstance(bias, Node):
+        product.update_arg(0, _widened(gm, bias, length, 0.0))
+    while not is_op(current, SOFTMAX):
+        following = next((u for u in users(current) if u in above), None)
+        if following is None:
+            return
+        for index, other in enumerate(following.args):
+            if not isinstance(other, Node) or other is current:
+                continue
+            if is_op(following, ADDS) or is_op(following, _FILLS):
+                fill = 0.0
+            elif is_op(following, _WHERE) and index == 0:
+                fill = 1.0 if following.args[1] is current else 0.0
+            else:
+                continue
+            following.update_arg(index, _widened(gm, other, length, fill))
+        current = following

@@ -1,0 +1,165 @@
+"""The plumbing below the editor: modules registered, calls made, and what a report will say."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Generator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ...branches.branch import Branch
+from ...errors import PassError
+from ...graph.aten import erase_dead
+from ...program.sites import Site
+from ...program.state import BRANCHES, Attachment, Program
+from ..linear.compose import site_nodes
+from .requirements import require_order
+from .values import Value, unshared
+
+EMPTY: Mapping[str, None] = MappingProxyType({})
+
+
+class Attaching:
+    """Edits a fork of a program; nothing else may hold the fork while it is edited.
+
+    Attributes:
+        program: the fork.
+        method: the text name of the pass that edits, for messages.
+        generator: the random source of everything that a pass initialises.
+        edited, skipped: what the report will say.
+        notes: further lines of the record.
+        figures: measured by the pass itself, added to its certificate.
+        decided, tensors: the plan's decisions, and tensors for it; what only applying can tell is
+            added for replays.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        adapter: str | None = None,
+        seed: int = 0,
+        decisions: Mapping[str, Any] | None = None,
+        method: str = "",
+    ) -> None:
+        self.program = program
+        self.adapter = adapter
+        self.method = method or adapter or "this pass"
+        self.generator = torch.Generator().manual_seed(seed)
+        self.edited: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+        self.figures: dict[str, float] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
+        self._folder = ""
+        self._nodes = site_nodes(self.graph_module)
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The graph under edit."""
+        return self.program.module
+
+    def node(self, name: str) -> Node:
+        """The graph node of a site."""
+        return self._nodes[name]
+
+    def name(self, site: Site) -> str:
+        """A site's id as the name of a module."""
+        return site.id.removesuffix(".weight").replace(":", ".")
+
+    def skip(self, site: Site, reason: str) -> None:
+        """Reports that a selected site was left alone."""
+        self.skipped.append((site.id, reason))
+
+    def note(self, line: str) -> None:
+        """Adds a line to the record, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def like(self, site: Site) -> Tensor:
+        """What new parameters at a site are like, for `.to(...)`: on the device of its value, and
+        of its dtype, but float32 at least (small steps would be rounded away in less)."""
+        val = self.node(site.nodes[0]).meta.get("val")
+        if not isinstance(val, Tensor):
+            raise PassError(f"{site.id} has no recorded value.")
+        return torch.empty(0, dtype=wide(val.dtype), device=val.device)
+
+    @contextlib.contextmanager
+    def below(self, name: str) -> Generator[None]:
+        """Branches inserted meanwhile go below `name` in this pass's own adapter."""
+        self._folder = f"{name}."
+        try:
+            yield
+        finally:
+            self._folder = ""
+
+    def _owner(self) -> str:
+        if self.adapter is None:
+            raise PassError("only a pass with an adapter name can insert branches.")
+        return self.adapter
+
+    def _attach(
+        self,
+        site: Site,
+        branch: Branch,
+        reads: Mapping[str, Value | None] = EMPTY,
+        tail: str = "",
+        members: tuple[str, ...] = (),
+    ) -> str:
+        adapter = self._owner()
+        there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
+        if branch.single and there:
+            raise PassError(
+                f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
+                f"{branch.single}. Select other sites with where=, or fold that adapter first."
+            )
+        path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{self.name(site)}.{branch.slot}'}"
+        held = getattr(self.graph_module, BRANCHES, None)
+        known = {path.split(".")[1] for path in self.program.inserted}
+        if adapter not in known and hasattr(held, adapter):
+            raise PassError(
+                f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
+                "another name with name=."
+            )
+        branch.train(self.graph_module.training)
+        self.graph_module.add_submodule(path, branch)
+        names = {k: v.name for k, v in given(reads).items()}
+        attachment = Attachment(adapter, site.id, branch.slot, path, names, members)
+        self.program.attachments = (*self.program.attachments, attachment)
+        self.edited.append(site.id)
+        return path
+
+    def _call(
+        self, path: str, args: tuple[Node, ...], reads: Mapping[str, Value | None] = EMPTY
+    ) -> Node:
+        node = self.graph_module.graph.create_node(
+            "call_module", path, args, dict(given(reads)), name=path.replace(".", "_")
+        )
+        self._nodes[node.name] = node
+        return node
+
+    def finish(self) -> None:
+        """Removes what no output needs and regenerates the code.
+
+        Raises:
+            PassError: a branch reads what is computed only after it.
+        """
+        erase_dead(self.graph_module)
+        require_order(self.program, self.method)
+        self.program.shared = unshared(self.graph_module, self.program.shared)
+        self.graph_module.recompile()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values of this dtype train in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def given(reads: Mapping[str, Value | None]) -> dict[str, Value]:
+    """The reads that exist: where nothing is padded, there is no mask to read."""
+    return {name: value for name, value in reads.items() if value is not None}

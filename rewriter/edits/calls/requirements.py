@@ -1,0 +1,147 @@
+"""What the editor's words ask of a method, and what an error says where a method breaks that.
+
+A rule that is broken shows late: as a malformed graph, or as torch's own error about shapes. The
+messages here name the method, the site, and what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import Node
+
+from ...branches.branch import (
+    Branch,
+    Combine,
+    Delta,
+    Expression,
+    InputScale,
+    KeyValue,
+    OutputScale,
+    RowScale,
+    Serial,
+    Tokens,
+)
+from ...branches.routing import Routed
+from ...errors import PassError
+from ...graph.aten import ancestors
+from ...program.sites import Site
+
+if TYPE_CHECKING:
+    from ...program.state import Program
+
+_WORDS: dict[type[Branch], str] = {
+    Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
+    Expression: "express", Serial: "after", Combine: "combine", KeyValue: "prepend_kv",
+    Tokens: "prepend_tokens", Routed: "wrap",
+}  # fmt: skip
+"""Kind of branch -> the editor's word that inserts it."""
+
+_KINDS = {
+    "add": ("linear",), "scale": ("linear",), "rescale": ("linear",), "after": ("sublayer",),
+    "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
+    "prepend_tokens": ("embedding",), "wrap": ("sublayer",),
+}  # fmt: skip
+"""Word -> the kinds of sites that it takes; `express` takes all."""
+
+
+def require_fit(method: str, word: str, site: Site, branch: Any) -> None:
+    """Raises PassError unless `edit.<word>` inserts such a branch at such a site."""
+    wanted = [kind for kind, its in _WORDS.items() if its == word]
+    if not isinstance(branch, tuple(wanted)):
+        names = " or ".join(kind.__name__ for kind in wanted)
+        right = next((its for kind, its in _WORDS.items() if isinstance(branch, kind)), None)
+        remedy = f"Use edit.{right} for it" if right else f"Let it subclass {names}"
+        raise PassError(
+            f"{method}: edit.{word} at {site.id} takes a {names}, and {type(branch).__name__} is "
+            f"none. {remedy}."
+        )
+    kinds = _KINDS.get(word, (site.kind,))
+    if site.kind not in kinds:
+        raise PassError(
+            f"{method}: edit.{word} takes {' or '.join(kinds)} sites, and {site.id} is of kind "
+            f"{site.kind}. Set kinds = ({', '.join(repr(k) for k in kinds)},) in the method, or "
+            "use the word for such sites."
+        )
+
+
+def require_order(program: Program, method: str) -> None:
+    """Raises PassError where a call reads a value that is computed only after it."""
+    order = {node: place for place, node in enumerate(program.module.graph.nodes)}
+    for node, place in order.items():
+        late = next((read for read in node.all_input_nodes if order[read] > place), None)
+        if late is not None:
+            raise PassError(f"{method}: {_too_late(program, node, late)}")
+
+
+def _too_late(program: Program, node: Node, late: Node) -> str:
+    names = [name for name, read in node.kwargs.items() if read is late]
+    value = f"{names[0]} = {late.name}" if names else late.name
+    what = caller(program, node) or f"the call {node.name}"
+    if node in set(ancestors(late)):
+        return (
+            f"{what} reads {value}, which depends on what this changes: a cycle. Read "
+            "edit.input(site), or values of earlier sites, alone or through edit.share."
+        )
+    return (
+        f"{what} reads {value}, which is computed only later. What a branch reads must be known "
+        "where its site runs: edit.input(site), or values of earlier sites, alone or through "
+        "edit.share."
+    )
+
+
+def caller(program: Program, node: Node) -> str:
+    """`the branch ToyBranch at layers.0.query.weight`, for the call of one; else empty."""
+    if node.op != "call_module":
+        return ""
+    for attachment in program.attachments:
+        if attachment.path == node.target:
+            kind = type(program.branch(attachment)).__name__
+            return f"the branch {kind} at {attachment.site}"
+    return f"the shared module {node.target}" if node.target in program.shared else ""
+
+
+def failing_branch(program: Program, node: Node, cause: str, said: str) -> str:
+    """What an error says of a node that a branch makes fail; empty if none does.
+
+    Args:
+        node: its call, or what reads its output.
+        cause: `value` where its forward decides by the value of a tensor, `size` where it fixes a
+            dynamic size, else `shape`.
+        said: torch's error.
+    """
+    line = said.strip().splitlines()[0] if said.strip() else "no reason given"
+    if what := caller(program, node):
+        if cause == "value":
+            return (
+                f"{what} decides by the value of a tensor (if, while, bool()), which one "
+                "graph for all inputs cannot. Use torch.where or a product with a mask in its "
+                "forward, or decide in plan()."
+            )
+        if cause == "size":
+            return (
+                f"{what} fixes a dynamic size: {line} Its forward must work for any number of rows "
+                "and tokens: use -1 in view, and sizes of its operand."
+            )
+        given = ", ".join(_shape(a) for a in node.all_input_nodes)
+        return (
+            f"{what} fails on what it reads ({given}): {line} Its forward must take the features "
+            "on the last axis, and any number of axes before it."
+        )
+    if "composed" not in node.meta:
+        return ""
+    calls = [(c, read) for read in node.all_input_nodes if (c := caller(program, read))]
+    if not calls:
+        return ""
+    what, read = calls[-1]
+    others = [_shape(a) for a in node.all_input_nodes if a is not read]
+    return (
+        f"{what} returns {_shape(read)}, which cannot be added to {', '.join(others)}. Return the "
+        "shape of what the linear returns: its out_features on the last axis."
+    )
+
+
+def _shape(node: Node) -> str:
+    size: Sequence[Any] | None = getattr(node.meta.get("val"), "shape", None)
+    return node.name if size is None else f"[{', '.join(str(s) for s in size)}]"

@@ -1,0 +1,90 @@
+"""A program's tensors under the original model's names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError, VerifyError
+from ..graph.aten import set_attribute
+from ..graph.sharded import whole
+from ..program.fingerprint import require_unchanged
+from .linear.quantise import dense_weights
+
+if TYPE_CHECKING:
+    from ..program.state import Program
+
+
+def put_back(program: Program) -> Program:
+    """The captured program with the tensors that `program` exports, as the original model would
+    load them: what is one tensor there is one here.
+
+    Raises:
+        VerifyError: several names of one tensor are exported with different values, of which the
+            model would keep the last.
+    """
+    back = program.base.fork()
+    gm = back.module
+    parameters = dict(gm.named_parameters())
+    first: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in export_state_dict(program, strict=True).items():
+        canonical = back.aliases.get(name, name)
+        other, value = first.setdefault(canonical, (name, tensor))
+        if value is not tensor and not torch.equal(value, tensor):
+            raise VerifyError(
+                f"{other!r} and {name!r} are one tensor in the original model, but are exported "
+                "with different values, of which it would keep the last."
+            )
+        if canonical in parameters:
+            fresh = nn.Parameter(tensor, parameters[canonical].requires_grad)
+            set_attribute(gm, canonical, fresh)
+        elif canonical in dict(gm.named_buffers()):
+            set_attribute(gm, canonical, tensor)
+    return back
+
+
+def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:
+    """See `Program.export_state_dict`."""
+    from ..program.state import BRANCHES
+
+    require_unchanged(program)
+    held = dict(program._stored())
+    held |= dense_weights(program)
+    dtypes = {n: t.dtype for n, t in program.base._stored()}
+    state: dict[str, Tensor] = {}
+    for name in program.state_names:
+        source = name if name in program.untied else program.aliases.get(name, name)
+        tensor = held.get(source, program.extras.get(source, program.extras.get(name)))
+        if tensor is None:
+            raise ExportError(f"the tensor {name!r} of the original model is lost.")
+        state[name] = whole(tensor).detach().to(dtypes.get(source, tensor.dtype))
+    prefix = f"{BRANCHES}."
+    extra = [n for n in held if n.startswith(prefix) or n in program.added]
+    extra = [n for n in (*extra, *program.untied) if n not in state]
+    if strict and (cut := program.reshaped()):
+        raise ExportError(
+            f"{len(cut)} tensors have another shape than the original model's, first "
+            f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
+            "the program itself (peftfx.save_program), or take the tensors with "
+            "export_state_dict(strict=False)."
+        )
+    if strict and extra and not set(extra) - {*program.untied}:
+        raise ExportError(
+            f"{extra[0]} was untied (fold{{tied=untie}}), and the original model has no name for "
+            "it, so load_state_dict cannot work. Choose fold{tied=both} or fold{tied=keep}, save "
+            "the program itself (peftfx.save_program), or take the tensors with "
+            "export_state_dict(strict=False)."
+        )
+    if extra and strict:
+        more = f" and {len(extra) - 6} more" if len(extra) > 6 else ""
+        raise ExportError(
+            f"{len(extra)} tensors have no place in the original model: "
+            f"{', '.join(extra[:6])}{more}. So load_state_dict(strict=True) cannot be "
+            "promised. Fold the branches first (run(program, 'fold')), or take everything "
+            "with export_state_dict(strict=False)."
+        )
+    if not strict:
+        state.update({n: whole(held[n]).detach() for n in extra})
+    return state

@@ -1,0 +1,332 @@
+"""Folding: turns branches into constants by the rules of `rules`, from the inside out, to a
+fixpoint.
+
+New tensors are written; the old ones stay in earlier programs, and nothing is ever subtracted
+back. What else reads a tensor that would change decides whether it may (`readers`), and what was
+written is compared with what the branches compute (`certificate`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from ...branches.branch import Branch, Expression, OutputScale
+from ...errors import FoldError, MetaTensorError, NonFiniteError
+from ...graph.aten import (
+    LINEAR,
+    is_op,
+    is_quantised,
+    parameter_of,
+    set_attribute,
+)
+from ...graph.pattern import Match, Mismatch
+from ...graph.sharded import placed_like, whole, whole_module
+from ...program.readers import others, readers, turned
+from ...program.sites import LinearSite
+from ...program.state import Attachment, Program
+from ...weights.certificate import Matrix, check_folded, require_finite_base
+from ...weights.weight import Weight, all_finite
+from ..edit import Editor
+from ..linear.compose import ORDER, fold_ready
+from ..linear.expression import remember
+from .rules import Fold, linear_of, lost_share, match_at
+from .untie import untie
+
+
+@dataclass
+class Folding:
+    """The result.
+
+    Attributes:
+        folded: paths of the branches that folded.
+        kept: those that did not, and why.
+        lost: the largest share of a change that rounding lost.
+        gap: the largest relative difference between a branch and what it folds.
+        vanished: (site, why) where rounding left nothing of what was learnt.
+    """
+
+    folded: list[str] = field(default_factory=list[str])
+    kept: dict[str, str] = field(default_factory=dict[str, str])
+    lost: float = 0.0
+    gap: float = 0.0
+    vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+
+def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
+    """Folds the named branches as far as possible.
+
+    Args:
+        edit: an editor over a fork.
+        paths: module paths of the branches to fold.
+        tied: what to do where something else reads a tensor that folding changes: `refuse`,
+            `keep` (leave the branch), `untie` (give these calls a tensor of their own) or `both`
+            (change the shared tensor).
+
+    Raises:
+        FoldError: a tensor with other readers and `tied="refuse"`.
+        VerifyError: a weight is not what its branches compute, see `certificate`.
+        NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
+    """
+    result = Folding()
+    fold_ready(edit.program, frozenset(paths))
+    for group in by_weight(edit.program, paths).values():
+        fold_weight(edit, group, tied, result)
+    done = set(result.folded)
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
+    fold_ready(edit.program)
+    return result
+
+
+def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
+    """Warns where rounding left nothing of what was learnt."""
+    if vanished:
+        site, note = vanished[0]
+        more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
+        warnings.warn(
+            f"fold: {site}: {note}{more}. Use more steps or a larger rate, keep the branch, or "
+            "capture the model in float32 before folding.",
+            stacklevel=3,
+        )
+
+
+def branch_of(program: Program, attachment: Attachment) -> Branch:
+    """The complete module of an attached branch, also where it is sharded."""
+    branch = whole_module(program.branch(attachment))
+    if not isinstance(branch, Branch):
+        raise FoldError(f"{attachment.site}: {attachment.path} is no branch, so it cannot fold.")
+    return branch
+
+
+def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachment]]:
+    """The named branches, grouped by the weight that they fold into (or by their site)."""
+    groups: dict[str, list[Attachment]] = {}
+    for attachment in program.attachments:
+        if attachment.path in paths:
+            site = program.sites[attachment.site]
+            key = site.weight if isinstance(site, LinearSite) else site.id
+            groups.setdefault(key, []).append(attachment)
+    return groups
+
+
+def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+    """Folds the branches of one weight to a fixpoint, and checks what became of the weight; needs
+    the values of no other weight."""
+    count = -1
+    while count < len(result.folded):
+        count = len(result.folded)
+        left = [a for a in group if a.path not in result.folded]
+        for part in _by_calls(edit.program, left):
+            _fold_calls(edit, part, tied, result)
+
+
+def _by_calls(program: Program, group: Sequence[Attachment]) -> list[list[Attachment]]:
+    """The branches of one weight, parted where other calls read it: they may get their own."""
+    parts: dict[tuple[str, ...], list[Attachment]] = {}
+    for attachment in group:
+        parts.setdefault(tuple(program.sites[attachment.site].nodes), []).append(attachment)
+    return list(parts.values())
+
+
+def _fold_calls(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+    """Folds the branches of one weight at the same calls, and compares it with them."""
+    branches = {a.path: branch_of(edit.program, a) for a in group}
+    before = _matrix(edit, group)
+    progress = True
+    while progress:
+        progress = False
+        for attachment in [a for a in group if a.path not in result.folded]:
+            reason = _try(edit, attachment, tied, result)
+            if reason is None:
+                progress = True
+                result.folded.append(attachment.path)
+                result.kept.pop(attachment.path, None)
+                if attachment.slot == Expression.slot:  # what is below all other branches
+                    before = _matrix(edit, group)
+            else:
+                result.kept[attachment.path] = reason
+    done = [a for a in group if a.path in result.folded and a.slot in ORDER]
+    if before is None or not done:
+        return
+    after = _matrix(edit, done)
+    site = edit.program.sites[done[0].site]
+    mine = [(a.path, branches[a.path]) for a in sorted(done, key=lambda a: ORDER[a.slot])]
+    verdict = check_folded(site.id, before, after or before, mine)
+    result.gap = max(result.gap, verdict.gap)
+    if verdict.vanished:
+        dtype = str(before.dtype)[6:]
+        result.vanished.append((site.id, f"rounding to {dtype} left nothing of what was learnt"))
+
+
+def _matrix(edit: Editor, group: Sequence[Attachment]) -> Matrix | None:
+    """The weight of a group now; None where there is none, or none with values."""
+    site = edit.program.sites[group[0].site]
+    if not isinstance(site, LinearSite):
+        return None
+    weight = edit.weight(site)
+    return None if weight.device.type == "meta" else weight.matrix()
+
+
+def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
+    """Folds one branch; returns the reason if it cannot be folded (now)."""
+    branch = branch_of(edit.program, attachment)
+    if reason := _obstacle(edit.program, attachment, branch):
+        return reason
+    if isinstance(branch, Expression):
+        return _fold_expression(edit, attachment, branch, result)
+    site = edit.program.sites[attachment.site]
+    if not isinstance(site, LinearSite):
+        return f"not foldable: {site.kind} sites have no weight"
+    matches = _matches(edit, attachment, site)
+    if isinstance(matches, str):
+        return matches
+    if reason := edit.weight(site).refuses(branch):
+        return f"not foldable: {reason}"
+    linears = [linear_of(match) for match, _ in matches]
+    shared = _settle_sharing(edit, site, branch, linears, tied)
+    if isinstance(shared, str):
+        return shared
+    weight = edit.weight(shared)
+    weight.require_values()
+    _require_finite(weight, attachment.path, branch)
+    weight, lost = matches[0][1](weight, branch)
+    result.lost = max(result.lost, lost)
+    weight.store()
+    remember(edit.program, attachment.path)
+    for match, _ in matches:
+        _erase(edit, match)
+    edit.graph_module.delete_submodule(attachment.path)
+    return None
+
+
+def _obstacle(program: Program, attachment: Attachment, branch: Branch) -> str:
+    """Why a branch cannot be folded whatever is around it; empty if it can."""
+    if branch.not_foldable:
+        return f"not foldable: {branch.not_foldable}"
+    combined = next((a for a in program.attachments if attachment.path in a.members), None)
+    if combined is not None:
+        return f"not foldable: {combined.adapter} weighs what it adds against other branches"
+    if attachment.reads:
+        return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
+    return ""
+
+
+def _matches(
+    edit: Editor, attachment: Attachment, site: LinearSite
+) -> list[tuple[Match, Fold]] | str:
+    """The rule at each call of a branch; the reason if one has none, or calls lack the branch."""
+    nodes = edit.graph_module.graph.find_nodes(op="call_module", target=attachment.path)
+    matches: list[tuple[Match, Fold]] = []
+    for call in nodes:
+        match = match_at(edit.graph_module, call)
+        if isinstance(match, Mismatch):
+            return match.reason
+        matches.append(match)
+    if not matches or len(matches) < len(site.nodes):
+        return "not every call of the weight has the branch"
+    for match, _ in matches:
+        linear, known = linear_of(match), parameter_of(match["w"], depth=64)
+        if is_quantised(linear) or known is None:
+            continue
+        stored_turned = site.in_out if is_op(linear, LINEAR) else site.in_out == site.left
+        if known[0] != site.weight or turned(known[1]) is not stored_turned:
+            return f"not foldable: {linear.name} reads {known[0]} in another way than the site says"
+    return matches
+
+
+def _settle_sharing(
+    edit: Editor, site: LinearSite, branch: Branch, calls: Sequence[Node], tied: str
+) -> LinearSite | str:
+    """The site whose tensors may be changed for these calls alone, or why there is none.
+
+    Raises:
+        FoldError: something else reads them, and `tied` says to refuse, or they cannot be parted.
+    """
+    if tied == "both":
+        return site
+    names = list(edit.weight(site).stored())
+    if isinstance(branch, OutputScale) and site.bias is not None:
+        names.append(site.bias)
+    table = readers(edit.program)
+    for name in names:
+        rest = others(edit.program, name, calls, table)
+        if not rest:
+            continue
+        if tied == "keep":
+            return f"not foldable: {name} is also read by {rest[0]}"
+        if tied == "refuse":
+            raise FoldError(
+                f"{site.id}: {name} is also read by {rest[0]}, so folding would change that, too. "
+                "Choose fold{tied=untie} (an own tensor here), fold{tied=both} (change the "
+                "shared tensor) or fold{tied=keep} (leave the branch in the graph)."
+            )
+        site = untie(edit, site, name, calls, rest)
+    return site
+
+
+def _require_finite(weight: Weight, path: str, branch: Branch) -> None:
+    """Raises NonFiniteError, naming the tensor, where the weight or the branch is broken."""
+    require_finite_base(weight.name, weight.dense())
+    if weight.bias is not None:
+        require_finite_base(weight.bias_name or weight.name, weight.bias)
+    for name, tensor in branch.named_parameters():
+        if not all_finite(tensor):
+            index = (~torch.isfinite(whole(tensor))).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"{path}.{name} holds NaN or infinity (first at {index}), so it cannot be folded: "
+                "leave it out (fold{names=[...]}), go back to an earlier checkpoint, or train it "
+                "again with a smaller rate."
+            )
+
+
+def _fold_expression(
+    edit: Editor, attachment: Attachment, branch: Expression, result: Folding
+) -> str | None:
+    """Stores the value of an expression under the parameter's name."""
+    gm = edit.graph_module
+    call = next(n for n in gm.graph.nodes if n.target == attachment.path)
+    name = str(call.meta["expression"])
+    source = call.args[0]
+    if not isinstance(source, Node) or source.op != "get_attr":
+        return "another expression that does not fold stands between it and the stored tensor"
+    old = gm.get_parameter(name)
+    if old.is_meta:
+        raise MetaTensorError(
+            f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
+        )
+    with torch.no_grad():
+        before = whole(old.detach())
+        require_finite_base(name, before)
+        made = branch.eval()(before).clone()  # in training it may be random
+        if (wide := torch.promote_types(made.dtype, torch.float32)) != made.dtype:
+            exact = branch(before.to(wide))
+            result.lost = max(result.lost, lost_share(before, exact, made))
+    if not all_finite(made):
+        raise NonFiniteError(
+            f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
+            "non-finite branch parameters, or keep the branch."
+        )
+    set_attribute(gm, name, nn.Parameter(placed_like(made, old), old.requires_grad))
+    remember(edit.program, attachment.path)
+    call.replace_all_uses_with(source)
+    gm.graph.erase_node(call)
+    gm.delete_submodule(attachment.path)
+    return None
+
+
+def _erase(edit: Editor, match: Match) -> None:
+    """Leaves the bare linear of a match: the branch's call goes, and a delta's sum."""
+    graph = edit.graph_module.graph
+    call, root, linear = match["branch"], match.root, linear_of(match)
+    if root is linear:  # input scale: linear(scale(x))
+        linear.replace_input_with(call, match["x"])
+    else:
+        root.replace_all_uses_with(linear)
+    for node in dict.fromkeys((root, call)):
+        if node is not linear:
+            graph.erase_node(node)

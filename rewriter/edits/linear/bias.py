@@ -1,0 +1,118 @@
+"""Giving a linear or convolution without bias one of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ...branches.branch import RowScale
+from ...errors import PassError
+from ...graph.aten import (
+    ADDS,
+    ATEN,
+    CONVS,
+    LINEAR,
+    attribute,
+    is_op,
+    is_quantised,
+    parameter_of,
+    set_attribute,
+    submodule,
+    users,
+    value,
+)  # fmt: skip
+from ...program.sites import ConvSite, LinearSite
+from ...program.state import Program
+from .compose import at_weight, compose, composed_value
+
+if TYPE_CHECKING:
+    from ..edit import Editor
+
+
+def add_bias(edit: Editor, site: LinearSite | ConvSite) -> str:
+    """See `Editor.add_bias`."""
+    gm, program = edit.graph_module, edit.program
+    if isinstance(site, ConvSite):
+        weight, size = gm.get_parameter(site.weight), site.channels[1]
+    else:
+        weight = edit.weight(site)
+        size = weight.out_features
+    own = {_own_bias(gm, composed_value(edit.node(call)), size) for call in site.nodes}
+    if len(own) == 1 and (found := own.pop()) is not None:
+        return found
+    name = _bias_name(program, site.weight)
+    if name in program.added:
+        return name
+    zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+    set_attribute(gm, name, nn.Parameter(zeros, requires_grad=False))
+    program.added = (*program.added, name)
+    for call in site.nodes:
+        _add(edit, site, edit.node(call), name, size)
+    return name
+
+
+def _add(edit: Editor, site: LinearSite | ConvSite, node: Node, name: str, size: int) -> None:
+    graph = edit.graph_module.graph
+    with graph.inserting_before(node):
+        bias = graph.get_attr(name)
+    if is_op(node, CONVS | {LINEAR}) or is_quantised(node):
+        bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
+        place = 4 if is_quantised(node) else 2
+        node.args = (*node.args[:place], bias, *node.args[place + 1 :])
+        _know_bias(edit.program, site.weight, name)
+        if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
+            compose(edit.program, node, site.weight)  # a row scale leaves the bias alone
+    elif is_op(node, ATEN.addmm.default):
+        raise PassError(f"{site.id} has a bias already.")
+    else:
+        with graph.inserting_before(node):
+            if isinstance(site, LinearSite) and site.left:
+                bias = graph.call_function(ATEN.unsqueeze.default, (bias, -1))
+        scaled = (u for u in users(node) if isinstance(submodule(edit.graph_module, u), RowScale))
+        node = next(scaled, node)
+        with graph.inserting_after(node):
+            added = graph.call_function(ATEN.add.Tensor, (node, bias))
+        node.replace_all_uses_with(added, delete_user_cb=lambda u: u is not added)
+
+
+def _own_bias(gm: nn.Module, call: Node, size: int) -> str | None:
+    """The parameter `[size]` that the model adds to a call's value."""
+    for add in (u for u in users(call) if is_op(u, ADDS)):
+        for other in add.args[:2]:
+            found = parameter_of(other) if other is not call else None
+            held = attribute(gm, found[0]) if found is not None else None
+            if isinstance(held, nn.Parameter) and held.shape == (size,) and found is not None:
+                return found[0]
+    return None
+
+
+def _bias_name(program: Program, weight: str) -> str:
+    """Where the added bias of a weight is kept; the model's own tensors keep their names."""
+    stem, _, leaf = weight.rpartition(".")
+    name = f"{stem}.bias".lstrip(".") if leaf == "weight" else f"{weight}_bias"
+    if name in program.added:
+        return name
+    own = {n for n, _ in program.module.named_parameters()} | set(program.extras)
+    return f"{name}_added" if name in own else name
+
+
+def _know_bias(program: Program, weight: str, bias: str) -> None:
+    sites = program.sites
+    items = tuple(
+        replace(s, bias=bias) if isinstance(s, LinearSite | ConvSite) and s.weight == weight else s
+        for s in sites
+    )
+    program.sites = replace(sites, items=items)
+
+
+def _fake(node: Node, size: int) -> Tensor | None:
+    """A fake vector of the kind of a node's value."""
+    val: Any = value(node)
+    if val is None:
+        return None
+    with val.fake_mode:
+        return val.new_empty([size])

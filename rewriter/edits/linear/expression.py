@@ -1,0 +1,157 @@
+"""Putting one thing in the place of another: an expression for a stored tensor, and for a branch
+what training left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...branches.branch import Branch, Expression
+from ...errors import PassError
+from ...graph.aten import ATEN, expression_of
+from ...graph.pattern import linear_parts
+from ...graph.sharded import whole
+from ...program.sites import LinearSite
+from ..calls.attach import wide
+from .compose import compose
+
+if TYPE_CHECKING:
+    from ...program.state import Program
+    from ..edit import Editor
+    from ..read import Reading
+
+
+def express(
+    edit: Editor, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
+) -> Node:
+    """See `Editor.express`; the call stands behind those that express the tensor already.
+
+    Otherwise it stands before its first reader: in the reader's block, and held no longer than
+    needed.
+    """
+    graph = edit.graph_module.graph
+    stored = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
+    if not stored:
+        raise PassError(f"the graph reads no stored tensor {name!r}, so none can be expressed.")
+    current = stored[0]
+    while chained := [u for u in current.users if expression_of(u) == name]:
+        current = chained[0]
+    sources = dict.fromkeys((current, *stored))
+    readers = dict.fromkeys(r for s in sources for r in s.users if expression_of(r) != name)
+    first = next((n for n in graph.nodes if n in readers), None)
+    late = first is not None and current is stored[0]
+    with graph.inserting_before(first) if late else graph.inserting_after(current):
+        made = graph.create_node(
+            "call_module", path, (current,), dict(reads), path.replace(".", "_")
+        )
+    made.meta["expression"] = name
+    for reader in readers:
+        for source in sources:
+            reader.replace_input_with(source, made)
+    return made
+
+
+def widened(edit: Editor, name: str) -> Tensor:
+    """A copy of a stored tensor in the dtype that it trains in; the graph casts it back."""
+    stored = edit.graph_module.get_parameter(name).detach()
+    made = stored.to(wide(stored.dtype), copy=True)
+    if made.dtype == stored.dtype:
+        return made
+    graph = edit.graph_module.graph
+    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
+        node.meta.pop("val", None)
+        with graph.inserting_after(node):
+            cast = graph.call_function(ATEN.to.dtype, (node, stored.dtype))
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    return made
+
+
+def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
+    """See `Editor.matrix`."""
+    parts = linear_parts(edit.node(site.nodes[0]))
+    node = parts[1] if parts is not None else None
+    chain: list[Node] = []
+    while isinstance(node, Node) and expression_of(node) is not None:
+        chain.append(node)
+        node = node.args[0] if node.args else None
+    if not chain:
+        dense = edit.weight(site).dense()
+        return dense if site.features is None else dense[list(site.features)]
+    tensor = None if node is None else edit.graph_module.get_parameter(site.weight).detach()
+    with torch.no_grad():
+        for call in reversed(chain):
+            if call.kwargs:
+                raise PassError(
+                    f"{site.id}: its weight is computed from {', '.join(call.kwargs)} on every "
+                    "forward, so it has no value yet. Bake that adapter first, or select other "
+                    "sites with where=."
+                )
+            branch = edit.graph_module.get_submodule(str(call.target))
+            tensor = branch() if tensor is None else branch(tensor)
+    if tensor is None:
+        raise PassError(f"{site.id} has no stored weight.")
+    dense = tensor.mT if site.in_out else tensor
+    return dense if site.features is None else dense[list(site.features)]
+
+
+def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
+    """See `Editor.settle`."""
+    gm = edit.graph_module
+    found = next((a for a in edit.program.attachments if a.path == path), None)
+    old = gm.get_submodule(path)
+    if found is None or not isinstance(old, Branch):
+        raise PassError(f"there is no branch {path!r} to settle.")
+    new = old.settled(**decided)
+    left = {k: n for k, n in found.reads.items() if k not in decided}
+    if new is None:
+        remove(edit, found.path)
+        return
+    new.axis, new.features, new.lowered = old.axis, old.features, old.lowered
+    new.train(old.training)
+    if edit.program.held(found.adapter):
+        new.requires_grad_(False)
+    parent, _, leaf = path.rpartition(".")
+    setattr(gm.get_submodule(parent), leaf, new)
+    fresh = replace(found, reads=left)
+    kept = (fresh if a is found else a for a in edit.program.attachments)
+    edit.program.attachments = tuple(kept)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target == path:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
+    edit.edited.append(found.site)
+
+
+def remember(program: Program, path: str) -> None:
+    """Keeps the values of a branch that leaves the graph."""
+    state = program.module.get_submodule(path).state_dict()
+    program.removed = {
+        **program.removed,
+        **{f"{path}.{n}": whole(t).detach().clone() for n, t in state.items()},
+    }  # fmt: skip
+
+
+def remove(edit: Editor, path: str) -> None:
+    """Takes a linear's branch, or the expression of a stored tensor, out of the graph."""
+    gm = edit.graph_module
+    found = next(a for a in edit.program.attachments if a.path == path)
+    site = edit.program.sites[found.site]
+    branch = gm.get_submodule(path)
+    if not isinstance(branch, Expression) and site.kind != "linear":
+        raise PassError(
+            f"{found.site}: {path} cannot be removed, only branches of linears and expressions can."
+        )
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
+    if isinstance(branch, Expression):
+        for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+    elif isinstance(site, LinearSite):
+        for name in site.nodes:
+            compose(edit.program, edit.node(name), site.weight)
+    gm.delete_submodule(path)
+    edit.edited.append(found.site)

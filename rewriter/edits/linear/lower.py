@@ -1,0 +1,73 @@
+"""Fusing a linear and the branch beside it into one call, by pattern, reversibly.
+
+The branch module stays where it is, with its parameters; only its call changes: from `branch(x)`
+to `branch(x, weight, bias)`, which runs the fused operator on the branch's factors; a row scale's
+`branch(linear, x, weight, bias)` loses the linear.
+"""
+
+from __future__ import annotations
+
+from ...branches.branch import Delta, Fused, RowScale
+from ...graph.aten import is_quantised
+from ...graph.pattern import Match
+from ...program.sites import LinearSite
+from ..edit import Editor
+from ..folding.rules import delta_rule, rows_rule
+from .compose import fold_ready
+
+
+def fuse_deltas(edit: Editor, operator: Fused) -> None:
+    """Lowers every innermost delta that has factors; reports the others with the reason."""
+    gm = edit.graph_module
+    sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
+    fused: set[str] = set()
+    for root in list(gm.graph.nodes):
+        found = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
+        match = next((m for m in found if isinstance(m, Match)), None)
+        if match is None:
+            continue
+        call = match["branch"]
+        path = str(call.target)
+        branch = gm.get_submodule(path)
+        site = sites[path]
+        if call.kwargs:
+            edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
+            continue
+        if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
+            edit.skip(site, "its branch has no low-rank factors")
+            continue
+        if branch.dropout or branch.features is not None:
+            edit.skip(site, "its branch has dropout, or is for a part of a fused weight")
+            continue
+        if isinstance(site, LinearSite) and (site.in_out or site.left):
+            edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
+            continue
+        linear = next(n for n in match.nodes if n not in (root, call))
+        if is_quantised(linear):
+            edit.skip(site, "its weight is quantised: there is no fused operator for that")
+            continue
+        branch.lowered = operator
+        x, scales_rows = match["x"], isinstance(branch, RowScale)
+        call.args = (*((x, x) if scales_rows else (x,)), match["w"], match["b"])
+        call.meta["call"] = linear.meta.get("call", linear.name)
+        call.meta.pop("composed", None)
+        if root is not call:
+            root.replace_all_uses_with(call)
+            gm.graph.erase_node(root)
+        gm.graph.erase_node(linear)
+        fused.add(path)
+        edit.edited.append(site.id)
+    skipped = {site_id for site_id, _ in edit.skipped}
+    for path, site in sites.items():
+        branch = gm.get_submodule(path)
+        if isinstance(branch, Delta | RowScale) and path not in fused and site.id not in skipped:
+            edit.skip(site, "another branch stands between it and the linear")
+
+
+def restore_deltas(edit: Editor) -> None:
+    """Undoes `fuse_deltas`."""
+    fold_ready(edit.program)
+    for attachment in edit.program.attachments:
+        branch = edit.program.branch(attachment)
+        if isinstance(branch, Delta | RowScale):
+            branch.lowered = None

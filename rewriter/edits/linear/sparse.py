@@ -1,0 +1,243 @@
+"""Changes of stored tensors entry by entry: what chosen sites hold of them, the expressions that
+add to all of that or to a few entries, and the choice of the largest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...branches.branch import Expression
+from ...errors import MetaTensorError, NonFiniteError
+from ...graph.aten import attribute
+from ...program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite, Site
+
+if TYPE_CHECKING:
+    from ...program.state import Program
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the chosen sites hold of one stored tensor: all of it, or slices along one axis.
+
+    Attributes:
+        sites: those that share the tensor.
+        name: of the tensor.
+        shape: of the whole tensor.
+        axis, rows: the slices that belong to the sites (features of a fused weight); None: all.
+    """
+
+    sites: tuple[Site, ...]
+    name: str
+    shape: tuple[int, ...]
+    axis: int = 0
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def site(self) -> Site:
+        """The first of the sites, where an expression of the tensor is attached."""
+        return self.sites[0]
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of the part."""
+        sizes = list(self.shape)
+        if self.rows is not None:
+            sizes[self.axis] = len(self.rows)
+        return tuple(sizes)
+
+    def whole(self, index: Tensor) -> Tensor:
+        """Flat indices into the whole tensor for flat indices into the part (int64)."""
+        if self.rows is None:
+            return index
+        places = list(torch.unravel_index(index, self.own_shape))
+        places[self.axis] = torch.tensor(self.rows, device=index.device)[places[self.axis]]
+        flat = torch.zeros_like(index)
+        for size, place in zip(self.shape, places, strict=True):
+            flat = flat * size + place
+        return flat
+
+
+def parts_of(
+    program: Program, sites: Iterable[Site], bias: bool = True
+) -> tuple[list[Part], list[tuple[Site, str]]]:
+    """What sites hold of stored tensors, each tensor once, whoever shares it.
+
+    Args:
+        program: whose tensors.
+        sites: linears, experts, convolutions, norms or embeddings.
+        bias: with the biases.
+
+    Returns:
+        The parts, and (site, reason) of tensors that are none: not of a floating-point type, or
+        trained by another adapter already.
+    """
+    held: dict[str, list[tuple[Site, int, tuple[int, ...] | None]]] = {}
+    for site in sites:
+        for name, axis in _names(site, bias):
+            features = getattr(site, "features", None)
+            held.setdefault(name, []).append((site, axis, features))
+    trained = {name: adapter for adapter, names in program.owned.items() for name in names}
+    found: list[Part] = []
+    left: list[tuple[Site, str]] = []
+    for name, owners in held.items():
+        chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
+        tensor = attribute(program.module, name)
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            left.append((chosen[0], f"{name} is not a floating-point parameter"))
+            continue
+        if name in trained:
+            owner = f"the adapter {trained[name]!r}" if trained[name] else "the program itself"
+            left.append((chosen[0], f"{owner} trains {name} already"))
+            continue
+        shape = tuple(tensor.shape)
+        rows: set[int] = set()
+        for _, _, features in owners:
+            rows |= set(range(shape[axis]) if features is None else features)
+        some = tuple(sorted(rows)) if len(rows) < shape[axis] else None
+        found.append(Part(chosen, name, shape, axis, some))
+    return found, left
+
+
+def _names(site: Site, bias: bool) -> list[tuple[str, int]]:
+    """The stored tensors of a site, with the axis that its features are on."""
+    if isinstance(site, ExpertsSite):
+        return [(site.weight, 2 if site.in_out else 1)]
+    if isinstance(site, EmbeddingSite):
+        return [(site.weight, 0)]
+    if not isinstance(site, LinearSite | ConvSite | NormSite):
+        return []
+    names = [(site.weight, int(isinstance(site, LinearSite) and site.in_out))]
+    return [*names, (site.bias, 0)] if bias and site.bias else names
+
+
+class DenseDelta(Expression):
+    """`w' = w + delta()` on a part of a stored tensor; settles to a `SparseDelta`.
+
+    Args:
+        part: see `parts_of`.
+        stored: the whole tensor; the delta adds to its dtype on its device.
+    """
+
+    rows: Tensor | None
+
+    def __init__(self, part: Part, stored: Tensor) -> None:
+        super().__init__()
+        self.part = part
+        rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def delta(self, random: bool) -> Tensor:
+        """What is added, of the part's shape, in w's dtype or a wider one.
+
+        Args:
+            random: as a forward in training has it, else as in evaluation.
+        """
+        raise NotImplementedError
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self._added(w, self.training)
+
+    def _added(self, w: Tensor, random: bool) -> Tensor:
+        delta = self.delta(random)
+        if self.rows is None:
+            return (w + delta).to(w.dtype)
+        return w.index_add(self.part.axis, self.rows, delta.to(w.dtype))
+
+    def settled(self, **decided: Any) -> SparseDelta | None:
+        """What the flat `indices` into the whole tensor keep of it; None if they are none."""
+        indices: Tensor = decided["indices"]
+        if not indices.numel():
+            return None
+        with torch.no_grad():
+            like = self.delta(False)
+            whole = self._added(like.new_zeros(self.part.shape), False)
+            values = whole.flatten()[indices.to(whole.device, torch.int64)]
+        return SparseDelta(indices if whole.is_meta else indices.to(whole.device), values)
+
+
+class SparseDelta(Expression):
+    """`w' = w`, plus `values [n]` at the flat `indices [n]` of w.
+
+    Indices are distinct. Other entries stay as they are, bit for bit, whatever the optimiser
+    does. A forward makes one copy of w, which lives until the backward pass; that makes one
+    gradient of w's size for the moment in which n of its entries are taken.
+
+    Args:
+        indices: int32 or int64. They are not part of the state dict: the plan that decided them
+            stores them.
+        values: of the dtype of w, or wider.
+    """
+
+    def __init__(self, indices: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.indices: Tensor
+        self.register_buffer("indices", indices, persistent=False)
+        self.values = nn.Parameter(values)
+
+    def forward(self, w: Tensor) -> Tensor:
+        flat, values = w.flatten(), self.values.to(w.dtype)
+        return flat.scatter_add(0, self.indices.long(), values).view(w.shape)
+
+    def describe(self) -> str:
+        return f"{self.values.numel():,} entries"
+
+
+def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The `count` largest of all scores together, by one threshold.
+
+    Args:
+        scores: tensors by name, any shapes.
+        count: at least 1, at most as many as there are scores.
+
+    Returns:
+        By name, flat int64 indices in ascending order. Of equal scores at the threshold, the
+        first ones are taken, so that the number is exact.
+
+    Raises:
+        NonFiniteError: a score is NaN or infinite.
+    """
+    flat = torch.cat([s.detach().flatten() for s in scores.values()])
+    if not bool(torch.isfinite(flat).all()):
+        raise NonFiniteError("scores hold NaN or infinity, so there are no largest ones.")
+    cut = flat.topk(count, sorted=False).values.min()
+    kept = flat > cut
+    level = (flat == cut).nonzero().flatten()
+    kept[level[: count - int(kept.sum())]] = True
+    pieces = kept.split([s.numel() for s in scores.values()])
+    return {n: p.nonzero().flatten() for n, p in zip(scores, pieces, strict=True)}
+
+
+def keep_largest(
+    branches: Mapping[str, DenseDelta], density: float
+) -> dict[str, dict[str, Tensor]]:
+    """What `Method.settle` returns to keep the largest entries of dense deltas.
+
+    Args:
+        branches: by path.
+        density: the share of all their entries together, by magnitude, at least one entry.
+
+    Raises:
+        MetaTensorError: the deltas have no values.
+        NonFiniteError: a delta holds NaN or infinity.
+    """
+    with torch.no_grad():
+        scores = {path: b.delta(False).abs() for path, b in branches.items()}
+    if not scores:
+        return {}
+    if any(s.is_meta for s in scores.values()):
+        raise MetaTensorError(
+            "deltas on the meta device have no largest entries. Load weights and train first "
+            "(peftfx.load_weights)."
+        )
+    kept = largest(scores, max(1, round(density * sum(s.numel() for s in scores.values()))))
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, branch in branches.items():
+        small = math.prod(branch.part.shape) <= torch.iinfo(torch.int32).max
+        index = branch.part.whole(kept[path])
+        found[path] = {"indices": index.to(torch.int32) if small else index}
+    return found

@@ -1,0 +1,211 @@
+"""Hidden states by sample and token: what gates, routers and pooled prompts average over.
+
+Models lay them out differently (`[batch, tokens, width]`, tokens first, both in one axis), some
+tokens are padding, and where attention is causal no token may learn of a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ...graph.aten import (
+    ATEN,
+    CASTS,
+    VIEWS,
+    ancestors,
+    inputs,
+    is_op,
+    overloads,
+    shape,
+    strip,
+    users,
+    value,
+)
+from ...program.sites import AttentionSite, LinearSite, MixerSite
+from ..calls.samples import sample_axis
+from ..calls.values import Value, input_of, latest, valid_of
+
+if TYPE_CHECKING:
+    from ...program.sites import Site
+    from ...program.state import Program
+
+_TOKEN_NORMS = overloads("layer_norm", "rms_norm")
+
+
+Reach = Literal["all", "past", "first"]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where samples and their tokens lie in hidden states; the width is the last axis."""
+
+    batch: int
+    tokens: tuple[int, ...]
+
+    def mean(self, x: Tensor, valid: Tensor | None = None, reach: Reach = "all") -> Tensor:
+        """The mean of `x` over the real tokens of each sample, computed in at least float32.
+
+        Args:
+            x: values by token, laid out like the hidden states, with any last axis.
+            valid: bool `[batch, tokens]`, True for real tokens.
+            reach: over `all` tokens, over those up to and with each (`past`, the result keeps
+                its token axis), or of the `first` real one alone.
+
+        Returns:
+            Like x, with token axes of size 1 unless `past`.
+        """
+        if not self.tokens:
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        one = torch.ones_like(x[..., :1], dtype=wide)
+        weight = one if valid is None else one * self._like(x, valid)
+        axis = self.tokens[0]
+        if reach == "past":
+            found = (x * weight).cumsum(axis) / weight.cumsum(axis).clamp(min=1)
+            return found.to(x.dtype)
+        if reach == "first":
+            weight = weight * (weight.cumsum(axis) == 1)
+        total = weight.sum(self.tokens, keepdim=True).clamp(min=1)
+        return ((x * weight).sum(self.tokens, keepdim=True) / total).to(x.dtype)
+
+    def _like(self, x: Tensor, valid: Tensor) -> Tensor:
+        found = valid if self.batch < self.tokens[0] else valid.mT
+        for axis in range(x.dim()):
+            if axis not in (self.batch, self.tokens[0]):
+                found = found.unsqueeze(axis)
+        return found
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states as a method sees them.
+
+    Attributes:
+        value, width: the states, and the size of their last axis.
+        valid: which tokens are real, bool `[batch, tokens]`; None if all are.
+        axes: where samples and tokens lie in them.
+        causal: no token may learn of a later one.
+    """
+
+    value: Value
+    width: int
+    valid: Value | None
+    axes: Axes
+    causal: bool
+
+    @property
+    def reach(self) -> Reach:
+        """What a mean for each token may be over: with causal attention, its past."""
+        return "past" if self.causal else "all"
+
+
+def hidden_of(
+    program: Program, site: Site, nodes: Mapping[str, Node], given: Value | None
+) -> Hidden | str:
+    """The hidden states that a site reads (or `given`), or why their tokens cannot be told."""
+    at = site
+    if isinstance(site, AttentionSite):
+        at = next((s for s in program.sites if s.id == site.q), site)
+    if isinstance(at, LinearSite) and len(at.nodes) > 1:
+        return f"{at.weight} multiplies hidden states at {len(at.nodes)} places"
+    source = states = input_of(at, nodes) if given is None else given
+    samples = sample_axis(program)
+    while (batch := samples.of(program, states)) is None and is_op(states, VIEWS):
+        states = inputs(states)[0]
+    size, width = shape(states) or (0,), (shape(source) or (0,))[-1]
+    wanted = at.in_features if isinstance(at, LinearSite) else getattr(at, "width", width)
+    if batch is None or {str(size[-1]), str(width)} != {str(wanted)}:
+        return samples.reason or "its hidden states are not [batch, tokens, width]"
+    tokens = tuple(i for i, s in enumerate(size[:-1]) if i != batch and str(s) != "1")
+    valid, causal = valid_of(program, states), is_causal(program, at)
+    if len(tokens) > 1 and (causal or valid is not None):
+        return "its tokens lie on several axes"
+    return Hidden(states, int(width), valid, Axes(batch, tokens), causal and bool(tokens))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where samples lie in what a linear reads.
+
+    Attributes:
+        axis: of the samples.
+        apart: the same values before samples and tokens were put on one axis, laid out as `axis`
+            says; None if they never were.
+    """
+
+    axis: int
+    apart: Value | None
+
+
+def samples_of(program: Program, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
+    """See `Editor.samples`; None also where the calls of one weight differ."""
+    samples = sample_axis(program)
+    found: set[Samples | None] = set()
+    for name in site.nodes:
+        states = input_of(replace(site, nodes=(name,)), nodes)
+        apart, axis = None, samples.of(program, states)
+        if axis is None and len(shape(states) or ()) == 2 and is_op(states, VIEWS):
+            apart = inputs(states)[0]
+            axis = samples.of(program, apart)
+        found.add(None if axis is None else Samples(axis, apart))
+    return found.pop() if len(found) == 1 else None
+
+
+def is_causal(program: Program, site: Site) -> bool:
+    """Whether the tokens that a site reads may not learn of later ones.
+
+    What the queries of a cross-attention look at may, and so may all where attention is
+    bidirectional; a token mixer that is no attention counts as causal.
+    """
+    cores = [s for s in program.sites if isinstance(s, AttentionSite)]
+    if any(c.cross and site.id in (c.k, c.v) for c in cores):
+        return False
+    mixing = [s for s in program.sites if isinstance(s, AttentionSite | MixerSite)]
+    near = [s for s in mixing if s.stream == site.stream] if site.stream else mixing
+    return any(isinstance(s, MixerSite) or (s.causal and not s.cross) for s in near)
+
+
+def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
+    """See `Editor.behind`: copies what lies between a sublayer's output and the stream, and moves
+    the axes back; None if the shape changes for another reason."""
+    above = set(ancestors(add))
+    path: dict[Node, None] = {output: None}
+    for node in gm.graph.nodes:
+        if node in above and any(i in path for i in node.all_input_nodes):
+            path[node] = None
+    del path[output]
+    moves = [n for n in path if is_op(n, ATEN.permute.default)]
+    after = users(add)
+    if len(after) == 1 and is_op(after[0], _TOKEN_NORMS) and _normed(add):
+        path[after[0]] = None
+    outer = {i.name: i for n in path for i in n.all_input_nodes if i not in path}
+    place = latest(gm, outer)
+    copies: dict[Node, Node] = {}
+    for node in path:
+        with gm.graph.inserting_after(place):
+            place = gm.graph.node_copy(node, lambda n: copies.get(n, n))
+        copies[node] = place
+    for move in reversed(moves):
+        order: Any = move.args[1]
+        place = _permuted(gm, place, [order.index(i) for i in range(len(order))])
+    return place if str(shape(place)) == str(shape(output)) else None
+
+
+def _permuted(gm: GraphModule, states: Node, order: list[int]) -> Node:
+    with gm.graph.inserting_after(states):
+        made = gm.graph.call_function(ATEN.permute.default, (states, order))
+    with value(states).fake_mode:
+        made.meta["val"] = value(states).permute(order)
+    return made
+
+
+def _normed(add: Node) -> bool:
+    """Whether the stream that a sublayer adds to is normed itself, as in post-norm models (the
+    norm behind the last block of a pre-norm model alone reads the sum, too)."""
+    return any(is_op(strip(i, CASTS), _TOKEN_NORMS) for i in inputs(add))

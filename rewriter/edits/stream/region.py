@@ -1,0 +1,275 @@
+"""Finding a region: what lies between two values of one residual stream.
+
+Tokens can be left out of a region that has one way in and one way out and that treats all tokens
+alike but for what enters beside the stream (positions, masks). Everything else is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from ...branches.routing import PutTokens, TakeTokens
+from ...errors import PassError
+from ...graph.aten import (
+    ADDS,
+    CASTS,
+    CONVS,
+    DROPOUTS,
+    LINEAR,
+    MULS,
+    NORMS,
+    VIEWS,
+    ancestors,
+    data_index,
+    inputs,
+    is_op,
+    named_arguments,
+    operands,
+    overloads,
+    shape,
+    submodule,
+    users,
+    written,
+)  # fmt: skip
+from ...program.sites import AttentionSite, LinearSite, SublayerSite
+from ..calls.samples import sample_axis
+
+if TYPE_CHECKING:
+    from ...program.state import Program
+
+_ORDERED = CONVS | overloads(
+    "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",
+    "mean", "sum", "amax", "max", "cat", "sort", "topk", "constant_pad_nd",
+)  # fmt: skip
+"""Operators that mean something else on fewer tokens, if they work along the token axis."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """What lies between two values of a stream.
+
+    Attributes:
+        site: id of its first sublayer.
+        entry, exit: the stream before and after, `[batch, tokens, width]`.
+        read: what the first linear reads, the entry itself or its norm; known for all tokens.
+        nodes: what is computed from entry or read on the way to exit, in graph order.
+        tokens: the size of the token axis, a number or a symbol.
+    """
+
+    site: str
+    entry: Node
+    read: Node
+    exit: Node
+    nodes: tuple[Node, ...]
+    tokens: Any
+
+    def is_tokens(self, size: object) -> bool:
+        """Whether a size is the number of tokens."""
+        return str(size) == str(self.tokens)
+
+    def has_tokens(self, size: object) -> bool:
+        """Whether a size is computed from the number of tokens."""
+        if isinstance(size, torch.SymInt) and isinstance(self.tokens, torch.SymInt):
+            return bool(size.node.expr.has(self.tokens.node.expr))
+        return self.is_tokens(size)
+
+
+def find_region(
+    program: Program,
+    sites: Sequence[SublayerSite],
+    nodes: Mapping[str, Node],
+    causal: bool,
+    allow: str = "",
+) -> Region:
+    """The region of some sublayers of one stream, and of all that lies between them.
+
+    Args:
+        program: only read.
+        sites: sublayers of one stream.
+        nodes: graph nodes by the names that sites use.
+        causal: allow attentions in which no token sees a later one.
+        allow: the option that the method has for that, which an error names.
+
+    Raises:
+        PassError: it has no single way in and out on all tokens, or tells tokens by their place.
+    """
+    order = {n: i for i, n in enumerate(program.module.graph.nodes)}
+    chain = sorted(sites, key=lambda s: order[nodes[s.nodes[1]]])
+    first, entry = chain[0].id, stream_before(program, chain[0], nodes)
+    end = stream_behind(program, chain[-1], nodes)
+    below, above = _below(entry), _above(end, entry)
+    between = [n for n in order if n in below and n in above]
+    if any(isinstance(submodule(program.module, n), TakeTokens) for n in (entry, *between)):
+        raise PassError(
+            f"{first}: the region runs on some tokens already. Choose other blocks with where=, or "
+            "take the other adapter out first."
+        )
+    size, after = shape(entry), shape(end)
+    if size is None or len(size) != 3 or str(size) != str(after):
+        raise PassError(
+            f"{first}: the stream is {size} before the region and {after} behind it, but tokens "
+            "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
+        )
+    samples = sample_axis(program)
+    if samples.of(program, entry) != 0:
+        why = samples.reason or f"the first axis of its stream {size} is not that of the samples"
+        raise PassError(f"{first}: {why}. Tokens can be left out of [batch, tokens, width] only.")
+    read = _read(program, between, entry)
+    norm = set(ancestors(read, block=lambda n: n is entry))
+    inside = tuple(n for n in between if n not in norm)
+    region = Region(first, entry, read, end, inside, size[1])
+    _check(program, region)
+    if not causal:
+        _check_causal(program, region, allow)
+    return region
+
+
+def _below(entry: Node) -> set[Node]:
+    found: set[Node] = set()
+    stack = [entry]
+    while stack:
+        fresh = [u for u in users(stack.pop()) if u not in found]
+        found.update(fresh)
+        stack += fresh
+    return found
+
+
+def _above(end: Node, entry: Node) -> set[Node]:
+    """What `end` is computed from, down from `entry`; also what writes into such values."""
+    writers: dict[Node, list[Node]] = {}
+    for node in end.graph.nodes:
+        target = written(node)
+        if target is not None and not node.users:
+            writers.setdefault(target, []).append(node)
+    found: set[Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node not in found and node is not entry:
+            found.add(node)
+            stack += inputs(node) + writers.get(node, [])
+    return found
+
+
+def stream_before(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+    """The summand beside a sublayer's output that the output is computed from."""
+    output, add = (nodes[n] for n in site.nodes[:2])
+    above = set(ancestors(output)) - {output}
+    stack = [add]
+    while stack:
+        for operand in inputs(stack.pop()):
+            root = operand
+            while root is not output and root not in above and _same_tokens(program, root):
+                root = inputs(root)[0]
+            if root in above and root.op != "get_attr":
+                return root
+            if is_op(operand, ADDS):
+                stack.append(operand)
+    raise PassError(f"{site.id}: the stream that it adds to cannot be found.")
+
+
+def _same_tokens(program: Program, node: Node) -> bool:
+    if isinstance(submodule(program.module, node), TakeTokens | nn.Dropout):
+        return True
+    return is_op(node, VIEWS | DROPOUTS) or (is_op(node, MULS) and len(inputs(node)) == 1)
+
+
+def stream_behind(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+    """The stream behind a sublayer: its sum, or the norm of that where norms are in the stream."""
+    add = nodes[site.nodes[1]]
+    stream = [s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream]
+    sums = {nodes[s.nodes[1]] for s in stream}
+    entries = [_routed(program, stream_before(program, s, nodes)) for s in stream]
+    post = any(is_op(e, NORMS) and inputs(e)[0] in sums for e in entries)
+    readers = users(add)
+    return readers[0] if post and len(readers) == 1 and is_op(readers[0], NORMS) else add
+
+
+def _routed(program: Program, node: Node) -> Node:
+    """What a gather reads, or what the region in front of a scatter ends with."""
+    while isinstance(module := submodule(program.module, node), TakeTokens | PutTokens):
+        node = operands(node)[0 if isinstance(module, TakeTokens) else 2]
+    return node
+
+
+def _read(program: Program, between: Sequence[Node], entry: Node) -> Node:
+    """What the first linear reads, before what passes have put in front of it."""
+    calls = {n for s in program.sites if isinstance(s, LinearSite) for n in s.nodes}
+    call = next((n for n in between if n.meta.get("call", n.name) in calls), None)
+    read: Any = entry if call is None else operands(call)[data_index(call)]
+    while read is not entry and (read.meta.get("composed") or is_op(read, VIEWS | CASTS)):
+        read = inputs(read)[0]
+    return read if read in between and str(shape(read)) == str(shape(entry)) else entry
+
+
+def _check(program: Program, region: Region) -> None:
+    """Raises PassError for what makes leaving out tokens wrong."""
+    gm, inside = program.module, set(region.nodes)
+
+    def refuse(node: Node, why: str) -> None:
+        raise PassError(
+            f"{region.site}: {node.name} {why}, so the region cannot run on some tokens only. "
+            "Leave this block out with where=."
+        )
+
+    mixers = {n for s in program.sites.of("mixer", "conv") for n in s.nodes}
+    for node in region.nodes:
+        if node.name in mixers:
+            refuse(node, "mixes tokens by their order")
+        outside = [u for u in users(node) if u not in inside and (u.users or u.op == "output")]
+        if outside and node is not region.exit:
+            refuse(node, f"is also read by {outside[0].name}, outside of the region")
+        if is_op(node, _ORDERED) and _along_tokens(region, node):
+            refuse(node, "works along the tokens")
+    for node in gm.graph.nodes:
+        if node not in inside and written(node) in inside:
+            refuse(node, "writes into the region in place")
+    if isinstance(region.tokens, int):
+        _check_numbers(region, refuse)
+
+
+def _check_numbers(region: Region, refuse: Callable[[Node, str], None]) -> None:
+    """Where the number of tokens is no symbol, every value has to show which axis they are on."""
+    for node in (region.entry, *region.nodes):
+        size = shape(node)
+        if size is None:
+            continue
+        count = sum(map(region.is_tokens, size))
+        if not count:
+            refuse(node, f"{size} has no axis for the {region.tokens} tokens alone")
+        scores = count > 1 and size[-2:] == (region.tokens, region.tokens)
+        if scores and (node is region.entry or is_op(node, VIEWS | {LINEAR})):
+            scores = False
+        if count - scores > 1:
+            refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
+
+
+def _check_causal(program: Program, region: Region, allow: str) -> None:
+    remedy = f", or allow it for whole prompts and scoring only, with {allow}" if allow else ""
+    names = {n.name for n in region.nodes}
+    for site in program.sites:
+        if isinstance(site, AttentionSite) and site.causal and names & set(site.nodes):
+            raise PassError(
+                f"{site.id} is causal: which of its tokens are taken would depend on later ones, "
+                f"which generation does not know. Choose an encoder's blocks with where={remedy}."
+            )
+
+
+def _along_tokens(region: Region, node: Node) -> bool:
+    given = named_arguments(node)
+    source = given.get("self", given.get("tensors"))
+    source = source[0] if isinstance(source, list | tuple) and source else source
+    size = shape(source)
+    axes = given.get("dim", 0)
+    if is_op(node, CONVS):
+        return True
+    if size is None or not size or axes is None:
+        return size is not None and bool(size)
+    listed = axes if isinstance(axes, list | tuple) else (axes,)
+    return any(region.is_tokens(size[int(a)]) for a in listed if isinstance(a, int))

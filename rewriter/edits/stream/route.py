@@ -1,0 +1,250 @@
+"""Running a region on some of its tokens, in place.
+
+Everything indexed by tokens that enters the region (the stream, rotary values, both axes of masks
+and of biases of scores) is gathered where it enters, and sizes come from the gathered tokens.
+Nodes keep their names, so sites stay sites and other edits inside the region do not notice.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from ...branches.routing import LiveKeys, PutTokens, TakeTokens, slots
+from ...errors import PassError
+from ...graph.aten import (
+    ATEN,
+    SOFTMAX,
+    attribute,
+    inputs,
+    is_op,
+    operands,
+    overloads,
+    shape,
+    submodule,
+    value,
+)  # fmt: skip
+from ...graph.modes import Attention
+from ...program.sites import AttentionSite
+from ..attention.keyvalue import WidenMask, add_call
+from .region import Region
+from .tokens import fresh_size
+
+if TYPE_CHECKING:
+    from ...program.state import Program
+
+_SIZED = overloads("view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat")
+
+
+def run_on_chosen(
+    program: Program, region: Region, path: str, reduction: int, valid: Node | None
+) -> None:
+    """Puts the branch at `path` in front of a region, gathers and scatters.
+
+    Args:
+        program: edited.
+        region: see `find_region`.
+        path: of a `Routed` branch.
+        reduction: the branch's.
+        valid: which tokens are no padding, `[batch, tokens]`, or None where all are valid.
+
+    Raises:
+        PassError: a value enters the region with its tokens in an axis that cannot be gathered.
+    """
+    rewrite = _Rewrite(program, region, path, reduction, valid)
+    rewrite.gather()
+    if valid is not None:
+        rewrite.hide()
+    rewrite.scatter()
+
+
+class _Rewrite:
+    """One region under edit, with what has been gathered for it so far."""
+
+    def __init__(
+        self, program: Program, region: Region, path: str, reduction: int, valid: Node | None
+    ) -> None:
+        self.program, self.region = program, region
+        self.gm: GraphModule = program.module
+        self.inside = set(region.nodes)
+        self.taken: dict[tuple[Node, int], Node] = {}
+        name = path.replace(".", "_")
+        graph = self.gm.graph
+        early = self._before(region.read)
+        with graph.inserting_after(region.read):
+            reads: dict[str, Any] = {} if valid is None else {"valid": valid}
+            chosen = graph.create_node("call_module", path, (region.read,), reads, name=name)
+        last = chosen
+        found: list[Node] = []
+        for place, part in enumerate(("index", "weight", "live", "aside")):
+            with graph.inserting_after(last):
+                args = (chosen, place)
+                last = graph.create_node(
+                    "call_function", operator.getitem, args, {}, name=f"{name}_{part}"
+                )
+            found.append(last)
+        self.index, self.weight, self.live, self.aside = found
+        self.size: Any = slots(region.tokens, reduction) if isinstance(region.tokens, int) else None
+        chosen.meta["val"] = self._values(reduction)
+        for node, val in zip(found, chosen.meta["val"], strict=True):
+            node.meta["val"] = val
+        if self.size is None:
+            with graph.inserting_after(last):
+                self.size = last = graph.call_function(ATEN.sym_size.int, (self.index, 1))
+        for node in reversed(early):
+            last.append(node)
+
+    def _values(self, reduction: int) -> tuple[Tensor, ...]:
+        """What the branch returns, with a fresh symbol for how many tokens it takes."""
+        x: Any = value(self.region.read)
+        size, tokens = self.size, self.region.tokens
+        if size is None:
+            label = self.program.symbols.get(str(tokens), str(tokens))
+            label = f"{label}/{reduction}"
+            size = fresh_size(x.fake_mode, label)
+            self.program.symbols = {**self.program.symbols, str(size): label}
+        with x.fake_mode:
+            like = x.new_empty([x.shape[0], size])
+            return like.long(), like, like.bool(), torch.empty_like(x)
+
+    def _before(self, place: Node) -> list[Node]:
+        """The region's nodes that stand before `place`."""
+        found: list[Node] = []
+        for node in self.gm.graph.nodes:
+            if node is place:
+                return found
+            if node in self.inside:
+                found.append(node)
+        return found
+
+    # Ways in.
+
+    def gather(self) -> None:
+        """Replaces everything that enters by what the chosen tokens have of it."""
+        for node in [n for n in self.gm.graph.nodes if n in self.inside]:
+            rank = len(shape(node) or ())
+            with self.gm.graph.inserting_before(node):
+                given: Any = map_arg((node.args, node.kwargs), lambda v, r=rank: self._enter(v, r))
+                if isinstance(self.size, int) and is_op(node, _SIZED):
+                    given = (self._literals(given[0]), given[1])
+            node.args, node.kwargs = given
+
+    def _literals(self, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return type(given)(self._literals(g) for g in given)  # pyright: ignore
+        return self.size if type(given) is int and given == self.region.tokens else given
+
+    def _enter(self, node: Node, rank: int) -> Node:
+        """What stands for a value inside the region, whose reader has `rank` axes."""
+        if node in self.inside:
+            return node
+        if node in (self.region.entry, self.region.read):
+            return self._take(node, (1,), 3)
+        held = value(node)
+        if isinstance(held, torch.SymInt):
+            if self.region.is_tokens(held):
+                return self.size
+            return self._again(node, 0) if self.region.has_tokens(held) else node
+        size = shape(node)
+        if size is None or not any(map(self.region.has_tokens, size)) or self._stored(node):
+            return node
+        if not all(self.region.is_tokens(d) for d in size if self.region.has_tokens(d)):
+            widened = isinstance(submodule(self.gm, node), WidenMask)
+            return self._again(node, rank if widened else len(size))
+        front = max(0, rank - len(size))
+        axes = tuple(i + front for i, d in enumerate(size) if self.region.is_tokens(d))
+        if axes[0] == 0 or not (front or self._batch(size[0])):
+            raise PassError(
+                f"{self.region.site}: {node.name} {size} enters the region with its tokens beside "
+                "merged or missing batch rows, so they cannot be gathered. Leave this block out "
+                "with where=."
+            )
+        return self._take(node, axes, rank)
+
+    def _stored(self, node: Node) -> bool:
+        return node.op == "get_attr" and isinstance(
+            attribute(self.gm, str(node.target)), nn.Parameter
+        )
+
+    def _batch(self, size: object) -> bool:
+        """Whether a size is 1 or the stream's batch size, by whatever symbol."""
+        own = (shape(self.region.entry) or (None,))[0]
+        label = self.program.symbols.get
+        return str(size) == "1" or label(str(size), str(size)) == label(str(own), str(own))
+
+    def _take(self, node: Node, axes: tuple[int, ...], rank: int) -> Node:
+        if (node, rank) not in self.taken:
+            module = TakeTokens(axes, rank)
+            self.taken[node, rank] = add_call(self.gm, "take_tokens", module, (node, self.index))
+        return self.taken[node, rank]
+
+    def _again(self, node: Node, rank: int) -> Node:
+        """A value computed once more, from what the chosen tokens have of its inputs."""
+        if node.op in ("placeholder", "get_attr"):
+            raise PassError(
+                f"{self.region.site}: {node.name} {shape(node)} enters the region with its tokens "
+                "mixed into another size. Leave this block out with where=."
+            )
+        if (node, -1) not in self.taken:
+            for source in inputs(node):
+                self._enter(source, rank)  # their gathers come first
+            copy = self.gm.graph.node_copy(node, lambda v: self._enter(v, rank))
+            copy.meta.pop("val", None)
+            self.taken[node, -1] = copy
+        return self.taken[node, -1]
+
+    # Inside.
+
+    def hide(self) -> None:
+        """Hides the keys of slots that are not in use from every attention on these tokens."""
+        sites = [s for s in self.program.sites if isinstance(s, AttentionSite)]
+        own = {n for s in sites if not s.cross for n in s.nodes}
+        cross = {n for s in sites if s.cross for n in s.nodes}
+        for node in self.region.nodes:
+            if node.name in cross:
+                continue
+            if isinstance(submodule(self.gm, node), Attention):
+                self._hide_fused(node)
+            elif node.name in own:
+                self._hide_scores(node)
+
+    def _hide_fused(self, core: Node) -> None:
+        query, key, held, mask, causal = (*operands(core), None, False)[:5]
+        kwargs = dict(core.kwargs)
+        mask, causal = kwargs.pop("mask", mask), kwargs.pop("is_causal", causal)
+        with self.gm.graph.inserting_before(core):
+            args = (mask, self.live, key)
+            seen = add_call(self.gm, "live_keys", LiveKeys(bool(causal)), args)
+        core.args, core.kwargs = (query, key, held, seen, False), kwargs
+
+    def _hide_scores(self, core: Node) -> None:
+        node: Any = operands(core)[0]
+        while not is_op(node, SOFTMAX) and inputs(node):
+            node = inputs(node)[0]
+        scores = shape(inputs(node)[0]) if is_op(node, SOFTMAX) else None
+        if scores is None or len(scores) != 4:
+            raise PassError(
+                f"{self.region.site}: the scores of the attention at {core.name} are not [batch, "
+                "heads, queries, keys], so keys cannot be hidden. Leave this block out with where=."
+            )
+        with self.gm.graph.inserting_before(node):
+            seen = add_call(self.gm, "live_keys", LiveKeys(), (inputs(node)[0], self.live))
+        node.update_arg(0, seen)
+
+    # The way out.
+
+    def scatter(self) -> None:
+        """Adds the region's update to the chosen tokens, and the branch's value to all."""
+        region = self.region
+        with self.gm.graph.inserting_before(region.exit):
+            before = self._take(region.entry, (1,), 3)
+        args = (region.entry, before, region.exit, self.index, self.weight, self.aside)
+        with self.gm.graph.inserting_after(region.exit):
+            put = add_call(self.gm, "put_tokens", PutTokens(), args)
+        put.meta["val"] = value(region.exit)
+        region.exit.replace_all_uses_with(put, delete_user_cb=lambda u: u is not put)

@@ -1,0 +1,355 @@
+"""Edits for tokens before the input, and for moved positions.
+
+The graph itself keeps its sizes: inputs are padded in front of it and outputs are stripped behind
+it, so masks, causality and positions follow by themselves, and only the inputs get shorter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from ...branches.branch import Branch, Tokens
+from ...errors import PassError
+from ...graph.aten import (
+    ADDS,
+    ATEN,
+    CASTS,
+    EMBEDDING,
+    MATMULS,
+    SOFTMAX,
+    VIEWS,
+    ancestors,
+    is_float,
+    is_op,
+    output_node,
+    overloads,
+    placeholders,
+    reaches,
+    shape,
+    strip,
+    submodule,
+    users,
+    value,
+)  # fmt: skip
+from ...graph.modes import Attention
+from ...program.sites import AttentionSite
+from ...sites.landmarks import ids_of
+from ..attention.keyvalue import add_call
+from ..calls.samples import sample_axis
+from .places import moved_places
+
+if TYPE_CHECKING:
+    from ...inputs.spec import InputSpec
+    from ...program.sites import EmbeddingSite, Site
+    from ...program.state import Program
+
+_LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
+_WAVES = overloads("cos", "sin")
+_EQUALITIES = overloads("eq", "ne")
+
+
+class PadTokens(nn.Module):
+    """Adds `length` entries with a fixed value on the left of axis 1."""
+
+    def __init__(self, length: int, fill: float) -> None:
+        super().__init__()
+        self.length, self.fill = length, fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = torch.full_like(x[:, :1], self.fill).expand(-1, self.length)
+        return torch.cat([left, x], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, fill={self.fill:g}"
+
+
+class PadPositions(nn.Module):
+    """Positions 0..length-1 for the prompt; the given ones move behind it."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, positions: Tensor) -> Tensor:
+        own = torch.arange(self.length, dtype=positions.dtype, device=positions.device)
+        return torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}"
+
+
+class StripTokens(nn.Module):
+    """Removes the prompt's positions from the given axes."""
+
+    def __init__(self, length: int, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.length, self.axes = length, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in self.axes:
+            x = x.narrow(axis, self.length, x.shape[axis] - self.length)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, axes={self.axes}"
+
+
+def shift_positions(program: Program, length: int) -> None:
+    """Adds `length` to every absolute position: learnt tables and rotary angles alike."""
+    gm = program.module
+    targets: list[tuple[Node, int]] = []
+    learnt: set[str] = set()
+    for site in program.sites:
+        if site.kind == "embedding" and site.role == "position":
+            node = next(n for n in gm.graph.nodes if n.name == site.nodes[0])
+            targets.append((node, 1))
+            learnt |= {
+                program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols
+            }
+    seen: set[Node] = set()
+    for wave in gm.graph.nodes:
+        if not is_op(wave, _WAVES):
+            continue
+        for node in ancestors(wave, block=lambda n: is_op(n, MATMULS | overloads("outer"))):
+            two = [a for a in node.args[:2] if isinstance(a, Node)]
+            products = MATMULS | overloads("outer", "mul")
+            if node in seen or not is_op(node, products) or len(two) != 2:
+                continue
+            seen.add(node)
+            targets += [(node, i) for i, a in enumerate(two) if _counts(a)]
+    if not targets:
+        raise PassError("the model has no absolute positions to shift; use shift_positions=false.")
+    for node, index in targets:
+        position: Any = node.args[index]
+        rows = isinstance(position, list | tuple)  # `table[positions]` instead of a lookup
+        with gm.graph.inserting_before(node):
+            start = position[0] if rows else position
+            moved = gm.graph.call_function(ATEN.add.Tensor, (start, length))
+        node.update_arg(index, [moved] if rows else moved)
+    for label in sorted(n for n in learnt - sample_axis(program).names if n):
+        program.spec = _shorter(program, label, length)
+
+
+def _counts(node: Node) -> bool:
+    """Whether a value is a position: cast from a range, a running sum or an integer input."""
+    source = strip(node, VIEWS | CASTS | ADDS)
+    if source.op == "placeholder":
+        return not is_float(source)
+    return is_op(source, overloads("arange", "cumsum", "sub"))
+
+
+def _shorter(program: Program, label: str, length: int) -> InputSpec:
+    """The input spec with `length` less of the size named `label`, which the graph adds itself."""
+    spec = program.spec
+    low, high = spec.ranges[label]
+    if high is not None and high <= length:
+        raise PassError(
+            f"a prompt of {length} tokens leaves no position for the input: {label} is at most "
+            f"{high}. Make it shorter."
+        )
+    ranges = {**spec.ranges, label: (max(1, low - length), high and high - length)}
+
+    def longer(text: str) -> str:
+        return re.sub(rf"\b{label}\b", f"({label} + {length})", text)
+
+    relations = tuple(longer(r) for r in spec.relations)
+    reasons = {longer(k) if k in spec.relations else k: v for k, v in spec.reasons.items()}
+    return replace(spec, ranges=ranges, relations=relations, reasons=reasons)
+
+
+def meaning_of(program: Program, source: Node) -> str | None:
+    """What an input other than the token ids is, from where its values go: `mask`, `labels`,
+    `positions` or `types`; None if they go nowhere telling."""
+    gm = program.module
+
+    def stop(node: Node) -> bool:
+        return (
+            is_op(node, _LOSSES | SOFTMAX | _WAVES | {EMBEDDING})
+            or isinstance(submodule(gm, node), Attention)
+        )  # fmt: skip
+
+    def block(node: Node) -> bool:  # a gate that reads the mask is on the way to everything
+        return isinstance(submodule(gm, node), Branch)
+
+    roles = {s.nodes[0]: s.role for s in program.sites if s.kind == "embedding"}
+    for node in reaches(source, stop, block):
+        if is_op(node, _LOSSES):
+            return "labels"
+        if is_op(node, EMBEDDING):
+            return "positions" if roles.get(node.name) == "position" else "types"
+        return "positions" if is_op(node, _WAVES) else "mask"
+    return None
+
+
+def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
+    """Of several token embeddings, those that cross-attention looks at: the encoder's."""
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    cores = [s for s in program.sites if isinstance(s, AttentionSite) and s.cross]
+    keys = [nodes[name] for core in cores for name in program.sites[core.k].nodes]
+    attended = {n.name for key in keys for n in ancestors(key)}
+    return [s for s in sites if attended.intersection(s.nodes)] or list(sites)
+
+
+def separate(program: Program, sites: Sequence[Site]) -> None:
+    """Makes sure that no two of the embeddings are looked up by the same ids.
+
+    Raises:
+        PassError: two are; a prompt stands in front of one of them, and choosing is the user's.
+    """
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    first: dict[object, Site] = {}
+    for site in sites:
+        ids: Any = _looked_up(nodes[site.nodes[0]])
+        other = first.setdefault(ids, site)
+        if other is not site:
+            raise PassError(
+                f"{other.id} and {site.id} are looked up by the same ids, and a prompt stands in "
+                "front of one table only (the others give the row of one fixed id there). Choose "
+                f"it with where=, for example where={other.module}."
+            )
+
+
+def beside(program: Program, site: EmbeddingSite) -> list[tuple[Site, int]]:
+    """The other tables that are looked up by an embedding's ids, with the id whose row they give
+    at the positions of a prompt in front of it."""
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    ids = _looked_up(nodes[site.nodes[0]])
+    others = [s for s in program.sites if s.kind == "embedding" and s.id != site.id]
+    return [(s, _neutral(ids)) for s in others if _looked_up(nodes[s.nodes[0]]) is ids]
+
+
+def _looked_up(lookup: Node) -> Node:
+    """What a lookup takes its ids from."""
+    index: Any = lookup.args[1]
+    return ids_of(index[0] if isinstance(index, list | tuple) else index)
+
+
+def prepend_tokens(
+    program: Program, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
+) -> Program:
+    """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
+    gm, length = program.module, branch.length
+    ids = _token_ids(program, site, embedding)
+    symbol = str(value(ids).shape[1])
+    label = program.symbols[symbol]
+    outputs = _token_outputs(gm, symbol)
+    moves = moved_places(gm, embedding, ids, symbol, length)
+    size = fresh_size(value(ids).fake_mode, label)
+    for node, arguments in moves.items():
+        node.args = arguments
+    fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
+    for source in placeholders(gm).values():
+        dims = shape(source)
+        if dims is None or symbol not in [str(d) for d in dims]:
+            continue
+        if len(dims) != 2 or str(dims[1]) != symbol:
+            raise PassError(f"input {source.name!r} has its tokens on another axis than 1.")
+        meaning = "ids" if source is ids else meaning_of(program, source)
+        if meaning is None:
+            raise PassError(
+                f"input {source.name!r} has a token axis, but where its values go does not show "
+                "how a prompt continues it. Capture without it, or prepend at another embedding "
+                f"than {site.id}."
+            )
+        pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
+        with gm.graph.inserting_after(source):
+            padded = add_call(gm, "pad_tokens", pad, (source,))
+        source.replace_all_uses_with(padded, delete_user_cb=lambda u, p=padded: u is not p)
+        padded.meta["val"] = value(source)
+        source.meta["val"] = _resized(source, symbol, size)
+    with gm.graph.inserting_after(embedding):
+        name = path.replace(".", "_")
+        prompt = gm.graph.create_node("call_module", path, (embedding,), {}, name=name)
+    prompt.meta["val"] = value(embedding)
+    embedding.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
+    end = output_node(gm)
+    for leaf, axes in outputs.items():
+        with gm.graph.inserting_before(end):
+            stripped = add_call(gm, "strip_tokens", StripTokens(length, axes), (leaf,))
+        stripped.meta["val"] = _resized(leaf, symbol, size)
+        end.replace_input_with(leaf, stripped)
+    program.spec = _shorter(program, label, length)
+    program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
+    return program
+
+
+def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
+    """The input that an embedding looks up, `[batch, sequence]`."""
+    ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
+    size = shape(ids)
+    if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
+        raise PassError(
+            f"there is a prompt in front of {site.id} already. Choose a longer one, or remove that "
+            "adapter first."
+        )
+    if not isinstance(ids, Node) or ids.op != "placeholder" or size is None or len(size) != 2:
+        raise PassError(
+            f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
+            "can be put in front. Choose another embedding with where=, or prefix_tuning."
+        )
+    if program.symbols.get(str(size[1])) in sample_axis(program).names:
+        raise PassError(
+            f"the token ids {ids.target!r} of {site.id} are not [batch, sequence]: samples lie on "
+            "axis 1, so no tokens can be put in front. Choose prefix_tuning."
+        )
+    if str(size[1]) not in program.symbols:
+        why = program.spec.reasons.get(f"{ids.target}.1", "it was captured so")
+        raise PassError(
+            f"the graph is made for exactly {size[1]} tokens of {ids.target!r} ({why}), so none "
+            "can be put in front. Capture with a dynamic number of tokens, or choose another "
+            "method, such as lora."
+        )
+    return ids
+
+
+def fresh_size(mode: Any, label: str) -> Any:
+    """A new symbolic size, 2 at least, which nothing relates to the others."""
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+
+    names = len(mode.shape_env.var_to_range)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
+    source = ConstantSource(f"{label}_{names}")
+    return mode.from_tensor(torch.empty(8), symbolic_context=context, source=source).shape[0]
+
+
+def _resized(node: Node, symbol: str, size: Any) -> Tensor:
+    """A fake value like a node's, with another size where it had `symbol`."""
+    val: Any = value(node)
+    with val.fake_mode:
+        return val.new_empty([size if str(d) == symbol else d for d in val.shape])
+
+
+def _neutral(ids: Node) -> int:
+    """A token id that the model compares with nothing (padding, image places)."""
+    special: set[object] = set()
+    stack = [ids]
+    while stack:
+        for user in users(stack.pop()):
+            if is_op(user, _EQUALITIES):
+                special.add(user.args[1])
+            elif is_op(user, VIEWS):
+                stack.append(user)
+    return next(i for i in range(len(special) + 1) if i not in special)
+
+
+def _token_outputs(gm: GraphModule, symbol: str) -> dict[Node, tuple[int, ...]]:
+    found: dict[Node, tuple[int, ...]] = {}
+    for leaf in output_node(gm).all_input_nodes:
+        sizes = [str(d) for d in shape(leaf) or ()]
+        if merged := [d for d in sizes if d != symbol and re.search(rf"\b{symbol}\b", d)]:
+            raise PassError(
+                f"the output {leaf.name} has an axis of {merged[0]} values, from which no tokens "
+                "can be stripped. Wrap the model so that it returns tokens on an axis of their own."
+            )
+        axes = tuple(i for i, d in enumerate(sizes) if d == symbol)
+        if axes:
+            found[leaf] = axes
+    return found

@@ -1,0 +1,202 @@
+"""Cutting channels: every tensor, branch, size and site that has a part in them shrinks together.
+
+`channels` (`axes.py`) says which indices of which axes are one channel; here they go. The result
+computes what the program computes with those channels masked to zero at every contraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ...branches.branch import Branch, RowScale
+from ...errors import PassError
+from ...graph.aten import (
+    ATEN,
+    attribute,
+    is_op,
+    named_arguments,
+    overloads,
+    set_attribute,
+    submodule,
+)
+from ...graph.ties import DIVISIONS, Ref, owner, pieces, span
+from ...program.sites import AttentionSite, LinearSite, Site, Sites
+from ...program.state import Program
+from .axes import Channels
+
+_SPANS = overloads("slice", "narrow")
+_LISTS = overloads("view", "reshape", "_unsafe_view", "expand", "broadcast_to")
+
+
+def cut_channels(program: Program, group: Channels, keep: Sequence[int]) -> None:
+    """Removes all channels of a group but `keep`, in place.
+
+    Raises:
+        PassError: nothing or something unknown is kept, channels that are coupled would be parted,
+            or an operator's sizes or a site cannot follow.
+    """
+    kept = _kept(group, keep)
+    left = {ref: (labels < 0) | kept[labels] for ref, labels in group.labels.items()}
+    gm = program.module
+    for node in list(gm.graph.nodes):
+        _resize(node, left)
+    for name, axes in group.stored.items():
+        _shrink(gm, name, {axis: left[name, axis] for axis in axes})
+    for (held, axis), rows in left.items():
+        branch = submodule(gm, held)
+        if isinstance(branch, Branch) and branch.features is not None and isinstance(held, Node):
+            if axis == branch.axis % held.meta["val"].dim() and len(rows) == len(branch.features):
+                branch.features = _renumbered(branch.features, rows)
+            if isinstance(branch, RowScale) and branch.own is not None:
+                placed = (branch.features > 0).nonzero().flatten()
+                branch.own = placed[branch.features[placed].argsort()]
+    program.sites = _sites(program.sites, left, set(group.stored))
+    touched = {held for held, _ in left}
+    for node in gm.graph.nodes:
+        near = owner(node) in touched
+        if near or (is_op(node, DIVISIONS) and owner(node.args[0]) in touched):
+            node.meta.pop("val", None)
+
+
+def _kept(group: Channels, keep: Sequence[int]) -> Tensor:
+    kept = torch.zeros(group.count + 1, dtype=torch.bool)  # the last one stands for -1
+    wrong = [k for k in keep if not 0 <= k < group.count]
+    if wrong or not keep:
+        raise PassError(
+            f"channels to keep must be at least one of 0..{group.count - 1}, not "
+            f"{wrong[:3] or 'none'}."
+        )
+    kept[list(keep)] = True
+    parted = (kept[group.roots] != kept[:-1]).nonzero().flatten().tolist()
+    if parted:
+        raise PassError(
+            f"channel {parted[0]} goes only together with channel {int(group.roots[parted[0]])}."
+        )
+    return kept
+
+
+def _shrink(gm: GraphModule, name: str, left: Mapping[int, Tensor]) -> None:
+    """A stored tensor without the indices that go, as a tensor of this program's own."""
+    old = attribute(gm, name)
+    fresh: Tensor = old.detach()
+    for axis, rows in left.items():
+        fresh = fresh.index_select(axis, rows.nonzero().flatten().to(fresh.device))
+    if isinstance(old, nn.Parameter):
+        fresh = nn.Parameter(fresh, old.requires_grad)
+    set_attribute(gm, name, fresh)
+
+
+def _renumbered(features: Tensor, rows: Tensor) -> Tensor:
+    """The `features` of a branch (see `Branch`) where only some of the fused features are left."""
+    place = features.cpu()
+    own = torch.zeros(int(place.max()) + 1, dtype=torch.bool)
+    own[place[rows]] = True
+    own[0] = False
+    return (own.cumsum(0) * own)[place[rows]].to(features.device)
+
+
+# Sizes that operators carry.
+
+
+def _resize(node: Node, left: Mapping[Ref, Tensor]) -> None:
+    """Changes the sizes among a node's arguments."""
+    if is_op(node, _LISTS) and len(node.args) > 1 and isinstance(node.args[1], list | tuple):
+        sizes: list[Any] = list(node.args[1])
+        for axis, size in enumerate(sizes):
+            rows = left.get((node, axis))
+            if rows is not None and isinstance(size, int) and size != -1:
+                sizes[axis] = int(rows.sum())
+        node.update_arg(1, sizes)
+    elif is_op(node, overloads("unflatten")):
+        given = named_arguments(node)
+        first = int(given["dim"]) % node.args[0].meta["val"].dim()  # pyright: ignore
+        new = [_count(left, (node, first + i), s) for i, s in enumerate(given["sizes"])]
+        node.update_arg(2, new)
+    elif is_op(node, _SPANS):
+        _resize_span(node, left)
+    elif is_op(node, DIVISIONS):
+        _resize_division(node, left)
+
+
+def _count(left: Mapping[Ref, Tensor], ref: Ref, size: Any) -> Any:
+    rows = left.get(ref)
+    return size if rows is None or size == -1 else int(rows.sum())
+
+
+def _resize_span(node: Node, left: Mapping[Ref, Tensor]) -> None:
+    source: Any = node.args[0]
+    given = named_arguments(node)
+    axis = int(given.get("dim", 0)) % source.meta["val"].dim()
+    rows = left.get((owner(source), axis))
+    taken = span(node, len(rows)) if rows is not None else None
+    if rows is None or taken is None:
+        return
+    place = rows.cumsum(0) - 1
+    index = torch.tensor(list(taken), dtype=torch.long)
+    want = place[index[rows[index]]].tolist()
+    if not want:
+        raise PassError(f"the cut leaves nothing of {node.name}.")
+    begin, end = want[0], want[-1] + 1
+    step = taken.step
+    if want != list(range(begin, end, step)):
+        raise PassError(f"what is left of {node.name} is no slice any more.")
+    node.target = ATEN.slice.Tensor
+    node.args, node.kwargs = (source, axis, begin, end, step), {}
+
+
+def _resize_division(node: Node, left: Mapping[Ref, Tensor]) -> None:
+    source: Any = node.args[0]
+    found = pieces(node)
+    rows = left.get((owner(source), found[0])) if found is not None else None
+    if found is None or rows is None:
+        return
+    axis, sizes = found
+    new = [int(piece.sum()) for piece in rows.split(sizes)]
+    if is_op(node, overloads("chunk")) and len(set(new)) == 1:
+        return
+    node.target = ATEN.split_with_sizes.default
+    node.args, node.kwargs = (source, new, axis), {}
+
+
+# Sites.
+
+
+def _sites(sites: Sites, left: Mapping[Ref, Tensor], names: set[str]) -> Sites:
+    sites = replace(sites, items=tuple(_site(s, left, names) for s in sites))
+    return replace(sites, items=tuple(_heads(s, sites, names) for s in sites))
+
+
+def _heads(site: Site, sites: Sites, names: set[str]) -> Site:
+    """An attention with the heads that its projections have left."""
+    if not isinstance(site, AttentionSite):
+        return site
+    q, k = sites[site.q], sites[site.k]
+    if not isinstance(q, LinearSite) or not isinstance(k, LinearSite) or q.weight not in names:
+        return site
+    heads, kv_heads = (s.out_features // site.head_dim for s in (q, k))
+    return replace(site, heads=heads, kv_heads=kv_heads)
+
+
+def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str]) -> Site:
+    weight = getattr(site, "weight", None)
+    if weight not in names:
+        return site
+    if not isinstance(site, LinearSite):
+        raise PassError(f"{site.id}: a {site.kind} site cannot be cut yet. Leave it out.")
+    rows = left.get((site.weight, 1 if site.in_out else 0))
+    columns = left.get((site.weight, 0 if site.in_out else 1))
+    if columns is not None:
+        site = replace(site, in_features=int(columns.sum()))
+    if rows is None:
+        return site
+    if site.features is None:
+        return replace(site, out_features=int(rows.sum()))
+    place = (rows.cumsum(0) - 1).tolist()
+    features = tuple(place[f] for f in site.features if rows[f])
+    return replace(site, features=features, out_features=len(features))

@@ -1,0 +1,223 @@
+"""Reading and writing files so that nothing is half-written, half-read or silently wrong.
+
+A file appears whole or not at all (temporary sibling, fsync, rename, fsync of its folder). JSON is
+strict, tensor files are checked byte for byte against hashes, only regular files of a bounded size
+are read, and every problem is a CorruptFileError. Directories: see `directory.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..errors import ArtifactError, CorruptFileError
+from ..graph.sharded import whole
+from .identity import tensor_digest
+from .leftovers import clean, real_path, sync, temporary
+
+JSON_LIMIT = 16 * 2**20
+"""Largest JSON document that is read, in bytes."""
+
+HEADER_LIMIT = 8 * 2**20
+"""Largest safetensors header that is read, in bytes."""
+
+DEPTH_LIMIT = 32
+_DIGITS = 40
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in mapping:
+            raise ValueError(f"duplicate key {key!r}")
+        mapping[key] = item
+    return mapping
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def parse_json(data: bytes, where: str, limit: int = JSON_LIMIT) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, finite numbers, bounded size, depth and digits.
+
+    Takes time linear in the size of the data.
+
+    Raises:
+        CorruptFileError: it is not.
+    """
+    if len(data) > limit:
+        raise CorruptFileError(f"{where} is larger than {limit} bytes.")
+    bare = _STRING.sub(b"", data)
+    brackets = bare.translate(_SQUARE, _NOT_BRACKETS)
+    for _ in range(DEPTH_LIMIT):  # each round takes the innermost level
+        brackets = brackets.replace(b"[]", b"")
+    if brackets:
+        raise CorruptFileError(
+            f"{where} is nested deeper than {DEPTH_LIMIT}, or its brackets do not match."
+        )
+    if re.search(rb"\d{%d}" % (_DIGITS + 1), bare):
+        raise CorruptFileError(f"{where} holds a number of more than {_DIGITS} digits.")
+    try:
+        item = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant,
+            parse_float=_finite,
+        )  # fmt: skip
+        if b"\\u" in data:  # halves of a surrogate pair are no text
+            json.dumps(item, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise CorruptFileError(f"{where} is not valid JSON: {error}.") from error
+    return item
+
+
+def write_json(data: Any) -> bytes:
+    """Canonical JSON: sorted keys, UTF-8, no NaN."""
+    text = json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The tensors as one safetensors file."""
+    whole_ones = {name: whole(t).detach() for name, t in sorted(tensors.items())}
+    plain = {name: t.cpu().contiguous().clone() for name, t in whole_ones.items()}
+    return safetensors.torch.save(plain)
+
+
+def read_file(
+    path: str | Path, limit: int | None = None, *, folder: int | None = None, where: str = ""
+) -> bytes:
+    """A file's bytes.
+
+    Args:
+        path: of a regular file; nothing else is opened (a pipe would wait for ever).
+        limit: its largest size, in bytes.
+        folder: handle of the directory that a relative `path` is in.
+        where: what errors call it, if not `path`.
+
+    Raises:
+        ArtifactError: it is missing, unreadable or no regular file.
+        CorruptFileError: it is larger than `limit`.
+    """
+    where = where or str(path)
+    if "\0" in str(path):
+        raise ArtifactError(f"{where!r} is no path: it holds a null character.")
+    try:
+        require_regular(where, os.stat(path, dir_fd=folder))
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), dir_fd=folder)
+        with open(handle, "rb") as file:
+            require_regular(where, os.fstat(file.fileno()))
+            data = file.read() if limit is None else file.read(limit + 1)
+    except OSError as error:
+        raise ArtifactError(f"{where} cannot be read: {error.strerror}.") from error
+    if limit is not None and len(data) > limit:
+        raise CorruptFileError(f"{where} is larger than {limit} bytes.")
+    return data
+
+
+def require_regular(where: object, status: os.stat_result) -> None:
+    """Raises ArtifactError for a directory, a pipe, a device or a socket."""
+    if not stat.S_ISREG(status.st_mode):
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
+        raise ArtifactError(f"{where} cannot be read: it is {what}, not a regular file.")
+
+
+def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, whose header must be strict JSON.
+
+    Raises:
+        CorruptFileError: it is truncated or malformed.
+    """
+    if len(data) < 8:
+        raise CorruptFileError(f"{where} is truncated ({len(data)} bytes).")
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > min(HEADER_LIMIT, len(data) - 8):
+        raise CorruptFileError(f"{where}: the header claims {size} bytes; the file is damaged.")
+    parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
+    try:
+        return dict(sorted(safetensors.torch.load(data).items()))  # its own order is random
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptFileError(f"{where} is damaged, no safetensors file: {error}.") from error
+
+
+def tensors_of(data: bytes, digests: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that must hold exactly those of `digests`, unaltered.
+
+    Raises:
+        CorruptFileError: truncated, altered, missing or extra tensors.
+    """
+    tensors = parse_tensors(data, where)
+    missing, extra = sorted(set(digests) - set(tensors)), sorted(set(tensors) - set(digests))
+    if missing or extra:
+        what = f"lacks {missing[:3]}" if missing else f"holds unknown tensors {extra[:3]}"
+        raise CorruptFileError(f"{where} {what}; it does not belong to its manifest.")
+    for name, tensor in tensors.items():
+        if tensor_digest(tensor) != digests[name]:
+            raise CorruptFileError(f"{where}: the bytes of {name!r} were altered (sha256 differs).")
+    return tensors
+
+
+def read_tensors(path: Path, digests: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Reads a safetensors file; see `tensors_of`.
+
+    Raises:
+        ArtifactError: it cannot be read (CorruptFileError: see `tensors_of`).
+    """
+    return tensors_of(read_file(path), digests, str(path))
+
+
+@contextlib.contextmanager
+def new_file(target: str | Path) -> Iterator[Path]:
+    """A temporary sibling to write, which becomes `target` if nothing fails meanwhile.
+
+    A link is followed, so that it stays one. The file has the permissions of any new file.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is unchanged.
+    """
+    try:
+        real = real_path(target)
+        clean(real.parent)
+        fresh = temporary(real, "new")
+        try:
+            yield fresh
+            sync(fresh)
+            fresh.replace(real)
+            sync(real.parent)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
+        ) from error
+
+
+def write_file(target: str | Path, content: bytes) -> None:
+    """Writes one file atomically, in a folder that exists.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there is unchanged.
+    """
+    with new_file(target) as fresh:
+        fresh.write_bytes(content)

@@ -1,0 +1,264 @@
+"""The module of a program: a graph module that knows what may be changed after capture, and forks.
+
+Devices that the graph names (`arange(device=cpu)`) move with the tensors. The dtype does not: casts
+to a literal dtype and branches on the dtype were decided when the model was traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from ..errors import CaptureError
+from .aten import attribute, set_attribute, submodule, written
+from .placement import relocate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class CapturedModule(GraphModule):
+    """A graph module that moves between devices as a whole and refuses another dtype."""
+
+    def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
+        if own_attribute(root, "device") is not None:  # every instance has a class of its own
+            kind: Any = type(self)
+            kind.device = property(lambda me: own_attribute(me, "device"))
+        super().__init__(root, graph, class_name)
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return functools.partial(CapturedModule.__init__, class_name=type(self).__name__)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.cuda()`, `.half()` and the like call, for every tensor.
+
+        Raises:
+            CaptureError: it would change a floating-point dtype; nothing is changed.
+        """
+        before = device_of(self)
+        keeps_dtype(self, fn, before)
+        super()._apply(fn, recurse)
+        if (after := device_of(self)) != before:
+            relocate(self, before, after)
+        return self
+
+    @property
+    def device(self) -> Any:
+        """The device of the stored tensors; what the model itself calls so, if anything."""
+        return device_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles code, not nodes, as torch does; what is read back is of this class again."""
+        return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+def _unpickled(build: Callable[..., GraphModule], arguments: Any, name: str) -> CapturedModule:
+    gm = build(*arguments)
+    made = CapturedModule(gm, gm.graph, class_name=name)
+    copy_modes(gm, made)
+    return made
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """The child, parameter or buffer that a module has under a name, which a class may hide."""
+    tables: tuple[Any, ...] = (module._modules, module._parameters, module._buffers)
+    return next((table[name] for table in tables if name in table), None)
+
+
+def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
+    """Lets what a function makes be trained, although it is called in inference mode."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first tensor."""
+    for held in (module.parameters(), module.buffers()):
+        for tensor in held:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def same_view(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Raises CaptureError if `fn` would change a floating-point dtype of a captured module."""
+    held = [*module.parameters(), *module.buffers()]
+    for dtype in {t.dtype for t in held if t.is_floating_point()}:
+        changed = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+        if changed != dtype:
+            raise CaptureError(
+                f"a captured graph keeps its dtype: casts to {dtype} are part of it, so "
+                f"{changed} would give wrong results or fail. Capture again in that dtype: "
+                f"peftfx.capture(model, ..., dtype={changed}). For mixed precision, run it "
+                "under torch.autocast."
+            )
+
+
+def state_tensors(gm: GraphModule) -> set[str]:
+    """Names of stored tensors that a forward updates (batch statistics).
+
+    A module's `updates_state` says which of its arguments it writes, by position, or True for all.
+    """
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if places := getattr(submodule(gm, node), "updates_state", False):
+            inputs = node.all_input_nodes if places is True else [node.args[i] for i in places]
+            found |= {str(a.target) for a in inputs if isinstance(a, Node) and a.op == "get_attr"}
+        elif (target := written(node)) is not None and target.op == "get_attr":
+            found.add(str(target.target))
+    return found
+
+
+def state_buffers(gm: GraphModule) -> set[str]:
+    """Those of `state_tensors` that are buffers."""
+    return state_tensors(gm) & {n for n, _ in gm.named_buffers()}
+
+
+def fork_module(gm: GraphModule) -> CapturedModule:
+    """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
+    memo: dict[int, Any] = {}
+    updated = state_tensors(gm)
+    for name, parameter in gm.named_parameters():
+        data = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(
+            data.clone() if parameter.requires_grad or name in updated else data,
+            parameter.requires_grad,
+        )
+    for name, buffer in gm.named_buffers():
+        memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
+    return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+
+
+def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
+    """A module that runs the same code over tensors and submodules of its own, at little cost.
+
+    Args:
+        gm: its graph and code are shared, so neither may be edited.
+        memo: what stands for its tensors, by the id of each.
+    """
+    if hasattr(gm, "unshard"):  # a unit of `fully_shard`
+        return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    twin = object.__new__(type(gm))
+    twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
+    twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
+    for table in ("_parameters", "_buffers"):
+        held = {k: memo.get(id(t), t) for k, t in gm.__dict__[table].items()}
+        twin.__dict__[table] = held
+    children = {k: copy.deepcopy(m, memo) for k, m in gm._modules.items()}
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule:
+    """Copies graph and modules; all Parameter objects and buffers are those of `source`.
+
+    Args:
+        source: holds what the graph reads and calls, by path.
+        graph: is copied.
+        name: the class name of the result.
+    """
+    held: list[Tensor] = [*source.parameters(), *source.buffers()]
+    return _rebuild(source, graph, {id(t): t for t in held}, name)
+
+
+def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
+    """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
+    root, transient = nn.Module(), transient_buffers(source)
+    for node in original.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and not _has(root, path):
+            _place(root, path, copy.deepcopy(source.get_submodule(path), memo))
+        elif node.op == "get_attr" and not _has(root, path):
+            held = attribute(source, path)
+            set_attribute(root, path, memo.get(id(held), held), path in transient)
+    forked = CapturedModule(root, copy_graph(original), class_name=name)
+    copy_modes(source, forked)
+    return forked
+
+
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Gives every module of `target` the mode that the one of its name has in `source`."""
+    modes = {path: module.training for path, module in source.named_modules()}
+    for path, module in target.named_modules():
+        module.training = modes.get(path, source.training)
+
+
+@contextlib.contextmanager
+def state_kept(gm: GraphModule) -> Iterator[None]:
+    """Puts back what a forward in evaluation mode writes; most models write nothing then."""
+    targets = {t for n in gm.graph.nodes if (t := written(n)) is not None and t.op == "get_attr"}
+    held: list[Tensor] = [attribute(gm, str(node.target)) for node in targets]
+    before = [tensor.detach().clone() for tensor in held]
+    try:
+        yield
+    finally:
+        for tensor, kept in zip(held, before, strict=True):
+            tensor.data.copy_(kept)
+
+
+@contextlib.contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Puts the mode of every submodule back afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
+
+
+def copy_graph(original: Graph) -> Graph:
+    """A copy of a graph that shares the fake values and the input and output structure."""
+    graph = Graph()
+    graph.set_codegen(original._codegen)
+    copied: dict[Node, Node] = {}
+    result: Any = graph.graph_copy(original, copied, return_output_node=True)
+    values, output = result
+    graph.output(values, output.type).meta = dict(output.meta)
+    return graph
+
+
+def transient_buffers(gm: nn.Module) -> set[str]:
+    """Names of buffers that are not part of the state dict."""
+    found: set[str] = set()
+    for prefix, module in gm.named_modules():
+        for name in module._non_persistent_buffers_set:
+            found.add(f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        attribute(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = getattr(root, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            root.add_module(part, child)
+        root = child
+    root.add_module(leaf, module)

@@ -1,0 +1,113 @@
+"""How much of what adapters do a rewriting keeps.
+
+Rounding explains differences up to a network's own sensitivity, which in bfloat16 may be more than
+an adapter does. So a pass that rewrites or folds branches is also held to what they contribute:
+the outputs with them, against the outputs with each of them doing nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..branches.branch import Delta, Expression, RowScale, Scale, Serial
+from .compare import floats
+from .witness import Witness
+
+SHARE = 0.1
+"""Share of what branches contribute that a rewriting may change in any case."""
+
+
+def effect(before: Witness, after: Witness, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """What the branches that a pass has folded or rewritten contribute, and what is left of it.
+
+    Returns:
+        `effect`, the norm of what the branches add to the outputs, and `error`, that of the
+        difference between the programs, both relative to the outputs' norm; `kept`, how much of
+        the former is left, where 1 is all and 0 nothing. Empty if there is nothing to tell.
+    """
+    paths = _rewritten(before, after)
+    if not paths:
+        return {}
+    full, made = floats(before.outputs(inputs)), floats(after.outputs(inputs))
+    with _silenced(before.gm, paths):
+        bare = floats(before.call(before.completed(inputs)))
+    square = error = product = 0.0
+    for x, y, z in zip(full, made, bare, strict=True):
+        a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in (x, y, z))
+        size = float(a.square().sum()) or 1.0
+        square += float((a - c).square().sum()) / size
+        error += float((b - a).square().sum()) / size
+        product += float(((b - c) * (a - c)).sum()) / size
+    if not square:
+        return {}
+    return {"effect": math.sqrt(square), "error": math.sqrt(error), "kept": product / square}
+
+
+def _rewritten(before: Witness, after: Witness) -> list[str]:
+    """Paths of the branches that are gone; if none is, of all."""
+    there = [a.path for a in before.program.attachments]
+    left = {a.path for a in after.program.attachments}
+    gone = [path for path in there if path not in left]
+    return gone or there
+
+
+@contextlib.contextmanager
+def _silenced(gm: nn.Module, paths: list[str]) -> Iterator[None]:
+    """Lets the branches at these paths do nothing, where their slot has a word for that."""
+    silent: list[Any] = []
+    try:
+        for path in paths:
+            module: Any = gm.get_submodule(path)
+            for kind, neutral in _NEUTRAL:
+                if isinstance(module, kind):
+                    module.forward = neutral(module.forward)
+                    silent.append(module)
+        yield
+    finally:
+        for module in silent:
+            del module.forward
+
+
+Forward = Callable[..., Any]
+
+
+def _no_delta(forward: Forward) -> Forward:
+    def silent(
+        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **reads: Tensor
+    ) -> Tensor:
+        if weight is not None:
+            return F.linear(x, weight, bias)
+        return torch.zeros_like(forward(x, **reads))
+
+    return silent
+
+
+def _no_rows(forward: Forward) -> Forward:
+    def silent(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        lowered = getattr(getattr(forward, "__self__", None), "lowered", None)
+        return y if lowered is None else F.linear(x, weight, bias)
+
+    return silent
+
+
+def _first(forward: Forward) -> Forward:
+    del forward
+    return lambda x, *_, **__: x
+
+
+def _no_update(forward: Forward) -> Forward:
+    del forward
+    return lambda h, skip=True, **_: h if skip else torch.zeros_like(h)
+
+
+_NEUTRAL: tuple[tuple[type[nn.Module], Callable[[Forward], Forward]], ...] = (
+    (Delta, _no_delta), (RowScale, _no_rows), (Scale, _first), (Expression, _first),
+    (Serial, _no_update),
+)  # fmt: skip

@@ -1,0 +1,161 @@
+"""What must be settled before outputs can be compared: two calls give the same, and training mode
+differs from evaluation as it did before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import VerifyError
+from ..graph.sharded import is_sharded
+from .compare import Gap, compare
+from .still import Expected, forward, written
+from .witness import Witness, repeats
+
+if TYPE_CHECKING:
+    from ..program.state import Program
+
+NOISE = 0.1
+"""Scale of the noise on what trains in branches: what is zero at first hides what they do."""
+
+
+def perturbed(program: Program, names: Collection[str] | None = None, seed: int = 0) -> Witness:
+    """A witness of the program as if it had trained: with noise on parameters of branches.
+
+    Args:
+        program: not changed.
+        names: of parameters; by default all that train. Those outside of branches stay.
+        seed: of the noise.
+    """
+    trained = program.named_trainable_parameters() if names is None else names
+    witness = Witness(program)
+    held = dict(witness.gm.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    for name in trained:
+        parameter = held.get(name)
+        if parameter is None or not name.startswith(program.inserted) or is_sharded(parameter):
+            continue
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator) * NOISE
+            parameter.data = parameter.detach() + noise.to(parameter)
+    return witness
+
+
+def quieten(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> str:
+    """Lets random operators have their expected value in both, if the program before draws random
+    numbers in evaluation mode; says what `repeats` says of it."""
+    was = repeats(before, _smallest(rounds))
+    if was.startswith("random"):
+        for witness in (before, after):
+            witness.expected = True
+            witness.forget()
+    return was
+
+
+def _smallest(rounds: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    return min(rounds, key=lambda i: sum(t.numel() for t in i.values()))
+
+
+def require_steady(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raises VerifyError unless a second call gives the same, as far as it did in the captured
+    model: what an earlier branch does excuses nothing."""
+    inputs = _smallest(rounds)
+    now = repeats(after, inputs)
+    was = quieten(before, after, rounds)
+    if was.startswith("changed"):
+        raise VerifyError(
+            "the pass changed the program that it was given, whose outputs are not what they were "
+            f"({was.removeprefix('changed: ')}). Passes read it in `plan` and change a fork in "
+            "`apply`. It shares storage with others: load its weights again, or capture again."
+        )
+    _require_excused(now, after, before.program.base, inputs)
+    if writes := after.moved() - before.moved():
+        raise VerifyError(
+            f"the result writes {min(writes)} in evaluation mode, which the program before does "
+            "not. Only training may update buffers."
+        )
+
+
+def require_settled(
+    witness: Witness, base: Program, rounds: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Raises VerifyError unless a second call gives the same, as far as it does in `base`."""
+    inputs = _smallest(rounds)
+    _require_excused(repeats(witness, inputs), witness, base, inputs)
+
+
+def _require_excused(
+    now: str, after: Witness, captured: Program, inputs: Mapping[str, Tensor]
+) -> None:
+    """Raises VerifyError for what `repeats` says of a program, but not of the captured one."""
+    if not now:
+        return
+    base = Witness(captured)
+    was = repeats(base, inputs)
+    if now.startswith("random") and not was:
+        raise VerifyError(
+            "the result draws random numbers in evaluation mode, which the captured model does "
+            f"not: two calls on equal inputs differ ({now.removeprefix('random: ')})."
+        )
+    if now.startswith("random") and (more := _drawn(after, inputs) - _drawn(base, inputs)):
+        raise VerifyError(
+            "the result draws more random numbers in evaluation mode than the captured model: "
+            f"{min(more)} runs {more[min(more)]} times more."
+        )
+    if not was:
+        raise VerifyError(
+            "the result's state drifts in evaluation mode: two calls on equal inputs differ "
+            f"({now.partition(': ')[2]}). Only training may update buffers."
+        )
+
+
+def _drawn(witness: Witness, inputs: Mapping[str, Tensor]) -> Counter[str]:
+    """How often each random operator runs in evaluation mode."""
+    counts: Counter[str] = Counter()
+    witness.reset()
+    with Expected() as mode:
+        forward(witness.gm, witness.completed(inputs))
+    for (name, *_), count in mode.draws.items():
+        counts[name] += count
+    return counts
+
+
+def trained(
+    before: Witness, after: Witness, inputs: Mapping[str, Tensor], *, grows: bool
+) -> list[Gap]:
+    """The gaps in training mode; none if the program before does not run there.
+
+    Args:
+        before, after: what is compared.
+        inputs: that they are called with.
+        grows: the pass may add random operators, and must take none away; else the other way round.
+    """
+    with before.training() as drawn:
+        try:
+            want = forward(before.gm, before.completed(inputs))
+        except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
+            return []
+    with after.training() as drawing:
+        try:
+            got = forward(after.gm, after.completed(inputs))
+        except Exception as error:
+            raise VerifyError(f"the result does not run in training mode: {error}") from error
+    # Branches may have dropout of their own, which goes when they fold; the model's own stays.
+    more, less = (drawing, drawn) if grows else (drawn, drawing)
+    if lost := less.draws - more.draws:
+        name, shape, numbers = next(iter(lost))
+        raise VerifyError(
+            f"dropout or other noise changes in training mode: {name} {numbers} on {shape} runs "
+            f"{lost.total()} times {'less' if grows else 'more'}."
+        )
+    silent = written(after.gm) - written(before.gm)
+    if silent:
+        raise VerifyError(
+            f"{min(silent)} is written in training mode, but its module does not say so: set "
+            "`updates_state = True` there, so that programs do not share it."
+        )
+    return compare(want, got)

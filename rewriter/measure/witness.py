@@ -1,0 +1,154 @@
+"""What a program does, kept to compare with: outputs in both modes, and whether they stay the same.
+
+A witness is taken before a pass plans, so that it also tells of what the pass did to the program
+that it was given. It runs on a still copy (see `still`); nothing of the live module is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..graph.module import CapturedModule, device_of, state_tensors
+from ..graph.sharded import is_sharded
+from .compare import compare
+from .still import Expected, forward, still, written
+
+if TYPE_CHECKING:
+    from ..program.state import Program
+
+
+@dataclass(eq=False)
+class Witness:
+    """The outputs of a program by its inputs.
+
+    Attributes:
+        program: of which it is a witness.
+        gm: the still copy.
+        expected: random operators give their expected value, because the model itself draws random
+            numbers in evaluation mode.
+    """
+
+    program: Program
+    gm: CapturedModule = field(init=False)
+    expected: bool = False
+
+    def __post_init__(self) -> None:
+        self.gm = still(self.program)
+        held = self._stored()
+        self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
+        self._seen: list[tuple[dict[str, Tensor], Any]] = []
+
+    def _stored(self) -> dict[str, Tensor]:
+        return dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
+
+    def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs that the program takes: those that a pass has dropped with the values that
+        they had to have, none that a pass has added."""
+        return completed(self.program, inputs)
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> Any:
+        """The outputs in evaluation mode, from the program's own state."""
+        given = self.completed(inputs)
+        for known, result in self._seen:
+            if all(torch.equal(t, known[n]) for n, t in given.items()):
+                return result
+        self.reset()
+        self._seen.append((given, self.call(given)))
+        return self._seen[-1][1]
+
+    def call(self, given: Mapping[str, Tensor]) -> Any:
+        """The outputs of one more call, in the mode and state that the copy is in."""
+        with Expected() if self.expected else contextlib.nullcontext():
+            return forward(self.gm, given)
+
+    def reset(self) -> None:
+        """Puts the state back that the program has."""
+        held = self._stored()
+        for name, value in self._state.items():
+            held[name].data.copy_(value)
+
+    def forget(self) -> None:
+        """Drops what was computed."""
+        self._seen.clear()
+
+    def moved(self) -> set[str]:
+        """Names of the stored tensors that differ from those of the program, or were written."""
+        held = self._stored()
+        return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Expected]:
+        """Lets `gm` be in training mode, with its random operators at their expected value."""
+        self.reset()
+        self.gm.train()
+        try:
+            with Expected() as mode:
+                yield mode
+        finally:
+            self.gm.eval()
+            self.reset()
+
+
+def completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See `Witness.completed`."""
+    spec = program.spec
+    if all(i.name in inputs for i in spec.inputs):
+        return {i.name: inputs[i.name] for i in spec.inputs}
+    example = spec.example(None, **spec.sizes_of(inputs))
+    device = device_of(program.module)
+    return {i.name: inputs.get(i.name, example[i.name].to(device)) for i in spec.inputs}
+
+
+def equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same bit for bit, NaN included."""
+    return x.dtype == y.dtype and x.shape == y.shape and not different(x, y)
+
+
+def different(want: Any, got: Any) -> str:
+    """The first of two programs' outputs that is not equal, and how; empty if all are."""
+    for gap in compare(want, got):
+        if gap.relative or gap.reason:
+            return f"{gap.name} {gap.reason or f'by {gap.relative:.3g} of its largest value'}"
+    return ""
+
+
+def repeats(witness: Witness, inputs: Mapping[str, Tensor]) -> str:
+    """Why a second call on equal inputs does not give the same; empty if it does.
+
+    Compares with what the first call gave when the witness was taken, so a change of the program
+    since then counts as well.
+    """
+    first = witness.outputs(inputs)
+    given = witness.completed(inputs)
+    second = witness.call(given)
+    if not (gap := different(first, second)):
+        return ""
+    if device_of(witness.gm).type != "cpu" and _rounded(first, second):
+        return ""
+    witness.reset()
+    third = witness.call(given)
+    if not different(second, third) and not witness.moved():
+        return f"changed: {gap}"
+    with Expected() as mode:
+        witness.reset()
+        once = forward(witness.gm, given)
+        witness.reset()
+        if mode.draws and not different(once, forward(witness.gm, given)):
+            return f"random: {gap}"
+    return f"drifts: {gap}"
+
+
+def _rounded(x: Any, y: Any) -> bool:
+    # Sums by atomic additions come in any order on a GPU.
+    return all(g.relative <= 1e-3 and not g.reason for g in compare(x, y))
+
+
+def whole_tensors(program: Program) -> bool:
+    """Whether no stored tensor is sharded over ranks."""
+    return not any(is_sharded(p) for p in program.module.parameters())

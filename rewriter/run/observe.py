@@ -1,0 +1,150 @@
+"""Looking inside a program: values of its graph beside its outputs, with gradients if wanted.
+
+The looking glass is a second graph over the same Parameters; the program itself is not changed,
+and its outputs keep their form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from ..edits.calls.values import input_of
+from ..edits.linear.compose import composed_value, site_nodes
+from ..errors import PassError, nearest
+from ..graph.aten import ancestors, placeholders
+from ..graph.module import device_of
+from ..measure.still import still, stilled
+
+if TYPE_CHECKING:
+    from ..program.sites import Site
+    from ..program.state import Program
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Tapped(nn.Module):
+    """`module(**batch) -> (outputs, {name: value})`, sharing all tensors with a program."""
+
+    def __init__(self, program: Program, values: Mapping[str, Node]) -> None:
+        super().__init__()
+        gm = program.module
+        graph = Graph()
+        copied: dict[Node, Node] = {}
+        result: Any = graph.graph_copy(gm.graph, copied)
+        graph.output((result, {name: copied[node] for name, node in values.items()}))
+        self.inner = GraphModule(gm, graph)
+        self.spec: Any = gm.graph._codegen.pytree_info.out_spec  # pyright: ignore
+        self.names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+
+    def forward(self, **batch: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        outputs, values = self.inner(*(batch[name] for name in self.names))
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self.spec), values
+
+
+def tap(program: Program, values: Mapping[str, Site | str], at: str = "output") -> Tapped:
+    """A view of a program that also returns values from inside.
+
+    Args:
+        program: not changed; its parameters are shared.
+        values: name of the value -> a site, or the path of a shared module or branch.
+        at: `output` or `input` of sites.
+
+    Raises:
+        PassError: there is no such module, or `at` is neither.
+    """
+    if at not in ("input", "output"):
+        raise PassError(f"at must be 'input' or 'output', not {at!r}.")
+    nodes = site_nodes(program.module)
+    called = {str(n.target): n for n in program.module.graph.nodes if n.op == "call_module"}
+    found: dict[str, Node] = {}
+    for name, what in values.items():
+        if not isinstance(what, str):
+            node = nodes[what.nodes[0]]
+            found[name] = input_of(what, nodes) if at == "input" else composed_value(node)
+        elif what in called:
+            found[name] = called[what]
+        else:
+            raise PassError(
+                f"the graph calls no module {what!r}. Nearest: {nearest(what, called)}."
+            )
+    return Tapped(program, found)
+
+
+def observe(
+    program: Program,
+    data: Iterable[Mapping[str, Tensor]],
+    values: Mapping[str, Site | str],
+    reduce: Reduce | Mapping[str, Reduce],
+    at: str = "output",
+) -> dict[str, Tensor]:
+    """The mean over batches of a reduction of values inside a program, in evaluation mode.
+
+    Args:
+        program: not changed.
+        data: batches of the program's inputs; other keys are ignored.
+        values, at: as for `tap`.
+        reduce: a value -> what to average (of one shape for all batches); for all values, or for
+            each by name.
+
+    Raises:
+        PassError: there are no batches.
+    """
+    program = stilled(program)
+    tapped = tap(program, values, at)
+    totals: dict[str, Tensor] = {}
+    taken = set(program.spec.names)
+    count = 0
+    with torch.no_grad():
+        for batch in data:
+            bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
+            for name, value in tapped(**bound)[1].items():
+                reduced = (reduce[name] if isinstance(reduce, Mapping) else reduce)(value)
+                totals[name] = totals[name] + reduced if name in totals else reduced
+            count += 1
+    if not count:
+        raise PassError("there are no batches to observe: run(program, passes, data=[...]).")
+    return {name: total / count for name, total in totals.items()}
+
+
+def constants(
+    program: Program, adapter: str, inputs: Mapping[str, int]
+) -> dict[str, dict[str, Tensor]]:
+    """What an adapter's branches read, where it depends on stored tensors and the given inputs
+    alone.
+
+    Args:
+        program: not changed.
+        adapter: its name.
+        inputs: name of an input -> the number that fills it.
+
+    Returns:
+        path of the branch -> {argument: value}, as evaluation mode computes it.
+    """
+    gm = still(program)
+    taken = placeholders(gm)
+    run = Interpreter(gm, garbage_collect_values=False)
+    for name, number in inputs.items():
+        run.env[taken[name]] = torch.full_like(program.sample[name], number, device=device_of(gm))
+    others = set(taken.values()) - set(run.env)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    found: dict[str, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for attachment in program.attachments:
+            if attachment.adapter != adapter:
+                continue
+            for argument, name in attachment.reads.items():
+                needed = list(ancestors(next(n for n in order if n.name == name)))
+                if others.intersection(needed):
+                    continue
+                for node in sorted(needed, key=order.__getitem__):
+                    if node not in run.env:
+                        run.env[node] = run.run_node(node)
+                value = run.env[needed[0]].detach().clone()
+                found.setdefault(attachment.path, {})[argument] = value
+    return found

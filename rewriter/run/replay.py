@@ -1,0 +1,116 @@
+"""Rebuilding a program from its base: its steps again, with the values that it has now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..graph.aten import set_attribute
+from ..graph.module import copy_modes, outside_inference, state_tensors
+from ..graph.sharded import placed_like, whole
+from ..pipeline.passes import Plan
+from ..program.fingerprint import require_unchanged
+from ..program.state import BRANCHES, Program, Record
+from ..program.trained import ITSELF, require_owned, train_only
+from .before_fold import LEFT, undone, values_then
+from .run import apply_plan
+
+
+def replay_steps(
+    program: Program, adapters: Sequence[str] | None = None
+) -> Iterator[tuple[Record, Program, Program]]:
+    """Rebuilds a program from its base, step by step, with its current values.
+
+    Yields (record, before, after); `after` of an inserting pass holds freshly initialised
+    branches as far as its certificate goes, and the current values from the next step on.
+    """
+    names = program.adapters if adapters is None else tuple(adapters)
+    current = _begin(program)
+    kept_plans = ((i, r, _kept(r, names)) for i, r in enumerate(program.history))
+    steps = [(i, r, plan) for i, r, plan in kept_plans if plan is not None]
+    other = undone(program, [(i, plan) for i, _, plan in steps])
+    for index, (place, record, plan) in enumerate(steps):
+        before = current
+        current = apply_plan(current, record.applied, plan, check=False)
+        kept = replace(current.history[-1], certificate=record.certificate)
+        current.history = (*current.history[:-1], kept)
+        yield record, before, current
+        reshaped = any(r.applied.reshapes for _, r, _ in steps[index + 1 :])
+        later = [r.plan for r in program.history[place + 1 :]]
+        for name in current.owners:
+            values = values_then(program.adapter_tensors(name), later)
+            here = {n: t for n, t in values.items() if other.get(n, place + 1) > place}
+            load_values(current, here, reshaped)
+        if set(names) == set(program.adapters):  # statistics are those of all of them together
+            load_values(current, program.updated(), reshaped)
+
+
+def _begin(program: Program) -> Program:
+    """The base with what the user trains himself, as it was before any pass."""
+    mine = program.owned.get(ITSELF)
+    if not mine:
+        return program.base
+    current = program.base.fork()
+    train_only(current, mine)
+    values = values_then(program.adapter_tensors(ITSELF), [r.plan for r in program.history])
+    load_values(current, values, reshaped=True)
+    return current
+
+
+def _kept(record: Record, names: Sequence[str]) -> Plan | None:
+    """A record's plan for the given adapters alone; None if it has nothing to do for them."""
+    plan = record.plan
+    if record.adapter is not None and record.adapter not in names:
+        return None
+    paths = plan.decisions.get("branches")
+    if not paths:
+        return plan
+    kept = [p for p in paths if p.split(".")[1] in names]
+    if not kept:
+        return None
+    of_them = {p: paths[p] for p in kept} if isinstance(paths, Mapping) else kept
+    decisions = {**plan.decisions, "branches": of_them}
+    if len(kept) < len(paths):
+        decisions.pop(LEFT, None)
+    return replace(plan, decisions=decisions)
+
+
+@outside_inference
+def replay(program: Program, adapters: Sequence[str]) -> Program:
+    """The program with only the given adapters, rebuilt from its base without random choices."""
+    require_owned(program)
+    require_unchanged(program)
+    current = _begin(program).fork()
+    for _, _, after in replay_steps(program, adapters):
+        current = after
+    copy_modes(program.module, current.module)
+    return current
+
+
+def load_values(
+    program: Program, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
+) -> None:
+    """Copies values into a program's own branch, trained and updated base tensors, by name.
+
+    Where a tensor has no storage yet (meta device), it gets that of the value. With `reshaped`,
+    a later pass gives tensors the shape that their values have: those are left for then.
+    """
+    held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
+    mine = {n for names in program.owned.values() for n in names} | state_tensors(program.module)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in held and (name.startswith(f"{BRANCHES}.") or name in mine):
+                own = held[name]
+                if reshaped and own.shape != tensor.shape:
+                    continue
+                if not own.is_meta or tensor.is_meta:
+                    own.copy_(placed_like(whole(tensor), own))
+                elif isinstance(own, nn.Parameter):
+                    set_attribute(
+                        program.module, name, nn.Parameter(tensor.clone(), own.requires_grad)
+                    )
+                else:
+                    set_attribute(program.module, name, tensor.clone())

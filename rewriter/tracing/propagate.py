@@ -1,0 +1,219 @@
+"""Keeps the fake values of a graph true after an edit, at the cost of what the edit touched.
+
+Recomputes nodes whose inputs changed, in order, and stops where shape and dtype stay the same.
+A pass that makes a size fixed would add a guard to the shape environment; that is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx import GraphModule, Node
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from ..edits.calls.requirements import failing_branch
+from ..errors import PassError
+from ..graph.aten import attribute, expression_of, source_line, value
+from ..graph.modes import Attention
+from ..graph.symbols import unify
+from ..graph.turns import alone
+
+if TYPE_CHECKING:
+    from ..program.state import Program
+
+
+class _SizeFixedError(PassError):
+    """An operation asked for a guard, which would fix or narrow a size."""
+
+
+_FIXING = (_SizeFixedError, symbolic_shapes.GuardOnDataDependentSymNode)
+
+
+_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException)
+
+
+def fake_mode(gm: GraphModule) -> Any:
+    """The FakeTensorMode of a captured graph's recorded values."""
+    for node in gm.graph.nodes:
+        val = value(node)
+        if isinstance(val, Tensor) and hasattr(val, "fake_mode"):
+            return val.fake_mode  # pyright: ignore[reportAttributeAccessIssue]
+    return None
+
+
+def _on_meta(gm: GraphModule) -> bool:
+    values = (value(n) for n in gm.graph.nodes)
+    return any(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
+
+
+def _same(before: Any, after: Any) -> bool:
+    a, b = pytree.tree_leaves(before), pytree.tree_leaves(after)
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if x.dtype != y.dtype or [str(s) for s in x.shape] != [str(s) for s in y.shape]:
+                return False
+        elif str(x) != str(y):
+            return False
+    return True
+
+
+class _Fakes:
+    """Fake counterparts of the stored tensors, made once."""
+
+    def __init__(self, gm: GraphModule, mode: Any) -> None:
+        self.gm, self.mode = gm, mode
+        self.made: dict[int, Tensor] = {}
+        self.meta = _on_meta(gm)
+
+    def tensor(self, real: Tensor) -> Tensor:
+        if id(real) not in self.made:
+            # In a graph without storage, adapters and computed buffers may have some.
+            like = real.to("meta") if self.meta else real
+            self.made[id(real)] = self.mode.from_tensor(like, static_shapes=True)
+        return self.made[id(real)]
+
+    def run(self, node: Node) -> Any:
+        def load(n: Node) -> Any:
+            if n.op == "get_attr":
+                held = attribute(self.gm, str(n.target))
+                return self.tensor(held) if isinstance(held, Tensor) else held
+            return n.meta["val"]
+
+        loaded: Any = map_arg((node.args, node.kwargs), load)
+        args, kwargs = loaded
+        if node.op == "get_attr":
+            return load(node)
+        if node.op == "output":
+            return args[0]
+        with self.mode, enable_python_dispatcher():
+            if node.op == "call_module":
+                module = self.gm.get_submodule(str(node.target))
+                if isinstance(module, Attention):
+                    return module.abstract(*args[:3])
+                if getattr(module, "chooses_sizes", False) and "val" in node.meta:
+                    return node.meta["val"]
+                state = {n: self.tensor(t) for n, t in module.named_parameters()}
+                state |= {n: self.tensor(t) for n, t in module.named_buffers()}
+                return torch.func.functional_call(module, state, args, kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+@contextlib.contextmanager
+def _no_new_guards(environment: Any) -> Iterator[None]:
+    """Makes an operation that would fix or narrow a size fail instead."""
+    if environment is None:
+        yield
+    elif hasattr(environment, "error_on_new_guards"):
+        try:
+            with environment.error_on_new_guards():
+                yield
+        except symbolic_shapes._ShapeEnvGuardError as error:
+            raise _SizeFixedError(str(error)) from error
+    else:  # before torch 2.13: found afterwards
+        count = len(environment.guards)
+        yield
+        if len(environment.guards) > count:
+            raise _SizeFixedError(f"guard {environment.guards[-1].expr}")
+
+
+@contextlib.contextmanager
+def _ranges(environment: Any, program: Program) -> Iterator[None]:
+    """Tells the shape environment the program's own input ranges while it works."""
+    if environment is None:
+        yield
+        return
+    saved = dict(environment.var_to_range)
+    try:
+        for symbol, bound in saved.items():
+            _, high = program.spec.ranges.get(program.symbols.get(str(symbol), ""), (1, None))
+            if high is not None and bound.upper > high:
+                environment.var_to_range[symbol] = type(bound)(bound.lower, high)
+        environment._update_version_counter()
+        yield
+    finally:
+        environment.var_to_range.update(saved)
+        environment._update_version_counter()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences torch's own log of problems that become errors of ours."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes",
+             "torch.export", "torch.fx.experimental")  # fmt: skip
+    loggers = [logging.getLogger(n) for n in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def propagate(program: Program, method: str = "") -> int:
+    """Recomputes the fake values of new nodes and of nodes downstream whose shapes change.
+
+    Args:
+        method: text name of the pass that edited the program, for messages.
+
+    Returns:
+        How many nodes were computed.
+
+    Raises:
+        PassError: shapes do not fit, or the edit fixed a dynamic size.
+    """
+    gm = program.module
+    mode = fake_mode(gm)
+    if mode is None:
+        return 0
+    with alone(), _ranges(mode.shape_env, program), quiet():
+        unify(gm, program.symbols)
+        return _propagate(program, gm, mode, method)
+
+
+def _propagate(program: Program, gm: GraphModule, mode: Any, method: str) -> int:
+    environment = mode.shape_env
+    fakes = _Fakes(gm, mode)
+    changed: set[Node] = set()
+    computed = 0
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        fresh = "val" not in node.meta
+        if not fresh and not any(i in changed for i in node.all_input_nodes):
+            continue
+        computed += 1
+        try:
+            with torch.no_grad(), _no_new_guards(environment):
+                result = fakes.run(node)
+        except Exception as error:
+            fixed = isinstance(error, _FIXING)
+            cause = "value" if isinstance(error, _VALUES) else "size" if fixed else "shape"
+            if said := failing_branch(program, node, cause, str(error)):
+                raise PassError(f"{method}: {said}" if method else said) from error
+            line = source_line(node)
+            what = "the edit fixes a dynamic size" if fixed else "shapes do not fit"
+            raise PassError(
+                f"{what} at {node.name} ({line or node.format_node()}): {error}"
+            ) from error
+        # An expression stands for the tensor that it reads; its readers have seen that already.
+        before = value(node.args[0]) if expression_of(node) and node.args else value(node)
+        node.meta["val"] = result
+        if before is None or not _same(before, result):
+            changed.add(node)
+    return computed

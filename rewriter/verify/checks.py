@@ -1,0 +1,129 @@
+"""All that is checked of a pass: taken before it plans, and compared with what it made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import VerifyError
+from ..graph.turns import alone
+from ..measure.reach import unreached
+from ..measure.steady import perturbed, require_settled
+from ..measure.trials import sizes
+from ..measure.watch import watched
+from ..measure.witness import Witness, whole_tensors
+from ..pipeline.syntax import parse
+from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
+from .verify import Certificate, certify, check_graph, is_meta
+
+if TYPE_CHECKING:
+    from ..edits.edit import Editor
+    from ..pipeline.passes import Pass, Plan
+    from ..program.state import Program
+
+    Redo = Callable[[Program, Pass, Plan], Editor]
+
+Skipped = tuple[tuple[str, str], ...]
+
+
+class Checks:
+    """Checks one pass after the other; what a pass made is what the next one starts from.
+
+    Args:
+        program: that the first pass is given.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.witness = None if is_meta(program) else Witness(program)
+        self.program = program
+        self._marks: Mapping[str, Mark] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a pass plans: remembers what the program is and does."""
+        self._marks = marks(self.program)
+        if self.witness is not None:
+            for inputs in sizes(self.program):
+                self.witness.outputs(inputs)
+
+    def unmoved(self, item: Pass) -> None:
+        """Raises VerifyError if the program is not what it was when the pass began."""
+        require_unmoved(self.program, self._marks, str(item))
+
+    def finish(
+        self, after: Program, item: Pass, plan: Plan, redo: Redo
+    ) -> tuple[Certificate, Skipped]:
+        """After a pass has made a program of that which it was given.
+
+        Args:
+            after: what it made.
+            item, plan: the pass, and all that was decided.
+            redo: applies a pass to a fork.
+
+        Returns:
+            The certificate, and what the pass trains although no gradient reaches it.
+
+        Raises:
+            VerifyError: a promise is broken.
+        """
+        before = self.program
+        self.unmoved(item)
+        check_graph(after)
+        require_names(before, after, str(item))
+        if self.witness is None:
+            self.program, self._marks = after, marks(after)
+            return Certificate("unmeasured"), ()
+        contract, made = item.promise(), Witness(after)
+        require_others(before, after, item, contract.kind == "trainable")
+
+        def again() -> Program:
+            read = replace(plan, decisions=json.loads(json.dumps(dict(plan.decisions))))
+            (same,) = parse(str(item))
+            with alone():
+                return redo(before.fork(), same, read).program
+
+        if item.portable:
+            require_saved(before, after, str(item), again)
+        with watched(made, str(item)):
+            certificate = certify(contract, self.witness, made)
+            missing = _unreached(before, made, item)
+        if item.adapter is not None:
+            _require_settled(before, after, item)
+        self.program, self.witness, self._marks = after, made, marks(after)
+        return certificate, missing
+
+
+def _require_settled(before: Program, after: Program, item: Pass) -> None:
+    """Raises VerifyError for what the initial values of an adapter hide."""
+    old = before.named_trainable_parameters()
+    moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
+    with watched(moved, str(item)):
+        require_settled(moved, before.base, sizes(after))
+
+
+def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:
+    """What an adapter trains and no gradient reaches, as (name, reason).
+
+    Raises:
+        VerifyError: the adapter's own doing, or nothing that it trains gets a gradient.
+    """
+    if item.adapter is None or not whole_tensors(made.program):
+        return ()
+    old = before.named_trainable_parameters()
+    fresh = [n for n in made.program.named_trainable_parameters() if n not in old]
+    missing = unreached(made, fresh, sizes(made.program)[0], str(item))
+    fault = [n for n, reason in missing.items() if reason == "branch"]
+    if fault:
+        raise VerifyError(
+            f"{item}: no gradient reaches {fault[0]} ({len(fault)} of {len(fresh)} new "
+            "parameters): its branch does not use it, or detaches it."
+        )
+    if missing and len(missing) == len(fresh):
+        raise VerifyError(
+            f"{item}: no gradient reaches any of its {len(fresh)} parameters (first: {fresh[0]}), "
+            "because the model detaches those places or makes integers of them. Choose others "
+            "with where=."
+        )
+    return tuple((n, "no gradient reaches it: the model detaches it there") for n in missing)

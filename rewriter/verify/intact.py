@@ -1,0 +1,293 @@
+"""What a pass has to leave as it was: the program that it was given, names, and other adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VerifyError
+from ..graph.module import same_view, state_tensors, transient_buffers
+from ..graph.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from ..pipeline.passes import Pass
+    from ..program.state import Program
+
+EDITORS = ("features", "own")
+"""Buffers of branches that the editor makes from the site."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One tensor of a program at one time; its object, memory, version counter and flag."""
+
+    tensor: Tensor = field(compare=False)
+    identity: int
+    view: tuple[Any, ...]
+    version: int
+    trains: bool
+
+
+def marks(program: Program) -> dict[str, Mark]:
+    """All tensors of a program and of its base as they are now, at no cost."""
+    found: dict[str, Mark] = {}
+    for each in {id(p): p for p in (program, program.base)}.values():
+        gm = each.module
+        held = [*gm.named_parameters(), *gm.named_buffers(), *each.extras.items()]
+        held += [*each.sample.items(), *each.removed.items()]
+        # Forwards of another thread may update these.
+        moving = state_tensors(gm) if gm.training else set[str]()
+        for name, tensor in held:
+            if name in moving:
+                continue
+            where = name if each is program else f"{name} of the base"
+            version = -1 if tensor.is_inference() else tensor._version
+            found[where] = Mark(tensor, id(tensor), _view(tensor), version, tensor.requires_grad)
+    return found
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    return () if tensor.is_meta or is_sharded(tensor) else same_view(tensor)
+
+
+def require_unmoved(program: Program, before: Mapping[str, Mark], what: str) -> None:
+    """Raises VerifyError if the program that a pass was given is not as it was.
+
+    Flags are put back; values cannot be.
+
+    Args:
+        program: that the pass was given.
+        before: its marks from before the pass planned.
+        what: the pass.
+    """
+    after = marks(program)
+    moved = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+    if not moved:
+        return
+    for mark in before.values():
+        if mark.tensor.requires_grad != mark.trains and mark.tensor.is_leaf:
+            mark.tensor.requires_grad_(mark.trains)
+    name = min(moved)
+    old, new = before.get(name), after.get(name)
+    if old is None or new is None:
+        how = "was added or lost"
+    elif old.trains != new.trains:
+        how = f"requires {'gradients' if new.trains else 'no gradients any more'}"
+    else:
+        how = "was written in place" if old.version != new.version else "is another tensor"
+    raise VerifyError(
+        f"{what} changed the program that it was given, and with it all that share its storage: "
+        f"{name} {how} ({len(moved)} in all). A pass reads it in `plan`, and changes a fork "
+        "through the editor in `apply`. If another thread trains this program meanwhile, run "
+        "passes on program.fork(). Otherwise load the weights again, or capture again."
+    )
+
+
+def require_names(before: Program, after: Program, what: str) -> None:
+    """Raises VerifyError if a pass lost names by which a program is used, saved or exported."""
+    gm = after.module
+    held = {n for n, _ in (*gm.named_parameters(), *gm.named_buffers())} | set(after.extras)
+    stems = {n.rpartition(".")[0] for n in held}
+
+    def stored(name: str) -> bool:
+        source = name if name in after.untied else after.aliases.get(name, name)
+        return source in held or name in held or source in stems
+
+    def _dropped(size: str) -> bool:
+        inputs = [i for i in before.spec.inputs if size in i.shape]
+        return all(i.name not in after.spec.names or size in after.spec.reasons for i in inputs)
+
+    lost = {
+        "alias": [n for n, c in before.aliases.items() if after.aliases.get(n) != c],
+        "name of the original model": [n for n in before.state_names if n not in after.state_names],
+        "stored tensor": [n for n in after.state_names if not stored(n)],
+        "input": [
+            n for n in before.spec.names
+            if n not in after.spec.names and n not in after.spec.reasons
+        ],
+        "parameter of forward": [
+            n for n in before.spec.parameters
+            if n not in after.spec.parameters and n not in after.spec.reasons
+        ],
+        "size": [n for n in before.spec.sizes if n not in after.spec.sizes and not _dropped(n)],
+        "site": [s.id for s in before.sites if s.id not in {t.id for t in after.sites}],
+        "example of the input": [n for n in after.spec.names if n not in after.sample],
+        "adapter's tensor": [
+            n for names in after.owned.values() for n in names if n not in held
+        ],
+        "generation setting": [n for n in before.generation if n not in after.generation],
+    }  # fmt: skip
+    for kind, names in lost.items():
+        if names:
+            raise VerifyError(f"{what} loses the {kind} {names[0]!r} ({len(names)} in all).")
+    branches = tuple(p.rstrip(".") for p in after.inserted)
+    for node in gm.graph.nodes:
+        path = str(node.target)
+        inserted = node.op == "call_module" and path.startswith("peftfx.")
+        if inserted and not any(path == p or path.startswith(f"{p}.") for p in branches):
+            raise VerifyError(f"{what}: the graph calls {path}, which belongs to no adapter.")
+
+
+def require_others(before: Program, after: Program, item: Pass, free: bool) -> None:
+    """Raises VerifyError if an inserting pass changed tensors that are not its own.
+
+    Args:
+        before, after: the programs.
+        item: the pass.
+        free: its contract says nothing of the outputs, so only this tells of base tensors.
+    """
+    owner = item.adapter
+    if owner is None or item.reshapes:
+        return
+    old, new = _tensors(before), _tensors(after)
+    mine = {n for n in after.owned.get(owner, ()) if n not in before.owned.get(owner, ())}
+    for name, tensor in new.items():
+        base = not name.startswith("peftfx.")
+        if name not in old or name in mine or (base and not free):
+            continue
+        if not _same(old[name], tensor):
+            of = "the base" if base else f"the adapter {name.split('.')[1]!r}"
+            raise VerifyError(
+                f"{item} changed {name}, a tensor of {of}, which it does not train. Say so with "
+                "edit.train, or leave it alone."
+            )
+
+
+def require_saved(before: Program, after: Program, what: str, again: Callable[[], Program]) -> None:
+    """Raises VerifyError if a branch holds values that neither an artifact nor its recipe has.
+
+    Args:
+        before, after: the programs.
+        what: the pass.
+        again: does it again, from what an artifact would hold. Buffers that are not persistent
+            come from there.
+    """
+    known = before.inserted
+    names = [n for n in _unsaved(after) if not (known and n.startswith(known))]
+    if not names:
+        return
+    want, got = _tensors(after), _tensors(again())
+    for name in names:
+        if name in want and (name not in got or not _same(want[name], got[name])):
+            raise VerifyError(
+                f"{what}: the buffer {name} would be lost by saving: it is not persistent, and the "
+                "recipe makes it with other values. Register it as persistent, draw with "
+                "edit.generator, or put it into the plan."
+            )
+
+
+def require_remade(program: Program) -> None:
+    """Raises VerifyError if a branch holds values, changed since the pass, that an artifact loses.
+
+    Replays the history only where there are such tensors. What a forward has cached since is no
+    part of what the pass made.
+    """
+    names = [n for n in _unsaved(program) if n not in state_tensors(program.module)]
+    if not names:
+        return
+    want, got = _tensors(program), _tensors(program.only(program.adapters))
+    for name in names:
+        if name in got and not _close(got[name], want[name]):
+            raise VerifyError(
+                f"{name} was changed outside of training, and would be lost by saving: it is not "
+                "persistent, and replaying the history gives other values. Register it as a "
+                "persistent buffer, or give it its old values back."
+            )
+
+
+def _unsaved(program: Program) -> list[str]:
+    """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
+    names = transient_buffers(program.module) | _plain(program).keys()
+    held = program.inserted
+    return [
+        n for n in sorted(names)
+        if n.startswith(held) and n.rpartition(".")[2] not in EDITORS
+    ]  # fmt: skip
+
+
+def _plain(program: Program) -> dict[str, Tensor]:
+    """Tensors that branches hold as plain attributes, which torch neither moves nor saves."""
+    return {
+        f"{path}.{name}": value
+        for path, module in program.module.named_modules()
+        if f"{path}.".startswith(program.inserted)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def require_values(program: Program) -> None:
+    """Raises VerifyError if a parameter holds NaN."""
+    for name, parameter in program.module.named_parameters():
+        if parameter.is_meta or is_sharded(parameter) or not parameter.is_floating_point():
+            continue
+        if bool(parameter.detach().isnan().any()):
+            count = int(parameter.detach().isnan().sum())
+            raise VerifyError(
+                f"the parameter {name} holds {count} NaN. Go on from a checkpoint before "
+                "they came, with a smaller learning rate."
+            )
+
+
+def require_recorded(replayed: Program, program: Program) -> None:
+    """Raises VerifyError if stored tensors are not what replaying the history gives.
+
+    What trains, and what batches update, may have any value; all else is computed again.
+    """
+    old, new = _tensors(replayed), _tensors(program)
+    cached = _plain(program).keys() ^ _plain(replayed).keys()
+    if odd := sorted((old.keys() ^ new.keys()) - cached):
+        raise VerifyError(f"the program is not what its history says: that does not make {odd[0]}.")
+    new = {n: t for n, t in new.items() if n in old}
+    moving = state_tensors(program.module)
+    for name, tensor in new.items():
+        want = old[name]
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad and not want.requires_grad:
+            raise VerifyError(
+                f"{name} requires gradients, but no pass of the history made it trainable. It may "
+                "be shared with other programs: train it with a pass (bitfit, or Editor.train)."
+            )
+        moves = tensor.requires_grad or want.requires_grad or name in moving
+        if moves or is_sharded(tensor) or tensor.is_meta:
+            continue
+        if not _close(want, tensor):
+            raise VerifyError(
+                f"the program is not what its history says: {name} was changed outside of training."
+            )
+    held = {n for n, t in new.items() if old[n].requires_grad and not t.requires_grad}
+    for adapter in program.adapters:
+        own = {n for n in new if n.startswith(f"peftfx.{adapter}.") and old[n].requires_grad}
+        own |= {n for n in program.owned.get(adapter, ()) if n in old and old[n].requires_grad}
+        if held & own and own - held:
+            raise VerifyError(
+                f"{min(held & own)} requires no gradients, but the adapter {adapter!r} trains it. "
+                "Freeze all of an adapter, or none."
+            )
+
+
+def _tensors(program: Program) -> dict[str, Tensor]:
+    gm = program.module
+    return dict([*gm.named_parameters(), *gm.named_buffers(), *_plain(program).items()])
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    if x.is_meta or y.is_meta or is_sharded(x) or same_view(x) == same_view(y):
+        return x.shape == y.shape and x.dtype == y.dtype
+    x, y = x.detach(), y.detach()
+    return (
+        x.dtype == y.dtype and x.shape == y.shape and bool(((x == y) | (x != x) & (y != y)).all())
+    )
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Equal up to what another device or number of threads rounds otherwise."""
+    if _same(x, y):
+        return True
+    if x.dtype != y.dtype or x.shape != y.shape or not x.is_floating_point():
+        return False
+    limit = 16 * torch.finfo(x.dtype).eps * float(x.detach().abs().max())
+    return torch.allclose(x.detach(), y.detach(), rtol=0.0, atol=limit, equal_nan=True)

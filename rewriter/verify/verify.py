@@ -1,0 +1,373 @@
+"""Contracts and certificates: what a pass promises about the outputs, and what was measured.
+
+Measured on the captured example at several sizes against the program before: in evaluation mode,
+called twice, and in training mode with dropout at its expected value. Every output is measured on
+its own, in relation to its own largest value; integers have to be equal, where no scores are tied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import VerifyError
+from ..graph.aten import attribute
+from ..graph.module import device_of, modes_kept, state_kept
+from ..graph.sharded import placed_like, whole
+from ..measure.choices import tied
+from ..measure.compare import Gap, compare, figures, floats, gaps, worst
+from ..measure.effect import SHARE, effect
+from ..measure.steady import perturbed, quieten, require_settled, require_steady, trained
+from ..measure.still import forward, still
+from ..measure.trials import sizes
+from ..measure.witness import Witness, whole_tensors
+from ..program.fingerprint import require_unchanged
+from .intact import require_recorded, require_values
+
+if TYPE_CHECKING:
+    from ..program.state import Program
+
+__all__ = ["Certificate", "Contract", "certify", "compare", "floats", "gaps", "measure"]
+
+TOLERANCE = {
+    torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1,
+}  # fmt: skip
+"""Difference that a bounded contract allows in any case, relative to an output's largest value."""
+
+CAP = 0.5
+"""The most that is put down to rounding, relative to an output's largest value."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A promise.
+
+    Attributes:
+        kind: `identity` (outputs stay bit-equal at first, new parameters train), `exact`
+            (bit-equal), `bounded` (equal up to rounding, see `bound`), `near` (within `limit` of
+            the largest output), `trainable` (outputs change; what trains is declared).
+        limit: for `near`.
+    """
+
+    kind: str
+    limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A contract with its measured figures.
+
+    Attributes:
+        kind: the contract's kind, or `unmeasured` (no values on the meta device).
+        measured: largest absolute difference, and the largest one relative to its own output.
+        holds: whether the promise was kept.
+    """
+
+    kind: str
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])
+    holds: bool = True
+
+    @property
+    def text(self) -> str:
+        """One line for reports."""
+        if not self.measured:
+            return self.kind
+        figures = ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items())
+        return f"{self.kind}: {figures}"
+
+    def __str__(self) -> str:
+        return self.text if self.holds else f"BROKEN {self.text}"
+
+
+@contextlib.contextmanager
+def evaluation(program: Program) -> Iterator[None]:
+    """Evaluation mode without gradients and compilation; the mode is put back.
+
+    Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
+    that flag, and the last bit of the result depends on the kernel.
+    """
+    trained = program.trainable_parameters()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        # A module compiled in place would be compiled again, for inputs that no user gives.
+        with (
+            modes_kept(program.module),
+            state_kept(program.module),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for module in program.module.modules():
+                module.training = False
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def is_meta(program: Program) -> bool:
+    """Whether any stored tensor has no values."""
+    return any(p.is_meta for p in program.module.parameters())
+
+
+def measure(before: Program, after: Program) -> dict[str, float]:
+    """Largest output difference, absolute and relative to the output's own largest value.
+
+    Raises:
+        VerifyError: number, type, dtype or shape of the outputs differ.
+    """
+    one, other = Witness(before), Witness(after)
+    quieten(one, other, sizes(after))
+    each = _measured(one, other)
+    infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}
+    return {**figures(each), **infinite}
+
+
+def _measured(before: Witness, after: Witness) -> list[Gap]:
+    """The gap of every output, over all sizes."""
+    inputs = sizes(after.program)
+    each = worst([compare(before.outputs(i), after.outputs(i)) for i in inputs])
+    for gap in each:
+        if gap.form:
+            raise VerifyError(f"the output {gap.name} is another one: {gap.form}.")
+    return each
+
+
+def difference(
+    before: Program, after: Program, data: Iterable[Mapping[str, Tensor]]
+) -> tuple[float, float]:
+    """Largest output difference on batches, absolute and relative to the output's largest value."""
+    modules = [(p, still(p)) for p in (before, after)]
+    rounds: list[list[Gap]] = []
+    for batch in data:
+        both = [
+            forward(gm, p.spec.bind((), {n: t for n, t in batch.items() if n in p.spec.names}))
+            for p, gm in modules
+        ]
+        rounds.append(compare(*both))
+    found = figures(worst(rounds))
+    return found["max_abs"], found["max_rel"]
+
+
+def _rounding(program: Program, seed: int = 0) -> list[Gap]:
+    """How far outputs move when every weight moves by one rounding: the network's condition.
+
+    No two ways to compute it in this precision agree better.
+    """
+    moved = Witness(program)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in moved.gm.parameters():
+            if parameter.is_floating_point():
+                held = whole(parameter)
+                sign = torch.randint(0, 2, held.shape, generator=generator) * 2 - 1
+                step = torch.finfo(held.dtype).eps * sign.to(held)
+                parameter.data = placed_like(held * (1 + step), parameter)
+    resting = Witness(program)
+    quieten(resting, moved, sizes(program))
+    return _measured(resting, moved)
+
+
+def rounding(program: Program, seed: int = 0) -> float:
+    """The largest of `_rounding`, relative to the output's own largest value."""
+    return figures(_rounding(program, seed))["max_rel"]
+
+
+def bound(program: Program, measured: dict[str, float]) -> float:
+    """The largest relative difference that rounding explains.
+
+    `TOLERANCE` of the dtype; where `measured` exceeds that, eight times the network's own
+    sensitivity to one rounding of every weight, at most `CAP`. It is added to `measured`.
+    """
+    allowed = _tolerance(program)
+    if measured["max_rel"] > allowed:
+        measured["rounding"] = rounding(program)
+        allowed = _explained(allowed, measured["rounding"])
+    return allowed
+
+
+def _tolerance(program: Program) -> float:
+    dtypes = {p.dtype for p in program.module.parameters()} or {torch.float32}
+    return max(TOLERANCE.get(dtype, 2e-5) for dtype in dtypes)
+
+
+def _explained(tolerance: float, moved: float) -> float:
+    return max(tolerance, min(CAP, 8 * moved))
+
+
+def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
+    """Measures a contract.
+
+    Args:
+        contract: what is promised.
+        before: taken before the pass planned.
+        after: of what the pass made.
+
+    Raises:
+        VerifyError: it does not hold, or the outputs are not settled.
+    """
+    if is_meta(after.program):
+        return Certificate("unmeasured")
+    require_steady(before, after, sizes(after.program))
+    each = _measured(before, after)
+    kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
+    if kind in ("identity", "exact") and any(g.relative for g in each) and not on_cpu:
+        kind = "bounded"  # a GPU takes other kernels with a bias, which round otherwise
+    if kind == "trainable":
+        if spoilt := next((g for g in each if g.spoilt), None):
+            raise VerifyError(f"the output {spoilt.name} is not finite any more: {spoilt.spoilt}.")
+        return Certificate(kind, figures([g for g in each if not g.values]))
+    limits = _Limits(before.program, contract.limit if kind == "near" else 0.0, kind == "bounded")
+    each = _untied(before, after, each, limits, sizes(after.program))
+    measured = {**figures(each), **limits.figures(each)}
+    _require(kind, each, limits, "")
+    if kind == "bounded" and whole_tensors(before.program) and whole_tensors(after.program):
+        measured |= _require_effect(before, after, limits)
+    if kind != "near" and whole_tensors(before.program):
+        inputs = sizes(after.program)[0]
+        each = trained(before, after, inputs, grows=contract.kind != "bounded")
+        with before.training(), after.training():
+            each = _untied(before, after, each, limits, [inputs])
+        _require(kind, each, limits, " in training mode")
+    return Certificate(kind, measured)
+
+
+class _Limits:
+    """What each output may differ by, relative to its largest value."""
+
+    def __init__(self, program: Program, fixed: float, rounded: bool) -> None:
+        self.program, self.fixed, self.rounded = program, fixed, rounded
+        self._moved: list[Gap] | None = None
+
+    def moved(self) -> list[Gap]:
+        """See `_rounding`; measured when first needed."""
+        if self._moved is None:
+            self._moved = _rounding(self.program)
+        return self._moved
+
+    def of(self, index: int, gap: Gap) -> float:
+        if not self.rounded:
+            return self.fixed
+        tolerance = _tolerance(self.program)
+        if gap.relative <= tolerance:
+            return tolerance
+        return _explained(tolerance, self.moved()[index].relative)
+
+    def figures(self, each: Sequence[Gap]) -> dict[str, float]:
+        """The network's sensitivity, where it was needed."""
+        for index, gap in enumerate(each):
+            self.of(index, gap)
+        return {} if self._moved is None else {"rounding": figures(self._moved)["max_rel"]}
+
+
+def _untied(
+    before: Witness,
+    after: Witness,
+    each: Sequence[Gap],
+    limits: _Limits,
+    rounds: Sequence[Mapping[str, Tensor]],
+) -> list[Gap]:
+    """The gaps without integers that differ only where the scores they chose from are tied."""
+    left: list[Gap] = []
+    for index, gap in enumerate(each):
+        if gap.discrete and gap.values and whole_tensors(before.program):
+            pairs = [(before.completed(i), after.completed(i)) for i in rounds]
+            limit = max(limits.fixed, limits.of(index, replace(gap, relative=0.0)))
+            if limit and all(tied(before.gm, after.gm, index, p, limit) for p in pairs):
+                gap = replace(gap, relative=0.0, values="")
+        left.append(gap)
+    return left
+
+
+def _require(kind: str, each: Sequence[Gap], limits: _Limits, where: str) -> None:
+    for index, gap in enumerate(each):
+        if gap.reason:
+            raise VerifyError(
+                f"the contract {kind!r} does not hold{where}: the output {gap.name}: {gap.reason}. "
+                "The program is unchanged."
+            )
+        allowed = limits.of(index, gap)
+        if gap.relative > allowed:
+            raise VerifyError(
+                f"the contract {kind!r} does not hold{where}: outputs differ by "
+                f"{gap.absolute:.3g} ({gap.relative:.3g} of the largest value of {gap.name}), "
+                f"allowed is {allowed:.3g}. The program is unchanged."
+            )
+
+
+def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[str, float]:
+    """Holds a rewriting of branches to what they contribute, where that is more than rounding."""
+    seen = effect(before, after, sizes(after.program)[0])
+    if not seen or seen["error"] <= SHARE * seen["effect"]:
+        return {}
+    noise = math.sqrt(sum(g.error / g.size for g in limits.moved() if g.size))
+    # Rounding moves outputs in all directions, so little of it is along what the branches add.
+    share = SHARE + noise / (4 * seen["effect"])
+    off = abs(seen["kept"] - 1) > share and seen["effect"] > noise / 2
+    if off or seen["error"] > max(SHARE * seen["effect"], 2 * noise):
+        raise VerifyError(
+            f"the contract 'bounded' does not hold: of what the branches contribute to the outputs "
+            f"({seen['effect']:.3g} of their norm; rounding moves them by {noise:.3g}), "
+            f"{seen['kept']:.0%} are left, with a difference of {seen['error']:.3g}. The program "
+            "is unchanged."
+        )
+    return {"kept": seen["kept"]}
+
+
+def check_graph(program: Program) -> None:
+    """Structural checks: the graph lints and every stored tensor it names exists.
+
+    Raises:
+        VerifyError: it does not.
+    """
+    gm = program.module
+    try:
+        gm.graph.lint()
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                attribute(gm, str(node.target))
+    except (RuntimeError, AttributeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VerifyError(f"the graph is malformed: {first}") from error
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    for attachment in program.attachments:
+        if attachment.path not in called:
+            raise VerifyError(f"the branch {attachment.path} is attached but never called.")
+
+
+def verify_program(program: Program) -> list[Certificate]:
+    """See `Program.verify`: replays the history from the base and measures each step again."""
+    from ..run.replay import replay_steps
+
+    if program.training:  # another thread may move what trains meanwhile, and batch statistics
+        program = program.fork()
+    check_graph(program)
+    require_unchanged(program)
+    require_values(program)
+    found: list[Certificate] = []
+    if is_meta(program):
+        return [Certificate("unmeasured") for _ in program.history]
+    last = program.base
+    for record, before, after in replay_steps(program):
+        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
+        record.applied.examine(before, after)
+        last = after
+    if program.history:
+        require_recorded(last, program)
+        require_settled(perturbed(program), program.base, sizes(program))
+        measured = measure(last, program)
+        allowed = bound(program, measured)
+        if measured["max_rel"] > allowed:
+            raise VerifyError(
+                "the program is not what its history says: replaying the history gives outputs "
+                f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
+                f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
+            )
+        found.append(Certificate("replayed", measured))
+    return found
