@@ -26,7 +26,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.verify.verify import floats
+from peftfx.rewriter.measure.compare import floats
 from tests.expect import check
 from tests.recipes import RECIPES
 from tests.test_zoo import EXPECTED

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..rewriter.api import Program
 from ..rewriter.edits.edit import Editor
-from ..rewriter.edits.linear.lower import restore_deltas
+from ..rewriter.edits.folding.lower import restore_deltas
 from ..rewriter.edits.linear.quantise import repack
 from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
 from ..rewriter.files.leftovers import clean, temporary
@@ -27,7 +28,6 @@ from ..rewriter.graph.sharded import require_whole
 from ..rewriter.graph.turns import alone
 from ..rewriter.measure.compare import keyed_leaves
 from ..rewriter.measure.trials import described, measured
-from ..rewriter.program.state import Program
 from ..rewriter.verify.verify import bound, evaluation, is_meta
 from .onnx_parity import gap, masks_of, padded, require, session
 from .onnx_precision import (

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..rewriter.api import Program
 from ..rewriter.edits.stream.tokens import meaning_of
 from ..rewriter.errors import ExportError
 from ..rewriter.graph.aten import placeholders, shape, value
-from ..rewriter.program.state import Program
 from .onnx_translate import Exported
 
 

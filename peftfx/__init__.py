@@ -15,20 +15,21 @@ from typing import Any
 
 from .drawing import draw_sites
 from .registry import load_passes
+from .rewriter.api import Program
 from .rewriter.blocks.outline import inline, outline
 from .rewriter.capture.capture import capture
 from .rewriter.errors import RewriteError
-from .rewriter.pipeline.controller import controllers
 from .rewriter.pipeline.passes import REGISTRY, Pass
 from .rewriter.pipeline.syntax import Pipeline, parse
-from .rewriter.program.sites import Site, Sites
-from .rewriter.program.state import Program
+from .rewriter.program.site_table import Sites
+from .rewriter.program.sites import Site
 from .rewriter.run.observe import observe, tap
 from .rewriter.run.run import run
 from .rewriter.storage.artifact import VERSION, save
 from .rewriter.storage.loading import load
 from .rewriter.storage.program_file import load_program, save_program
 from .rewriter.storage.stream import fold_checkpoint, load_weights
+from .rewriter.training.controllers import controllers
 from .training.fit import fit
 from .training.lightning import lightning_callback
 from .training.pretrained import as_hf

@@ -22,12 +22,12 @@ from rich.table import Table
 from .drawing import check_drawing, draw_sites
 from .methods import Entry, methods
 from .models import load_model
+from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError, RewriteError
 from .rewriter.files.files import write_file, write_tensors
 from .rewriter.pipeline.passes import REGISTRY
-from .rewriter.program.sites import Sites
-from .rewriter.program.state import Program
+from .rewriter.program.site_table import Sites
 from .rewriter.run.run import run
 from .rewriter.storage.artifact import save
 from .rewriter.storage.loading import load

@@ -9,9 +9,10 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .rewriter.api import Program
 from .rewriter.errors import RewriteError
-from .rewriter.pipeline.passes import REGISTRY, Method
-from .rewriter.program.state import Program
+from .rewriter.pipeline.method import Method
+from .rewriter.pipeline.passes import REGISTRY
 from .rewriter.run.run import run
 
 

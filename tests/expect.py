@@ -26,7 +26,7 @@ from peftfx.rewriter.program.sites import (
     NormSite,
     SublayerSite,
 )
-from peftfx.rewriter.sites.products import readings
+from peftfx.rewriter.sites.readings import readings
 from peftfx.rewriter.sites.walk import Walk
 
 

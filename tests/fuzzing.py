@@ -21,7 +21,7 @@ from peftfx.rewriter.files.files import parse_json, write_json
 from peftfx.rewriter.files.sealed import SEAL, sealed
 from peftfx.rewriter.graph.symbols import Symbols
 from peftfx.rewriter.inputs.relation import holds
-from peftfx.rewriter.inputs.spec import InputSpec
+from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
 from peftfx.rewriter.program.selector import choose
 from peftfx.rewriter.storage import artifact, loading, program_file
@@ -171,7 +171,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         "checkpoint": _resume, "cache": _cache, "controllers": _controllers, "weights": _weights,
         "pipeline": _text(parse), "recipe": _text(parse_yaml), "selector": _text(_choose),
         "structure": _part(read_structure), "symbols": _part(Symbols), "relation": _text(_relation),
-        "spec": _part(InputSpec.from_json),
+        "spec": _part(read_spec),
     }.items()
 }  # fmt: skip
 

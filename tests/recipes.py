@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import peftfx
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
 
 GOLDEN = Path(__file__).parent / "golden"
 

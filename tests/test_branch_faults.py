@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import VerifyError
 from peftfx.rewriter.pipeline.passes import REGISTRY
+from peftfx.rewriter.program.contract import Certificate
 from peftfx.rewriter.verify.checks import Checks
-from peftfx.rewriter.verify.verify import Certificate
 
 from .test_verifier import Plain, wrong
 

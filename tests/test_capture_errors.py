@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfx
 from peftfx.rewriter.errors import CaptureError, InputError, MetaTensorError, RewriteError
-from peftfx.rewriter.verify.verify import floats
+from peftfx.rewriter.measure.compare import floats
 
 from .models import batch, build, first
 

@@ -14,9 +14,11 @@ import peftfx
 from peftfx.rewriter.branches.branch import Combine, Serial
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import FoldError, PassError
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method, Plan
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
+from peftfx.rewriter.program.contract import Contract
+from peftfx.rewriter.program.history import Plan
 from peftfx.rewriter.storage.members import plan_members, take_members
-from peftfx.rewriter.verify.verify import Contract
 
 from .models import batch, first, moved, randomise
 

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import peftfx
-from peftfx.rewriter.pipeline.passes import Method
+from peftfx.rewriter.pipeline.method import Method
 
 from .models import Decoder, Encoder, batch, first, moved, randomise
 from .recipes import METHODS, RECIPES, method_class, start

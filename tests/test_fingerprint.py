@@ -13,12 +13,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import BaseChangedError, PassError, RewriteError
-from peftfx.rewriter.program.fingerprint import (
-    changed,
-    checksum,
-    require_unchanged,
-    training_shared,
-)
+from peftfx.rewriter.program.fingerprint import checksum
+from peftfx.rewriter.program.unchanged import changed, require_unchanged, training_shared
 from peftfx.rewriter.run.replay import replay
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))

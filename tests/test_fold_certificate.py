@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.api import Program
 from peftfx.rewriter.branches.branch import Branch, Delta, OutputScale
 from peftfx.rewriter.edits.folding import rules
 from peftfx.rewriter.errors import NonFiniteError, PassError, VerifyError
-from peftfx.rewriter.program.state import Program
 from peftfx.rewriter.weights.certificate import Matrix, Verdict, check_folded
 from peftfx.rewriter.weights.weight import Weight
 

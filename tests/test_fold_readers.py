@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.edits.exported import put_back
+from peftfx.rewriter.api import Program
 from peftfx.rewriter.errors import ExportError, FoldError, PassError, VerifyError
 from peftfx.rewriter.program.readers import readers
-from peftfx.rewriter.program.state import Program
+from peftfx.rewriter.weights.exported import put_back
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
 

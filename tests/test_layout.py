@@ -18,7 +18,8 @@ import torch
 import peftfx
 from peftfx import stubs
 from peftfx.methods import methods, split_docstring
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
 
 from .models import batch, first, randomise
 

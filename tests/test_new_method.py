@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.branches.branch import Delta, Expression, Serial
 from peftfx.rewriter.errors import PassError, RewriteError
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
 
 from .models import batch, first
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.cli import main
 from peftfx.exporters import onnx_export, onnx_parity
+from peftfx.rewriter.api import Program
 from peftfx.rewriter.errors import ExportError, NonFiniteError
-from peftfx.rewriter.program.state import Program
 
 from .models import randomise
 

@@ -15,7 +15,7 @@ import peftfx
 from peftfx.rewriter.branches.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import OptionError, PassError
-from peftfx.rewriter.pipeline.passes import write_value
+from peftfx.rewriter.pipeline.options import write_value
 from peftfx.rewriter.pipeline.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
 from peftfx.rewriter.program.sites import LinearSite
 from peftfx.rewriter.tracing.propagate import propagate

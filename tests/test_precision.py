@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
 
 from .methods.common import copied, hooked, tensors
 from .models import batch, bert, build, first, moved, randomise

@@ -24,9 +24,9 @@ from peftfx.rewriter.errors import (
     NonFiniteError,
     PassError,
 )
+from peftfx.rewriter.measure.compare import floats
 from peftfx.rewriter.program.sites import LinearSite
 from peftfx.rewriter.tracing.propagate import propagate
-from peftfx.rewriter.verify.verify import floats
 
 from . import damage
 from .models import Convolutional, batch, first, moved, randomise

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import SelectorError
-from peftfx.rewriter.pipeline.passes import REGISTRY, Method, Plan
+from peftfx.rewriter.pipeline.method import Method
+from peftfx.rewriter.pipeline.passes import REGISTRY
+from peftfx.rewriter.program.history import Plan
 from peftfx.rewriter.program.selector import meaning
 from peftfx.rewriter.run.run import apply_plan
 

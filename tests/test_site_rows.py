@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import FoldError, PassError, RewriteError
-from peftfx.rewriter.program.sites import LinearSite, Sites
+from peftfx.rewriter.program.site_table import Sites
+from peftfx.rewriter.program.sites import LinearSite
 
 from .expect import check_rows
 from .models import moved, randomise

@@ -8,7 +8,8 @@ import pytest
 
 import peftfx
 from peftfx.rewriter.errors import SelectorError
-from peftfx.rewriter.program.sites import AttentionSite, LinearSite, Sites
+from peftfx.rewriter.program.site_table import Sites
+from peftfx.rewriter.program.sites import AttentionSite, LinearSite
 from peftfx.rewriter.sites.discover import discover
 
 from .models import batch, build, scramble

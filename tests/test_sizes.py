@@ -13,7 +13,7 @@ import peftfx
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
 from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
-from peftfx.rewriter.verify.verify import sizes
+from peftfx.rewriter.measure.trials import sizes
 
 from .models import Encoder, batch, randomise
 

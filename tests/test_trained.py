@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import ArtifactError, PassError
-from peftfx.rewriter.program.trained import ITSELF
+from peftfx.rewriter.program.history import ITSELF
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 HEAD = ("head.weight", "head.bias")

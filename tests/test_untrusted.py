@@ -29,7 +29,7 @@ from peftfx.rewriter.errors import (
 from peftfx.rewriter.files import files
 from peftfx.rewriter.graph.symbols import Symbols
 from peftfx.rewriter.inputs.relation import holds
-from peftfx.rewriter.inputs.spec import InputSpec
+from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
 from peftfx.rewriter.program.selector import _suffix, choose
 from peftfx.rewriter.storage.outputs import OUTPUTS, Outputs
@@ -206,10 +206,10 @@ def test_files_of_the_first_format_load(program_file: Path, captured: Any, tmp_p
 )  # fmt: skip
 def test_input_specs(captured: Any, edit: Any) -> None:
     data = captured["encoder"][1].spec.to_json()
-    assert InputSpec.from_json(data) == captured["encoder"][1].spec
+    assert read_spec(data) == captured["encoder"][1].spec
     edit(data["inputs"][0])
     with pytest.raises((KeyError, TypeError, ValueError)):
-        InputSpec.from_json(data)
+        read_spec(data)
 
 
 def test_other_parts_of_input_specs(captured: Any) -> None:
@@ -222,7 +222,7 @@ def test_other_parts_of_input_specs(captured: Any) -> None:
         data = captured["encoder"][1].spec.to_json()
         data[key] = item
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-            InputSpec.from_json(data)
+            read_spec(data)
 
 
 @pytest.mark.parametrize(

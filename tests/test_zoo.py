@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from peftfx.rewriter.graph.aten import attribute, set_attribute
-from peftfx.rewriter.program.sites import Site, Sites
+from peftfx.rewriter.program.site_table import Sites
+from peftfx.rewriter.program.sites import Site
 from peftfx.rewriter.sites.discover import discover
 
 from .conftest import Zoo

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import InputError
-from peftfx.rewriter.verify.verify import floats
+from peftfx.rewriter.measure.compare import floats
 
 from .zoo import ZOO
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import peftfx
+from peftfx.rewriter.measure.compare import floats
 from peftfx.rewriter.program.sites import SublayerSite
-from peftfx.rewriter.verify.verify import floats
 
 from .conftest import Zoo
 from .models import randomise

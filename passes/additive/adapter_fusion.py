@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Combine, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
-from ...rewriter.pipeline.passes import Method, Plan
-from ...rewriter.program.state import Program
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
+from ...rewriter.program.state import State
 from ...rewriter.storage.members import plan_members, take_members
-from ...rewriter.verify.verify import Contract
 
 
 class AdapterFusionBranch(Combine):
@@ -109,7 +110,7 @@ class AdapterFusion(Method):
         self.require(self.penalty >= 0, "penalty", "at least 0")
         self.require(not self.where, "where", "left out: it fuses where its members are")
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         return plan_members(program, self.names, sources, "serial")
 
     def apply(self, edit: Editor, plan: Plan) -> None:
@@ -123,7 +124,7 @@ class AdapterFusion(Method):
             edit.combine(site, branch.to(edit.like(site)), members)
 
     def settle(
-        self, program: Program, data: Any, inputs: Mapping[str, int]
+        self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         here = self.controller(program, self).branches()
         fusions = [(p, b) for p, b in here if isinstance(b, AdapterFusionBranch)]

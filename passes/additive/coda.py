@@ -29,10 +29,11 @@ from ...kernels.soft_topk import coordinate_descent, soft_topk
 from ...rewriter.branches.branch import linear
 from ...rewriter.branches.routing import Routed
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import AttentionSite, Site, SublayerSite
-from ...rewriter.program.state import Program
-from ...rewriter.verify.verify import Contract
+from ...rewriter.program.state import State
 
 
 class CoDABranch(Routed):
@@ -94,7 +95,7 @@ class CoDA(Method):
         self.require(self.iterations is None or self.iterations >= 1, "iterations", "at least 1")
         self.require(self.std >= 0, "std", "at least 0")
 
-    def sites(self, program: Program) -> list[Site]:
+    def sites(self, program: State) -> list[Site]:
         found = super().sites(program)
         causal = {s.stream for s in program.sites if isinstance(s, AttentionSite) and s.causal}
         return found if self.placed else [s for s in found if s.stream not in causal] or found

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
-from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import SublayerSite
-from ...rewriter.program.state import Program
+from ...rewriter.program.state import State
 from ...rewriter.run.observe import constants
-from ...rewriter.verify.verify import Contract
 
 
 class Generator(nn.Module):
@@ -147,7 +148,7 @@ class HyperFormer(Method):
         return made.to(edit.like(sites[0]))
 
     def settle(
-        self, program: Program, data: Any, inputs: Mapping[str, int]
+        self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         chosen = inputs.get(self.task)
         if chosen is None:

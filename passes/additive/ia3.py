@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import LinearSite
 
 

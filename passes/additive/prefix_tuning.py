@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import AttentionSite
-from ...rewriter.verify.verify import Contract
 
 
 class PrefixBranch(KeyValue):

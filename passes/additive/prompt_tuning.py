@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import entrances, separate
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
 from ...rewriter.program.sites import EmbeddingSite, Site
-from ...rewriter.program.state import Program
-from ...rewriter.verify.verify import Contract
+from ...rewriter.program.state import State
 
 
 class PromptBranch(Tokens):
@@ -65,7 +65,7 @@ class PromptTuning(Method):
         self.require(self.length >= 1, "length", "at least 1")
         self.require(self.common >= 1, "common", "at least 1")
 
-    def sites(self, program: Program) -> list[Site]:
+    def sites(self, program: State) -> list[Site]:
         found = super().sites(program)
         found = found if self.placed else entrances(program, found)
         separate(program, found)

@@ -34,11 +34,11 @@ from ...rewriter.edits.calls.values import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach
 from ...rewriter.errors import PassError
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
 from ...rewriter.program.sites import AttentionSite, LinearSite, Site, SublayerSite
-from ...rewriter.program.state import Program
+from ...rewriter.program.state import State
 from ...rewriter.run.observe import observe
-from ...rewriter.verify.verify import Contract
 from ..additive.prefix_tuning import PrefixTuning
 from ..additive.serial_adapter import SerialAdapter
 from ..reparameterized.lora import LoRA
@@ -138,7 +138,7 @@ class UniPELT(Method):
         return edit.share(f"{edit.name(site)}.gate", gate, hidden=hidden.value, valid=valid)
 
     def settle(
-        self, program: Program, data: Any, inputs: Mapping[str, int]
+        self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         mine = [a for a in program.attachments if a.adapter == self.adapter and "gate" in a.reads]
         gates = {a.path: program.shared_path(a, "gate") for a in mine}

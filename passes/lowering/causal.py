@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from ...rewriter.edits.attention.causal import use_causal
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Pass, Plan
-from ...rewriter.verify.verify import Contract
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

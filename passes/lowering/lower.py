@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal
 
 from ...kernels.lora_linear import lora_linear, require_triton, triton_lora_linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.linear.lower import fuse_deltas, restore_deltas
+from ...rewriter.edits.folding.lower import fuse_deltas, restore_deltas
 from ...rewriter.errors import PassError
-from ...rewriter.pipeline.passes import Pass, Plan
-from ...rewriter.program.state import Program
-from ...rewriter.verify.verify import Contract
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
+from ...rewriter.program.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Lower(Pass):
 
     target: Literal["cpu", "triton", "off"] = "cpu"
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         if self.target == "triton":
             try:
                 require_triton()

@@ -17,9 +17,12 @@ from torch import Tensor
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.graph.turns import alone
-from ...rewriter.pipeline.passes import Method, Pass, Plan
-from ...rewriter.program.state import Program
-from ...rewriter.verify.verify import Contract, difference, is_meta
+from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
+from ...rewriter.program.state import State
+from ...rewriter.verify.verify import difference, is_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Bake(Pass):
     names: tuple[str, ...] | None = None
     inputs: dict[str, int] | None = None
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         data = None if data is None else list(data)
         wanted = program.adapters if self.names is None else self.names
         inputs = self.inputs or {}
@@ -64,7 +67,7 @@ class Bake(Pass):
             plan, decisions={**plan.decisions, "moved": self._moved(program, plan, data)}
         )
 
-    def _moved(self, program: Program, plan: Plan, data: Sequence[Any]) -> dict[str, float]:
+    def _moved(self, program: State, plan: Plan, data: Sequence[Any]) -> dict[str, float]:
         """How far outputs move on the calibration data."""
         with alone():
             trial = Editor(program.fork())
@@ -85,7 +88,7 @@ class Bake(Pass):
             edit.drop_input(name, f"it was fixed to {fixed}: {self}")
 
 
-def _method(program: Program, name: str) -> Method:
+def _method(program: State, name: str) -> Method:
     for record in program.history:
         if record.adapter == name and isinstance(record.applied, Method):
             return record.applied

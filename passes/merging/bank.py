@@ -29,9 +29,10 @@ from torch import Tensor
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
-from ...rewriter.pipeline.passes import Pass, Plan
-from ...rewriter.program.state import Attachment, Program
-from ...rewriter.verify.verify import Contract
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Attachment, Plan
+from ...rewriter.program.state import State
 
 Factors = tuple[Tensor, Tensor, float]
 PLAIN = torch.contiguous_format
@@ -108,7 +109,7 @@ class Bank(Pass):
         self.require(len(set(names)) == len(names) > 0, "names", "different adapters")
         self.require(self.input.isidentifier(), "input", "a name")
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         if self.adapter in program.adapters:
             raise PassError(
                 f"the program has a bank already. Take it apart first (program.without("
@@ -177,20 +178,20 @@ class Bank(Pass):
             edit.skipped.append((name, reason))
 
 
-def _others(program: Program, members: Sequence[str]) -> list[str]:
+def _others(program: State, members: Sequence[str]) -> list[str]:
     """The adapters that act, and are no members."""
     acting = dict.fromkeys(a.adapter for a in program.attachments)
     acting |= dict.fromkeys(name for name, owned in program.owned.items() if owned)
     return [n for n in acting if n not in members and n != Bank.text]
 
 
-def _factors(program: Program, attachment: Attachment) -> Factors | None:
+def _factors(program: State, attachment: Attachment) -> Factors | None:
     branch: Any = program.branch(attachment)
     found = branch.factors() if isinstance(branch, Delta) else None
     return found and (found[0].detach(), found[1].detach(), found[2])
 
 
-def _obstacle(program: Program, name: str) -> str:
+def _obstacle(program: State, name: str) -> str:
     """Why an adapter cannot be a member; empty if it can."""
     if owned := program.owned.get(name):
         return f"it trains {len(owned)} tensors of the base (first: {owned[0]})"

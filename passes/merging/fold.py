@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.exported import put_back
 from ...rewriter.edits.folding.fold import fold, warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.graph.sharded import has_shards
-from ...rewriter.pipeline.passes import Pass, Plan
-from ...rewriter.program.state import Program
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
+from ...rewriter.program.state import State
 from ...rewriter.run.before_fold import keep_trained, trained_tensors
-from ...rewriter.verify.verify import Contract, bound, is_meta, measure
+from ...rewriter.verify.verify import bound, is_meta, measure
+from ...rewriter.weights.exported import put_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Fold(Pass):
     def promise(self) -> Contract:
         return Contract("trainable") if self.tied == "both" else self.contract
 
-    def examine(self, before: Program, after: Program) -> Mapping[str, float]:
+    def examine(self, before: State, after: State) -> Mapping[str, float]:
         """What the original model computes with the exported tensors, where it has a place for
         all of them: names are what it reads them by, and not all names are its own tensors."""
         changed = after.attachments or after.added or after.untied or after.reshaped()
@@ -59,7 +61,7 @@ class Fold(Pass):
             )
         return {"exported": measured["max_rel"]}
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         for name in self.names or ():
             if name not in program.adapters:
                 raise FoldError(

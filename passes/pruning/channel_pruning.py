@@ -26,11 +26,12 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.linear.compose import adapted_weight
 from ...rewriter.edits.structure.axes import Channels, channels
 from ...rewriter.errors import MetaTensorError, PassError
-from ...rewriter.pipeline.passes import Pass, Plan
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import LinearSite
-from ...rewriter.program.state import Program
+from ...rewriter.program.state import State
 from ...rewriter.run.gradients import gradients
-from ...rewriter.verify.verify import Contract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class ChannelPruning(Pass):
         self.require(0 < self.ratio < 1, "ratio", "between 0 and 1")
         self.require(self.round_to >= 1, "round_to", "at least 1")
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         groups: dict[str, Channels] = {}
         skipped: dict[str, str] = {}
         taken: dict[str, str] = {}
@@ -94,7 +95,7 @@ class ChannelPruning(Pass):
         edit.figures["removed"] = 1 - _size(edit.program) / before
 
     def _scores(
-        self, program: Program, groups: Mapping[str, Channels], data: Any
+        self, program: State, groups: Mapping[str, Channels], data: Any
     ) -> dict[str, Tensor]:
         linears = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
         members = {n: linears[n] for g in groups.values() for n in g.stored if n in linears}
@@ -125,11 +126,11 @@ class ChannelPruning(Pass):
         return kept
 
 
-def _size(program: Program) -> int:
+def _size(program: State) -> int:
     return sum(p.numel() for p in program.module.parameters())
 
 
-def _elements(program: Program, site: LinearSite, slope: Tensor | None) -> Tensor:
+def _elements(program: State, site: LinearSite, slope: Tensor | None) -> Tensor:
     """The importance of each element of a weight, stored like the weight."""
     found = adapted_weight(program, site, scales=slope is None).double()
     found = found.T if site.in_out else found

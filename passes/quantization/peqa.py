@@ -20,9 +20,10 @@ from torch import nn
 from ...kernels.quantised_linear import OPERATOR
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller
-from ...rewriter.pipeline.passes import Method, Plan
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import LinearSite
-from ...rewriter.verify.verify import Contract
 
 
 class Scales(Controller):

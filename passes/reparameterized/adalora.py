@@ -25,7 +25,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.sites import LinearSite
-from ...rewriter.program.state import Program
+from ...rewriter.program.state import State
 from ...rewriter.training.budget import BudgetController, Budgeted
 from ..merging.bake import Bake
 from .lora import rank_obstacle
@@ -89,8 +89,8 @@ class RankController(BudgetController):
         return options.gamma * torch.stack([g.norm() for g in gaps]).mean()
 
     def finish(self) -> tuple[Pass, ...]:
-        pruned = self.method.settle(self.program, None, {})
-        return (Bake(names=(self.method.adapter,)),) if pruned else ()
+        pruned = cast(AdaLoRA, self.method).settle(self.program, None, {})
+        return (Bake(names=(self.adapter,)),) if pruned else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class AdaLoRA(Budgeted):
         edit.add(site, AdaLoRABranch(p.to(like), e.to(like), q.to(like), scale, self.dropout))
 
     def settle(
-        self, program: Program, data: Any, inputs: Mapping[str, int]
+        self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for attachment in program.attachments:

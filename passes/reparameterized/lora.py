@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta, linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import LinearSite
 
 

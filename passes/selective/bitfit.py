@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import ConvSite, LinearSite, NormSite
 
 

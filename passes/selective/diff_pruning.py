@@ -35,9 +35,11 @@ from ...kernels.hard_concrete import gate_noise, hard_concrete, open_probability
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.linear.sparse import DenseDelta, Part, keep_largest, parts_of
 from ...rewriter.pipeline.controller import Controller, Forward
-from ...rewriter.pipeline.passes import Method, Pass, Plan
+from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import Site
-from ...rewriter.program.state import Program
+from ...rewriter.program.state import State
 from ..merging.bake import Bake
 
 
@@ -91,7 +93,7 @@ class GateController(Controller):
         return None
 
     def finish(self) -> tuple[Pass, ...]:
-        return (Bake(names=(self.method.adapter,)),) if self.gated() else ()
+        return (Bake(names=(self.adapter,)),) if self.gated() else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class DiffPruning(Method):
         self.require(-math.inf < self.low < 0, "low", "below 0")
         self.require(1 < self.high < math.inf, "high", "above 1")
 
-    def plan(self, program: Program, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         decided = super().plan(program, data, sources).decisions
         parts, left = parts_of(program, self.sites(program), self.bias)
         tensors, reasons = [p.name for p in parts], [[s.id, why] for s, why in left]
@@ -147,6 +149,6 @@ class DiffPruning(Method):
         edit.skipped.extend((site, why) for site, why in plan.decisions["left"])
 
     def settle(
-        self, program: Program, data: Any, inputs: Mapping[str, int]
+        self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         return keep_largest(GateController(program, self).gated(), self.density)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.passes import Method
+from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite
 
 

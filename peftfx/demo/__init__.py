@@ -23,9 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..exporters.onnx_export import OnnxReport, export_onnx
+from ..rewriter.api import Program
 from ..rewriter.capture.capture import capture
 from ..rewriter.files.files import write_file, write_json
-from ..rewriter.program.state import Program
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import save
 from . import report

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rewriter.program.state import Program
+from ..rewriter.api import Program
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import save
 from .corpus import Pair, Split

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..rewriter.program.state import Program
+from ..rewriter.api import Program
 from ..rewriter.training.saved import SavedBytes
 from ..training.fit import fit
 from .corpus import Pair

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..rewriter.api import Program
 from ..rewriter.errors import OptionError
 from ..rewriter.files.files import write_file
 from ..rewriter.program.sites import Site
-from ..rewriter.program.state import Program
 from .boxes import (
     BODY,
     EDGE,

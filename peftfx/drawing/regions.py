@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch.fx import Node
 
+from ..rewriter.api import Program
 from ..rewriter.graph.aten import SIZES, inputs, is_op
 from ..rewriter.program.sites import Site
-from ..rewriter.program.state import Program
 from .parts import Box, Lane, Layer, Line, Row, Stream, site_weight
 from .repeats import MANY, merge
 

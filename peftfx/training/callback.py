@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.errors import PassError
-from ..rewriter.pipeline.controller import Controller, Controllers
+from ..rewriter.pipeline.controller import Controller
+from ..rewriter.training.controllers import Controllers
 
 _LISTENING: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 """Each module's hooks; those of a run that was interrupted end when the next one begins."""

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..rewriter.api import Program
 from ..rewriter.errors import NonFiniteError, OptionError
 from ..rewriter.graph.module import device_of, modes_kept
-from ..rewriter.pipeline.controller import Controllers
-from ..rewriter.program.state import Program
 from ..rewriter.run.run import run
+from ..rewriter.training.controllers import Controllers
 
 Loss = Callable[[Any, Any], Tensor]
 """`(outputs, batch) -> loss`, a scalar."""

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..rewriter.errors import PassError
-from ..rewriter.pipeline.controller import Controllers
+from ..rewriter.training.controllers import Controllers
 from .callback import ControllersCallback, release
 from .partial import fill_in, frozen_base
 

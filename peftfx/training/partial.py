@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..rewriter.graph.modes import MODES
 from ..rewriter.graph.module import state_buffers
-from ..rewriter.program.state import BRANCHES, Program
+from ..rewriter.program.state import BRANCHES, State
 
 
-def frozen_base(program: Program) -> frozenset[str]:
+def frozen_base(program: State) -> frozenset[str]:
     """Names of the base tensors that training leaves as they are."""
     module = program.module
     names = {n for n, p in module.named_parameters() if not p.requires_grad}

@@ -22,15 +22,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..rewriter.api import Program
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
 from ..rewriter.graph.module import device_of
-from ..rewriter.measure.compare import compare, tensors
+from ..rewriter.measure.compare import TOLERANCE, compare, tensors
 from ..rewriter.measure.still import forward, still
-from ..rewriter.program.state import Program
 from ..rewriter.storage.artifact import save
-from ..rewriter.verify.verify import TOLERANCE
 from .partial import frozen_base
 
 IGNORED = -100

@@ -27,8 +27,8 @@ from torch import Tensor
 from ..rewriter.errors import BaseMismatchError, PassError
 from ..rewriter.files.files import write_file
 from ..rewriter.files.identity import tensor_digest
-from ..rewriter.pipeline.controller import Controllers
 from ..rewriter.storage.artifact import base_difference, read, save
+from ..rewriter.training.controllers import Controllers
 from .callback import ControllersCallback, release
 from .partial import fill_in, frozen_base, leave_out
 from .state import read_state, state_bytes

@@ -10,23 +10,18 @@ import contextlib
 import io
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from ..errors import BlockError
 from ..graph.aten import attribute
 from .kept import watched
 from .names import names
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .module import Block, Outlined
 
 Storages = dict[int, torch.UntypedStorage]
 
@@ -57,7 +52,7 @@ def size(*parts: Storages) -> int:
     return sum(s.nbytes() for s in {k: s for part in parts for k, s in part.items()}.values())
 
 
-def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
+def measure(module: nn.Module, inputs: Mapping[str, Tensor]) -> Saved:
     """Runs one forward pass without checkpointing and looks at what autograd would save."""
     blocks = names(module).blocks
     known = {p.untyped_storage()._cdata for p in module.parameters()}
@@ -70,7 +65,7 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
             into[storage._cdata] = storage
 
     def enter(block: nn.Module, values: tuple[Any, ...]) -> None:
-        index = blocks.index(cast("Block", block))
+        index = blocks.index(block)
         for tensor in (v for v in values if isinstance(v, Tensor)):
             keep(saved.entering[index], tensor)
         current.append(saved.inside[index])
@@ -96,7 +91,7 @@ def measure(module: Outlined, inputs: Mapping[str, Tensor]) -> Saved:
 
 
 @contextlib.contextmanager
-def _plain(blocks: Sequence[Block]) -> Generator[None]:
+def _plain(blocks: Sequence[Any]) -> Generator[None]:
     """Blocks run without checkpointing."""
     before = [block.checkpointed for block in blocks]
     try:
@@ -170,7 +165,7 @@ class Report:
         return "\n".join([*lines, f"{total}, {self.without:,} without checkpointing"])
 
 
-def report(module: Outlined, saved: Saved) -> Report:
+def report(module: nn.Module, saved: Saved) -> Report:
     """See `Outlined.report`."""
     blocks = names(module).blocks
     rows = [
@@ -181,12 +176,12 @@ def report(module: Outlined, saved: Saved) -> Report:
     return Report(tuple(rows), size(saved.outside), saved.total(chosen), saved.total(()))
 
 
-def reached(module: Outlined) -> set[str]:
+def reached(module: nn.Module) -> set[str]:
     """Paths of the blocks that gradients pass through; the others save nothing."""
     paths = {block.path for block in names(module).blocks}
     live: set[Node] = set()
     found: set[str] = set()
-    for node in module.graph.nodes:
+    for node in names(module).graph.nodes:
         trained = any(i in live for i in node.all_input_nodes) or _trains(module, node)
         if trained:
             live.add(node)

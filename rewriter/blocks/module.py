@@ -16,10 +16,10 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.graph_module import _forward_from_src
 from torch.utils.checkpoint import checkpoint
 
+from ..api import Program
 from ..errors import BlockError
 from ..graph.module import copy_graph, device_of, keeps_dtype
 from ..graph.placement import relocate, relocate_graph
-from ..program.state import Program
 from .checkpointing import Report, Saved, choose, measure, reached, report
 from .kept import Kept
 from .names import names

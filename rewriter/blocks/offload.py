@@ -11,21 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
+from ..api import Program
 from ..errors import BlockError
 from ..graph.aten import attribute, is_float, set_attribute
 from ..graph.module import same_view, sharing_module
-from ..program.state import Program
 from .kept import Kept, Recipe
 from .names import names
-
-if TYPE_CHECKING:
-    from .module import Block, Outlined, Region
 
 
 def fetch(weight: Tensor, device: torch.device) -> Tensor:
@@ -48,7 +45,7 @@ class Offload:
         return copy
 
 
-def offload(module: Outlined) -> None:
+def offload(module: nn.Module) -> None:
     """Moves the frozen parameters of all blocks to the CPU, and fetches them from there.
 
     Those of the program as captured, which the module holds too, move with them.
@@ -77,7 +74,7 @@ def offload(module: Outlined) -> None:
         names(module).flat = replace(names(module).flat, program=program)
 
 
-def _base(origin: Program, module: Outlined, moved: Mapping[Any, Tensor]) -> Program:
+def _base(origin: Program, module: nn.Module, moved: Mapping[Any, Tensor]) -> Program:
     """The program as captured with the parameters of blocks on the CPU: the module's, if shared."""
     gm = origin.module
     made = sharing_module(gm, gm.graph, type(gm).__name__)
@@ -89,7 +86,7 @@ def _base(origin: Program, module: Outlined, moved: Mapping[Any, Tensor]) -> Pro
     return replace(origin, module=made)
 
 
-def staying(module: Outlined) -> dict[Any, Tensor]:
+def staying(module: nn.Module) -> dict[Any, Tensor]:
     """Offloaded tensors of the program as captured, for `Program._moved`."""
     origin = names(module).flat.program.origin
     if origin is None or not any(b.offload for b in names(module).blocks):
@@ -98,13 +95,13 @@ def staying(module: Outlined) -> dict[Any, Tensor]:
     return {same_view(p): p.data for n, p in held if _inside(n, module) and not p.is_meta}
 
 
-def _inside(name: str, module: Outlined) -> bool:
+def _inside(name: str, module: nn.Module) -> bool:
     return any(name.startswith(f"{block.path}.") for block in names(module).blocks)
 
 
-def _fetching(traced: Block | Region) -> Graph:
+def _fetching(traced: Any) -> Graph:
     """Its graph with a fetch behind each parameter that it reads, where it is first read."""
-    graph = traced.graph
+    graph: Graph = traced.graph
     like = next((n for n in graph.find_nodes(op="placeholder") if is_float(n)), None)
     for node in graph.find_nodes(op="get_attr"):
         if like is None or not isinstance(attribute(traced, str(node.target)), nn.Parameter):
@@ -122,7 +119,7 @@ def _fetching(traced: Block | Region) -> Graph:
     return graph
 
 
-def _frozen(module: Outlined) -> dict[tuple[nn.Module, str], nn.Parameter]:
+def _frozen(module: nn.Module) -> dict[tuple[nn.Module, str], nn.Parameter]:
     """The frozen parameters below blocks, by owner and name."""
     owners = [m for b in names(module).blocks for m in b.modules()]
     return {
@@ -141,7 +138,7 @@ def _to_cpu(parameter: nn.Parameter) -> None:
 
 
 @contextlib.contextmanager
-def aside(module: Outlined) -> Generator[None]:
+def aside(module: nn.Module) -> Generator[None]:
     """Takes what is offloaded out of a module while it moves to another device."""
     held = _frozen(module) if any(b.offload for b in names(module).blocks) else {}
     try:

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ..api import Program
 from ..errors import BlockError
 from ..graph.aten import value
 from ..graph.module import CapturedModule, copy_graph, sharing_module
 from ..graph.sharded import reshard
-from ..program.state import Program
 from .module import Block, Flat, Outlined, Region
 from .names import TRACED, names, yielding
 from .offload import offload as move_out

@@ -15,15 +15,15 @@ from itertools import count, pairwise
 from torch import Tag, nn
 from torch.fx import GraphModule, Node
 
+from ..api import Program
 from ..branches.routing import TakeTokens
-from ..edits.linear.compose import site_nodes
 from ..edits.stream.region import stream_before, stream_behind
 from ..errors import BlockError, PassError
 from ..graph.aten import NORMS, attribute, inputs, is_op, submodule
-from ..graph.flow import Flow
+from ..graph.flow import Flow, site_nodes
 from ..graph.modes import MODES
 from ..program.sites import SublayerSite
-from ..program.state import BRANCHES, Program
+from ..program.state import BRANCHES
 from .regions import Routing, routings
 
 

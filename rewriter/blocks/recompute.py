@@ -9,10 +9,10 @@ are not repeated. A compiler is told the same by the policy of a checkpoint arou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -35,9 +35,6 @@ from ..graph.aten import (
 )  # fmt: skip
 from .kept import Kept, Recipe
 from .names import names
-
-if TYPE_CHECKING:
-    from .module import Outlined
 
 CHEAP = CASTS | MULS | NORMS | overloads("gelu", "silu", "mish", "hardswish", "softplus", "elu")
 """Operators whose backward keeps what they read, and that cost little more than reading it."""
@@ -111,7 +108,7 @@ def compiled() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def recompute(module: Outlined) -> None:
+def recompute(module: nn.Module) -> None:
     """Lets all blocks keep how cheap values are computed instead of the values."""
     for block in names(module).blocks:
         block.kept = block.kept or Kept()

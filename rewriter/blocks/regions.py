@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from ..api import Program
 from ..branches.routing import PutTokens, Routed, TakeTokens
-from ..edits.linear.compose import site_nodes
 from ..graph.aten import is_op, operands, submodule
-from ..graph.flow import Flow
+from ..graph.flow import Flow, site_nodes
 from ..program.sites import SublayerSite
-from ..program.state import Program
 
 
 @dataclass(frozen=True)

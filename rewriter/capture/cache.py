@@ -32,7 +32,8 @@ from ..files.identity import tensor_digest
 from ..files.leftovers import make_parents
 from ..graph.module import CapturedModule
 from ..inputs.spec import InputSpec
-from ..program.sites import Sites
+from ..inputs.specfile import read_spec
+from ..program.site_table import Sites
 from .graphfile import decode, encode, read_graph, write_graph
 
 FORMAT = 1
@@ -106,7 +107,7 @@ class Entry:
             name = type(self.model).__name__
             found = Traced(
                 read_graph(data["graph"], self.held, self.packages, name, _classes()),
-                InputSpec.from_json(data["spec"]),
+                read_spec(data["spec"]),
                 Sites(decode(data["sites"], [])),
                 dict(data["symbols"]),
                 frozenset(data["values"]),
@@ -146,7 +147,7 @@ class Entry:
                 "files": {f: _file_digest(Path(f)) for f in sorted(files) if Path(f).is_absolute()},
             }
             body = write_json(data)
-            again = InputSpec.from_json(data["spec"])
+            again = read_spec(data["spec"])
             if decode(data["sites"], []) != tuple(traced.sites) or again != traced.spec:
                 raise ValueError("its sites or inputs do not read back as they are")
             text = parse_json(write_json(graph), "", LIMIT)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
+from ..api import Program
 from ..errors import CaptureError
 from ..graph.aten import placeholders, set_attribute
 from ..graph.modes import follow_modes, restore_modes
@@ -31,7 +32,6 @@ from ..inputs.dynamic import Dynamic, dynamic_axes
 from ..inputs.nesting import template_of
 from ..inputs.spec import InputSpec, TensorInput, forward_parameters, named_arguments
 from ..measure.independence import Values, relabelled
-from ..program.state import Program
 from ..program.trained import chosen, train_only
 from ..sites.discover import discover
 from ..tracing.canonical import canonicalize

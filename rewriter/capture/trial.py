@@ -7,9 +7,8 @@ the graph agree on is measured here, so that the input spec is neither too wide 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -22,10 +21,10 @@ from ..graph.module import modes_kept, state_tensors
 from ..inputs.probes import fit
 from ..inputs.relation import violations
 from ..inputs.spec import InputSpec
-from ..measure.compare import relative, tensors
+from ..measure.compare import TOLERANCE, relative, tensors
+from ..measure.still import undisturbed
 from ..tracing.propagate import quiet
 from ..tracing.tracing import prepared
-from ..verify.verify import TOLERANCE
 
 
 class Trial:
@@ -114,26 +113,6 @@ class Trial:
             if training is not None:
                 self.gm.train(training)
             return tensors(self.gm(**{n: t.clone() for n, t in inputs.items()}))
-
-
-@contextlib.contextmanager
-def undisturbed(module: nn.Module, written: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
-    """No gradients, the same random numbers every time; buffers, and the parameters that a
-    forward writes, are put back afterwards.
-
-    Yields their values from before.
-    """
-    parameters = [(n, p) for n, p in module.named_parameters() if n in written]
-    held = [*module.named_buffers(), *parameters]
-    kept = {n: b.detach().clone() for n, b in held}
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            yield kept
-    finally:
-        for name, tensor in held:
-            if not torch.equal(tensor, kept[name]):
-                tensor.data.copy_(kept[name])
 
 
 def must_be_equal(trial: Trial, symbols: Mapping[str, str]) -> list[tuple[str, str]]:

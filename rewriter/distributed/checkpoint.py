@@ -22,15 +22,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..api import Program
 from ..errors import ArtifactError, CorruptFileError, RewriteError
 from ..files.directory import new_directory
 from ..files.ranks import agree, exchange, first, rank, together, world
 from ..files.sealed import sealed
 from ..graph.module import device_of
 from ..graph.sharded import placed_like
-from ..pipeline.controller import Controllers
-from ..program.state import Program
 from ..storage.artifact import VERSION
+from ..training.controllers import Controllers
 from .manifest import (
     FORMAT,
     MANIFEST,

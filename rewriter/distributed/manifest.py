@@ -12,14 +12,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..api import Program
 from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
 from ..files.directory import opened
 from ..files.files import JSON_LIMIT, parse_json, require_regular
 from ..files.nested import is_path
 from ..files.ranks import rank, world
 from ..files.sealed import checked, compare_versions, unsealed
-from ..program.fingerprint import require_unchanged
-from ..program.state import Program
+from ..program.unchanged import require_unchanged
 from ..storage.artifact import VERSION
 from ..storage.checkpoint import DTYPES
 

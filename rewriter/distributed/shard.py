@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..api import Program
 from ..blocks.module import Outlined
 from ..blocks.names import names
 from ..errors import MetaTensorError, RanksError
@@ -28,8 +29,8 @@ from ..graph.module import device_of
 from ..graph.placement import relocate
 from ..graph.sharded import has_shards, is_sharded, placed_like, whole
 from ..pipeline.controller import Controller
-from ..pipeline.passes import Method
-from ..program.state import BRANCHES, Program
+from ..pipeline.method import Method
+from ..program.state import BRANCHES
 
 
 def shard(module: Outlined, mesh: Any = None, **options: Any) -> Outlined:

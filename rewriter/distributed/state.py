@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..api import Program
 from ..errors import ArtifactError
 from ..files.nested import flatten, nest
 from ..graph.module import state_buffers
 from ..graph.sharded import is_sharded, whole
-from ..pipeline.controller import Controllers
-from ..program.state import Program
+from ..training.controllers import Controllers
 
 Tensors = dict[str, Tensor]
 

@@ -26,6 +26,8 @@ from ..branches.branch import (
 )
 from ..branches.routing import Routed
 from ..graph.aten import ancestors, set_attribute, users
+from ..graph.flow import site_nodes
+from ..program.history import ITSELF
 from ..program.sites import (
     AttentionSite,
     ConvSite,
@@ -34,14 +36,14 @@ from ..program.sites import (
     Site,
     SublayerSite,
 )
-from ..program.trained import ITSELF, chosen, train_only
+from ..program.trained import chosen, train_only
 from .attention.keyvalue import prepend_key_value
 from .calls.attach import EMPTY, given
 from .calls.requirements import require_fit
 from .calls.values import Value, latest
 from .linear.bias import add_bias
 from .linear.combine import combine_serial, hold, member_paths
-from .linear.compose import compose, site_nodes
+from .linear.compose import compose
 from .linear.expression import express, remember, remove, settle, widened
 from .linear.quantise import quantise_weight
 from .read import Reading

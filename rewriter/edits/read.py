@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..graph.aten import erase_dead, is_quantised, users
+from ..graph.aten import erase_dead, users
 from ..program.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -17,28 +17,21 @@ from ..program.sites import (
     SublayerSite,
 )
 from ..program.state import BRANCHES
-from ..weights.weight import DenseWeight, Weight
 from .attention.keyvalue import key_value_widths
 from .calls.attach import Attaching, given
 from .calls.samples import sample_axis
 from .calls.signature import add_input, drop_input
-from .calls.values import Value, input_of, item_of, latest, valid_of
+from .calls.values import Value, input_of, item_of, latest
 from .linear.compose import composed_value
 from .linear.expression import matrix_of
-from .linear.quantise import QuantisedWeight, whole_weights
+from .linear.quantise import whole_weights
 from .stream.hidden import Hidden, Samples, behind_of, hidden_of, samples_of
+from .stream.padding import valid_of
 from .structure.axes import Channels, channels
 
 
 class Reading(Attaching):
     """The words that do not change what a program computes."""
-
-    def weight(self, site: LinearSite) -> Weight:
-        """What the site multiplies by."""
-        call = self._nodes.get(site.nodes[0])
-        if call is not None and is_quantised(call):
-            return QuantisedWeight.of(self.graph_module, site, call)
-        return DenseWeight.of(self.graph_module, site)
 
     def whole(self, ids: Sequence[str]) -> list[LinearSite]:
         """A site for each stored weight that the named sites have all of; reports the others."""

@@ -63,3 +63,8 @@ def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[in
         found.update(fresh)
         stack += fresh
     return found
+
+
+def site_nodes(gm: GraphModule) -> dict[str, Node]:
+    """Graph nodes by the name that sites use; a lowered call stands for its linear."""
+    return {n.meta.get("call", n.name): n for n in gm.graph.nodes}

@@ -308,7 +308,7 @@ class InputSpec:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON form that `from_json` reads back."""
+        """A JSON form that `specfile.read_spec` reads back."""
         return {
             "inputs": [
                 {
@@ -329,14 +329,6 @@ class InputSpec:
             "relations": list(self.relations),
             "reasons": dict(self.reasons),
         }
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> InputSpec:
-        """Reads `to_json`'s form; raises KeyError, TypeError, ValueError or AttributeError if
-        malformed."""
-        from .specfile import read_spec  # late: it makes specs
-
-        return read_spec(data)
 
 
 def _check_values(name: str, tensor: Tensor, low: int, high: int) -> None:

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+TOLERANCE = {
+    torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1,
+}  # fmt: skip
+"""Difference that a bounded contract allows in any case, relative to an output's largest value."""
+
 
 @dataclass(frozen=True)
 class Gap:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..capture.trial import undisturbed
 from ..graph.aten import output_node, placeholders, shape
 from ..graph.module import state_tensors
 from ..graph.sharded import Gathering, whole
 from ..inputs.probes import fit
 from ..inputs.spec import InputSpec, TensorInput
 from ..program.sites import AttentionSite, MixerSite, Site
-from ..verify.verify import TOLERANCE, gaps
+from .compare import TOLERANCE, gaps
+from .still import undisturbed
 
 _PLACES = 5
 """How many places an axis is given: one is changed, two lie on each side of it."""

@@ -5,25 +5,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import VerifyError
 from ..graph.sharded import is_sharded
+from ..program.state import State
 from .compare import Gap, compare
 from .still import Expected, forward, written
 from .witness import Witness, repeats
-
-if TYPE_CHECKING:
-    from ..program.state import Program
 
 NOISE = 0.1
 """Scale of the noise on what trains in branches: what is zero at first hides what they do."""
 
 
-def perturbed(program: Program, names: Collection[str] | None = None, seed: int = 0) -> Witness:
+def perturbed(program: State, names: Collection[str] | None = None, seed: int = 0) -> Witness:
     """A witness of the program as if it had trained: with noise on parameters of branches.
 
     Args:
@@ -80,16 +77,14 @@ def require_steady(before: Witness, after: Witness, rounds: Sequence[Mapping[str
         )
 
 
-def require_settled(
-    witness: Witness, base: Program, rounds: Sequence[Mapping[str, Tensor]]
-) -> None:
+def require_settled(witness: Witness, base: State, rounds: Sequence[Mapping[str, Tensor]]) -> None:
     """Raises VerifyError unless a second call gives the same, as far as it does in `base`."""
     inputs = _smallest(rounds)
     _require_excused(repeats(witness, inputs), witness, base, inputs)
 
 
 def _require_excused(
-    now: str, after: Witness, captured: Program, inputs: Mapping[str, Tensor]
+    now: str, after: Witness, captured: State, inputs: Mapping[str, Tensor]
 ) -> None:
     """Raises VerifyError for what `repeats` says of a program, but not of the captured one."""
     if not now:

@@ -6,10 +6,11 @@ The live module is left alone: another thread may be training it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph.module import CapturedModule, state_tensors, twin_module
 from ..graph.sharded import is_sharded, outputs, reshard
-
-if TYPE_CHECKING:
-    from ..program.state import Program
+from ..program.state import State
 
 ATEN: Any = torch.ops.aten
 
 
-def still(program: Program) -> CapturedModule:
+def still(program: State) -> CapturedModule:
     """A copy of a program's module in evaluation mode, to be measured.
 
     Parameters are objects of its own over the same memory, and require no gradients: torch picks
@@ -48,7 +47,7 @@ def _own(tensor: Tensor, updated: bool) -> Tensor:
     return tensor.detach() if is_sharded(tensor) else tensor.data
 
 
-def stilled(program: Program) -> Program:
+def stilled(program: State) -> State:
     """The program over a still copy of its module."""
     return replace(program, module=still(program))
 
@@ -173,3 +172,23 @@ _EXPECTED: dict[Any, Callable[..., Any]] = {
     ATEN.uniform_: _filled(lambda low, high: (low + high) / 2),
     ATEN.normal_: _filled(lambda mean, _: mean),
 }
+
+
+@contextlib.contextmanager
+def undisturbed(module: nn.Module, written: Collection[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """No gradients, the same random numbers every time; buffers, and the parameters that a
+    forward writes, are put back afterwards.
+
+    Yields their values from before.
+    """
+    parameters = [(n, p) for n, p in module.named_parameters() if n in written]
+    held = [*module.named_buffers(), *parameters]
+    kept = {n: b.detach().clone() for n, b in held}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield kept
+    finally:
+        for name, tensor in held:
+            if not torch.equal(tensor, kept[name]):
+                tensor.data.copy_(kept[name])

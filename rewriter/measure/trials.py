@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,19 +17,17 @@ from ..errors import VerifyError
 from ..graph.module import device_of
 from ..inputs.probes import fit, probes
 from ..inputs.spec import InputSpec
+from ..program.state import State
 from .still import forward, still
 from .witness import completed
 
-if TYPE_CHECKING:
-    from ..program.state import Program
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
-    Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
-_TRIED: weakref.WeakKeyDictionary[Program, dict[Shapes, str]] = weakref.WeakKeyDictionary()
+_TRIED: weakref.WeakKeyDictionary[State, dict[Shapes, str]] = weakref.WeakKeyDictionary()
 """Of captured programs: by the shapes of their inputs, why they do not run; empty if they do."""
 
 
-def sizes(program: Program) -> list[dict[str, Tensor]]:
+def sizes(program: State) -> list[dict[str, Tensor]]:
     """The captured example, cut or repeated to a few small sizes that the spec allows.
 
     Raises:
@@ -43,7 +40,7 @@ def sizes(program: Program) -> list[dict[str, Tensor]]:
     ]
 
 
-def measured(program: Program) -> list[dict[str, int]]:
+def measured(program: State) -> list[dict[str, int]]:
     """Those sizes by name; in the first all are two at least, where they may be.
 
     Raises:
@@ -66,7 +63,7 @@ def measured(program: Program) -> list[dict[str, int]]:
     return chosen
 
 
-def left_out(program: Program) -> tuple[str, ...]:
+def left_out(program: State) -> tuple[str, ...]:
     """A line for all sizes that others have replaced, and why; none for most models."""
     spec = program.spec
     wanted = probes(spec, spec.sizes_of(program.sample))
@@ -98,7 +95,7 @@ def _moved(size: int, end: int, step: int) -> int:
     return min(size + step, end) if size < end else max(size - step, end)
 
 
-def _failure(program: Program, wanted: Mapping[str, int]) -> str:
+def _failure(program: State, wanted: Mapping[str, int]) -> str:
     """Why the captured model does not run at the sizes; empty if it does."""
     base = program.base
     if any(p.is_meta for p in base.module.parameters()):
@@ -130,7 +127,7 @@ def beyond(spec: InputSpec, sample: Mapping[str, Tensor], wanted: Mapping[str, i
     return ""
 
 
-def _tried(base: Program, given: Mapping[str, Tensor]) -> str:
+def _tried(base: State, given: Mapping[str, Tensor]) -> str:
     device = device_of(base.module)
     dtypes = {i.name: i.dtype for i in base.spec.inputs}  # an exporter may ask in another one
     try:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.sharded import is_sharded
+from ..program.state import State
 from .compare import compare
 from .still import Expected, forward, still, written
-
-if TYPE_CHECKING:
-    from ..program.state import Program
 
 
 @dataclass(eq=False)
@@ -34,7 +32,7 @@ class Witness:
             numbers in evaluation mode.
     """
 
-    program: Program
+    program: State
     gm: CapturedModule = field(init=False)
     expected: bool = False
 
@@ -95,7 +93,7 @@ class Witness:
             self.reset()
 
 
-def completed(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def completed(program: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """See `Witness.completed`."""
     spec = program.spec
     if all(i.name in inputs for i in spec.inputs):
@@ -149,6 +147,6 @@ def _rounded(x: Any, y: Any) -> bool:
     return all(g.relative <= 1e-3 and not g.reason for g in compare(x, y))
 
 
-def whole_tensors(program: Program) -> bool:
+def whole_tensors(program: State) -> bool:
     """Whether no stored tensor is sharded over ranks."""
     return not any(is_sharded(p) for p in program.module.parameters())

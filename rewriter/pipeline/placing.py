@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from ..program.selector import WORDS
 from ..program.sites import Site
-from ..program.state import Program
+from ..program.state import State
 
 
-def example_word(program: Program, kinds: Sequence[str]) -> str:
+def example_word(program: State, kinds: Sequence[str]) -> str:
     """The word of the commonest role of a program's sites of some kinds; empty without any."""
     sites = program.sites.of(*kinds)
     if not sites:
@@ -20,7 +20,7 @@ def example_word(program: Program, kinds: Sequence[str]) -> str:
     return max(sorted(site.tags & WORDS), key=len)
 
 
-def left_out(program: Program, sites: Sequence[Site], why: Callable[[str], str]) -> dict[str, str]:
+def left_out(program: State, sites: Sequence[Site], why: Callable[[str], str]) -> dict[str, str]:
     """Site id -> why it is left out, with the share of the parameters that its kind holds.
 
     Args:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..graph.module import modes_kept
-
-if TYPE_CHECKING:
-    from .state import Program
+from .state import State
 
 
 def _logits(output: Any) -> Tensor:
@@ -26,7 +24,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _feed(
-    program: Program, ids: Tensor, mask: Tensor, given: Mapping[str, Tensor]
+    program: State, ids: Tensor, mask: Tensor, given: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     feed: dict[str, Tensor] = dict(given)
     for spec in program.spec.inputs:
@@ -49,7 +47,7 @@ def _feed(
 
 @torch.no_grad()
 def generate(
-    program: Program,
+    program: State,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_new_tokens: int,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..pipeline.passes import Pass, Plan
-    from ..verify.verify import Certificate
+from torch import Tensor
+
+from .contract import Certificate
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,21 @@ class Attachment:
     members: tuple[str, ...] = ()
 
 
+ITSELF = ""
+"""The owner, in `State.owned`, of what the program itself trains."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass decided: strict JSON, and tensors for what JSON cannot hold.
+
+    Replaying a plan needs neither the data nor the sources that led to it.
+    """
+
+    decisions: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
 @dataclass(frozen=True)
 class Record:
     """One entry of a program's history.
@@ -38,6 +53,8 @@ class Record:
         skipped: (site id, reason) of sites that were selected but left alone.
         certificate: what was promised and what was measured.
         seconds: time of planning, forking, editing and checking, by name.
+        applied: the pass itself, a `pipeline.passes.Pass`.
+        plan: what it decided.
         notes: what else the pass did, such as freezing what required gradients.
     """
 
@@ -47,7 +64,7 @@ class Record:
     skipped: tuple[tuple[str, str], ...]
     certificate: Certificate
     seconds: Mapping[str, float]
-    applied: Pass
+    applied: Any
     plan: Plan
     notes: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -25,9 +25,7 @@ from ..graph.aten import (
     users,
 )
 from ..graph.sharded import is_sharded
-
-if TYPE_CHECKING:
-    from .state import Program
+from .state import State
 
 _AS_IT_IS = CASTS | overloads(
     "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "unsqueeze", "expand",
@@ -62,7 +60,7 @@ def module_of(node: Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def readers(program: Program) -> dict[str, list[Reader]]:
+def readers(program: State) -> dict[str, list[Reader]]:
     """The readers of every stored tensor in the graph, by the first of its names.
 
     Names of overlapping memory are one tensor, as far as the program can see that.
@@ -76,7 +74,7 @@ def readers(program: Program) -> dict[str, list[Reader]]:
     return table
 
 
-def first_name(program: Program, name: str, first: dict[str, str] | None = None) -> str:
+def first_name(program: State, name: str, first: dict[str, str] | None = None) -> str:
     """Under which name `readers` lists a stored tensor."""
     own = name if name in program.untied else program.aliases.get(name, name)
     return (_first_names(program) if first is None else first).get(own, own)
@@ -95,7 +93,7 @@ def _below(stored: Node) -> list[Reader]:
     return below
 
 
-def _first_names(program: Program) -> dict[str, str]:
+def _first_names(program: State) -> dict[str, str]:
     """Name -> the name that stands for it, for captured tensors that overlap in memory."""
     spans: list[tuple[int, int, str]] = []
     for name, tensor in program.base.base_tensors().items():
@@ -120,7 +118,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def others(
-    program: Program, name: str, calls: Collection[Node], table: dict[str, list[Reader]]
+    program: State, name: str, calls: Collection[Node], table: dict[str, list[Reader]]
 ) -> list[Reader]:
     """Who reads a stored tensor beside the given calls and what is composed around them."""
     keys = {call.meta.get("call") or call.name for call in calls}

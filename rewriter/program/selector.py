@@ -21,12 +21,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..errors import SelectorError, nearest
-
-if TYPE_CHECKING:
-    from .sites import Site
+from .sites import Site
 
 WORDS = frozenset([
     "linear", "attention", "feedforward", "sublayer", "embedding", "norm", "conv", "experts",
@@ -46,7 +43,7 @@ _TOKEN = re.compile(
     r"|(?P<op>\||&|\(|\))|(?P<word>[\w.*-]+))"
 )
 
-Test = Callable[["Site"], bool]
+Test = Callable[[Site], bool]
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

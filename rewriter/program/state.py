@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaptureError, PassError, nearest
+from ..errors import CaptureError
 from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
 from ..graph.sharded import equal, reshard
 from ..inputs.spec import InputSpec
-from .fingerprint import Fingerprints, take
-from .generate import generate
-from .history import Attachment, Record
-from .sites import Sites
-from .text import diff_text, program_text
-from .trained import ITSELF
+from .fingerprint import Fingerprints, is_at, printed
+from .history import ITSELF, Attachment, Record
+from .site_table import Sites
 
-if TYPE_CHECKING:
-    from ..training.memory import Memory
-    from ..verify.verify import Certificate
+AnyProgram = TypeVar("AnyProgram", bound="State")
+"""The class of a program is kept by what derives another from it."""
 
 BRANCHES = "peftfx"
 """Name below which the module holds everything that passes insert."""
 
 
 @dataclass(eq=False)
-class Program:
+class State:
     """A captured model. `peftfx.run` returns new programs; it never changes one.
 
     Attributes:
@@ -66,7 +62,7 @@ class Program:
     """Aliases that have a tensor of their own now."""
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
-    origin: Program | None = None
+    origin: Self | None = None
     dtype: torch.dtype | None = None
     """What `capture(dtype=...)` was asked for."""
     cached: str = ""
@@ -76,7 +72,7 @@ class Program:
 
     def __post_init__(self) -> None:
         if self.prints is None:
-            self.prints = take(self)
+            self.prints = self.fingerprints()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model; takes its positional and keyword inputs, returns its output type.
@@ -90,7 +86,7 @@ class Program:
     def __repr__(self) -> str:
         name = type(self.module).__name__
         done = "; ".join(r.text for r in self.history) or "as captured"
-        return f"Program({name}({self.spec}), {len(self.sites)} sites, {done})"
+        return f"{type(self).__name__}({name}({self.spec}), {len(self.sites)} sites, {done})"
 
     # Parameters and modes.
 
@@ -116,51 +112,6 @@ class Program:
         """Whether the program is in training mode."""
         return self.module.training
 
-    # Looking at it.
-
-    def text(self) -> str:
-        """The graph as stable, readable text: one line a node."""
-        return program_text(self)
-
-    def diff(self, other: Program | None = None) -> str:
-        """What changed from `other` (default: the captured program) as a unified diff of text,
-        with the counts of added nodes, sites and trainable parameters."""
-        return diff_text(other or self.origin or self, self)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def verify(self) -> list[Certificate]:
-        """Checks the graph and measures every contract of the history again.
-
-        Raises:
-            VerifyError: the graph is malformed or a measured contract does not hold.
-        """
-        from ..verify.verify import verify_program
-
-        return verify_program(self)
-
-    def memory(
-        self, batch: int | None = None, seq: int | None = None, *, optimizer: str = "adamw",
-        **sizes: int,
-    ) -> Memory:  # fmt: skip
-        """What training keeps, in the program's mode, without running or allocating anything.
-
-        Args:
-            batch, seq: rows, and tokens of every sequence; what the program's spec calls `batch`
-                and `sequence`.
-            optimizer: name of a torch optimizer, see `training/memory.STATES`.
-            sizes: other dynamic sizes, or single ones, by the names in `program.spec`.
-
-        Raises:
-            InputError: a size is missing, unknown or out of range.
-            OptionError: an unknown optimizer.
-            PassError: a size inside the model depends on values.
-        """
-        from ..training.memory import memory
-
-        return memory(self, {"batch": batch, "sequence": seq}, sizes, optimizer)
-
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters in this program, in the order of insertion."""
@@ -172,7 +123,7 @@ class Program:
         return ((ITSELF,) if self.owned.get(ITSELF) else ()) + self.adapters
 
     @property
-    def base(self) -> Program:
+    def base(self) -> Self:
         """The program as captured."""
         return self.origin or self
 
@@ -205,92 +156,42 @@ class Program:
         held = dict(self._stored()) if names else {}
         return {n: held[n].detach() for n in sorted(names) if not equal(held[n], before[n])}
 
+    def settled(self) -> dict[str, Tensor]:
+        """The tensors outside of branches that nothing may change: they do not train, and no
+        batch updates them."""
+        module = self.module
+        moving = {n for n, p in module.named_parameters() if p.requires_grad}
+        moving |= state_tensors(module) | {n for names in self.owned.values() for n in names}
+        return {n: t for n, t in self.base_tensors().items() if n not in moving}
+
+    def fingerprints(self, values: bool = True) -> Fingerprints:
+        """Fingerprints: those that are known already, and of what is new.
+
+        Args:
+            values: with checksums; without where tensors are mapped from files. What is on the
+                meta device has no fingerprint.
+        """
+        known, base = self.prints or Fingerprints(), self.base
+        of_base = self.settled() if base is self else base.base_tensors()
+        prints = printed(of_base, known.base, values)
+        if base is self:
+            return Fingerprints(prints)
+        mine = {n: t for n, t in self.settled().items() if not is_at(t, prints.get(n))}
+        return Fingerprints(prints, printed(mine, known.own, values))
+
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         reshard(self.module)
         yield from self.module.named_parameters()
         yield from self.module.named_buffers()
-
-    # Getting results out.
-
-    def export_state_dict(self, strict: bool = True) -> dict[str, Tensor]:
-        """The tensors under their original names, in their original dtypes; loads into the
-        original, unmodified model.
-
-        A quantised weight is written as the dense matrix that it stands for.
-
-        Args:
-            strict: refuse if the program holds tensors that the original model has no name
-                for (branches not folded, added biases), or that do not fit it any more (cut
-                channels); False returns them too.
-
-        Raises:
-            ExportError: such tensors exist; the message lists them.
-        """
-        from ..edits.exported import export_state_dict
-
-        return export_state_dict(self, strict)
 
     def reshaped(self) -> list[str]:
         """Names of the captured program's tensors that have another shape now."""
         before = dict(self.base._stored()) if self.origin is not None else {}
         return [n for n, t in self._stored() if n in before and before[n].shape != t.shape]
 
-    def without(self, name: str) -> Program:
-        """The program without one adapter; every other adapter keeps its current values.
-
-        Raises:
-            PassError: there is no such adapter.
-        """
-        self._known(name)
-        keep = tuple(a for a in self.adapters if a != name)
-        return self.only(keep)
-
-    def only(self, names: tuple[str, ...]) -> Program:
-        """The program with just the named adapters, rebuilt exactly from the captured base."""
-        from ..run.replay import replay
-
-        for name in names:
-            self._known(name)
-        return replay(self, names)
-
-    def _known(self, name: str) -> None:
-        if name not in self.adapters:
-            raise PassError(
-                f"there is no adapter {name!r}. Adapters: {', '.join(self.adapters) or 'none'}; "
-                f"nearest: {nearest(name, self.adapters)}."
-            )
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        max_new_tokens: int = 20,
-        eos_token_id: int | tuple[int, ...] | None = None,
-        pad_token_id: int | None = None,
-        **given: Tensor,
-    ) -> Tensor:
-        """Greedy continuation without a cache.
-
-        Args:
-            input_ids: `[batch, sequence]` integer prompt (pad on the left).
-            attention_mask: `[batch, sequence]`, 1 for real tokens; needed if it was captured.
-            max_new_tokens: how many tokens to add at most.
-            eos_token_id: stops a row (default: the model's own, if it has one).
-            pad_token_id: fills rows that have stopped (default: the model's, else the first end).
-            given: other inputs, the same at each step, such as a bank's adapter ids.
-
-        Returns:
-            Prompt and continuation, `[batch, sequence + new]`.
-
-        Raises:
-            InputError: the program does not return logits per token.
-        """
-        ends = eos_token_id, pad_token_id
-        return generate(self, input_ids, attention_mask, max_new_tokens, *ends, given)
-
     # Structure.
 
-    def to(self, device: torch.device | str) -> Program:
+    def to(self, device: torch.device | str) -> Self:
         """A copy on another device, with the devices that the graph names.
 
         Raises:
@@ -313,7 +214,7 @@ class Program:
         return self._moved(device, {})
 
     @outside_inference
-    def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Program:
+    def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Self:
         # `done`: moved tensors by what they were, since what programs share before, they share
         # after; and those that stay.
         def move(tensor: Tensor) -> Tensor:
@@ -332,11 +233,11 @@ class Program:
         return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
 
     @outside_inference
-    def fork(self) -> Program:
+    def fork(self) -> Self:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
         reshard(self.module)
         forked = replace(self, module=fork_module(self.module), origin=self.base)
-        forked.prints = take(forked)
+        forked.prints = forked.fingerprints()
         return forked
 
     def branch(self, attachment: Attachment) -> nn.Module:

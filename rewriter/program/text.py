@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ..graph.aten import attribute, is_quantised, submodule, value
 from ..inputs.spec import short_type
-
-if TYPE_CHECKING:
-    from .state import Program
+from .state import State
 
 
 def _symbol(size: object, symbols: dict[str, str]) -> str:
@@ -97,7 +95,7 @@ def _detail(module: nn.Module | None) -> str:
     return f" {{{text}}}" if text else ""
 
 
-def program_text(program: Program) -> str:
+def program_text(program: State) -> str:
     """See `Program.text`."""
     gm = program.module
     symbols = dict(program.symbols)
@@ -132,7 +130,7 @@ def _flat(arg: Any) -> list[Any]:
     return [arg]
 
 
-def _size(program: Program) -> tuple[int, int]:
+def _size(program: State) -> tuple[int, int]:
     nodes = sum(n.op != "get_attr" for n in program.module.graph.nodes)
     return nodes, len({a.site for a in program.attachments})
 
@@ -147,9 +145,9 @@ def _integers(gm: GraphModule) -> int:
     return sum(found.values())
 
 
-def diff_text(before: Program, after: Program) -> str:
+def diff_text(before: State, after: State) -> str:
     """See `Program.diff`."""
-    old, new = before.text().splitlines(), after.text().splitlines()
+    old, new = program_text(before).splitlines(), program_text(after).splitlines()
     body = [
         line
         for line in difflib.unified_diff(old, new, lineterm="", n=2)

@@ -9,22 +9,17 @@ saved. The same can be said with `train{where=...}`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import PassError
 from ..graph.aten import set_attribute
+from .history import ITSELF
 from .sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, Site
-
-if TYPE_CHECKING:
-    from .state import Program
-
-ITSELF = ""
-"""The owner, in `Program.owned`, of what the program itself trains."""
+from .state import State
 
 
-def chosen(program: Program) -> tuple[str, ...]:
+def chosen(program: State) -> tuple[str, ...]:
     """Names of what the user trains: all that requires gradients, if some weights do not.
 
     Weights are what linears, convolutions, experts and token embeddings multiply by or look up;
@@ -44,7 +39,7 @@ def _weight(site: Site) -> str:
     return site.weight if multiplies and counts else ""
 
 
-def train_only(program: Program, names: Sequence[str]) -> None:
+def train_only(program: State, names: Sequence[str]) -> None:
     """Lets the program itself own the named parameters, beside those that it owns already, and
     freezes what nobody owns.
 
@@ -69,7 +64,7 @@ def train_only(program: Program, names: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def require_owned(program: Program) -> None:
+def require_owned(program: State) -> None:
     """Refuses a base parameter that requires a gradient but is nobody's, once adapters froze the
     rest: its values would be lost, and its storage may be the captured model's.
 
@@ -89,7 +84,7 @@ def require_owned(program: Program) -> None:
         )
 
 
-def _base(program: Program) -> Iterator[tuple[str, nn.Parameter]]:
+def _base(program: State) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters outside of branches, by canonical name."""
     inserted = program.inserted
     for name, parameter in program.module.named_parameters():

@@ -15,15 +15,14 @@ from ..edits.calls.attach import Attaching
 from ..errors import PassError
 from ..files.identity import tensor_digest
 from ..graph.sharded import whole
-from ..pipeline.passes import Plan
-from ..program.history import Record
-from ..program.state import Program
+from ..program.history import Plan, Record
+from ..program.state import State
 
 BEFORE = "fold_before/"
 LEFT = "fold_left"
 
 
-def trained_tensors(program: Program) -> dict[str, Tensor]:
+def trained_tensors(program: State) -> dict[str, Tensor]:
     """Base tensors that adapters train, by name, as they are now."""
     names = {n for owned in program.owned.values() for n in owned}
     return {n: program.module.get_parameter(n) for n in sorted(names)}
@@ -51,7 +50,7 @@ def values_then(tensors: Mapping[str, Tensor], later: Sequence[Plan]) -> dict[st
     return then
 
 
-def undone(program: Program, steps: Iterable[tuple[int, Plan]]) -> dict[str, int]:
+def undone(program: State, steps: Iterable[tuple[int, Plan]]) -> dict[str, int]:
     """Trained tensors that a replay computes otherwise from some step on: name -> its index.
 
     Args:
@@ -77,7 +76,7 @@ def _branches(plan: Plan) -> list[str]:
     return list(plan.decisions.get("branches", ()))
 
 
-def _require_left(program: Program, name: str, records: Sequence[Record]) -> None:
+def _require_left(program: State, name: str, records: Sequence[Record]) -> None:
     folds = [r for r in records if name in r.plan.decisions.get(LEFT, {})]
     next_ones = [r.plan.tensors[f"{BEFORE}{name}"] for r in folds[1:]]
     now = program.module.get_parameter(name)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..program.state import Program
+from ..program.state import State
 
 
-def gradients(program: Program, data: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def gradients(program: State, data: Any, names: Iterable[str]) -> dict[str, Tensor]:
     """The gradients of the loss with respect to stored parameters, summed over batches.
 
     Args:
@@ -47,7 +47,7 @@ def gradients(program: Program, data: Any, names: Iterable[str]) -> dict[str, Te
     }
 
 
-def _loss(program: Program, batch: Any) -> Tensor:
+def _loss(program: State, batch: Any) -> Tensor:
     inputs, measure = (
         batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
     )

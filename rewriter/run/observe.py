@@ -7,7 +7,7 @@ and its outputs keep their form.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,14 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from ..edits.calls.values import input_of
-from ..edits.linear.compose import composed_value, site_nodes
+from ..edits.linear.compose import composed_value
 from ..errors import PassError, nearest
 from ..graph.aten import ancestors, placeholders
+from ..graph.flow import site_nodes
 from ..graph.module import device_of
 from ..measure.still import still, stilled
-
-if TYPE_CHECKING:
-    from ..program.sites import Site
-    from ..program.state import Program
+from ..program.sites import Site
+from ..program.state import State
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -31,7 +30,7 @@ Reduce = Callable[[Tensor], Tensor]
 class Tapped(nn.Module):
     """`module(**batch) -> (outputs, {name: value})`, sharing all tensors with a program."""
 
-    def __init__(self, program: Program, values: Mapping[str, Node]) -> None:
+    def __init__(self, program: State, values: Mapping[str, Node]) -> None:
         super().__init__()
         gm = program.module
         graph = Graph()
@@ -47,7 +46,7 @@ class Tapped(nn.Module):
         return pytree.tree_unflatten(pytree.tree_leaves(outputs), self.spec), values
 
 
-def tap(program: Program, values: Mapping[str, Site | str], at: str = "output") -> Tapped:
+def tap(program: State, values: Mapping[str, Site | str], at: str = "output") -> Tapped:
     """A view of a program that also returns values from inside.
 
     Args:
@@ -77,7 +76,7 @@ def tap(program: Program, values: Mapping[str, Site | str], at: str = "output") 
 
 
 def observe(
-    program: Program,
+    program: State,
     data: Iterable[Mapping[str, Tensor]],
     values: Mapping[str, Site | str],
     reduce: Reduce | Mapping[str, Reduce],
@@ -113,7 +112,7 @@ def observe(
 
 
 def constants(
-    program: Program, adapter: str, inputs: Mapping[str, int]
+    program: State, adapter: str, inputs: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
     """What an adapter's branches read, where it depends on stored tensors and the given inputs
     alone.

@@ -8,20 +8,21 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..errors import PassError, nearest
 from ..graph.aten import set_attribute
 from ..graph.module import copy_modes, outside_inference, state_tensors
 from ..graph.sharded import placed_like, whole
-from ..pipeline.passes import Plan
-from ..program.fingerprint import require_unchanged
-from ..program.state import BRANCHES, Program, Record
-from ..program.trained import ITSELF, require_owned, train_only
+from ..program.history import ITSELF, Plan, Record
+from ..program.state import BRANCHES, AnyProgram, State
+from ..program.trained import require_owned, train_only
+from ..program.unchanged import require_unchanged
 from .before_fold import LEFT, undone, values_then
 from .run import apply_plan
 
 
 def replay_steps(
-    program: Program, adapters: Sequence[str] | None = None
-) -> Iterator[tuple[Record, Program, Program]]:
+    program: AnyProgram, adapters: Sequence[str] | None = None
+) -> Iterator[tuple[Record, AnyProgram, AnyProgram]]:
     """Rebuilds a program from its base, step by step, with its current values.
 
     Yields (record, before, after); `after` of an inserting pass holds freshly initialised
@@ -48,7 +49,7 @@ def replay_steps(
             load_values(current, program.updated(), reshaped)
 
 
-def _begin(program: Program) -> Program:
+def _begin(program: AnyProgram) -> AnyProgram:
     """The base with what the user trains himself, as it was before any pass."""
     mine = program.owned.get(ITSELF)
     if not mine:
@@ -79,7 +80,7 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
 
 
 @outside_inference
-def replay(program: Program, adapters: Sequence[str]) -> Program:
+def replay(program: AnyProgram, adapters: Sequence[str]) -> AnyProgram:
     """The program with only the given adapters, rebuilt from its base without random choices."""
     require_owned(program)
     require_unchanged(program)
@@ -90,8 +91,29 @@ def replay(program: Program, adapters: Sequence[str]) -> Program:
     return current
 
 
+def only(program: AnyProgram, names: Sequence[str]) -> AnyProgram:
+    """See `Program.only`."""
+    _require_known(program, names)
+    return replay(program, names)
+
+
+def without(program: AnyProgram, name: str) -> AnyProgram:
+    """See `Program.without`."""
+    _require_known(program, (name,))
+    return replay(program, [a for a in program.adapters if a != name])
+
+
+def _require_known(program: State, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in program.adapters:
+            raise PassError(
+                f"there is no adapter {name!r}. Adapters: {', '.join(program.adapters) or 'none'}; "
+                f"nearest: {nearest(name, program.adapters)}."
+            )
+
+
 def load_values(
-    program: Program, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
+    program: State, tensors: Mapping[str, torch.Tensor], reshaped: bool = False
 ) -> None:
     """Copies values into a program's own branch, trained and updated base tensors, by name.
 

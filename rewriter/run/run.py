@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
@@ -15,14 +15,16 @@ from ..graph.module import outside_inference
 from ..graph.sharded import require_whole
 from ..graph.turns import alone
 from ..measure.trials import left_out
-from ..pipeline.passes import Pass, Plan
+from ..pipeline.passes import Pass
 from ..pipeline.syntax import Passes, as_pipeline
-from ..program.fingerprint import require_unchanged, take
-from ..program.state import Program, Record
+from ..program.contract import Certificate
+from ..program.history import Plan, Record
+from ..program.state import AnyProgram, State
 from ..program.trained import require_owned
+from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.checks import Checks, Skipped
-from ..verify.verify import Certificate, is_meta
+from ..verify.verify import is_meta
 
 _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
@@ -30,13 +32,13 @@ _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 
 @outside_inference
 def run(
-    program: Program,
+    program: AnyProgram,
     passes: Passes,
     *,
     data: Any = None,
     sources: Sequence[Any] = (),
     progress: Callable[[str], None] | None = None,
-) -> Program:
+) -> AnyProgram:
     """Applies passes to a copy of `program`; the argument is never changed.
 
     Args:
@@ -52,7 +54,7 @@ def run(
     Raises:
         RewriteError: the first pass that fails; nothing is changed.
     """
-    if not isinstance(program, Program):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(program, State):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
@@ -79,8 +81,8 @@ def run(
 
 
 def _step(
-    program: Program, item: Pass, data: Any, sources: Sequence[Any], checks: Checks
-) -> Program:
+    program: AnyProgram, item: Pass, data: Any, sources: Sequence[Any], checks: Checks
+) -> AnyProgram:
     """Plans and applies one pass; whatever it raises, it must not have changed the program."""
     checks.begin()
     try:
@@ -94,13 +96,13 @@ def _step(
 
 @outside_inference
 def apply_plan(
-    program: Program,
+    program: AnyProgram,
     item: Pass,
     plan: Plan,
     planned: float = 0.0,
     check: bool = True,
     checks: Checks | None = None,
-) -> Program:
+) -> AnyProgram:
     """Applies one planned pass transactionally: fork, edit, propagate, check, record.
 
     `checks` are those of a pipeline, begun before the pass planned.
@@ -119,7 +121,7 @@ def apply_plan(
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text)
-    after.prints = take(after)
+    after.prints = after.fingerprints()
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
@@ -142,10 +144,10 @@ def apply_plan(
         decided,
         tuple(notes),
     )
-    return replace(after, history=(*program.history, record))
+    return replace(cast(AnyProgram, after), history=(*program.history, record))
 
 
-def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
+def _edited(fork: State, item: Pass, plan: Plan) -> Editor:
     """The editor after a planned pass has edited its fork."""
     edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
     if item.adapter is not None:

@@ -24,6 +24,7 @@ from ..graph.aten import (
     shape,
     users,
 )
+from ..program.site_table import Sites
 from ..program.sites import (
     AttentionSite,
     ExpertsSite,
@@ -31,14 +32,14 @@ from ..program.sites import (
     LinearSite,
     MixerSite,
     Site,
-    Sites,
     SublayerSite,
 )
 from .attention import Core
 from .blocks import Draft, Part
 from .landmarks import convolutions, embeddings, norms
 from .probe import Probe
-from .products import Reading, readings
+from .products import Reading
+from .readings import readings
 from .residual import Sublayer
 from .walk import Linear, Walk
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..graph.aten import SLICES, is_op, shape
-from ..program.sites import Sites
+from ..program.site_table import Sites
 from .attention import Core, cores, outputs, projections, shares_source
 from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build

@@ -4,9 +4,9 @@ a way that no branch can stand beside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,11 @@ from ..graph.aten import (
     CASTS,
     LINEAR,
     MATMULS,
-    SLICES,
-    VIEWS,
     attribute,
-    inputs,
     is_op,
     overloads,
     parameter_of,
-    source_line,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    from .walk import Walk
 
 PRODUCTS = MATMULS | {LINEAR} | overloads(
     "addmm", "addbmm", "mv", "addmv", "dot", "inner", "tensordot", "einsum", "bilinear",
@@ -132,46 +125,3 @@ class Reading:
     node: Node
     weight: str
     reason: str
-
-
-def readings(graph: Walk) -> Iterator[Reading]:
-    """The products of a value that depends on the input with a stored matrix that are no linear,
-    each weight of each product once."""
-    varying = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in graph.nodes:
-        if node in graph.linears or not (is_op(node, PRODUCTS) or is_grouped(node)):
-            continue
-        fixed = [i for i in inputs(node) if not graph.depends_on_any(i, varying)]
-        if len(fixed) == len(inputs(node)):
-            continue
-        for operand in fixed:
-            for path, between in _stored(graph, operand).items():
-                yield Reading(node, path, _why(node, between))
-
-
-def _stored(graph: Walk, operand: Node) -> dict[str, list[Node]]:
-    """The stored matrices that a value is computed from, with the steps between."""
-    stored: dict[str, list[Node]] = {}
-    seen: set[Node] = set()
-    stack: list[tuple[Node, list[Node]]] = [(operand, [])]
-    while stack:
-        node, below = stack.pop()
-        if node in seen or graph.weighted(node):
-            continue  # what a linear multiplies by is the linear's
-        seen.add(node)
-        if node.op == "get_attr":
-            held = attribute(graph.gm, str(node.target))
-            if isinstance(held, nn.Parameter) and held.dim() > 1:
-                stored.setdefault(str(node.target), below)
-            continue
-        stack.extend((i, [*below, node]) for i in inputs(node))
-    return stored
-
-
-def _why(node: Node, steps: Sequence[Node]) -> str:
-    line = source_line(node)
-    where = f"{node.name}{f' ({line})' if line else ''}"
-    changed = [s for s in steps if not is_op(s, VIEWS | SLICES)]
-    if changed:
-        return f"{changed[-1].name} changes its values before {where} multiplies by them"
-    return f"{where} multiplies by {'a view of it' if steps else 'it'}, and is no plain linear"

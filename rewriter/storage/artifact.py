@@ -31,12 +31,15 @@ from ..files.ranks import agree, first, together
 from ..files.sealed import checked, compare_versions, sealed, unsealed, version_of
 from ..graph.sharded import has_shards, whole
 from ..inputs.spec import InputSpec
-from ..pipeline.passes import Pass, Plan
+from ..inputs.specfile import read_spec
+from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
-from ..program.fingerprint import require_unchanged
-from ..program.state import Program, Record
-from ..program.trained import ITSELF, require_owned
-from ..verify.intact import require_remade
+from ..program.history import ITSELF, Plan, Record
+from ..program.state import State
+from ..program.trained import require_owned
+from ..program.unchanged import require_unchanged
+from ..run.recheck import require_remade
+from ..run.replay import only
 
 FORMAT = 2
 VERSION = "0.1.0"
@@ -63,7 +66,7 @@ _STEP_KEYS = {
 
 
 def save(
-    program: Program,
+    program: State,
     directory: str | Path,
     adapters: Sequence[str] | None = None,
     *,
@@ -98,7 +101,7 @@ def save(
     first("writing the adapters", lambda: write_directory(directory, files, MANIFEST))
 
 
-def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]:
+def _files(program: State, adapters: Sequence[str] | None) -> dict[str, bytes]:
     """The files of an artifact by name."""
     names = program.adapters if adapters is None else tuple(adapters)
     if isinstance(adapters, str):
@@ -108,7 +111,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
         raise PassError("there is no adapter to save. Insert one first: run(program, 'lora').")
     require_remade(program)
     if set(names) != set(program.adapters):
-        program = program.only(names)
+        program = only(program, names)
     require_unchanged(program)
     kept = [r for r in program.history if _kept(r)]
     tensors: dict[str, Tensor] = {}
@@ -215,7 +218,7 @@ def _read(folder: Folder) -> Artifact:
     if not all(isinstance(n, str) for n in manifest["adapters"]):
         raise CorruptFileError(f"{where}: the adapters are not names.")
     try:
-        spec = InputSpec.from_json(manifest["inputs"])
+        spec = read_spec(manifest["inputs"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptFileError(f"{where}: the input spec is malformed ({error}).") from error
     raw = folder.read(TENSORS)

@@ -13,16 +13,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..api import Program
 from ..errors import ArtifactError, CorruptFileError, WeightsError
 from ..files.files import HEADER_LIMIT, parse_json, read_file, require_regular
-
-if TYPE_CHECKING:
-    from ..program.state import Program
 
 INDEX = ".safetensors.index.json"
 DTYPES = {

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..api import Program
 from ..edits.edit import Editor
 from ..edits.folding.fold import Folding, branch_of, by_weight, fold_weight
 from ..edits.linear.compose import ORDER, fold_ready
-from ..edits.linear.quantise import quantised_calls
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
 from ..graph.turns import alone
 from ..program.sites import LinearSite
-from ..program.state import Program
 from ..weights.certificate import Matrix, check_folded
+from ..weights.quantised import quantised_calls
 from ..weights.weight import all_finite
 from .checkpoint import Checkpoint
 

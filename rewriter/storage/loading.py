@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..api import Program
 from ..capture.capture import capture
 from ..errors import (
     ArtifactError,
@@ -22,14 +23,14 @@ from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import outside_inference
 from ..graph.sharded import equal
 from ..inputs.probes import probes
-from ..pipeline.passes import Plan
-from ..program.fingerprint import require_unchanged
-from ..program.state import Program
-from ..program.trained import ITSELF, train_only
+from ..program.contract import Certificate
+from ..program.history import ITSELF, Plan
+from ..program.trained import train_only
+from ..program.unchanged import require_unchanged
 from ..run.before_fold import values_then
 from ..run.replay import load_values
 from ..run.run import apply_plan
-from ..verify.verify import Certificate, check_graph
+from ..verify.verify import check_graph
 from .artifact import SAVED, Artifact, base_difference, differing, read
 from .renaming import renamed
 

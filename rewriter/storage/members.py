@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..api import Program
 from ..edits.edit import Editor
 from ..errors import BaseMismatchError, PassError, nearest
 from ..files.identity import merkle_root, tensor_digest
-from ..pipeline.passes import Plan
 from ..pipeline.syntax import parse
-from ..program.state import BRANCHES, Program
+from ..program.history import Plan
+from ..program.state import BRANCHES
 from ..run.replay import load_values
 from .artifact import Artifact, base_difference, read
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ..api import Program
 from ..capture.graphfile import decode, encode, read_graph, write_graph
 from ..edits.edit import Editor
-from ..edits.linear.lower import restore_deltas
+from ..edits.folding.lower import restore_deltas
 from ..edits.structure.inline import inline_calls
 from ..errors import (
     CorruptFileError,
@@ -42,10 +43,10 @@ from ..graph.aten import attribute, shape
 from ..graph.module import outside_inference
 from ..graph.sharded import require_whole
 from ..graph.turns import alone
-from ..inputs.spec import InputSpec
-from ..program.fingerprint import require_unchanged
-from ..program.sites import LinearSite, Sites
-from ..program.state import Program
+from ..inputs.specfile import read_spec
+from ..program.site_table import Sites
+from ..program.sites import LinearSite
+from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.verify import bound, check_graph, is_meta, measure
 from .artifact import VERSION, require_finite
@@ -231,7 +232,7 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
     gm = read_graph(graph, held, _PACKAGES, manifest["name"], (OUTPUTS,)).eval()
     sites = Sites(decode(manifest["sites"], []))
     _must_fit(gm, sites, held)
-    spec = InputSpec.from_json(manifest["inputs"])
+    spec = read_spec(manifest["inputs"])
     return Program(
         module=gm,
         spec=spec,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import OptionError
-from ..pipeline.passes import Pass, Plan
+from ..pipeline.passes import Pass
+from ..program.history import Plan
 from ..program.state import BRANCHES
-
-if TYPE_CHECKING:
-    from .artifact import Artifact
+from .artifact import Artifact
 
 
 def renamed(artifact: Artifact, name: str, where: str) -> Artifact:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from ..api import Program
 from ..edits.folding.fold import warn_of
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..files.directory import new_directory
@@ -24,9 +25,10 @@ from ..files.identity import tensor_bytes, tensor_digest, tensor_prefix
 from ..graph.aten import set_attribute
 from ..graph.module import copy_modes, device_of, outside_inference
 from ..graph.placement import relocate, still_hollow
-from ..program.fingerprint import Fingerprints, require_unchanged, take
-from ..program.state import Program
-from ..program.trained import ITSELF, train_only
+from ..program.fingerprint import Fingerprints
+from ..program.history import ITSELF
+from ..program.trained import train_only
+from ..program.unchanged import require_unchanged
 from ..run.before_fold import values_then
 from ..run.replay import load_values
 from ..run.run import apply_plan
@@ -105,7 +107,7 @@ def load_weights(
         )
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
     current = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
-    current.prints = take(current, values=False)
+    current.prints = current.fingerprints(values=False)
     if mine:
         current = current.fork()  # the base stays as the checkpoint has it
         train_only(current, mine)

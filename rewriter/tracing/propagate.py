@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..edits.calls.requirements import failing_branch
 from ..errors import PassError
 from ..graph.aten import attribute, expression_of, source_line, value
 from ..graph.modes import Attention
 from ..graph.symbols import unify
 from ..graph.turns import alone
-
-if TYPE_CHECKING:
-    from ..program.state import Program
+from ..program.state import State
 
 
 class _SizeFixedError(PassError):
@@ -131,7 +128,7 @@ def _no_new_guards(environment: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ranges(environment: Any, program: Program) -> Iterator[None]:
+def _ranges(environment: Any, program: State) -> Iterator[None]:
     """Tells the shape environment the program's own input ranges while it works."""
     if environment is None:
         yield
@@ -147,6 +144,9 @@ def _ranges(environment: Any, program: Program) -> Iterator[None]:
     finally:
         environment.var_to_range.update(saved)
         environment._update_version_counter()
+
+
+Explain = Callable[[Node, str, str], str]
 
 
 @contextlib.contextmanager
@@ -165,11 +165,13 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def propagate(program: Program, method: str = "") -> int:
+def propagate(program: State, method: str = "", explain: Explain | None = None) -> int:
     """Recomputes the fake values of new nodes and of nodes downstream whose shapes change.
 
     Args:
         method: text name of the pass that edited the program, for messages.
+        explain: what to say of a node that fails (the node; `value`, `size` or `shape`; torch's
+            error); empty where torch's error says all.
 
     Returns:
         How many nodes were computed.
@@ -183,10 +185,10 @@ def propagate(program: Program, method: str = "") -> int:
         return 0
     with alone(), _ranges(mode.shape_env, program), quiet():
         unify(gm, program.symbols)
-        return _propagate(program, gm, mode, method)
+        return _propagate(gm, mode, method, explain)
 
 
-def _propagate(program: Program, gm: GraphModule, mode: Any, method: str) -> int:
+def _propagate(gm: GraphModule, mode: Any, method: str, explain: Explain | None) -> int:
     environment = mode.shape_env
     fakes = _Fakes(gm, mode)
     changed: set[Node] = set()
@@ -204,7 +206,7 @@ def _propagate(program: Program, gm: GraphModule, mode: Any, method: str) -> int
         except Exception as error:
             fixed = isinstance(error, _FIXING)
             cause = "value" if isinstance(error, _VALUES) else "size" if fixed else "shape"
-            if said := failing_branch(program, node, cause, str(error)):
+            if explain is not None and (said := explain(node, cause, str(error))):
                 raise PassError(f"{method}: {said}" if method else said) from error
             line = source_line(node)
             what = "the edit fixes a dynamic size" if fixed else "shapes do not fit"

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import PassError
 from ..pipeline.controller import Controller
-from ..pipeline.passes import Method
-
-if TYPE_CHECKING:
-    from ..program.state import Program
+from ..pipeline.method import Method
+from ..program.state import State
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class BudgetController(Controller):
 
     budget: CubicBudget
 
-    def __init__(self, program: Program, method: Method) -> None:
+    def __init__(self, program: State, method: Method) -> None:
         super().__init__(program, method)
         self.options = cast(Budgeted, method)
         self.sensitivity = Sensitivity(method.adapter, self.options.beta1, self.options.beta2)
@@ -193,10 +191,10 @@ class BudgetController(Controller):
         warmup, final = (int(n) if n >= 1 else int(n * self.total_steps) for n in given)
         if warmup + final >= self.total_steps:
             raise PassError(
-                f"{self.method.adapter}: warmup={warmup} and final={final} leave none of "
+                f"{self.adapter}: warmup={warmup} and final={final} leave none of "
                 f"{self.total_steps} steps to prune in. Make them smaller, or below 1 for shares."
             )
-        edited = next(r.edited for r in self.program.history if r.adapter == self.method.adapter)
+        edited = next(r.edited for r in self.program.history if r.adapter == self.adapter)
         first = sum(self.parts(branch) for _, branch in self.branches())
         last = min(first, self.options.left * len(edited))
         ends = self.total_steps - final

@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..errors import OptionError, nearest
 from ..graph.module import device_of
 from ..graph.placement import relocate
-from ..program.state import BRANCHES, Program
+from ..program.state import BRANCHES, State
 from .saved import saved_bytes, storage, stored
 
 STATES = {
@@ -160,7 +160,7 @@ class Memory(Share):
 class _Places:
     """To which place the nodes and the stored tensors of a program belong."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: State) -> None:
         self.program = program
         self.nodes: dict[Node, Place] = {}
         named = {n: s for s in reversed([*program.sites]) for n in s.nodes if s.kind in _SOLID}
@@ -203,7 +203,7 @@ _SOLID = ("linear", "experts", "conv", "norm", "embedding", "attention", "mixer"
 
 
 def memory(
-    program: Program, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
+    program: State, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
 ) -> Memory:
     """See `Program.memory`; `common` is for all sizes whose names start so."""
     count = STATES.get(optimizer)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ..errors import PassError
 from ..graph.aten import placeholders, source_line
 from ..graph.module import device_of
-from ..program.state import Program
+from ..program.state import State
 from ..tracing.propagate import quiet
 
 
@@ -120,7 +120,7 @@ def stored(gm: GraphModule) -> dict[str, Tensor]:
 
 
 def saved_bytes(
-    program: Program, labels: Mapping[Node, Hashable], sizes: Mapping[str, int]
+    program: State, labels: Mapping[Node, Hashable], sizes: Mapping[str, int]
 ) -> dict[Any, int]:
     """Bytes that one forward of a program saves, by the labels of its nodes.
 

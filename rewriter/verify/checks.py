@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from ..edits.edit import Editor
 from ..errors import VerifyError
 from ..graph.turns import alone
 from ..measure.reach import unreached
@@ -14,16 +14,15 @@ from ..measure.steady import perturbed, require_settled
 from ..measure.trials import sizes
 from ..measure.watch import watched
 from ..measure.witness import Witness, whole_tensors
+from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
+from ..program.contract import Certificate
+from ..program.history import Plan
+from ..program.state import State
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
-from .verify import Certificate, certify, check_graph, is_meta
+from .verify import certify, check_graph, is_meta
 
-if TYPE_CHECKING:
-    from ..edits.edit import Editor
-    from ..pipeline.passes import Pass, Plan
-    from ..program.state import Program
-
-    Redo = Callable[[Program, Pass, Plan], Editor]
+Redo = Callable[[State, Pass, Plan], Editor]
 
 Skipped = tuple[tuple[str, str], ...]
 
@@ -35,7 +34,7 @@ class Checks:
         program: that the first pass is given.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: State) -> None:
         self.witness = None if is_meta(program) else Witness(program)
         self.program = program
         self._marks: Mapping[str, Mark] = {}
@@ -53,7 +52,7 @@ class Checks:
         require_unmoved(self.program, self._marks, str(item))
 
     def finish(
-        self, after: Program, item: Pass, plan: Plan, redo: Redo
+        self, after: State, item: Pass, plan: Plan, redo: Redo
     ) -> tuple[Certificate, Skipped]:
         """After a pass has made a program of that which it was given.
 
@@ -78,7 +77,7 @@ class Checks:
         contract, made = item.promise(), Witness(after)
         require_others(before, after, item, contract.kind == "trainable")
 
-        def again() -> Program:
+        def again() -> State:
             read = replace(plan, decisions=json.loads(json.dumps(dict(plan.decisions))))
             (same,) = parse(str(item))
             with alone():
@@ -95,7 +94,7 @@ class Checks:
         return certificate, missing
 
 
-def _require_settled(before: Program, after: Program, item: Pass) -> None:
+def _require_settled(before: State, after: State, item: Pass) -> None:
     """Raises VerifyError for what the initial values of an adapter hide."""
     old = before.named_trainable_parameters()
     moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
@@ -103,7 +102,7 @@ def _require_settled(before: Program, after: Program, item: Pass) -> None:
         require_settled(moved, before.base, sizes(after))
 
 
-def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:
+def _unreached(before: State, made: Witness, item: Pass) -> Skipped:
     """What an adapter trains and no gradient reaches, as (name, reason).
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from ..errors import VerifyError
 from ..graph.module import same_view, state_tensors, transient_buffers
 from ..graph.sharded import is_sharded
-
-if TYPE_CHECKING:
-    from ..pipeline.passes import Pass
-    from ..program.state import Program
+from ..pipeline.passes import Pass
+from ..program.state import State
 
 EDITORS = ("features", "own")
 """Buffers of branches that the editor makes from the site."""
@@ -32,7 +30,7 @@ class Mark:
     trains: bool
 
 
-def marks(program: Program) -> dict[str, Mark]:
+def marks(program: State) -> dict[str, Mark]:
     """All tensors of a program and of its base as they are now, at no cost."""
     found: dict[str, Mark] = {}
     for each in {id(p): p for p in (program, program.base)}.values():
@@ -54,7 +52,7 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
     return () if tensor.is_meta or is_sharded(tensor) else same_view(tensor)
 
 
-def require_unmoved(program: Program, before: Mapping[str, Mark], what: str) -> None:
+def require_unmoved(program: State, before: Mapping[str, Mark], what: str) -> None:
     """Raises VerifyError if the program that a pass was given is not as it was.
 
     Flags are put back; values cannot be.
@@ -87,7 +85,7 @@ def require_unmoved(program: Program, before: Mapping[str, Mark], what: str) -> 
     )
 
 
-def require_names(before: Program, after: Program, what: str) -> None:
+def require_names(before: State, after: State, what: str) -> None:
     """Raises VerifyError if a pass lost names by which a program is used, saved or exported."""
     gm = after.module
     held = {n for n, _ in (*gm.named_parameters(), *gm.named_buffers())} | set(after.extras)
@@ -132,7 +130,7 @@ def require_names(before: Program, after: Program, what: str) -> None:
             raise VerifyError(f"{what}: the graph calls {path}, which belongs to no adapter.")
 
 
-def require_others(before: Program, after: Program, item: Pass, free: bool) -> None:
+def require_others(before: State, after: State, item: Pass, free: bool) -> None:
     """Raises VerifyError if an inserting pass changed tensors that are not its own.
 
     Args:
@@ -143,7 +141,7 @@ def require_others(before: Program, after: Program, item: Pass, free: bool) -> N
     owner = item.adapter
     if owner is None or item.reshapes:
         return
-    old, new = _tensors(before), _tensors(after)
+    old, new = tensors(before), tensors(after)
     mine = {n for n in after.owned.get(owner, ()) if n not in before.owned.get(owner, ())}
     for name, tensor in new.items():
         base = not name.startswith("peftfx.")
@@ -157,7 +155,7 @@ def require_others(before: Program, after: Program, item: Pass, free: bool) -> N
             )
 
 
-def require_saved(before: Program, after: Program, what: str, again: Callable[[], Program]) -> None:
+def require_saved(before: State, after: State, what: str, again: Callable[[], State]) -> None:
     """Raises VerifyError if a branch holds values that neither an artifact nor its recipe has.
 
     Args:
@@ -167,10 +165,10 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
             come from there.
     """
     known = before.inserted
-    names = [n for n in _unsaved(after) if not (known and n.startswith(known))]
+    names = [n for n in unsaved(after) if not (known and n.startswith(known))]
     if not names:
         return
-    want, got = _tensors(after), _tensors(again())
+    want, got = tensors(after), tensors(again())
     for name in names:
         if name in want and (name not in got or not _same(want[name], got[name])):
             raise VerifyError(
@@ -180,26 +178,7 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
             )
 
 
-def require_remade(program: Program) -> None:
-    """Raises VerifyError if a branch holds values, changed since the pass, that an artifact loses.
-
-    Replays the history only where there are such tensors. What a forward has cached since is no
-    part of what the pass made.
-    """
-    names = [n for n in _unsaved(program) if n not in state_tensors(program.module)]
-    if not names:
-        return
-    want, got = _tensors(program), _tensors(program.only(program.adapters))
-    for name in names:
-        if name in got and not _close(got[name], want[name]):
-            raise VerifyError(
-                f"{name} was changed outside of training, and would be lost by saving: it is not "
-                "persistent, and replaying the history gives other values. Register it as a "
-                "persistent buffer, or give it its old values back."
-            )
-
-
-def _unsaved(program: Program) -> list[str]:
+def unsaved(program: State) -> list[str]:
     """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
     names = transient_buffers(program.module) | _plain(program).keys()
     held = program.inserted
@@ -209,7 +188,7 @@ def _unsaved(program: Program) -> list[str]:
     ]  # fmt: skip
 
 
-def _plain(program: Program) -> dict[str, Tensor]:
+def _plain(program: State) -> dict[str, Tensor]:
     """Tensors that branches hold as plain attributes, which torch neither moves nor saves."""
     return {
         f"{path}.{name}": value
@@ -220,7 +199,7 @@ def _plain(program: Program) -> dict[str, Tensor]:
     }
 
 
-def require_values(program: Program) -> None:
+def require_values(program: State) -> None:
     """Raises VerifyError if a parameter holds NaN."""
     for name, parameter in program.module.named_parameters():
         if parameter.is_meta or is_sharded(parameter) or not parameter.is_floating_point():
@@ -233,12 +212,12 @@ def require_values(program: Program) -> None:
             )
 
 
-def require_recorded(replayed: Program, program: Program) -> None:
+def require_recorded(replayed: State, program: State) -> None:
     """Raises VerifyError if stored tensors are not what replaying the history gives.
 
     What trains, and what batches update, may have any value; all else is computed again.
     """
-    old, new = _tensors(replayed), _tensors(program)
+    old, new = tensors(replayed), tensors(program)
     cached = _plain(program).keys() ^ _plain(replayed).keys()
     if odd := sorted((old.keys() ^ new.keys()) - cached):
         raise VerifyError(f"the program is not what its history says: that does not make {odd[0]}.")
@@ -254,7 +233,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
         moves = tensor.requires_grad or want.requires_grad or name in moving
         if moves or is_sharded(tensor) or tensor.is_meta:
             continue
-        if not _close(want, tensor):
+        if not close(want, tensor):
             raise VerifyError(
                 f"the program is not what its history says: {name} was changed outside of training."
             )
@@ -269,7 +248,7 @@ def require_recorded(replayed: Program, program: Program) -> None:
             )
 
 
-def _tensors(program: Program) -> dict[str, Tensor]:
+def tensors(program: State) -> dict[str, Tensor]:
     gm = program.module
     return dict([*gm.named_parameters(), *gm.named_buffers(), *_plain(program).items()])
 
@@ -283,7 +262,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
     )
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
+def close(x: Tensor, y: Tensor) -> bool:
     """Equal up to what another device or number of threads rounds otherwise."""
     if _same(x, y):
         return True

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,72 +20,23 @@ from ..graph.aten import attribute
 from ..graph.module import device_of, modes_kept, state_kept
 from ..graph.sharded import placed_like, whole
 from ..measure.choices import tied
-from ..measure.compare import Gap, compare, figures, floats, gaps, worst
+from ..measure.compare import TOLERANCE, Gap, compare, figures, floats, gaps, worst
 from ..measure.effect import SHARE, effect
-from ..measure.steady import perturbed, quieten, require_settled, require_steady, trained
+from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
 from ..measure.witness import Witness, whole_tensors
-from ..program.fingerprint import require_unchanged
-from .intact import require_recorded, require_values
-
-if TYPE_CHECKING:
-    from ..program.state import Program
+from ..program.contract import Certificate, Contract
+from ..program.state import State
 
 __all__ = ["Certificate", "Contract", "certify", "compare", "floats", "gaps", "measure"]
-
-TOLERANCE = {
-    torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1,
-}  # fmt: skip
-"""Difference that a bounded contract allows in any case, relative to an output's largest value."""
 
 CAP = 0.5
 """The most that is put down to rounding, relative to an output's largest value."""
 
 
-@dataclass(frozen=True)
-class Contract:
-    """A promise.
-
-    Attributes:
-        kind: `identity` (outputs stay bit-equal at first, new parameters train), `exact`
-            (bit-equal), `bounded` (equal up to rounding, see `bound`), `near` (within `limit` of
-            the largest output), `trainable` (outputs change; what trains is declared).
-        limit: for `near`.
-    """
-
-    kind: str
-    limit: float = 0.0
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A contract with its measured figures.
-
-    Attributes:
-        kind: the contract's kind, or `unmeasured` (no values on the meta device).
-        measured: largest absolute difference, and the largest one relative to its own output.
-        holds: whether the promise was kept.
-    """
-
-    kind: str
-    measured: Mapping[str, float] = field(default_factory=dict[str, float])
-    holds: bool = True
-
-    @property
-    def text(self) -> str:
-        """One line for reports."""
-        if not self.measured:
-            return self.kind
-        figures = ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items())
-        return f"{self.kind}: {figures}"
-
-    def __str__(self) -> str:
-        return self.text if self.holds else f"BROKEN {self.text}"
-
-
 @contextlib.contextmanager
-def evaluation(program: Program) -> Iterator[None]:
+def evaluation(program: State) -> Iterator[None]:
     """Evaluation mode without gradients and compilation; the mode is put back.
 
     Parameters stop requiring gradients meanwhile, because torch picks the kernel of a product by
@@ -111,12 +61,12 @@ def evaluation(program: Program) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def is_meta(program: Program) -> bool:
+def is_meta(program: State) -> bool:
     """Whether any stored tensor has no values."""
     return any(p.is_meta for p in program.module.parameters())
 
 
-def measure(before: Program, after: Program) -> dict[str, float]:
+def measure(before: State, after: State) -> dict[str, float]:
     """Largest output difference, absolute and relative to the output's own largest value.
 
     Raises:
@@ -140,7 +90,7 @@ def _measured(before: Witness, after: Witness) -> list[Gap]:
 
 
 def difference(
-    before: Program, after: Program, data: Iterable[Mapping[str, Tensor]]
+    before: State, after: State, data: Iterable[Mapping[str, Tensor]]
 ) -> tuple[float, float]:
     """Largest output difference on batches, absolute and relative to the output's largest value."""
     modules = [(p, still(p)) for p in (before, after)]
@@ -155,7 +105,7 @@ def difference(
     return found["max_abs"], found["max_rel"]
 
 
-def _rounding(program: Program, seed: int = 0) -> list[Gap]:
+def _rounding(program: State, seed: int = 0) -> list[Gap]:
     """How far outputs move when every weight moves by one rounding: the network's condition.
 
     No two ways to compute it in this precision agree better.
@@ -174,12 +124,12 @@ def _rounding(program: Program, seed: int = 0) -> list[Gap]:
     return _measured(resting, moved)
 
 
-def rounding(program: Program, seed: int = 0) -> float:
+def rounding(program: State, seed: int = 0) -> float:
     """The largest of `_rounding`, relative to the output's own largest value."""
     return figures(_rounding(program, seed))["max_rel"]
 
 
-def bound(program: Program, measured: dict[str, float]) -> float:
+def bound(program: State, measured: dict[str, float]) -> float:
     """The largest relative difference that rounding explains.
 
     `TOLERANCE` of the dtype; where `measured` exceeds that, eight times the network's own
@@ -192,7 +142,7 @@ def bound(program: Program, measured: dict[str, float]) -> float:
     return allowed
 
 
-def _tolerance(program: Program) -> float:
+def _tolerance(program: State) -> float:
     dtypes = {p.dtype for p in program.module.parameters()} or {torch.float32}
     return max(TOLERANCE.get(dtype, 2e-5) for dtype in dtypes)
 
@@ -241,7 +191,7 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
 class _Limits:
     """What each output may differ by, relative to its largest value."""
 
-    def __init__(self, program: Program, fixed: float, rounded: bool) -> None:
+    def __init__(self, program: State, fixed: float, rounded: bool) -> None:
         self.program, self.fixed, self.rounded = program, fixed, rounded
         self._moved: list[Gap] | None = None
 
@@ -320,7 +270,7 @@ def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[st
     return {"kept": seen["kept"]}
 
 
-def check_graph(program: Program) -> None:
+def check_graph(program: State) -> None:
     """Structural checks: the graph lints and every stored tensor it names exists.
 
     Raises:
@@ -339,35 +289,3 @@ def check_graph(program: Program) -> None:
     for attachment in program.attachments:
         if attachment.path not in called:
             raise VerifyError(f"the branch {attachment.path} is attached but never called.")
-
-
-def verify_program(program: Program) -> list[Certificate]:
-    """See `Program.verify`: replays the history from the base and measures each step again."""
-    from ..run.replay import replay_steps
-
-    if program.training:  # another thread may move what trains meanwhile, and batch statistics
-        program = program.fork()
-    check_graph(program)
-    require_unchanged(program)
-    require_values(program)
-    found: list[Certificate] = []
-    if is_meta(program):
-        return [Certificate("unmeasured") for _ in program.history]
-    last = program.base
-    for record, before, after in replay_steps(program):
-        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
-        record.applied.examine(before, after)
-        last = after
-    if program.history:
-        require_recorded(last, program)
-        require_settled(perturbed(program), program.base, sizes(program))
-        measured = measure(last, program)
-        allowed = bound(program, measured)
-        if measured["max_rel"] > allowed:
-            raise VerifyError(
-                "the program is not what its history says: replaying the history gives outputs "
-                f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
-                f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
-            )
-        found.append(Certificate("replayed", measured))
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from ..branches.branch import Branch
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..graph.aten import set_attribute
 from ..graph.sharded import is_sharded, placed_like, whole
+from ..program.sites import LinearSite
 from .certificate import Matrix
-
-if TYPE_CHECKING:
-    from ..program.sites import LinearSite
 
 
 def all_finite(tensor: Tensor) -> bool:

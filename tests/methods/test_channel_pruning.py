@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import ExportError, FoldError, OptionError
+from peftfx.rewriter.measure.compare import floats
 from peftfx.rewriter.program.sites import LinearSite
-from peftfx.rewriter.verify.verify import floats
 
 from .. import models
 from ..models import batch, first, moved, randomise

@@ -17,7 +17,7 @@ from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.edits.folding.fold import fold
 from peftfx.rewriter.edits.structure.axes import channels
 from peftfx.rewriter.errors import PassError
-from peftfx.rewriter.pipeline.passes import Method
+from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.program.sites import AttentionSite, FeedForwardSite, LinearSite
 from peftfx.rewriter.tracing.propagate import propagate
 

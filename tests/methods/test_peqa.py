@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import ArtifactError, ExportError, FoldError, OptionError, PassError
 from peftfx.rewriter.measure.compare import compare as compare_outputs
-from peftfx.rewriter.pipeline.passes import Plan
-from peftfx.rewriter.verify.verify import sizes
+from peftfx.rewriter.measure.trials import sizes
+from peftfx.rewriter.program.history import Plan
 
 from ..models import Encoder, batch, build, first, moved, randomise
 from .common import hooked

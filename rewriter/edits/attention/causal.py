@@ -32,17 +32,18 @@ from ...graph.aten import (
 )  # fmt: skip
 from ...graph.modes import Attention
 from ...graph.module import device_of
-from ...program.sites import AttentionSite, Sites
-from ...program.state import Program
+from ...program.site_table import Sites
+from ...program.sites import AttentionSite
+from ...program.state import State
+from ..calls.attach import Attaching
 from ..calls.samples import sample_axis
 from ..calls.signature import forget_input
-from ..edit import Editor
 
 _RESHAPES = overloads("reshape", "view", "_unsafe_view")
 _SHORT = (1, 2, 3, 7, 16, 33)
 
 
-def use_causal(edit: Editor, length: int) -> None:
+def use_causal(edit: Attaching, length: int) -> None:
     """Replaces every mask that is causal without padding; reports the other attentions.
 
     Raises:
@@ -93,7 +94,7 @@ def _values(mask: Node) -> list[Node]:
     return [n for n in mask.graph.nodes if n in found]
 
 
-def _difference(program: Program, mask: Node, length: int) -> str:
+def _difference(program: State, mask: Node, length: int) -> str:
     """How a mask differs from a causal one without padding; '' if it does not."""
     batches = sample_axis(program).names
     for tokens in (*(t for t in _SHORT if t < length), length):
@@ -116,7 +117,7 @@ def _difference(program: Program, mask: Node, length: int) -> str:
     return ""
 
 
-def _evaluate(program: Program, mask: Node, inputs: Mapping[str, Tensor]) -> Tensor:
+def _evaluate(program: State, mask: Node, inputs: Mapping[str, Tensor]) -> Tensor:
     gm = program.module
     needed = set(ancestors(mask))
     values: dict[Node, Any] = {}
@@ -165,7 +166,7 @@ def _unrepeated(node: Any) -> Node | None:
     return inner.args[0] if before[1] * before[2] == after[1] else None  # pyright: ignore
 
 
-def _drop(program: Program, placeholder: Node) -> None:
+def _drop(program: State, placeholder: Node) -> None:
     """Removes an input of which only sizes are read any more."""
     gm, name = program.module, str(placeholder.target)
     if users(placeholder):
@@ -186,8 +187,8 @@ def _drop(program: Program, placeholder: Node) -> None:
 
 
 def _narrowed(
-    program: Program, dropped: set[str], changed: Mapping[str, AttentionSite], length: int
-) -> Program:
+    program: State, dropped: set[str], changed: Mapping[str, AttentionSite], length: int
+) -> State:
     spec = program.spec
     tokens = {s for i in spec.inputs if i.name in dropped for s in i.shape[1:]}
     tokens = tokens or set(spec.sizes) - sample_axis(program).names

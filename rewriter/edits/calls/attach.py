@@ -15,9 +15,12 @@ from torch.fx import GraphModule, Node
 from ...branches.branch import Branch
 from ...errors import PassError
 from ...graph.aten import erase_dead
-from ...program.sites import Site
-from ...program.state import BRANCHES, Attachment, Program
-from ..linear.compose import site_nodes
+from ...graph.flow import site_nodes
+from ...program.history import Attachment
+from ...program.sites import LinearSite, Site
+from ...program.state import BRANCHES, State
+from ...weights.quantised import weight_of
+from ...weights.weight import Weight
 from .requirements import require_order
 from .values import Value, unshared
 
@@ -40,7 +43,7 @@ class Attaching:
 
     def __init__(
         self,
-        program: Program,
+        program: State,
         adapter: str | None = None,
         seed: int = 0,
         decisions: Mapping[str, Any] | None = None,
@@ -71,6 +74,10 @@ class Attaching:
     def name(self, site: Site) -> str:
         """A site's id as the name of a module."""
         return site.id.removesuffix(".weight").replace(":", ".")
+
+    def weight(self, site: LinearSite) -> Weight:
+        """What the site multiplies by."""
+        return weight_of(self.graph_module, site, self._nodes.get(site.nodes[0]))
 
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""

@@ -7,7 +7,7 @@ messages here name the method, the site, and what to write instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx import Node
 
@@ -27,9 +27,7 @@ from ...branches.routing import Routed
 from ...errors import PassError
 from ...graph.aten import ancestors
 from ...program.sites import Site
-
-if TYPE_CHECKING:
-    from ...program.state import Program
+from ...program.state import State
 
 _WORDS: dict[type[Branch], str] = {
     Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
@@ -66,7 +64,7 @@ def require_fit(method: str, word: str, site: Site, branch: Any) -> None:
         )
 
 
-def require_order(program: Program, method: str) -> None:
+def require_order(program: State, method: str) -> None:
     """Raises PassError where a call reads a value that is computed only after it."""
     order = {node: place for place, node in enumerate(program.module.graph.nodes)}
     for node, place in order.items():
@@ -75,7 +73,7 @@ def require_order(program: Program, method: str) -> None:
             raise PassError(f"{method}: {_too_late(program, node, late)}")
 
 
-def _too_late(program: Program, node: Node, late: Node) -> str:
+def _too_late(program: State, node: Node, late: Node) -> str:
     names = [name for name, read in node.kwargs.items() if read is late]
     value = f"{names[0]} = {late.name}" if names else late.name
     what = caller(program, node) or f"the call {node.name}"
@@ -91,7 +89,7 @@ def _too_late(program: Program, node: Node, late: Node) -> str:
     )
 
 
-def caller(program: Program, node: Node) -> str:
+def caller(program: State, node: Node) -> str:
     """`the branch ToyBranch at layers.0.query.weight`, for the call of one; else empty."""
     if node.op != "call_module":
         return ""
@@ -102,7 +100,7 @@ def caller(program: Program, node: Node) -> str:
     return f"the shared module {node.target}" if node.target in program.shared else ""
 
 
-def failing_branch(program: Program, node: Node, cause: str, said: str) -> str:
+def failing_branch(program: State, node: Node, cause: str, said: str) -> str:
     """What an error says of a node that a branch makes fail; empty if none does.
 
     Args:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.fx import Node
 
 from ...graph.aten import shape
 from ...measure.independence import Values
-
-if TYPE_CHECKING:
-    from ...program.state import Program
+from ...program.state import State
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class SampleAxis:
     size: int | None = None
     reason: str = ""
 
-    def of(self, program: Program, states: Node) -> int | None:
+    def of(self, program: State, states: Node) -> int | None:
         """The axis of hidden states whose size depends on the number of samples alone."""
         sizes = shape(states)
         if sizes is None or len(sizes) < 2:
@@ -48,7 +46,7 @@ class SampleAxis:
 _KNOWN: WeakKeyDictionary[Any, SampleAxis] = WeakKeyDictionary()
 
 
-def sample_axis(program: Program) -> SampleAxis:
+def sample_axis(program: State) -> SampleAxis:
     """The axis of the samples of a program, tried once on what was captured."""
     base = program.base
     if base.module not in _KNOWN:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -14,14 +13,12 @@ from torch.utils import _pytree as pytree
 from ...errors import PassError
 from ...graph.aten import placeholders, value
 from ...inputs.spec import TensorInput
+from ...program.state import State
 from .samples import sample_axis
-
-if TYPE_CHECKING:
-    from ...program.state import Program
 
 
 def add_input(
-    program: Program,
+    program: State,
     name: str,
     example: Tensor,
     per_sample: bool = False,
@@ -64,7 +61,7 @@ def add_input(
     return node
 
 
-def _samples(program: Program) -> tuple[str, int, str]:
+def _samples(program: State) -> tuple[str, int, str]:
     """An input with a dynamic number of samples, that axis of it, and the size's name."""
     samples = sample_axis(program)
     for source in program.spec.inputs:
@@ -78,7 +75,7 @@ def _samples(program: Program) -> tuple[str, int, str]:
     )
 
 
-def drop_input(program: Program, name: str, reason: str) -> None:
+def drop_input(program: State, name: str, reason: str) -> None:
     """Removes an input that nothing reads; `reason` is what a call that gives it is told.
 
     Raises:

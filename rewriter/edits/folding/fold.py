@@ -27,12 +27,13 @@ from ...graph.aten import (
 )
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
+from ...program.history import Attachment
 from ...program.readers import others, readers, turned
 from ...program.sites import LinearSite
-from ...program.state import Attachment, Program
+from ...program.state import State
 from ...weights.certificate import Matrix, check_folded, require_finite_base
 from ...weights.weight import Weight, all_finite
-from ..edit import Editor
+from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
 from .rules import Fold, linear_of, lost_share, match_at
@@ -58,7 +59,7 @@ class Folding:
     vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
-def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
+def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
     """Folds the named branches as far as possible.
 
     Args:
@@ -95,7 +96,7 @@ def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def branch_of(program: Program, attachment: Attachment) -> Branch:
+def branch_of(program: State, attachment: Attachment) -> Branch:
     """The complete module of an attached branch, also where it is sharded."""
     branch = whole_module(program.branch(attachment))
     if not isinstance(branch, Branch):
@@ -103,7 +104,7 @@ def branch_of(program: Program, attachment: Attachment) -> Branch:
     return branch
 
 
-def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachment]]:
+def by_weight(program: State, paths: Sequence[str]) -> dict[str, list[Attachment]]:
     """The named branches, grouped by the weight that they fold into (or by their site)."""
     groups: dict[str, list[Attachment]] = {}
     for attachment in program.attachments:
@@ -114,7 +115,7 @@ def by_weight(program: Program, paths: Sequence[str]) -> dict[str, list[Attachme
     return groups
 
 
-def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+def fold_weight(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
     """Folds the branches of one weight to a fixpoint, and checks what became of the weight; needs
     the values of no other weight."""
     count = -1
@@ -125,7 +126,7 @@ def fold_weight(edit: Editor, group: Sequence[Attachment], tied: str, result: Fo
             _fold_calls(edit, part, tied, result)
 
 
-def _by_calls(program: Program, group: Sequence[Attachment]) -> list[list[Attachment]]:
+def _by_calls(program: State, group: Sequence[Attachment]) -> list[list[Attachment]]:
     """The branches of one weight, parted where other calls read it: they may get their own."""
     parts: dict[tuple[str, ...], list[Attachment]] = {}
     for attachment in group:
@@ -133,7 +134,7 @@ def _by_calls(program: Program, group: Sequence[Attachment]) -> list[list[Attach
     return list(parts.values())
 
 
-def _fold_calls(edit: Editor, group: Sequence[Attachment], tied: str, result: Folding) -> None:
+def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
     """Folds the branches of one weight at the same calls, and compares it with them."""
     branches = {a.path: branch_of(edit.program, a) for a in group}
     before = _matrix(edit, group)
@@ -163,7 +164,7 @@ def _fold_calls(edit: Editor, group: Sequence[Attachment], tied: str, result: Fo
         result.vanished.append((site.id, f"rounding to {dtype} left nothing of what was learnt"))
 
 
-def _matrix(edit: Editor, group: Sequence[Attachment]) -> Matrix | None:
+def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
     """The weight of a group now; None where there is none, or none with values."""
     site = edit.program.sites[group[0].site]
     if not isinstance(site, LinearSite):
@@ -172,7 +173,7 @@ def _matrix(edit: Editor, group: Sequence[Attachment]) -> Matrix | None:
     return None if weight.device.type == "meta" else weight.matrix()
 
 
-def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> str | None:
+def _try(edit: Attaching, attachment: Attachment, tied: str, result: Folding) -> str | None:
     """Folds one branch; returns the reason if it cannot be folded (now)."""
     branch = branch_of(edit.program, attachment)
     if reason := _obstacle(edit.program, attachment, branch):
@@ -204,7 +205,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     return None
 
 
-def _obstacle(program: Program, attachment: Attachment, branch: Branch) -> str:
+def _obstacle(program: State, attachment: Attachment, branch: Branch) -> str:
     """Why a branch cannot be folded whatever is around it; empty if it can."""
     if branch.not_foldable:
         return f"not foldable: {branch.not_foldable}"
@@ -217,7 +218,7 @@ def _obstacle(program: Program, attachment: Attachment, branch: Branch) -> str:
 
 
 def _matches(
-    edit: Editor, attachment: Attachment, site: LinearSite
+    edit: Attaching, attachment: Attachment, site: LinearSite
 ) -> list[tuple[Match, Fold]] | str:
     """The rule at each call of a branch; the reason if one has none, or calls lack the branch."""
     nodes = edit.graph_module.graph.find_nodes(op="call_module", target=attachment.path)
@@ -240,7 +241,7 @@ def _matches(
 
 
 def _settle_sharing(
-    edit: Editor, site: LinearSite, branch: Branch, calls: Sequence[Node], tied: str
+    edit: Attaching, site: LinearSite, branch: Branch, calls: Sequence[Node], tied: str
 ) -> LinearSite | str:
     """The site whose tensors may be changed for these calls alone, or why there is none.
 
@@ -285,7 +286,7 @@ def _require_finite(weight: Weight, path: str, branch: Branch) -> None:
 
 
 def _fold_expression(
-    edit: Editor, attachment: Attachment, branch: Expression, result: Folding
+    edit: Attaching, attachment: Attachment, branch: Expression, result: Folding
 ) -> str | None:
     """Stores the value of an expression under the parameter's name."""
     gm = edit.graph_module
@@ -319,7 +320,7 @@ def _fold_expression(
     return None
 
 
-def _erase(edit: Editor, match: Match) -> None:
+def _erase(edit: Attaching, match: Match) -> None:
     """Leaves the bare linear of a match: the branch's call goes, and a delta's sum."""
     graph = edit.graph_module.graph
     call, root, linear = match["branch"], match.root, linear_of(match)

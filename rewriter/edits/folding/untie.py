@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -17,13 +17,11 @@ from ...errors import FoldError
 from ...graph.aten import parameter_of, set_attribute
 from ...program.readers import Reader, module_of
 from ...program.sites import LinearSite
-
-if TYPE_CHECKING:
-    from ..edit import Editor
+from ..calls.attach import Attaching
 
 
 def untie(
-    edit: Editor, site: LinearSite, name: str, calls: Sequence[Node], rest: Sequence[Reader]
+    edit: Attaching, site: LinearSite, name: str, calls: Sequence[Node], rest: Sequence[Reader]
 ) -> LinearSite:
     """Parts a stored tensor of a site into that of its calls and that of all other readers.
 
@@ -87,7 +85,7 @@ def _around(calls: Sequence[Node]) -> list[Node]:
     return [n for n in graph.nodes if n.meta.get("composed") in keys]
 
 
-def _redirect(edit: Editor, site: LinearSite, node: Node, name: str, own: str) -> None:
+def _redirect(edit: Attaching, site: LinearSite, node: Node, name: str, own: str) -> None:
     """Lets one node read the tensor `own`, through a copy of the views that it reads `name` by."""
     gm = edit.graph_module
 
@@ -122,7 +120,7 @@ def _is_view_of(node: Node, name: str) -> bool:
     return known is not None and known[0] == name
 
 
-def _rename(edit: Editor, nodes: set[str], name: str, own: str) -> None:
+def _rename(edit: Attaching, nodes: set[str], name: str, own: str) -> None:
     """Sites of the moved readers name the moved tensor; no site is tied by it any more."""
     items: list[Any] = []
     for site in edit.program.sites:

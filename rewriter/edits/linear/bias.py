@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,12 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...program.sites import ConvSite, LinearSite
-from ...program.state import Program
+from ...program.state import State
+from ..calls.attach import Attaching
 from .compose import at_weight, compose, composed_value
 
-if TYPE_CHECKING:
-    from ..edit import Editor
 
-
-def add_bias(edit: Editor, site: LinearSite | ConvSite) -> str:
+def add_bias(edit: Attaching, site: LinearSite | ConvSite) -> str:
     """See `Editor.add_bias`."""
     gm, program = edit.graph_module, edit.program
     if isinstance(site, ConvSite):
@@ -55,7 +53,7 @@ def add_bias(edit: Editor, site: LinearSite | ConvSite) -> str:
     return name
 
 
-def _add(edit: Editor, site: LinearSite | ConvSite, node: Node, name: str, size: int) -> None:
+def _add(edit: Attaching, site: LinearSite | ConvSite, node: Node, name: str, size: int) -> None:
     graph = edit.graph_module.graph
     with graph.inserting_before(node):
         bias = graph.get_attr(name)
@@ -90,7 +88,7 @@ def _own_bias(gm: nn.Module, call: Node, size: int) -> str | None:
     return None
 
 
-def _bias_name(program: Program, weight: str) -> str:
+def _bias_name(program: State, weight: str) -> str:
     """Where the added bias of a weight is kept; the model's own tensors keep their names."""
     stem, _, leaf = weight.rpartition(".")
     name = f"{stem}.bias".lstrip(".") if leaf == "weight" else f"{weight}_bias"
@@ -100,7 +98,7 @@ def _bias_name(program: Program, weight: str) -> str:
     return f"{name}_added" if name in own else name
 
 
-def _know_bias(program: Program, weight: str, bias: str) -> None:
+def _know_bias(program: State, weight: str, bias: str) -> None:
     sites = program.sites
     items = tuple(
         replace(s, bias=bias) if isinstance(s, LinearSite | ConvSite) and s.weight == weight else s

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
 from ...branches.branch import Serial
 from ...errors import PassError
 from ...graph.aten import ATEN
+from ...program.history import Attachment
 from ...program.sites import Site
-from ...program.state import BRANCHES, Attachment
-
-if TYPE_CHECKING:
-    from ..edit import Editor
+from ...program.state import BRANCHES
+from ..calls.attach import Attaching
 
 
-def member_paths(edit: Editor, site: Site, members: Sequence[str]) -> tuple[str, ...]:
+def member_paths(edit: Attaching, site: Site, members: Sequence[str]) -> tuple[str, ...]:
     """The paths of the branches that the named adapters have at a site, one each.
 
     Raises:
@@ -26,7 +24,7 @@ def member_paths(edit: Editor, site: Site, members: Sequence[str]) -> tuple[str,
     return tuple(_member(edit, site, name).path for name in members)
 
 
-def _member(edit: Editor, site: Site, name: str) -> Attachment:
+def _member(edit: Attaching, site: Site, name: str) -> Attachment:
     attachments = edit.program.attachments
     here = [a for a in attachments if a.site == site.id and a.slot in ("serial", "delta")]
     found = next((a for a in here if a.path.startswith(f"{BRANCHES}.{name}.")), None)
@@ -51,7 +49,7 @@ def _member(edit: Editor, site: Site, name: str) -> Attachment:
 
 
 def combine_serial(
-    edit: Editor, site: Site, path: str, members: Sequence[str], reads: Mapping[str, Node]
+    edit: Attaching, site: Site, path: str, members: Sequence[str], reads: Mapping[str, Node]
 ) -> None:
     """Puts a combining call where the first of the members stands; see `Editor.combine`.
 
@@ -84,7 +82,7 @@ def combine_serial(
         reader.replace_input_with(first, joined)
 
 
-def hold(edit: Editor, adapters: Sequence[str]) -> None:
+def hold(edit: Attaching, adapters: Sequence[str]) -> None:
     """See `Editor.hold`."""
     owned = edit.program.owned
     kept = {n for adapter, names in owned.items() if adapter not in adapters for n in names}

@@ -26,20 +26,17 @@ from ...graph.aten import (
     users,
     value,
 )  # fmt: skip
+from ...graph.flow import site_nodes
 from ...graph.pattern import linear_parts
+from ...program.history import Attachment
 from ...program.sites import LinearSite
-from ...program.state import Attachment, Program
+from ...program.state import State
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
 
-def site_nodes(gm: GraphModule) -> dict[str, Node]:
-    """Graph nodes by the name that sites use; a lowered call stands for its linear."""
-    return {n.meta.get("call", n.name): n for n in gm.graph.nodes}
-
-
 def at_weight(
-    program: Program, weight: str, first: frozenset[str] = frozenset(), call: str = ""
+    program: State, weight: str, first: frozenset[str] = frozenset(), call: str = ""
 ) -> list[Attachment]:
     """The branches of all sites of one weight, in the fixed order of composition.
 
@@ -54,7 +51,7 @@ def at_weight(
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
-def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> Tensor:
+def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Tensor:
     """What the linear of a site multiplies by with all its branches, `[out, in]`.
 
     The whole of a fused weight; without `scales`, only what is added to it. Branches that read
@@ -76,7 +73,7 @@ def adapted_weight(program: Program, site: LinearSite, scales: bool = True) -> T
     return dense
 
 
-def compose(program: Program, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
+def compose(program: State, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
     """Emits all branches of one linear call afresh, in the fixed order."""
     gm = program.module
     call = _raise(gm, call)
@@ -207,7 +204,7 @@ def _composed(call: Node, key: str) -> list[Node]:
     return list(found)
 
 
-def fold_ready(program: Program, first: frozenset[str] = frozenset()) -> None:
+def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:
     """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
     attached = {a.site for a in program.attachments}
     weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,13 @@ from ...graph.aten import ATEN, expression_of
 from ...graph.pattern import linear_parts
 from ...graph.sharded import whole
 from ...program.sites import LinearSite
-from ..calls.attach import wide
+from ...program.state import State
+from ..calls.attach import Attaching, wide
 from .compose import compose
-
-if TYPE_CHECKING:
-    from ...program.state import Program
-    from ..edit import Editor
-    from ..read import Reading
 
 
 def express(
-    edit: Editor, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
+    edit: Attaching, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
 ) -> Node:
     """See `Editor.express`; the call stands behind those that express the tensor already.
 
@@ -56,7 +52,7 @@ def express(
     return made
 
 
-def widened(edit: Editor, name: str) -> Tensor:
+def widened(edit: Attaching, name: str) -> Tensor:
     """A copy of a stored tensor in the dtype that it trains in; the graph casts it back."""
     stored = edit.graph_module.get_parameter(name).detach()
     made = stored.to(wide(stored.dtype), copy=True)
@@ -71,7 +67,7 @@ def widened(edit: Editor, name: str) -> Tensor:
     return made
 
 
-def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
+def matrix_of(edit: Attaching, site: LinearSite) -> Tensor:
     """See `Editor.matrix`."""
     parts = linear_parts(edit.node(site.nodes[0]))
     node = parts[1] if parts is not None else None
@@ -99,7 +95,7 @@ def matrix_of(edit: Reading, site: LinearSite) -> Tensor:
     return dense if site.features is None else dense[list(site.features)]
 
 
-def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
+def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
     """See `Editor.settle`."""
     gm = edit.graph_module
     found = next((a for a in edit.program.attachments if a.path == path), None)
@@ -126,7 +122,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     edit.edited.append(found.site)
 
 
-def remember(program: Program, path: str) -> None:
+def remember(program: State, path: str) -> None:
     """Keeps the values of a branch that leaves the graph."""
     state = program.module.get_submodule(path).state_dict()
     program.removed = {
@@ -135,7 +131,7 @@ def remember(program: Program, path: str) -> None:
     }  # fmt: skip
 
 
-def remove(edit: Editor, path: str) -> None:
+def remove(edit: Attaching, path: str) -> None:
     """Takes a linear's branch, or the expression of a stored tensor, out of the graph."""
     gm = edit.graph_module
     found = next(a for a in edit.program.attachments if a.path == path)

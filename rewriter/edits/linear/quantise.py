@@ -7,158 +7,33 @@ and patterns see a linear as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...branches.branch import Branch, OutputScale
-from ...errors import ExportError, FoldError, PassError
+from ...errors import PassError
 from ...files.identity import merkle_root, tensor_digest
 from ...graph.aten import (
     SLICES,
     VIEWS,
-    attribute,
     is_op,
-    is_quantised,
     set_attribute,
     shape,
     users,
-    value,
 )  # fmt: skip
+from ...graph.flow import site_nodes
 from ...graph.pattern import linear_parts
-from ...graph.sharded import whole
 from ...program.sites import LinearSite
-from ...weights.certificate import Matrix
 from ...weights.integers import Quantised, quantise
-from ...weights.weight import Weight, all_finite
-from .compose import compose, site_nodes
-
-if TYPE_CHECKING:
-    from ...program.state import Program
-    from ..edit import Editor
-    from ..read import Reading
+from ...weights.quantised import QuantisedWeight
+from ...weights.weight import all_finite
+from ..calls.attach import Attaching
+from .compose import compose
 
 
-@dataclass(kw_only=True)
-class QuantisedWeight(Weight):
-    """Integers with a scale and a zero point a group; `compute` is the product's dtype.
-
-    Output scales fold exactly into the scales. What would need other integers does not fold.
-    """
-
-    tensor: Quantised
-    compute: torch.dtype
-
-    @staticmethod
-    def of(module: GraphModule, site: LinearSite, call: Node) -> QuantisedWeight:
-        """What the quantised linear `call` of a site multiplies by."""
-        bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
-        return QuantisedWeight(
-            module=module, name=site.weight, bias_name=site.bias, bias=bias,
-            tensor=_stored(module, site, call), compute=value(call).dtype,
-        )  # fmt: skip
-
-    @property
-    def out_features(self) -> int:
-        return self.tensor.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.tensor.in_features
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.compute
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.codes.device
-
-    def dense(self) -> Tensor:
-        return self.tensor.dense().to(self.compute)
-
-    def matrix(self) -> Matrix:
-        return Matrix(self.tensor.dense(), self.bias, self.tensor.scale.dtype, roundings=2)
-
-    def stored(self) -> Mapping[str, Tensor]:
-        return {f"{self.name}.scale": self.tensor.scale}
-
-    def refuses(self, branch: Branch) -> str:
-        if isinstance(branch, OutputScale):
-            return ""
-        return (
-            f"the weight is stored in {self.tensor.bits} bits, and rounding to them again would "
-            "lose most of what the branch learnt. Keep the branch beside the integers, or fold it "
-            "before the weight is quantised"
-        )
-
-    def replaced(self, exact: Tensor) -> tuple[Self, float]:
-        raise FoldError(f"{self.name}: another matrix needs other integers. Keep the branch.")
-
-    def with_rows(self, scale: Tensor) -> Self:
-        old = self.tensor.scale
-        tensor = replace(self.tensor, scale=old * scale.to(old.dtype)[:, None])
-        return replace(self, tensor=tensor, bias=self.scaled_bias(scale))
-
-    def with_columns(self, scale: Tensor) -> Self:
-        raise FoldError(f"{self.name}: the columns of a group share a scale. Keep the branch.")
-
-    def pack(self, layout: str) -> Quantised:
-        """The tensors as another runtime takes them.
-
-        Args:
-            layout: `matmulnbits`, ONNX Runtime's: groups are powers of two from 16 on. Other
-                groups are cut into such ones, which repeat the scale; the matrix is the same.
-
-        Raises:
-            ExportError: the layout is unknown, or cannot hold groups of this size.
-        """
-        if layout != "matmulnbits":
-            raise ExportError(f"{self.name}: there is no layout {layout!r}. Layouts: matmulnbits.")
-        block = self.tensor.group & -self.tensor.group
-        if block < 16 and self.tensor.codes.shape[1] == 1:  # padding completes a group of a row
-            block = max(16, 1 << (self.tensor.group - 1).bit_length())
-        if block < 16:
-            raise ExportError(
-                f"{self.name}: MatMulNBits has groups of 16, 32, 64, ... columns, and "
-                f"{self.tensor.group} is no multiple of 16. Quantise with group=16, 32, 64 or 128."
-            )
-        return self.tensor if block == self.tensor.group else self.tensor.regrouped(block)
-
-
-def _stored(module: GraphModule, site: LinearSite, call: Node) -> Quantised:
-    """The stored tensors that a quantised linear's call reads."""
-    operands: Any = call.args
-    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in operands[1:4])
-    return Quantised(codes, scale, zero, operands[5], operands[6], site.in_features)
-
-
-def quantised_calls(program: Program) -> dict[str, Node]:
-    """One call of each quantised weight, by the weight's name."""
-    nodes = site_nodes(program.module)
-    found: dict[str, Node] = {}
-    for site in program.sites:
-        call = nodes.get(site.nodes[0])
-        if isinstance(site, LinearSite) and call is not None and is_quantised(call):
-            found[site.weight] = call
-    return found
-
-
-def dense_weights(program: Program) -> dict[str, Tensor]:
-    """The quantised weights as dense ones, stored as the model does, by name."""
-    sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
-    found: dict[str, Tensor] = {}
-    for name, call in quantised_calls(program).items():
-        dense = QuantisedWeight.of(program.module, sites[name], call).dense()
-        found[name] = dense.T.contiguous() if sites[name].in_out else dense
-    return found
-
-
-def repack(edit: Editor, layout: str) -> bool:
+def repack(edit: Attaching, layout: str) -> bool:
     """Stores every quantised weight as another runtime takes it; returns whether there is one.
 
     Raises:
@@ -178,7 +53,7 @@ def repack(edit: Editor, layout: str) -> bool:
     return bool(found)
 
 
-def whole_weights(edit: Reading, ids: Sequence[str]) -> list[LinearSite]:
+def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
     """See `Editor.whole`."""
     chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], LinearSite)}
     found: dict[str, LinearSite] = {}
@@ -193,7 +68,7 @@ def whole_weights(edit: Reading, ids: Sequence[str]) -> list[LinearSite]:
 
 
 def quantise_weight(
-    edit: Editor,
+    edit: Attaching,
     site: LinearSite,
     bits: int,
     group: int | None,
@@ -240,7 +115,7 @@ def quantise_weight(
     return True
 
 
-def _require_known(edit: Editor, name: str, made: Quantised) -> None:
+def _require_known(edit: Attaching, name: str, made: Quantised) -> None:
     """Records the digest of a weight's integers, or compares it with what the plan says."""
     if made.codes.is_meta:
         return

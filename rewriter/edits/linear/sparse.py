@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from ...branches.branch import Expression
 from ...errors import MetaTensorError, NonFiniteError
 from ...graph.aten import attribute
 from ...program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite, Site
-
-if TYPE_CHECKING:
-    from ...program.state import Program
+from ...program.state import State
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Part:
 
 
 def parts_of(
-    program: Program, sites: Iterable[Site], bias: bool = True
+    program: State, sites: Iterable[Site], bias: bool = True
 ) -> tuple[list[Part], list[tuple[Site, str]]]:
     """What sites hold of stored tensors, each tensor once, whoever shares it.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +27,11 @@ from ...graph.aten import (
     users,
     value,
 )
-from ...program.sites import AttentionSite, LinearSite, MixerSite
+from ...program.sites import AttentionSite, LinearSite, MixerSite, Site
+from ...program.state import State
 from ..calls.samples import sample_axis
-from ..calls.values import Value, input_of, latest, valid_of
-
-if TYPE_CHECKING:
-    from ...program.sites import Site
-    from ...program.state import Program
+from ..calls.values import Value, input_of, latest
+from .padding import valid_of
 
 _TOKEN_NORMS = overloads("layer_norm", "rms_norm")
 
@@ -106,7 +104,7 @@ class Hidden:
 
 
 def hidden_of(
-    program: Program, site: Site, nodes: Mapping[str, Node], given: Value | None
+    program: State, site: Site, nodes: Mapping[str, Node], given: Value | None
 ) -> Hidden | str:
     """The hidden states that a site reads (or `given`), or why their tokens cannot be told."""
     at = site
@@ -143,7 +141,7 @@ class Samples:
     apart: Value | None
 
 
-def samples_of(program: Program, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
+def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
     """See `Editor.samples`; None also where the calls of one weight differ."""
     samples = sample_axis(program)
     found: set[Samples | None] = set()
@@ -157,7 +155,7 @@ def samples_of(program: Program, site: LinearSite, nodes: Mapping[str, Node]) ->
     return found.pop() if len(found) == 1 else None
 
 
-def is_causal(program: Program, site: Site) -> bool:
+def is_causal(program: State, site: Site) -> bool:
     """Whether the tokens that a site reads may not learn of later ones.
 
     What the queries of a cross-attention look at may, and so may all where attention is

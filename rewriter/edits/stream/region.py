@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +38,8 @@ from ...graph.aten import (
     written,
 )  # fmt: skip
 from ...program.sites import AttentionSite, LinearSite, SublayerSite
+from ...program.state import State
 from ..calls.samples import sample_axis
-
-if TYPE_CHECKING:
-    from ...program.state import Program
 
 _ORDERED = CONVS | overloads(
     "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",
@@ -81,7 +79,7 @@ class Region:
 
 
 def find_region(
-    program: Program,
+    program: State,
     sites: Sequence[SublayerSite],
     nodes: Mapping[str, Node],
     causal: bool,
@@ -157,7 +155,7 @@ def _above(end: Node, entry: Node) -> set[Node]:
     return found
 
 
-def stream_before(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+def stream_before(program: State, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The summand beside a sublayer's output that the output is computed from."""
     output, add = (nodes[n] for n in site.nodes[:2])
     above = set(ancestors(output)) - {output}
@@ -174,13 +172,13 @@ def stream_before(program: Program, site: SublayerSite, nodes: Mapping[str, Node
     raise PassError(f"{site.id}: the stream that it adds to cannot be found.")
 
 
-def _same_tokens(program: Program, node: Node) -> bool:
+def _same_tokens(program: State, node: Node) -> bool:
     if isinstance(submodule(program.module, node), TakeTokens | nn.Dropout):
         return True
     return is_op(node, VIEWS | DROPOUTS) or (is_op(node, MULS) and len(inputs(node)) == 1)
 
 
-def stream_behind(program: Program, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
+def stream_behind(program: State, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The stream behind a sublayer: its sum, or the norm of that where norms are in the stream."""
     add = nodes[site.nodes[1]]
     stream = [s for s in program.sites if isinstance(s, SublayerSite) and s.stream == site.stream]
@@ -191,14 +189,14 @@ def stream_behind(program: Program, site: SublayerSite, nodes: Mapping[str, Node
     return readers[0] if post and len(readers) == 1 and is_op(readers[0], NORMS) else add
 
 
-def _routed(program: Program, node: Node) -> Node:
+def _routed(program: State, node: Node) -> Node:
     """What a gather reads, or what the region in front of a scatter ends with."""
     while isinstance(module := submodule(program.module, node), TakeTokens | PutTokens):
         node = operands(node)[0 if isinstance(module, TakeTokens) else 2]
     return node
 
 
-def _read(program: Program, between: Sequence[Node], entry: Node) -> Node:
+def _read(program: State, between: Sequence[Node], entry: Node) -> Node:
     """What the first linear reads, before what passes have put in front of it."""
     calls = {n for s in program.sites if isinstance(s, LinearSite) for n in s.nodes}
     call = next((n for n in between if n.meta.get("call", n.name) in calls), None)
@@ -208,7 +206,7 @@ def _read(program: Program, between: Sequence[Node], entry: Node) -> Node:
     return read if read in between and str(shape(read)) == str(shape(entry)) else entry
 
 
-def _check(program: Program, region: Region) -> None:
+def _check(program: State, region: Region) -> None:
     """Raises PassError for what makes leaving out tokens wrong."""
     gm, inside = program.module, set(region.nodes)
 
@@ -250,7 +248,7 @@ def _check_numbers(region: Region, refuse: Callable[[Node, str], None]) -> None:
             refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
 
 
-def _check_causal(program: Program, region: Region, allow: str) -> None:
+def _check_causal(program: State, region: Region, allow: str) -> None:
     remedy = f", or allow it for whole prompts and scoring only, with {allow}" if allow else ""
     names = {n.name for n in region.nodes}
     for site in program.sites:

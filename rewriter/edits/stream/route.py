@@ -8,7 +8,7 @@ Nodes keep their names, so sites stay sites and other edits inside the region do
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,16 @@ from ...graph.aten import (
 )  # fmt: skip
 from ...graph.modes import Attention
 from ...program.sites import AttentionSite
+from ...program.state import State
 from ..attention.keyvalue import WidenMask, add_call
 from .region import Region
 from .tokens import fresh_size
-
-if TYPE_CHECKING:
-    from ...program.state import Program
 
 _SIZED = overloads("view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat")
 
 
 def run_on_chosen(
-    program: Program, region: Region, path: str, reduction: int, valid: Node | None
+    program: State, region: Region, path: str, reduction: int, valid: Node | None
 ) -> None:
     """Puts the branch at `path` in front of a region, gathers and scatters.
 
@@ -67,7 +65,7 @@ class _Rewrite:
     """One region under edit, with what has been gathered for it so far."""
 
     def __init__(
-        self, program: Program, region: Region, path: str, reduction: int, valid: Node | None
+        self, program: State, region: Region, path: str, reduction: int, valid: Node | None
     ) -> None:
         self.program, self.region = program, region
         self.gm: GraphModule = program.module

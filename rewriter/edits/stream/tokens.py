@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,13 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.modes import Attention
-from ...program.sites import AttentionSite
+from ...inputs.spec import InputSpec
+from ...program.sites import AttentionSite, EmbeddingSite, Site
+from ...program.state import State
 from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
 from ..calls.samples import sample_axis
 from .places import moved_places
-
-if TYPE_CHECKING:
-    from ...inputs.spec import InputSpec
-    from ...program.sites import EmbeddingSite, Site
-    from ...program.state import Program
 
 _LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 _WAVES = overloads("cos", "sin")
@@ -102,7 +99,7 @@ class StripTokens(nn.Module):
         return f"length={self.length}, axes={self.axes}"
 
 
-def shift_positions(program: Program, length: int) -> None:
+def shift_positions(program: State, length: int) -> None:
     """Adds `length` to every absolute position: learnt tables and rotary angles alike."""
     gm = program.module
     targets: list[tuple[Node, int]] = []
@@ -146,7 +143,7 @@ def _counts(node: Node) -> bool:
     return is_op(source, overloads("arange", "cumsum", "sub"))
 
 
-def _shorter(program: Program, label: str, length: int) -> InputSpec:
+def _shorter(program: State, label: str, length: int) -> InputSpec:
     """The input spec with `length` less of the size named `label`, which the graph adds itself."""
     spec = program.spec
     low, high = spec.ranges[label]
@@ -165,7 +162,7 @@ def _shorter(program: Program, label: str, length: int) -> InputSpec:
     return replace(spec, ranges=ranges, relations=relations, reasons=reasons)
 
 
-def meaning_of(program: Program, source: Node) -> str | None:
+def meaning_of(program: State, source: Node) -> str | None:
     """What an input other than the token ids is, from where its values go: `mask`, `labels`,
     `positions` or `types`; None if they go nowhere telling."""
     gm = program.module
@@ -189,7 +186,7 @@ def meaning_of(program: Program, source: Node) -> str | None:
     return None
 
 
-def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
+def entrances(program: State, sites: Sequence[Site]) -> list[Site]:
     """Of several token embeddings, those that cross-attention looks at: the encoder's."""
     nodes = {n.name: n for n in program.module.graph.nodes}
     cores = [s for s in program.sites if isinstance(s, AttentionSite) and s.cross]
@@ -198,7 +195,7 @@ def entrances(program: Program, sites: Sequence[Site]) -> list[Site]:
     return [s for s in sites if attended.intersection(s.nodes)] or list(sites)
 
 
-def separate(program: Program, sites: Sequence[Site]) -> None:
+def separate(program: State, sites: Sequence[Site]) -> None:
     """Makes sure that no two of the embeddings are looked up by the same ids.
 
     Raises:
@@ -217,7 +214,7 @@ def separate(program: Program, sites: Sequence[Site]) -> None:
             )
 
 
-def beside(program: Program, site: EmbeddingSite) -> list[tuple[Site, int]]:
+def beside(program: State, site: EmbeddingSite) -> list[tuple[Site, int]]:
     """The other tables that are looked up by an embedding's ids, with the id whose row they give
     at the positions of a prompt in front of it."""
     nodes = {n.name: n for n in program.module.graph.nodes}
@@ -233,8 +230,8 @@ def _looked_up(lookup: Node) -> Node:
 
 
 def prepend_tokens(
-    program: Program, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
-) -> Program:
+    program: State, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
+) -> State:
     """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
     gm, length = program.module, branch.length
     ids = _token_ids(program, site, embedding)
@@ -281,7 +278,7 @@ def prepend_tokens(
     return program
 
 
-def _token_ids(program: Program, site: EmbeddingSite, embedding: Node) -> Node:
+def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> Node:
     """The input that an embedding looks up, `[batch, sequence]`."""
     ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
     size = shape(ids)

@@ -21,7 +21,7 @@ from ...errors import PassError
 from ...graph.aten import data_index, is_op, shape, source_line, submodule, users, value
 from ...graph.ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
-from ...program.state import Program
+from ...program.state import State
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Channels:
         return len(self.roots)
 
 
-def channels(program: Program, site: FeedForwardSite | AttentionSite) -> Channels:
+def channels(program: State, site: FeedForwardSite | AttentionSite) -> Channels:
     """What a block can lose: the inner channels of a feed-forward block, numbered as the inputs of
     its down projection, or the heads of an attention, coupled where they share keys and values.
 

@@ -26,15 +26,16 @@ from ...graph.aten import (
     submodule,
 )
 from ...graph.ties import DIVISIONS, Ref, owner, pieces, span
-from ...program.sites import AttentionSite, LinearSite, Site, Sites
-from ...program.state import Program
+from ...program.site_table import Sites
+from ...program.sites import AttentionSite, LinearSite, Site
+from ...program.state import State
 from .axes import Channels
 
 _SPANS = overloads("slice", "narrow")
 _LISTS = overloads("view", "reshape", "_unsafe_view", "expand", "broadcast_to")
 
 
-def cut_channels(program: Program, group: Channels, keep: Sequence[int]) -> None:
+def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
     """Removes all channels of a group but `keep`, in place.
 
     Raises:

@@ -30,7 +30,7 @@ from ...graph.aten import (
 )
 from ...graph.modes import MODES, restore_modes
 from ...graph.ties import GETITEM
-from ...program.state import Program
+from ...program.state import State
 from ...tracing.canonical import canonicalize
 from ...tracing.propagate import fake_mode
 from ...tracing.tracing import export
@@ -61,7 +61,7 @@ def _sources(index: int, call: Node) -> dict[str, Node]:
     return {f"x{index}_{place}": node for place, node in enumerate(call.all_input_nodes)}
 
 
-def inline_calls(program: Program) -> None:
+def inline_calls(program: State) -> None:
     """Inlines every module that passes inserted, in place; branches end as plain parameters.
 
     Results keep the recorded values of their calls (a padded input has the size that the graph

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, VerifyError
 from ..graph.aten import set_attribute
 from ..graph.sharded import whole
-from ..program.fingerprint import require_unchanged
-from .linear.quantise import dense_weights
-
-if TYPE_CHECKING:
-    from ..program.state import Program
+from ..program.state import BRANCHES, State
+from ..program.unchanged import require_unchanged
+from .quantised import dense_weights
 
 
-def put_back(program: Program) -> Program:
+def put_back(program: State) -> State:
     """The captured program with the tensors that `program` exports, as the original model would
     load them: what is one tensor there is one here.
 
@@ -45,10 +41,8 @@ def put_back(program: Program) -> Program:
     return back
 
 
-def export_state_dict(program: Program, strict: bool) -> dict[str, Tensor]:
+def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
     """See `Program.export_state_dict`."""
-    from ..program.state import BRANCHES
-
     require_unchanged(program)
     held = dict(program._stored())
     held |= dense_weights(program)

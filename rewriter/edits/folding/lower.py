@@ -11,12 +11,12 @@ from ...branches.branch import Delta, Fused, RowScale
 from ...graph.aten import is_quantised
 from ...graph.pattern import Match
 from ...program.sites import LinearSite
-from ..edit import Editor
+from ..calls.attach import Attaching
 from ..folding.rules import delta_rule, rows_rule
-from .compose import fold_ready
+from ..linear.compose import fold_ready
 
 
-def fuse_deltas(edit: Editor, operator: Fused) -> None:
+def fuse_deltas(edit: Attaching, operator: Fused) -> None:
     """Lowers every innermost delta that has factors; reports the others with the reason."""
     gm = edit.graph_module
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
@@ -64,7 +64,7 @@ def fuse_deltas(edit: Editor, operator: Fused) -> None:
             edit.skip(site, "another branch stands between it and the linear")
 
 
-def restore_deltas(edit: Editor) -> None:
+def restore_deltas(edit: Attaching) -> None:
     """Undoes `fuse_deltas`."""
     fold_ready(edit.program)
     for attachment in edit.program.attachments:

@@ -1,0 +1,66 @@
+"""Checking what a program has become: its history replayed and measured again."""
+
+from __future__ import annotations
+
+from ..errors import VerifyError
+from ..graph.module import state_tensors
+from ..measure.steady import perturbed, require_settled
+from ..measure.trials import sizes
+from ..measure.witness import Witness
+from ..program.contract import Certificate
+from ..program.state import State
+from ..program.unchanged import require_unchanged
+from ..verify.intact import close, require_recorded, require_values, tensors, unsaved
+from ..verify.verify import bound, certify, check_graph, is_meta, measure
+from .replay import replay
+
+
+def verify_program(program: State) -> list[Certificate]:
+    """See `Program.verify`: replays the history from the base and measures each step again."""
+    from ..run.replay import replay_steps
+
+    if program.training:  # another thread may move what trains meanwhile, and batch statistics
+        program = program.fork()
+    check_graph(program)
+    require_unchanged(program)
+    require_values(program)
+    found: list[Certificate] = []
+    if is_meta(program):
+        return [Certificate("unmeasured") for _ in program.history]
+    last = program.base
+    for record, before, after in replay_steps(program):
+        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
+        record.applied.examine(before, after)
+        last = after
+    if program.history:
+        require_recorded(last, program)
+        require_settled(perturbed(program), program.base, sizes(program))
+        measured = measure(last, program)
+        allowed = bound(program, measured)
+        if measured["max_rel"] > allowed:
+            raise VerifyError(
+                "the program is not what its history says: replaying the history gives outputs "
+                f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
+                f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
+            )
+        found.append(Certificate("replayed", measured))
+    return found
+
+
+def require_remade(program: State) -> None:
+    """Raises VerifyError if a branch holds values, changed since the pass, that an artifact loses.
+
+    Replays the history only where there are such tensors. What a forward has cached since is no
+    part of what the pass made.
+    """
+    names = [n for n in unsaved(program) if n not in state_tensors(program.module)]
+    if not names:
+        return
+    want, got = tensors(program), tensors(replay(program, program.adapters))
+    for name in names:
+        if name in got and not close(got[name], want[name]):
+            raise VerifyError(
+                f"{name} was changed outside of training, and would be lost by saving: it is not "
+                "persistent, and replaying the history gives other values. Register it as a "
+                "persistent buffer, or give it its old values back."
+            )
