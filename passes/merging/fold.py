@@ -1,7 +1,7 @@
 """Fold: turn trained branches into constants of the base weights, and drop them.
 
-Peephole rules run to a fixpoint from the inside out (`rewriter/edits/folding/fold.py`). What cannot be
-folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
+Peephole rules run to a fixpoint from the inside out (`rewriter/edits/folding/fold.py`). What cannot
+be folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
 one rounding; the certificate says how much of a delta the rounding lost.
 """
 
