@@ -10,7 +10,7 @@ peftfx.save(program, "adapter/")                          # complete, from rank 
 from __future__ import annotations
 
 from .rewriter.distributed.checkpoint import Resumed, latest, load_checkpoint, save_checkpoint
-from .rewriter.distributed.held import Held, held
+from .rewriter.distributed.footprint import Held, held
 from .rewriter.distributed.shard import gather, shard
 from .rewriter.files.ranks import agree, first, rank, together, world
 

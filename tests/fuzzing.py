@@ -25,7 +25,7 @@ from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
 from peftfx.rewriter.program.selector import choose
 from peftfx.rewriter.storage import artifact, loading, program_file
-from peftfx.rewriter.storage.checkpoint import Checkpoint
+from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state
 
 from . import writers

@@ -18,7 +18,7 @@ from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.program.contract import Contract
 from peftfx.rewriter.program.history import Plan
-from peftfx.rewriter.storage.members import plan_members, take_members
+from peftfx.rewriter.storage.composed import plan_members, take_members
 
 from .models import batch, first, moved, randomise
 

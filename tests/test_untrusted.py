@@ -32,7 +32,7 @@ from peftfx.rewriter.inputs.relation import holds
 from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
 from peftfx.rewriter.program.selector import _suffix, choose
-from peftfx.rewriter.storage.outputs import OUTPUTS, Outputs
+from peftfx.rewriter.storage.output_class import OUTPUTS, Outputs
 
 from .damage import change
 from .models import batch, first, randomise

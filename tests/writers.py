@@ -20,7 +20,7 @@ import peftfx
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
 from peftfx.rewriter.storage.artifact import read as read_artifact
-from peftfx.rewriter.storage.checkpoint import Checkpoint
+from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state, state_bytes
 
 

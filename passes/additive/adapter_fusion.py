@@ -28,7 +28,7 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.contract import Contract
 from ...rewriter.program.history import Plan
 from ...rewriter.program.state import State
-from ...rewriter.storage.members import plan_members, take_members
+from ...rewriter.storage.composed import plan_members, take_members
 
 
 class AdapterFusionBranch(Combine):

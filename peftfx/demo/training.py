@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewriter.api import Program
-from ..rewriter.training.saved import SavedBytes
+from ..rewriter.training.autograd_saved import SavedBytes
 from ..training.fit import fit
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, Forward, Tokenizer, pool

@@ -20,8 +20,8 @@ from torch.fx import Graph, Node
 
 from ..errors import BlockError
 from ..graph.aten import attribute
-from .kept import watched
-from .names import names
+from .hidden_names import names
+from .substitutes import watched
 
 Storages = dict[int, torch.UntypedStorage]
 

@@ -21,11 +21,11 @@ from ..errors import BlockError
 from ..graph.module import copy_graph, device_of, keeps_dtype
 from ..graph.placement import relocate, relocate_graph
 from .checkpointing import Report, Saved, choose, measure, reached, report
-from .kept import Kept
-from .names import names
+from .hidden_names import names
 from .offload import Offload, aside, staying
 from .partition import Part
 from .recompute import Recompute, compiled
+from .substitutes import Kept
 
 
 class Traced(nn.Module):

@@ -21,8 +21,8 @@ from ..api import Program
 from ..errors import BlockError
 from ..graph.aten import attribute, is_float, set_attribute
 from ..graph.module import same_view, sharing_module
-from .kept import Kept, Recipe
-from .names import names
+from .hidden_names import names
+from .substitutes import Kept, Recipe
 
 
 def fetch(weight: Tensor, device: torch.device) -> Tensor:

@@ -20,8 +20,8 @@ from ..errors import BlockError
 from ..graph.aten import value
 from ..graph.module import CapturedModule, copy_graph, sharing_module
 from ..graph.sharded import reshard
+from .hidden_names import TRACED, names, yielding
 from .module import Block, Flat, Outlined, Region
-from .names import TRACED, names, yielding
 from .offload import offload as move_out
 from .partition import Part, partition
 from .recompute import recompute as compute_again

@@ -33,8 +33,8 @@ from ..graph.aten import (
     value,
     written,
 )  # fmt: skip
-from .kept import Kept, Recipe
-from .names import names
+from .hidden_names import names
+from .substitutes import Kept, Recipe
 
 CHEAP = CASTS | MULS | NORMS | overloads("gelu", "silu", "mish", "hardswish", "softplus", "elu")
 """Operators whose backward keeps what they read, and that cost little more than reading it."""

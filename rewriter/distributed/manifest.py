@@ -21,7 +21,7 @@ from ..files.ranks import rank, world
 from ..files.sealed import checked, compare_versions, unsealed
 from ..program.unchanged import require_unchanged
 from ..storage.artifact import VERSION
-from ..storage.checkpoint import DTYPES
+from ..storage.safetensors_checkpoint import DTYPES
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..api import Program
+from ..blocks.hidden_names import names
 from ..blocks.module import Outlined
-from ..blocks.names import names
 from ..errors import MetaTensorError, RanksError
 from ..files.ranks import agree, together
 from ..graph.aten import set_attribute

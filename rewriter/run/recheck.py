@@ -17,7 +17,7 @@ from .replay import replay
 
 def verify_program(program: State) -> list[Certificate]:
     """See `Program.verify`: replays the history from the base and measures each step again."""
-    from ..run.replay import replay_steps
+    from .replay import replay_steps
 
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()

@@ -30,7 +30,7 @@ from ..graph.aten import (
     users,
 )  # fmt: skip
 from ..graph.modes import Attention
-from .probe import Probe
+from .evaluation import Probe
 from .walk import UP, Linear, Walk
 
 _SCORES_UP = CASTS | VIEWS | SLICES | ARITHMETIC | POINTWISE | overloads("tanh", "max", "amax")

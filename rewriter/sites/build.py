@@ -35,12 +35,12 @@ from ..program.sites import (
     SublayerSite,
 )
 from .attention import Core
-from .blocks import Draft, Part
+from .evaluation import Probe
 from .landmarks import convolutions, embeddings, norms
-from .probe import Probe
 from .products import Reading
 from .readings import readings
 from .residual import Sublayer
+from .sublayers import Draft, Part
 from .walk import Linear, Walk
 
 Call = tuple[str, tuple[int, ...] | None, bool, bool]

@@ -17,10 +17,10 @@ from torch.fx import GraphModule, Node
 from ..graph.aten import SLICES, is_op, shape
 from ..program.site_table import Sites
 from .attention import Core, cores, outputs, projections, shares_source
-from .blocks import Draft, Part, beside, ends, feed_forward, mixer, router
 from .build import build
-from .probe import Probe
+from .evaluation import Probe
 from .residual import Residual, ResidualBranch, Streams, Sublayer, channels_last, number, residuals
+from .sublayers import Draft, Part, beside, ends, feed_forward, mixer, router
 from .walk import Linear, Walk
 
 

@@ -20,7 +20,7 @@ from ..program.sites import LinearSite
 from ..weights.certificate import Matrix, check_folded
 from ..weights.quantised import quantised_calls
 from ..weights.weight import all_finite
-from .checkpoint import Checkpoint
+from .safetensors_checkpoint import Checkpoint
 
 
 class ShardFolder:

@@ -50,7 +50,7 @@ from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.verify import bound, check_graph, is_meta, measure
 from .artifact import VERSION, require_finite
-from .outputs import OUTPUTS, portable
+from .output_class import OUTPUTS, portable
 
 FORMAT = 2
 MANIFEST = "program.json"

@@ -33,9 +33,9 @@ from ..run.before_fold import values_then
 from ..run.replay import load_values
 from ..run.run import apply_plan
 from .artifact import base_difference, read
-from .checkpoint import Checkpoint, Entry, header_size
 from .folding import ShardFolder
 from .loading import attach
+from .safetensors_checkpoint import Checkpoint, Entry, header_size
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
                   ".onnx", ".npz", ".index.json")  # fmt: skip

@@ -20,7 +20,7 @@ from ..errors import CaptureError
 from ..graph.modes import MODES
 from ..program.state import BRANCHES
 from .propagate import quiet
-from .rows import PiecesUsedError, Rows
+from .unstacking import PiecesUsedError, Rows
 
 Arguments = Callable[[Mapping[str, Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 """From flat tensors to the positional and keyword arguments of a model's own forward."""

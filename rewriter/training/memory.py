@@ -21,7 +21,7 @@ from ..errors import OptionError, nearest
 from ..graph.module import device_of
 from ..graph.placement import relocate
 from ..program.state import BRANCHES, State
-from .saved import saved_bytes, storage, stored
+from .autograd_saved import saved_bytes, storage, stored
 
 STATES = {
     "adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "adadelta": 2,

@@ -12,8 +12,8 @@ from ...graph.aten import is_quantised
 from ...graph.pattern import Match
 from ...program.sites import LinearSite
 from ..calls.attach import Attaching
-from ..folding.rules import delta_rule, rows_rule
 from ..linear.compose import fold_ready
+from .rules import delta_rule, rows_rule
 
 
 def fuse_deltas(edit: Attaching, operator: Fused) -> None:

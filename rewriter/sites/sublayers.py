@@ -24,7 +24,7 @@ from ..graph.aten import (
     users,
 )
 from .attention import Core
-from .probe import Probe
+from .evaluation import Probe
 from .residual import Sublayer
 from .walk import FFN_UP, OUT, Linear, Walk
 

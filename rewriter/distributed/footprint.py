@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks.kept import watched
+from ..blocks.substitutes import watched
 from ..files.ranks import exchange
 from ..graph.sharded import reshard
 
