@@ -7,8 +7,8 @@ from typing import Self
 
 from torch import Tensor
 
-from .program.contract import Certificate
 from .program.generate import generate
+from .program.history import Certificate
 from .program.state import State
 from .program.text import diff_text, program_text
 from .run.recheck import verify_program

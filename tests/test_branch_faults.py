@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import VerifyError
 from peftfx.rewriter.pipeline.passes import REGISTRY
-from peftfx.rewriter.program.contract import Certificate
+from peftfx.rewriter.program.history import Certificate
 from peftfx.rewriter.verify.checks import Checks
 
 from .test_verifier import Plain, wrong

@@ -16,8 +16,7 @@ from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import FoldError, PassError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
-from peftfx.rewriter.program.contract import Contract
-from peftfx.rewriter.program.history import Plan
+from peftfx.rewriter.program.history import Contract, Plan
 from peftfx.rewriter.storage.composed import plan_members, take_members
 
 from .models import batch, first, moved, randomise

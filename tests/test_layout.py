@@ -136,7 +136,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from peftfx.rewriter.branches.branch import Delta
-from peftfx.rewriter.pipeline.passes import Method
+from peftfx.rewriter.pipeline.method import Method
 
 class ToyBranch(Delta):
     def __init__(self, site):

@@ -18,8 +18,7 @@ from peftfx.rewriter.errors import PassError, RewriteError, VerifyError
 from peftfx.rewriter.graph.aten import ATEN, output_node, set_attribute
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.pipeline.passes import REGISTRY
-from peftfx.rewriter.program.contract import Contract
-from peftfx.rewriter.program.history import Plan
+from peftfx.rewriter.program.history import Contract, Plan
 from peftfx.rewriter.verify.verify import certify
 
 LENGTH = 5

@@ -25,8 +25,7 @@ from ...rewriter.branches.branch import Combine, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.state import State
 from ...rewriter.storage.composed import plan_members, take_members
 

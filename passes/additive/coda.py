@@ -30,8 +30,7 @@ from ...rewriter.branches.branch import linear
 from ...rewriter.branches.routing import Routed
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite, Site, SublayerSite
 from ...rewriter.program.state import State
 

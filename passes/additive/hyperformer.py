@@ -27,8 +27,7 @@ from ...rewriter.branches.branch import Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State
 from ...rewriter.run.observe import constants

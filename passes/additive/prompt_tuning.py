@@ -17,7 +17,7 @@ from ...rewriter.branches.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import entrances, separate
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import EmbeddingSite, Site
 from ...rewriter.program.state import State
 

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Serial, linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
 
 

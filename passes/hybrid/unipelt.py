@@ -35,7 +35,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
+from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import AttentionSite, LinearSite, Site, SublayerSite
 from ...rewriter.program.state import State
 from ...rewriter.run.observe import observe

@@ -13,8 +13,7 @@ from typing import ClassVar
 from ...rewriter.edits.attention.causal import use_causal
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.folding.lower import fuse_deltas, restore_deltas
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.state import State
 
 

@@ -19,8 +19,7 @@ from ...rewriter.errors import PassError, nearest
 from ...rewriter.graph.turns import alone
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.state import State
 from ...rewriter.verify.verify import difference, is_meta
 

@@ -30,8 +30,7 @@ from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Attachment, Plan
+from ...rewriter.program.history import Attachment, Contract, Plan
 from ...rewriter.program.state import State
 
 Factors = tuple[Tensor, Tensor, float]

@@ -16,8 +16,7 @@ from ...rewriter.edits.folding.fold import fold, warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.graph.sharded import has_shards
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.state import State
 from ...rewriter.run.before_fold import keep_trained, trained_tensors
 from ...rewriter.verify.verify import bound, is_meta, measure

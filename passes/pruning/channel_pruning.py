@@ -27,8 +27,7 @@ from ...rewriter.edits.linear.compose import adapted_weight
 from ...rewriter.edits.structure.axes import Channels, channels
 from ...rewriter.errors import MetaTensorError, PassError
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import LinearSite
 from ...rewriter.program.state import State
 from ...rewriter.run.gradients import gradients

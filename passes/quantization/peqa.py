@@ -21,8 +21,7 @@ from ...kernels.quantised_linear import OPERATOR
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.contract import Contract
-from ...rewriter.program.history import Plan
+from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import LinearSite
 
 

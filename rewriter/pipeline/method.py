@@ -13,8 +13,7 @@ from torch import nn
 
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, SelectorError
-from ..program.contract import Contract
-from ..program.history import Plan
+from ..program.history import Contract, Plan
 from ..program.selector import Selection, meaning, select
 from ..program.sites import LinearSite, Site, listed
 from ..program.state import State

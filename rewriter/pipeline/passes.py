@@ -14,8 +14,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from ..edits.edit import Editor
 from ..errors import OptionError, nearest
-from ..program.contract import Contract
-from ..program.history import Plan
+from ..program.history import Contract, Plan
 from ..program.state import State
 from .options import adapt, fits, type_name, write_value
 

@@ -1,4 +1,4 @@
-"""What a program remembers of the passes that ran on it: branches attached, and records."""
+"""What a program remembers of the passes that ran on it: what they decided, promised and did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,46 @@ from typing import Any
 
 from torch import Tensor
 
-from .contract import Certificate
+
+@dataclass(frozen=True)
+class Contract:
+    """A promise.
+
+    Attributes:
+        kind: `identity` (outputs stay bit-equal at first, new parameters train), `exact`
+            (bit-equal), `bounded` (equal up to rounding, see `bound`), `near` (within `limit` of
+            the largest output), `trainable` (outputs change; what trains is declared).
+        limit: for `near`.
+    """
+
+    kind: str
+    limit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A contract with its measured figures.
+
+    Attributes:
+        kind: the contract's kind, or `unmeasured` (no values on the meta device).
+        measured: largest absolute difference, and the largest one relative to its own output.
+        holds: whether the promise was kept.
+    """
+
+    kind: str
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])
+    holds: bool = True
+
+    @property
+    def text(self) -> str:
+        """One line for reports."""
+        if not self.measured:
+            return self.kind
+        figures = ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items())
+        return f"{self.kind}: {figures}"
+
+    def __str__(self) -> str:
+        return self.text if self.holds else f"BROKEN {self.text}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from ..graph.module import state_tensors
 from ..measure.steady import perturbed, require_settled
 from ..measure.trials import sizes
 from ..measure.witness import Witness
-from ..program.contract import Certificate
+from ..program.history import Certificate
 from ..program.state import State
 from ..program.unchanged import require_unchanged
 from ..verify.intact import close, require_recorded, require_values, tensors, unsaved

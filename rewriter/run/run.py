@@ -7,8 +7,10 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
+from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
 from ..graph.module import outside_inference
@@ -17,8 +19,7 @@ from ..graph.turns import alone
 from ..measure.trials import left_out
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import Passes, as_pipeline
-from ..program.contract import Certificate
-from ..program.history import Plan, Record
+from ..program.history import Certificate, Plan, Record
 from ..program.state import AnyProgram, State
 from ..program.trained import require_owned
 from ..program.unchanged import require_unchanged
@@ -120,7 +121,7 @@ def apply_plan(
         edit = _edited(fork, item, plan)
         clock.append(time.perf_counter())
         after = edit.program
-        propagate(after, item.text)
+        propagate(after, item.text, partial(failing_branch, after))
     after.prints = after.fingerprints()
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})

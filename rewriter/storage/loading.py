@@ -23,8 +23,7 @@ from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import outside_inference
 from ..graph.sharded import equal
 from ..inputs.probes import probes
-from ..program.contract import Certificate
-from ..program.history import ITSELF, Plan
+from ..program.history import ITSELF, Certificate, Plan
 from ..program.trained import train_only
 from ..program.unchanged import require_unchanged
 from ..run.before_fold import values_then

@@ -16,8 +16,7 @@ from ..measure.watch import watched
 from ..measure.witness import Witness, whole_tensors
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
-from ..program.contract import Certificate
-from ..program.history import Plan
+from ..program.history import Certificate, Plan
 from ..program.state import State
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
 from .verify import certify, check_graph, is_meta

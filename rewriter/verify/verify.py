@@ -26,7 +26,7 @@ from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
 from ..measure.witness import Witness, whole_tensors
-from ..program.contract import Certificate, Contract
+from ..program.history import Certificate, Contract
 from ..program.state import State
 
 __all__ = ["Certificate", "Contract", "certify", "compare", "floats", "gaps", "measure"]
