@@ -98,6 +98,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     current = program
     done: set[str] = set()
     where = directory
+    explained = _explained(program, artifact)
     try:
         if artifact.trained or artifact.updated:
             current = program.fork()
@@ -105,7 +106,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             where = f"{directory}, recipe[{index}] ({item})"
             _require_sites(current, plan, where)
-            current = apply_plan(current, item, plan, check=False)
+            current = apply_plan(current, item, plan, check=False, elements=explained)
             said = Certificate(f"{SAVED}{certificate.removesuffix(note)}{note}")
             current.history = (
                 *current.history[:-1],
@@ -130,6 +131,17 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     if left:
         raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
     return current
+
+
+_SPARE = 2**20
+"""Elements that a step may make beside what tensors explain."""
+
+
+def _explained(program: Program, artifact: Artifact) -> int:
+    """How many elements a step of an artifact may make: each of them is a value of its tensors, or
+    in the shape of one of the model's, a few times over."""
+    base = program.base.base_tensors().values()
+    return _SPARE + 4 * sum(t.numel() for t in (*base, *artifact.tensors.values()))
 
 
 def _require_free(program: Program, artifact: Artifact, directory: str) -> None:
