@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.capture import capture
-from ..capture.probes import probes
+from ..capture.probes import fit, probes
+from ..capture.spec import InputSpec
+from ..capture.tracing import prepared
+from ..capture.trial import undisturbed
 from ..edits.trained import ITSELF, train_only
 from ..errors import (
     ArtifactError,
@@ -27,6 +30,7 @@ from ..running.before_fold import values_then
 from ..running.passes import Plan
 from ..running.pipeline import apply_plan
 from ..running.replay import load_values
+from ..running.trials import described
 from ..running.verify import Certificate, check_graph
 from ..sharded import equal
 from .artifact import SAVED, Artifact, base_difference, differing, read
@@ -133,6 +137,9 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     return current
 
 
+_DOUBLINGS = 8
+"""How often the sizes grow at which a model is tried: to some 3000 tokens."""
+
 _SPARE = 2**20
 """Elements that a step may make beside what tensors explain."""
 
@@ -214,11 +221,48 @@ def _fitting(
 
 def _capture(model: nn.Module, artifact: Artifact) -> Program:
     spec = artifact.spec
-    example = spec.example(None, **probes(spec, {})[0])
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dynamic = {
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
         for i in spec.inputs
     }
-    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
+    args, kwargs = spec.arguments(_example(model, spec))
     return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
+
+
+def _example(model: nn.Module, spec: InputSpec) -> dict[str, Tensor]:
+    """Inputs that the model runs at: a spec does not say all that a model needs of its sizes.
+
+    Raises:
+        ArtifactError: it runs at none that were tried.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    said = ""
+    for sizes in _tried(spec):
+        example = {n: t.to(device) for n, t in spec.example(None, **sizes).items()}
+        args, kwargs = spec.arguments({n: t.clone() for n, t in example.items()})
+        try:
+            if device.type != "meta":
+                with undisturbed(model), prepared(model, False):
+                    model(*args, **kwargs)
+            return example
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
+            lines = str(error).strip().splitlines() or [""]
+            said = f"{described(sizes)}: {type(error).__name__}: {lines[0][:200].rstrip('. ')}"
+    raise ArtifactError(
+        f"the model runs at none of the sizes that were tried ({spec}). Last, at {said}. Capture "
+        "it with an example that it runs on, and load onto that: peftfx.load(program, directory)."
+    )
+
+
+def _tried(spec: InputSpec) -> Iterator[dict[str, int]]:
+    """The sizes that programs are measured at, then longer ones and more rows of them."""
+    usual = probes(spec, {})
+    yield from usual
+    lengths = {n for n in spec.sizes if not n.startswith("batch")}
+    for growing in (lengths, set(spec.sizes)):
+        for power in range(1, _DOUBLINGS + 1):
+            wanted = {n: s << power if n in growing else s for n, s in usual[0].items()}
+            if (sizes := fit(spec, wanted)) is not None:
+                yield sizes
