@@ -32,7 +32,7 @@ from .certificate import Matrix, check_folded, require_finite_base
 from .compose import ORDER, fold_ready
 from .edit import Editor
 from .pattern import Match, Mismatch
-from .readers import others, readers, turned
+from .readers import others, overlapping, readers, turned
 from .replacing import remember
 from .rules import Fold, linear_of, lost_share, match_at
 from .untie import untie
@@ -247,11 +247,18 @@ def _settle_sharing(
     Raises:
         FoldError: something else reads them, and `tied` says to refuse, or they cannot be parted.
     """
-    if tied == "both":
-        return site
     names = list(edit.weight(site).stored())
     if isinstance(branch, OutputScale) and site.bias is not None:
         names.append(site.bias)
+    if tied == "both":
+        for name in names:
+            if there := overlapping(edit.program, name):
+                raise FoldError(
+                    f"{site.id}: {name} and {there[0]} are two parameters in one memory, and "
+                    "fold{tied=both} would change only the first. Choose fold{tied=keep}, or make "
+                    "them one parameter, or two of their own, before the model is captured."
+                )
+        return site
     table = readers(edit.program)
     for name in names:
         rest = others(edit.program, name, calls, table)
