@@ -260,6 +260,7 @@ def fuzz(seconds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]
             "failed": done.returncode != 0,
         }  # fmt: skip
         if done.returncode:
+            print(done.stdout, flush=True)  # the error, which names places on this machine
             result[name]["last"] = done.stderr.splitlines()[-30:]
         keep({"each": result, "failed": sum(r["failed"] for r in result.values())})
     return {"each": result, "failed": sum(r["failed"] for r in result.values())}

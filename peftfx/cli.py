@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,9 +156,11 @@ def run_passes(options: Any) -> Any:
 
 
 def fold(options: Any) -> Any:
-    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`, or `--stream --out DIR`"""
+    """`peftfx fold MODEL ADAPTER --out FILE.safetensors`, or with `--stream` a directory"""
     if options.stream:
         return _fold_stream(options)
+    if options.weights:
+        raise OptionError("--weights goes with --stream; without, MODEL has its own weights.")
     program = _program(options, f"fold{{tied={options.tied}}}")
     records = _report(options, program)
     state = program.export_state_dict()
@@ -168,11 +171,18 @@ def fold(options: Any) -> Any:
 
 def _fold_stream(options: Any) -> Any:
     """Shard by shard, for models that memory does not hold; the new directory is a model again."""
+    source = options.weights or options.model
+    if not Path(source).is_dir():
+        raise OptionError(
+            f"fold --stream reads the weights from a directory with safetensors files, which "
+            f"{source!r} is not. Add --weights DIR: the checkpoint of the model that "
+            f"{options.model} makes."
+        )
     with progress(options, f"capturing {options.model} without its weights"):
         named = load_model(options.model, hollow=True)
         program = capture(named.model, kwargs=named.example)
     with progress(options, "folding shard by shard"):
-        done = fold_checkpoint(program, options.model, options.out, adapter=options.adapter)
+        done = fold_checkpoint(program, source, options.out, adapter=options.adapter)
     _say(options, f"{len(done.changed)} tensors folded: {options.out}")
     for name in done.left_out:
         _say(options, f"not copied (other weights): {name}")
@@ -311,6 +321,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, help="safetensors file for the merged weights")
     streaming = "fold shard by shard; --out is then a new model directory"
     command.add_argument("--stream", action="store_true", help=streaming)
+    about = "with --stream: where the weights are, if MODEL is no directory"
+    command.add_argument("--weights", metavar="DIR", help=about)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
     command = add("export", export, "write a verified ONNX file", model)
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")

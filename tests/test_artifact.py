@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.errors import (
@@ -251,3 +252,36 @@ def test_json_round_trip(data: dict[str, Any]) -> None:
 def test_nothing_is_pickled(saved: Any) -> None:
     _, _, folder = saved
     assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]
+
+
+class Late(nn.Module):
+    """Reads a token by its index, which no guard says; `tokens` is how many it needs."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.inner = tokens, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = x[:, self.tokens :]
+        if rest.shape[1] == 0 and not torch.compiler.is_exporting():
+            raise ValueError(f"needs more than {self.tokens} tokens")
+        return self.inner(x) + rest.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("tokens", [5, 20, 700])
+def test_a_model_is_captured_at_sizes_that_it_runs_at(tokens: int, tmp_path: Path) -> None:
+    model = Late(tokens).eval()
+    x = torch.randn(2, tokens + 9, 8)
+    program = randomise(peftfx.run(peftfx.capture(model, (x,)), "lora{rank=2,where=linear}"))
+    peftfx.save(program, tmp_path / "a")
+    loaded = peftfx.load(model, tmp_path / "a")
+    assert torch.equal(loaded(x), program(x))
+
+
+def test_a_model_that_runs_at_no_size(tmp_path: Path) -> None:
+    model = Late(2).eval()
+    program = peftfx.capture(model, (torch.randn(2, 9, 8),))
+    peftfx.save(peftfx.run(program, "lora{rank=2,where=linear}"), tmp_path / "a")
+    model.tokens = 10**5
+    with pytest.raises(ArtifactError, match=r"none of the sizes .*needs more than.*load\(program"):
+        peftfx.load(model, tmp_path / "a")

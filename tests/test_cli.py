@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import peftfx
 from peftfx.cli import main
 
-from .models import Decoder, batch, bert
+from .models import Decoder, batch, bert, randomise
 
 
 def tiny() -> Any:
@@ -62,6 +63,29 @@ def test_run_fold_and_export(run: Any, tmp_path: Path) -> None:
     report = json.loads(out)
     assert code == 0 and model.stat().st_size == report["bytes"]
     assert max(report["parity"].values()) < 1e-5
+
+
+def test_fold_streams_from_a_directory_of_weights(run: Any, tmp_path: Path) -> None:
+    """A model that a function makes is folded into the files that are named beside it."""
+    adapter, weights, merged = tmp_path / "a", tmp_path / "weights", tmp_path / "m.safetensors"
+    weights.mkdir()
+    save_file(tiny()[0].state_dict(), weights / "model.safetensors")
+    model, example = tiny()
+    program = peftfx.run(peftfx.capture(model, kwargs=example), "lora{rank=2}")
+    peftfx.save(randomise(program), adapter)
+    assert run("fold", TINY, adapter, "--out", merged)[0] == 0
+    stream = ("fold", TINY, adapter, "--stream", "--out", tmp_path / "merged")
+    code, out, _ = run(*stream, "--weights", weights)
+    assert code == 0 and "4 tensors folded" in out
+    want, got = load_file(merged), load_file(tmp_path / "merged" / "model.safetensors")
+    assert {n: t.tolist() for n, t in got.items()} == {n: t.tolist() for n, t in want.items()}
+    assert not torch.equal(got["layers.0.q_proj.weight"], tiny()[0].layers[0].q_proj.weight)
+    for args, said in (
+        (stream, "Add --weights DIR"), ((*stream, "--weights", adapter / "no"), "safetensors files"),
+        (("fold", TINY, adapter, "--out", merged, "--weights", weights), "goes with --stream"),
+    ):  # fmt: skip
+        code, _, error = run(*args)
+        assert code == 2 and said in " ".join(error.split())
 
 
 def test_a_model_directory(run: Any, tmp_path: Path) -> None:

@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from peftfx.rewriter.distributed import checkpoint
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError
 from peftfx.rewriter.files import directory, files, leftovers
 
+from .writers import WRITERS, program
+
 MARK = "manifest.json"
+MOMENTS = {"files": "read_manifest", "tensors": "_dcp"}
+"""What is read of a training checkpoint by the time that another one takes its place."""
 
 
 def write(target: Path, number: int) -> None:
@@ -253,3 +259,39 @@ def test_only_regular_files_are_read(kind: str, tmp_path: Path) -> None:
         path = tmp_path / "a\0b"
     with pytest.raises(ArtifactError, match=r"cannot be read|no path"):
         files.read_file(path)
+
+
+@pytest.mark.parametrize("moment", ["files", "tensors"])
+def test_training_checkpoints_beside_a_writer(
+    system: str, moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another process replaces the step while it is read: all of one of the two is loaded."""
+    del system
+    writer, read, replaced = WRITERS["save_checkpoint"], getattr(checkpoint, MOMENTS[moment]), []
+    writer.write(tmp_path, 1)
+
+    def disturbed(*args: Any) -> Any:
+        found = read(*args) if moment == "files" else None
+        if not replaced:
+            replaced.append(True)
+            values = {n: t.clone() for n, t in program().adapter_tensors("lora").items()}
+            writer.write(tmp_path, 2)
+            with torch.no_grad():
+                for name, tensor in program().adapter_tensors("lora").items():
+                    tensor.copy_(values[name])
+        return found if moment == "files" else read(*args)
+
+    monkeypatch.setattr(checkpoint, MOMENTS[moment], disturbed)
+    assert writer.read(tmp_path) == 2
+    assert replaced
+
+
+def test_training_checkpoints_that_are_always_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    WRITERS["save_checkpoint"].write(tmp_path, 1)
+    monkeypatch.setattr(directory.Folder, "replaced", lambda folder: True)
+    with pytest.raises(ArtifactError, match="replaced all the time"):
+        WRITERS["save_checkpoint"].read(tmp_path)
+    parameters = program().trainable_parameters()
+    assert all(bool((p == -1).all()) for p in parameters)

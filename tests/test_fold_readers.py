@@ -278,3 +278,21 @@ def test_overlapping_memory_is_not_untied() -> None:
     program = peftfx.run(peftfx.capture(Overlapping().eval(), (X,)), "lora{rank=2,where=linear}")
     with pytest.raises(FoldError, match="overlap in memory"):
         peftfx.run(program, "fold{tied=untie}")
+    with pytest.raises(FoldError, match=r"a\.weight and b\.weight are two .*would change only"):
+        peftfx.run(program, "fold{tied=both}")
+    folded = peftfx.run(program, "fold{tied=keep}")
+    assert torch.equal(folded(X), program(X)) and len(folded.attachments) == 2
+
+
+def test_two_parameters_of_one_memory_are_not_changed_together() -> None:
+    """Another parameter with the same values is another tensor; another name is not."""
+    one, two = Block(), Block()
+    two.up.weight = nn.Parameter(one.up.weight.data)
+    where = "lora{rank=2,where=ffn.up and layer in [0]}"
+    with pytest.raises(FoldError, match="two parameters in one memory"):
+        peftfx.run(adapted(frozen(Chain(one, two)), where), "fold{tied=both}")
+    two.up.weight = one.up.weight
+    folded = peftfx.run(adapted(frozen(Chain(one, two)), where), "fold{tied=both}")
+    state = folded.export_state_dict()
+    assert torch.equal(state["layers.0.up.weight"], state["layers.1.up.weight"])
+    assert not torch.equal(state["layers.0.up.weight"], one.up.weight)

@@ -375,3 +375,12 @@ def test_manifests_of_newer_versions(program_file: Path, captured: Any) -> None:
 def test_nested_selectors(text: str, in_time: None) -> None:
     with pytest.raises(SelectorError, match="deeper than"):
         choose(text, [])
+
+
+def test_guards_that_contradict_a_size() -> None:
+    """Torch asserts that the value of a size stays within what guards leave of its range."""
+    data = {"symbols": [["s77", 10**12, 2, 5212]], "guards": ["s77 >= 600"]}
+    with pytest.raises(ValueError, match=r"s77 >= 600 contradicts the sizes: 10{12} not in"):
+        Symbols(data)
+    data["symbols"] = [["s77", 1000, 2, 5212]]
+    assert str(Symbols(data).names["s77"]) == "s77"

@@ -91,7 +91,8 @@ class CoDA(Method):
         self.require(self.reduction >= 1, "reduction", "at least 1")
         self.require(self.bottleneck >= 1, "bottleneck", "at least 1")
         self.require(self.epsilon > 0, "epsilon", "above 0")
-        self.require(self.iterations is None or self.iterations >= 1, "iterations", "at least 1")
+        steps = self.iterations
+        self.require(steps is None or 1 <= steps <= 1000, "iterations", "none or in [1, 1000]")
         self.require(self.std >= 0, "std", "at least 0")
 
     def sites(self, program: State) -> list[Site]:

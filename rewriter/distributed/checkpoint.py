@@ -24,7 +24,7 @@ import torch
 
 from ..api import Program
 from ..errors import ArtifactError, CorruptFileError, RewriteError
-from ..files.directory import new_directory
+from ..files.directory import Folder, new_directory, opened_whole
 from ..files.ranks import agree, exchange, first, rank, together, world
 from ..files.sealed import sealed
 from ..graph.module import device_of
@@ -57,6 +57,9 @@ from .state import (
 
 T = TypeVar("T")
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
+_ATTEMPTS = 20
+"""How often a checkpoint is read that others replace."""
+
 STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -161,19 +164,24 @@ def load_checkpoint(
             damaged). RanksError: another rank failed. In every case nothing was changed.
     """
     path = Path(path)
-    manifest = together("reading the checkpoint", lambda: read_manifest(path))
     here = together("reading the program", lambda: describe(program))
     agree("the program in training", here)
-    together("comparing", lambda: compare_programs(path, manifest, here))
 
-    def collect() -> tuple[Tensors, Tensors]:
-        return _places(path, manifest, program, optimizer, controllers)
+    def read(folder: Folder) -> tuple[dict[str, Any], Tensors, Tensors]:
+        manifest = together("reading the checkpoint", lambda: read_manifest(folder))
+        together("comparing", lambda: compare_programs(path, manifest, here))
 
-    live, places = together("comparing", lambda: _understood(path, collect))
-    _dcp(f"{path} cannot be read", lambda api: api.load(
-        _flat(places), no_dist=world() == 1,
-        storage_reader=api.HuggingFaceStorageReader(str(path)),
-    ))  # fmt: skip
+        def collect() -> tuple[Tensors, Tensors]:
+            return _places(path, manifest, program, optimizer, controllers)
+
+        live, places = together("comparing", lambda: _understood(path, collect))
+        _dcp(f"{path} cannot be read", lambda api: api.load(
+            _flat(places), no_dist=world() == 1,
+            storage_reader=api.HuggingFaceStorageReader(str(path)),
+        ))  # fmt: skip
+        return manifest, live, places
+
+    manifest, live, places = _undisturbed(path, read)
     parts = {n: _below(places, n) for n in ("optimizer", "controllers", "random")}
 
     def put() -> None:
@@ -189,6 +197,25 @@ def load_checkpoint(
     if manifest["ranks"] == world():
         _put_random(parts["random"])
     return Resumed(manifest["step"], manifest["extra"], manifest["ranks"])
+
+
+def _undisturbed(path: Path, read: Callable[[Folder], T]) -> T:
+    """What `read` returns, on all ranks, of one directory: it opens files by their paths, so it
+    reads again where the directory was replaced meanwhile."""
+    for _ in range(_ATTEMPTS):
+        with contextlib.ExitStack() as stack:
+            folder = together("opening the checkpoint", lambda s=stack: s.enter_context(
+                opened_whole(path, f"a directory with a {MANIFEST}")
+            ))  # fmt: skip
+            try:
+                result = read(folder)
+            except RewriteError:
+                if any(exchange(folder.replaced())):
+                    continue
+                raise
+            if not any(exchange(folder.replaced())):
+                return result
+    raise ArtifactError(f"{path} is replaced all the time; load it when no other process saves.")
 
 
 def latest(folder: str | Path) -> Path | None:

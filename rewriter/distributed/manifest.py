@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..api import Program
 from ..errors import ArtifactError, BaseMismatchError, CorruptFileError
-from ..files.directory import opened
+from ..files.directory import Folder
 from ..files.files import JSON_LIMIT, parse_json, require_regular
 from ..files.nested import is_path
 from ..files.ranks import rank, world
@@ -115,20 +115,18 @@ def meta_of(kind: Any, where: str) -> Tensor:
         raise CorruptFileError(f"{where}: {kind!r} is no dtype and shape.") from error
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """Reads and checks the manifest, and this rank's share of the files that it names."""
+    path = folder.path
     where = str(path / MANIFEST)
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory with a {MANIFEST}.")
-    with opened(path) as folder:
-        data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
+    data = parse_json(folder.read(MANIFEST, JSON_LIMIT), where)
     manifest = unsealed(data, _KEYS, FORMAT, where)
     compare_versions(manifest["versions"], VERSION, where)
     _check_parts(manifest, where)
     files = sorted(p.name for p in path.glob("*.safetensors"))
     if files != sorted(manifest["files"]):
         raise CorruptFileError(f"{path} holds {files}, not {sorted(manifest['files'])}.")
-    there = sum((path / n).stat().st_size for n in files)
+    there = sum(_size(path / n) for n in files)
     told = sum(meta_of(k, f"{where}: {n}").nbytes for n, k in manifest["tensors"].items())
     if told > there:
         raise CorruptFileError(f"{where} lists {told} bytes of tensors; the files hold {there}.")
@@ -136,6 +134,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if digest(path / name) != manifest["files"][name]:
             raise CorruptFileError(f"{path / name}: its bytes were altered (sha256 differs).")
     return manifest
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def digest(path: Path) -> str:

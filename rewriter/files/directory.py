@@ -30,6 +30,7 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 _BUSY = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT)
 _ATTEMPTS = 50
 _PAUSE = 0.01
+_LATER = "load it when no other process saves."
 
 
 # Reading.
@@ -74,37 +75,52 @@ def opened(path: Path) -> Iterator[Folder]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def opened_whole(path: str | Path, what: str) -> Iterator[Folder]:
+    """Opens a directory; an interrupted replacement is finished first, a running one waited for.
+
+    Raises:
+        ArtifactError: there is none; `what` says what it should be.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        for attempt in range(_ATTEMPTS):
+            try:
+                real = real_path(path)
+                if not real.exists():
+                    recover(real)
+                folder = stack.enter_context(opened(path))
+                break
+            except FileNotFoundError as error:
+                if attempt == _ATTEMPTS - 1 or not _being_replaced(path):
+                    raise ArtifactError(f"{path} is not {what}.") from error
+                time.sleep(_PAUSE)
+            except OSError as error:
+                raise ArtifactError(f"{path} is not {what} ({error.strerror}).") from error
+        else:
+            raise ArtifactError(f"{path} is replaced all the time; {_LATER}")
+        yield folder
+
+
 def reading(path: str | Path, what: str, work: Callable[[Folder], T]) -> T:
     """Reads a directory as one, although others may replace it meanwhile.
 
     Args:
-        path: of the directory; an interrupted replacement is finished first.
+        path: of the directory; see `opened_whole`.
         what: what it should be, for the error ("a directory with a manifest.json").
         work: reads files; it runs again where the directory was replaced before it failed.
 
     Raises:
         ArtifactError: there is no such directory, or what `work` raises.
     """
-    path = Path(path)
     for attempt in range(_ATTEMPTS):
-        last = attempt == _ATTEMPTS - 1
-        try:
-            real = real_path(path)
-            if not real.exists():
-                recover(real)
-            with opened(path) as folder:
-                try:
-                    return work(folder)
-                except ArtifactError:
-                    if last or not folder.replaced():
-                        raise
-        except FileNotFoundError as error:
-            if last or not _being_replaced(path):
-                raise ArtifactError(f"{path} is not {what}.") from error
-            time.sleep(_PAUSE)
-        except OSError as error:
-            raise ArtifactError(f"{path} is not {what} ({error.strerror}).") from error
-    raise ArtifactError(f"{path} is replaced all the time; load it when no other process saves.")
+        with opened_whole(path, what) as folder:
+            try:
+                return work(folder)
+            except ArtifactError:
+                if attempt == _ATTEMPTS - 1 or not folder.replaced():
+                    raise
+    raise ArtifactError(f"{path} is replaced all the time; {_LATER}")
 
 
 def _being_replaced(path: Path) -> bool:

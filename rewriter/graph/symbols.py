@@ -120,7 +120,7 @@ class Symbols:
         for name, hint, low, high in data["symbols"]:
             self._create(name, int(hint), int(low), high)
         for guard in data["guards"]:
-            if not bool(self.environment.evaluate_expr(self._parse(guard))):
+            if not self._holds(guard):
                 raise ValueError(f"the guard {guard} does not hold")
 
     def _create(self, name: str, hint: int, low: int, high: int | None) -> None:
@@ -146,6 +146,13 @@ class Symbols:
         upper = sympy.Integer(high) if high is not None else int_oo
         self.environment.var_to_range[symbol] = ValueRanges(sympy.Integer(low), upper)
         self.names[name] = symbol
+
+    def _holds(self, guard: str) -> bool:
+        expression = self._parse(guard)
+        try:
+            return bool(self.environment.evaluate_expr(expression))
+        except AssertionError as error:  # torch's, where it leaves a size no value, or not its own
+            raise ValueError(f"the guard {guard} contradicts the sizes: {error}") from error
 
     def expression(self, text: str) -> Any:
         """`text` as a SymInt (or an int, if it is constant)."""

@@ -80,6 +80,20 @@ def first_name(program: State, name: str, first: dict[str, str] | None = None) -
     return (_first_names(program) if first is None else first).get(own, own)
 
 
+def overlapping(program: State, name: str) -> list[str]:
+    """Other captured tensors, no other names of this one, that share memory with it."""
+    if name in program.untied:
+        return []
+    first = _first_names(program)
+    own = program.aliases.get(name, name)
+    return [
+        other
+        for other in program.base.base_tensors()
+        if program.aliases.get(other, other) != own
+        and first_name(program, other, first) == first_name(program, own, first)
+    ]
+
+
 def _below(stored: Node) -> list[Reader]:
     below: list[Reader] = []
     stack: list[tuple[Node, tuple[Node, ...]]] = [(stored, ())]

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import SelectorError, nearest
+from .patterns import search_pattern
 from .sites import Site
 
 WORDS = frozenset([
@@ -102,8 +103,8 @@ def _atom(kind: str, token: str, text: str) -> Test:
         return _layer_test(token)
     if kind == "re":
         try:
-            pattern = re.compile(token[4:-1])
-        except re.error as error:
+            pattern = search_pattern(token[4:-1])
+        except ValueError as error:
             raise SelectorError(f"selector {text!r}: bad pattern {token}: {error}.") from error
         return lambda s: any(pattern.search(n) for n in _names(s))
     if kind == "name":

@@ -14,7 +14,7 @@ from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
 from ..graph.module import outside_inference
-from ..graph.sharded import require_whole
+from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
 from ..measure.trials import left_out
 from ..pipeline.passes import Pass
@@ -26,6 +26,7 @@ from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.checks import Checks, Skipped
 from ..verify.verify import is_meta
+from .allocation import Allocation, UnexplainedError, require_room
 
 _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
@@ -103,10 +104,12 @@ def apply_plan(
     planned: float = 0.0,
     check: bool = True,
     checks: Checks | None = None,
+    elements: int | None = None,
 ) -> AnyProgram:
     """Applies one planned pass transactionally: fork, edit, propagate, check, record.
 
-    `checks` are those of a pipeline, begun before the pass planned.
+    `checks` are those of a pipeline, begun before the pass planned; `elements` is how many the
+    tensors may have that the pass makes, for plans that anybody may have written.
     """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
@@ -118,7 +121,7 @@ def apply_plan(
     fork = program.fork()
     clock.append(time.perf_counter())
     with alone():
-        edit = _edited(fork, item, plan)
+        edit = _edited(fork, item, plan, elements)
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text, partial(failing_branch, after))
@@ -126,6 +129,7 @@ def apply_plan(
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
+        _require_room(program, after, item)
         certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
         figures = {**edit.figures, **item.examine(program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
@@ -148,20 +152,25 @@ def apply_plan(
     return replace(cast(AnyProgram, after), history=(*program.history, record))
 
 
-def _edited(fork: State, item: Pass, plan: Plan) -> Editor:
+def _edited(fork: State, item: Pass, plan: Plan, elements: int | None = None) -> Editor:
     """The editor after a planned pass has edited its fork."""
     edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
     if item.adapter is not None:
         edit.freeze()
     try:
-        item.apply(edit, plan)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RewriteError) or not _TOO_LARGE.search(str(error) or "memory"):
-            raise
+        with Allocation(elements):
+            item.apply(edit, plan)
+    except UnexplainedError as error:
         raise PassError(
-            f"{item}: its tensors do not fit into memory ({str(error).splitlines()[0][:200]}). "
-            "Choose smaller sizes, or fewer sites with where=."
+            f"{item}: it makes more than its saved tensors and the model explain ({error}). Its "
+            "options or decisions were altered: save the adapter again."
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RewriteError) or not (
+            isinstance(error, MemoryError) or _TOO_LARGE.search(str(error))
+        ):
+            raise
+        raise _too_large(item, error) from error
     if item.adapter is not None and not edit.edited:
         if not edit.skipped:
             raise PassError(
@@ -176,6 +185,24 @@ def _edited(fork: State, item: Pass, plan: Plan) -> Editor:
         )
     edit.finish()
     return edit
+
+
+def _too_large(item: Pass, error: Exception) -> PassError:
+    first = (str(error).splitlines() or ["no memory"])[0][:200]
+    return PassError(
+        f"{item}: its tensors do not fit into memory ({first}). Choose smaller sizes, or fewer "
+        "sites with where=."
+    )
+
+
+def _require_room(before: State, after: State, item: Pass) -> None:
+    """PassError unless memory holds what a pass made once more: it is made again to measure it."""
+    old = {id(t) for t in before.module.parameters()}
+    new = [t for t in after.named_trainable_parameters().values() if id(t) not in old]
+    try:
+        require_room(sum(t.nbytes for t in new if t.device.type == "cpu" and not is_sharded(t)))
+    except MemoryError as error:
+        raise _too_large(item, error) from error
 
 
 def _listed(plan: Plan) -> str:

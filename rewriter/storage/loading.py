@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,17 @@ from ..errors import (
 from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import outside_inference
 from ..graph.sharded import equal
-from ..inputs.probes import probes
+from ..inputs.probes import fit, probes
+from ..inputs.spec import InputSpec
+from ..measure.still import undisturbed
+from ..measure.trials import described
 from ..program.history import ITSELF, Certificate, Plan
 from ..program.trained import train_only
 from ..program.unchanged import require_unchanged
 from ..run.before_fold import values_then
 from ..run.replay import load_values
 from ..run.run import apply_plan
+from ..tracing.tracing import prepared
 from ..verify.verify import check_graph
 from .artifact import SAVED, Artifact, base_difference, differing, read
 from .renaming import renamed
@@ -98,6 +102,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     current = program
     done: set[str] = set()
     where = directory
+    explained = _explained(program, artifact)
     try:
         if artifact.trained or artifact.updated:
             current = program.fork()
@@ -105,7 +110,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             where = f"{directory}, recipe[{index}] ({item})"
             _require_sites(current, plan, where)
-            current = apply_plan(current, item, plan, check=False)
+            current = apply_plan(current, item, plan, check=False, elements=explained)
             said = Certificate(f"{SAVED}{certificate.removesuffix(note)}{note}")
             current.history = (
                 *current.history[:-1],
@@ -130,6 +135,20 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
     if left:
         raise CorruptFileError(f"{directory}: the tensor {left[0]!r} belongs to no adapter.")
     return current
+
+
+_DOUBLINGS = 8
+"""How often the sizes grow at which a model is tried: to some 3000 tokens."""
+
+_SPARE = 2**20
+"""Elements that a step may make beside what tensors explain."""
+
+
+def _explained(program: Program, artifact: Artifact) -> int:
+    """How many elements a step of an artifact may make: each of them is a value of its tensors, or
+    in the shape of one of the model's, a few times over."""
+    base = program.base.base_tensors().values()
+    return _SPARE + 4 * sum(t.numel() for t in (*base, *artifact.tensors.values()))
 
 
 def _require_free(program: Program, artifact: Artifact, directory: str) -> None:
@@ -202,11 +221,48 @@ def _fitting(
 
 def _capture(model: nn.Module, artifact: Artifact) -> Program:
     spec = artifact.spec
-    example = spec.example(None, **probes(spec, {})[0])
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dynamic = {
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
         for i in spec.inputs
     }
-    args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
+    args, kwargs = spec.arguments(_example(model, spec))
     return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
+
+
+def _example(model: nn.Module, spec: InputSpec) -> dict[str, Tensor]:
+    """Inputs that the model runs at: a spec does not say all that a model needs of its sizes.
+
+    Raises:
+        ArtifactError: it runs at none that were tried.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    said = ""
+    for sizes in _tried(spec):
+        example = {n: t.to(device) for n, t in spec.example(None, **sizes).items()}
+        args, kwargs = spec.arguments({n: t.clone() for n, t in example.items()})
+        try:
+            if device.type != "meta":
+                with undisturbed(model), prepared(model, False):
+                    model(*args, **kwargs)
+            return example
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
+            lines = str(error).strip().splitlines() or [""]
+            said = f"{described(sizes)}: {type(error).__name__}: {lines[0][:200].rstrip('. ')}"
+    raise ArtifactError(
+        f"the model runs at none of the sizes that were tried ({spec}). Last, at {said}. Capture "
+        "it with an example that it runs on, and load onto that: peftfx.load(program, directory)."
+    )
+
+
+def _tried(spec: InputSpec) -> Iterator[dict[str, int]]:
+    """The sizes that programs are measured at, then longer ones and more rows of them."""
+    usual = probes(spec, {})
+    yield from usual
+    lengths = {n for n in spec.sizes if not n.startswith("batch")}
+    for growing in (lengths, set(spec.sizes)):
+        for power in range(1, _DOUBLINGS + 1):
+            wanted = {n: s << power if n in growing else s for n, s in usual[0].items()}
+            if (sizes := fit(spec, wanted)) is not None:
+                yield sizes

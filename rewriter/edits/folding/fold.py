@@ -28,7 +28,7 @@ from ...graph.aten import (
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...program.history import Attachment
-from ...program.readers import others, readers, turned
+from ...program.readers import others, overlapping, readers, turned
 from ...program.sites import LinearSite
 from ...program.state import State
 from ...weights.certificate import Matrix, check_folded, require_finite_base
@@ -248,11 +248,18 @@ def _settle_sharing(
     Raises:
         FoldError: something else reads them, and `tied` says to refuse, or they cannot be parted.
     """
-    if tied == "both":
-        return site
     names = list(edit.weight(site).stored())
     if isinstance(branch, OutputScale) and site.bias is not None:
         names.append(site.bias)
+    if tied == "both":
+        for name in names:
+            if there := overlapping(edit.program, name):
+                raise FoldError(
+                    f"{site.id}: {name} and {there[0]} are two parameters in one memory, and "
+                    "fold{tied=both} would change only the first. Choose fold{tied=keep}, or make "
+                    "them one parameter, or two of their own, before the model is captured."
+                )
+        return site
     table = readers(edit.program)
     for name in names:
         rest = others(edit.program, name, calls, table)

@@ -1,0 +1,140 @@
+"""What a pass may allocate: tensors are refused before torch makes them.
+
+A size that a user mistyped, or a manifest that anybody wrote, must not end the process or its
+neighbours: an operating system that overcommits grants memory that it does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SMALL = 1 << 24
+"""Bytes for which nobody is asked what memory is left."""
+
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_GROUPS = (  # version 2, then 1: limit, use, and what of the use is given back on demand
+    (_CGROUP, "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+     ("total_inactive_file", "total_active_file")),
+)  # fmt: skip
+
+
+class UnexplainedError(MemoryError):
+    """More is made than what is there already explains."""
+
+
+class Allocation(TorchDispatchMode):
+    """Counts the tensors that are made from sizes, and refuses those for which there is no room.
+
+    Args:
+        elements: how many may be made from sizes in all; None: as many as memory holds.
+
+    Raises:
+        MemoryError: (UnexplainedError) from the operator that asks for too much, before it runs.
+    """
+
+    def __init__(self, elements: int | None = None) -> None:
+        super().__init__()
+        self.elements, self.made = elements, 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if all(t in (Tensor, nn.Parameter) for t in types):
+            self._admit(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _admit(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        held = [a for a in args if isinstance(a, Tensor)]
+        device = kwargs.get("device") or (held[0].device if held else torch.device("cpu"))
+        if torch.device(device).type == "meta":
+            return
+        made = _from_sizes(func, args, kwargs)
+        self.made += made
+        if self.elements is not None and self.made > self.elements:
+            raise UnexplainedError(f"{self.made:,} elements, at most {self.elements:,} expected")
+        if torch.device(device).type != "cpu":  # torch's own error is clear there
+            return
+        dtype = kwargs.get("dtype") or (held[0].dtype if held else torch.get_default_dtype())
+        require_room(max(made, _broadcast(func, held)) * dtype.itemsize)
+
+
+def require_room(size: int) -> None:
+    """Raises MemoryError if so many bytes are more than this process can still have."""
+    left = available() if size > _SMALL else None
+    if left is not None and size > left:
+        raise MemoryError(f"{size / 2**30:.3g} GiB are needed, {left / 2**30:.3g} GiB left")
+
+
+def available() -> int | None:
+    """Bytes that the system and the control groups of this process have left; None: unknown."""
+    found = [*_of_system(), *_of_groups()]
+    return min(found) if found else None
+
+
+def _of_system() -> Iterable[int]:
+    for line in _read(_PROC / "meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            yield int(rest.split()[0]) * 1024
+
+
+def _of_groups() -> Iterable[int]:
+    own = [line.split(":", 2) for line in _read(_PROC / "self" / "cgroup").splitlines()]
+    for mount, limit, use, cached in _GROUPS:
+        mine = [p for _, kinds, p in own if kinds == "" or "memory" in kinds.split(",")]
+        for path in {"/", *(str(parent) for p in mine for parent in (Path(p), *Path(p).parents))}:
+            folder = mount / path.strip("/")
+            most, used = _read(folder / limit).strip(), _read(folder / use).strip()
+            if not (most.isdigit() and used.isdigit()):
+                continue
+            said = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            yield int(most) - int(used) + sum(int(said.get(name, 0)) for name in cached)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _from_sizes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Elements of what an operator makes of numbers alone; 0 for views and all others."""
+    schema = func._schema
+    if any(r.alias_info is not None for r in schema.returns):
+        return 0
+    given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | dict(kwargs)
+    size = given.get("size")
+    if isinstance(size, list | tuple):
+        return math.prod(n for n in size if isinstance(n, int))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    repeats, start = given.get("repeats"), given.get("self")
+    if isinstance(repeats, list | tuple) and isinstance(start, Tensor):
+        return start.numel() * math.prod(n for n in repeats if isinstance(n, int))  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if schema.name == "aten::arange":
+        first, last, step = given.get("start", 0), given.get("end", 0), given.get("step", 1)
+        numbers = all(isinstance(n, int | float) for n in (first, last, step))
+        return max(0, math.ceil((last - first) / step)) if numbers and step else 0
+    return 0
+
+
+def _broadcast(func: Any, held: Sequence[Tensor]) -> int:
+    """Elements of what a pointwise operator makes of tensors; 0 for all others."""
+    if torch.Tag.pointwise not in func.tags or len(held) < 2:
+        return 0
+    try:
+        return math.prod(torch.broadcast_shapes(*(t.shape for t in held)))
+    except RuntimeError:  # it says so itself
+        return 0
