@@ -67,11 +67,14 @@ class Certificate:
         kind: the contract's kind, or `unmeasured` (no values on the meta device).
         measured: largest absolute difference, and the largest one relative to its own output.
         holds: whether the promise was kept.
+        step: which pass of a history was measured again, such as `1 lora{rank=4}`; '' in the
+            record of that pass.
     """
 
     kind: str
     measured: Mapping[str, float] = field(default_factory=dict[str, float])
     holds: bool = True
+    step: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -82,7 +85,8 @@ class Certificate:
         return f"{self.kind}: {figures}"
 
     def __str__(self) -> str:
-        return self.text if self.holds else f"BROKEN {self.text}"
+        text = f"{self.step}: {self.text}" if self.step else self.text
+        return text if self.holds else f"BROKEN {text}"
 
 
 @contextlib.contextmanager
@@ -352,10 +356,12 @@ def verify_program(program: Program) -> list[Certificate]:
     require_values(program)
     found: list[Certificate] = []
     if is_meta(program):
-        return [Certificate("unmeasured") for _ in program.history]
+        steps = enumerate(program.history, 1)
+        return [Certificate("unmeasured", step=f"{n} {r.text}") for n, r in steps]
     last = program.base
-    for record, before, after in replay_steps(program):
-        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
+    for number, (record, before, after) in enumerate(replay_steps(program), 1):
+        certificate = certify(record.applied.promise(), Witness(before), Witness(after))
+        found.append(replace(certificate, step=f"{number} {record.text}"))
         record.applied.examine(before, after)
         last = after
     if program.history:
@@ -369,5 +375,5 @@ def verify_program(program: Program) -> list[Certificate]:
                 f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
                 f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
             )
-        found.append(Certificate("replayed", measured))
+        found.append(Certificate("replayed", measured, step="all passes"))
     return found
