@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..fingerprint import require_unchanged, take
 from ..module import outside_inference
 from ..program import Program, Record
 from ..sharded import require_whole
+from ..text import with_names
 from ..turns import alone
 from .checks import Checks, Skipped
 from .passes import Pass, Plan
@@ -85,7 +87,8 @@ def _step(
     checks.begin()
     try:
         started = time.perf_counter()
-        plan = item.plan(program, data, sources)
+        with _sizes_named(program):
+            plan = item.plan(program, data, sources)
         return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
     except Exception:
         checks.unmoved(item)
@@ -114,7 +117,7 @@ def apply_plan(
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
-    with alone():
+    with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan)
         clock.append(time.perf_counter())
         after = edit.program
@@ -131,11 +134,12 @@ def apply_plan(
     spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}
     edited = tuple(dict.fromkeys(edit.edited))
+    skipped = tuple((site, with_names(why, after.symbols)) for site, why in edit.skipped)
     record = Record(
         str(item),
         item.adapter,
         edited,
-        (*edit.skipped, *left),
+        (*skipped, *left),
         certificate,
         seconds,
         item,
@@ -143,6 +147,18 @@ def apply_plan(
         tuple(notes),
     )
     return replace(after, history=(*program.history, record))
+
+
+@contextlib.contextmanager
+def _sizes_named(program: Program) -> Generator[None]:
+    """Lets errors call sizes what the spec calls them, torch's own text included."""
+    try:
+        yield
+    except RewriteError as error:
+        error.args = tuple(
+            with_names(a, program.symbols) if isinstance(a, str) else a for a in error.args
+        )
+        raise
 
 
 def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
