@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_a_bank_without_samples_says_what_is_known(dynamic: Any, known: str, rem
     with pytest.raises(PassError) as caught:
         peftfx.run(program, "lora;bank")
     assert known in str(caught.value) and remedy in str(caught.value)
-    written: Any = eval(str(caught.value).partition("Capture with dynamic=")[2].rstrip("."))
+    text = str(caught.value).partition("Capture with dynamic=")[2]
+    written: Any = ast.literal_eval(text.rstrip("."))
     again = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=written)
     assert peftfx.run(again, "lora;bank").history[-1].edited
 
