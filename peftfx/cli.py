@@ -196,6 +196,7 @@ def export(options: Any) -> Any:
         "out": str(report.path), "opset": report.opset, "nodes": report.nodes,
         "bytes": report.size, "parity": dict(report.parity), "tolerance": report.tolerance,
         "data": str(report.data) if report.data else None, "rounding": report.rounding,
+        "notes": list(report.notes),
     }  # fmt: skip
 
 
