@@ -206,6 +206,7 @@ def export(options: Any) -> Any:
         "out": str(report.path), "opset": report.opset, "nodes": report.nodes,
         "bytes": report.size, "parity": dict(report.parity), "tolerance": report.tolerance,
         "data": str(report.data) if report.data else None, "rounding": report.rounding,
+        "notes": list(report.notes),
     }  # fmt: skip
 
 
@@ -235,11 +236,10 @@ def list_methods(options: Any) -> Any:
     with progress(options, "running every method"):
         found = methods(program)
     if not options.json:
-        console = Console(highlight=False)
-        console.print(_table(found, program is not None))
+        _print_table(_rows(found, program is not None))
         for entry in found:
             if entry.refused:
-                console.print(f"{entry.name}: {escape(entry.refused)}", soft_wrap=True)
+                print(f"{entry.name}: {entry.refused}")
     return [entry.to_json() for entry in found]
 
 
@@ -252,16 +252,32 @@ def memory(options: Any) -> Any:
     return found.to_json()
 
 
-def _table(entries: list[Entry], counted: bool) -> Table:
+def _rows(entries: list[Entry], counted: bool) -> list[tuple[str, ...]]:
+    """The cells of the table of methods, its head first."""
+    head = ("method", "class", "inserts", "folds", "paper", "trains")
+    rows = [(e.name, e.group, e.inserts, e.folds, e.paper, _count(e.trainable)) for e in entries]
+    return [row[: 5 + counted] for row in (head, *rows)]
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _print_table(rows: list[tuple[str, ...]]) -> None:
+    """Folds cells to the width of a terminal; anything else gets one full line a row."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for head in ("method", "class", "inserts", "folds", "paper", "trains")[: 5 + counted]:
-        right = head == "trains"
-        table.add_column(head, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for e in entries:
-        count = "-" if e.trainable is None else f"{e.trainable:,}"
-        row = (e.name, e.group, e.inserts, e.folds, e.paper, count)[: 5 + counted]
-        table.add_row(*(escape(text) for text in row))
-    return table
+    for name in rows[0]:
+        right = name == "trains"
+        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def demo(options: Any) -> Any:

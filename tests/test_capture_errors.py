@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -353,3 +355,41 @@ def test_size_one_that_the_model_treats_in_another_way() -> None:
     assert program.spec.ranges["batch"] == (2, None)
     with pytest.raises(InputError, match="treats size 1 in another way"):
         program(x(1))
+
+
+class Looped(nn.Module):
+    """Experts in a loop over those that some token chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Namespace(_experts_implementation="eager")
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x
+        for index in F.one_hot(x.argmax(-1), 4).sum(0).nonzero():
+            found = found + self.experts[int(index[0])](x)
+        return found
+
+
+def branching(self: Any, x: Tensor) -> Tensor:
+    return x * 2 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Looped(), ("'grouped_mm'", "capture again")),
+        (Forward(branching), ("torch.where",)),
+    ],
+)
+def test_loops_and_branches_by_value_say_what_and_where_before_torch(
+    model: nn.Module, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        peftfx.capture(model, (x(),))
+    ours, _, said = str(caught.value).partition(" (torch: ")
+    kind = type(model).__name__
+    assert re.match(rf"{kind} cannot be captured at test_capture_errors\.py:\d+: its forward", ours)
+    assert all(word in ours for word in ("values of tensors", *words))
+    assert said and "Guard" not in ours and ("experts" in ours) == isinstance(model, Looped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,21 @@ def test_sites_print_diff_and_verify(run: Any) -> None:
     code, out, _ = run("diff", TINY, "lora{rank=2,where=q}")
     assert "+2 sites" in out and "+  %lora.layers.0.q_proj.delta" in out
     code, out, _ = run("verify", TINY, "lora;ia3")
-    assert code == 0 and out.count("ok  identity") == 2
+    assert code == 0 and out.splitlines()[:2] == [
+        "ok  1 lora: identity: max_abs 0, max_rel 0", "ok  2 ia3: identity: max_abs 0, max_rel 0",
+    ]  # fmt: skip
+    assert out.splitlines()[2].startswith("ok  all passes: replayed: ")
     assert "lora" in run("passes")[1]
+
+
+def test_methods_are_one_full_line_each_in_a_pipe(run: Any) -> None:
+    found = json.loads(run("methods", "--json")[1])
+    lines = run("methods")[1].splitlines()
+    assert lines[0].split() == ["method", "class", "inserts", "folds", "paper"]
+    assert len(lines) == 1 + len(found)
+    for line, entry in zip(lines[1:], found, strict=True):
+        cells = (entry[k] for k in ("name", "group", "inserts", "folds", "paper"))
+        assert re.split(r"\s{2,}", line) == [*cells]
 
 
 def test_run_fold_and_export(run: Any, tmp_path: Path) -> None:

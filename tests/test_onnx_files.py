@@ -95,9 +95,35 @@ def test_attention_and_int8(tmp_path: Path) -> None:
     for opset, options in ((20, {}), (24, {"op_types_to_quantize": ["MatMul"]})):
         report = peftfx.export_onnx(base, tmp_path / "m.onnx", opset=opset)
         assert kinds(report.path)["Attention"] == (opset == 24)
+        said = "op_types_to_quantize=['MatMul']" in str(report) and "opset 20" in str(report)
+        assert said == (opset == 24) == bool(report.notes)
         quantization.quantize_dynamic(report.path, tmp_path / "q.onnx", **options)
-        ort.InferenceSession(str(tmp_path / "q.onnx"))
         assert kinds(tmp_path / "q.onnx")["MatMulInteger"] == 4
+        x = {"x": torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)).numpy()}
+        want, got = (
+            torch.tensor(ort.InferenceSession(str(tmp_path / f"{n}.onnx")).run(None, x)[0])
+            for n in ("m", "q")
+        )
+        assert 0 < float((want - got).abs().max()) < 0.1 * float(want.abs().max())
+
+
+class Fifth(nn.Module):
+    """Reads the token at index 4, which shorter inputs do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(40, 8), torch.tensor([4])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)[:, self.place].tanh()
+
+
+def test_the_report_says_which_sizes_were_left_out_and_why(tmp_path: Path) -> None:
+    program = peftfx.capture(Fifth().eval(), (torch.randint(0, 40, (2, 9)),))
+    report = peftfx.export_onnx(program, tmp_path / "m.onnx", opset=20)
+    (note,) = report.notes
+    assert note.startswith("not measured at batch=1, sequence=1: the model fails there (IndexError")
+    assert note in str(report) and not any("sequence=1" in k.split(", ") for k in report.parity)
 
 
 def test_matrices_keep_their_names(tied: Any, exported: Any) -> None:

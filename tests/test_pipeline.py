@@ -183,3 +183,12 @@ def test_a_fixed_size_is_told_from_other_failures(
     edit.finish()
     with pytest.raises(PassError, match=message):
         propagate(edit.program)
+
+
+def test_text_keeps_what_was_typed() -> None:
+    """Also where it is the default; what the pass is does not depend on it."""
+    text = "lora{rank=8,where=q|v};lora{name=b};fold{tied=refuse}"
+    pipeline = parse(text)
+    assert str(pipeline) == text and parse(str(pipeline)) == pipeline
+    assert pipeline == parse("lora;lora{name=b};fold") != parse("lora{rank=4};lora{name=b};fold")
+    assert str(parse_yaml("- lora: {where: q|v}")) == "lora{where=q|v}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
 from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
 from peftfx.rewriter.measure.trials import sizes
+from peftfx.rewriter.program.text import with_names
 
 from .models import Encoder, batch, randomise
 
@@ -56,12 +58,15 @@ def test_samples_of_a_tokens_first_model_do_not_mix(
 
 
 @pytest.mark.parametrize("dynamic", ["auto", TIME_FIRST])
-def test_a_bank_of_a_tokens_first_model_takes_one_id_a_sample(dynamic: Any) -> None:
+@pytest.mark.parametrize("where", ["q|v", "linear"])
+def test_a_bank_of_a_tokens_first_model_takes_one_id_a_sample(where: str, dynamic: Any) -> None:
+    """Also where tokens and samples are on one axis, and heads before it on another."""
     program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=dynamic)
-    bank = randomise(peftfx.run(program, "lora{name=a,rank=2}"), 0.3)
-    bank = peftfx.run(bank, "bank")
+    alone = randomise(peftfx.run(program, f"lora{{name=a,rank=2,where={where}}}"), 0.3)
+    bank = peftfx.run(alone, "bank")
     x = torch.randn(5, 3, 16)
     got = bank(x, adapter=torch.tensor([0, -1, 0]))
+    assert torch.allclose(got[:, [0, 2]], alone(x)[:, [0, 2]], atol=1e-5)
     assert torch.allclose(got[:, 1], program(x)[:, 1], atol=1e-6)
     assert not torch.allclose(got[:, 0], program(x)[:, 0], atol=1e-3)
     with pytest.raises(InputError, match="adapter"):
@@ -73,6 +78,41 @@ def test_a_batch_that_is_none_is_refused(method: str) -> None:
     program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=SAID_WRONG)
     with pytest.raises(PassError, match="influence"):
         peftfx.run(program, method)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "known", "remedy"),
+    [
+        (None, "fixed at 2", "dynamic={'src': {1: 'batch'}}"),
+        ({"src": {0: "time"}}, "fixed at 2", "dynamic={'src': {0: 'time', 1: 'batch'}}"),
+        (SAID_WRONG, "along 'sequence' it does not",
+         "dynamic={'src': {0: 'sequence', 1: 'batch'}}"),
+    ],
+)  # fmt: skip
+def test_a_bank_without_samples_says_what_is_known(dynamic: Any, known: str, remedy: str) -> None:
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=dynamic)
+    with pytest.raises(PassError) as caught:
+        peftfx.run(program, "lora;bank")
+    assert known in str(caught.value) and remedy in str(caught.value)
+    text = str(caught.value).partition("Capture with dynamic=")[2]
+    written: Any = ast.literal_eval(text.rstrip("."))
+    again = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=written)
+    assert peftfx.run(again, "lora;bank").history[-1].edited
+
+
+def test_messages_call_sizes_what_the_spec_calls_them() -> None:
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=TIME_FIRST)
+    with pytest.raises(
+        PassError, match=r"its stream \(time, rows, 16\) is not that of the samples"
+    ):
+        peftfx.run(program, "coda{bottleneck=2}")
+
+
+def test_only_symbols_are_renamed_in_messages() -> None:
+    symbols = {"s1": "batch", "s2": "sequence + 4", "s0": "time"}
+    text = "at s0.layer0.attn ('s1'), layers.s2.weight: view [s0*s1, s2], got s9 and s1."
+    named = "at s0.layer0.attn ('s1'), layers.s2.weight: view [time*batch, (sequence + 4)], got "
+    assert with_names(text, symbols) == f"{named}s9 and batch."
 
 
 def test_batch_first_models_keep_their_names_and_free_names_work() -> None:

@@ -51,12 +51,12 @@ class BankBranch(Delta):
     b: Tensor
     scale: Tensor
 
-    def __init__(self, members: Sequence[Factors | None], axis: int) -> None:
+    def __init__(self, members: Sequence[Factors | None], axis: int, rows: int = 1) -> None:
         super().__init__()
         held = [m for m in members if m is not None]
         rank = max(a.shape[0] for a, _, _ in held)
         a, b, _ = held[0]
-        self.batch_axis = axis
+        self.batch_axis, self.rows = axis, rows
         # They follow from the members' own tensors, which an artifact holds already.
         self.register_buffer("a", a.new_zeros(len(members) + 1, rank, a.shape[1]), False)
         self.register_buffer("b", b.new_zeros(len(members) + 1, b.shape[0], rank), False)
@@ -67,9 +67,12 @@ class BankBranch(Delta):
                 self.a[index, : len(a)], self.b[index, :, : len(a)] = a, b
 
     def branch(self, x: Tensor, ids: Tensor, apart: Tensor | None = None) -> Tensor:
-        """`ids [batch]`, int64; `apart [batch, tokens, in]` where x has both on one axis."""
+        """`ids [batch]`, int64; `apart [batch, tokens, in]` (or with `in` on several axes) where x
+        has both on one axis."""
         # A fresh copy, because the strides of a merged axis cannot be split for all sizes alike.
-        laid = x if apart is None else x.clone(memory_format=PLAIN).view(apart.shape)
+        laid = x
+        if apart is not None:
+            laid = x.clone(memory_format=PLAIN).view(*apart.shape[: self.rows], x.shape[-1])
         rows = laid.movedim(self.batch_axis, 0)
         flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
         a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
@@ -171,7 +174,8 @@ class Bank(Pass):
             members = [_factors(edit.program, held[n]) if n in held else None for n in names]
             for attachment in held.values():
                 edit.remove(attachment.path)
-            edit.add(site, BankBranch(members, samples.axis), ids=ids, apart=samples.apart)
+            branch = BankBranch(members, samples.axis, samples.rows)
+            edit.add(site, branch, ids=ids, apart=samples.apart)
         for name in _others(edit.program, names):
             reason = f"the adapter {name!r} is no member: it acts on all rows, whatever their ids"
             edit.skipped.append((name, reason))

@@ -38,11 +38,14 @@ class Pass(ABC):
         reshapes: it changes shapes of what earlier passes inserted, so that replaying can only
             load their values behind it.
         sharded: works on weights that are sharded over ranks, on all ranks together.
+        typed: options that text gave this pass, which its own text keeps, also where they are the
+            defaults.
     """
 
     portable: ClassVar[bool] = True
     reshapes: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
+    typed: ClassVar[frozenset[str]] = frozenset()
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")
 
@@ -120,7 +123,7 @@ class Pass(ABC):
         given = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.default is MISSING or getattr(self, f.name) != f.default
+            if f.name in self.typed or f.default is MISSING or getattr(self, f.name) != f.default
         }
         given = dict(
             sorted(given.items(), key=lambda i: _LAST.index(i[0]) if i[0] in _LAST else -1)
@@ -146,7 +149,7 @@ def lookup(name: str) -> type[Pass]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Pass:
-    """Builds a pass from its text name and option values.
+    """Builds a pass from its text name and option values, which its text will all show.
 
     Raises:
         OptionError: unknown pass, unknown option, or a wrong value.
@@ -162,4 +165,6 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
                 f"Options: {', '.join(known)}."
             )
         values[option] = adapt(item, hints[option])
-    return found(**values)
+    made = found(**values)
+    object.__setattr__(made, "typed", frozenset(values))
+    return made

@@ -32,11 +32,14 @@ class Certificate:
         kind: the contract's kind, or `unmeasured` (no values on the meta device).
         measured: largest absolute difference, and the largest one relative to its own output.
         holds: whether the promise was kept.
+        step: which pass of a history was measured again, such as `1 lora{rank=4}`; '' in the
+            record of that pass.
     """
 
     kind: str
     measured: Mapping[str, float] = field(default_factory=dict[str, float])
     holds: bool = True
+    step: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -47,7 +50,8 @@ class Certificate:
         return f"{self.kind}: {figures}"
 
     def __str__(self) -> str:
-        return self.text if self.holds else f"BROKEN {self.text}"
+        text = f"{self.step}: {self.text}" if self.step else self.text
+        return text if self.holds else f"BROKEN {text}"
 
 
 @dataclass(frozen=True)

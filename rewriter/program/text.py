@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,13 +25,24 @@ def _symbol(size: object, symbols: dict[str, str]) -> str:
     if text in symbols:
         return symbols[text]
 
-    def label(match: re.Match[str]) -> str:
-        found = symbols.get(match[0], match[0])
-        return f"({found})" if " " in found else found
-
-    named = re.sub(r"\b\w+\b", label, text)
+    named = re.sub(r"\b\w+\b", lambda m: _name(m[0], symbols), text)
     product = re.fullmatch(r"[\w/]+(\*[\w/]+)+", named)
     return "*".join(sorted(named.split("*"))) if product else named  # symbols' order is chance
+
+
+def with_names(text: str, symbols: Mapping[str, str]) -> str:
+    """A message with dynamic sizes by their names in the spec, where torch's symbols stood.
+
+    Names of sites and modules that are spelt like a symbol (`s0.layer0.attn`) stay.
+    """
+
+    symbol = r"(?<![\w.'\"/-])s\d+(?![\w'\"/-]|\.\w)"
+    return re.sub(symbol, lambda m: _name(m[0], symbols), text)
+
+
+def _name(symbol: str, symbols: Mapping[str, str]) -> str:
+    found = symbols.get(symbol, symbol)
+    return f"({found})" if " " in found else found
 
 
 def _type(val: Any, symbols: dict[str, str]) -> str:

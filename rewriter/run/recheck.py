@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import VerifyError
 from ..graph.module import state_tensors
 from ..measure.steady import perturbed, require_settled
@@ -26,10 +28,12 @@ def verify_program(program: State) -> list[Certificate]:
     require_values(program)
     found: list[Certificate] = []
     if is_meta(program):
-        return [Certificate("unmeasured") for _ in program.history]
+        steps = enumerate(program.history, 1)
+        return [Certificate("unmeasured", step=f"{n} {r.text}") for n, r in steps]
     last = program.base
-    for record, before, after in replay_steps(program):
-        found.append(certify(record.applied.promise(), Witness(before), Witness(after)))
+    for number, (record, before, after) in enumerate(replay_steps(program), 1):
+        certificate = certify(record.applied.promise(), Witness(before), Witness(after))
+        found.append(replace(certificate, step=f"{number} {record.text}"))
         record.applied.examine(before, after)
         last = after
     if program.history:
@@ -43,7 +47,7 @@ def verify_program(program: State) -> list[Certificate]:
                 f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
                 f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
             )
-        found.append(Certificate("replayed", measured))
+        found.append(Certificate("replayed", measured, step="all passes"))
     return found
 
 

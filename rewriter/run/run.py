@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,6 +22,7 @@ from ..pipeline.passes import Pass
 from ..pipeline.syntax import Passes, as_pipeline
 from ..program.history import Certificate, Plan, Record
 from ..program.state import AnyProgram, State
+from ..program.text import with_names
 from ..program.trained import require_owned
 from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
@@ -89,7 +91,8 @@ def _step(
     checks.begin()
     try:
         started = time.perf_counter()
-        plan = item.plan(program, data, sources)
+        with _sizes_named(program):
+            plan = item.plan(program, data, sources)
         return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
     except Exception:
         checks.unmoved(item)
@@ -120,7 +123,7 @@ def apply_plan(
     clock = [time.perf_counter()]
     fork = program.fork()
     clock.append(time.perf_counter())
-    with alone():
+    with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)
         clock.append(time.perf_counter())
         after = edit.program
@@ -138,11 +141,12 @@ def apply_plan(
     spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}
     edited = tuple(dict.fromkeys(edit.edited))
+    skipped = tuple((site, with_names(why, after.symbols)) for site, why in edit.skipped)
     record = Record(
         str(item),
         item.adapter,
         edited,
-        (*edit.skipped, *left),
+        (*skipped, *left),
         certificate,
         seconds,
         item,
@@ -150,6 +154,18 @@ def apply_plan(
         tuple(notes),
     )
     return replace(cast(AnyProgram, after), history=(*program.history, record))
+
+
+@contextlib.contextmanager
+def _sizes_named(program: State) -> Generator[None]:
+    """Lets errors call sizes what the spec calls them, torch's own text included."""
+    try:
+        yield
+    except RewriteError as error:
+        error.args = tuple(
+            with_names(a, program.symbols) if isinstance(a, str) else a for a in error.args
+        )
+        raise
 
 
 def _edited(fork: State, item: Pass, plan: Plan, elements: int | None = None) -> Editor:

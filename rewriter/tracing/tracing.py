@@ -33,14 +33,24 @@ _LAYERS = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 _EXPORTED = {"_in_spec", "_out_spec", "shape_env"}
 """What `torch.export` puts on a graph module beside what `torch.fx` does."""
 
+_BRANCHES = "its forward decides by the values of tensors, which one graph cannot"
 _REMEDIES = (
-    ("data-dependent", "The forward branches on tensor values: use torch.where or torch.cond."),
-    ("GuardOnDataDependent", "Control flow depends on values: use torch.where or torch.cond."),
-    ("Could not guard", "Control flow depends on tensor values: use torch.where or torch.cond."),
-    ("aliases", "Return fresh tensors instead of views of the inputs."),
-    ("Unsupported", "Rewrite the named call with plain torch operations."),
-    ("device", "Move the example inputs to the device of the model's parameters."),
-    ("dtype", "Give the example inputs the dtype that the model expects."),
+    ("data-dependent", _BRANCHES, "Use torch.where or torch.cond there."),
+    ("DataDependent", _BRANCHES, "Use torch.where or torch.cond there."),
+    ("Could not guard", _BRANCHES, "Use torch.where or torch.cond there."),
+    ("int() argument must be", _BRANCHES, "Use torch.where or torch.cond there."),
+    ("aliases", "it returns views of its inputs", "Return fresh tensors instead."),
+    ("Unsupported", "it calls what cannot be traced", "Write that with plain torch operations."),
+    ("device", "its tensors are on several devices",
+     "Move the example inputs to the device of the model's parameters."),
+    ("dtype", "dtypes do not fit", "Give the example inputs the dtype that the model expects."),
+)  # fmt: skip
+"""A word in torch's error, what it means, and what to do. (A loop over as many parts as values say
+fails where torch asks for an int of their unknown number.)"""
+
+_EXPERTS = (
+    "If that is a loop over the experts of a transformers model, set "
+    "config._experts_implementation = 'grouped_mm' (or 'batched_mm') and capture again."
 )
 
 
@@ -193,17 +203,31 @@ def export(
         ):
             return _export(model, _distinct(example), shapes)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        remedy = next(
-            (r for key, r in _REMEDIES if key in text),
+        raise CaptureError(_explained(model, error)) from error
+
+
+def _explained(model: nn.Module, error: Exception) -> str:
+    """What went wrong, at which line of the model, what to do, and last what torch said."""
+    text = f"{type(error).__name__}: {error}"
+    what, remedy = next(
+        ((what, remedy) for key, what, remedy in _REMEDIES if key in text),
+        (
+            "it fails while it is traced",
             "Check that the model runs on these inputs with model.train(); "
             "try dynamic=None to see whether a dynamic size is the cause.",
-        )
-        reason = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured: {type(error).__name__}: {reason[:300]} "
-            f"{_user_line(error)}{remedy}"
-        ) from error
+        ),
+    )
+    if what is _BRANCHES and any(hasattr(c, "_experts_implementation") for c in _configs(model)):
+        remedy = f"{remedy} {_EXPERTS}"
+    reason = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+    said = f"{type(error).__name__}: {reason[:300]}".rstrip(". ")
+    line = _user_line(error)
+    place = f" at {line}" if line else ""
+    return f"{type(model).__name__} cannot be captured{place}: {what}. {remedy} (torch: {said}.)"
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    return [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
 
 
 def _distinct(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,11 +303,13 @@ class Data(TorchFunctionMode):
 
 
 def _user_line(error: BaseException) -> str:
+    """`file.py:line` of the innermost line outside of torch and of ours; '' where there is none."""
     found = ""
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "peftfx" not in name and "/rewriter/" not in name:
-            found = f"At {name.rpartition('/')[2]}:{trace.tb_lineno}. "
+        ours = "peftfx" in name or "/rewriter/" in name
+        if not (ours or "/torch/" in name or name.startswith("<")):
+            found = f"{name.rpartition('/')[2]}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found

@@ -100,7 +100,18 @@ def test_a_constant_place_moves_with_the_tokens(name: str) -> None:
     torch.testing.assert_close(program(**inputs), model.pool(want))
 
 
+def write(x: Tensor, places: Any, what: Tensor | float, fresh: bool = False) -> Tensor:
+    y = torch.ones_like(x) if fresh else x.clone()
+    y[:, places] = what
+    return y * x + y[:, 0][:, None]
+
+
 KEPT: dict[str, Pool] = {
+    "written_into": lambda x: write(x, 0, 2.0),
+    "written_into_a_slice": lambda x: write(x, slice(1, 3), 2.0),
+    "written_into_a_mask": lambda x: write(x, 0, 3.0, fresh=True),
+    "written_into_another": lambda x: write(x, 1, x[:, 0], fresh=True),
+    "written_into_the_last": lambda x: write(x, -1, 2.0, fresh=True),
     "tokens": lambda x: x,
     "flipped_twice": lambda x: torch.tanh(x.flip(1)).flip(1) + x,
     "shifted": lambda x: F.pad(x[:, :-1], (0, 0, 1, 0)) * 0 + x,
@@ -158,6 +169,12 @@ REFUSED: dict[str, Pool] = {
     "pool": lambda x: F.avg_pool1d(x.mT, 2, 2, 1).sum(-1),
     "groups": lambda x: F.adaptive_avg_pool1d(x.mT, 2),
     "split": lambda x: x.split([1, x.shape[1] - 1], 1)[0],
+    "strided": lambda x: x.contiguous().as_strided(
+        (x.shape[0], 2, WIDTH), (x.shape[1] * WIDTH, WIDTH, 1)
+    ),
+    "windows": lambda x: x.unfold(1, 2, 2).mean(1),
+    "written_behind": lambda x: write(x, slice(1, None), 2.0).mean(1),
+    "written_by_list": lambda x: write(x, torch.tensor([0]), 2.0, fresh=True),
 }
 
 
@@ -194,6 +211,39 @@ TOLD: dict[str, Pool] = {
 def test_places_from_an_input_are_refused(name: str) -> None:
     with pytest.raises(PassError, match=r"last.*no prompt can be put"):
         prompted(Told(TOLD[name]))
+
+
+class Masked(Mixer):
+    def forward(self, ids: Tensor, mask: Tensor) -> Any:
+        x = self.states(ids)
+        scores = (self.q(x) @ self.k(x).mT).masked_fill(mask[:, None] == 0, -1e9)
+        return self.pool(scores.softmax(-1) @ x, mask)
+
+
+def test_an_order_from_a_mask_is_refused() -> None:
+    inputs = {**example(), "mask": torch.ones(2, 8, dtype=torch.long)}
+
+    def by(x: Tensor, mask: Tensor) -> Tensor:
+        return x[:, mask[0].argsort(dim=0, stable=True)]
+
+    for pool in (by, lambda x, mask: x.gather(1, mask.argsort(1)[..., None].expand(-1, -1, WIDTH))):
+        base = peftfx.capture(Masked(pool).eval(), kwargs=inputs)
+        with pytest.raises(PassError, match=r"another order .*no prompt can be put"):
+            peftfx.run(base, f"prompt_tuning{{length={LENGTH}}}")
+    base = peftfx.capture(Masked(lambda x, mask: x * mask[..., None]).eval(), kwargs=inputs)
+    assert peftfx.run(base, f"prompt_tuning{{length={LENGTH}}}").history[-1].edited
+
+
+def test_embeddings_with_tokens_first_are_refused() -> None:
+    class Turned(Mixer):
+        def forward(self, ids: Tensor) -> Any:
+            return self.pool(self.embed(ids.t()))
+
+    base = peftfx.capture(Turned(torch.tanh).eval(), kwargs=example())
+    with pytest.raises(
+        PassError, match=r"embed.weight gives is \[sequence, batch, 16\].*prefix_tun"
+    ):
+        peftfx.run(base, "prompt_tuning{length=3}")
 
 
 def test_an_input_that_names_no_place_is_kept() -> None:

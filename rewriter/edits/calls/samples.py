@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch.fx import Node
 
 from ...graph.aten import shape
+from ...inputs.spec import InputSpec
 from ...measure.independence import Values
 from ...program.state import State
 
@@ -22,11 +23,13 @@ class SampleAxis:
         names: the dynamic sizes that are numbers of samples.
         size: the number of samples where it is fixed, else None.
         reason: why neither is known; '' if one is.
+        remedy: how to capture a dynamic number of samples, a sentence; '' where there is one.
     """
 
     names: frozenset[str] = frozenset()
     size: int | None = None
     reason: str = ""
+    remedy: str = ""
 
     def of(self, program: State, states: Node) -> int | None:
         """The axis of hidden states whose size depends on the number of samples alone."""
@@ -65,35 +68,63 @@ def _tried(values: Values) -> SampleAxis:
     verdicts = {n: values.mixes(n) for n in called or sizes}
     apart = [n for n, mixes in verdicts.items() if mixes is False]
     if called and not apart:
-        mixed = any(verdicts.values())
-        why = "what lies along it influences one another" if mixed else "that cannot be tried"
-        return SampleAxis(reason=f"samples are to lie along {called[0]!r}, but {why}")
+        said = f"samples are to lie along {called[0]!r}, but"
+        if not any(verdicts.values()):
+            return SampleAxis(
+                reason=f"{said} that cannot be tried",
+                remedy="Load the weights first, or capture with an example of unlike samples.",
+            )
+        others = [n for n in sizes if n not in called and values.mixes(n) is False]
+        known = f" (along {others[0]!r} it does not)" if others else ""
+        return SampleAxis(
+            reason=f"{said} what lies along it influences one another{known}",
+            remedy=_capture(values.spec, others[0] if others else None),
+        )
     if len(apart) > 1 and not called:
         return SampleAxis(
-            reason=f"samples may lie along {' or '.join(apart)}: capture with "
-            "dynamic={input: {axis: 'batch', ...}} to say along which"
+            reason=f"samples may lie along {' or '.join(apart)}: call the one 'batch'",
+            remedy=f"If it is {apart[0]}: {_capture(values.spec, apart[0])}",
         )
     return SampleAxis(frozenset(apart)) if apart else _fixed(values)
 
 
+def _capture(spec: InputSpec, label: str | None = None, axis: int | None = None) -> str:
+    """How to capture so that a size, or an axis of the first input with two, is the batch."""
+    for source in spec.inputs:
+        sizes = dict(enumerate(source.shape))
+        place = next((a for a, s in sizes.items() if s == label), axis)
+        if len(sizes) < 2 or place is None or place not in sizes:
+            continue
+        dynamic = {a: s for a, s in sizes.items() if isinstance(s, str)}
+        names = {a: s.replace("batch", "sequence", 1) for a, s in dynamic.items()}
+        named = dict(sorted({**names, place: "batch"}.items()))
+        others = ", and alike for the other inputs" if len(spec.inputs) > 1 else ""
+        return f"Capture with dynamic={{{source.name!r}: {named}}}{others}."
+    return "Capture with dynamic={input: {axis: 'batch'}} for the axis of the samples."
+
+
 def _fixed(values: Values) -> SampleAxis:
     """Where the number of samples is no dynamic size: on axis 0 of the first input, or on 1."""
-    unknown = SampleAxis(reason="it cannot be told along which axis of the inputs samples lie")
+    unknown = SampleAxis(
+        reason="it cannot be told along which axis of the inputs samples lie",
+        remedy=_capture(values.spec),
+    )
     first = next((i.shape for i in values.spec.inputs if len(i.shape) > 1), None)
     if first is None:
         return unknown
     mixes = [_mixes(values, axis, size) for axis, size in enumerate(first[:2])]
     match first[0], first[1], *mixes:
         case int(rows), _, False, _ if rows > 1:
-            return SampleAxis(size=rows)
+            axis = 0
         case 1, _, _, True | None:
-            return SampleAxis(size=1)
+            axis = 0
         case _, int(rows), True, False if rows > 1:
-            return SampleAxis(size=rows)
+            axis = 1
         case _, 1, True, _:
-            return SampleAxis(size=1)
+            axis = 1
         case _:
             return unknown
+    return SampleAxis(size=int(first[axis]), remedy=_capture(values.spec, axis=axis))
 
 
 def _mixes(values: Values, axis: int, size: int | str) -> bool | None:

@@ -68,10 +68,10 @@ def _samples(program: State) -> tuple[str, int, str]:
         for axis, label in enumerate(source.shape):
             if isinstance(label, str) and label in samples.names:
                 return source.name, axis, label
+    fixed = f"the number of samples is fixed at {samples.size}" if samples.size else "none has one"
     raise PassError(
         f"no input has a dynamic batch size ({program.spec}), so there is nothing to give a number "
-        f"for each sample: {samples.reason or 'the number of samples is fixed'}. Capture again "
-        "with dynamic={input: {axis: 'batch'}} for the axis of the samples."
+        f"for each sample: {samples.reason or fixed}. {samples.remedy}"
     )
 
 

@@ -135,10 +135,12 @@ class Samples:
         axis: of the samples.
         apart: the same values before samples and tokens were put on one axis, laid out as `axis`
             says; None if they never were.
+        rows: how many axes of `apart` that one axis holds; the others are its width (heads).
     """
 
     axis: int
     apart: Value | None
+    rows: int = 1
 
 
 def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
@@ -147,12 +149,27 @@ def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> S
     found: set[Samples | None] = set()
     for name in site.nodes:
         states = input_of(replace(site, nodes=(name,)), nodes)
-        apart, axis = None, samples.of(program, states)
+        apart, axis, rows = None, samples.of(program, states), 1
         if axis is None and len(shape(states) or ()) == 2 and is_op(states, VIEWS):
             apart = inputs(states)[0]
-            axis = samples.of(program, apart)
-        found.add(None if axis is None else Samples(axis, apart))
+            axis, rows = samples.of(program, apart), _rows(apart, states)
+        known = axis is not None and (apart is None or axis < rows)
+        found.add(Samples(axis, apart, rows) if axis is not None and known else None)
     return found.pop() if len(found) == 1 else None
+
+
+def _rows(apart: Node, states: Node) -> int:
+    """How many of the first axes of a value are the rows of a view of it, `[rows, width]`; 0
+    where its last axes do not make the width."""
+    sizes, width = list(shape(apart) or ()), (shape(states) or (0,))[-1]
+    while sizes and type(sizes[-1]) is int:
+        if sizes[-1] == width:
+            return len(sizes) - 1
+        inner = sizes.pop()
+        if not sizes or type(sizes[-1]) is not int:
+            return 0
+        sizes[-1] *= inner
+    return 0
 
 
 def is_causal(program: State, site: Site) -> bool:

@@ -35,11 +35,8 @@ from ...graph.aten import (
     users,
     value,
 )
+from .carried import EMPTY, carried_by
 
-_EMPTY = overloads(
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty", "rand_like", "randn_like",
-)  # fmt: skip
 _BY_LIST = overloads("index", "index_put", "_unsafe_index", "_unsafe_index_put")
 _BY_AXIS = overloads(
     "index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add",
@@ -53,6 +50,8 @@ _PARTS = overloads(
     "select_scatter",
 )  # fmt: skip
 _PLACES = overloads("argmax", "argmin", "topk", "max", "min")
+_WINDOWS = overloads("unfold")
+_STRIDED = overloads("as_strided")
 _POOLS = overloads(
     "avg_pool1d", "max_pool1d", "max_pool1d_with_indices", "avg_pool2d", "max_pool2d",
     "max_pool2d_with_indices",
@@ -85,7 +84,7 @@ class _Places:
     ) -> None:
         self.gm, self.symbol, self.length = gm, symbol, length
         self.token = re.compile(rf"\b{re.escape(symbol)}\b")
-        self.carried = _carried([embedding, ids])
+        self.carried = carried_by([embedding, ids], symbol)
         self.leads: dict[Node, dict[str, float]] = {}
 
     def moved(self) -> dict[Node, tuple[Any, ...]]:
@@ -158,6 +157,11 @@ class _Places:
                 return None
             read = self._select if is_op(node, ATEN.select.int) else self._slice
             return read(node, source, axis)
+        if is_op(node, _STRIDED) and any(self.token.search(str(s)) for s in sizes):
+            raise self._refuse(node, "takes tokens by their places in memory")
+        if is_op(node, _WINDOWS) and arguments.get("step") != 1:
+            if self._size(source, int(arguments.get("dimension", 0))) == self.symbol:
+                raise self._refuse(node, "takes the tokens in groups by their places")
         if is_op(node, _ORDERS | _PARTS | _PLACES | _POOLS | _ADAPTIVE):
             self._check_order(node, source, arguments)
         return None
@@ -308,6 +312,8 @@ class _Places:
             name = str(raw.target) if raw.op == "placeholder" and not _boolean(raw) else ""
         if name:
             raise self._refuse(node, f"takes tokens at the places that the input {name!r} gives")
+        if any(is_op(n, _ORDERS) and self._tokens(n) for n in self._computed(index)):
+            raise self._refuse(node, f"takes tokens in another order ({index.name})")
         if data not in self.carried or self._roots(index) or self._behind(index):
             return
         if pure and _range(index):
@@ -318,19 +324,20 @@ class _Places:
 
     def _roots(self, node: Any) -> set[Node]:
         """The inputs and carried values that a value is computed from, sizes aside."""
-        roots: set[Node] = set()
+        return {n for n in self._computed(node) if n.op == "placeholder" or n in self.carried}
+
+    def _computed(self, node: Any) -> set[Node]:
+        """What a value is computed from, back to inputs and carried values, sizes aside."""
         seen: set[Node] = set()
         stack: list[Any] = [node]
         while stack:
             current = stack.pop()
-            if current in seen or is_op(current, SIZES | _EMPTY):
+            if current in seen or is_op(current, SIZES | EMPTY):
                 continue
             seen.add(current)
-            if current.op == "placeholder" or current in self.carried:
-                roots.add(current)
-            else:
+            if current.op != "placeholder" and current not in self.carried:
                 stack += current.all_input_nodes
-        return roots
+        return seen
 
     def _foreign(self, node: Any) -> str:
         """The integer input without tokens that a value comes from, or an empty string."""
@@ -349,18 +356,6 @@ class _Places:
             return known and not held.is_floating_point() and int(held.max()) < 0
         fill = named_arguments(source).get("fill_value", 0) if source.op == "call_function" else 0
         return isinstance(fill, int) and fill < 0
-
-
-def _carried(roots: list[Node]) -> set[Node]:
-    """The nodes whose values depend on the tokens, not on their number alone."""
-    carried = set(roots)
-    stack = list(roots)
-    while stack:
-        for user in users(stack.pop()):
-            if user not in carried and user.op != "output" and not is_op(user, _EMPTY):
-                carried.add(user)
-                stack.append(user)
-    return carried
 
 
 def _indexed(node: Node) -> Iterator[tuple[Any, int, Node]]:

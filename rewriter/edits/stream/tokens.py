@@ -304,6 +304,12 @@ def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> Node:
             "can be put in front. Capture with a dynamic number of tokens, or choose another "
             "method, such as lora."
         )
+    laid = [str(s) for s in shape(embedding) or ()]
+    if laid[1:2] != [str(size[1])]:
+        raise PassError(
+            f"what {site.id} gives is [{', '.join(laid)}], not [batch, sequence, width], so no "
+            "tokens can be put in front. Choose prefix_tuning."
+        )
     return ids
 
 
