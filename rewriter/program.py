@@ -66,6 +66,8 @@ class Program:
     """Aliases that have a tensor of their own now."""
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
+    numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Numbers on branches as passes made them, see `running/intact.py`."""
     origin: Program | None = None
     dtype: torch.dtype | None = None
     """What `capture(dtype=...)` was asked for."""
@@ -136,7 +138,7 @@ class Program:
         Raises:
             VerifyError: the graph is malformed or a measured contract does not hold.
         """
-        from .running.verify import verify_program
+        from .running.replayed import verify_program
 
         return verify_program(self)
 

@@ -94,6 +94,11 @@ class CoDA(Method):
         self.require(self.iterations is None or self.iterations >= 1, "iterations", "at least 1")
         self.require(self.std >= 0, "std", "at least 0")
 
+    @property
+    def departures(self) -> frozenset[str]:
+        """With causal=prefill, later tokens decide which earlier ones are taken."""
+        return frozenset(["tokens"] if self.causal == "prefill" else [])
+
     def sites(self, program: Program) -> list[Site]:
         found = super().sites(program)
         causal = {s.stream for s in program.sites if isinstance(s, AttentionSite) and s.causal}

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import VerifyError
 from ..turns import alone
+from .as_trained import require_kept
 from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
 from .reach import unreached
-from .steady import perturbed, require_settled
+from .steady import perturbed
 from .syntax import parse
 from .trials import sizes
 from .verify import Certificate, certify, check_graph, is_meta
-from .watch import watched
+from .watch import branches, watched
 from .witness import Witness, whole_tensors
 
 if TYPE_CHECKING:
@@ -90,17 +91,20 @@ class Checks:
             certificate = certify(contract, self.witness, made)
             missing = _unreached(before, made, item)
         if item.adapter is not None:
-            _require_settled(before, after, item)
+            self._require_trained(after, item)
         self.program, self.witness, self._marks = after, made, marks(after)
         return certificate, missing
 
-
-def _require_settled(before: Program, after: Program, item: Pass) -> None:
-    """Raises VerifyError for what the initial values of an adapter hide."""
-    old = before.named_trainable_parameters()
-    moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
-    with watched(moved, str(item)):
-        require_settled(moved, before.base, sizes(after))
+    def _require_trained(self, after: Program, item: Pass) -> None:
+        """Raises VerifyError for what the initial values of an adapter hide."""
+        before = self.program
+        old = before.named_trainable_parameters()
+        moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
+        random = self.witness is not None and self.witness.expected
+        with watched(moved, str(item)):
+            paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
+            said = dict.fromkeys(paths, item.departures)
+            require_kept(moved, sizes(after)[0], said, random, str(item))
 
 
 def _unreached(before: Program, made: Witness, item: Pass) -> Skipped:

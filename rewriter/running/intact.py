@@ -180,12 +180,46 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
             )
 
 
+_Number = bool | int | float | complex | str
+
+
+def numbers(program: Program) -> dict[str, Any]:
+    """Numbers and words that branches hold as plain attributes, by path and name: the recipe makes
+    them, and no artifact holds them."""
+    return {
+        f"{path}.{name}": value
+        for path, module in program.module.named_modules()
+        if f"{path}.".startswith(program.inserted) and not getattr(module, "updates_state", False)
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _Number) or value is None
+
+
+def require_numbers(program: Program) -> None:
+    """Raises VerifyError if a number on a branch is not what the passes made it."""
+    now = numbers(program)
+    for name, value in program.numbers.items():
+        if name in now and repr(now[name]) != repr(value):
+            raise VerifyError(
+                f"{name} was changed outside of training, from {value!r} to {now[name]!r}, and "
+                "would be lost by saving: the recipe makes it. Give it its old value back, and run "
+                "the pass with another option instead."
+            )
+
+
 def require_remade(program: Program) -> None:
     """Raises VerifyError if a branch holds values, changed since the pass, that an artifact loses.
 
     Replays the history only where there are such tensors. What a forward has cached since is no
     part of what the pass made.
     """
+    require_numbers(program)
     names = [n for n in _unsaved(program) if n not in state_tensors(program.module)]
     if not names:
         return

@@ -18,6 +18,7 @@ from ..program import Program, Record
 from ..sharded import require_whole
 from ..turns import alone
 from .checks import Checks, Skipped
+from .intact import numbers, require_numbers
 from .passes import Pass, Plan
 from .propagate import propagate
 from .syntax import Passes, as_pipeline
@@ -58,6 +59,7 @@ def run(
         )
     require_owned(program)
     require_unchanged(program)
+    require_numbers(program)
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()
     done: list[str] = []
@@ -142,7 +144,7 @@ def apply_plan(
         decided,
         tuple(notes),
     )
-    return replace(after, history=(*program.history, record))
+    return replace(after, history=(*program.history, record), numbers=numbers(after))
 
 
 def _edited(fork: Program, item: Pass, plan: Plan) -> Editor:
