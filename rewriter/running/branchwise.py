@@ -184,9 +184,7 @@ def _lost(module: nn.Module, call: Call, step: float, seed: int) -> float:
         if not pairs:
             return 1.0
         tensors, weights = zip(*pairs, strict=True)
-        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
-            tensors, list(leaves.values()), weights, allow_unused=True
-        )
+        grads: Any = torch.autograd.grad(tensors, list(leaves.values()), weights, allow_unused=True)
     given = sum(
         float((g * u).double().sum())
         for g, u in zip(grads, along.values(), strict=True) if g is not None

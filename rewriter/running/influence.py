@@ -7,9 +7,10 @@ model itself lets them move, a branch may, too.
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,16 @@ def require_apart(
         what: the pass, for messages.
     """
     given, limit = after.completed(inputs), noise_limit(after)
-    for change in _changes(after.program.base, inputs):
-        own = _moved(after.program.base, change, after.expected)
+    base = after.program.base
+
+    @functools.cache
+    def resting() -> Witness:
+        witness = Witness(base)
+        witness.expected = after.expected
+        return witness
+
+    for change in _changes(base, inputs):
+        own = _moved(base, resting, change, after.expected)
         held = {n: r for n, r in own.items() if r <= limit}
         if change.kind in departures or not held:
             continue
@@ -119,15 +128,16 @@ _KNOWN: weakref.WeakKeyDictionary[Program, dict[_Key, dict[str, float]]] = (
 """Of captured programs: what they themselves do at a change."""
 
 
-def _moved(base: Program, change: Change, expected: bool) -> dict[str, float]:
+def _moved(
+    base: Program, resting: Callable[[], Witness], change: Change, expected: bool
+) -> dict[str, float]:
     """By output, what a change moves elsewhere in the captured model; none where that fails for
     such values, so that nothing can be told."""
     shapes = tuple((n, tuple(t.shape)) for n, t in change.before.items())
     key = change.size, expected, shapes
     known = _KNOWN.setdefault(base, {})
     if key not in known:
-        witness = Witness(base)
-        witness.expected = expected
+        witness = resting()
         before, after = witness.completed(change.before), witness.completed(change.after)
         try:
             gaps = _elsewhere(witness, before, after, change.size)
