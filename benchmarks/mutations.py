@@ -3,9 +3,10 @@
     python -m benchmarks.mutations [--only WORD ...]
 
 writes `benchmarks/mutations.json`; with `--only`, over what it says of the same mutations. Every
-mutation swaps the code of one function in a forked child, and its probe (`tests/mutants.py`) has
-to fail there, in two dtypes and with two seeds; the same probe passes without it. What catches it
-is an error of ours (the verifier, or a reader that refuses), or a check of the tests.
+mutation swaps the code of one function in a forked child, and its probe
+(`tests/mutant_probes.py`) has to fail there, in two dtypes and with two seeds; the same probe
+passes without it. What catches it is an error of ours (the verifier, or a reader that refuses), or
+a check of the tests.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from typing import Any
 import torch
 
 from peftfx.rewriter.errors import RewriteError
-from tests import mutants as probe
-from tests.mutants import DTYPES, Case, Mutation, applied, folds, reference, reloads, runs
+from tests import mutant_probes as probe
+from tests.mutant_probes import folds, reference, reloads, runs
+from tests.mutants import DTYPES, MODELS, Case, Mutation, applied, base
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
@@ -48,6 +50,21 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      reference(_LORA)),
     ("transpose", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)", "x, self.a.T)",
      reference(_SQUARE)),
+    # What zeros at first hide, and what usual inputs do.
+    ("samples", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)",
+     "x - x.mean(0, keepdim=True), self.a)", runs(_LORA)),
+    ("tokens", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)", "x.roll(-1, 1), self.a)",
+     runs(_LORA)),
+    ("gradient", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)", "x.detach(), self.a)",
+     runs(_LORA)),
+    ("gradient", f"{_ADDITIVE}/serial_adapter.py:SerialAdapterBranch.update",
+     "linear(h, self.down,", "linear(h.detach(), self.down,", runs(_SERIAL)),
+    ("mode", f"{_METHODS}/lora.py:LoRABranch.branch", "* self.scale",
+     "* self.scale * (1 + self.training)", runs(_LORA)),
+    ("clip", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)", "x.clamp(-6, 6), self.a)",
+     folds(_LORA)),
+    ("clip", f"{_METHODS}/lora.py:LoRABranch.branch", "x, self.a)",
+     "x * (x.abs() > 0.05), self.a)", folds(_LORA)),
     ("scale", f"{_METHODS}/lora.py:LoRA.made", "self.alpha / (", "2 * self.alpha / (",
      reference(_LORA)),
     ("seed", f"{_METHODS}/lora.py:LoRA.made", "generator=edit.generator", "generator=None",
@@ -264,9 +281,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name in probe.MODELS:  # captured once; children inherit it
+    for name in MODELS:  # captured once; children inherit it
         for dtype in DTYPES.values():
-            probe.base(name, dtype)
+            base(name, dtype)
     clean: dict[Any, str] = {}
     rows: list[dict[str, Any]] = []
     print("| mutation | where | float32 | bfloat16 |\n|---|---|---|---|", flush=True)

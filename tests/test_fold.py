@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.edits.edit import Editor
+from peftfx.rewriter.edits.folding.fold import fold
 from peftfx.rewriter.errors import FoldError, NonFiniteError, VerifyError
+from peftfx.rewriter.program.site_table import Sites
+from peftfx.rewriter.program.sites import LinearSite
 
 from .models import Decoder, Encoder, batch, bert, build, first, llama, moved, randomise
 
@@ -199,3 +204,21 @@ def test_low_precision_reports_what_rounding_loses() -> None:
     program = randomise(peftfx.run(base, "lora"), 0.01)
     folded = peftfx.run(program, "fold")
     assert 0 < folded.history[-1].certificate.measured["delta_lost"] < 1.5
+
+
+def test_a_weight_that_is_read_otherwise_than_the_site_says_is_left_alone() -> None:
+    """As where another rewriting has turned the weight after the sites were found."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8)
+    program = randomise(peftfx.run(peftfx.capture(model, (x,)), "lora{rank=2,where=linear}"))
+    one, *rest = program.sites.of("linear")
+    assert isinstance(one, LinearSite) and rest
+    others = tuple(replace(s, in_out=True) if s is one else s for s in program.sites)
+    edit = Editor(replace(program.fork(), sites=Sites(others)), None, 0, {}, "fold")
+    done = fold(edit, [a.path for a in program.attachments], "refuse")
+    (reason,) = done.kept.values()
+    assert one.weight in reason and "in another way than the site says" in reason
+    assert len(done.folded) == len(rest)
+    edit.graph_module.recompile()
+    torch.testing.assert_close(edit.program(x), program(x))

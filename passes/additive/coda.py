@@ -95,6 +95,11 @@ class CoDA(Method):
         self.require(steps is None or 1 <= steps <= 1000, "iterations", "none or in [1, 1000]")
         self.require(self.std >= 0, "std", "at least 0")
 
+    @property
+    def departures(self) -> frozenset[str]:
+        """With causal=prefill, later tokens decide which earlier ones are taken."""
+        return frozenset(["tokens"] if self.causal == "prefill" else [])
+
     def sites(self, program: State) -> list[Site]:
         found = super().sites(program)
         causal = {s.stream for s in program.sites if isinstance(s, AttentionSite) and s.causal}

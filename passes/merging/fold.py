@@ -2,7 +2,9 @@
 
 Peephole rules run to a fixpoint from the inside out (`rewriter/edits/folding/fold.py`). What cannot
 be folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
-one rounding; the certificate says how much of a delta the rounding lost.
+one rounding. The certificate says what that did: `delta_lost` is the largest rounding error of one
+weight, relative to its change (it may be large where errors of many elements cancel), and
+`outputs_kept` how much is left of what all branches together add to the outputs.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ class Gap:
         values: what differs beyond any size: integers, text, NaN or infinity at other places.
         spoilt: NaN where there was none, or infinity in an output that had none.
         discrete: the output is a tensor of integers or booleans.
+        noise: the output is nothing but rounding, and `relative` is relative to the numbers that
+            it is made of.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Gap:
     values: str = ""
     spoilt: str = ""
     discrete: bool = False
+    noise: bool = False
 
     @property
     def reason(self) -> str:
@@ -100,7 +103,9 @@ def worst(rounds: Sequence[Sequence[Gap]]) -> list[Gap]:
                 max(g.relative for g in each),
                 sum(g.error for g in each),
                 sum(g.size for g in each),
-                **reasons,
+                reasons["form"],
+                reasons["values"],
+                reasons["spoilt"],
                 discrete=each[0].discrete,
             )
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..branches.branch import Delta, Expression, RowScale, Scale, Serial
 from .compare import floats
@@ -24,8 +25,15 @@ SHARE = 0.1
 """Share of what branches contribute that a rewriting may change in any case."""
 
 
-def effect(before: Witness, after: Witness, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+def effect(
+    before: Witness, after: Witness, inputs: Mapping[str, Tensor], silent: Collection[int] = ()
+) -> dict[str, float]:
     """What the branches that a pass has folded or rewritten contribute, and what is left of it.
+
+    Args:
+        before, after: the programs.
+        inputs: that they are called with.
+        silent: which outputs tell nothing.
 
     Returns:
         `effect`, the norm of what the branches add to the outputs, and `error`, that of the
@@ -35,9 +43,9 @@ def effect(before: Witness, after: Witness, inputs: Mapping[str, Tensor]) -> dic
     paths = _rewritten(before, after)
     if not paths:
         return {}
-    full, made = floats(before.outputs(inputs)), floats(after.outputs(inputs))
+    full, made = (_heard(w.outputs(inputs), silent) for w in (before, after))
     with _silenced(before.gm, paths):
-        bare = floats(before.call(before.completed(inputs)))
+        bare = _heard(before.call(before.completed(inputs)), silent)
     square = error = product = 0.0
     for x, y, z in zip(full, made, bare, strict=True):
         a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in (x, y, z))
@@ -48,6 +56,10 @@ def effect(before: Witness, after: Witness, inputs: Mapping[str, Tensor]) -> dic
     if not square:
         return {}
     return {"effect": math.sqrt(square), "error": math.sqrt(error), "kept": product / square}
+
+
+def _heard(output: Any, silent: Collection[int]) -> list[Tensor]:
+    return floats([t for i, t in enumerate(pytree.tree_leaves(output)) if i not in silent])
 
 
 def _rewritten(before: Witness, after: Witness) -> list[str]:

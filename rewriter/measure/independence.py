@@ -99,7 +99,7 @@ class Values:
         before = self._run(inputs)
         seen = False
         for place in (size // 2,) if size > 2 else (0, 1):
-            changed = {n: _changed(t, given[n], place) for n, t in inputs.items()}
+            changed = {n: altered(t, given[n], place) for n, t in inputs.items()}
             if all(t is inputs[n] for n, t in changed.items()):
                 return None
             after = self._run(changed)
@@ -149,7 +149,7 @@ class _Recorder(Gathering):
         return result
 
 
-def _changed(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
+def altered(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
     """Other values at one place of the given axes: negated and shifted numbers; ids in another
     order, or other ids where that changes nothing. Masks stay."""
     if not axes or tensor.dtype == torch.bool:

@@ -38,12 +38,12 @@ def watched(witness: Witness, what: str) -> Iterator[None]:
         path, given = inside.pop()
         if any(t._version != version for t, version in given):
             raise VerifyError(
-                f"{what}: the branch {_place(witness, path)} writes its input in place, which "
+                f"{what}: the branch {place(witness, path)} writes its input in place, which "
                 "others read as well. Compute a new tensor instead (x * y, not x.mul_(y))."
             )
 
     with contextlib.ExitStack() as hooks:
-        for path, module in _branches(witness).items():
+        for path, module in branches(witness).items():
 
             def entered(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 enter(path, module, args, kwargs)
@@ -57,7 +57,7 @@ def watched(witness: Witness, what: str) -> Iterator[None]:
         except Exception as error:
             if not inside:
                 raise
-            raise VerifyError(_failing(what, "", _place(witness, inside[-1][0]), error)) from error
+            raise VerifyError(_failing(what, "", place(witness, inside[-1][0]), error)) from error
 
 
 def require_backward(witness: Witness, inputs: Mapping[str, Tensor], what: str) -> None:
@@ -70,7 +70,7 @@ def require_backward(witness: Witness, inputs: Mapping[str, Tensor], what: str) 
     """
     calls: dict[str, tuple[nn.Module, Any]] = {}
     with contextlib.ExitStack() as hooks:
-        for path, module in _branches(witness).items():
+        for path, module in branches(witness).items():
 
             def entered(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 calls[path] = module, pytree.tree_map(_leaf, (args, kwargs))
@@ -85,8 +85,8 @@ def require_backward(witness: Witness, inputs: Mapping[str, Tensor], what: str) 
             if losses and leaves:
                 torch.autograd.grad(losses, leaves, allow_unused=True)
         except Exception as error:
-            place = _place(witness, path)
-            raise VerifyError(_failing(what, "the backward of ", place, error)) from error
+            where = place(witness, path)
+            raise VerifyError(_failing(what, "the backward of ", where, error)) from error
 
 
 def _leaf(value: Any) -> Any:
@@ -97,18 +97,19 @@ def _leaf(value: Any) -> Any:
     return alone.requires_grad_() if alone.is_floating_point() else alone
 
 
-def _branches(witness: Witness) -> dict[str, nn.Module]:
+def branches(witness: Witness) -> dict[str, nn.Module]:
     """The inserted modules that the graph calls, by path."""
     gm, starts = witness.gm, witness.program.inserted
     paths = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     return {p: gm.get_submodule(p) for p in sorted(paths) if f"{p}.".startswith(starts)}
 
 
-def _place(witness: Witness, path: str) -> str:
+def place(witness: Witness, path: str) -> str:
+    """A branch's path with its site."""
     sites = [a.site for a in witness.program.attachments if a.path == path]
     return f"{path} at {sites[0]}" if sites else path
 
 
-def _failing(what: str, part: str, place: str, error: Exception) -> str:
+def _failing(what: str, part: str, where: str, error: Exception) -> str:
     kind, said = type(error).__name__, str(error).strip().splitlines()
-    return f"{what}: {part}the branch {place} fails: {kind}{f': {said[0][:300]}' if said else ''}"
+    return f"{what}: {part}the branch {where} fails: {kind}{f': {said[0][:300]}' if said else ''}"

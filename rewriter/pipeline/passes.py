@@ -97,6 +97,13 @@ class Pass(ABC):
         """Name of the adapter that this pass inserts, or None."""
         return None
 
+    @property
+    def departures(self) -> frozenset[str]:
+        """What the branches, once trained, need not keep: `samples` (none influences another),
+        `tokens` (none of a causal model sees a later one), `modes` (training without dropout is as
+        evaluation), `gradients` (operands get those of what is computed)."""
+        return frozenset()
+
     def promise(self) -> Contract:
         """The contract with these options."""
         return self.contract

@@ -32,6 +32,8 @@ class Certificate:
         kind: the contract's kind, or `unmeasured` (no values on the meta device).
         measured: largest absolute difference, and the largest one relative to its own output.
         holds: whether the promise was kept.
+        given: under which condition it was measured, where the captured model itself does not
+            give equal outputs for equal inputs in evaluation mode; else empty.
         step: which pass of a history was measured again, such as `1 lora{rank=4}`; '' in the
             record of that pass.
     """
@@ -39,6 +41,7 @@ class Certificate:
     kind: str
     measured: Mapping[str, float] = field(default_factory=dict[str, float])
     holds: bool = True
+    given: str = ""
     step: str = field(default="", compare=False)
 
     @property
@@ -47,7 +50,7 @@ class Certificate:
         if not self.measured:
             return self.kind
         figures = ", ".join(f"{k} {v:.3g}" for k, v in self.measured.items())
-        return f"{self.kind}: {figures}"
+        return f"{self.kind}: {figures}{f' ({self.given})' if self.given else ''}"
 
     def __str__(self) -> str:
         text = f"{self.step}: {self.text}" if self.step else self.text

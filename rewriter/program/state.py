@@ -62,6 +62,8 @@ class State:
     """Aliases that have a tensor of their own now."""
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
+    numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Numbers on branches as passes made them, see `verify/intact.py`."""
     origin: Self | None = None
     dtype: torch.dtype | None = None
     """What `capture(dtype=...)` was asked for."""

@@ -6,15 +6,32 @@ from dataclasses import replace
 
 from ..errors import VerifyError
 from ..graph.module import state_tensors
-from ..measure.steady import perturbed, require_settled
+from ..measure.as_trained import require_kept
+from ..measure.steady import perturbed
 from ..measure.trials import sizes
-from ..measure.witness import Witness
+from ..measure.witness import Witness, repeats
 from ..program.history import Certificate
 from ..program.state import State
 from ..program.unchanged import require_unchanged
-from ..verify.intact import close, require_recorded, require_values, tensors, unsaved
+from ..verify.intact import (
+    close,
+    require_numbers,
+    require_recorded,
+    require_values,
+    tensors,
+    unsaved,
+)
 from ..verify.verify import bound, certify, check_graph, is_meta, measure
 from .replay import replay
+
+
+def _require_kept(program: State) -> None:
+    """Raises VerifyError for what initial values of branches hide, see `as_trained`."""
+    said = {r.adapter: r.applied.departures for r in program.history if r.adapter is not None}
+    paths = {a.path: said.get(a.adapter, frozenset[str]()) for a in program.attachments}
+    moved = perturbed(program)
+    random = repeats(Witness(program.base), sizes(program)[0]).startswith("random")
+    require_kept(moved, sizes(program)[0], paths, random, "the program")
 
 
 def verify_program(program: State) -> list[Certificate]:
@@ -26,6 +43,7 @@ def verify_program(program: State) -> list[Certificate]:
     check_graph(program)
     require_unchanged(program)
     require_values(program)
+    require_numbers(program)
     found: list[Certificate] = []
     if is_meta(program):
         steps = enumerate(program.history, 1)
@@ -38,7 +56,7 @@ def verify_program(program: State) -> list[Certificate]:
         last = after
     if program.history:
         require_recorded(last, program)
-        require_settled(perturbed(program), program.base, sizes(program))
+        _require_kept(program)
         measured = measure(last, program)
         allowed = bound(program, measured)
         if measured["max_rel"] > allowed:
@@ -57,6 +75,7 @@ def require_remade(program: State) -> None:
     Replays the history only where there are such tensors. What a forward has cached since is no
     part of what the pass made.
     """
+    require_numbers(program)
     names = [n for n in unsaved(program) if n not in state_tensors(program.module)]
     if not names:
         return

@@ -27,6 +27,7 @@ from ..program.trained import require_owned
 from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.checks import Checks, Skipped
+from ..verify.intact import numbers, require_numbers
 from ..verify.verify import is_meta
 from .allocation import Allocation, UnexplainedError, require_room
 
@@ -64,6 +65,7 @@ def run(
         )
     require_owned(program)
     require_unchanged(program)
+    require_numbers(program)
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()
     done: list[str] = []
@@ -153,7 +155,8 @@ def apply_plan(
         decided,
         tuple(notes),
     )
-    return replace(cast(AnyProgram, after), history=(*program.history, record))
+    made = replace(after, history=(*program.history, record), numbers=numbers(after))
+    return cast(AnyProgram, made)
 
 
 @contextlib.contextmanager

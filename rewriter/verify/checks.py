@@ -9,10 +9,11 @@ from dataclasses import replace
 from ..edits.edit import Editor
 from ..errors import VerifyError
 from ..graph.turns import alone
+from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
-from ..measure.steady import perturbed, require_settled
+from ..measure.steady import perturbed
 from ..measure.trials import sizes
-from ..measure.watch import watched
+from ..measure.watch import branches, watched
 from ..measure.witness import Witness, whole_tensors
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
@@ -88,17 +89,20 @@ class Checks:
             certificate = certify(contract, self.witness, made)
             missing = _unreached(before, made, item)
         if item.adapter is not None:
-            _require_settled(before, after, item)
+            self._require_trained(after, item)
         self.program, self.witness, self._marks = after, made, marks(after)
         return certificate, missing
 
-
-def _require_settled(before: State, after: State, item: Pass) -> None:
-    """Raises VerifyError for what the initial values of an adapter hide."""
-    old = before.named_trainable_parameters()
-    moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
-    with watched(moved, str(item)):
-        require_settled(moved, before.base, sizes(after))
+    def _require_trained(self, after: State, item: Pass) -> None:
+        """Raises VerifyError for what the initial values of an adapter hide."""
+        before = self.program
+        old = before.named_trainable_parameters()
+        moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
+        random = self.witness is not None and self.witness.expected
+        with watched(moved, str(item)):
+            paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
+            said = dict.fromkeys(paths, item.departures)
+            require_kept(moved, sizes(after)[0], said, random, str(item))
 
 
 def _unreached(before: State, made: Witness, item: Pass) -> Skipped:

@@ -178,6 +178,39 @@ def require_saved(before: State, after: State, what: str, again: Callable[[], St
             )
 
 
+_Number = bool | int | float | complex | str
+
+
+def numbers(program: State) -> dict[str, Any]:
+    """Numbers and words that branches hold as plain attributes, by path and name: the recipe makes
+    them, and no artifact holds them."""
+    return {
+        f"{path}.{name}": value
+        for path, module in program.module.named_modules()
+        if f"{path}.".startswith(program.inserted) and not getattr(module, "updates_state", False)
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _Number) or value is None
+
+
+def require_numbers(program: State) -> None:
+    """Raises VerifyError if a number on a branch is not what the passes made it."""
+    now = numbers(program)
+    for name, value in program.numbers.items():
+        if name in now and repr(now[name]) != repr(value):
+            raise VerifyError(
+                f"{name} was changed outside of training, from {value!r} to {now[name]!r}, and "
+                "would be lost by saving: the recipe makes it. Give it its old value back, and run "
+                "the pass with another option instead."
+            )
+
+
 def unsaved(program: State) -> list[str]:
     """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
     names = transient_buffers(program.module) | _plain(program).keys()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ from ..graph.sharded import placed_like, whole
 from ..measure.choices import tied
 from ..measure.compare import TOLERANCE, Gap, compare, figures, floats, gaps, worst
 from ..measure.effect import SHARE, effect
+from ..measure.noise import cancelled, levels
 from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
@@ -80,7 +81,25 @@ def measure(before: State, after: State) -> dict[str, float]:
 
 
 def _measured(before: Witness, after: Witness) -> list[Gap]:
-    """The gap of every output, over all sizes."""
+    """The gap of every output, over all sizes; of one that is nothing but rounding, relative to
+    the numbers that it is made of."""
+    return _quieted(before, _compared(before, after), lambda: _rounding(before.program))
+
+
+def _quieted(before: Witness, each: list[Gap], moved: Callable[[], list[Gap]]) -> list[Gap]:
+    tolerance, found = _tolerance(before.program), list(each)
+    loud = [i for i, g in enumerate(each) if tolerance < g.relative < math.inf and not g.reason]
+    if not loud or not whole_tensors(before.program):
+        return found
+    level, noise = levels(before, sizes(before.program)[0]), moved()
+    for i in loud:
+        largest = each[i].absolute / each[i].relative
+        if level[i] and noise[i].relative > CAP and cancelled(before, largest, level[i]):
+            found[i] = replace(each[i], relative=each[i].absolute / level[i], noise=True)
+    return found
+
+
+def _compared(before: Witness, after: Witness) -> list[Gap]:
     inputs = sizes(after.program)
     each = worst([compare(before.outputs(i), after.outputs(i)) for i in inputs])
     for gap in each:
@@ -121,7 +140,7 @@ def _rounding(program: State, seed: int = 0) -> list[Gap]:
                 parameter.data = placed_like(held * (1 + step), parameter)
     resting = Witness(program)
     quieten(resting, moved, sizes(program))
-    return _measured(resting, moved)
+    return _compared(resting, moved)
 
 
 def rounding(program: State, seed: int = 0) -> float:
@@ -164,7 +183,7 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     """
     if is_meta(after.program):
         return Certificate("unmeasured")
-    require_steady(before, after, sizes(after.program))
+    given = require_steady(before, after, sizes(after.program))
     each = _measured(before, after)
     kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
     if kind in ("identity", "exact") and any(g.relative for g in each) and not on_cpu:
@@ -172,20 +191,22 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     if kind == "trainable":
         if spoilt := next((g for g in each if g.spoilt), None):
             raise VerifyError(f"the output {spoilt.name} is not finite any more: {spoilt.spoilt}.")
-        return Certificate(kind, figures([g for g in each if not g.values]))
+        return Certificate(kind, figures([g for g in each if not g.values]), given=given)
     limits = _Limits(before.program, contract.limit if kind == "near" else 0.0, kind == "bounded")
     each = _untied(before, after, each, limits, sizes(after.program))
     measured = {**figures(each), **limits.figures(each)}
     _require(kind, each, limits, "")
     if kind == "bounded" and whole_tensors(before.program) and whole_tensors(after.program):
-        measured |= _require_effect(before, after, limits)
+        silent = {i for i, g in enumerate(each) if g.noise}
+        measured |= _require_effect(before, after, limits, silent)
     if kind != "near" and whole_tensors(before.program):
         inputs = sizes(after.program)[0]
         each = trained(before, after, inputs, grows=contract.kind != "bounded")
+        each = _quieted(before, each, limits.moved)
         with before.training(), after.training():
             each = _untied(before, after, each, limits, [inputs])
         _require(kind, each, limits, " in training mode")
-    return Certificate(kind, measured)
+    return Certificate(kind, measured, given=given)
 
 
 class _Limits:
@@ -251,12 +272,18 @@ def _require(kind: str, each: Sequence[Gap], limits: _Limits, where: str) -> Non
             )
 
 
-def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[str, float]:
-    """Holds a rewriting of branches to what they contribute, where that is more than rounding."""
-    seen = effect(before, after, sizes(after.program)[0])
+def _require_effect(
+    before: Witness, after: Witness, limits: _Limits, silent: Collection[int]
+) -> dict[str, float]:
+    """Holds a rewriting of branches to what they contribute, where that is more than rounding.
+
+    `silent` are the outputs that are nothing else.
+    """
+    seen = effect(before, after, sizes(after.program)[0], silent)
     if not seen or seen["error"] <= SHARE * seen["effect"]:
         return {}
-    noise = math.sqrt(sum(g.error / g.size for g in limits.moved() if g.size))
+    moved = [g for i, g in enumerate(limits.moved()) if i not in silent]
+    noise = math.sqrt(sum(g.error / g.size for g in moved if g.size))
     # Rounding moves outputs in all directions, so little of it is along what the branches add.
     share = SHARE + noise / (4 * seen["effect"])
     off = abs(seen["kept"] - 1) > share and seen["effect"] > noise / 2
@@ -267,7 +294,7 @@ def _require_effect(before: Witness, after: Witness, limits: _Limits) -> dict[st
             f"{seen['kept']:.0%} are left, with a difference of {seen['error']:.3g}. The program "
             "is unchanged."
         )
-    return {"kept": seen["kept"]}
+    return {"outputs_kept": seen["kept"]}
 
 
 def check_graph(program: State) -> None:

@@ -20,7 +20,12 @@ from ..errors import NonFiniteError, VerifyError
 
 TOLERANCE = 1e-5
 """Largest relative difference between a branch's forward and its matrix, both in float64."""
-_SAMPLES = 8
+LOST = 0.9
+"""Rounding errors of more than this share of a change are worth a warning."""
+_MAGNITUDES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+"""Of the random inputs: what is linear is so at all of them."""
+_SAMPLES = 2
+"""Inputs of each magnitude."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,27 @@ class Verdict:
 
     Attributes:
         gap: largest relative difference between a branch and its matrix.
-        vanished: the branches change the weight, but rounding left less than a hundredth of that
-            (of its own direction, so elements that jump by a whole step count as they should).
+        lost: what rounding did to the change of the weight, relative to its size; may exceed 1.
+        left: how much of the change is left along its own direction, where elements that jump by
+            a whole step make up for those that stay.
     """
 
     gap: float
-    vanished: bool
+    lost: float = 0.0
+    left: float = 1.0
+
+    @property
+    def vanished(self) -> bool:
+        """Whether nearly everything is lost: the change is gone, or drowns in rounding."""
+        return self.left < 0.01 or self.lost > LOST
+
+    def said(self, dtype: torch.dtype) -> str:
+        """What a report says of it where it has vanished."""
+        left = "nothing" if self.left < 0.01 else f"{self.left:.0%}"
+        off = "" if self.left < 0.01 else (
+            f" along its direction, and errors of {self.lost:.0%} of its size"
+        )  # fmt: skip
+        return f"rounding to {str(dtype)[6:]} left {left} of what was learnt{off}"
 
 
 @dataclass
@@ -106,8 +126,11 @@ def check_folded(
     eps = torch.finfo(torch.promote_types(before.dtype, torch.float32)).eps
     change = exact.weight - old
     learnt = bool((change.abs() > 32 * eps * exact.size).any())
-    written = float(((after.weight.detach().to(old) - old) * change).sum())
-    return Verdict(gap, learnt and written < 0.01 * float(change.square().sum()))
+    if not learnt:
+        return Verdict(gap)
+    made, size = after.weight.detach().to(old) - old, float(change.square().sum())
+    lost = float((made - change).norm()) / size**0.5
+    return Verdict(gap, lost, float((made * change).sum()) / size)
 
 
 def _exact(branches: Sequence[Branch], old: Tensor, bias: Tensor | None) -> _Exact:
@@ -153,8 +176,9 @@ def _gap(name: str, path: str, branch: Branch, old: Tensor, bias: Tensor | None)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(width: int) -> Tensor:
-        x = torch.randn(_SAMPLES, width, generator=generator, dtype=torch.float64)
-        return x.to(old)
+        sizes = torch.tensor(_MAGNITUDES, dtype=torch.float64).repeat(_SAMPLES)[:, None]
+        x = torch.randn(len(sizes), width, generator=generator, dtype=torch.float64)
+        return (x * sizes).to(old)
 
     with torch.no_grad():
         if isinstance(branch, Delta):
@@ -172,8 +196,7 @@ def _gap(name: str, path: str, branch: Branch, old: Tensor, bias: Tensor | None)
             got, want = branch(x), x * branch.full_scale().to(old)
         else:
             raise VerifyError(f"{name}: {path} is no branch of a linear.")
-    size = max(float(want.norm()), float(got.norm()))
-    gap = float((got - want).norm()) / size if size else 0.0
+    gap = _largest_gap(want, got)
     if not gap <= TOLERANCE:
         raise VerifyError(
             f"{name}: the branch {path} computes something else than what it folds into the "
@@ -182,6 +205,13 @@ def _gap(name: str, path: str, branch: Branch, old: Tensor, bias: Tensor | None)
             "(delta, rows or scale) must agree."
         )
     return gap
+
+
+def _largest_gap(want: Tensor, got: Tensor) -> float:
+    """The largest relative difference of rows; a bias is as large as small rows, or larger."""
+    size = torch.maximum(want.norm(dim=1), got.norm(dim=1))
+    gaps = (got - want).norm(dim=1) / torch.where(size > 0, size, 1.0)
+    return float(gaps.nan_to_num(float("inf")).max())
 
 
 def _require_written(

@@ -47,9 +47,9 @@ class Folding:
     Attributes:
         folded: paths of the branches that folded.
         kept: those that did not, and why.
-        lost: the largest share of a change that rounding lost.
+        lost: the largest rounding error of a weight, relative to its change.
         gap: the largest relative difference between a branch and what it folds.
-        vanished: (site, why) where rounding left nothing of what was learnt.
+        vanished: (site, why) where rounding lost nearly all of what was learnt.
     """
 
     folded: list[str] = field(default_factory=list[str])
@@ -85,7 +85,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
 
 
 def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
-    """Warns where rounding left nothing of what was learnt."""
+    """Warns where rounding lost nearly all of what was learnt."""
     if vanished:
         site, note = vanished[0]
         more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
@@ -160,8 +160,7 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     verdict = check_folded(site.id, before, after or before, mine)
     result.gap = max(result.gap, verdict.gap)
     if verdict.vanished:
-        dtype = str(before.dtype)[6:]
-        result.vanished.append((site.id, f"rounding to {dtype} left nothing of what was learnt"))
+        result.vanished.append((site.id, verdict.said(before.dtype)))
 
 
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:

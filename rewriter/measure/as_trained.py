@@ -1,0 +1,44 @@
+"""What a program as if it had trained must keep: it is settled, its samples and tokens do not mix,
+and its branches are the same in both modes, with the gradients of what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from .branchwise import calls, require_faithful
+from .influence import require_apart
+from .steady import require_settled
+from .witness import Witness, whole_tensors
+
+
+def require_kept(
+    moved: Witness,
+    inputs: Mapping[str, Tensor],
+    departures: Mapping[str, Collection[str]],
+    random: bool,
+    what: str,
+) -> None:
+    """Raises VerifyError for what a program does once its branches do something.
+
+    Args:
+        moved: of the program, see `steady.perturbed`.
+        inputs: that it is called with; samples and tokens are two at least where they may be.
+        departures: by path of the branches to look at, what their pass says of them, see
+            `Pass.departures`.
+        random: the captured model draws random numbers in evaluation mode.
+        what: the pass, for messages.
+    """
+    with calls(moved) as seen:
+        require_settled(moved, moved.program.base, [inputs])
+    if not whole_tensors(moved.program):
+        return
+    if random:
+        moved.expected = True
+        moved.forget()
+    require_apart(moved, inputs, {d for each in departures.values() for d in each}, what)
+    for path, said in departures.items():
+        if path in seen:
+            require_faithful(moved, path, seen[path], said, what)
+    moved.reset()
