@@ -255,7 +255,7 @@ def test_an_output_of_rounding_alone_folds(
     assert 0 < float((want[1] - got[1]).abs().max()) < tiny
     assert float(want[1].abs().max()) < tiny and float(want[0].abs().max()) > 1
     # A wrong fold is still seen in the other output.
-    monkeypatch.setattr("peftfx.rewriter.edits.fold.check_folded", _unchecked)
+    monkeypatch.setattr("peftfx.rewriter.edits.folding.fold.check_folded", _unchecked)
     monkeypatch.setattr("peftfx.passes.reparameterized.lora.LoRABranch.delta", _double)
     with pytest.raises(VerifyError, match="does not hold"):
         peftfx.run(program, "fold")
