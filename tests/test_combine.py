@@ -17,6 +17,7 @@ from peftfx.rewriter.errors import FoldError, PassError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.program.history import Contract, Plan
+from peftfx.rewriter.program.state import State
 from peftfx.rewriter.storage.composed import plan_members, take_members
 
 from .models import batch, first, moved, randomise
@@ -45,7 +46,7 @@ def mixture() -> Any:
         names: tuple[str, ...] = ("a", "b")
 
         def plan(
-            self, program: peftfx.Program, data: Any = None, sources: Sequence[Any] = ()
+            self, program: State, data: Any = None, sources: Sequence[Any] = ()
         ) -> Plan:
             return plan_members(program, self.names, sources, "delta")
 

@@ -19,6 +19,7 @@ from peftfx.rewriter.graph.aten import ATEN, output_node, set_attribute
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.program.history import Contract, Plan
+from peftfx.rewriter.program.state import State
 from peftfx.rewriter.verify.verify import certify
 
 LENGTH = 5
@@ -87,7 +88,7 @@ def wrong(
         where: str = placed
 
         def plan(
-            self, program: peftfx.Program, data: Any = None, sources: Sequence[Any] = ()
+            self, program: State, data: Any = None, sources: Sequence[Any] = ()
         ) -> Plan:
             if read is not None:
                 read(program)

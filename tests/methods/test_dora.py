@@ -277,7 +277,7 @@ def expressed(base: peftfx.Program, g: float) -> peftfx.Program:
     edit.finish()
     with torch.no_grad():
         edit.program.branch(edit.program.attachments[0]).g.fill_(g)  # type: ignore[union-attr]
-    return edit.program
+    return program
 
 
 def test_norms_follow_an_expression_below(captured: Any) -> None:
