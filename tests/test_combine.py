@@ -45,9 +45,7 @@ def mixture() -> Any:
         contract: ClassVar[Contract] = Contract("trainable")
         names: tuple[str, ...] = ("a", "b")
 
-        def plan(
-            self, program: State, data: Any = None, sources: Sequence[Any] = ()
-        ) -> Plan:
+        def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
             return plan_members(program, self.names, sources, "delta")
 
         def apply(self, edit: Editor, plan: Plan) -> None:

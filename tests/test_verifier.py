@@ -87,9 +87,7 @@ def wrong(
         contract: ClassVar[Contract] = Contract(kind)
         where: str = placed
 
-        def plan(
-            self, program: State, data: Any = None, sources: Sequence[Any] = ()
-        ) -> Plan:
+        def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
             if read is not None:
                 read(program)
             return super().plan(program, data, sources)
