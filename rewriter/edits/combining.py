@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from ..aten import ATEN
+from ..aten import ATEN, value
 from ..errors import PassError
 from ..program import BRANCHES, Attachment
 from ..sites.sites import Site
@@ -79,7 +79,7 @@ def combine_serial(
     with graph.inserting_after(made):
         added = (ATEN.add.Tensor, (h, made), {}, f"{name}_add")
         joined = graph.create_node("call_function", *added)
-    joined.meta["serial"] = site.id
+    joined.meta |= {"serial": site.id, "previous": value(first)}
     for reader in readers:
         reader.replace_input_with(first, joined)
 

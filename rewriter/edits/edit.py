@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aten import ancestors, set_attribute, users
+from ..aten import ancestors, set_attribute, users, value
 from ..sites.sites import (
     AttentionSite,
     ConvSite,
@@ -149,7 +149,7 @@ class Editor(Reading):
         readers = [add] if add in current.users else [u for u in users(current) if u in above]
         with self.graph_module.graph.inserting_after(known):
             new = self._call(path, (current,), reads)
-        new.meta["serial"] = site.id
+        new.meta |= {"serial": site.id, "previous": value(current)}
         for reader in readers:
             reader.replace_input_with(current, new)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..aten import ATEN, expression_of
+from ..aten import ATEN, expression_of, outdate, value
 from ..errors import PassError
 from ..sharded import whole
 from ..sites.sites import LinearSite
@@ -49,7 +49,7 @@ def express(
         made = graph.create_node(
             "call_module", path, (current,), dict(reads), path.replace(".", "_")
         )
-    made.meta["expression"] = name
+    made.meta |= {"expression": name, "previous": value(current)}
     for reader in readers:
         for source in sources:
             reader.replace_input_with(source, made)
@@ -123,6 +123,7 @@ def settle(edit: Editor, path: str, decided: Mapping[str, Any]) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
+            outdate(node)
     edit.edited.append(found.site)
 
 
