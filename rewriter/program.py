@@ -14,7 +14,7 @@ from .edits.trained import ITSELF
 from .errors import CaptureError, PassError, nearest
 from .fingerprint import Fingerprints, take
 from .generate import generate
-from .history import Attachment, Record
+from .history import Attachment, Index, Record
 from .module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
 from .sharded import equal, reshard
 from .sites.sites import Sites
@@ -73,6 +73,8 @@ class Program:
     """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
     prints: Fingerprints | None = None
     """What its frozen tensors and those of its base were like; taken when it is made."""
+
+    _index: Index = field(default_factory=Index, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prints is None:
@@ -189,7 +191,7 @@ class Program:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
         for name, tensor in self._stored():
-            if not name.startswith(self.inserted) and self.aliases.get(name, name) == name:
+            if not self.inserts(name) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
 
@@ -197,6 +199,19 @@ class Program:
     def inserted(self) -> tuple[str, ...]:
         """What the names of all tensors of branches and shared modules start with."""
         return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
+
+    def inserts(self, name: str) -> bool:
+        """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
+        return self._index.of(self.attachments, self.shared).holds(name)
+
+    def attached(self, site: str) -> list[Attachment]:
+        """The branches at a site, in order of insertion."""
+        return self._index.of(self.attachments, self.shared).at(site)
+
+    @property
+    def folders(self) -> set[str]:
+        """Names of the adapters that branches and shared modules are stored below."""
+        return self._index.of(self.attachments, self.shared).folders
 
     def updated(self) -> dict[str, Tensor]:
         """Tensors of the base that forwards have written since the capture (batch statistics)."""

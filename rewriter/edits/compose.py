@@ -47,11 +47,8 @@ def at_weight(
     Of the same slot, those with a path in `first` come innermost (sums and products commute). With
     `call`, only the sites that this call computes: another one may read the weight transposed.
     """
-    ids = {
-        s.id for s in program.sites
-        if isinstance(s, LinearSite) and s.weight == weight and (not call or call in s.nodes)
-    }  # fmt: skip
-    found = [a for a in program.attachments if a.site in ids and a.slot in ORDER]
+    sites = [s.id for s in program.sites.of_weight(weight) if not call or call in s.nodes]
+    found = [a for site in sites for a in program.attached(site) if a.slot in ORDER]
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 

@@ -91,7 +91,6 @@ def require_owned(program: Program) -> None:
 
 def _base(program: Program) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters outside of branches, by canonical name."""
-    inserted = program.inserted
     for name, parameter in program.module.named_parameters():
-        if not name.startswith(inserted):
+        if not program.inserts(name):
             yield name, parameter

@@ -124,11 +124,10 @@ def require_names(before: Program, after: Program, what: str) -> None:
     for kind, names in lost.items():
         if names:
             raise VerifyError(f"{what} loses the {kind} {names[0]!r} ({len(names)} in all).")
-    branches = tuple(p.rstrip(".") for p in after.inserted)
     for node in gm.graph.nodes:
         path = str(node.target)
         inserted = node.op == "call_module" and path.startswith("peftfx.")
-        if inserted and not any(path == p or path.startswith(f"{p}.") for p in branches):
+        if inserted and not after.inserts(f"{path}."):
             raise VerifyError(f"{what}: the graph calls {path}, which belongs to no adapter.")
 
 
@@ -166,8 +165,7 @@ def require_saved(before: Program, after: Program, what: str, again: Callable[[]
         again: does it again, from what an artifact would hold. Buffers that are not persistent
             come from there.
     """
-    known = before.inserted
-    names = [n for n in _unsaved(after) if not (known and n.startswith(known))]
+    names = [n for n in _unsaved(after) if not before.inserts(n)]
     if not names:
         return
     want, got = _tensors(after), _tensors(again())
@@ -202,10 +200,9 @@ def require_remade(program: Program) -> None:
 def _unsaved(program: Program) -> list[str]:
     """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
     names = transient_buffers(program.module) | _plain(program).keys()
-    held = program.inserted
     return [
         n for n in sorted(names)
-        if n.startswith(held) and n.rpartition(".")[2] not in EDITORS
+        if program.inserts(n) and n.rpartition(".")[2] not in EDITORS
     ]  # fmt: skip
 
 
@@ -214,7 +211,7 @@ def _plain(program: Program) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": value
         for path, module in program.module.named_modules()
-        if f"{path}.".startswith(program.inserted)
+        if program.inserts(f"{path}.")
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     }

@@ -14,6 +14,7 @@ import functools
 import operator
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +39,9 @@ _CONSTANTS = (
 )  # fmt: skip
 """What is compared by being the same object, and cannot change what it is."""
 
+_SEQUENCES = (tuple, list, slice, set, frozenset, immutable_list)
+_MAPPINGS = (dict, OrderedDict, immutable_dict)
+
 _MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, _Result]] = weakref.WeakKeyDictionary()
 """By fake mode. Entries hold sizes and no fake tensors, which would keep their mode alive."""
 
@@ -46,11 +51,9 @@ class _IncomparableError(Exception):
 
 
 class _Extent(NamedTuple):
-    """A fake tensor without the tensor."""
+    """A fake tensor without its mode: a meta tensor, and the device that it is said to be on."""
 
-    shape: tuple[Any, ...]
-    stride: tuple[Any, ...]
-    dtype: torch.dtype
+    meta: Tensor
     device: torch.device
 
 
@@ -143,7 +146,10 @@ class Memo:
             if not self._plain(leaf) or _storage(leaf) in places:
                 return None
             places.add(_storage(leaf))
-            kept.append(_Extent(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device))
+            sizes: Any = tuple(leaf.shape), leaf.stride()
+            kept.append(
+                _Extent(torch.empty_strided(*sizes, dtype=leaf.dtype, device="meta"), leaf.device)
+            )
         return _Result(tuple(kept), structure)
 
     def _plain(self, leaf: Any) -> bool:
@@ -161,8 +167,7 @@ class Memo:
     def _fake(self, extent: _Extent) -> FakeTensor:
         """A tensor of its own: what torch notes on it (sizes that depend on values) is not that
         of others."""
-        meta = torch.empty_strided(extent.shape, extent.stride, dtype=extent.dtype, device="meta")
-        return FakeTensor(self.mode, meta, extent.device)
+        return FakeTensor(self.mode, extent.meta.detach(), extent.device)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -202,9 +207,9 @@ class _Keys:
             return self._tensor(item)
         if isinstance(item, nn.Module):
             return kind, self._mapping(vars(item))
-        if kind in (tuple, list, slice, set, frozenset):
+        if kind in _SEQUENCES:
             return kind, tuple(map(self.of, self._items(item)))
-        if isinstance(item, dict) and kind.__module__ in ("builtins", "collections"):
+        if kind in _MAPPINGS:
             return kind, self._mapping(item)
         raise _IncomparableError
 
@@ -225,6 +230,8 @@ class _Keys:
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
             raise _IncomparableError
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise _IncomparableError
+        if getattr(tensor, "constant", None) is not None:  # a fake one whose values are known
             raise _IncomparableError
         sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
         return (

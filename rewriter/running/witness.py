@@ -40,12 +40,10 @@ class Witness:
 
     def __post_init__(self) -> None:
         self.gm = still(self.program)
-        held = self._stored()
+        self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
+        held = self._held
         self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
-
-    def _stored(self) -> dict[str, Tensor]:
-        return dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
@@ -69,7 +67,7 @@ class Witness:
 
     def reset(self) -> None:
         """Puts the state back that the program has."""
-        held = self._stored()
+        held = self._held
         for name, value in self._state.items():
             held[name].data.copy_(value)
 
@@ -79,7 +77,7 @@ class Witness:
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
-        held = self._stored()
+        held = self._held
         return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
 
     @contextlib.contextmanager

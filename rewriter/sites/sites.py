@@ -5,6 +5,7 @@ A site names its graph nodes by node name, so that a fork of the graph keeps the
 
 from __future__ import annotations
 
+import functools
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -348,13 +349,28 @@ class Sites:
         Raises:
             SiteError: there is none (also a KeyError); names the nearest.
         """
-        for site in self.items:
-            if site.id == site_id:
-                return site
+        if (site := self._by_id.get(site_id)) is not None:
+            return site
         raise SiteError(
             f"there is no site {site_id!r} among {len(self.items)}. Nearest: "
             f"{nearest(site_id, (s.id for s in self.items))}. Print program.sites to see them."
         )
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Site]:
+        return {site.id: site for site in self.items}
+
+    @functools.cached_property
+    def _by_weight(self) -> dict[str, list[LinearSite]]:
+        found: dict[str, list[LinearSite]] = {}
+        for site in self.items:
+            if isinstance(site, LinearSite):
+                found.setdefault(site.weight, []).append(site)
+        return found
+
+    def of_weight(self, weight: str) -> Sequence[LinearSite]:
+        """The linear sites of a stored weight, in graph order."""
+        return self._by_weight.get(weight, ())
 
     def of(self, *kinds: str) -> tuple[Site, ...]:
         """The sites of the given kinds."""
