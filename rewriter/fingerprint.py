@@ -9,6 +9,7 @@ memory that has no counter, and forgives a tensor that was moved or got its old 
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from .errors import BaseChangedError
 from .module import same_view, state_tensors
 from .sharded import is_sharded
+from .storage.identity import tensor_digest
 
 if TYPE_CHECKING:
     from .program import Program
@@ -123,6 +125,36 @@ def training_shared(program: Program) -> list[str]:
     places = {p.view[0] for p in (*prints.base.values(), *prints.own.values())}
     trained = program.named_trainable_parameters()
     return sorted(n for n, p in trained.items() if not _hollow(p) and p.data_ptr() in places)
+
+
+_DIGESTS: weakref.WeakKeyDictionary[Program, dict[str, tuple[bytes, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of captured programs, by a tensor's name: its checksum, and its digest as long as that holds."""
+
+
+def base_digests(program: Program) -> dict[str, str]:
+    """The digests of the tensors of a program's base by name, each computed once.
+
+    Only for a program that `require_unchanged` has just found unchanged: a tensor is hashed again
+    where its fingerprint is another one, or where it has none (it may train, or is sharded).
+
+    Raises:
+        MetaTensorError: a tensor has no values.
+    """
+    known, prints = _DIGESTS.setdefault(program.base, {}), program.prints or Fingerprints()
+    digests: dict[str, str] = {}
+    for name, tensor in program.base.base_tensors().items():
+        printed = prints.base.get(name)
+        values = None if printed is None or not _is_at(tensor, printed) else printed.values
+        held = known.get(name)
+        if values is not None and held is not None and held[0] == values:
+            digests[name] = held[1]
+            continue
+        digests[name] = tensor_digest(tensor)
+        if values is not None:
+            known[name] = values, digests[name]
+    return digests
 
 
 def require_unchanged(program: Program, values: bool = True) -> None:

@@ -216,6 +216,22 @@ def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule
     return _rebuild(source, graph, {id(t): t for t in held}, name)
 
 
+def all_read(gm: GraphModule) -> bool:
+    """Whether the graph reads or calls everything that its module holds, as after a fork."""
+    nodes = gm.graph.nodes
+    called = {str(n.target) for n in nodes if n.op == "call_module"}
+    stored = {str(n.target) for n in nodes if n.op == "get_attr"}
+    stack: list[tuple[str, nn.Module]] = [("", gm)]
+    while stack:
+        path, module = stack.pop()
+        children = [(f"{path}{n}", m) for n, m in module.named_children()]
+        held = [f"{path}{n}" for n in (*module._parameters, *module._buffers)]
+        if any(name not in stored for name in held) or not (held or children):
+            return False
+        stack += [(f"{n}.", m) for n, m in children if n not in called]
+    return True
+
+
 def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
     """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
     root, transient = nn.Module(), transient_buffers(source)

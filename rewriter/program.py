@@ -372,10 +372,13 @@ class Program:
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
         prefix = f"{BRANCHES}.{name}."  # `ITSELF` has no branches
-        persistent = set(self.module.state_dict(keep_vars=True))
-        found = {
-            n: t.detach() for n, t in self._stored() if n.startswith(prefix) and n in persistent
-        }
+        reshard(self.module)
+        held = getattr(getattr(self.module, BRANCHES, None), name, None)
+        found: dict[str, Tensor] = {}
+        if isinstance(held, nn.Module):
+            persistent = set(held.state_dict(keep_vars=True))
+            stored = (*held.named_parameters(), *held.named_buffers())
+            found = {f"{prefix}{n}": t.detach() for n, t in stored if n in persistent}
         found |= {n: t for n, t in self.removed.items() if n.startswith(prefix)}
         for owned in self.owned.get(name, ()):
             found[owned] = self.module.get_parameter(owned).detach()

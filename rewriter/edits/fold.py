@@ -32,7 +32,7 @@ from .certificate import Matrix, check_folded, require_finite_base
 from .compose import ORDER, fold_ready
 from .edit import Editor
 from .pattern import Match, Mismatch
-from .readers import others, readers, turned
+from .readers import Readers, turned
 from .replacing import remember
 from .rules import Fold, linear_of, lost_share, match_at
 from .untie import untie
@@ -56,6 +56,13 @@ class Folding:
     lost: float = 0.0
     gap: float = 0.0
     vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    _readers: Readers | None = None
+
+    def of(self, program: Program) -> Readers:
+        """Who reads the tensors of the program that is folded."""
+        if self._readers is None or self._readers.program is not program:
+            self._readers = Readers(program)
+        return self._readers
 
 
 def fold(edit: Editor, paths: Sequence[str], tied: str) -> Folding:
@@ -188,7 +195,7 @@ def _try(edit: Editor, attachment: Attachment, tied: str, result: Folding) -> st
     if reason := edit.weight(site).refuses(branch):
         return f"not foldable: {reason}"
     linears = [linear_of(match) for match, _ in matches]
-    shared = _settle_sharing(edit, site, branch, linears, tied)
+    shared = _settle_sharing(edit, site, branch, linears, tied, result.of(edit.program))
     if isinstance(shared, str):
         return shared
     weight = edit.weight(shared)
@@ -240,7 +247,12 @@ def _matches(
 
 
 def _settle_sharing(
-    edit: Editor, site: LinearSite, branch: Branch, calls: Sequence[Node], tied: str
+    edit: Editor,
+    site: LinearSite,
+    branch: Branch,
+    calls: Sequence[Node],
+    tied: str,
+    known: Readers,
 ) -> LinearSite | str:
     """The site whose tensors may be changed for these calls alone, or why there is none.
 
@@ -252,9 +264,8 @@ def _settle_sharing(
     names = list(edit.weight(site).stored())
     if isinstance(branch, OutputScale) and site.bias is not None:
         names.append(site.bias)
-    table = readers(edit.program)
     for name in names:
-        rest = others(edit.program, name, calls, table)
+        rest = known.others(name, calls)
         if not rest:
             continue
         if tied == "keep":
@@ -266,6 +277,7 @@ def _settle_sharing(
                 "shared tensor) or fold{tied=keep} (leave the branch in the graph)."
             )
         site = untie(edit, site, name, calls, rest)
+        known.refresh()
     return site
 
 

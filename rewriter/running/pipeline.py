@@ -13,7 +13,7 @@ from ..edits.edit import Editor
 from ..edits.trained import require_owned
 from ..errors import PassError, RewriteError
 from ..fingerprint import require_unchanged, take
-from ..module import outside_inference
+from ..module import all_read, outside_inference
 from ..program import Program, Record
 from ..sharded import require_whole
 from ..turns import alone
@@ -100,10 +100,18 @@ def apply_plan(
     planned: float = 0.0,
     check: bool = True,
     checks: Checks | None = None,
+    owned: bool = False,
 ) -> Program:
     """Applies one planned pass transactionally: fork, edit, propagate, check, record.
 
-    `checks` are those of a pipeline, begun before the pass planned.
+    Args:
+        program, item, plan: the pass, and what it decided for this program.
+        planned: seconds that planning took.
+        check: measure what the pass promises.
+        checks: those of a pipeline, begun before the pass planned.
+        owned: the program is a fork that nothing else holds, so it is edited itself; after an
+            error it is of no use any more. Only without checks, which compare with what it was,
+            and where the step before left nothing that a fork would leave out.
     """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
@@ -112,7 +120,8 @@ def apply_plan(
         )
     require_owned(program)
     clock = [time.perf_counter()]
-    fork = program.fork()
+    owned = owned and not check and all_read(program.module)
+    fork = replace(program) if owned else program.fork()
     clock.append(time.perf_counter())
     with alone():
         edit = _edited(fork, item, plan)

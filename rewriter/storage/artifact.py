@@ -26,7 +26,7 @@ from ..errors import (
     OptionError,
     PassError,
 )  # fmt: skip
-from ..fingerprint import require_unchanged
+from ..fingerprint import base_digests, require_unchanged
 from ..program import Program, Record
 from ..running.intact import require_remade
 from ..running.passes import Pass, Plan
@@ -118,7 +118,7 @@ def _files(program: Program, adapters: Sequence[str] | None) -> dict[str, bytes]
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     tensors = {n: whole(t) for n, t in tensors.items()}
-    base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    base = base_digests(program)
     updated = program.updated()
     tensors |= {n: whole(t) for n, t in updated.items()}
     dtype = program.base.dtype

@@ -20,7 +20,7 @@ from ..errors import (
     RewriteError,
     nearest,
 )  # fmt: skip
-from ..fingerprint import require_unchanged
+from ..fingerprint import base_digests, require_unchanged
 from ..module import outside_inference
 from ..program import Program
 from ..running.before_fold import values_then
@@ -30,7 +30,7 @@ from ..running.replay import load_values
 from ..running.verify import Certificate, check_graph
 from ..sharded import equal
 from .artifact import SAVED, Artifact, base_difference, differing, read
-from .identity import merkle_root, tensor_digest
+from .identity import merkle_root
 from .renaming import renamed
 
 _DAMAGE = (
@@ -52,6 +52,7 @@ def load(
     *,
     name: str | None = None,
     allow_base_mismatch: bool = False,
+    cache: bool | str | Path = False,
 ) -> Program:
     """Loads saved adapters onto a model or program.
 
@@ -62,6 +63,7 @@ def load(
             have one name are loaded onto one program like this.
         allow_base_mismatch: accept base weights other than those trained on; the certificates
             in the history say so from then on, also once saved again.
+        cache: of captures, see `capture`; a program is captured already.
 
     Returns:
         A new program in evaluation mode if `target` is; `target` is not changed.
@@ -73,9 +75,9 @@ def load(
     artifact = read(directory)
     if name is not None:
         artifact = renamed(artifact, name, str(directory))
-    program = target if isinstance(target, Program) else _capture(target, artifact)
+    program = target if isinstance(target, Program) else _capture(target, artifact, cache)
     require_unchanged(program)
-    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    have = base_digests(program)
     note = ""
     if merkle_root(have) != artifact.base_root:
         if not allow_base_mismatch:
@@ -102,10 +104,11 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
         if artifact.trained or artifact.updated:
             current = program.fork()
             train_only(current, artifact.trained)
+        current = current.fork()
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             where = f"{directory}, recipe[{index}] ({item})"
             _require_sites(current, plan, where)
-            current = apply_plan(current, item, plan, check=False)
+            current = apply_plan(current, item, plan, check=False, owned=True)
             said = Certificate(f"{SAVED}{certificate.removesuffix(note)}{note}")
             current.history = (
                 *current.history[:-1],
@@ -113,7 +116,8 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
             )
             reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
             plans = [plan for _, plan, _ in artifact.steps[index + 1 :]]
-            done |= _take(current, artifact, directory, reshaped, plans)
+            inserted = None if item.adapter is None or item.reshapes else [item.adapter]
+            done |= _take(current, artifact, directory, reshaped, plans, inserted)
         if not artifact.steps:
             done |= _take(current, artifact, directory, False, ())
         check_graph(current)
@@ -166,14 +170,19 @@ def _require_sites(program: Program, plan: Plan, where: str) -> None:
 
 
 def _take(
-    program: Program, artifact: Artifact, where: str, reshaped: bool, later: Sequence[Plan]
+    program: Program,
+    artifact: Artifact,
+    where: str,
+    reshaped: bool,
+    later: Sequence[Plan],
+    adapters: Sequence[str] | None = None,
 ) -> set[str]:
-    """Loads the values of all adapters so far, as the steps found them of which `later` are the
-    plans; their names."""
+    """Loads the values of some adapters (all so far by default), as the steps found them of which
+    `later` are the plans; their names."""
     mine = program.adapter_tensors(ITSELF)
     held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
     wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
-    for name in artifact.adapters:
+    for name in artifact.adapters if adapters is None else adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)
     load_values(program, values_then(values, later), reshaped)
@@ -200,7 +209,7 @@ def _fitting(
     return {name: tensors[name] for name in wanted}
 
 
-def _capture(model: nn.Module, artifact: Artifact) -> Program:
+def _capture(model: nn.Module, artifact: Artifact, cache: bool | str | Path) -> Program:
     spec = artifact.spec
     example = spec.example(None, **probes(spec, {})[0])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -209,4 +218,4 @@ def _capture(model: nn.Module, artifact: Artifact) -> Program:
         for i in spec.inputs
     }
     args, kwargs = spec.arguments({n: t.to(device) for n, t in example.items()})
-    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
+    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype, cache=cache)

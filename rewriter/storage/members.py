@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..edits.edit import Editor
 from ..errors import BaseMismatchError, PassError, nearest
+from ..fingerprint import base_digests, require_unchanged
 from ..program import BRANCHES, Program
 from ..running.passes import Plan
 from ..running.replay import load_values
@@ -55,7 +56,8 @@ def adapters_of(program: Program, sources: Sequence[Any]) -> list[Source]:
     """
     if not sources:
         return []
-    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    require_unchanged(program)
+    have = base_digests(program)
     found: list[Source] = []
     for source in sources:
         if not isinstance(source, str | Path):
