@@ -20,15 +20,10 @@ from ..aten import set_attribute
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..sharded import is_sharded, placed_like, whole
 from .branch import Branch
-from .certificate import Matrix
+from .certificate import Matrix, all_finite
 
 if TYPE_CHECKING:
     from ..sites.sites import LinearSite
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(kw_only=True)

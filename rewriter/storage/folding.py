@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..aten import expression_of, set_attribute
-from ..edits.certificate import Matrix, check_folded
+from ..edits.certificate import Matrix, all_finite, check_folded
 from ..edits.compose import ORDER, fold_ready
 from ..edits.edit import Editor
 from ..edits.fold import Folding, branch_of, by_weight, fold_weight
 from ..edits.quantised import quantised_calls
-from ..edits.weight import all_finite
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..program import Program
 from ..sites.sites import LinearSite
