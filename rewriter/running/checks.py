@@ -16,7 +16,7 @@ from .syntax import parse
 from .trials import sizes
 from .verify import Certificate, certify, check_graph, is_meta
 from .watch import watched
-from .witness import Witness, whole_tensors
+from .witness import Witness, sharing, whole_tensors
 
 if TYPE_CHECKING:
     from ..edits.edit import Editor
@@ -37,6 +37,8 @@ class Checks:
 
     def __init__(self, program: Program) -> None:
         self.witness = None if is_meta(program) else Witness(program)
+        self.before: Witness | None = None
+        """Of the program that the last pass was given."""
         self.program = program
         self._marks: Mapping[str, Mark] = {}
         self.begin()
@@ -47,6 +49,11 @@ class Checks:
         if self.witness is not None:
             for inputs in sizes(self.program):
                 self.witness.outputs(inputs)
+
+    def examine(self, item: Pass, before: Program, after: Program) -> Mapping[str, float]:
+        """What a pass measures beside its contract, with the outputs that are known already."""
+        with sharing(*([] if self.before is None else [self.before])):
+            return item.examine(before, after)
 
     def unmoved(self, item: Pass) -> None:
         """Raises VerifyError if the program is not what it was when the pass began."""
@@ -91,7 +98,8 @@ class Checks:
             missing = _unreached(before, made, item)
         if item.adapter is not None:
             _require_settled(before, after, item)
-        self.program, self.witness, self._marks = after, made, marks(after)
+        self.program, self.before, self._marks = after, self.witness, marks(after)
+        self.witness = made
         return certificate, missing
 
 

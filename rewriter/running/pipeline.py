@@ -132,8 +132,9 @@ def apply_plan(
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
-        certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
-        figures = {**edit.figures, **item.examine(program, after)}
+        checks = checks or Checks(program)
+        certificate, left = checks.finish(after, item, decided, _edited)
+        figures = {**edit.figures, **checks.examine(item, program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
         notes += () if is_meta(after) else left_out(after)
     clock.append(time.perf_counter())

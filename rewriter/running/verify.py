@@ -28,7 +28,7 @@ from .intact import require_recorded, require_values
 from .steady import perturbed, quieten, require_settled, require_steady, trained
 from .still import forward, still
 from .trials import sizes
-from .witness import Witness, whole_tensors
+from .witness import Witness, whole_tensors, witness_of
 
 if TYPE_CHECKING:
     from ..program import Program
@@ -122,7 +122,7 @@ def measure(before: Program, after: Program) -> dict[str, float]:
     Raises:
         VerifyError: number, type, dtype or shape of the outputs differ.
     """
-    one, other = Witness(before), Witness(after)
+    one, other = witness_of(before), Witness(after)
     quieten(one, other, sizes(after))
     each = _measured(one, other)
     infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}
