@@ -207,6 +207,14 @@ def resident(field: str) -> int:
     return round(int(next(n for n in lines if n.startswith(field)).split()[1]) / 1024)
 
 
+def environment() -> str:
+    """The machine class and versions."""
+    return (
+        f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, 1 thread, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, CPU seconds"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
@@ -227,8 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = peftfx.export_onnx(trainable_program()[0], Path(folder) / "m.onnx")
     results = {
-        "environment": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
-        f"1 thread, Python {platform.python_version()}, torch {torch.__version__}, CPU seconds",
+        "environment": environment(),
         "capture of MiniLM [s], model loading included": round(statistics.median(captures), 2),
         "inserting LoRA on all linears [s]": insertion(rounds),
         "folding [s]": folding(rounds),

@@ -285,3 +285,45 @@ def test_a_model_that_runs_at_no_size(tmp_path: Path) -> None:
     model.tokens = 10**5
     with pytest.raises(ArtifactError, match=r"none of the sizes .*needs more than.*load\(program"):
         peftfx.load(model, tmp_path / "a")
+
+
+def test_loading_onto_a_model_takes_the_capture_from_a_cache(captured: Any, tmp_path: Path) -> None:
+    model, base = captured["encoder"]
+    program = peftfx.run(base, "lora{rank=2,where=q}")
+    peftfx.save(program, tmp_path / "a")
+    first, again = (peftfx.load(model, tmp_path / "a", cache=tmp_path / "cache") for _ in range(2))
+    assert first.base.cached == "stored" and again.base.cached == "recalled"
+    assert again.text() == first.text()
+    assert torch.equal(again(**batch())[0], first(**batch())[0])
+
+
+def test_loading_and_removing_fork_once_whatever_the_adapters(
+    captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, base = captured["encoder"]
+    program = base
+    for index in range(8):
+        program = peftfx.run(program, f"lora{{rank=2,where=q,name=a{index}}}")
+    with torch.no_grad():
+        for tensor in program.trainable_parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    peftfx.save(program, tmp_path / "a")
+    forks: list[str] = []
+    original = peftfx.Program.fork
+
+    def counted(self: peftfx.Program) -> peftfx.Program:
+        forks.append("fork")
+        return original(self)
+
+    monkeypatch.setattr(peftfx.Program, "fork", counted)
+    loaded = peftfx.load(base, tmp_path / "a")
+    assert len(forks) == 1 and not base.attachments
+    assert loaded.text() == program.text()
+    assert torch.equal(loaded(**batch())[0], program(**batch())[0])
+    forks.clear()
+    less = program.without("a3")
+    assert len(forks) <= 2
+    want = peftfx.load(base, tmp_path / "a").without("a3")
+    assert less.text() == want.text() and "a3" not in less.adapters
+    assert torch.equal(less(**batch())[0], want(**batch())[0])
+    less.verify()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import BaseChangedError, PassError, RewriteError
+from peftfx.rewriter.errors import BaseChangedError, BaseMismatchError, PassError, RewriteError
+from peftfx.rewriter.program import unchanged as fingerprint
 from peftfx.rewriter.program.fingerprint import checksum
 from peftfx.rewriter.program.unchanged import changed, require_unchanged, training_shared
 from peftfx.rewriter.run.replay import replay
@@ -203,3 +204,41 @@ def test_checksums_see_order_sign_and_single_elements(
     one[-1] = 7
     assert checksum(one.view(shape)) != checksum(tensor)
     assert checksum(torch.cat([one[:1], one])[1:]) == checksum(one)  # odd places in memory
+
+
+def test_a_base_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    program = adapted(model)
+    hashed: list[tuple[int, ...]] = []
+    original = fingerprint.tensor_digest
+
+    def counted(tensor: Tensor) -> str:
+        hashed.append(tuple(tensor.shape))
+        return original(tensor)
+
+    monkeypatch.setattr(fingerprint, "tensor_digest", counted)
+    peftfx.save(program, tmp_path / "one")
+    count = len(program.base.base_tensors())
+    assert len(hashed) == count == 7
+    peftfx.save(program, tmp_path / "two")
+    peftfx.load(program.base, tmp_path / "one")
+    assert len(hashed) == count
+    want = {n: original(t) for n, t in program.base.base_tensors().items()}
+    assert fingerprint.base_digests(program) == want
+    with torch.no_grad():
+        model.up.weight.mul_(2)
+    with pytest.raises(BaseChangedError, match=r"up\.weight"):
+        peftfx.save(program, tmp_path / "three")
+    other = peftfx.capture(model, (X,))  # of its own, so nothing is known of it
+    with pytest.raises(BaseMismatchError, match=r"up\.weight"):
+        peftfx.load(other, tmp_path / "one")
+
+
+def test_what_has_no_fingerprint_is_hashed_every_time() -> None:
+    program = peftfx.capture(net(frozen=False), (X,))
+    assert program.prints is not None and set(program.prints.base) == {"unread"}
+    before = fingerprint.base_digests(program)
+    with torch.no_grad():
+        program.module.get_parameter("down.weight").data.mul_(2)
+    after = fingerprint.base_digests(program)
+    assert [n for n in before if before[n] != after[n]] == ["down.weight"]

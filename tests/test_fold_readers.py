@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.api import Program
 from peftfx.rewriter.errors import ExportError, FoldError, PassError, VerifyError
-from peftfx.rewriter.program.readers import readers
+from peftfx.rewriter.program.readers import Readers
 from peftfx.rewriter.weights.exported import put_back
 
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
@@ -218,9 +218,25 @@ def test_names_that_both_sides_read_cannot_be_untied() -> None:
 
     block = Block()
     mixed = adapted(frozen(Chain(block, block)), "lora{rank=2,where=ffn}")
-    table = readers(mixed)
-    assert [r.through for r in table["layers.0.up.weight"]] == [(), ()]
-    assert str(table["layers.0.up.weight"][1].node.target) == "aten.linear.default"
+    found = Readers(mixed).of("layers.0.up.weight")
+    assert [r.through for r in found] == [(), ()]
+    assert str(found[1].node.target) == "aten.linear.default"
+
+
+@pytest.mark.parametrize("layers", [12, 24, 48])
+def test_a_fold_looks_for_readers_once(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = adapted(frozen(Chain(*(Block() for _ in range(layers)))), "lora{rank=2,where=ffn}")
+    looks: list[str] = []
+    for name in ("refresh", "of"):
+        original = getattr(Readers, name)
+
+        def counted(self: Any, *given: Any, name: str = name, original: Any = original) -> Any:
+            looks.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(Readers, name, counted)
+    assert not peftfx.run(program, "fold").attachments
+    assert looks.count("refresh") == 1 and looks.count("of") == 2 * layers
 
 
 def test_names_of_the_same_memory_are_one_tensor() -> None:

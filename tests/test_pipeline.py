@@ -15,6 +15,7 @@ import peftfx
 from peftfx.rewriter.branches.branch import Delta
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import OptionError, PassError
+from peftfx.rewriter.measure import witness
 from peftfx.rewriter.pipeline.options import write_value
 from peftfx.rewriter.pipeline.syntax import as_pipeline, parse, parse_value, parse_yaml, to_yaml
 from peftfx.rewriter.program.sites import LinearSite
@@ -192,3 +193,25 @@ def test_text_keeps_what_was_typed() -> None:
     assert str(pipeline) == text and parse(str(pipeline)) == pipeline
     assert pipeline == parse("lora;lora{name=b};fold") != parse("lora{rank=4};lora{name=b};fold")
     assert str(parse_yaml("- lora: {where: q|v}")) == "lora{where=q|v}"
+
+
+@pytest.mark.parametrize(("text", "most"), [("lora{where=q}", 12), ("fold", 16)])
+def test_checks_measure_the_program_before_once(
+    captured: Any, monkeypatch: pytest.MonkeyPatch, text: str, most: int
+) -> None:
+    base = peftfx.run(captured["encoder"][1], "ia3")  # so the sizes are tried
+    runs: list[Any] = []
+    original = witness.Witness.call
+
+    def counted(self: Any, inputs: Any) -> Any:
+        runs.append(self.program)
+        return original(self, inputs)
+
+    monkeypatch.setattr(witness.Witness, "call", counted)
+    made = peftfx.run(base, text)
+    assert made.history[-1].certificate.holds
+    sizes = 3
+    # At every size, once more to see that it repeats, and for a fold once without its branches.
+    again = 3 if text == "fold" else 1
+    assert sum(p is base for p in runs) == sizes + again
+    assert len(runs) <= most

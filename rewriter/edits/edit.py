@@ -25,7 +25,7 @@ from ..branches.branch import (
     Tokens,
 )
 from ..branches.routing import Routed
-from ..graph.aten import ancestors, set_attribute, users
+from ..graph.aten import ancestors, set_attribute, users, value
 from ..graph.flow import site_nodes
 from ..program.history import ITSELF
 from ..program.sites import (
@@ -147,11 +147,13 @@ class Editor(Reading):
         path = self._attach(site, branch, reads)
         add, current = self.node(site.nodes[1]), self.output(site)
         known = latest(self.graph_module, {"": current, **given(reads)})
-        above = set(ancestors(add))
-        readers = [add] if add in current.users else [u for u in users(current) if u in above]
+        readers = [add]
+        if add not in current.users:
+            above = set(ancestors(add))
+            readers = [u for u in users(current) if u in above]
         with self.graph_module.graph.inserting_after(known):
             new = self._call(path, (current,), reads)
-        new.meta["serial"] = site.id
+        new.meta |= {"serial": site.id, "previous": value(current)}
         for reader in readers:
             reader.replace_input_with(current, new)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx import graph as fx_graph
+from torch.utils import _pytree as pytree
 
 ATEN: Any = torch.ops.aten
 
@@ -160,6 +161,29 @@ def set_attribute(gm: nn.Module, path: str, value: Any, transient: bool = True) 
 def value(node: object) -> Any:
     """The fake value recorded for a node (None where there is none)."""
     return node.meta.get("val") if isinstance(node, Node) else None
+
+
+def outdate(node: Node) -> None:
+    """Lets `propagate` compute a node's value again, and compare it with what its readers saw."""
+    if "val" in node.meta:
+        node.meta["previous"] = node.meta.pop("val")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two fake values have the same structure, dtypes and sizes."""
+    if one is other:
+        return True
+    a, b = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return len(a) == len(b) and all(map(_alike, a, b))
+
+
+def _alike(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        same = x.dtype == y.dtype and x.dim() == y.dim()
+        return same and all(map(_alike, x.shape, y.shape))
+    if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt):
+        return x.node.expr == y.node.expr
+    return str(x) == str(y)
 
 
 def shape(node: object) -> tuple[Any, ...] | None:

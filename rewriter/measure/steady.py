@@ -34,7 +34,7 @@ def perturbed(program: State, names: Collection[str] | None = None, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     for name in trained:
         parameter = held.get(name)
-        if parameter is None or not name.startswith(program.inserted) or is_sharded(parameter):
+        if parameter is None or not program.inserts(name) or is_sharded(parameter):
             continue
         if parameter.is_floating_point():
             noise = torch.randn(parameter.shape, generator=generator) * NOISE

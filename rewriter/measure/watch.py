@@ -99,9 +99,9 @@ def _leaf(value: Any) -> Any:
 
 def branches(witness: Witness) -> dict[str, nn.Module]:
     """The inserted modules that the graph calls, by path."""
-    gm, starts = witness.gm, witness.program.inserted
+    gm, program = witness.gm, witness.program
     paths = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-    return {p: gm.get_submodule(p) for p in sorted(paths) if f"{p}.".startswith(starts)}
+    return {p: gm.get_submodule(p) for p in sorted(paths) if program.inserts(f"{p}.")}
 
 
 def place(witness: Witness, path: str) -> str:

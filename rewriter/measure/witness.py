@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +39,10 @@ class Witness:
 
     def __post_init__(self) -> None:
         self.gm = still(self.program)
-        held = self._stored()
+        self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
+        held = self._held
         self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
-
-    def _stored(self) -> dict[str, Tensor]:
-        return dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
@@ -67,7 +66,7 @@ class Witness:
 
     def reset(self) -> None:
         """Puts the state back that the program has."""
-        held = self._stored()
+        held = self._held
         for name, value in self._state.items():
             held[name].data.copy_(value)
 
@@ -82,7 +81,7 @@ class Witness:
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
-        held = self._stored()
+        held = self._held
         return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
 
     @contextlib.contextmanager
@@ -96,6 +95,25 @@ class Witness:
         finally:
             self.gm.eval()
             self.reset()
+
+
+_SHARED: ContextVar[tuple[Witness, ...]] = ContextVar("_SHARED", default=())
+
+
+@contextlib.contextmanager
+def sharing(*witnesses: Witness) -> Iterator[None]:
+    """Lets `witness_of` give these, for programs that are as they were when they were taken."""
+    token = _SHARED.set(witnesses)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def witness_of(program: State) -> Witness:
+    """A witness of the program: one that is shared, with the outputs that it has, or a new one."""
+    shared = (w for w in _SHARED.get() if w.program is program and not w.expected)
+    return next(shared, None) or Witness(program)
 
 
 def completed(program: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

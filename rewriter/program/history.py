@@ -124,3 +124,42 @@ class Record:
             else:
                 lines += [f"  skipped {site}: {reason}" for site in sites]
         return "\n".join(lines)
+
+
+class Index:
+    """The attachments of a program by site, and the places of all that passes inserted."""
+
+    def __init__(self) -> None:
+        self._attachments: tuple[Attachment, ...] = ()
+        self._shared: tuple[str, ...] = ()
+        self._sites: dict[str, list[Attachment]] = {}
+        self._paths: set[str] = set()
+        self.folders: set[str] = set()
+        """What the second parts of all paths are: names of adapters."""
+
+    def of(self, attachments: tuple[Attachment, ...], shared: tuple[str, ...]) -> Index:
+        """This index, of these attachments and shared modules: what is new is added to it."""
+        if attachments is self._attachments and shared is self._shared:
+            return self
+        known = len(self._attachments)
+        if shared != self._shared or attachments[:known] != self._attachments:
+            self._sites, self._paths, known = {}, set(shared), 0
+            self.folders = {path.split(".")[1] for path in shared}
+        for attachment in attachments[known:]:
+            self._sites.setdefault(attachment.site, []).append(attachment)
+            self._paths.add(attachment.path)
+            self.folders.add(attachment.path.split(".")[1])
+        self._attachments, self._shared = attachments, shared
+        return self
+
+    def at(self, site: str) -> list[Attachment]:
+        """The attachments of a site, in order."""
+        return list(self._sites.get(site, ()))
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor or module is part of what passes inserted."""
+        end = len(name)
+        while (end := name.rfind(".", 0, end)) > 0:
+            if name[:end] in self._paths:
+                return True
+        return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -25,7 +25,9 @@ from ..graph.aten import (
     users,
 )
 from ..graph.sharded import is_sharded
-from .state import State
+
+if TYPE_CHECKING:
+    from .state import State
 
 _AS_IT_IS = CASTS | overloads(
     "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "unsqueeze", "expand",
@@ -60,38 +62,54 @@ def module_of(node: Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def readers(program: State) -> dict[str, list[Reader]]:
-    """The readers of every stored tensor in the graph, by the first of its names.
+class Readers:
+    """The readers of stored tensors in the graph of a program, which may be edited meanwhile.
 
     Names of overlapping memory are one tensor, as far as the program can see that.
     """
-    first = _first_names(program)
-    table: dict[str, list[Reader]] = {}
-    for node in program.module.graph.nodes:
-        if node.op == "get_attr":
-            name = first_name(program, str(node.target), first)
-            table.setdefault(name, []).extend(_below(node))
-    return table
 
+    def __init__(self, program: State) -> None:
+        self.program = program
+        self._first = _first_names(program)
+        self.refresh()
 
-def first_name(program: State, name: str, first: dict[str, str] | None = None) -> str:
-    """Under which name `readers` lists a stored tensor."""
-    own = name if name in program.untied else program.aliases.get(name, name)
-    return (_first_names(program) if first is None else first).get(own, own)
+    def refresh(self) -> None:
+        """Looks for stored tensors again, once the graph reads others."""
+        self._stored: dict[str, list[Node]] = {}
+        for node in self.program.module.graph.nodes:
+            if node.op == "get_attr":
+                self._stored.setdefault(self._named(str(node.target)), []).append(node)
 
+    def of(self, name: str) -> list[Reader]:
+        """Who reads a stored tensor, by any of its names, in graph order."""
+        return [r for node in self._stored.get(self._named(name), ()) for r in _below(node)]
 
-def overlapping(program: State, name: str) -> list[str]:
-    """Other captured tensors, no other names of this one, that share memory with it."""
-    if name in program.untied:
-        return []
-    first = _first_names(program)
-    own = program.aliases.get(name, name)
-    return [
-        other
-        for other in program.base.base_tensors()
-        if program.aliases.get(other, other) != own
-        and first_name(program, other, first) == first_name(program, own, first)
-    ]
+    def others(self, name: str, calls: Collection[Node]) -> list[Reader]:
+        """Who reads a stored tensor beside the given calls and what is composed around them."""
+        keys = {call.meta.get("call") or call.name for call in calls}
+        return [
+            reader
+            for reader in self.of(name)
+            if reader.node not in calls and reader.node.meta.get("composed") not in keys
+        ]
+
+    def overlapping(self, name: str) -> list[str]:
+        """Other captured tensors, no other names of this one, that share memory with it."""
+        aliases = self.program.aliases
+        if name in self.program.untied:
+            return []
+        own = aliases.get(name, name)
+        return [
+            other
+            for other in self.program.base.base_tensors()
+            if aliases.get(other, other) != own and self._named(other) == self._named(own)
+        ]
+
+    def _named(self, name: str) -> str:
+        """The name that stands for a stored tensor."""
+        program = self.program
+        own = name if name in program.untied else program.aliases.get(name, name)
+        return self._first.get(own, own)
 
 
 def _below(stored: Node) -> list[Reader]:
@@ -129,18 +147,6 @@ def _reach(tensor: Tensor) -> int:
     """Bytes from the first to behind the last element."""
     steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
-
-
-def others(
-    program: State, name: str, calls: Collection[Node], table: dict[str, list[Reader]]
-) -> list[Reader]:
-    """Who reads a stored tensor beside the given calls and what is composed around them."""
-    keys = {call.meta.get("call") or call.name for call in calls}
-    return [
-        reader
-        for reader in table.get(first_name(program, name), [])
-        if reader.node not in calls and reader.node.meta.get("composed") not in keys
-    ]
 
 
 def turned(through: Sequence[Node]) -> bool | None:

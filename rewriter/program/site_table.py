@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from ..errors import SelectorError, SiteError, nearest
 from .selector import choose, select
-from .sites import Site, listed
+from .sites import LinearSite, Site, listed
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,28 @@ class Sites:
         Raises:
             SiteError: there is none (also a KeyError); names the nearest.
         """
-        for site in self.items:
-            if site.id == site_id:
-                return site
+        if (site := self._by_id.get(site_id)) is not None:
+            return site
         raise SiteError(
             f"there is no site {site_id!r} among {len(self.items)}. Nearest: "
             f"{nearest(site_id, (s.id for s in self.items))}. Print program.sites to see them."
         )
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Site]:
+        return {site.id: site for site in self.items}
+
+    @functools.cached_property
+    def _by_weight(self) -> dict[str, list[LinearSite]]:
+        sites: dict[str, list[LinearSite]] = {}
+        for site in self.items:
+            if isinstance(site, LinearSite):
+                sites.setdefault(site.weight, []).append(site)
+        return sites
+
+    def of_weight(self, weight: str) -> Sequence[LinearSite]:
+        """The linear sites of a stored weight, in graph order."""
+        return self._by_weight.get(weight, ())
 
     def of(self, *kinds: str) -> tuple[Site, ...]:
         """The sites of the given kinds."""

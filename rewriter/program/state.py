@@ -15,7 +15,7 @@ from ..graph.module import CapturedModule, fork_module, outside_inference, same_
 from ..graph.sharded import equal, reshard
 from ..inputs.spec import InputSpec
 from .fingerprint import Fingerprints, is_at, printed
-from .history import ITSELF, Attachment, Record
+from .history import ITSELF, Attachment, Index, Record
 from .site_table import Sites
 
 AnyProgram = TypeVar("AnyProgram", bound="State")
@@ -71,6 +71,8 @@ class State:
     """What the capture cache did: `recalled`, `stored`, or why not; empty without one."""
     prints: Fingerprints | None = None
     """What its frozen tensors and those of its base were like; taken when it is made."""
+
+    _index: Index = field(default_factory=Index, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prints is None:
@@ -142,7 +144,7 @@ class State:
         """Every stored tensor outside of the branches, by canonical name."""
         found: dict[str, Tensor] = dict(self.extras)
         for name, tensor in self._stored():
-            if not name.startswith(self.inserted) and self.aliases.get(name, name) == name:
+            if not self.inserts(name) and self.aliases.get(name, name) == name:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
 
@@ -150,6 +152,19 @@ class State:
     def inserted(self) -> tuple[str, ...]:
         """What the names of all tensors of branches and shared modules start with."""
         return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
+
+    def inserts(self, name: str) -> bool:
+        """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
+        return self._index.of(self.attachments, self.shared).holds(name)
+
+    def attached(self, site: str) -> list[Attachment]:
+        """The branches at a site, in order of insertion."""
+        return self._index.of(self.attachments, self.shared).at(site)
+
+    @property
+    def folders(self) -> set[str]:
+        """Names of the adapters that branches and shared modules are stored below."""
+        return self._index.of(self.attachments, self.shared).folders
 
     def updated(self) -> dict[str, Tensor]:
         """Tensors of the base that forwards have written since the capture (batch statistics)."""
@@ -260,10 +275,13 @@ class State:
     def adapter_tensors(self, name: str) -> dict[str, Tensor]:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
         prefix = f"{BRANCHES}.{name}."  # `ITSELF` has no branches
-        persistent = set(self.module.state_dict(keep_vars=True))
-        found = {
-            n: t.detach() for n, t in self._stored() if n.startswith(prefix) and n in persistent
-        }
+        reshard(self.module)
+        held = getattr(getattr(self.module, BRANCHES, None), name, None)
+        found: dict[str, Tensor] = {}
+        if isinstance(held, nn.Module):
+            persistent = set(held.state_dict(keep_vars=True))
+            stored = (*held.named_parameters(), *held.named_buffers())
+            found = {f"{prefix}{n}": t.detach() for n, t in stored if n in persistent}
         found |= {n: t for n, t in self.removed.items() if n.startswith(prefix)}
         for owned in self.owned.get(name, ()):
             found[owned] = self.module.get_parameter(owned).detach()

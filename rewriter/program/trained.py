@@ -86,7 +86,6 @@ def require_owned(program: State) -> None:
 
 def _base(program: State) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters outside of branches, by canonical name."""
-    inserted = program.inserted
     for name, parameter in program.module.named_parameters():
-        if not name.startswith(inserted):
+        if not program.inserts(name):
             yield name, parameter

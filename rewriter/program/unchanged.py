@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 from ..errors import BaseChangedError
-from .fingerprint import Fingerprints, differs, hollow
+from ..files.identity import tensor_digest
+from .fingerprint import Fingerprints, differs, hollow, is_at
 from .state import State
 
 
@@ -55,3 +58,33 @@ def require_unchanged(program: State, values: bool = True) -> None:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(map(repr, names[:3]))}{more}"
+
+
+_DIGESTS: weakref.WeakKeyDictionary[State, dict[str, tuple[bytes, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of captured programs, by a tensor's name: its checksum, and its digest as long as that holds."""
+
+
+def base_digests(program: State) -> dict[str, str]:
+    """The digests of the tensors of a program's base by name, each computed once.
+
+    Only for a program that `require_unchanged` has just found unchanged: a tensor is hashed again
+    where its fingerprint is another one, or where it has none (it may train, or is sharded).
+
+    Raises:
+        MetaTensorError: a tensor has no values.
+    """
+    known, prints = _DIGESTS.setdefault(program.base, {}), program.prints or Fingerprints()
+    digests: dict[str, str] = {}
+    for name, tensor in program.base.base_tensors().items():
+        printed = prints.base.get(name)
+        values = None if printed is None or not is_at(tensor, printed) else printed.values
+        held = known.get(name)
+        if values is not None and held is not None and held[0] == values:
+            digests[name] = held[1]
+            continue
+        digests[name] = tensor_digest(tensor)
+        if values is not None:
+            known[name] = values, digests[name]
+    return digests

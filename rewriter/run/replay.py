@@ -21,28 +21,30 @@ from .run import apply_plan
 
 
 def replay_steps(
-    program: AnyProgram, adapters: Sequence[str] | None = None
+    program: AnyProgram, adapters: Sequence[str] | None = None, kept: bool = True
 ) -> Iterator[tuple[Record, AnyProgram, AnyProgram]]:
     """Rebuilds a program from its base, step by step, with its current values.
 
     Yields (record, before, after); `after` of an inserting pass holds freshly initialised
     branches as far as its certificate goes, and the current values from the next step on.
+    Without `kept`, one program is edited on and on, so `before` and `after` hold for their step.
     """
     names = program.adapters if adapters is None else tuple(adapters)
-    current = _begin(program)
+    current = _begin(program) if kept else _begin(program).fork()
     kept_plans = ((i, r, _kept(r, names)) for i, r in enumerate(program.history))
     steps = [(i, r, plan) for i, r, plan in kept_plans if plan is not None]
     other = undone(program, [(i, plan) for i, _, plan in steps])
     for index, (place, record, plan) in enumerate(steps):
         before = current
-        current = apply_plan(current, record.applied, plan, check=False)
-        kept = replace(current.history[-1], certificate=record.certificate)
-        current.history = (*current.history[:-1], kept)
+        current = apply_plan(current, record.applied, plan, check=False, owned=not kept)
+        said = replace(current.history[-1], certificate=record.certificate)
+        current.history = (*current.history[:-1], said)
         yield record, before, current
         reshaped = any(r.applied.reshapes for _, r, _ in steps[index + 1 :])
         later = [r.plan for r in program.history[place + 1 :]]
-        for name in current.owners:
-            values = values_then(program.adapter_tensors(name), later)
+        inserts = record.adapter is not None and not record.applied.reshapes
+        for name in [record.adapter] if inserts else current.owners:  # the others have theirs
+            values = values_then(program.adapter_tensors(str(name)), later)
             here = {n: t for n, t in values.items() if other.get(n, place + 1) > place}
             load_values(current, here, reshaped)
         if set(names) == set(program.adapters):  # statistics are those of all of them together
@@ -85,7 +87,7 @@ def replay(program: AnyProgram, adapters: Sequence[str]) -> AnyProgram:
     require_owned(program)
     require_unchanged(program)
     current = _begin(program).fork()
-    for _, _, after in replay_steps(program, adapters):
+    for _, _, after in replay_steps(program, adapters, kept=False):
         current = after
     copy_modes(program.module, current.module)
     return current

@@ -14,7 +14,7 @@ from typing import Any, cast
 from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
-from ..graph.module import outside_inference
+from ..graph.module import all_read, outside_inference
 from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
 from ..measure.trials import left_out
@@ -110,11 +110,20 @@ def apply_plan(
     check: bool = True,
     checks: Checks | None = None,
     elements: int | None = None,
+    owned: bool = False,
 ) -> AnyProgram:
     """Applies one planned pass transactionally: fork, edit, propagate, check, record.
 
-    `checks` are those of a pipeline, begun before the pass planned; `elements` is how many the
-    tensors may have that the pass makes, for plans that anybody may have written.
+    Args:
+        program, item, plan: the pass, and what it decided for this program.
+        planned: seconds that planning took.
+        check: measure what the pass promises.
+        checks: those of a pipeline, begun before the pass planned.
+        elements: how many the tensors may have that the pass makes, for plans that anybody may
+            have written.
+        owned: the program is a fork that nothing else holds, so it is edited itself; after an
+            error it is of no use any more. Only without checks, which compare with what it was,
+            and where the step before left nothing that a fork would leave out.
     """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
@@ -123,7 +132,8 @@ def apply_plan(
         )
     require_owned(program)
     clock = [time.perf_counter()]
-    fork = program.fork()
+    owned = owned and not check and all_read(program.module)
+    fork = replace(program) if owned else program.fork()
     clock.append(time.perf_counter())
     with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)
@@ -135,8 +145,9 @@ def apply_plan(
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
         _require_room(program, after, item)
-        certificate, left = (checks or Checks(program)).finish(after, item, decided, _edited)
-        figures = {**edit.figures, **item.examine(program, after)}
+        checks = checks or Checks(program)
+        certificate, left = checks.finish(after, item, decided, _edited)
+        figures = {**edit.figures, **checks.examine(item, program, after)}
         certificate = replace(certificate, measured={**certificate.measured, **figures})
         notes += () if is_meta(after) else left_out(after)
     clock.append(time.perf_counter())

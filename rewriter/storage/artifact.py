@@ -37,7 +37,7 @@ from ..pipeline.syntax import parse
 from ..program.history import ITSELF, Plan, Record
 from ..program.state import State
 from ..program.trained import require_owned
-from ..program.unchanged import require_unchanged
+from ..program.unchanged import base_digests, require_unchanged
 from ..run.recheck import require_remade
 from ..run.replay import only
 
@@ -121,7 +121,7 @@ def _files(program: State, adapters: Sequence[str] | None) -> dict[str, bytes]:
     for index, record in enumerate(kept):
         tensors |= {f"{_PLAN}{index}.{n}": t for n, t in record.plan.tensors.items()}
     tensors = {n: whole(t) for n, t in tensors.items()}
-    base = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    base = base_digests(program)
     updated = program.updated()
     tensors |= {n: whole(t) for n, t in updated.items()}
     dtype = program.base.dtype

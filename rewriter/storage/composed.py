@@ -20,6 +20,7 @@ from ..files.identity import merkle_root, tensor_digest
 from ..pipeline.syntax import parse
 from ..program.history import Plan
 from ..program.state import BRANCHES
+from ..program.unchanged import base_digests, require_unchanged
 from ..run.replay import load_values
 from .artifact import Artifact, base_difference, read
 
@@ -56,7 +57,8 @@ def adapters_of(program: Program, sources: Sequence[Any]) -> list[Source]:
     """
     if not sources:
         return []
-    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    require_unchanged(program)
+    have = base_digests(program)
     found: list[Source] = []
     for source in sources:
         if not isinstance(source, str | Path):

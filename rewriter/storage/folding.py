@@ -17,9 +17,8 @@ from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
 from ..graph.turns import alone
 from ..program.sites import LinearSite
-from ..weights.certificate import Matrix, check_folded
+from ..weights.certificate import Matrix, all_finite, check_folded
 from ..weights.quantised import quantised_calls
-from ..weights.weight import all_finite
 from .safetensors_checkpoint import Checkpoint
 
 

@@ -19,7 +19,7 @@ from ..errors import (
     RewriteError,
     nearest,
 )  # fmt: skip
-from ..files.identity import merkle_root, tensor_digest
+from ..files.identity import merkle_root
 from ..graph.module import outside_inference
 from ..graph.sharded import equal
 from ..inputs.probes import fit, probes
@@ -28,7 +28,7 @@ from ..measure.still import undisturbed
 from ..measure.trials import described
 from ..program.history import ITSELF, Certificate, Plan
 from ..program.trained import train_only
-from ..program.unchanged import require_unchanged
+from ..program.unchanged import base_digests, require_unchanged
 from ..run.before_fold import values_then
 from ..run.replay import load_values
 from ..run.run import apply_plan
@@ -56,6 +56,7 @@ def load(
     *,
     name: str | None = None,
     allow_base_mismatch: bool = False,
+    cache: bool | str | Path = False,
 ) -> Program:
     """Loads saved adapters onto a model or program.
 
@@ -66,6 +67,7 @@ def load(
             have one name are loaded onto one program like this.
         allow_base_mismatch: accept base weights other than those trained on; the certificates
             in the history say so from then on, also once saved again.
+        cache: of captures, see `capture`; a program is captured already.
 
     Returns:
         A new program in evaluation mode if `target` is; `target` is not changed.
@@ -77,9 +79,9 @@ def load(
     artifact = read(directory)
     if name is not None:
         artifact = renamed(artifact, name, str(directory))
-    program = target if isinstance(target, Program) else _capture(target, artifact)
+    program = target if isinstance(target, Program) else _capture(target, artifact, cache)
     require_unchanged(program)
-    have = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    have = base_digests(program)
     note = ""
     if merkle_root(have) != artifact.base_root:
         if not allow_base_mismatch:
@@ -107,10 +109,11 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
         if artifact.trained or artifact.updated:
             current = program.fork()
             train_only(current, artifact.trained)
+        current = current.fork()
         for index, (item, plan, certificate) in enumerate(artifact.steps):
             where = f"{directory}, recipe[{index}] ({item})"
             _require_sites(current, plan, where)
-            current = apply_plan(current, item, plan, check=False, elements=explained)
+            current = apply_plan(current, item, plan, check=False, elements=explained, owned=True)
             said = Certificate(f"{SAVED}{certificate.removesuffix(note)}{note}")
             current.history = (
                 *current.history[:-1],
@@ -118,7 +121,8 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
             )
             reshaped = any(later.reshapes for later, _, _ in artifact.steps[index + 1 :])
             plans = [plan for _, plan, _ in artifact.steps[index + 1 :]]
-            done |= _take(current, artifact, directory, reshaped, plans)
+            inserted = None if item.adapter is None or item.reshapes else [item.adapter]
+            done |= _take(current, artifact, directory, reshaped, plans, inserted)
         if not artifact.steps:
             done |= _take(current, artifact, directory, False, ())
         check_graph(current)
@@ -185,14 +189,19 @@ def _require_sites(program: Program, plan: Plan, where: str) -> None:
 
 
 def _take(
-    program: Program, artifact: Artifact, where: str, reshaped: bool, later: Sequence[Plan]
+    program: Program,
+    artifact: Artifact,
+    where: str,
+    reshaped: bool,
+    later: Sequence[Plan],
+    adapters: Sequence[str] | None = None,
 ) -> set[str]:
-    """Loads the values of all adapters so far, as the steps found them of which `later` are the
-    plans; their names."""
+    """Loads the values of some adapters (all so far by default), as the steps found them of which
+    `later` are the plans; their names."""
     mine = program.adapter_tensors(ITSELF)
     held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
     wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
-    for name in artifact.adapters:
+    for name in artifact.adapters if adapters is None else adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)
     load_values(program, values_then(values, later), reshaped)
@@ -219,14 +228,14 @@ def _fitting(
     return {name: tensors[name] for name in wanted}
 
 
-def _capture(model: nn.Module, artifact: Artifact) -> Program:
+def _capture(model: nn.Module, artifact: Artifact, cache: bool | str | Path) -> Program:
     spec = artifact.spec
     dynamic = {
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
         for i in spec.inputs
     }
     args, kwargs = spec.arguments(_example(model, spec))
-    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype)
+    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype, cache=cache)
 
 
 def _example(model: nn.Module, spec: InputSpec) -> dict[str, Tensor]:

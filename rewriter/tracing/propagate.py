@@ -1,6 +1,7 @@
 """Keeps the fake values of a graph true after an edit, at the cost of what the edit touched.
 
-Recomputes nodes whose inputs changed, in order, and stops where shape and dtype stay the same.
+Recomputes nodes whose inputs changed, in order, and stops where shape and dtype stay the same; what
+equals an evaluation before is not evaluated again (`memo`).
 A pass that makes a size fixed would add a guard to the shape environment; that is an error.
 """
 
@@ -12,21 +13,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx import GraphModule, Node
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from ..errors import PassError
-from ..graph.aten import attribute, expression_of, source_line, value
+from ..graph.aten import alike, attribute, source_line, value
 from ..graph.modes import Attention
 from ..graph.symbols import unify
 from ..graph.turns import alone
 from ..program.state import State
+from .memo import Memo, repeats
 
 
 class _SizeFixedError(PassError):
@@ -53,26 +54,18 @@ def _on_meta(gm: GraphModule) -> bool:
     return any(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
 
 
-def _same(before: Any, after: Any) -> bool:
-    a, b = pytree.tree_leaves(before), pytree.tree_leaves(after)
-    if len(a) != len(b):
-        return False
-    for x, y in zip(a, b, strict=True):
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            if x.dtype != y.dtype or [str(s) for s in x.shape] != [str(s) for s in y.shape]:
-                return False
-        elif str(x) != str(y):
-            return False
-    return True
-
-
 class _Fakes:
-    """Fake counterparts of the stored tensors, made once."""
+    """Fake counterparts of the stored tensors, made once, and evaluations of nodes with them.
 
-    def __init__(self, gm: GraphModule, mode: Any) -> None:
+    Args:
+        ranges: what the program narrows symbols to, see `_ranges`.
+    """
+
+    def __init__(self, gm: GraphModule, mode: Any, ranges: Any = ()) -> None:
         self.gm, self.mode = gm, mode
         self.made: dict[int, Tensor] = {}
         self.meta = _on_meta(gm)
+        self.memo = Memo(mode, (ranges, self.meta))
 
     def tensor(self, real: Tensor) -> Tensor:
         if id(real) not in self.made:
@@ -94,19 +87,37 @@ class _Fakes:
             return load(node)
         if node.op == "output":
             return args[0]
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            if getattr(module, "chooses_sizes", False) and "val" in node.meta:
+                return node.meta["val"]
+            return self.memo.evaluate(
+                module, loaded, lambda: self.state(module), lambda: self.called(module, *loaded)
+            )
+        if node.op == "call_function" and repeats(node.target):
+            return self.memo.evaluate(
+                node.target, loaded, dict, lambda: self.applied(node.target, *loaded)
+            )
+        if node.op == "call_method":
+            return self.applied(getattr(args[0], str(node.target)), args[1:], kwargs)
+        return self.applied(node.target, args, kwargs)
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The fakes of a module's tensors, by name."""
+        held = (*module.named_parameters(), *module.named_buffers())
+        return {name: self.tensor(tensor) for name, tensor in held}
+
+    def called(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Evaluates a module."""
+        if isinstance(module, Attention):
+            return self.applied(module.abstract, args[:3], {})
         with self.mode, enable_python_dispatcher():
-            if node.op == "call_module":
-                module = self.gm.get_submodule(str(node.target))
-                if isinstance(module, Attention):
-                    return module.abstract(*args[:3])
-                if getattr(module, "chooses_sizes", False) and "val" in node.meta:
-                    return node.meta["val"]
-                state = {n: self.tensor(t) for n, t in module.named_parameters()}
-                state |= {n: self.tensor(t) for n, t in module.named_buffers()}
-                return torch.func.functional_call(module, state, args, kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return torch.func.functional_call(module, self.state(module), args, kwargs)
+
+    def applied(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Evaluates a function."""
+        with self.mode, enable_python_dispatcher():
+            return target(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -128,19 +139,22 @@ def _no_new_guards(environment: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ranges(environment: Any, program: State) -> Iterator[None]:
-    """Tells the shape environment the program's own input ranges while it works."""
+def _ranges(environment: Any, program: State) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Tells the shape environment the program's own input ranges while it works; gives what they
+    narrow, symbols with the largest size."""
     if environment is None:
-        yield
+        yield ()
         return
     saved = dict(environment.var_to_range)
+    narrowed: list[tuple[str, int]] = []
     try:
         for symbol, bound in saved.items():
             _, high = program.spec.ranges.get(program.symbols.get(str(symbol), ""), (1, None))
             if high is not None and bound.upper > high:
                 environment.var_to_range[symbol] = type(bound)(bound.lower, high)
+                narrowed.append((str(symbol), high))
         environment._update_version_counter()
-        yield
+        yield tuple(narrowed)
     finally:
         environment.var_to_range.update(saved)
         environment._update_version_counter()
@@ -183,14 +197,13 @@ def propagate(program: State, method: str = "", explain: Explain | None = None) 
     mode = fake_mode(gm)
     if mode is None:
         return 0
-    with alone(), _ranges(mode.shape_env, program), quiet():
+    with alone(), _ranges(mode.shape_env, program) as ranges, quiet():
         unify(gm, program.symbols)
-        return _propagate(gm, mode, method, explain)
+        return _propagate(gm, _Fakes(gm, mode, ranges), method, explain)
 
 
-def _propagate(gm: GraphModule, mode: Any, method: str, explain: Explain | None) -> int:
-    environment = mode.shape_env
-    fakes = _Fakes(gm, mode)
+def _propagate(gm: GraphModule, fakes: _Fakes, method: str, explain: Explain | None) -> int:
+    environment = fakes.mode.shape_env
     changed: set[Node] = set()
     computed = 0
     for node in gm.graph.nodes:
@@ -213,9 +226,9 @@ def _propagate(gm: GraphModule, mode: Any, method: str, explain: Explain | None)
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"
             ) from error
-        # An expression stands for the tensor that it reads; its readers have seen that already.
-        before = value(node.args[0]) if expression_of(node) and node.args else value(node)
+        previous = node.meta.pop("previous", None)  # what the readers of a new node have seen
+        before = previous if fresh else value(node)
         node.meta["val"] = result
-        if before is None or not _same(before, result):
+        if before is None or not alike(before, result):
             changed.add(node)
     return computed

@@ -14,7 +14,7 @@ from ..measure.reach import unreached
 from ..measure.steady import perturbed
 from ..measure.trials import sizes
 from ..measure.watch import branches, watched
-from ..measure.witness import Witness, whole_tensors
+from ..measure.witness import Witness, sharing, whole_tensors
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
 from ..program.history import Certificate, Plan
@@ -36,6 +36,8 @@ class Checks:
 
     def __init__(self, program: State) -> None:
         self.witness = None if is_meta(program) else Witness(program)
+        self.before: Witness | None = None
+        """Of the program that the last pass was given."""
         self.program = program
         self._marks: Mapping[str, Mark] = {}
         self.begin()
@@ -46,6 +48,11 @@ class Checks:
         if self.witness is not None:
             for inputs in sizes(self.program):
                 self.witness.outputs(inputs)
+
+    def examine(self, item: Pass, before: State, after: State) -> Mapping[str, float]:
+        """What a pass measures beside its contract, with the outputs that are known already."""
+        with sharing(*([] if self.before is None else [self.before])):
+            return item.examine(before, after)
 
     def unmoved(self, item: Pass) -> None:
         """Raises VerifyError if the program is not what it was when the pass began."""
@@ -90,7 +97,8 @@ class Checks:
             missing = _unreached(before, made, item)
         if item.adapter is not None:
             self._require_trained(after, item)
-        self.program, self.witness, self._marks = after, made, marks(after)
+        self.program, self.before, self._marks = after, self.witness, marks(after)
+        self.witness = made
         return certificate, missing
 
     def _require_trained(self, after: State, item: Pass) -> None:

@@ -122,11 +122,10 @@ def require_names(before: State, after: State, what: str) -> None:
     for kind, names in lost.items():
         if names:
             raise VerifyError(f"{what} loses the {kind} {names[0]!r} ({len(names)} in all).")
-    branches = tuple(p.rstrip(".") for p in after.inserted)
     for node in gm.graph.nodes:
         path = str(node.target)
         inserted = node.op == "call_module" and path.startswith("peftfx.")
-        if inserted and not any(path == p or path.startswith(f"{p}.") for p in branches):
+        if inserted and not after.inserts(f"{path}."):
             raise VerifyError(f"{what}: the graph calls {path}, which belongs to no adapter.")
 
 
@@ -164,8 +163,7 @@ def require_saved(before: State, after: State, what: str, again: Callable[[], St
         again: does it again, from what an artifact would hold. Buffers that are not persistent
             come from there.
     """
-    known = before.inserted
-    names = [n for n in unsaved(after) if not (known and n.startswith(known))]
+    names = [n for n in unsaved(after) if not before.inserts(n)]
     if not names:
         return
     want, got = tensors(after), tensors(again())
@@ -214,10 +212,9 @@ def require_numbers(program: State) -> None:
 def unsaved(program: State) -> list[str]:
     """Names of the tensors of branches that no artifact holds: the recipe makes them again."""
     names = transient_buffers(program.module) | _plain(program).keys()
-    held = program.inserted
     return [
         n for n in sorted(names)
-        if n.startswith(held) and n.rpartition(".")[2] not in EDITORS
+        if program.inserts(n) and n.rpartition(".")[2] not in EDITORS
     ]  # fmt: skip
 
 
@@ -226,7 +223,7 @@ def _plain(program: State) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": value
         for path, module in program.module.named_modules()
-        if f"{path}.".startswith(program.inserted)
+        if program.inserts(f"{path}.")
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     }

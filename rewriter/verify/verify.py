@@ -26,7 +26,7 @@ from ..measure.noise import cancelled, levels
 from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
-from ..measure.witness import Witness, whole_tensors
+from ..measure.witness import Witness, whole_tensors, witness_of
 from ..program.history import Certificate, Contract
 from ..program.state import State
 
@@ -73,7 +73,7 @@ def measure(before: State, after: State) -> dict[str, float]:
     Raises:
         VerifyError: number, type, dtype or shape of the outputs differ.
     """
-    one, other = Witness(before), Witness(after)
+    one, other = witness_of(before), Witness(after)
     quieten(one, other, sizes(after))
     each = _measured(one, other)
     infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}

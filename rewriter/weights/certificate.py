@@ -9,7 +9,7 @@ allowance.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ _MAGNITUDES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 """Of the random inputs: what is linear is so at all of them."""
 _SAMPLES = 2
 """Inputs of each magnitude."""
+_BLOCK = 1 << 16
+"""Elements of a weight that are compared at a time: their temporaries stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,39 @@ class Verdict:
 
 @dataclass
 class _Exact:
-    """The folded weight in wide precision.
+    """Some rows of the folded weight in wide precision; written in place.
 
     Attributes:
-        weight, bias: what they should be.
+        weight: what they should be.
         size: what elements of the weight were at most on the way, whose rounding shows.
-        slack: magnitude of what was computed in float32 at least, `[out, in]` or a number.
+        slack: magnitude of what was computed in float32 at least, `[rows or 1, in or 1]`.
     """
 
     weight: Tensor
-    bias: Tensor | None
     size: Tensor
     slack: Tensor
 
-    def add(self, delta: Tensor) -> None:
-        self.weight, self.size = self.weight + delta, self.size + delta.abs()
-        self.slack = self.slack + delta.abs().amax()
+    @staticmethod
+    def of(old: Tensor) -> _Exact:
+        return _Exact(old.clone(), old.abs(), torch.zeros_like(old[:1, :1]))
+
+    def add(self, delta: Tensor, largest: Tensor) -> None:
+        self.weight += delta
+        self.size += delta.abs()
+        self.slack = self.slack + largest
 
     def scale(self, factor: Tensor) -> None:
-        self.weight, self.size = self.weight * factor, self.size * factor.abs()
-        self.slack = self.slack * factor.abs()
+        magnitude = factor.abs()
+        self.weight *= factor
+        self.size *= magnitude
+        self.slack = self.slack * magnitude
+
+    def loosen(self) -> None:
+        """Its rows are scaled by what was computed from the weight."""
+        self.slack = self.slack + self.size
+
+
+_Step = Callable[[_Exact, slice], None]
 
 
 def check_folded(
@@ -115,45 +130,71 @@ def check_folded(
     old = before.weight.detach().to(wide)
     bias = None if before.bias is None else before.bias.detach().to(wide)
     alone = {path: alone_in(branch, wide) for path, branch in branches}
-    gap = max(_gap(name, path, branch, old, bias) for path, branch in alone.items())
-    exact = _exact(list(alone.values()), old, bias)
-    steps = len(branches) + before.roundings
-    _require_written(name, after.weight, exact.weight, exact.size, exact.slack, after.dtype, steps)
-    if exact.bias is not None and after.bias is not None:
-        size, none = exact.bias.abs(), torch.zeros_like(exact.bias)
-        where = f"{name} (its bias)"
-        _require_written(where, after.bias, exact.bias, size, none, after.bias.dtype, steps)
-    eps = torch.finfo(torch.promote_types(before.dtype, torch.float32)).eps
-    change = exact.weight - old
-    learnt = bool((change.abs() > 32 * eps * exact.size).any())
-    if not learnt:
-        return Verdict(gap)
-    made, size = after.weight.detach().to(old) - old, float(change.square().sum())
-    lost = float((made - change).norm()) / size**0.5
-    return Verdict(gap, lost, float((made * change).sum()) / size)
-
-
-def _exact(branches: Sequence[Branch], old: Tensor, bias: Tensor | None) -> _Exact:
-    """The old weight with all branches, in the order in which they are composed."""
-    exact = _Exact(old, bias, old.abs(), torch.zeros_like(old[:1, :1]))
-    columns: list[Tensor] = []
     with torch.no_grad():
-        for branch in branches:
-            if isinstance(branch, RowScale):
-                exact.add(branch.full_delta().to(old))
-                exact.slack = exact.slack + exact.size  # its rows are computed from the weight
-                exact.scale(branch.full_rows(_as_stored(branch, old)).to(old)[:, None])
-            elif isinstance(branch, Delta):
-                exact.add(branch.full_delta().to(old))
-            elif isinstance(branch, InputScale):  # also scales what deltas read
-                columns.append(branch.full_scale().to(old))
-            elif isinstance(branch, OutputScale):
-                factor = branch.full_scale().to(old)
-                exact.scale(factor[:, None])
-                exact.bias = None if exact.bias is None else exact.bias * factor
-        for factor in columns:
-            exact.scale(factor)
-    return exact
+        deltas = {
+            path: branch.full_delta().to(old)
+            for path, branch in alone.items()
+            if isinstance(branch, Delta | RowScale)
+        }
+        gap = max(_gap(name, p, branch, old, bias, deltas.get(p)) for p, branch in alone.items())
+        steps, exact_bias = _steps(alone, old, bias, deltas)
+    rounds = len(branches) + before.roundings
+    written = _Written(after.dtype, rounds)
+    eps = torch.finfo(torch.promote_types(before.dtype, torch.float32)).eps
+    learnt, along, off, square = False, 0.0, 0.0, 0.0
+    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+        rows = slice(start, start + step)
+        exact = _Exact.of(old[rows])
+        for action in steps:
+            action(exact, rows)
+        made = after.weight[rows].detach().to(old, copy=True)
+        written.compare(made, exact.weight, exact.size, exact.slack)
+        change = exact.weight - old[rows]
+        learnt = learnt or bool((change.abs() > 32 * eps * exact.size).any())
+        made -= old[rows]
+        along += float((made * change).sum())
+        off += float((made - change).square().sum())
+        square += float(change.square().sum())
+    written.require(name)
+    if exact_bias is not None and after.bias is not None:
+        kept_bias = _Written(after.bias.dtype, rounds)
+        none = torch.zeros_like(exact_bias)
+        kept_bias.compare(after.bias.detach().to(exact_bias), exact_bias, exact_bias.abs(), none)
+        kept_bias.require(f"{name} (its bias)")
+    return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
+
+
+def _steps(
+    branches: Mapping[str, Branch], old: Tensor, bias: Tensor | None, deltas: Mapping[str, Tensor]
+) -> tuple[list[_Step], Tensor | None]:
+    """What the branches do to rows of the old weight, in the order in which they are composed; and
+    the bias with them."""
+    steps: list[_Step] = []
+    columns: list[_Step] = []
+
+    def adds(delta: Tensor) -> _Step:
+        largest = torch.maximum(delta.amax(), -delta.amin()) if delta.numel() else delta.sum()
+        return lambda exact, rows: exact.add(delta[rows], largest)
+
+    def scales(factor: Tensor) -> _Step:
+        return lambda exact, rows: exact.scale(factor[rows, None])
+
+    def scales_columns(factor: Tensor) -> _Step:
+        return lambda exact, rows: exact.scale(factor)
+
+    for path, branch in branches.items():
+        if isinstance(branch, RowScale):
+            factor = branch.full_rows(_as_stored(branch, old)).to(old)
+            steps += [adds(deltas[path]), lambda exact, rows: exact.loosen(), scales(factor)]
+        elif isinstance(branch, Delta):
+            steps.append(adds(deltas[path]))
+        elif isinstance(branch, InputScale):  # also scales what deltas read
+            columns.append(scales_columns(branch.full_scale().to(old)))
+        elif isinstance(branch, OutputScale):
+            factor = branch.full_scale().to(old)
+            steps.append(scales(factor))
+            bias = None if bias is None else bias * factor
+    return [*steps, *columns], bias
 
 
 def alone_in(branch: Branch, dtype: torch.dtype) -> Branch:
@@ -167,7 +208,14 @@ def _as_stored(branch: RowScale, matrix: Tensor) -> Tensor:
     return matrix.mT if branch.in_out else matrix
 
 
-def _gap(name: str, path: str, branch: Branch, old: Tensor, bias: Tensor | None) -> float:
+def _gap(
+    name: str,
+    path: str,
+    branch: Branch,
+    old: Tensor,
+    bias: Tensor | None,
+    delta: Tensor | None,
+) -> float:
     """The relative difference between a branch on random inputs and its own matrix.
 
     Raises:
@@ -181,15 +229,15 @@ def _gap(name: str, path: str, branch: Branch, old: Tensor, bias: Tensor | None)
         return (x * sizes).to(old)
 
     with torch.no_grad():
-        if isinstance(branch, Delta):
+        if isinstance(branch, Delta) and delta is not None:
             x = drawn(old.shape[1])
-            got, want = branch(x), x @ branch.full_delta().to(old).mT
-        elif isinstance(branch, RowScale):
+            got, want = branch(x), x @ delta.mT
+        elif isinstance(branch, RowScale) and delta is not None:
             x, stored = drawn(old.shape[1]), _as_stored(branch, old)
             product = x @ old.mT if bias is None else x @ old.mT + bias
             got = branch(product, x, stored, bias)
             rows = branch.full_rows(stored).to(old)[:, None]
-            want = x @ (rows * (old + branch.full_delta().to(old))).mT
+            want = x @ (rows * (old + delta)).mT
             want = want if bias is None else want + bias
         elif isinstance(branch, Scale):
             x = drawn(old.shape[1 if isinstance(branch, InputScale) else 0])
@@ -214,34 +262,52 @@ def _largest_gap(want: Tensor, got: Tensor) -> float:
     return float(gaps.nan_to_num(float("inf")).max())
 
 
-def _require_written(
-    name: str,
-    written: Tensor,
-    exact: Tensor,
-    size: Tensor,
-    slack: Tensor,
-    dtype: torch.dtype,
-    steps: int,
-) -> None:
-    """Raises VerifyError unless `written` is `exact`, rounded to `dtype` once for each step."""
-    storage, wide = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
-    allowed = 0.51 * steps * storage.eps * size + 32 * wide.eps * slack
-    allowed = allowed + storage.tiny * storage.eps  # the step of numbers that are nearly zero
-    gap = (written.detach().to(exact) - exact).abs()
-    beyond = ~(gap <= allowed)
-    if bool(beyond.any()):
-        row = int(beyond.reshape(beyond.shape[0], -1).any(1).nonzero()[0])
-        raise VerifyError(
-            f"{name}: what was written is not the old tensor with what its branches add: "
-            f"{int(beyond.sum())} of {beyond.numel()} elements are off by more than rounding to "
-            f"{str(dtype)[6:]} explains, up to {float(gap.nan_to_num(float('inf')).max()):.3g}, "
-            f"first in row {row}. This is an error in a fold rule; nothing was changed."
-        )
+class _Written:
+    """Whether what was written is exact, rounded to `dtype` once for each of `steps`; gathered
+    over blocks of rows."""
+
+    def __init__(self, dtype: torch.dtype, steps: int) -> None:
+        self.dtype, self.steps = dtype, steps
+        self.rows = self.count = self.elements = 0
+        self.first, self.largest = 0, 0.0
+
+    def compare(self, written: Tensor, exact: Tensor, size: Tensor, slack: Tensor) -> None:
+        """Compares the next rows."""
+        storage = torch.finfo(self.dtype)
+        wide = torch.finfo(torch.promote_types(self.dtype, torch.float32))
+        allowed = 0.51 * self.steps * storage.eps * size + 32 * wide.eps * slack
+        allowed += storage.tiny * storage.eps  # the step of numbers that are nearly zero
+        gap = (written - exact).abs_()
+        within = gap <= allowed
+        if not bool(within.all()):
+            beyond = ~within
+            row = int(beyond.reshape(beyond.shape[0], -1).any(1).nonzero()[0])
+            self.first = self.first if self.count else self.rows + row
+            self.count += int(beyond.sum())
+        if self.count:
+            self.largest = max(self.largest, float(gap.nan_to_num(float("inf")).max()))
+        self.rows += exact.shape[0]
+        self.elements += exact.numel()
+
+    def require(self, name: str) -> None:
+        """Raises VerifyError if it is not."""
+        if self.count:
+            raise VerifyError(
+                f"{name}: what was written is not the old tensor with what its branches add: "
+                f"{self.count} of {self.elements} elements are off by more than rounding to "
+                f"{str(self.dtype)[6:]} explains, up to {self.largest:.3g}, first in row "
+                f"{self.first}. This is an error in a fold rule; nothing was changed."
+            )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def require_finite_base(name: str, weight: Tensor) -> None:
     """Raises NonFiniteError, which names the tensor, if a weight is broken before any fold."""
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         index = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise NonFiniteError(
             f"the base's own tensor {name} holds NaN or infinity (first at {index}), so nothing "

@@ -21,12 +21,7 @@ from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..graph.aten import set_attribute
 from ..graph.sharded import is_sharded, placed_like, whole
 from ..program.sites import LinearSite
-from .certificate import Matrix
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+from .certificate import Matrix, all_finite
 
 
 @dataclass(kw_only=True)

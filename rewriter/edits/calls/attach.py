@@ -119,7 +119,7 @@ class Attaching:
         members: tuple[str, ...] = (),
     ) -> str:
         adapter = self._owner()
-        there = [a for a in self.program.attachments if (a.site, a.slot) == (site.id, branch.slot)]
+        there = [a for a in self.program.attached(site.id) if a.slot == branch.slot]
         if branch.single and there:
             raise PassError(
                 f"{site.id} has a branch of the adapter {there[0].adapter!r} already, and "
@@ -127,8 +127,7 @@ class Attaching:
             )
         path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{self.name(site)}.{branch.slot}'}"
         held = getattr(self.graph_module, BRANCHES, None)
-        known = {path.split(".")[1] for path in self.program.inserted}
-        if adapter not in known and hasattr(held, adapter):
+        if adapter not in self.program.folders and hasattr(held, adapter):
             raise PassError(
                 f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
                 "another name with name=."

@@ -16,7 +16,6 @@ from ...graph.aten import (
     data_index,
     inputs,
     operands,
-    placeholders,
 )  # fmt: skip
 from ...program.sites import LinearSite, Site, SublayerSite
 
@@ -47,9 +46,8 @@ def _key(call: Node) -> str:
 
 def latest(gm: GraphModule, reads: Mapping[str, Value]) -> Node:
     """The node behind which everything in `reads` is known."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    last = list(placeholders(gm).values())[-1]
-    return max([last, *reads.values()], key=order.__getitem__)
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    return max([last, *reads.values()])  # nodes compare by their places
 
 
 def item_of(gm: GraphModule, source: Value, key: str | int) -> Value:

@@ -28,11 +28,11 @@ from ...graph.aten import (
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...program.history import Attachment
-from ...program.readers import others, overlapping, readers, turned
+from ...program.readers import Readers, turned
 from ...program.sites import LinearSite
 from ...program.state import State
-from ...weights.certificate import Matrix, check_folded, require_finite_base
-from ...weights.weight import Weight, all_finite
+from ...weights.certificate import Matrix, all_finite, check_folded, require_finite_base
+from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
@@ -57,6 +57,13 @@ class Folding:
     lost: float = 0.0
     gap: float = 0.0
     vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    _readers: Readers | None = None
+
+    def of(self, program: State) -> Readers:
+        """Who reads the tensors of the program that is folded."""
+        if self._readers is None or self._readers.program is not program:
+            self._readers = Readers(program)
+        return self._readers
 
 
 def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
@@ -188,7 +195,7 @@ def _try(edit: Attaching, attachment: Attachment, tied: str, result: Folding) ->
     if reason := edit.weight(site).refuses(branch):
         return f"not foldable: {reason}"
     linears = [linear_of(match) for match, _ in matches]
-    shared = _settle_sharing(edit, site, branch, linears, tied)
+    shared = _settle_sharing(edit, site, branch, linears, tied, result.of(edit.program))
     if isinstance(shared, str):
         return shared
     weight = edit.weight(shared)
@@ -240,7 +247,12 @@ def _matches(
 
 
 def _settle_sharing(
-    edit: Attaching, site: LinearSite, branch: Branch, calls: Sequence[Node], tied: str
+    edit: Attaching,
+    site: LinearSite,
+    branch: Branch,
+    calls: Sequence[Node],
+    tied: str,
+    known: Readers,
 ) -> LinearSite | str:
     """The site whose tensors may be changed for these calls alone, or why there is none.
 
@@ -252,16 +264,15 @@ def _settle_sharing(
         names.append(site.bias)
     if tied == "both":
         for name in names:
-            if there := overlapping(edit.program, name):
+            if there := known.overlapping(name):
                 raise FoldError(
                     f"{site.id}: {name} and {there[0]} are two parameters in one memory, and "
                     "fold{tied=both} would change only the first. Choose fold{tied=keep}, or make "
                     "them one parameter, or two of their own, before the model is captured."
                 )
         return site
-    table = readers(edit.program)
     for name in names:
-        rest = others(edit.program, name, calls, table)
+        rest = known.others(name, calls)
         if not rest:
             continue
         if tied == "keep":
@@ -273,6 +284,7 @@ def _settle_sharing(
                 "shared tensor) or fold{tied=keep} (leave the branch in the graph)."
             )
         site = untie(edit, site, name, calls, rest)
+        known.refresh()
     return site
 
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ...branches.branch import Serial
 from ...errors import PassError
-from ...graph.aten import ATEN
+from ...graph.aten import ATEN, value
 from ...program.history import Attachment
 from ...program.sites import Site
 from ...program.state import BRANCHES
@@ -77,7 +77,7 @@ def combine_serial(
     with graph.inserting_after(made):
         added = (ATEN.add.Tensor, (h, made), {}, f"{name}_add")
         joined = graph.create_node("call_function", *added)
-    joined.meta["serial"] = site.id
+    joined.meta |= {"serial": site.id, "previous": value(first)}
     for reader in readers:
         reader.replace_input_with(first, joined)
 

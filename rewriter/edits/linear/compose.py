@@ -6,11 +6,11 @@ output scale: so the order of passes does not change the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from ...branches.branch import Delta, RowScale, Scale
 from ...errors import PassError
@@ -19,11 +19,12 @@ from ...graph.aten import (
     DEQUANTISE,
     LINEAR,
     VIEWS,
+    alike,
     data_index,
     is_quantised,
     loaded_operator,
+    outdate,
     strip,
-    users,
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
@@ -43,11 +44,8 @@ def at_weight(
     Of the same slot, those with a path in `first` come innermost (sums and products commute). With
     `call`, only the sites that this call computes: another one may read the weight transposed.
     """
-    ids = {
-        s.id for s in program.sites
-        if isinstance(s, LinearSite) and s.weight == weight and (not call or call in s.nodes)
-    }  # fmt: skip
-    found = [a for a in program.attachments if a.site in ids and a.slot in ORDER]
+    sites = [s.id for s in program.sites.of_weight(weight) if not call or call in s.nodes]
+    found = [a for site in sites for a in program.attached(site) if a.slot in ORDER]
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
@@ -74,79 +72,185 @@ def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Ten
 
 
 def compose(program: State, call: Node, weight: str, first: frozenset[str] = frozenset()) -> None:
-    """Emits all branches of one linear call afresh, in the fixed order."""
-    gm = program.module
-    call = _raise(gm, call)
-    key: str = call.meta.get("call") or call.name
-    _decompose(gm, call, key)
-    mine = at_weight(program, weight, first, key)
+    """Brings the branches of one linear call into the fixed order, and adds those that are new."""
+    call = _raise(program.module, call)
+    mine = at_weight(program, weight, first, call.meta.get("call") or call.name)
+    chain = _Chain(program, call)
 
     def of_slot(kind: str) -> list[Attachment]:
         return [a for a in mine if a.slot == kind]
 
-    def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
-        node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
-        node.meta["composed"] = key
-        inside.add(node)
-        return node
-
-    def branch(attachment: Attachment, args: tuple[object, ...]) -> Node:
-        node = emit("call_module", attachment.path, args, attachment.path.replace(".", "_"))
-        node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
-        return node
-
-    def dense(site: Any) -> Node:
-        """The dense weight of a quantised call, stored as the model's own was."""
-        operands: Any = call.args
-        codes, scale, zero, _, bits, group = operands[1:]
-        with gm.graph.inserting_after(call):
-            args = (codes, scale, zero, bits, group, site.in_features)
-            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
-        with gm.graph.inserting_after(made):
-            made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
-        if not site.in_out:
-            return made
-        with gm.graph.inserting_after(made):
-            return emit("call_function", ATEN.t.default, (made,), "dense_t")
-
-    inside: set[Node] = set()
-    nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
     data = data_index(call)
-    x = call.args[data]
-    with gm.graph.inserting_before(call):
-        for attachment in of_slot("input_scale"):
-            x = branch(attachment, (x,))
+    x = chain.source(call.args[data])
+    for attachment in of_slot("input_scale"):
+        x = chain.branch(attachment, (x,), before=call, instead=x)
     call.update_arg(data, x)
     tail = call
-    readers = users(call)
     for attachment in of_slot("row_scale"):
         parts: Any = linear_parts(call)
         if parts is None:
             raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
         x, stored, bias = parts
-        stored = (
-            dense(program.sites[attachment.site]) if is_quantised(call) else strip(stored, VIEWS)
-        )
-        with gm.graph.inserting_after(stored if is_quantised(call) else tail):
-            tail = branch(attachment, (tail, x, stored, bias))
+        place = tail
+        if is_quantised(call):
+            place = stored = chain.dense(program.sites[attachment.site])
+        else:
+            stored = strip(stored, VIEWS)
+        tail = chain.branch(attachment, (tail, x, stored, bias), behind=place, instead=tail)
     updates: dict[str, Node] = {}
     last, members = tail, {path for a in mine for path in a.members}
     for attachment in (*of_slot("delta"), *of_slot("combine")):
-        with gm.graph.inserting_after(last):
-            last = branch(attachment, (x, *(updates[path] for path in attachment.members)))
+        last = chain.branch(
+            attachment, (x, *(updates[path] for path in attachment.members)), behind=last
+        )
         if attachment.path in members:
             updates[attachment.path] = last
             continue
-        with gm.graph.inserting_after(last):
-            name = attachment.path.replace(".", "_") + "_add"
-            last = tail = emit("call_function", ATEN.add.Tensor, (tail, last), name)
+        last = tail = chain.add(tail, last)
     for attachment in of_slot("output_scale"):
-        with gm.graph.inserting_after(tail):
-            tail = branch(attachment, (tail,))
-    if tail is not call:
-        for reader in [*readers, *(u for u in call.users if u not in readers)]:
-            if reader not in inside:
-                reader.replace_input_with(call, tail)
+        tail = chain.branch(attachment, (tail,), behind=tail, instead=tail)
+    chain.finish(tail)
+
+
+class _Chain:
+    """The nodes composed around a call: those that are there are used again, with their values.
+
+    Args:
+        call: the bare linear.
+    """
+
+    def __init__(self, program: State, call: Node) -> None:
+        self.program, self.call = program, call
+        self.graph = program.module.graph
+        self.key: str = call.meta.get("call") or call.name
+        self.there = _composed(call, self.key)
+        self.inside = {*self.there, call}
+        self.tail = composed_value(call)
+        self.seen = _expected(self.tail)
+        self.known = {_identity(n.target, n.args): n for n in self.there}
+        self.used: set[Node] = set()
+        self._nodes: dict[str, Node] | None = None
+
+    def source(self, x: Any) -> Any:
+        """What the call reads before its input scales."""
+        while isinstance(x, Node) and x in self.inside:
+            x = x.args[0]
+        return x
+
+    def branch(
+        self,
+        attachment: Attachment,
+        args: tuple[Any, ...],
+        behind: Node | None = None,
+        before: Node | None = None,
+        instead: Any = None,
+    ) -> Node:
+        """The call of a branch.
+
+        Args:
+            behind, before: where it stands.
+            instead: what its readers would read without it; None for a value of its own.
+        """
+        path, kwargs = attachment.path, dict[str, Any]()
+        if attachment.reads:
+            nodes = self._named()
+            kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
+        name = path.replace(".", "_")
+        return self._emit("call_module", path, args, kwargs, name, (behind, before), instead)
+
+    def add(self, tail: Node, update: Node) -> Node:
+        """Adds what a branch gives."""
+        name, args = f"{str(update.target).replace('.', '_')}_add", (tail, update)
+        return self._emit("call_function", ATEN.add.Tensor, args, {}, name, (update, None), tail)
+
+    def dense(self, site: Any) -> Node:
+        """The dense weight of a quantised call, stored as the model's own was."""
+        operands: Any = self.call.args
+        codes, scale, zero, _, bits, group = operands[1:]
+        args = (codes, scale, zero, bits, group, site.in_features)
+        made = self._function(loaded_operator(DEQUANTISE), args, "dequantise", self.call)
+        made = self._function(ATEN.to.dtype, (made, value(self.call).dtype), "dense", made)
+        if not site.in_out:
+            return made
+        return self._function(ATEN.t.default, (made,), "dense_t", made)
+
+    def finish(self, tail: Node) -> None:
+        """Lets the call's readers read the end of the chain, and erases what is not used."""
+        for old in dict.fromkeys((self.tail, self.call)):
+            if old is not tail:
+                for reader in [u for u in old.users if u not in self.inside]:
+                    reader.replace_input_with(old, tail)
+        gone = [n for n in self.there if n not in self.used]
+        while gone:
+            unread = next(n for n in gone if not n.users)
+            self.graph.erase_node(unread)
+            gone.remove(unread)
+        if self.seen is not None and not alike(self.seen, value(tail)):
+            tail.meta.pop("val", None)
+            tail.meta["previous"] = self.seen
+
+    def _named(self) -> dict[str, Node]:
+        if self._nodes is None:
+            self._nodes = site_nodes(self.program.module)
+        return self._nodes
+
+    def _function(self, target: Any, args: tuple[Any, ...], name: str, behind: Node) -> Node:
+        return self._emit("call_function", target, args, {}, name, (behind, None), None)
+
+    def _emit(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str,
+        place: tuple[Node | None, Node | None],
+        instead: Any,
+    ) -> Node:
+        node = self.known.pop(_identity(target, args), None)
+        behind, before = place
+        if node is None:
+            anchor = before or behind or self.call
+            inserting = self.graph.inserting_before if before else self.graph.inserting_after
+            with inserting(anchor):
+                node = self.graph.create_node(kind, target, args, kwargs, name=name)
+            node.meta["composed"] = self.key
+            if instead is not None:
+                node.meta["previous"] = _expected(instead)
+        else:
+            _rewire(node, args, kwargs)
+            if before is not None:
+                before.prepend(node)
+            elif behind is not None:
+                behind.append(node)
+        self.inside.add(node)
+        self.used.add(node)
+        return node
+
+
+def _identity(target: Any, args: tuple[Any, ...]) -> Any:
+    """What tells a composed node from others around its call: a sum is known by what it adds."""
+    update = args[1] if target is ATEN.add.Tensor else None
+    return target, getattr(update, "target", None)
+
+
+def _expected(node: Any) -> Any:
+    """The value of a node; of one that has none yet, what its readers have seen so far."""
+    known = value(node)
+    return node.meta.get("previous") if known is None else known
+
+
+def _rewire(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gives a node other operands; it keeps its value only where theirs are like the old ones'."""
+    if node.args == args and node.kwargs == kwargs:
+        return
+    given: Any = (node.args, node.kwargs)
+    old, constants = [*map(value, node.all_input_nodes)], map_arg(given, lambda _: None)
+    node.args, node.kwargs = args, kwargs
+    now = [*map(_expected, node.all_input_nodes)]
+    same = constants == map_arg((node.args, node.kwargs), lambda _: None) and len(old) == len(now)
+    if not (same and all(a is not None and alike(a, b) for a, b in zip(old, now, strict=True))):
+        outdate(node)
 
 
 def _raise(gm: GraphModule, call: Node) -> Node:
@@ -169,27 +273,6 @@ def composed_value(call: Node) -> Node:
     return next((n for n in mine if any(u not in inside for u in n.users)), call)
 
 
-def _decompose(gm: GraphModule, call: Node, key: str) -> None:
-    """Removes the composed branches around a call, leaving the bare linear."""
-    mine = _composed(call, key)
-    if not mine:
-        return
-    inside = {*mine, call}
-    tail = composed_value(call)
-    data = data_index(call)
-    x = call.args[data]
-    while isinstance(x, Node) and x in inside:
-        x = x.args[0]
-    call.update_arg(data, x)
-    if tail is not call:
-        for reader in [u for u in tail.users if u not in inside]:
-            reader.replace_input_with(tail, call)
-    while mine:
-        unread = next(n for n in mine if not n.users)
-        gm.graph.erase_node(unread)
-        mine.remove(unread)
-
-
 def _composed(call: Node, key: str) -> list[Node]:
     """The nodes emitted around a call, found from it (a scan of the graph for every call would
     be quadratic)."""
@@ -205,7 +288,7 @@ def _composed(call: Node, key: str) -> list[Node]:
 
 
 def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:
-    """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
+    """Brings every composed call into its plain, unlowered form, `first` innermost."""
     attached = {a.site for a in program.attachments}
     weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
     nodes = site_nodes(program.module)

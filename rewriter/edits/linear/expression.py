@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression
 from ...errors import PassError
-from ...graph.aten import ATEN, expression_of
+from ...graph.aten import ATEN, expression_of, outdate, value
 from ...graph.pattern import linear_parts
 from ...graph.sharded import whole
 from ...program.sites import LinearSite
@@ -45,7 +45,7 @@ def express(
         made = graph.create_node(
             "call_module", path, (current,), dict(reads), path.replace(".", "_")
         )
-    made.meta["expression"] = name
+    made.meta |= {"expression": name, "previous": value(current)}
     for reader in readers:
         for source in sources:
             reader.replace_input_with(source, made)
@@ -119,6 +119,7 @@ def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
+            outdate(node)
     edit.edited.append(found.site)
 
 

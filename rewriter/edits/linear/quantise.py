@@ -26,9 +26,9 @@ from ...graph.aten import (
 from ...graph.flow import site_nodes
 from ...graph.pattern import linear_parts
 from ...program.sites import LinearSite
+from ...weights.certificate import all_finite
 from ...weights.integers import Quantised, quantise
 from ...weights.quantised import QuantisedWeight
-from ...weights.weight import all_finite
 from ..calls.attach import Attaching
 from .compose import compose
 

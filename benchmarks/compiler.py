@@ -1,0 +1,170 @@
+"""What the compiler costs beside Hugging Face PEFT, on a real language model: `--model DIRECTORY`.
+
+One process, one thread, CPU seconds, PEFT and peftfx in turns, medians. Part of `core`; writes
+`benchmarks/compiler.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peftfx
+from peftfx.rewriter.run.run import apply_plan
+
+from . import core
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEXT = "lora{rank=8,alpha=16.0,where=linear and not head}"
+
+Row = dict[str, Callable[[], Callable[[], object]]]
+"""Variant -> prepares, and gives what is timed."""
+
+
+def measured(row: Row, rounds: int) -> dict[str, Any]:
+    """Median CPU seconds of each variant in rotated order, and their ratios to the first."""
+    names, times = list(row), {n: list[float]() for n in row}
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(core.cpu(row[name]()))
+    found: dict[str, Any] = {n: round(statistics.median(t), 3) for n, t in times.items()}
+    first = found[names[0]] or 1e-9
+    return found | {f"{n}/{names[0]}": round(found[n] / first, 1) for n in names[1:]}
+
+
+def language_model(path: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return loaded.eval().requires_grad_(False)
+
+
+def ids() -> dict[str, Tensor]:
+    drawn = torch.randint(5, 30000, (2, 16), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": drawn, "attention_mask": torch.ones_like(drawn)}
+
+
+def moved(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def large(path: Path, dtype: torch.dtype, rounds: int, cache: Path) -> dict[str, Any]:
+    """Inserting, saving, loading and folding LoRA on all linears but the head."""
+    import peft
+
+    model = language_model(path, dtype)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)
+    base = peftfx.capture(model, kwargs=ids(), cache=cache)
+    (item,) = peftfx.parse(TEXT).passes
+    program = peftfx.run(base, item)  # the sizes of the base are tried once
+    plan = item.plan(base)
+
+    def adapted() -> Any:
+        other = peft.get_peft_model(copy.deepcopy(model), config)  # pyright: ignore
+        moved(p for p in other.parameters() if p.requires_grad)
+        return other
+
+    moved(program.trainable_parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+        peftfx.save(program, ours)
+        other = adapted()
+        other.save_pretrained(theirs)
+        peftfx.load(model, ours, cache=cache)  # the first time it captures
+
+        def fresh(call: Callable[[Any], object]) -> Callable[[], object]:
+            held = copy.deepcopy(model)
+            return lambda: call(held)
+
+        rows: dict[str, Row] = {
+            "insert": {
+                "peft": lambda: fresh(lambda m: peft.get_peft_model(m, config)),
+                "checked": lambda: lambda: peftfx.run(base, item),
+                "unchecked": lambda: lambda: apply_plan(base, item, plan, check=False),
+            },
+            "load": {
+                "peft": lambda: fresh(lambda m: peft.PeftModel.from_pretrained(m, theirs)),
+                "onto a program": lambda: lambda: peftfx.load(base, ours),
+                "onto the model, cached": lambda: lambda: peftfx.load(model, ours, cache=cache),
+            },
+            "save": {
+                "peft": lambda: lambda: other.save_pretrained(theirs),
+                "peftfx": lambda: lambda: peftfx.save(program, ours),
+            },
+            "fold": {
+                "peft": lambda: adapted().merge_and_unload,
+                "checked": lambda: lambda: peftfx.run(program, "fold"),
+                "unchecked": lambda: lambda: folded(program),
+            },
+        }
+        return {name: measured(row, rounds) for name, row in rows.items()}
+
+
+def folded(program: peftfx.Program) -> peftfx.Program:
+    (item,) = peftfx.parse("fold").passes
+    return apply_plan(program, item, item.plan(program), check=False)
+
+
+def many(count: int, cache: Path) -> dict[str, Any]:
+    """One adapter after the other on MiniLM, the same in PEFT; loading them, and without one."""
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=core.TARGETS)
+    other: Any = peft.get_peft_model(core.model(), config)  # pyright: ignore
+    base = peftfx.capture(core.model(), kwargs=core.inputs(2, 16), cache=cache)
+    peftfx.run(base, core.TEXT)
+    program, ours, theirs = base, list[float](), list[float]()
+    for index in range(count):
+        theirs.append(core.cpu(lambda i=index: other.add_adapter(f"a{i}", config)))
+        text = core.TEXT.replace("}", f",name=a{index}}}")
+        begun = time.process_time()
+        program = peftfx.run(program, text)
+        ours.append(time.process_time() - begun)
+    with tempfile.TemporaryDirectory() as folder:
+        peftfx.save(program, folder)
+        loading = core.cpu(lambda: peftfx.load(base, folder))
+    removing = core.cpu(lambda: program.without("a0"))
+    return {
+        "peft": round(sum(theirs), 3), "peftfx": round(sum(ours), 3),
+        "first": round(ours[0], 3), "last": round(ours[-1], 3),
+        "load all": round(loading, 3), "without one": round(removing, 3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        results = {
+            "environment": core.environment(),
+            **{f"135 M parameters, 210 linears, {str(d)[6:]} [s]": large(
+                options.model, d, options.rounds, cache) for d in (torch.float32, torch.bfloat16)},
+            "adapters on MiniLM [s]": {str(n): many(n, cache) for n in (8, 16)},
+        }  # fmt: skip
+    text = json.dumps(results, indent=1)
+    Path(__file__).with_suffix(".json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

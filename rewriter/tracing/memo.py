@@ -1,0 +1,250 @@
+"""Fake evaluations remembered: layers repeat, and so do the branches that passes insert in them.
+
+Two evaluations give the same if all that they can see is equal: what is called (a module's class,
+its attributes and the shapes of its tensors, or an operator), and the operands' dtypes, devices,
+strides and sizes, symbols included. Whatever else an evaluation depends on or does is not
+remembered: it creates symbols or guards, draws random numbers, writes an operand, an attribute or
+a stored tensor, returns a view of what it was given, or calls what this module cannot compare.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..graph.symbols import symbols_in
+
+LIMIT = 4096
+"""Most evaluations that are remembered for one shape environment."""
+
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, range)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_CONSTANTS = (
+    type, types.FunctionType, types.BuiltinFunctionType, enum.Enum, torch.dtype, torch.device,
+    torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+)  # fmt: skip
+"""What is compared by being the same object, and cannot change what it is."""
+
+_SEQUENCES = (tuple, list, slice, set, frozenset, immutable_list)
+_MAPPINGS = (dict, OrderedDict, immutable_dict)
+
+_MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, _Result]] = weakref.WeakKeyDictionary()
+"""By fake mode. Entries hold sizes and no fake tensors, which would keep their mode alive."""
+
+
+class _IncomparableError(Exception):
+    """Something has no key: an object that may change without anyone seeing it."""
+
+
+class _Extent(NamedTuple):
+    """A fake tensor without its mode: a meta tensor, and the device that it is said to be on."""
+
+    meta: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Result:
+    leaves: tuple[Any, ...]
+    structure: Any
+
+
+class _Draws(TorchDispatchMode):
+    """Sees whether an evaluation draws random numbers."""
+
+    drawn = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.drawn |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class Memo:
+    """The remembered evaluations of one fake mode.
+
+    Args:
+        mode: a FakeTensorMode; programs made from one another share one.
+        ranges: the ranges of symbols that hold meanwhile, comparable.
+    """
+
+    def __init__(self, mode: Any, ranges: Any = ()) -> None:
+        self.mode = mode
+        self.ranges = ranges
+        self.known = _MEMOS.setdefault(mode, {})
+
+    def evaluate(self, what: Any, given: Any, state: Any, run: Callable[[], Any]) -> Any:
+        """`run()`, or a result equal to what it would give.
+
+        Args:
+            what: the module or operator that is called.
+            given: its operands, fake.
+            state: the stored tensors that it reads, as a function that gives their fakes.
+            run: evaluates it.
+        """
+        before = self._key(what, given)
+        if before is None:
+            return run()
+        known = self.known.get(before)
+        if known is not None:
+            return self._recalled(known)
+        seen = [t for t in pytree.tree_leaves((given, state())) if isinstance(t, Tensor)]
+        versions, symbols = [t._version for t in seen], self._symbols()
+        classes = _classes(what)
+        with _Draws() as draws:
+            result = run()
+        quiet = not draws.drawn and versions == [t._version for t in seen]
+        quiet = quiet and symbols == self._symbols() and classes == _classes(what)
+        if quiet and self._key(what, given) == before:
+            made = self._remembered(result, given, seen)
+            if made is not None and len(self.known) < LIMIT:
+                self.known[before] = made
+        return result
+
+    def _key(self, what: Any, given: Any) -> Any:
+        try:
+            key = _Keys()
+            return self.ranges, self._symbols(), key.of(what), key.of(given)
+        except _IncomparableError:
+            return None
+
+    def _symbols(self) -> tuple[int, ...]:
+        """What grows when an evaluation decides or creates sizes."""
+        environment = self.mode.shape_env
+        if environment is None:
+            return ()
+        tables = ("guards", "replacements", "var_to_range", "divisible")
+        asserts = environment.num_deferred_runtime_asserts
+        return (asserts, *(len(getattr(environment, name)) for name in tables))
+
+    def _remembered(self, result: Any, given: Any, seen: list[Tensor]) -> _Result | None:
+        """The result by its sizes; None if it is more than them."""
+        leaves, structure = pytree.tree_flatten(result)
+        if not symbols_in(leaves) <= symbols_in(pytree.tree_leaves(given)):
+            return None
+        places = {_storage(t) for t in seen}
+        kept: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, _SCALARS + _SYMBOLS):
+                kept.append(leaf)
+                continue
+            if not self._plain(leaf) or _storage(leaf) in places:
+                return None
+            places.add(_storage(leaf))
+            sizes: Any = tuple(leaf.shape), leaf.stride()
+            kept.append(
+                _Extent(torch.empty_strided(*sizes, dtype=leaf.dtype, device="meta"), leaf.device)
+            )
+        return _Result(tuple(kept), structure)
+
+    def _plain(self, leaf: Any) -> bool:
+        """Whether a leaf is a fake tensor that its sizes tell all of."""
+        if type(leaf) is not FakeTensor or leaf.fake_mode is not self.mode:
+            return False
+        odd = leaf.is_conj() or leaf.is_neg() or leaf.requires_grad or leaf.constant is not None
+        return not odd and leaf.layout is torch.strided and isinstance(leaf.storage_offset(), int) \
+            and leaf.storage_offset() == 0  # fmt: skip
+
+    def _recalled(self, known: _Result) -> Any:
+        leaves = [self._fake(leaf) if type(leaf) is _Extent else leaf for leaf in known.leaves]
+        return pytree.tree_unflatten(leaves, known.structure)
+
+    def _fake(self, extent: _Extent) -> FakeTensor:
+        """A tensor of its own: what torch notes on it (sizes that depend on values) is not that
+        of others."""
+        return FakeTensor(self.mode, extent.meta.detach(), extent.device)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _classes(what: Any) -> Any:
+    """The attributes of the classes of a module and of all below."""
+    if not isinstance(what, nn.Module):
+        return ()
+    return [dict(vars(kind)) for kind in {type(m): None for m in what.modules()}]
+
+
+class _Keys:
+    """Makes keys; what was met before is known by its place, so what is shared is part of them."""
+
+    def __init__(self) -> None:
+        self.met: dict[int, int] = {}
+
+    def of(self, item: Any) -> Any:
+        """A hashable that is equal for what evaluates in the same way.
+
+        Raises:
+            _IncomparableError: nothing tells.
+        """
+        kind = type(item)
+        if kind in _SCALARS:
+            return kind, item
+        if kind in _SYMBOLS:
+            return kind, item.node.expr
+        if isinstance(item, _CONSTANTS):
+            return item
+        if id(item) in self.met:
+            return _Keys, self.met[id(item)]
+        self.met[id(item)] = len(self.met)
+        if isinstance(item, Tensor):
+            return self._tensor(item)
+        if isinstance(item, nn.Module):
+            return kind, self._mapping(vars(item))
+        if kind in _SEQUENCES:
+            return kind, tuple(map(self.of, self._items(item)))
+        if kind in _MAPPINGS:
+            return kind, self._mapping(item)
+        raise _IncomparableError
+
+    def _items(self, item: Any) -> Iterator[Any]:
+        if isinstance(item, slice):
+            return iter((item.start, item.stop, item.step))
+        if isinstance(item, set | frozenset):
+            # Of what else a set holds, the order could tell two equal ones apart.
+            if not all(isinstance(i, str) for i in item):
+                raise _IncomparableError
+            return iter(sorted(item))
+        return iter(item)
+
+    def _mapping(self, items: Mapping[Any, Any]) -> Any:
+        return tuple((self.of(name), self.of(value)) for name, value in items.items())
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
+            raise _IncomparableError
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise _IncomparableError
+        if getattr(tensor, "constant", None) is not None:  # a fake one whose values are known
+            raise _IncomparableError
+        sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+        return (
+            type(tensor), tensor.dtype, tensor.device, tensor.requires_grad,
+            tuple(s if isinstance(s, int) else s.node.expr for s in sizes),
+        )  # fmt: skip
+
+
+@functools.cache
+def repeats(target: Any) -> bool:
+    """Whether an operator's result depends on its operands' sizes alone, and is worth a memo."""
+    if not isinstance(target, torch._ops.OpOverload) or target is operator.getitem:
+        return False
+    schema = target._schema
+    aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    return not aliases and torch.Tag.nondeterministic_seeded not in target.tags

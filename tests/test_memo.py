@@ -1,0 +1,261 @@
+"""What propagation evaluates: once for what repeats, again for whatever else could differ."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import peftfx
+from peftfx.rewriter.graph.module import clone
+from peftfx.rewriter.tracing.memo import Memo
+from peftfx.rewriter.tracing.propagate import _Fakes
+
+
+class Layer(nn.Module):
+    """A residual feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def captured(layers: int) -> peftfx.Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layer() for _ in range(layers))).eval().requires_grad_(False)
+    return peftfx.capture(model, (torch.randn(2, 5, 8),))
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules and operators that are evaluated, not recalled."""
+    seen: list[str] = []
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, target: Any, *operands: Any) -> Any:
+            seen.append(str(getattr(target, "__name__", type(target).__name__)))
+            return original(self, target, *operands)
+
+        return call
+
+    for name in ("called", "applied"):
+        monkeypatch.setattr(_Fakes, name, counted(getattr(_Fakes, name)))
+    return seen
+
+
+@pytest.mark.parametrize("layers", [12, 24, 48])
+def test_layers_cost_no_evaluations(layers: int, evaluations: list[str]) -> None:
+    program = captured(layers)
+    evaluations.clear()
+    peftfx.run(program, "lora{rank=2,where=linear}")
+    assert evaluations == ["LoRABranch", "add.Tensor", "LoRABranch", "add.Tensor"]  # up, down
+
+
+def test_the_eighth_adapter_costs_what_the_second_does(evaluations: list[str]) -> None:
+    program, counts = captured(2), list[int]()
+    for index in range(8):
+        evaluations.clear()
+        program = peftfx.run(program, f"lora{{rank=2,where=linear,name=a{index}}}")
+        counts.append(len(evaluations))
+    assert counts[0] and not any(counts[1:])
+    assert len(program.attachments) == 8 * 4
+
+
+class Branch(nn.Module):
+    """Calls a function with itself, its operand and a generator that lives outside."""
+
+    def __init__(self, formula: Callable[..., Any]) -> None:
+        super().__init__()
+        self.formula, self.calls = formula, 0
+        self.register_buffer("rows", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.formula(self, x)
+
+
+class Faked:
+    """Evaluates modules on fake tensors of symbolic sizes, and counts."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.count = 0
+        self.x, self.y = self.fake(5, 7), self.fake(5, 11)
+
+    def fake(self, *sizes: int) -> Tensor:
+        tensor = torch.zeros(sizes)
+        torch._dynamo.mark_dynamic(tensor, 0)
+        return self.mode.from_tensor(tensor)
+
+    def __call__(self, module: nn.Module, *operands: Any) -> Any:
+        state = {n: self.mode.from_tensor(t, static_shapes=True) for n, t in module.named_buffers()}
+
+        def run() -> Any:
+            self.count += 1
+            with self.mode:
+                return torch.func.functional_call(module, state, operands)
+
+        return Memo(self.mode).evaluate(module, (operands, {}), lambda: state, run)
+
+
+def double(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x * 2
+
+
+def test_an_equal_evaluation_is_recalled_with_its_symbols() -> None:
+    faked = Faked()
+    first, again = faked(Branch(double), faked.x), faked(Branch(double), faked.x)
+    assert faked.count == 1 and first is not again
+    assert isinstance(again, FakeTensor) and again.fake_mode is faked.mode
+    assert [str(s) for s in again.shape] == [str(s) for s in faked.x.shape]
+    assert again.shape[0].node.expr == faked.x.shape[0].node.expr  # pyright: ignore
+    assert again.dtype == torch.float32 and again.stride() == first.stride()
+
+
+def test_other_symbols_operands_and_modules_are_evaluated() -> None:
+    faked = Faked()
+    other = Branch(double)
+    other.calls = 1
+    training = Branch(double).eval()
+    wide = Branch(double)
+    wide.rows = torch.zeros(4)
+    shared = faked.fake(6, 7)  # of another symbol
+    for module, operand in [
+        (Branch(double), faked.x), (Branch(double), faked.y), (Branch(double), shared),
+        (Branch(double), faked.x.to(torch.float64)), (Branch(double), faked.x.mT),
+        (other, faked.x), (training, faked.x), (wide, faked.x),
+        (Branch(lambda module, x: x * 2), faked.x),
+    ]:  # fmt: skip
+        made = faked(module, operand)
+        assert [str(s) for s in made.shape] == [str(s) for s in operand.shape]
+        assert made.dtype == operand.dtype
+    assert faked.count == 9
+
+
+def counts(module: Any, x: Tensor) -> Tensor:
+    module.calls += 1
+    return x * 2
+
+
+def counts_on_the_class(module: Any, x: Tensor) -> Tensor:
+    type(module).seen = getattr(type(module), "seen", 0) + 1
+    return x * 2
+
+
+def writes_its_operand(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x.add_(1) * 2
+
+
+def writes_a_buffer(module: Any, x: Tensor) -> Tensor:
+    module.rows.add_(1)
+    return x * 2
+
+
+def draws(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x * torch.rand_like(x)
+
+
+def views(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x.mT
+
+
+def gives_it_back(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x
+
+
+def creates_a_size(module: Any, x: Tensor) -> Tensor:
+    del module
+    return x.nonzero()
+
+
+def holds_a_constant(module: Any, x: Tensor) -> Any:
+    del module
+    return x * 2, torch.tensor(3)
+
+
+IMPURE = [
+    counts, counts_on_the_class, writes_its_operand, writes_a_buffer, draws, views, gives_it_back,
+    creates_a_size, holds_a_constant,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", IMPURE, ids=lambda f: f.__name__)
+def test_what_does_more_is_not_remembered(formula: Callable[..., Any]) -> None:
+    faked, module = Faked(), Branch(formula)
+    for _ in range(3):
+        faked(module, faked.x)
+    assert faked.count == 3
+    if formula is counts:
+        assert module.calls == 3
+    if formula is counts_on_the_class:
+        assert Branch.seen == 3  # pyright: ignore
+        del Branch.seen  # pyright: ignore
+
+
+def test_a_size_that_depends_on_values_is_new_every_time() -> None:
+    faked = Faked()
+    one, other = (faked(Branch(creates_a_size), faked.fake(5, 7)) for _ in range(2))
+    assert faked.count == 2 and str(one.shape[0]) != str(other.shape[0])
+
+
+def test_an_error_is_raised_every_time() -> None:
+    faked = Faked()
+
+    def fails(module: Any, x: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"):
+            faked(Branch(fails), faked.x)
+    assert faked.count == 2
+
+
+def test_what_cannot_be_compared_is_evaluated() -> None:
+    faked = Faked()
+    module = Branch(double)
+    module.source = random.Random(0)  # pyright: ignore
+    for _ in range(2):
+        faked(module, faked.x)
+    assert faked.count == 2
+
+
+def test_a_cloned_module_shares_what_a_deep_copy_shares() -> None:
+    class Inner(nn.Linear):
+        pass
+
+    class Own(nn.Module):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+            made = Own()
+            made.copied = True  # pyright: ignore
+            return made
+
+    module = nn.Module()
+    module.one = Inner(2, 3)
+    module.same, module.own, module.none = module.one, Own(), None  # pyright: ignore
+    module.register_buffer("kept", torch.arange(3), persistent=False)
+    module.notes, module.plain = ["a", {"b": 1}], torch.ones(2)  # pyright: ignore
+    weight = nn.Parameter(torch.zeros(3, 2), requires_grad=False)
+    kept = torch.arange(3) + 1
+    made = clone(module, {id(module.one.weight): weight, id(module.kept): kept})
+    assert type(made.one) is Inner and made.one is made.same and made.one is not module.one
+    assert made.one.weight is weight and made.kept is kept and "kept" not in made.state_dict()
+    assert torch.equal(made.one.bias, module.one.bias) and made.one.bias is not module.one.bias
+    assert made.own.copied and made.notes == module.notes and made.notes is not module.notes
+    assert torch.equal(made.plain, module.plain) and made.plain is not module.plain
+    made.one.register_forward_hook(lambda *_: None)
+    made.register_buffer("more", torch.ones(1), persistent=False)
+    assert not module.one._forward_hooks and not hasattr(module, "more")
+    assert module._non_persistent_buffers_set == {"kept"}
