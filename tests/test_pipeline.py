@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import peftfx
 from peftfx.rewriter.branches.branch import Delta
+from peftfx.rewriter.edits.calls.requirements import failing_branch
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import OptionError, PassError
 from peftfx.rewriter.measure import witness
@@ -183,7 +185,7 @@ def test_a_fixed_size_is_told_from_other_failures(
     edit.add(site, branch())
     edit.finish()
     with pytest.raises(PassError, match=message):
-        propagate(edit.program)
+        propagate(edit.program, explain=partial(failing_branch, edit.program))
 
 
 def test_text_keeps_what_was_typed() -> None:
