@@ -114,7 +114,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
     ("transpose", f"{_EDITS}/weight.py:DenseWeight._with", "if self.in_out", "if not self.in_out",
      folds(_LORA)),
     ("sign", f"{_EDITS}/weight.py:Weight.with_delta", "+ delta", "- delta", folds(_LORA)),
-    ("relation", f"{_EDITS}/readers.py:others", "program, name), [])", "program, name), [])[:0]",
+    ("relation", f"{_EDITS}/readers.py:Readers.others", "self.of(name)", "self.of(name)[:0]",
      probe.untied),
     ("silent skip", f"{_RUN}/before_fold.py:keep_trained", "after[n] is not t", "False",
      probe.partial_fold),

@@ -318,8 +318,7 @@ def listed(sites: Sequence[Site]) -> str:
     for kind in dict.fromkeys(s.kind for s in sites):
         ids = [s.id for s in sites if s.kind == kind]
         more = ", ..." if len(ids) > 3 else ""
-        word = "site" if len(ids) == 1 else "sites"
-        parts.append(f"{len(ids)} {kind} {word} ({', '.join(ids[:3])}{more})")
+        parts.append(f"{len(ids)} {kind} site{'s' * (len(ids) > 1)} ({', '.join(ids[:3])}{more})")
     return ", ".join(parts)
 
 
@@ -344,11 +343,7 @@ class Sites:
         return len(self.items)
 
     def __getitem__(self, site_id: str) -> Site:
-        """The site of an id.
-
-        Raises:
-            SiteError: there is none (also a KeyError); names the nearest.
-        """
+        """The site of an id; SiteError (also a KeyError), which names the nearest, without one."""
         if (site := self._by_id.get(site_id)) is not None:
             return site
         raise SiteError(
@@ -361,16 +356,12 @@ class Sites:
         return {site.id: site for site in self.items}
 
     @functools.cached_property
-    def _by_weight(self) -> dict[str, list[LinearSite]]:
+    def by_weight(self) -> dict[str, list[LinearSite]]:
+        """The linear sites of each stored weight, in graph order."""
         found: dict[str, list[LinearSite]] = {}
-        for site in self.items:
-            if isinstance(site, LinearSite):
-                found.setdefault(site.weight, []).append(site)
+        for site in (s for s in self.items if isinstance(s, LinearSite)):
+            found.setdefault(site.weight, []).append(site)
         return found
-
-    def of_weight(self, weight: str) -> Sequence[LinearSite]:
-        """The linear sites of a stored weight, in graph order."""
-        return self._by_weight.get(weight, ())
 
     def of(self, *kinds: str) -> tuple[Site, ...]:
         """The sites of the given kinds."""
@@ -384,8 +375,7 @@ class Sites:
             kinds: only consider sites of these kinds (all kinds by default).
 
         Raises:
-            SelectorError: it is malformed, or it or a part of it matches nothing, or nothing of
-                these kinds.
+            SelectorError: malformed, or it or a part of it matches nothing (of these kinds).
         """
         if not kinds:
             return choose(selector, self.items)
