@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -54,16 +54,13 @@ class Sites:
         return {site.id: site for site in self.items}
 
     @functools.cached_property
-    def _by_weight(self) -> dict[str, list[LinearSite]]:
+    def by_weight(self) -> dict[str, list[LinearSite]]:
+        """The linear sites of each stored weight, in graph order."""
         sites: dict[str, list[LinearSite]] = {}
         for site in self.items:
             if isinstance(site, LinearSite):
                 sites.setdefault(site.weight, []).append(site)
         return sites
-
-    def of_weight(self, weight: str) -> Sequence[LinearSite]:
-        """The linear sites of a stored weight, in graph order."""
-        return self._by_weight.get(weight, ())
 
     def of(self, *kinds: str) -> tuple[Site, ...]:
         """The sites of the given kinds."""

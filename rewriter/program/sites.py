@@ -309,6 +309,5 @@ def listed(sites: Sequence[Site]) -> str:
     for kind in dict.fromkeys(s.kind for s in sites):
         ids = [s.id for s in sites if s.kind == kind]
         more = ", ..." if len(ids) > 3 else ""
-        word = "site" if len(ids) == 1 else "sites"
-        parts.append(f"{len(ids)} {kind} {word} ({', '.join(ids[:3])}{more})")
+        parts.append(f"{len(ids)} {kind} site{'s' * (len(ids) > 1)} ({', '.join(ids[:3])}{more})")
     return ", ".join(parts)

@@ -44,7 +44,7 @@ def at_weight(
     Of the same slot, those with a path in `first` come innermost (sums and products commute). With
     `call`, only the sites that this call computes: another one may read the weight transposed.
     """
-    sites = [s.id for s in program.sites.of_weight(weight) if not call or call in s.nodes]
+    sites = [s.id for s in program.sites.by_weight.get(weight, ()) if not call or call in s.nodes]
     found = [a for site in sites for a in program.attached(site) if a.slot in ORDER]
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
