@@ -31,6 +31,7 @@ from ...graph.pattern import linear_parts
 from ...program.history import Attachment
 from ...program.sites import LinearSite
 from ...program.state import State
+from ..calls.call import branch_call
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
@@ -84,16 +85,17 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
     def of_slot(kind: str) -> list[Attachment]:
         return [a for a in mine if a.slot == kind]
 
-    def emit(kind: str, target: str | Callable[..., Tensor], args: tuple[object, ...], name: str):
-        node = gm.graph.create_node(kind, target, args, {}, name=name)  # pyright: ignore[reportArgumentType]
+    def mark(node: Node) -> Node:
         node.meta["composed"] = key
         inside.add(node)
         return node
 
+    def emit(operator: Callable[..., Tensor], args: tuple[Any, ...], name: str) -> Node:
+        return mark(gm.graph.create_node("call_function", operator, args, {}, name=name))
+
     def branch(attachment: Attachment, args: tuple[object, ...]) -> Node:
-        node = emit("call_module", attachment.path, args, attachment.path.replace(".", "_"))
-        node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
-        return node
+        reads = {name: nodes[read] for name, read in attachment.reads.items()}
+        return mark(branch_call(gm, attachment.path, args, reads))
 
     def dense(site: Any) -> Node:
         """The dense weight of a quantised call, stored as the model's own was."""
@@ -101,13 +103,13 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
         codes, scale, zero, _, bits, group = operands[1:]
         with gm.graph.inserting_after(call):
             args = (codes, scale, zero, bits, group, site.in_features)
-            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
+            made = emit(loaded_operator(DEQUANTISE), args, "dequantise")
         with gm.graph.inserting_after(made):
-            made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
+            made = emit(ATEN.to.dtype, (made, value(call).dtype), "dense")
         if not site.in_out:
             return made
         with gm.graph.inserting_after(made):
-            return emit("call_function", ATEN.t.default, (made,), "dense_t")
+            return emit(ATEN.t.default, (made,), "dense_t")
 
     inside: set[Node] = set()
     nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
@@ -139,7 +141,7 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
             continue
         with gm.graph.inserting_after(last):
             name = attachment.path.replace(".", "_") + "_add"
-            last = tail = emit("call_function", ATEN.add.Tensor, (tail, last), name)
+            last = tail = emit(ATEN.add.Tensor, (tail, last), name)
     for attachment in of_slot("output_scale"):
         with gm.graph.inserting_after(tail):
             tail = branch(attachment, (tail,))
