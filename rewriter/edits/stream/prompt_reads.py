@@ -17,7 +17,7 @@ from ...errors import PassError
 from ...graph.aten import ancestors, shape
 from ...program.history import Attachment
 from ...program.state import State
-from ..calls.requirements import caller
+from ..calls.requirements import caller, cycle
 
 Strip = Callable[[Node, tuple[int, ...]], Node]
 
@@ -46,11 +46,9 @@ def require_before(
             if node not in own and node is not embedding and embedding in set(ancestors(node)):
                 what = f"the branch {type(program.branch(attachment)).__name__}"
                 through = "" if read is node else f" through {caller(program, read) or read.name}"
-                raise PassError(
-                    f"{what} at {attachment.site} reads {name} = {node.name}{through}, which "
-                    "depends on what this changes: a cycle. Read edit.output(site), a mask, or an "
-                    "input, alone or through edit.share."
-                )
+                value = f"{name} = {node.name}{through}"
+                instead = "edit.output(site), a mask, or an input"
+                raise PassError(cycle(f"{what} at {attachment.site}", value, instead))
 
 
 def stripped(

@@ -21,6 +21,7 @@ from ...errors import PassError
 from ...graph.aten import (
     ATEN,
     SOFTMAX,
+    ancestors,
     attribute,
     inputs,
     is_op,
@@ -35,6 +36,7 @@ from ...program.sites import AttentionSite
 from ...program.state import State
 from ..attention.keyvalue import WidenMask, add_call
 from ..calls.call import branch_call, given, latest
+from ..calls.requirements import cycle
 from .region import Region
 from .tokens import fresh_size
 
@@ -60,9 +62,16 @@ def run_on_chosen(
         reads: what else the branch reads.
 
     Raises:
-        PassError: a value enters the region with its tokens in an axis that cannot be gathered.
+        PassError: a value enters the region with its tokens in an axis that cannot be gathered, or
+            a read is computed in the region.
     """
     reads = {**reads, **given({"valid": valid})}
+    for name, read in reads.items():
+        if not set(region.nodes).isdisjoint(ancestors(read)):
+            what = (
+                f"the branch {type(program.module.get_submodule(path)).__name__} at {region.site}"
+            )
+            raise PassError(cycle(what, f"{name} = {read.name}", "what is known before the region"))
     rewrite = _Rewrite(program, region, path, reduction, reads)
     rewrite.gather()
     if valid is not None:
