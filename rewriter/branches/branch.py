@@ -6,6 +6,7 @@ classes are the slots a branch can fill; a method subclasses one and gives the f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -58,6 +59,9 @@ class Branch(nn.Module):
     dropout: float = 0.0
     """Probability on the input, in training."""
 
+    constants_read: tuple[str, ...] = ()
+    """Names of its `constants`."""
+
     lowered: Fused | None = None
     """The operator that computes it together with its linear, once it is lowered."""
 
@@ -81,6 +85,19 @@ class Branch(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
 
+    def bound(self, **reads: Tensor) -> Self:
+        """A copy that reads these constants instead of values of the graph, so that it folds."""
+        made = copy.deepcopy(self)
+        made.constants_read = tuple(reads)
+        for name, tensor in reads.items():
+            made.register_buffer(f"read_{name}", tensor, persistent=False)
+        return made
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What it reads, as far as it is `bound`."""
+        return {name: getattr(self, f"read_{name}") for name in self.constants_read}
+
     def features_last(self, x: Tensor) -> Tensor:
         """`x` with its features on the last axis."""
         return x if self.axis == -1 else x.movedim(self.axis, -1)
@@ -100,8 +117,8 @@ class Delta(Branch):
         """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+    def delta(self, *_: Any, **reads: Any) -> Tensor:
+        """The weight that f adds, `[out, in]`; the reads are constants."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
@@ -116,7 +133,7 @@ class Delta(Branch):
         factors = self.factors() if weight is not None else None
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
-        y = self.branch(self.features_last(x), **reads)
+        y = self.branch(self.features_last(x), **self.constants, **reads)
         if self.features is not None:
             y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
         y = self.features_back(y)
@@ -124,7 +141,7 @@ class Delta(Branch):
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        d = self.delta()
+        d = self.delta(**self.constants)
         if self.features is not None:
             d = torch.cat([torch.zeros_like(d[:1]), d]).index_select(0, self.features)
         return d
@@ -140,7 +157,7 @@ class Scale(Branch):
 
     def full_scale(self, **reads: Tensor) -> Tensor:
         """`scale(**reads)` with ones at the untouched features of a fused weight."""
-        s = self.scale(**reads)
+        s = self.scale(**self.constants, **reads)
         if self.features is not None:
             s = torch.cat([torch.ones_like(s[..., :1]), s], -1).index_select(-1, self.features)
         return s
@@ -190,8 +207,8 @@ class RowScale(Branch):
         """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+    def delta(self, *_: Any, **reads: Any) -> Tensor:
+        """The weight that f adds, `[out, in]`; the reads are constants."""
         raise NotImplementedError
 
     def rows(self, weight: Tensor, /, *_: Any, **reads: Any) -> Tensor:
@@ -213,11 +230,11 @@ class RowScale(Branch):
         """`rows` of the whole stored weight, with ones at untouched features."""
         dense = weight.mT if self.in_out else weight
         own = dense if self.own is None else dense[self.own]
-        return self._spread(self.rows(own, **reads), 1.0)
+        return self._spread(self.rows(own, **self.constants, **reads), 1.0)
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        return self._spread(self.delta().mT, 0.0).mT
+        return self._spread(self.delta(**self.constants).mT, 0.0).mT
 
     def forward(
         self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, **reads: Tensor
@@ -229,7 +246,7 @@ class RowScale(Branch):
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
             return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
-        f = self.branch(self.features_last(x), **reads)
+        f = self.branch(self.features_last(x), **self.constants, **reads)
         own = self.features_last(y) + self._spread(f, 0.0)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
