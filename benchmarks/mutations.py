@@ -92,7 +92,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
     ("silent skip", f"{_ADDITIVE}/serial_adapter.py:SerialAdapterBranch.update",
      "linear(inner, self.up, self.up_bias)", "linear(inner, self.up)", runs(_SERIAL)),
     ("sign", "rewriter/branches/branch.py:Serial.transform",
-     "h[0] + ", "h[0] - ", reference(_SERIAL)),
+     "return h + ", "return h - ", reference(_SERIAL)),
     ("order", "rewriter/branches/branch.py:KeyValue._join", "[rows.to(x.dtype), x]",
      "[x, rows.to(x.dtype)]", reference(_PREFIX)),
     ("feature", "rewriter/branches/branch.py:Tokens.forward", "embedded[:, self.length :]",

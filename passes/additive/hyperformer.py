@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Serial
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
+from ...rewriter.measure.constants import constant_reads
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import constants
 
 
 class Generator(nn.Module):
@@ -154,4 +154,5 @@ class HyperFormer(Method):
             return {}
         if not 0 <= chosen < self.tasks:
             raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
-        return constants(program, self.adapter, {self.task: chosen})
+        mine = [a for a in program.attachments if a.adapter == self.adapter]
+        return constant_reads(program, mine, {self.task: chosen})

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import linear
 from ...rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
-from ...rewriter.edits.calls.values import Value
+from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach
 from ...rewriter.errors import PassError

@@ -6,6 +6,7 @@ classes are the slots a branch can fill; a method subclasses one and gives the f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -58,6 +59,9 @@ class Branch(nn.Module):
     dropout: float = 0.0
     """Probability on the input, in training."""
 
+    constants_read: tuple[str, ...] = ()
+    """Names of its `constants`."""
+
     lowered: Fused | None = None
     """The operator that computes it together with its linear, once it is lowered."""
 
@@ -81,6 +85,19 @@ class Branch(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
 
+    def bound(self, **reads: Tensor) -> Self:
+        """A copy that reads these constants instead of values of the graph, so that it folds."""
+        made = copy.deepcopy(self)
+        made.constants_read = tuple(reads)
+        for name, tensor in reads.items():
+            made.register_buffer(f"read_{name}", tensor, persistent=False)
+        return made
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What it reads, as far as it is `bound`."""
+        return {name: getattr(self, f"read_{name}") for name in self.constants_read}
+
     def features_last(self, x: Tensor) -> Tensor:
         """`x` with its features on the last axis."""
         return x if self.axis == -1 else x.movedim(self.axis, -1)
@@ -96,12 +113,12 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
-    def branch(self, *x: Any, **reads: Any) -> Tensor:
-        """`f(x, **reads)`: `[..., in] -> [..., out]`."""
+    def branch(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
+        """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+    def delta(self, *_: Any, **reads: Any) -> Tensor:
+        """The weight that f adds, `[out, in]`; the reads are constants."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
@@ -116,7 +133,7 @@ class Delta(Branch):
         factors = self.factors() if weight is not None else None
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
-        y = self.branch(self.features_last(x), **reads)
+        y = self.branch(self.features_last(x), **self.constants, **reads)
         if self.features is not None:
             y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
         y = self.features_back(y)
@@ -124,7 +141,7 @@ class Delta(Branch):
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        d = self.delta()
+        d = self.delta(**self.constants)
         if self.features is not None:
             d = torch.cat([torch.zeros_like(d[:1]), d]).index_select(0, self.features)
         return d
@@ -133,19 +150,21 @@ class Delta(Branch):
 class Scale(Branch):
     """Multiplies a linear's input or output by a vector; folds into columns or rows."""
 
-    def scale(self) -> Tensor:
-        """The vector, `[in]` or `[out]`."""
+    def scale(self, *_: Any, **reads: Any) -> Tensor:
+        """The vector, `[in]` or `[out]`; with reads, one for each sample or token is `[..., in]` or
+        `[..., out]` with the axes of x, of size 1 where it is the same for all."""
         raise NotImplementedError
 
-    def full_scale(self) -> Tensor:
-        """`scale()` with ones at the untouched features of a fused weight."""
-        s = self.scale()
+    def full_scale(self, **reads: Tensor) -> Tensor:
+        """`scale(**reads)` with ones at the untouched features of a fused weight."""
+        s = self.scale(**self.constants, **reads)
         if self.features is not None:
-            s = torch.cat([torch.ones_like(s[:1]), s]).index_select(0, self.features)
+            s = torch.cat([torch.ones_like(s[..., :1]), s], -1).index_select(-1, self.features)
         return s
 
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = self.features_last(x) * self.full_scale()  # maybe wider, as in `RowScale`
+    def forward(self, x: Tensor, **reads: Tensor) -> Tensor:
+        """`x [..., in]` or `[..., out]`, scaled."""
+        scaled = self.features_last(x) * self.full_scale(**reads)  # maybe wider, as in `RowScale`
         return self.features_back(scaled.to(x.dtype))
 
 
@@ -184,16 +203,16 @@ class RowScale(Branch):
         super().__init__()
         self.register_buffer("own", None, persistent=False)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """`f(x)`: `[..., in] -> [..., out]`."""
+    def branch(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
+        """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+    def delta(self, *_: Any, **reads: Any) -> Tensor:
+        """The weight that f adds, `[out, in]`; the reads are constants."""
         raise NotImplementedError
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """c `[out]` for the weight `[out, in]`, without f."""
+    def rows(self, weight: Tensor, /, *_: Any, **reads: Any) -> Tensor:
+        """c for the weight `[out, in]` without f: `[out]`, or with reads `[..., out]` like y."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
@@ -207,23 +226,28 @@ class RowScale(Branch):
         rest = torch.full_like(own[..., :1], fill)
         return torch.cat([rest, own], -1).index_select(-1, self.features)
 
-    def full_rows(self, weight: Tensor) -> Tensor:
+    def full_rows(self, weight: Tensor, **reads: Tensor) -> Tensor:
         """`rows` of the whole stored weight, with ones at untouched features."""
         dense = weight.mT if self.in_out else weight
-        return self._spread(self.rows(dense if self.own is None else dense[self.own]), 1.0)
+        own = dense if self.own is None else dense[self.own]
+        return self._spread(self.rows(own, **self.constants, **reads), 1.0)
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        return self._spread(self.delta().mT, 0.0).mT
+        return self._spread(self.delta(**self.constants).mT, 0.0).mT
 
-    def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y."""
-        c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
+    def forward(
+        self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, **reads: Tensor
+    ) -> Tensor:
+        """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y. What
+        is read goes to both `rows` and `branch`."""
+        c = self.full_rows(weight, **reads)  # maybe wider than y: rounding it moves whole rows
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
             return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
-        own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
+        f = self.branch(self.features_last(x), **self.constants, **reads)
+        own = self.features_last(y) + self._spread(f, 0.0)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
 
@@ -245,13 +269,13 @@ class Serial(Branch):
     reads = writes = "width"
     not_foldable = "it is not linear"
 
-    def update(self, *h: Any, **reads: Any) -> Tensor:
+    def update(self, h: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """`f(h, **reads)`: `[..., width] -> [..., width]`."""
         raise NotImplementedError
 
-    def transform(self, *h: Any, **reads: Any) -> Tensor:
+    def transform(self, h: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """What takes the place of h; overridden where that is not `h + f(h)`."""
-        return h[0] + self.update(*h, **reads)
+        return h + self.update(h, **reads)
 
     def forward(self, h: Tensor, skip: bool = True, **reads: Tensor) -> Tensor:
         """The sublayer's new output, or without `skip` what this branch adds to it."""
@@ -265,12 +289,12 @@ class Combine(Branch):
     slot = "combine"
     not_foldable = "how it weighs its members depends on the input"
 
-    def combine(self, *values: Any, **reads: Any) -> Tensor:
+    def combine(self, h: Tensor, /, *updates: Any, **reads: Any) -> Tensor:
         """`g`.
 
         Args:
-            values: what the members read (a linear's input, a sublayer's output), `[..., in]`,
-                and what each of them would add, `[..., out]`.
+            h: what the members read (a linear's input, a sublayer's output), `[..., in]`.
+            updates: what each of them would add, `[..., out]`.
         """
         raise NotImplementedError
 
@@ -290,7 +314,8 @@ class KeyValue(Branch):
         self.length = length
 
     def rows(self, *_: Any, **reads: Any) -> tuple[Tensor, Tensor]:
-        """(keys, values), each `[length, kv_heads, width]`, or with the batch in front."""
+        """(keys, values) from what is read alone, each `[length, kv_heads, width]`, or with the
+        batch in front."""
         raise NotImplementedError
 
     def forward(
@@ -327,16 +352,20 @@ class Tokens(Branch):
     slot = "tokens"
     reads = writes = "width"
     not_foldable = "prompt tokens are inputs of the network, not weights"
+    chooses_sizes = True
+    """It returns the shape of what it is given, also where shapes cannot tell: the input has as
+    many tokens as the prompt, and more."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
 
-    def rows(self) -> Tensor:
-        """The vectors, `[length, width]`."""
+    def rows(self, *_: Any, **reads: Any) -> Tensor:
+        """The vectors from what is read alone: `[length, width]`, or one prompt for each sample,
+        `[batch, length, width]`."""
         raise NotImplementedError
 
-    def forward(self, embedded: Tensor) -> Tensor:
+    def forward(self, embedded: Tensor, **reads: Tensor) -> Tensor:
         """Overwrites the first `length` positions of `embedded [batch, tokens, width]`."""
-        rows = self.rows().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+        rows = self.rows(**reads).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         return torch.cat([rows, embedded[:, self.length :]], dim=1)

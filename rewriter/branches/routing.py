@@ -42,7 +42,7 @@ class Routed(Branch):
         super().__init__()
         self.reduction = reduction
 
-    def scores(self, x: Tensor) -> Tensor:
+    def scores(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """How much each token wants to be taken: `[batch, tokens, width] -> [batch, tokens]`."""
         raise NotImplementedError
 
@@ -56,29 +56,32 @@ class Routed(Branch):
         """
         raise NotImplementedError
 
-    def aside(self, x: Tensor) -> Tensor:
+    def aside(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """What is added to every token, `[batch, tokens, width]`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, **reads: Tensor
+    ) -> tuple[Tensor, ...]:
         """Chooses.
 
         Args:
             x: `[batch, tokens, width]`, what the region's first linear reads.
             valid: booleans `[batch, tokens]`, or None where no token is padding.
+            reads: what else `scores` and `aside` read; both get all of it.
 
         Returns:
             index `[batch, slots]` of the taken tokens in their order, their weights and whether
             the slot is in use (both `[batch, slots]`), and `aside(x)`. A slot not in use (in rows
             with fewer valid tokens than others) repeats a taken token with weight 0.
         """
-        scores = self.scores(x)
+        scores = self.scores(x, **reads)
         count = self._count(scores, valid)
         slot = torch.arange(slots(scores.shape[1], self.reduction), device=x.device)
         index = _largest(scores.detach(), count, valid).gather(1, slot.minimum(count - 1))
         live = slot < count
         weights = self.weights(scores, count, valid).gather(1, index) * live
-        return index, weights.to(x.dtype), live, self.aside(x)
+        return index, weights.to(x.dtype), live, self.aside(x, **reads)
 
     def _count(self, scores: Tensor, valid: Tensor | None) -> Tensor:
         """How many tokens each row takes, `[batch, 1]`; 1 at least, also of padding alone."""

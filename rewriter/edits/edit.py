@@ -38,9 +38,8 @@ from ..program.sites import (
 )
 from ..program.trained import chosen, train_only
 from .attention.keyvalue import prepend_key_value
-from .calls.attach import EMPTY, given
+from .calls.call import EMPTY, Value, given, latest
 from .calls.requirements import require_fit
-from .calls.values import Value, latest
 from .linear.bias import add_bias
 from .linear.combine import combine_serial, hold, member_paths
 from .linear.compose import compose
@@ -97,21 +96,23 @@ class Editor(Reading):
         require_fit(self.method, "add", site, branch)
         self._attach_linear(site, branch, reads)
 
-    def scale(self, site: LinearSite, branch: InputScale | OutputScale) -> None:
+    def scale(
+        self, site: LinearSite, branch: InputScale | OutputScale, **reads: Value | None
+    ) -> None:
         """Scales a linear's input or output."""
         require_fit(self.method, "scale", site, branch)
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
-        self._attach_linear(site, branch)
+        self._attach_linear(site, branch, reads)
 
-    def rescale(self, site: LinearSite, branch: RowScale) -> None:
+    def rescale(self, site: LinearSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a linear's weight, below all its other branches."""
         require_fit(self.method, "rescale", site, branch)
         branch.in_out = site.in_out
         if site.features is not None:
             own = self._index(site, torch.tensor(site.features))
             branch.register_buffer("own", own, persistent=False)
-        self._attach_linear(site, branch)
+        self._attach_linear(site, branch, reads)
 
     def _attach_linear(
         self,
@@ -169,18 +170,25 @@ class Editor(Reading):
         """Adds `length` to every token's position."""
         shift_positions(self.program, length)
 
-    def prepend_tokens(self, site: EmbeddingSite, branch: Tokens) -> None:
+    def prepend_tokens(self, site: EmbeddingSite, branch: Tokens, **reads: Value | None) -> None:
         """Prepends `length` tokens whose embeddings are the branch's rows.
 
         Inputs are padded on the left and the rows overwrite the pads' embeddings, so masks,
         positions and sizes follow by themselves; outputs are stripped to the user's tokens.
         Another table that the same ids look up gives the row of the pads there, which is reported.
+        What the branch reads, alone or through `share`, has the tokens of the input only: the
+        site's own `output` without prompt, other embeddings, masks, new inputs.
+
+        Raises:
+            PassError: it reads what depends on the prompt, or the tokens lie where none can be put.
         """
         require_fit(self.method, "prepend_tokens", site, branch)
         for other, row in beside(self.program, site):
             self.skip(other, f"it gives its row {row} at the positions of the prompt")
-        path = self._attach(site, branch)
-        self.program = prepend_tokens(self.program, site, self.node(site.nodes[0]), path, branch)
+        path = self._attach(site, branch, reads)
+        embedding = self.node(site.nodes[0])
+        self.program = prepend_tokens(self.program, site, embedding, path, given(reads))
+        self._nodes = site_nodes(self.graph_module)
 
     def wrap(
         self,
@@ -189,6 +197,7 @@ class Editor(Reading):
         *,
         causal: bool = False,
         allow: str = "",
+        **reads: Value | None,
     ) -> None:
         """Runs a stream, from its first to its last given sublayer, on the tokens that a branch
         takes; what it returns for all tokens goes beside.
@@ -201,8 +210,8 @@ class Editor(Reading):
             require_fit(self.method, "wrap", site, branch)
         region = find_region(self.program, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
-        path = self._attach(sites[0], branch, {"valid": valid})
-        run_on_chosen(self.program, region, path, branch.reduction, valid)
+        path = self._attach(sites[0], branch, {**reads, "valid": valid})
+        run_on_chosen(self.program, region, path, branch.reduction, valid, given(reads))
 
     def combine(
         self,

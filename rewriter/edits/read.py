@@ -18,10 +18,11 @@ from ..program.sites import (
 )
 from ..program.state import BRANCHES
 from .attention.keyvalue import key_value_widths
-from .calls.attach import Attaching, given
+from .calls.attach import Attaching
+from .calls.call import Value, given, latest
 from .calls.samples import sample_axis
 from .calls.signature import add_input, drop_input
-from .calls.values import Value, input_of, item_of, latest
+from .calls.values import input_of, item_of
 from .linear.compose import composed_value
 from .linear.expression import matrix_of
 from .linear.quantise import whole_weights

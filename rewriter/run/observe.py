@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..edits.calls.values import input_of
 from ..edits.linear.compose import composed_value
 from ..errors import PassError, nearest
-from ..graph.aten import ancestors, placeholders
 from ..graph.flow import site_nodes
-from ..graph.module import device_of
-from ..measure.still import still, stilled
+from ..measure.still import stilled
 from ..program.sites import Site
 from ..program.state import State
 
@@ -109,41 +107,3 @@ def observe(
     if not count:
         raise PassError("there are no batches to observe: run(program, passes, data=[...]).")
     return {name: total / count for name, total in totals.items()}
-
-
-def constants(
-    program: State, adapter: str, inputs: Mapping[str, int]
-) -> dict[str, dict[str, Tensor]]:
-    """What an adapter's branches read, where it depends on stored tensors and the given inputs
-    alone.
-
-    Args:
-        program: not changed.
-        adapter: its name.
-        inputs: name of an input -> the number that fills it.
-
-    Returns:
-        path of the branch -> {argument: value}, as evaluation mode computes it.
-    """
-    gm = still(program)
-    taken = placeholders(gm)
-    run = Interpreter(gm, garbage_collect_values=False)
-    for name, number in inputs.items():
-        run.env[taken[name]] = torch.full_like(program.sample[name], number, device=device_of(gm))
-    others = set(taken.values()) - set(run.env)
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    found: dict[str, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for attachment in program.attachments:
-            if attachment.adapter != adapter:
-                continue
-            for argument, name in attachment.reads.items():
-                needed = list(ancestors(next(n for n in order if n.name == name)))
-                if others.intersection(needed):
-                    continue
-                for node in sorted(needed, key=order.__getitem__):
-                    if node not in run.env:
-                        run.env[node] = run.run_node(node)
-                value = run.env[needed[0]].detach().clone()
-                found.setdefault(attachment.path, {})[argument] = value
-    return found

@@ -16,6 +16,7 @@ from ..edits.linear.compose import ORDER, fold_ready
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
 from ..graph.turns import alone
+from ..measure.constants import constant_reads
 from ..program.sites import LinearSite
 from ..weights.certificate import Matrix, all_finite, check_folded
 from ..weights.quantised import quantised_calls
@@ -29,7 +30,7 @@ class ShardFolder:
         self.given, self.program = program, program.fork()
         self.checkpoint = checkpoint
         self.names = checkpoint.match(program)
-        self.result = Folding()
+        self.result = Folding(constants=constant_reads(program, program.attachments))
         self.changed: list[str] = []
         self.edit = Editor(self.program)
         self.owned = {n for names in program.owned.values() for n in names}
@@ -151,7 +152,8 @@ class ShardFolder:
         for weight, group in self.groups.items():
             site = self.sites[weight]
             mine = sorted((a for a in group if a.slot in ORDER), key=lambda a: ORDER[a.slot])
-            branches = [(a.path, branch_of(self.given, a)) for a in mine]
+            constants = self.result.constants
+            branches = [(a.path, branch_of(self.given, a, constants.get(a.path, {}))) for a in mine]
             before = self._matrix(site, {m: self._before(m) for m in self._members(weight)})
             after = self._matrix(
                 site, {m: self._written(written, m) for m in self._members(weight)}
@@ -167,7 +169,9 @@ class ShardFolder:
         with torch.no_grad():
             for node in self.given.module.graph.nodes:
                 if expression_of(node) == member:
-                    stored = self.given.module.get_submodule(str(node.target)).eval()(stored)
+                    path = str(node.target)
+                    reads = self.result.constants.get(path, {})
+                    stored = self.given.module.get_submodule(path).eval()(stored, **reads)
         return stored
 
     def _written(self, written: Checkpoint, member: str) -> Tensor:

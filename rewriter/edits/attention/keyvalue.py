@@ -32,6 +32,7 @@ from ...graph.aten import (
     users,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ..calls.call import branch_call, move_before
 
 _FILLS = overloads("masked_fill", "masked_fill_")
 _WHERE = overloads("where")
@@ -138,12 +139,12 @@ def prepend_key_value(
         _widen_scores(gm, product, core, length)
     with graph.inserting_before(product):
         if not found.fused:
-            _move_before(gm, found.value, product)
-        name = path.replace(".", "_")
-        args = (found.key, found.value, not found.fused)
-        both = graph.create_node("call_module", path, args, dict(reads), name=name)
+            move_before(found.value, product)
+        both = branch_call(gm, path, (found.key, found.value, not found.fused), reads)
         new_key, new_value = (
-            graph.create_node("call_function", operator.getitem, (both, i), {}, name=f"{name}_{n}")
+            graph.create_node(
+                "call_function", operator.getitem, (both, i), {}, name=f"{both.name}_{n}"
+            )
             for i, n in enumerate(("key", "value"))
         )
         if found.fused:
@@ -157,16 +158,6 @@ def prepend_key_value(
     if not found.fused:
         product.update_arg(found.index, new_key)
         core.update_arg(1, new_value)
-
-
-def _move_before(gm: GraphModule, node: Node, place: Node) -> None:
-    """Moves a value's computation in front of `place` where it stands behind it."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    if order[node] < order[place]:
-        return
-    late = sorted((n for n in ancestors(node) if order[n] > order[place]), key=order.__getitem__)
-    for current in late:
-        place.prepend(current)
 
 
 def _scores(core: Node) -> Node | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Generator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from ...program.sites import LinearSite, Site
 from ...program.state import BRANCHES, State
 from ...weights.quantised import weight_of
 from ...weights.weight import Weight
+from .call import EMPTY, Value, branch_call, given
 from .requirements import require_order
-from .values import Value, unshared
-
-EMPTY: Mapping[str, None] = MappingProxyType({})
+from .values import unshared
 
 
 class Attaching:
@@ -143,9 +141,7 @@ class Attaching:
     def _call(
         self, path: str, args: tuple[Node, ...], reads: Mapping[str, Value | None] = EMPTY
     ) -> Node:
-        node = self.graph_module.graph.create_node(
-            "call_module", path, args, dict(given(reads)), name=path.replace(".", "_")
-        )
+        node = branch_call(self.graph_module, path, args, reads)
         self._nodes[node.name] = node
         return node
 
@@ -164,8 +160,3 @@ class Attaching:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that values of this dtype train in."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def given(reads: Mapping[str, Value | None]) -> dict[str, Value]:
-    """The reads that exist: where nothing is padded, there is no mask to read."""
-    return {name: value for name, value in reads.items() if value is not None}

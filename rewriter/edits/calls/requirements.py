@@ -78,14 +78,19 @@ def _too_late(program: State, node: Node, late: Node) -> str:
     value = f"{names[0]} = {late.name}" if names else late.name
     what = caller(program, node) or f"the call {node.name}"
     if node in set(ancestors(late)):
-        return (
-            f"{what} reads {value}, which depends on what this changes: a cycle. Read "
-            "edit.input(site), or values of earlier sites, alone or through edit.share."
-        )
+        return cycle(what, value, "edit.input(site), or values of earlier sites")
     return (
         f"{what} reads {value}, which is computed only later. What a branch reads must be known "
         "where its site runs: edit.input(site), or values of earlier sites, alone or through "
         "edit.share."
+    )
+
+
+def cycle(what: str, value: str, instead: str) -> str:
+    """What an error says where a branch reads what depends on the branch itself."""
+    return (
+        f"{what} reads {value}, which depends on what this changes: a cycle. Read {instead}, alone "
+        "or through edit.share."
     )
 
 

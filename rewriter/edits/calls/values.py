@@ -12,15 +12,9 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
-from ...graph.aten import (
-    data_index,
-    inputs,
-    operands,
-)  # fmt: skip
+from ...graph.aten import data_index, inputs, operands
 from ...program.sites import LinearSite, Site, SublayerSite
-
-Value = Node
-"""A value of the graph; methods only hand it on."""
+from .call import Value
 
 
 def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
@@ -42,12 +36,6 @@ def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
 
 def _key(call: Node) -> str:
     return str(call.meta.get("call", call.name))
-
-
-def latest(gm: GraphModule, reads: Mapping[str, Value]) -> Node:
-    """The node behind which everything in `reads` is known."""
-    last = list(gm.graph.find_nodes(op="placeholder"))[-1]
-    return max([last, *reads.values()])  # nodes compare by their places
 
 
 def item_of(gm: GraphModule, source: Value, key: str | int) -> Value:

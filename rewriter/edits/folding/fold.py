@@ -9,17 +9,18 @@ written is compared with what the branches compute (`certificate`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
 from ...graph.aten import (
     LINEAR,
+    erase_dead,
     is_op,
     is_quantised,
     parameter_of,
@@ -27,6 +28,7 @@ from ...graph.aten import (
 )
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
+from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers, turned
 from ...program.sites import LinearSite
@@ -50,6 +52,7 @@ class Folding:
         lost: the largest rounding error of a weight, relative to its change.
         gap: the largest relative difference between a branch and what it folds.
         vanished: (site, why) where rounding lost nearly all of what was learnt.
+        constants: by path, what branches read that is constant (see `measure/constants.py`).
     """
 
     folded: list[str] = field(default_factory=list[str])
@@ -57,6 +60,9 @@ class Folding:
     lost: float = 0.0
     gap: float = 0.0
     vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    constants: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict[str, Mapping[str, Tensor]]
+    )
     _readers: Readers | None = None
 
     def of(self, program: State) -> Readers:
@@ -81,13 +87,19 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         VerifyError: a weight is not what its branches compute, see `certificate`.
         NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
     """
-    result = Folding()
+    named = (a for a in edit.program.attachments if a.path in paths)
+    result = Folding(constants=constant_reads(edit.program, named))
     fold_ready(edit.program, frozenset(paths))
     for group in by_weight(edit.program, paths).values():
         fold_weight(edit, group, tied, result)
     done = set(result.folded)
     edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
     fold_ready(edit.program)
+    erase_dead(edit.graph_module)
+    called = {str(n.target) for n in edit.graph_module.graph.nodes if n.op == "call_module"}
+    for path in edit.program.shared:
+        if path not in called:  # what only folded branches read leaves with them
+            remember(edit.program, path)
     return result
 
 
@@ -103,12 +115,13 @@ def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def branch_of(program: State, attachment: Attachment) -> Branch:
-    """The complete module of an attached branch, also where it is sharded."""
+def branch_of(program: State, attachment: Attachment, reads: Mapping[str, Tensor]) -> Branch:
+    """The complete module of an attached branch, also where it is sharded, with the constants that
+    it reads."""
     branch = whole_module(program.branch(attachment))
     if not isinstance(branch, Branch):
         raise FoldError(f"{attachment.site}: {attachment.path} is no branch, so it cannot fold.")
-    return branch
+    return branch.bound(**reads) if reads else branch
 
 
 def by_weight(program: State, paths: Sequence[str]) -> dict[str, list[Attachment]]:
@@ -143,13 +156,14 @@ def _by_calls(program: State, group: Sequence[Attachment]) -> list[list[Attachme
 
 def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
     """Folds the branches of one weight at the same calls, and compares it with them."""
-    branches = {a.path: branch_of(edit.program, a) for a in group}
+    constants = result.constants
+    branches = {a.path: branch_of(edit.program, a, constants.get(a.path, {})) for a in group}
     before = _matrix(edit, group)
     progress = True
     while progress:
         progress = False
         for attachment in [a for a in group if a.path not in result.folded]:
-            reason = _try(edit, attachment, tied, result)
+            reason = _try(edit, attachment, branches[attachment.path], tied, result)
             if reason is None:
                 progress = True
                 result.folded.append(attachment.path)
@@ -179,9 +193,10 @@ def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
     return None if weight.device.type == "meta" else weight.matrix()
 
 
-def _try(edit: Attaching, attachment: Attachment, tied: str, result: Folding) -> str | None:
+def _try(
+    edit: Attaching, attachment: Attachment, branch: Branch, tied: str, result: Folding
+) -> str | None:
     """Folds one branch; returns the reason if it cannot be folded (now)."""
-    branch = branch_of(edit.program, attachment)
     if reason := _obstacle(edit.program, attachment, branch):
         return reason
     if isinstance(branch, Expression):
@@ -218,8 +233,8 @@ def _obstacle(program: State, attachment: Attachment, branch: Branch) -> str:
     combined = next((a for a in program.attachments if attachment.path in a.members), None)
     if combined is not None:
         return f"not foldable: {combined.adapter} weighs what it adds against other branches"
-    if attachment.reads:
-        return f"not foldable: it reads {', '.join(attachment.reads)}, which depend on the input"
+    if varying := [name for name in attachment.reads if name not in branch.constants]:
+        return f"not foldable: it reads {', '.join(varying)}, which depend on the input"
     return ""
 
 
@@ -321,9 +336,9 @@ def _fold_expression(
     with torch.no_grad():
         before = whole(old.detach())
         require_finite_base(name, before)
-        made = branch.eval()(before).clone()  # in training it may be random
+        made = branch.eval()(before, **branch.constants).clone()  # in training it may be random
         if (wide := torch.promote_types(made.dtype, torch.float32)) != made.dtype:
-            exact = branch(before.to(wide))
+            exact = branch(before.to(wide), **branch.constants)
             result.lost = max(result.lost, lost_share(before, exact, made))
     if not all_finite(made):
         raise NonFiniteError(

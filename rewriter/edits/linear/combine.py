@@ -13,6 +13,7 @@ from ...program.history import Attachment
 from ...program.sites import Site
 from ...program.state import BRANCHES
 from ..calls.attach import Attaching
+from ..calls.call import branch_call
 
 
 def member_paths(edit: Attaching, site: Site, members: Sequence[str]) -> tuple[str, ...]:
@@ -70,12 +71,10 @@ def combine_serial(
     for call in calls.values():
         call.args, call.kwargs = (h,), {**call.kwargs, "skip": False}
         call.meta.pop("serial")
-    name = path.replace(".", "_")
-    args = (h, *(calls[p] for p in members))
     with graph.inserting_after(last):
-        made = graph.create_node("call_module", path, args, dict(reads), name=name)
-    with graph.inserting_after(made):
-        added = (ATEN.add.Tensor, (h, made), {}, f"{name}_add")
+        update = branch_call(edit.graph_module, path, (h, *(calls[p] for p in members)), reads)
+    with graph.inserting_after(update):
+        added = (ATEN.add.Tensor, (h, update), {}, f"{update.name}_add")
         joined = graph.create_node("call_function", *added)
     joined.meta |= {"serial": site.id, "previous": value(first)}
     for reader in readers:

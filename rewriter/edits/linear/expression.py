@@ -19,6 +19,7 @@ from ...graph.sharded import whole
 from ...program.sites import LinearSite
 from ...program.state import State
 from ..calls.attach import Attaching, wide
+from ..calls.call import branch_call
 from .compose import compose
 
 
@@ -42,9 +43,7 @@ def express(
     first = next((n for n in graph.nodes if n in readers), None)
     late = first is not None and current is stored[0]
     with graph.inserting_before(first) if late else graph.inserting_after(current):
-        made = graph.create_node(
-            "call_module", path, (current,), dict(reads), path.replace(".", "_")
-        )
+        made = branch_call(edit.graph_module, path, (current,), reads)
     made.meta |= {"expression": name, "previous": value(current)}
     for reader in readers:
         for source in sources:

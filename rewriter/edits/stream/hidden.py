@@ -29,8 +29,9 @@ from ...graph.aten import (
 )
 from ...program.sites import AttentionSite, LinearSite, MixerSite, Site
 from ...program.state import State
+from ..calls.call import Value, latest
 from ..calls.samples import sample_axis
-from ..calls.values import Value, input_of, latest
+from ..calls.values import input_of
 from .padding import valid_of
 
 _TOKEN_NORMS = overloads("layer_norm", "rms_norm")

@@ -8,8 +8,8 @@ from torch.fx import Node
 from ...errors import PassError
 from ...graph.aten import ATEN, placeholders, shape, submodule, users, value
 from ...program.state import State
+from ..calls.call import Value
 from ..calls.samples import sample_axis
-from ..calls.values import Value
 from .tokens import PadTokens, meaning_of
 
 
@@ -33,7 +33,7 @@ def valid_of(program: State, states: Node) -> Value | None:
                 "over tokens do not read. Capture with a mask that is [batch, tokens]."
             )
         name = f"valid_{source.name}"
-        known = next((n for n in gm.graph.nodes if n.name == name), None)
+        known = next((u for u in users(padded) if u.name.startswith(name)), None)
         if known is None:
             with gm.graph.inserting_after(padded):
                 args = (padded, 0)

@@ -8,6 +8,7 @@ Nodes keep their names, so sites stay sites and other edits inside the region do
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ...errors import PassError
 from ...graph.aten import (
     ATEN,
     SOFTMAX,
+    ancestors,
     attribute,
     inputs,
     is_op,
@@ -33,6 +35,8 @@ from ...graph.modes import Attention
 from ...program.sites import AttentionSite
 from ...program.state import State
 from ..attention.keyvalue import WidenMask, add_call
+from ..calls.call import branch_call, given, latest
+from ..calls.requirements import cycle
 from .region import Region
 from .tokens import fresh_size
 
@@ -40,7 +44,12 @@ _SIZED = overloads("view", "reshape", "_unsafe_view", "expand", "unflatten", "re
 
 
 def run_on_chosen(
-    program: State, region: Region, path: str, reduction: int, valid: Node | None
+    program: State,
+    region: Region,
+    path: str,
+    reduction: int,
+    valid: Node | None,
+    reads: Mapping[str, Node],
 ) -> None:
     """Puts the branch at `path` in front of a region, gathers and scatters.
 
@@ -50,11 +59,20 @@ def run_on_chosen(
         path: of a `Routed` branch.
         reduction: the branch's.
         valid: which tokens are no padding, `[batch, tokens]`, or None where all are valid.
+        reads: what else the branch reads.
 
     Raises:
-        PassError: a value enters the region with its tokens in an axis that cannot be gathered.
+        PassError: a value enters the region with its tokens in an axis that cannot be gathered, or
+            a read is computed in the region.
     """
-    rewrite = _Rewrite(program, region, path, reduction, valid)
+    reads = {**reads, **given({"valid": valid})}
+    for name, read in reads.items():
+        if not set(region.nodes).isdisjoint(ancestors(read)):
+            what = (
+                f"the branch {type(program.module.get_submodule(path)).__name__} at {region.site}"
+            )
+            raise PassError(cycle(what, f"{name} = {read.name}", "what is known before the region"))
+    rewrite = _Rewrite(program, region, path, reduction, reads)
     rewrite.gather()
     if valid is not None:
         rewrite.hide()
@@ -65,25 +83,23 @@ class _Rewrite:
     """One region under edit, with what has been gathered for it so far."""
 
     def __init__(
-        self, program: State, region: Region, path: str, reduction: int, valid: Node | None
+        self, program: State, region: Region, path: str, reduction: int, reads: Mapping[str, Node]
     ) -> None:
         self.program, self.region = program, region
         self.gm: GraphModule = program.module
         self.inside = set(region.nodes)
         self.taken: dict[tuple[Node, int], Node] = {}
-        name = path.replace(".", "_")
         graph = self.gm.graph
-        early = self._before(region.read)
-        with graph.inserting_after(region.read):
-            reads: dict[str, Any] = {} if valid is None else {"valid": valid}
-            chosen = graph.create_node("call_module", path, (region.read,), reads, name=name)
-        last = chosen
+        known = latest(self.gm, {"": region.read, **reads})
+        early = self._before(known)
+        with graph.inserting_after(known):
+            last = chosen = branch_call(self.gm, path, (region.read,), reads)
         found: list[Node] = []
         for place, part in enumerate(("index", "weight", "live", "aside")):
             with graph.inserting_after(last):
                 args = (chosen, place)
                 last = graph.create_node(
-                    "call_function", operator.getitem, args, {}, name=f"{name}_{part}"
+                    "call_function", operator.getitem, args, {}, name=f"{chosen.name}_{part}"
                 )
             found.append(last)
         self.index, self.weight, self.live, self.aside = found

@@ -7,7 +7,7 @@ it, so masks, causality and positions follow by themselves, and only the inputs 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from ...branches.branch import Branch, Tokens
+from ...branches.branch import Branch
 from ...errors import PassError
 from ...graph.aten import (
     ADDS,
@@ -45,8 +45,10 @@ from ...program.sites import AttentionSite, EmbeddingSite, Site
 from ...program.state import State
 from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
+from ..calls.call import branch_call, latest, move_before
 from ..calls.samples import sample_axis
 from .places import moved_places
+from .prompt_reads import first_of, own_reads, require_before, stripped
 
 _LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 _WAVES = overloads("cos", "sin")
@@ -230,11 +232,15 @@ def _looked_up(lookup: Node) -> Node:
 
 
 def prepend_tokens(
-    program: State, site: EmbeddingSite, embedding: Node, path: str, branch: Tokens
+    program: State, site: EmbeddingSite, embedding: Node, path: str, reads: Mapping[str, Node]
 ) -> State:
     """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
-    gm, length = program.module, branch.length
+    gm = program.module
+    attachment = next(a for a in program.attachments if a.path == path)
+    length: Any = gm.get_submodule(path).length
     ids = _token_ids(program, site, embedding)
+    require_before(program, attachment, reads, embedding)
+    own = own_reads(program, attachment, reads)
     symbol = str(value(ids).shape[1])
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
@@ -259,20 +265,34 @@ def prepend_tokens(
         pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
         with gm.graph.inserting_after(source):
             padded = add_call(gm, "pad_tokens", pad, (source,))
-        source.replace_all_uses_with(padded, delete_user_cb=lambda u, p=padded: u is not p)
+        source.replace_all_uses_with(
+            padded, delete_user_cb=lambda u, p=padded: u is not p and u not in own
+        )
         padded.meta["val"] = value(source)
         source.meta["val"] = _resized(source, symbol, size)
-    with gm.graph.inserting_after(embedding):
-        name = path.replace(".", "_")
-        prompt = gm.graph.create_node("call_module", path, (embedding,), {}, name=name)
+
+    def strip_prompt(node: Node, axes: tuple[int, ...]) -> Node:
+        call = add_call(gm, "strip_tokens", StripTokens(length, axes), (node,))
+        call.meta["val"] = _resized(node, symbol, size)
+        return call
+
+    def strip_behind(node: Node, axes: tuple[int, ...]) -> Node:
+        with gm.graph.inserting_after(node):
+            return strip_prompt(node, axes)
+
+    reads = stripped(program, attachment, reads, own, symbol, strip_behind)
+    with gm.graph.inserting_after(latest(gm, {"": embedding, **reads})):
+        prompt = branch_call(gm, path, (embedding,), reads)
     prompt.meta["val"] = value(embedding)
-    embedding.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
+    embedding.replace_all_uses_with(
+        prompt, delete_user_cb=lambda u: u is not prompt and u not in own
+    )
+    if prompt.users:
+        move_before(prompt, first_of(gm, prompt.users))
     end = output_node(gm)
     for leaf, axes in outputs.items():
         with gm.graph.inserting_before(end):
-            stripped = add_call(gm, "strip_tokens", StripTokens(length, axes), (leaf,))
-        stripped.meta["val"] = _resized(leaf, symbol, size)
-        end.replace_input_with(leaf, stripped)
+            end.replace_input_with(leaf, strip_prompt(leaf, axes))
     program.spec = _shorter(program, label, length)
     program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
     return program
