@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .aten import ADDS, ATEN, LINEAR, data_index, is_op, is_quantised, operands, submodule, users
+from .aten import ADDS, ATEN, LINEAR, data_index, is_op, operands, submodule, users
+from .quantised_call import QuantisedCall
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,8 @@ def pattern(function: Callable[..., Term]) -> Pattern:
 
 def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
     """(x, weight, bias) of a linear call, None if it is none; a quantised weight is its codes."""
-    if is_quantised(node):
-        x, weight, _, _, bias = operands(node)[:5]
-        return x, weight, bias
+    if (quantised := QuantisedCall.of(node)) is not None:
+        return quantised.x, quantised.codes, quantised.bias
     if is_op(node, LINEAR):
         x, weight, bias = (*operands(node), node.kwargs.get("bias"))[:3]
         return x, weight, bias

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..branches.branch import Branch, OutputScale
 from ..errors import ExportError, FoldError
 from ..graph.aten import attribute, is_quantised, value
 from ..graph.flow import site_nodes
+from ..graph.quantised_call import QuantisedCall
 from ..graph.sharded import whole
 from ..program.sites import LinearSite
 from ..program.state import State
@@ -116,9 +117,11 @@ class QuantisedWeight(Weight):
 
 def _stored(module: GraphModule, site: LinearSite, call: Node) -> Quantised:
     """The stored tensors that a quantised linear's call reads."""
-    operands: Any = call.args
-    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in operands[1:4])
-    return Quantised(codes, scale, zero, operands[5], operands[6], site.in_features)
+    held = QuantisedCall.of(call)
+    if held is None:
+        raise FoldError(f"{site.weight}: {call.name} is no linear over integers.")
+    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in held.stored)
+    return Quantised(codes, scale, zero, held.bits, held.group, site.in_features)
 
 
 def quantised_calls(program: State) -> dict[str, Node]:

@@ -16,18 +16,16 @@ from ...branches.branch import Delta, RowScale, Scale
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,
-    DEQUANTISE,
     LINEAR,
     VIEWS,
     data_index,
-    is_quantised,
-    loaded_operator,
     strip,
     users,
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
 from ...graph.pattern import linear_parts
+from ...graph.quantised_call import QuantisedCall
 from ...program.history import Attachment
 from ...program.sites import LinearSite
 from ...program.state import State
@@ -95,13 +93,11 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
         node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
         return node
 
-    def dense(site: Any) -> Node:
+    def dense(site: Any, integers: QuantisedCall) -> Node:
         """The dense weight of a quantised call, stored as the model's own was."""
-        operands: Any = call.args
-        codes, scale, zero, _, bits, group = operands[1:]
+        operator, args = integers.dense(site.in_features)
         with gm.graph.inserting_after(call):
-            args = (codes, scale, zero, bits, group, site.in_features)
-            made = emit("call_function", loaded_operator(DEQUANTISE), args, "dequantise")
+            made = emit("call_function", operator, args, "dequantise")
         with gm.graph.inserting_after(made):
             made = emit("call_function", ATEN.to.dtype, (made, value(call).dtype), "dense")
         if not site.in_out:
@@ -124,10 +120,12 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
         if parts is None:
             raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
         x, stored, bias = parts
-        stored = (
-            dense(program.sites[attachment.site]) if is_quantised(call) else strip(stored, VIEWS)
-        )
-        with gm.graph.inserting_after(stored if is_quantised(call) else tail):
+        integers = QuantisedCall.of(call)
+        if integers is not None:
+            stored = dense(program.sites[attachment.site], integers)
+        else:
+            stored = strip(stored, VIEWS)
+        with gm.graph.inserting_after(tail if integers is None else stored):
             tail = branch(attachment, (tail, x, stored, bias))
     updates: dict[str, Node] = {}
     last, members = tail, {path for a in mine for path in a.members}
