@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shapes import LinearShape, Shape, linear
+
+__all__ = ["linear"]
+
 Axes = Mapping[str, tuple[str, ...]]
 """Name of a tensor -> the names of its axes."""
 
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in the dtype of x; the parameters may be wider (see `Attaching.like`)."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Branch(nn.Module):
@@ -52,6 +51,9 @@ class Branch(nn.Module):
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
 
+    shape: Shape = LinearShape()
+    """Of the weight that it stands beside."""
+
     axis: int = -1
     """The axis of the features in the values that the branch reads and writes."""
 
@@ -81,6 +83,14 @@ class Branch(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
 
+    def spread(self, own: Tensor, fill: float) -> Tensor:
+        """Puts own features `[count * own, ...]` at their places in the fused weight."""
+        if self.features is None:
+            return own
+        stack = own.unflatten(0, (self.shape.count, -1))
+        stack = torch.cat([torch.full_like(stack[:, :1], fill), stack], 1)
+        return stack.index_select(1, self.features).flatten(0, 1)
+
     def features_last(self, x: Tensor) -> Tensor:
         """`x` with its features on the last axis."""
         return x if self.axis == -1 else x.movedim(self.axis, -1)
@@ -91,7 +101,10 @@ class Branch(nn.Module):
 
 
 class Delta(Branch):
-    """`y = base(x) + f(x)` with linear f, so that f folds into the weight."""
+    """`y = base(x) + f(x)` with linear f, so that f folds into the weight.
+
+    Beside an embedding x are ids, and f is linear in their one-hot vectors.
+    """
 
     slot = "delta"
     reads, writes = "in", "out"
@@ -101,12 +114,12 @@ class Delta(Branch):
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+        """The weight that f adds, `[out, in]`, see `shapes`."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such
-        form."""
+        """`(a [rank, in], b [out, rank], s)` with `delta = s b a` beside a linear, or None if f
+        has no such form."""
         return None
 
     def forward(
@@ -124,28 +137,24 @@ class Delta(Branch):
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        d = self.delta()
-        if self.features is not None:
-            d = torch.cat([torch.zeros_like(d[:1]), d]).index_select(0, self.features)
-        return d
+        return self.spread(self.delta(), 0.0)
 
 
 class Scale(Branch):
     """Multiplies a linear's input or output by a vector; folds into columns or rows."""
 
     def scale(self) -> Tensor:
-        """The vector, `[in]` or `[out]`."""
+        """The vector, `[in]` or `[out]`; one an expert, `[count * in]` or `[count * out]`."""
         raise NotImplementedError
 
     def full_scale(self) -> Tensor:
         """`scale()` with ones at the untouched features of a fused weight."""
-        s = self.scale()
-        if self.features is not None:
-            s = torch.cat([torch.ones_like(s[:1]), s]).index_select(0, self.features)
-        return s
+        return self.spread(self.scale(), 1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = self.features_last(x) * self.full_scale()  # maybe wider, as in `RowScale`
+    def forward(self, x: Tensor, **operands: Tensor) -> Tensor:
+        x_last = self.features_last(x)
+        scale = self.shape.along(self.full_scale(), x_last, **operands)
+        scaled = x_last * scale  # maybe wider, as in `RowScale`
         return self.features_back(scaled.to(x.dtype))
 
 
@@ -175,21 +184,18 @@ class RowScale(Branch):
     single = "the rows of a weight have one magnitude"
 
     own: Tensor | None
-    """For a part of a fused weight: its rows, `[own features]`."""
-
-    in_out: bool = False
-    """The stored weight is `[in, out]`."""
+    """For a part of a fused weight: its rows, `[count * own features]`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("own", None, persistent=False)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
         """`f(x)`: `[..., in] -> [..., out]`."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """The weight that f adds, `[out, in]`."""
+        """The weight that f adds, `[out, in]`, see `shapes`."""
         raise NotImplementedError
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -209,21 +215,31 @@ class RowScale(Branch):
 
     def full_rows(self, weight: Tensor) -> Tensor:
         """`rows` of the whole stored weight, with ones at untouched features."""
-        dense = weight.mT if self.in_out else weight
-        return self._spread(self.rows(dense if self.own is None else dense[self.own]), 1.0)
+        dense = self.shape.matrix(weight)
+        return self.spread(self.rows(dense if self.own is None else dense[self.own]), 1.0)
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        return self._spread(self.delta().mT, 0.0).mT
+        return self.spread(self.delta(), 0.0)
 
-    def forward(self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        **operands: Tensor,
+    ) -> Tensor:
         """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y."""
         c = self.full_rows(weight)  # maybe wider than y: rounding it would move whole rows
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
             return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
-        own = self.features_last(y) + self._spread(self.branch(self.features_last(x)), 0.0)
+        own = self.branch(self.features_last(x), **operands)
+        own = self.features_last(y) + self._spread(own, 0.0)
+        c = self.shape.along(c, own, **operands)
+        bias = None if bias is None else self.shape.along(bias, own, **operands)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
 

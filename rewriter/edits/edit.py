@@ -35,8 +35,10 @@ from ..program.sites import (
     LinearSite,
     Site,
     SublayerSite,
+    WeightSite,
 )
 from ..program.trained import chosen, train_only
+from ..weights.shape import call_obstacle
 from .attention.keyvalue import prepend_key_value
 from .calls.attach import EMPTY, given
 from .calls.requirements import require_fit
@@ -92,37 +94,39 @@ class Editor(Reading):
         self._nodes = site_nodes(self.graph_module)
         return done
 
-    def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
-        """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
+    def add(self, site: WeightSite, branch: Delta, **reads: Value | None) -> None:
+        """Adds a branch beside the calls of a weight: `y = base(x) + branch(x)`."""
         require_fit(self.method, "add", site, branch)
         self._attach_linear(site, branch, reads)
 
-    def scale(self, site: LinearSite, branch: InputScale | OutputScale) -> None:
-        """Scales a linear's input or output."""
+    def scale(self, site: WeightSite, branch: InputScale | OutputScale) -> None:
+        """Scales what the calls of a weight read, or their values."""
         require_fit(self.method, "scale", site, branch)
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
         self._attach_linear(site, branch)
 
-    def rescale(self, site: LinearSite, branch: RowScale) -> None:
-        """Rescales the rows of a linear's weight, below all its other branches."""
+    def rescale(self, site: WeightSite, branch: RowScale) -> None:
+        """Rescales the rows of a weight, below all its other branches."""
         require_fit(self.method, "rescale", site, branch)
-        branch.in_out = site.in_out
-        if site.features is not None:
-            own = self._index(site, torch.tensor(site.features))
+        if site.features is not None and not self._refused(site):
+            weight = self.weight(site)
+            first = torch.arange(weight.shape.count)[:, None] * weight.out_features
+            own = self._index(site, (first + torch.tensor(site.features)).flatten())
             branch.register_buffer("own", own, persistent=False)
         self._attach_linear(site, branch)
 
     def _attach_linear(
         self,
-        site: LinearSite,
+        site: WeightSite,
         branch: Linear,
         reads: Mapping[str, Value | None] = EMPTY,
         members: tuple[str, ...] = (),
     ) -> None:
-        if site.obstacle:
-            self.skip(site, site.obstacle)
+        if reason := self._refused(site):
+            self.skip(site, reason)
             return
+        branch.shape = self.shape(site)
         if site.features is not None:
             full = self.weight(site).out_features
             index = torch.zeros(full, dtype=torch.long)
@@ -134,7 +138,11 @@ class Editor(Reading):
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
-    def _index(self, site: LinearSite, index: Tensor) -> Tensor:
+    def _refused(self, site: WeightSite) -> str:
+        """Why no branch can stand beside a site's calls; empty if one can."""
+        return call_obstacle(site, [self.node(name) for name in site.nodes])
+
+    def _index(self, site: WeightSite, index: Tensor) -> Tensor:
         """An index on the weight's device; without storage there, it keeps its values here."""
         device = self.weight(site).device
         return index if device.type == "meta" else index.to(device)

@@ -20,9 +20,10 @@ from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PassError
-from ..graph.aten import attribute, expression_of, source_line, value
+from ..graph.aten import ATEN, attribute, expression_of, source_line, value
 from ..graph.modes import Attention
 from ..graph.symbols import unify
 from ..graph.turns import alone
@@ -94,7 +95,7 @@ class _Fakes:
             return load(node)
         if node.op == "output":
             return args[0]
-        with self.mode, enable_python_dispatcher():
+        with self.mode, _Layouts(self.mode.shape_env), enable_python_dispatcher():
             if node.op == "call_module":
                 module = self.gm.get_submodule(str(node.target))
                 if isinstance(module, Attention):
@@ -107,6 +108,29 @@ class _Fakes:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+_STRICT = ("frozen", "_error_on_new_guards")
+"""What makes a shape environment refuse guards."""
+
+
+class _Layouts(TorchDispatchMode):
+    """Lets convolutions choose a memory layout by the size of the batch, which fixes no size."""
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__()
+        self.environment = environment
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.environment is None or func is not ATEN.convolution.default:
+            return func(*args, **(kwargs or {}))
+        saved = {n: getattr(self.environment, n, False) for n in _STRICT}
+        try:
+            self.environment.__dict__.update(dict.fromkeys(_STRICT, False))
+            with self.environment.suppress_guards():
+                return func(*args, **(kwargs or {}))
+        finally:
+            self.environment.__dict__.update(saved)
 
 
 @contextlib.contextmanager

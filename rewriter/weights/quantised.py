@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, OutputScale
+from ..branches.shapes import LinearShape
 from ..errors import ExportError, FoldError
 from ..graph.aten import attribute, is_quantised, value
 from ..graph.flow import site_nodes
 from ..graph.quantised_call import QuantisedCall
 from ..graph.sharded import whole
-from ..program.sites import LinearSite
+from ..program.sites import LinearSite, WeightSite
 from ..program.state import State
 from .certificate import Matrix
 from .integers import Quantised
+from .shape import shape_of
 from .weight import DenseWeight, Weight
 
 
@@ -45,15 +47,12 @@ class QuantisedWeight(Weight):
         return QuantisedWeight(
             module=module, name=site.weight, bias_name=site.bias, bias=bias,
             tensor=_stored(module, site, call), compute=value(call).dtype,
+            shape=LinearShape(site.in_out),
         )  # fmt: skip
 
     @property
     def out_features(self) -> int:
         return self.tensor.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.tensor.in_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,13 +139,17 @@ def dense_weights(program: State) -> dict[str, Tensor]:
     sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
     found: dict[str, Tensor] = {}
     for name, call in quantised_calls(program).items():
-        dense = QuantisedWeight.of(program.module, sites[name], call).dense()
-        found[name] = dense.T.contiguous() if sites[name].in_out else dense
+        weight = QuantisedWeight.of(program.module, sites[name], call)
+        found[name] = weight.shape.stored(weight.dense())
     return found
 
 
-def weight_of(module: GraphModule, site: LinearSite, call: Node | None) -> Weight:
-    """What a site multiplies by, however it is stored; `call` is its first call."""
-    if call is not None and is_quantised(call):
+def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weight:
+    """What a site multiplies by, however it is stored; `call` is its first call.
+
+    Raises:
+        PassError: no branch can stand beside the call.
+    """
+    if isinstance(site, LinearSite) and call is not None and is_quantised(call):
         return QuantisedWeight.of(module, site, call)
-    return DenseWeight.of(module, site)
+    return DenseWeight.of(module, site, shape_of(site, call))

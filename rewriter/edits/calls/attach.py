@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...branches.branch import Branch
+from ...branches.shapes import Shape
 from ...errors import PassError
 from ...graph.aten import erase_dead
 from ...graph.flow import site_nodes
 from ...program.history import Attachment
-from ...program.sites import LinearSite, Site
+from ...program.sites import Site, WeightSite
 from ...program.state import BRANCHES, State
 from ...weights.quantised import weight_of
+from ...weights.shape import shape_of
 from ...weights.weight import Weight
 from .requirements import require_order
 from .values import Value, unshared
@@ -75,9 +77,13 @@ class Attaching:
         """A site's id as the name of a module."""
         return site.id.removesuffix(".weight").replace(":", ".")
 
-    def weight(self, site: LinearSite) -> Weight:
+    def weight(self, site: WeightSite) -> Weight:
         """What the site multiplies by."""
         return weight_of(self.graph_module, site, self._nodes.get(site.nodes[0]))
+
+    def shape(self, site: WeightSite) -> Shape:
+        """How a site's calls multiply by its weight."""
+        return shape_of(site, self._nodes.get(site.nodes[0]))
 
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""

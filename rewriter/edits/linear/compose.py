@@ -1,4 +1,4 @@
-"""Composing the branches of one linear call: always emitted in one fixed order.
+"""Composing the branches of one call of a weight: always emitted in one fixed order.
 
 Input scale, base (its weight maybe an expression), row scale, deltas (or what combines them),
 output scale: so the order of passes does not change the graph.
@@ -24,10 +24,10 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.pattern import linear_parts
 from ...graph.quantised_call import QuantisedCall
+from ...graph.weighted_call import WeightedCall
 from ...program.history import Attachment
-from ...program.sites import LinearSite
+from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
@@ -43,7 +43,7 @@ def at_weight(
     """
     ids = {
         s.id for s in program.sites
-        if isinstance(s, LinearSite) and s.weight == weight and (not call or call in s.nodes)
+        if isinstance(s, WeightSite) and s.weight == weight and (not call or call in s.nodes)
     }  # fmt: skip
     found = [a for a in program.attachments if a.site in ids and a.slot in ORDER]
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
@@ -90,7 +90,8 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
 
     def branch(attachment: Attachment, args: tuple[object, ...]) -> Node:
         node = emit("call_module", attachment.path, args, attachment.path.replace(".", "_"))
-        node.kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
+        reads = {name: nodes[read] for name, read in attachment.reads.items()}
+        node.kwargs = {**reads, **parts.operands}
         return node
 
     def dense(site: Any, integers: QuantisedCall) -> Node:
@@ -108,18 +109,21 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
     inside: set[Node] = set()
     nodes = site_nodes(gm) if any(a.reads for a in mine) else {}
     data = data_index(call)
-    x = call.args[data]
+    parts = WeightedCall.of(call)
+    if parts is None:
+        if mine:
+            raise PassError(f"{mine[0].site}: {call.name} multiplies by no weight.")
+        return
+    x = parts.x
     with gm.graph.inserting_before(call):
         for attachment in of_slot("input_scale"):
             x = branch(attachment, (x,))
-    call.update_arg(data, x)
+    if x is not parts.x:
+        call.update_arg(data, x)
     tail = call
     readers = users(call)
     for attachment in of_slot("row_scale"):
-        parts: Any = linear_parts(call)
-        if parts is None:
-            raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
-        x, stored, bias = parts
+        stored, bias = parts.weight, parts.bias
         integers = QuantisedCall.of(call)
         if integers is not None:
             stored = dense(program.sites[attachment.site], integers)
@@ -204,12 +208,12 @@ def _composed(call: Node, key: str) -> list[Node]:
 
 def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:
     """Re-emits every composed call in its plain, unlowered form, `first` innermost."""
-    attached = {a.site for a in program.attachments}
-    weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
+    attached = {a.site for a in program.attachments if a.slot in ORDER}
+    weights = {s.weight for s in program.sites if isinstance(s, WeightSite) and s.id in attached}
     nodes = site_nodes(program.module)
     done: set[str] = set()
     for site in program.sites:
-        if isinstance(site, LinearSite) and site.weight in weights:
+        if isinstance(site, WeightSite) and site.weight in weights and not site.obstacle:
             for name in site.nodes:
                 if name not in done:
                     compose(program, nodes[name], site.weight, first)

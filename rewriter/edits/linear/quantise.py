@@ -24,8 +24,8 @@ from ...graph.aten import (
     users,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.pattern import linear_parts
 from ...graph.quantised_call import QuantisedCall
+from ...graph.weighted_call import linear_parts
 from ...program.sites import LinearSite
 from ...weights.integers import Quantised, quantise
 from ...weights.quantised import QuantisedWeight
