@@ -178,16 +178,18 @@ class Method(Pass, abstract=True):
         decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}
         if absent:
             decisions["absent"] = absent
+        if named := sorted({s.kind for s in sites} & set(self.named)):
+            decisions["kinds"] = named
         if skipped := misfits | left_out(program, selection.left, self._why_left):
             decisions["skipped"] = skipped
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         sites = [edit.program.sites[i] for i in plan.decisions["sites"]]
-        kinds = (*self.kinds, *self.named)
+        kinds = (*self.kinds, *plan.decisions.get("kinds", ()))
         for site in sites:
             if site.kind not in kinds:  # planned by an earlier version
-                edit.skip(site, self._why_left(site.kind))
+                edit.skip(site, f"{site.kind}: a plan of a version that left such sites alone")
         self.insert_all(edit, [s for s in sites if s.kind in kinds], plan)
         edit.skipped.extend(plan.decisions.get("skipped", {}).items())
         for part in plan.decisions.get("absent", ()):
