@@ -221,24 +221,22 @@ class ConvolutionShape(Shape):
     def stored(self, matrix: Tensor) -> Tensor:
         return matrix.unflatten(1, (-1, *self.kernel)).contiguous()
 
+    @property
+    def _operator(self) -> Any:
+        return (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+
     def _call(self, x: Tensor, weight: Tensor) -> Tensor:
-        call: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
         options = (self.stride, self.padding, self.dilation, self.groups)
-        return call(x, weight.to(x.dtype), None, *options)
+        return self._operator(x, weight.to(x.dtype), None, *options)
 
     def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
         """`rank` channels a group."""
         return self._call(x, self.stored(a.flatten(0, -2)))
 
     def widen(self, h: Tensor, b: Tensor, **operands: Tensor) -> Tensor:
-        """A convolution of kernel 1, as a product (which kernel torch takes for a convolution
-        depends on the size of the batch)."""
-        places = h.shape[-len(self.kernel) :]
-        flat = h.flatten(-len(self.kernel))
-        if b.dim() == 2:
-            return (b.to(h.dtype) @ flat).unflatten(-1, places)
-        y = b.to(h.dtype) @ flat.unflatten(-2, (self.groups, -1))
-        return y.flatten(-3, -2).unflatten(-1, places)
+        """A convolution of kernel 1."""
+        weight = b.reshape(-1, b.shape[-1], *(1 for _ in self.kernel))
+        return self._operator(h, weight.to(h.dtype), groups=self.groups)
 
     def along(self, vector: Tensor, values: Tensor, **operands: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.kernel))

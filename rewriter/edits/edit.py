@@ -38,7 +38,6 @@ from ..program.sites import (
     WeightSite,
 )
 from ..program.trained import chosen, train_only
-from ..weights.shape import call_obstacle
 from .attention.keyvalue import prepend_key_value
 from .calls.attach import EMPTY, given
 from .calls.requirements import require_fit
@@ -109,7 +108,7 @@ class Editor(Reading):
     def rescale(self, site: WeightSite, branch: RowScale) -> None:
         """Rescales the rows of a weight, below all its other branches."""
         require_fit(self.method, "rescale", site, branch)
-        if site.features is not None and not self._refused(site):
+        if site.features is not None and not self.obstacle(site):
             weight = self.weight(site)
             first = torch.arange(weight.shape.count)[:, None] * weight.out_features
             own = self._index(site, (first + torch.tensor(site.features)).flatten())
@@ -123,7 +122,7 @@ class Editor(Reading):
         reads: Mapping[str, Value | None] = EMPTY,
         members: tuple[str, ...] = (),
     ) -> None:
-        if reason := self._refused(site):
+        if reason := self.obstacle(site):
             self.skip(site, reason)
             return
         branch.shape = self.shape(site)
@@ -137,10 +136,6 @@ class Editor(Reading):
         self._attach(site, branch, reads, members=members)
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
-
-    def _refused(self, site: WeightSite) -> str:
-        """Why no branch can stand beside a site's calls; empty if one can."""
-        return call_obstacle(site, [self.node(name) for name in site.nodes])
 
     def _index(self, site: WeightSite, index: Tensor) -> Tensor:
         """An index on the weight's device; without storage there, it keeps its values here."""

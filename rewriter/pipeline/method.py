@@ -170,7 +170,7 @@ class Method(Pass, abstract=True):
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         selection, absent = self._selection(program)
         sites = self.sites(program)
-        free = [s for s in sites if not (isinstance(s, LinearSite) and s.fixed)]
+        free = [s for s in sites if not self._fixed(s)]
         misfits = {s.id: reason for s in free if (reason := self.obstacle(s))}
         if free and len(misfits) == len(free):
             where, reason = next(iter(misfits.items()))
@@ -199,8 +199,11 @@ class Method(Pass, abstract=True):
         """Edits all sites; for methods that do not edit one by one."""
         del plan
         for site in sites:
-            if isinstance(site, LinearSite) and site.fixed:
+            if self._fixed(site):
                 edit.skip(site, site.obstacle)
+                continue
+            if site.kind in self.named and (reason := edit.obstacle(site)):
+                edit.skip(site, reason)
                 continue
             done = len(edit.edited), len(edit.skipped)
             self.insert(edit, site)
@@ -210,6 +213,12 @@ class Method(Pass, abstract=True):
                     "editor (edit.add, edit.after, edit.express, ...), or say why it leaves the "
                     "site alone (edit.skip)."
                 )
+
+    def _fixed(self, site: Site) -> bool:
+        """Whether no branch can stand at a site, whatever the options are."""
+        if isinstance(site, LinearSite):
+            return bool(site.fixed)
+        return site.kind in self.named and bool(site.obstacle)
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""

@@ -21,7 +21,7 @@ from ...program.history import Attachment
 from ...program.sites import Site, WeightSite
 from ...program.state import BRANCHES, State
 from ...weights.quantised import weight_of
-from ...weights.shape import shape_of
+from ...weights.shape import call_obstacle, shape_of
 from ...weights.weight import Weight
 from .requirements import require_order
 from .values import Value, unshared
@@ -84,6 +84,10 @@ class Attaching:
     def shape(self, site: WeightSite) -> Shape:
         """How a site's calls multiply by its weight."""
         return shape_of(site, self._nodes.get(site.nodes[0]))
+
+    def obstacle(self, site: WeightSite) -> str:
+        """Why no branch can stand beside a site's calls; empty if one can."""
+        return call_obstacle(site, [self.node(name) for name in site.nodes])
 
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""
