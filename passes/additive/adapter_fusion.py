@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Combine, linear
+from ...rewriter.branches.branch import Combine
+from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.soft_topk import coordinate_descent, soft_topk
-from ...rewriter.branches.branch import linear
 from ...rewriter.branches.routing import Routed
+from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

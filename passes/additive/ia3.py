@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.sites import WeightSite
 
 
 class IA3Output(OutputScale):
@@ -48,14 +48,19 @@ class IA3Input(InputScale):
 
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    """Scales the selected linears: inputs at `ffn.down`, outputs everywhere else."""
+    """Scales the selected weights: inputs at `ffn.down`, outputs everywhere else.
+
+    Each expert has vectors of its own.
+    """
 
     folds: ClassVar[str] = "exactly"
+    named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
 
     where: str = "k|v|ffn.down"
 
-    def insert(self, edit: Editor, site: LinearSite) -> None:
+    def insert(self, edit: Editor, site: WeightSite) -> None:
         at_input = site.role == "ffn.down"
-        size = site.in_features if at_input else site.out_features
+        count, out, _ = site.matrices
+        size = site.inputs if at_input else count * out
         ones = torch.ones(size).to(edit.like(site))
         edit.scale(site, IA3Input(ones) if at_input else IA3Output(ones))

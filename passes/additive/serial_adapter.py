@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Axes, Serial, linear
+from ...rewriter.branches.branch import Axes, Serial
+from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

@@ -28,8 +28,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import linear
 from ...rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
+from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach

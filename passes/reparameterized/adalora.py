@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
-from ...rewriter.branches.branch import Delta, linear
+from ...rewriter.branches.branch import Delta
+from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.training.budget import BudgetController, Budgeted
 from ..merging.bake import Bake
@@ -39,15 +40,17 @@ class AdaLoRABranch(Delta):
         self.p, self.e, self.q = nn.Parameter(p), nn.Parameter(e), nn.Parameter(q)
         self.scale, self.dropout = scale, dropout
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return linear(linear(x, self.q) * (self.e * self.scale).to(x.dtype), self.p)
+        return self.shape.low_rank(x, self.q, self.p, self.e * self.scale, **operands)
 
     def delta(self) -> Tensor:
         return (self.p * (self.e * self.scale)) @ self.q
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        if not isinstance(self.shape, LinearShape):
+            return None
         return self.q * self.e[:, None], self.p, self.scale
 
     def kept(self) -> list[int]:
@@ -109,6 +112,7 @@ class AdaLoRA(Budgeted):
 
     controller: ClassVar[type[Controller]] = RankController
     folds: ClassVar[str] = "exactly"
+    named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
 
     rank: int = 12
     target: int | None = None
@@ -131,12 +135,19 @@ class AdaLoRA(Budgeted):
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(0 <= self.gamma < math.inf, "gamma", "finite and not negative")
 
-    def obstacle(self, site: LinearSite) -> str:
-        return rank_obstacle(self.rank, site)
+    def obstacle(self, site: WeightSite) -> str:
+        count, _, _ = site.matrices
+        if count > 1:
+            return (
+                f"its {count} matrices (groups, or experts) would be left with different ranks, "
+                "which no one tensor holds. Use lora there"
+            )
+        return rank_obstacle(self.rank, self.dropout, site)
 
-    def insert(self, edit: Editor, site: LinearSite) -> None:
+    def insert(self, edit: Editor, site: WeightSite) -> None:
         like = edit.like(site)
-        shapes = (site.out_features, self.rank), (self.rank, site.in_features)
+        _, out, size = site.matrices
+        shapes = (out, self.rank), (self.rank, size)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
         e = torch.zeros(self.rank)
         scale = self.alpha / self.rank

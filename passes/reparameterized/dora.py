@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import RowScale, linear
+from ...rewriter.branches.branch import RowScale
+from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.sites import WeightSite
 from .lora import LoRA, LoRABranch
 
 
@@ -54,16 +55,16 @@ class DoRABranch(RowScale):
         self.scale, self.dropout = direction.scale, direction.dropout
         self.through_norm = through_norm
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return linear(linear(x, self.a) * self.scale, self.b)
+        return self.shape.low_rank(x, self.a, self.b, self.scale, **operands)
 
     def delta(self) -> Tensor:
-        return (self.b @ self.a) * self.scale
+        return self.shape.product(self.b, self.a) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return self.a, self.b, self.scale
+        return (self.a, self.b, self.scale) if isinstance(self.shape, LinearShape) else None
 
     def rows(self, weight: Tensor) -> Tensor:
         factors = (weight, self.a, self.b)
@@ -71,17 +72,22 @@ class DoRABranch(RowScale):
         squares = squared_norms(w)
         w, a, b = (t.to(squares.dtype) for t in (w, a, b))
         with full_precision(w):
+            w = w if a.dim() == 2 else w.unflatten(0, (len(a), -1))
             crossed = (a @ w.mT).mT  # short axis first: 2 to 3 times faster on a CPU
-            moved = torch.addmm(crossed, b, a @ a.mT, beta=2 * self.scale, alpha=self.scale**2)
-        return self.m / root(squares + (moved * b).sum(1))
+            product = torch.addmm if a.dim() == 2 else torch.baddbmm
+            moved = product(crossed, b, a @ a.mT, beta=2 * self.scale, alpha=self.scale**2)
+        return self.m / root(squares + (moved * b).sum(-1).flatten())
 
     def describe(self) -> str:
-        return f"rank={self.a.shape[0]}, scale={self.scale:g}"
+        return f"rank={self.a.shape[-2]}, scale={self.scale:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-    """Adapts the selected linears by a trainable row magnitude and a low-rank direction.
+    """Adapts the selected weights by a trainable row magnitude and a low-rank direction.
+
+    A row is what makes one output: a channel of a convolution, an output of an expert; of an
+    embedding, one number of all its vectors.
 
     Attributes:
         through_norm: let the gradient through the norm, too, at the cost of its backward.
@@ -91,6 +97,6 @@ class DoRA(LoRA):
     through_norm: bool = False
     where: str = "q|k|v|ffn.up|ffn.down"
 
-    def insert(self, edit: Editor, site: LinearSite) -> None:
+    def insert(self, edit: Editor, site: WeightSite) -> None:
         m = root(squared_norms(edit.matrix(site)))
         edit.rescale(site, DoRABranch(m, self.made(edit, site), self.through_norm))

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Axes, Delta, linear
+from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.sites import EmbeddingSite, WeightSite
 
 
 class LoRABranch(Delta):
@@ -31,35 +32,58 @@ class LoRABranch(Delta):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return linear(linear(x, self.a) * self.scale, self.b)  # scales rank columns, not out
+        return self.shape.low_rank(x, self.a, self.b, self.scale, **operands)
 
     def delta(self) -> Tensor:
-        return (self.b @ self.a) * self.scale
+        return self.shape.product(self.b, self.a) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return self.a, self.b, self.scale
+        return (self.a, self.b, self.scale) if isinstance(self.shape, LinearShape) else None
 
     def describe(self) -> str:
-        return f"rank={self.a.shape[0]}, scale={self.scale:g}"
+        return f"rank={self.a.shape[-2]}, scale={self.scale:g}"
 
 
-def rank_obstacle(rank: int, site: LinearSite) -> str:
-    """Why a rank does not fit a linear; empty if it does."""
-    limit = min(site.in_features, site.out_features)
-    if rank <= limit:
-        return ""
-    return (
-        f"rank={rank}, but it must be at most {limit} for {site.in_features} -> "
-        f"{site.out_features} features. Give such sites a smaller rank, in a pass of their own"
-    )
+def rank_obstacle(rank: int, dropout: float, site: WeightSite) -> str:
+    """Why a low-rank branch does not fit a site; empty if it does."""
+    count, out, size = site.matrices
+    limit = min(size, out)
+    if rank > limit:
+        each = f" of each of {count} matrices" if count > 1 else ""
+        return (
+            f"rank={rank}, but it must be at most {limit} for {size} -> {out} features{each}. "
+            "Give such sites a smaller rank, in a pass of their own"
+        )
+    if dropout and isinstance(site, EmbeddingSite):
+        return f"dropout={dropout:g} is on what is read, and ids cannot be dropped. Set dropout=0"
+    return ""
+
+
+def low_rank_parameters(
+    site: WeightSite, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`(a [rank, in], b [out, rank])`, or with the number of matrices in front, whose product is
+    zero. An embedding's a is zero, so that only rows that are looked up ever change."""
+    count, out, size = site.matrices
+    a, b = torch.empty(count * rank, size), torch.zeros(count * out, rank)
+    if isinstance(site, EmbeddingSite):
+        nn.init.zeros_(a), nn.init.normal_(b, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    if count == 1:
+        return a, b
+    return a.unflatten(0, (count, rank)), b.unflatten(0, (count, out))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """Adds a trainable low-rank branch beside every selected linear.
+    """Adds a trainable low-rank branch beside every selected weight.
+
+    Beside a convolution, A is one of `rank` channels and B one of kernel 1, in each group; beside
+    experts, each has factors of its own; of an embedding, the rows of `A^T` are looked up.
 
     Attributes:
         rank: of the branch; sites with min(in, out) below it are skipped.
@@ -70,6 +94,7 @@ class LoRA(Method):
     """
 
     folds: ClassVar[str] = "exactly"
+    named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
 
     rank: int = 8
     alpha: float = 16.0
@@ -82,17 +107,15 @@ class LoRA(Method):
         self.require(math.isfinite(self.alpha), "alpha", "finite")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
-    def obstacle(self, site: LinearSite) -> str:
-        return rank_obstacle(self.rank, site)
+    def obstacle(self, site: WeightSite) -> str:
+        return rank_obstacle(self.rank, self.dropout, site)
 
-    def insert(self, edit: Editor, site: LinearSite) -> None:
+    def insert(self, edit: Editor, site: WeightSite) -> None:
         edit.add(site, self.made(edit, site))
 
-    def made(self, edit: Editor, site: LinearSite) -> LoRABranch:
+    def made(self, edit: Editor, site: WeightSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""
         like = edit.like(site)
-        a = torch.empty(self.rank, site.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=edit.generator)
-        b = torch.zeros(site.out_features, self.rank)
+        a, b = low_rank_parameters(site, self.rank, edit.generator)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         return LoRABranch(a.to(like), b.to(like), scale, self.dropout)

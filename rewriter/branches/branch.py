@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shapes import LinearShape, Shape, linear
+
+__all__ = ["linear"]
+
 Axes = Mapping[str, tuple[str, ...]]
 """Name of a tensor -> the names of its axes."""
 
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in the dtype of x; the parameters may be wider (see `Attaching.like`)."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Branch(nn.Module):
@@ -52,6 +51,9 @@ class Branch(nn.Module):
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
+
+    shape: Shape = LinearShape()
+    """Of the weight that it stands beside."""
 
     axis: int = -1
     """The axis of the features in the values that the branch reads and writes."""
@@ -98,6 +100,26 @@ class Branch(nn.Module):
         """What it reads, as far as it is `bound`."""
         return {name: getattr(self, f"read_{name}") for name in self.constants_read}
 
+    def spread(self, own: Tensor, fill: float) -> Tensor:
+        """Puts own features `[count * own, ...]` at their places in the fused weight."""
+        if self.features is None:
+            return own
+        stack = own.unflatten(0, (self.shape.count, -1))
+        stack = torch.cat([torch.full_like(stack[:, :1], fill), stack], 1)
+        return stack.index_select(1, self.features).flatten(0, 1)
+
+    def spread_last(self, own: Tensor, fill: float) -> Tensor:
+        """The same for values `[..., own]`, of a call or one for each of its samples."""
+        if self.features is None:
+            return own
+        rest = torch.full_like(own[..., :1], fill)
+        return torch.cat([rest, own], -1).index_select(-1, self.features)
+
+    def apart(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(operands of the call, see `Shape`; what the method reads) of what a forward is given."""
+        operands = {n: values[n] for n in self.shape.operands if n in values}
+        return operands, {n: v for n, v in values.items() if n not in operands}
+
     def features_last(self, x: Tensor) -> Tensor:
         """`x` with its features on the last axis."""
         return x if self.axis == -1 else x.movedim(self.axis, -1)
@@ -108,7 +130,10 @@ class Branch(nn.Module):
 
 
 class Delta(Branch):
-    """`y = base(x) + f(x)` with linear f, so that f folds into the weight."""
+    """`y = base(x) + f(x)` with linear f, so that f folds into the weight.
+
+    Beside an embedding x are ids, and f is linear in their one-hot vectors.
+    """
 
     slot = "delta"
     reads, writes = "in", "out"
@@ -118,12 +143,12 @@ class Delta(Branch):
         raise NotImplementedError
 
     def delta(self, *_: Any, **reads: Any) -> Tensor:
-        """The weight that f adds, `[out, in]`; the reads are constants."""
+        """The weight that f adds, `[out, in]`, see `shapes`; the reads are constants."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """`(a [rank, in], b [out, rank], s)` with `delta = s b a`, or None if f has no such
-        form."""
+        """`(a [rank, in], b [out, rank], s)` with `delta = s b a` beside a linear, or None if f
+        has no such form."""
         return None
 
     def forward(
@@ -134,37 +159,34 @@ class Delta(Branch):
         if weight is not None and factors is not None and self.lowered is not None:
             return self.lowered(x, weight, bias, *factors)
         y = self.branch(self.features_last(x), **self.constants, **reads)
-        if self.features is not None:
-            y = torch.cat([torch.zeros_like(y[..., :1]), y], -1).index_select(-1, self.features)
-        y = self.features_back(y)
+        y = self.features_back(self.spread_last(y, 0.0))
         return y if weight is None else F.linear(x, weight, bias) + y
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        d = self.delta(**self.constants)
-        if self.features is not None:
-            d = torch.cat([torch.zeros_like(d[:1]), d]).index_select(0, self.features)
-        return d
+        return self.spread(self.delta(**self.constants), 0.0)
 
 
 class Scale(Branch):
     """Multiplies a linear's input or output by a vector; folds into columns or rows."""
 
     def scale(self, *_: Any, **reads: Any) -> Tensor:
-        """The vector, `[in]` or `[out]`; with reads, one for each sample or token is `[..., in]` or
-        `[..., out]` with the axes of x, of size 1 where it is the same for all."""
+        """The vector, `[in]` or `[out]`, one an expert, `[count * in]` or `[count * out]`; with
+        reads, one for each sample or token is `[..., in]` or `[..., out]` with the axes of x, of
+        size 1 where it is the same for all."""
         raise NotImplementedError
 
     def full_scale(self, **reads: Tensor) -> Tensor:
         """`scale(**reads)` with ones at the untouched features of a fused weight."""
         s = self.scale(**self.constants, **reads)
-        if self.features is not None:
-            s = torch.cat([torch.ones_like(s[..., :1]), s], -1).index_select(-1, self.features)
-        return s
+        return self.spread(s, 1.0) if s.dim() == 1 else self.spread_last(s, 1.0)
 
     def forward(self, x: Tensor, **reads: Tensor) -> Tensor:
         """`x [..., in]` or `[..., out]`, scaled."""
-        scaled = self.features_last(x) * self.full_scale(**reads)  # maybe wider, as in `RowScale`
+        operands, reads = self.apart(reads)
+        last, scale = self.features_last(x), self.full_scale(**reads)
+        scale = self.shape.along(scale, last, **operands) if scale.dim() == 1 else scale
+        scaled = last * scale  # maybe wider, as in `RowScale`
         return self.features_back(scaled.to(x.dtype))
 
 
@@ -194,10 +216,7 @@ class RowScale(Branch):
     single = "the rows of a weight have one magnitude"
 
     own: Tensor | None
-    """For a part of a fused weight: its rows, `[own features]`."""
-
-    in_out: bool = False
-    """The stored weight is `[in, out]`."""
+    """For a part of a fused weight: its rows, `[count * own features]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +227,7 @@ class RowScale(Branch):
         raise NotImplementedError
 
     def delta(self, *_: Any, **reads: Any) -> Tensor:
-        """The weight that f adds, `[out, in]`; the reads are constants."""
+        """The weight that f adds, `[out, in]`, see `shapes`; the reads are constants."""
         raise NotImplementedError
 
     def rows(self, weight: Tensor, /, *_: Any, **reads: Any) -> Tensor:
@@ -219,35 +238,32 @@ class RowScale(Branch):
         """Of f, as `Delta.factors`."""
         return None
 
-    def _spread(self, own: Tensor, fill: float) -> Tensor:
-        """Puts own features on the last axis at their places in the fused weight."""
-        if self.features is None:
-            return own
-        rest = torch.full_like(own[..., :1], fill)
-        return torch.cat([rest, own], -1).index_select(-1, self.features)
-
     def full_rows(self, weight: Tensor, **reads: Tensor) -> Tensor:
         """`rows` of the whole stored weight, with ones at untouched features."""
-        dense = weight.mT if self.in_out else weight
+        dense = self.shape.matrix(weight)
         own = dense if self.own is None else dense[self.own]
-        return self._spread(self.rows(own, **self.constants, **reads), 1.0)
+        rows = self.rows(own, **self.constants, **reads)
+        return self.spread(rows, 1.0) if rows.dim() == 1 else self.spread_last(rows, 1.0)
 
     def full_delta(self) -> Tensor:
         """`delta()` placed at this branch's features of a fused weight, `[out, in]`."""
-        return self._spread(self.delta(**self.constants).mT, 0.0).mT
+        return self.spread(self.delta(**self.constants), 0.0)
 
     def forward(
         self, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, **reads: Tensor
     ) -> Tensor:
         """`y` is `linear(x, weight, bias)`; a lowered branch computes it and does not read y. What
         is read goes to both `rows` and `branch`."""
-        c = self.full_rows(weight, **reads)  # maybe wider than y: rounding it moves whole rows
+        operands, rest = self.apart(reads)
+        c = self.full_rows(weight, **rest)  # maybe wider than y: rounding it moves whole rows
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
             return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
         f = self.branch(self.features_last(x), **self.constants, **reads)
-        own = self.features_last(y) + self._spread(f, 0.0)
+        own = self.features_last(y) + self.spread_last(f, 0.0)
+        c = self.shape.along(c, own, **operands) if c.dim() == 1 else c
+        bias = None if bias is None else self.shape.along(bias, own, **operands)
         scaled = own * c if bias is None else own * c + (1 - c) * bias
         return self.features_back(scaled.to(y.dtype))
 

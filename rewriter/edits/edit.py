@@ -35,6 +35,7 @@ from ..program.sites import (
     LinearSite,
     Site,
     SublayerSite,
+    WeightSite,
 )
 from ..program.trained import chosen, train_only
 from .attention.keyvalue import prepend_key_value
@@ -91,39 +92,41 @@ class Editor(Reading):
         self._nodes = site_nodes(self.graph_module)
         return done
 
-    def add(self, site: LinearSite, branch: Delta, **reads: Value | None) -> None:
-        """Adds a branch beside a linear: `y = base(x) + branch(x)`."""
+    def add(self, site: WeightSite, branch: Delta, **reads: Value | None) -> None:
+        """Adds a branch beside the calls of a weight: `y = base(x) + branch(x)`."""
         require_fit(self.method, "add", site, branch)
         self._attach_linear(site, branch, reads)
 
     def scale(
-        self, site: LinearSite, branch: InputScale | OutputScale, **reads: Value | None
+        self, site: WeightSite, branch: InputScale | OutputScale, **reads: Value | None
     ) -> None:
-        """Scales a linear's input or output."""
+        """Scales what the calls of a weight read, or their values."""
         require_fit(self.method, "scale", site, branch)
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
         self._attach_linear(site, branch, reads)
 
-    def rescale(self, site: LinearSite, branch: RowScale, **reads: Value | None) -> None:
-        """Rescales the rows of a linear's weight, below all its other branches."""
+    def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
+        """Rescales the rows of a weight, below all its other branches."""
         require_fit(self.method, "rescale", site, branch)
-        branch.in_out = site.in_out
-        if site.features is not None:
-            own = self._index(site, torch.tensor(site.features))
+        if site.features is not None and not self.obstacle(site):
+            weight = self.weight(site)
+            first = torch.arange(weight.shape.count)[:, None] * weight.out_features
+            own = self._index(site, (first + torch.tensor(site.features)).flatten())
             branch.register_buffer("own", own, persistent=False)
         self._attach_linear(site, branch, reads)
 
     def _attach_linear(
         self,
-        site: LinearSite,
+        site: WeightSite,
         branch: Linear,
         reads: Mapping[str, Value | None] = EMPTY,
         members: tuple[str, ...] = (),
     ) -> None:
-        if site.obstacle:
-            self.skip(site, site.obstacle)
+        if reason := self.obstacle(site):
+            self.skip(site, reason)
             return
+        branch.shape = self.shape(site)
         if site.features is not None:
             full = self.weight(site).out_features
             index = torch.zeros(full, dtype=torch.long)
@@ -135,7 +138,7 @@ class Editor(Reading):
         for name in site.nodes:
             compose(self.program, self.node(name), site.weight)
 
-    def _index(self, site: LinearSite, index: Tensor) -> Tensor:
+    def _index(self, site: WeightSite, index: Tensor) -> Tensor:
         """An index on the weight's device; without storage there, it keeps its values here."""
         device = self.weight(site).device
         return index if device.type == "meta" else index.to(device)

@@ -15,6 +15,7 @@ from ..program.sites import (
     NormSite,
     Site,
     SublayerSite,
+    WeightSite,
 )
 from ..program.state import BRANCHES
 from .attention.keyvalue import key_value_widths
@@ -38,8 +39,8 @@ class Reading(Attaching):
         """A site for each stored weight that the named sites have all of; reports the others."""
         return whole_weights(self, ids)
 
-    def matrix(self, site: LinearSite) -> Tensor:
-        """What the site multiplies by now, expressions included, `[own out, in]`."""
+    def matrix(self, site: WeightSite) -> Tensor:
+        """What the site multiplies by now, expressions included, `[count * own out, in]`."""
         return matrix_of(self, site)
 
     def table(self, site: EmbeddingSite) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .aten import ADDS, ATEN, LINEAR, data_index, is_op, is_quantised, operands, submodule, users
+from .aten import ADDS, is_op, submodule, users
+from .weighted_call import WeightedCall
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Ops:
     """What patterns are written with."""
 
     def linear(self, x: Any, weight: Any, bias: Any) -> Term:
-        """A linear in any of its spellings; `bias` binds None where there is none."""
+        """A call of a weight in any spelling; `bias` binds None where there is none."""
         return Term("linear", (x, weight, bias))
 
     def add(self, a: Any, b: Any) -> Term:
@@ -106,23 +107,6 @@ def pattern(function: Callable[..., Term]) -> Pattern:
     return Pattern(function)
 
 
-def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
-    """(x, weight, bias) of a linear call, None if it is none; a quantised weight is its codes."""
-    if is_quantised(node):
-        x, weight, _, _, bias = operands(node)[:5]
-        return x, weight, bias
-    if is_op(node, LINEAR):
-        x, weight, bias = (*operands(node), node.kwargs.get("bias"))[:3]
-        return x, weight, bias
-    if is_op(node, ATEN.addmm.default):
-        bias, x, weight = operands(node)[:3]
-        return x, weight, bias
-    if is_op(node, ATEN.matmul.default) or is_op(node, ATEN.mm.default):
-        x, weight = operands(node)[:2] if not data_index(node) else operands(node)[1::-1]
-        return x, weight, None
-    return None
-
-
 @dataclass
 class _State:
     gm: GraphModule
@@ -144,11 +128,11 @@ class _State:
 
     def term(self, want: Term, node: Node) -> Mismatch | None:
         if want.kind == "linear":
-            parts = linear_parts(node)
-            if parts is None:
+            call = WeightedCall.of(node)
+            if call is None:
                 return Mismatch("not a linear", node)
             self.nodes.append(node)
-            return self.all(want.args, parts)
+            return self.all(want.args, (call.x, call.weight, call.bias))
         if want.kind == "module":
             module = submodule(self.gm, node)
             if want.module is None or not isinstance(module, want.module):

@@ -373,7 +373,7 @@ def _rows(node: Node, branch: RowScale) -> list[Relation]:
     """Rows of the weight that a row scale reads; its columns are none, because rows depend on
     all of them."""
     w, *bias = _tensors(node.args[2:4])
-    found: list[Relation] = [_tie(w, 1 if branch.in_out else 0, node, branch.axis)]
+    found: list[Relation] = [_tie(w, branch.shape.out_axis, node, branch.axis)]
     return [*found, *(_tie(b, 0, node, branch.axis) for b in bias)]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, SelectorError
 from ..program.history import Contract, Plan
-from ..program.selector import Selection, meaning, select
+from ..program.selector import Selection, meaning, select, words
 from ..program.sites import LinearSite, Site, listed
 from ..program.state import State
 from .controller import Controller
@@ -28,6 +28,7 @@ class Method(Pass, abstract=True):
 
     Class attributes:
         kinds: the kinds of sites that it works on.
+        named: further kinds, taken only where the selector names one, or matches nothing else.
         controller: what it needs while it trains.
         folds: what becomes of it after training, in a few words (`exactly`, `no: not linear`).
 
@@ -39,6 +40,7 @@ class Method(Pass, abstract=True):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    named: ClassVar[tuple[str, ...]] = ()
     contract: ClassVar[Contract] = Contract("identity")
     controller: ClassVar[type[Controller]] = Controller
     folds: ClassVar[str] = ""
@@ -103,7 +105,11 @@ class Method(Pass, abstract=True):
                 f"{self.text}{{where={example_word(program, self.kinds)}}}."
             )
         if self.placed:
-            selection = select(self.where, every, self.kinds)
+            said = words(self.where)
+            kinds = (*self.kinds, *(k for k in self.named if k in said))
+            selection = select(self.where, every, kinds)
+            if not selection.taken and self.named:
+                selection = select(self.where, every, (*self.kinds, *self.named))
             if not selection.taken:
                 raise SelectorError(self._unsupported(program, selection))
             return selection, []
@@ -153,17 +159,18 @@ class Method(Pass, abstract=True):
         )
 
     def _works_on(self) -> str:
-        return f"{self.text} works on {' and '.join(self.kinds)} sites only"
+        kinds = (*self.kinds, *self.named)
+        return f"{self.text} works on {' and '.join(kinds)} sites only"
 
     def _why_left(self, kind: str) -> str:
-        if kind in self.kinds:
+        if kind in (*self.kinds, *self.named):
             return f"where={self.where!r} does not name {kind} sites"
         return f"{kind}: {self._works_on()}"
 
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         selection, absent = self._selection(program)
         sites = self.sites(program)
-        free = [s for s in sites if not (isinstance(s, LinearSite) and s.fixed)]
+        free = [s for s in sites if not self._fixed(s)]
         misfits = {s.id: reason for s in free if (reason := self.obstacle(s))}
         if free and len(misfits) == len(free):
             where, reason = next(iter(misfits.items()))
@@ -171,16 +178,19 @@ class Method(Pass, abstract=True):
         decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}
         if absent:
             decisions["absent"] = absent
+        if named := sorted({s.kind for s in sites} & set(self.named)):
+            decisions["kinds"] = named
         if skipped := misfits | left_out(program, selection.left, self._why_left):
             decisions["skipped"] = skipped
         return Plan(decisions)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         sites = [edit.program.sites[i] for i in plan.decisions["sites"]]
+        kinds = (*self.kinds, *plan.decisions.get("kinds", ()))
         for site in sites:
-            if site.kind not in self.kinds:  # planned by an earlier version
-                edit.skip(site, self._why_left(site.kind))
-        self.insert_all(edit, [s for s in sites if s.kind in self.kinds], plan)
+            if site.kind not in kinds:  # planned by an earlier version
+                edit.skip(site, f"{site.kind}: a plan of a version that left such sites alone")
+        self.insert_all(edit, [s for s in sites if s.kind in kinds], plan)
         edit.skipped.extend(plan.decisions.get("skipped", {}).items())
         for part in plan.decisions.get("absent", ()):
             edit.skipped.append((part, "the model has no such place"))
@@ -189,8 +199,11 @@ class Method(Pass, abstract=True):
         """Edits all sites; for methods that do not edit one by one."""
         del plan
         for site in sites:
-            if isinstance(site, LinearSite) and site.fixed:
+            if self._fixed(site):
                 edit.skip(site, site.obstacle)
+                continue
+            if site.kind in self.named and (reason := edit.obstacle(site)):
+                edit.skip(site, reason)
                 continue
             done = len(edit.edited), len(edit.skipped)
             self.insert(edit, site)
@@ -200,6 +213,12 @@ class Method(Pass, abstract=True):
                     "editor (edit.add, edit.after, edit.express, ...), or say why it leaves the "
                     "site alone (edit.skip)."
                 )
+
+    def _fixed(self, site: Site) -> bool:
+        """Whether no branch can stand at a site, whatever the options are."""
+        if isinstance(site, LinearSite):
+            return bool(site.fixed)
+        return site.kind in self.named and bool(site.obstacle)
 
     def insert(self, edit: Editor, site: Any) -> None:
         """Edits one site."""
@@ -225,7 +244,9 @@ def _methods_for(kinds: Iterable[str]) -> str:
     parts: list[str] = []
     for kind in sorted(set(kinds)):
         names = [
-            n for n, p in sorted(REGISTRY.items()) if issubclass(p, Method) and kind in p.kinds
+            n
+            for n, p in sorted(REGISTRY.items())
+            if issubclass(p, Method) and kind in (*p.kinds, *p.named)
         ]
         if names:
             parts.append(f"{kind} sites: {', '.join(names)}")

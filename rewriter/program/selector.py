@@ -229,6 +229,16 @@ def select(text: str, sites: Sequence[Site], kinds: Sequence[str]) -> Selection:
     return Selection(taken, tuple(s for s in sites if s.id in left))
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a selector that are not negated, of dotted roles also the first parts.
+
+    Raises:
+        SelectorError: malformed.
+    """
+    atoms = [token for token, _ in _Parser(text).atoms if token in WORDS]
+    return frozenset({*atoms, *(token.partition(".")[0] for token in atoms)})
+
+
 def choose(text: str, sites: Sequence[Site]) -> list[Site]:
     """The sites that match, in order: linears alone where each part matches some of them.
 

@@ -5,6 +5,7 @@ A site names its graph nodes by node name, so that a fork of the graph keeps the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,43 +42,71 @@ class Site:
         parts = self.role.split(".")
         return frozenset({self.kind, *(".".join(parts[: i + 1]) for i in range(len(parts)))})
 
+    @property
+    def obstacle(self) -> str:
+        """Why no branch can be put at the calls; '' if one can."""
+        return ""
+
     def describe(self) -> str:
         """A few words for the table of sites."""
         return ""
 
 
 @dataclass(frozen=True)
-class LinearSite(Site):
-    """One weight matrix, or the features of a fused one that play one role.
+class WeightSite(Site):
+    """Calls that multiply by a stored weight, a stack of matrices (see `branches/shapes.py`).
 
     Attributes:
         weight: the parameter's original name.
         bias: the bias parameter's name, or None.
         features: None, or the output features of a fused weight that play the role.
-        in_features, out_features: of this site (`out_features` counts `features` only).
-        in_out: the weight is stored `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
         tied: other names of the same weight tensor, and other kinds of use.
-        cross: a projection of a cross-attention.
         left: the calls are `W @ x`, with the features on the last axis but one.
-        sliced: the calls multiply by a slice of the stored weight.
-        fixed: what keeps the calls from being those of a linear, '' if nothing does.
     """
 
     weight: str = ""
     bias: str | None = None
     features: tuple[int, ...] | None = None
+    tied: tuple[str, ...] = ()
+    left: bool = False
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(count, out, in): how many matrices there are, and the size of each."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers scale what a call reads."""
+        count, _, size = self.matrices
+        return count * size
+
+
+@dataclass(frozen=True)
+class LinearSite(WeightSite):
+    """One weight matrix, or the features of a fused one that play one role.
+
+    Attributes:
+        in_features, out_features: of this site (`out_features` counts `features` only).
+        in_out: the weight is stored `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
+        cross: a projection of a cross-attention.
+        sliced: the calls multiply by a slice of the stored weight.
+        fixed: what keeps the calls from being those of a linear, '' if nothing does.
+    """
+
     in_features: int = 0
     out_features: int = 0
     in_out: bool = False
-    tied: tuple[str, ...] = ()
     cross: bool = False
-    left: bool = False
     sliced: bool = False
     fixed: str = ""
 
     @property
+    def matrices(self) -> tuple[int, int, int]:
+        return 1, self.out_features, self.in_features
+
+    @property
     def obstacle(self) -> str:
-        """Why no branch can be put at the calls; '' if one can."""
         if self.sliced:
             return f"its calls multiply by a slice of {self.weight}, not by all of it"
         return f"no branch can be put there: {self.fixed}" if self.fixed else ""
@@ -107,26 +136,30 @@ class LinearSite(Site):
 
 
 @dataclass(frozen=True)
-class ExpertsSite(Site):
+class ExpertsSite(WeightSite):
     """A stack of matrices, one an expert, or the features of a fused one that play one role.
 
     Attributes:
-        weight: the parameter's original name, `[experts, out, in]`, or `[experts, in, out]` with
-            `in_out`.
         experts, in_features, out_features: sizes (`out_features` counts `features` only).
-        features: None, or the output features of a fused weight that play the role.
+        in_out: the weight is stored `[experts, in, out]` instead of `[experts, out, in]`.
     """
 
-    weight: str = ""
     experts: int = 0
     in_features: int = 0
     out_features: int = 0
-    features: tuple[int, ...] | None = None
     in_out: bool = False
 
     @property
     def module(self) -> str:
         return self.id.partition(":")[0]
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        return self.experts, self.out_features, self.in_features
+
+    @property
+    def obstacle(self) -> str:
+        return "its calls multiply from the left (W @ x)" if self.left else ""
 
     def describe(self) -> str:
         parts = [f"{self.experts} of {self.in_features} -> {self.out_features}"]
@@ -230,13 +263,14 @@ class SublayerSite(Site):
 
 
 @dataclass(frozen=True)
-class EmbeddingSite(Site):
-    """A table lookup; role `token`, `position`, `type` or `relative` (biases of attention)."""
+class EmbeddingSite(WeightSite):
+    """A table lookup; role `token`, `position`, `type` or `relative` (biases of attention).
 
-    weight: str = ""
+    The weight is stored `[size, width]`.
+    """
+
     size: int = 0
     width: int = 0
-    tied: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -246,23 +280,25 @@ class EmbeddingSite(Site):
     def tags(self) -> frozenset[str]:
         return super().tags | {f"embedding.{self.role}"}
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        return 1, self.width, self.size
+
     def describe(self) -> str:
         return f"{self.size} x {self.width}" + (f"; tied to {self.tied[0]}" if self.tied else "")
 
 
 @dataclass(frozen=True)
-class ConvSite(Site):
+class ConvSite(WeightSite):
     """A convolution; role `conv`, `conv.depthwise` or `conv.patch` (patches that do not overlap).
 
     Attributes:
-        weight: the parameter's original name, `[out, in / groups, *kernel]`, or with
-            `transposed` `[in, out / groups, *kernel]`.
         channels: (in, out).
         kernel, stride: one number a spatial axis.
+        transposed: the weight is stored `[in, out / groups, *kernel]` instead of
+            `[out, in / groups, *kernel]`.
     """
 
-    weight: str = ""
-    bias: str | None = None
     channels: tuple[int, int] = (0, 0)
     groups: int = 1
     kernel: tuple[int, ...] = ()
@@ -272,6 +308,19 @@ class ConvSite(Site):
     @property
     def module(self) -> str:
         return self.weight.rpartition(".")[0] or self.weight
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        patch = self.channels[0] // self.groups * math.prod(self.kernel)
+        return self.groups, self.channels[1] // self.groups, patch
+
+    @property
+    def inputs(self) -> int:
+        return self.channels[0]
+
+    @property
+    def obstacle(self) -> str:
+        return "a transposed convolution has no matrix by output channel" if self.transposed else ""
 
     def describe(self) -> str:
         size = "x".join(str(k) for k in self.kernel)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..graph.aten import attribute, is_quantised, submodule, value
+from ..graph.aten import attribute, submodule, value
+from ..graph.quantised_call import QuantisedCall
 from ..inputs.spec import short_type
 from .state import State
 
@@ -150,10 +151,9 @@ def _size(program: State) -> tuple[int, int]:
 def _integers(gm: GraphModule) -> int:
     """How many weights are stored as integers, padding included."""
     found: dict[str, int] = {}
-    for node in filter(is_quantised, gm.graph.nodes):
-        operands: Any = node.args
-        rows, groups, _ = attribute(gm, operands[1].target).shape
-        found[operands[1].target] = rows * groups * operands[6]
+    for call in filter(None, map(QuantisedCall.of, gm.graph.nodes)):
+        rows, groups, _ = attribute(gm, str(call.codes.target)).shape
+        found[str(call.codes.target)] = rows * groups * call.group
     return sum(found.values())
 
 

@@ -158,7 +158,7 @@ class _Builder:
             self.sites.append(ExpertsSite(
                 id=site_id, kind="experts", role=role, layer=layer, stream=stream, nodes=nodes,
                 weight=linear.weight, experts=linear.stack, in_features=linear.sizes[0],
-                out_features=len(own), features=listed, in_out=linear.in_out,
+                out_features=len(own), features=listed, in_out=linear.in_out, left=linear.left,
             ))  # fmt: skip
         else:
             self.sites.append(LinearSite(

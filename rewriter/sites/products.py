@@ -35,11 +35,6 @@ _STILL = CASTS | overloads(
 """Steps that change no entry's place among the last axes."""
 
 
-def is_grouped(node: Node) -> bool:
-    """Whether a node multiplies groups of rows by a stack of matrices."""
-    return node.op == "call_function" and "grouped_mm" in str(node.target)
-
-
 @dataclass(frozen=True)
 class Matrix:
     """A stored matrix, or a stack of them, as a call reads it.

@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import Node
 
 from ..graph.aten import SLICES, VIEWS, attribute, inputs, is_op, source_line
-from .products import PRODUCTS, Reading, is_grouped
+from ..graph.weighted_call import is_grouped
+from .products import PRODUCTS, Reading
 from .walk import Walk
 
 

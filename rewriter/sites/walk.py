@@ -41,7 +41,8 @@ from ..graph.aten import (
     written,
 )  # fmt: skip
 from ..graph.modes import AlphaDropout, BatchNorm, TrainingOnly
-from .products import is_grouped, matrix
+from ..graph.weighted_call import is_grouped
+from .products import matrix
 
 UP = VIEWS | SLICES | ARITHMETIC | NORM_PARTS | overloads("index", "index_select")
 """What lies between a projection and the attention that reads it: layout, rotation, norms."""

@@ -17,7 +17,7 @@ from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
 from ..graph.turns import alone
 from ..measure.constants import constant_reads
-from ..program.sites import LinearSite
+from ..program.sites import WeightSite
 from ..weights.certificate import Matrix, all_finite, check_folded
 from ..weights.quantised import quantised_calls
 from .safetensors_checkpoint import Checkpoint
@@ -42,7 +42,8 @@ class ShardFolder:
         with alone():
             fold_ready(self.program, frozenset(paths))
         self.groups = by_weight(self.program, paths)
-        self.sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
+        held = {w: self.program.sites[group[0].site] for w, group in self.groups.items()}
+        self.sites = {w: s for w, s in held.items() if isinstance(s, WeightSite)}
         self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
         self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
         self.ready: dict[str, Tensor | None] = {}
@@ -64,7 +65,7 @@ class ShardFolder:
         for attachment in program.attachments:
             site = program.sites[attachment.site]
             reason = getattr(program.branch(attachment), "not_foldable", "")
-            if reason or not isinstance(site, LinearSite):
+            if reason or not isinstance(site, WeightSite):
                 raise FoldError(
                     f"{attachment.site}: the adapter {attachment.adapter!r} cannot be folded"
                     f"{f': {reason}' if reason else ''}. Fold the others with "
@@ -182,11 +183,11 @@ class ShardFolder:
                 raise VerifyError(f"{name!r} and {names[0]!r} are one tensor, but differ in files.")
         return tensors[0]
 
-    def _matrix(self, site: LinearSite, tensors: Mapping[str, Tensor]) -> Matrix:
+    def _matrix(self, site: WeightSite, tensors: Mapping[str, Tensor]) -> Matrix:
         stored = tensors[site.weight]
         dtype = self.checkpoint.entries[self.names[site.weight]].dtype
         bias = tensors[site.bias] if site.bias is not None else None
-        return Matrix(stored.T if site.in_out else stored, bias, dtype)
+        return Matrix(self.edit.shape(site).matrix(stored), bias, dtype)
 
     def finish(self) -> None:
         """Everything was folded, or it is an error."""

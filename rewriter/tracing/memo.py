@@ -16,7 +16,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -206,6 +206,8 @@ class _Keys:
         if isinstance(item, Tensor):
             return self._tensor(item)
         if isinstance(item, nn.Module):
+            return kind, self._mapping(vars(item))
+        if is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             return kind, self._mapping(vars(item))
         if kind in _SEQUENCES:
             return kind, tuple(map(self.of, self._items(item)))

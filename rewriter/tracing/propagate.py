@@ -20,9 +20,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import PassError
-from ..graph.aten import alike, attribute, source_line, value
+from ..graph.aten import ATEN, alike, attribute, source_line, value
 from ..graph.modes import Attention
 from ..graph.symbols import unify
 from ..graph.turns import alone
@@ -111,13 +112,36 @@ class _Fakes:
         """Evaluates a module."""
         if isinstance(module, Attention):
             return self.applied(module.abstract, args[:3], {})
-        with self.mode, enable_python_dispatcher():
+        with self.mode, _Layouts(self.mode.shape_env), enable_python_dispatcher():
             return torch.func.functional_call(module, self.state(module), args, kwargs)
 
     def applied(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Evaluates a function."""
-        with self.mode, enable_python_dispatcher():
+        with self.mode, _Layouts(self.mode.shape_env), enable_python_dispatcher():
             return target(*args, **kwargs)
+
+
+_STRICT = ("frozen", "_error_on_new_guards")
+"""What makes a shape environment refuse guards."""
+
+
+class _Layouts(TorchDispatchMode):
+    """Lets convolutions choose a memory layout by the size of the batch, which fixes no size."""
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__()
+        self.environment = environment
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.environment is None or func is not ATEN.convolution.default:
+            return func(*args, **(kwargs or {}))
+        saved = {n: getattr(self.environment, n, False) for n in _STRICT}
+        try:
+            self.environment.__dict__.update(dict.fromkeys(_STRICT, False))
+            with self.environment.suppress_guards():
+                return func(*args, **(kwargs or {}))
+        finally:
+            self.environment.__dict__.update(saved)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight `[out, in]` with its bias.
+    """A weight `[out, in]` with its bias, of a stack `[count * out, in]`.
 
     Attributes:
         dtype: what the weight is rounded to.
@@ -180,7 +180,7 @@ def _steps(
         return lambda exact, rows: exact.scale(factor[rows, None])
 
     def scales_columns(factor: Tensor) -> _Step:
-        return lambda exact, rows: exact.scale(factor)
+        return lambda exact, rows: exact.scale(factor[rows])
 
     for path, branch in branches.items():
         if isinstance(branch, RowScale):
@@ -189,7 +189,8 @@ def _steps(
         elif isinstance(branch, Delta):
             steps.append(adds(deltas[path]))
         elif isinstance(branch, InputScale):  # also scales what deltas read
-            columns.append(scales_columns(branch.full_scale().to(old)))
+            factor = branch.shape.columns(branch.full_scale().to(old), old)
+            columns.append(scales_columns(factor))
         elif isinstance(branch, OutputScale):
             factor = branch.full_scale().to(old)
             steps.append(scales(factor))
@@ -200,12 +201,12 @@ def _steps(
 def alone_in(branch: Branch, dtype: torch.dtype) -> Branch:
     """A copy of a branch in evaluation mode and in a dtype, with features on the last axis."""
     alone = copy.deepcopy(branch).to(dtype).eval()
-    alone.axis, alone.lowered = -1, None
+    alone.axis, alone.lowered, alone.shape = -1, None, branch.shape.widened(dtype)
     return alone
 
 
 def _as_stored(branch: RowScale, matrix: Tensor) -> Tensor:
-    return matrix.mT if branch.in_out else matrix
+    return branch.shape.stored(matrix)
 
 
 def _gap(
@@ -222,29 +223,33 @@ def _gap(
         VerifyError: it is more than `TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor(_MAGNITUDES, dtype=torch.float64).repeat(_SAMPLES)
+    shape = branch.shape
 
-    def drawn(width: int) -> Tensor:
-        sizes = torch.tensor(_MAGNITUDES, dtype=torch.float64).repeat(_SAMPLES)[:, None]
-        x = torch.randn(len(sizes), width, generator=generator, dtype=torch.float64)
-        return (x * sizes).to(old)
+    def call(matrix: Tensor, bias: Tensor | None) -> Tensor:
+        y = shape.applied(x, matrix, **operands)
+        return y if bias is None else y + shape.along(bias, y, **operands)
 
     with torch.no_grad():
+        x, operands = shape.drawn(old, sizes, generator)
         if isinstance(branch, Delta) and delta is not None:
-            x = drawn(old.shape[1])
-            got, want = branch(x), x @ delta.mT
+            got, want = branch(x, **operands), call(delta, None)
         elif isinstance(branch, RowScale) and delta is not None:
-            x, stored = drawn(old.shape[1]), _as_stored(branch, old)
-            product = x @ old.mT if bias is None else x @ old.mT + bias
-            got = branch(product, x, stored, bias)
+            stored = _as_stored(branch, old)
+            got = branch(call(old, bias), x, stored, bias, **operands)
             rows = branch.full_rows(stored).to(old)[:, None]
-            want = x @ (rows * (old + delta)).mT
-            want = want if bias is None else want + bias
+            want = call(rows * (old + delta), bias)
+        elif isinstance(branch, InputScale):
+            scale = branch.full_scale().to(old)
+            got = shape.applied(branch(x, **operands), old, **operands)
+            want = call(old * shape.columns(scale, old), None)
         elif isinstance(branch, Scale):
-            x = drawn(old.shape[1 if isinstance(branch, InputScale) else 0])
-            got, want = branch(x), x * branch.full_scale().to(old)
+            rows = branch.full_scale().to(old)
+            got = branch(call(old, bias), **operands)
+            want = call(old * rows[:, None], None if bias is None else bias * rows)
         else:
-            raise VerifyError(f"{name}: {path} is no branch of a linear.")
-    gap = _largest_gap(want, got)
+            raise VerifyError(f"{name}: {path} is no branch of a weight.")
+    gap = _largest_gap(shape.samples(want), shape.samples(got))
     if not gap <= TOLERANCE:
         raise VerifyError(
             f"{name}: the branch {path} computes something else than what it folds into the "

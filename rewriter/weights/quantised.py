@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, OutputScale
+from ..branches.shapes import LinearShape
 from ..errors import ExportError, FoldError
 from ..graph.aten import attribute, is_quantised, value
 from ..graph.flow import site_nodes
+from ..graph.quantised_call import QuantisedCall
 from ..graph.sharded import whole
-from ..program.sites import LinearSite
+from ..program.sites import LinearSite, WeightSite
 from ..program.state import State
 from .certificate import Matrix
 from .integers import Quantised
+from .shape import shape_of
 from .weight import DenseWeight, Weight
 
 
@@ -44,15 +47,12 @@ class QuantisedWeight(Weight):
         return QuantisedWeight(
             module=module, name=site.weight, bias_name=site.bias, bias=bias,
             tensor=_stored(module, site, call), compute=value(call).dtype,
+            shape=LinearShape(site.in_out),
         )  # fmt: skip
 
     @property
     def out_features(self) -> int:
         return self.tensor.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.tensor.in_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,9 +116,11 @@ class QuantisedWeight(Weight):
 
 def _stored(module: GraphModule, site: LinearSite, call: Node) -> Quantised:
     """The stored tensors that a quantised linear's call reads."""
-    operands: Any = call.args
-    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in operands[1:4])
-    return Quantised(codes, scale, zero, operands[5], operands[6], site.in_features)
+    held = QuantisedCall.of(call)
+    if held is None:
+        raise FoldError(f"{site.weight}: {call.name} is no linear over integers.")
+    codes, scale, zero = (whole(attribute(module, str(n.target))).detach() for n in held.stored)
+    return Quantised(codes, scale, zero, held.bits, held.group, site.in_features)
 
 
 def quantised_calls(program: State) -> dict[str, Node]:
@@ -137,13 +139,17 @@ def dense_weights(program: State) -> dict[str, Tensor]:
     sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
     found: dict[str, Tensor] = {}
     for name, call in quantised_calls(program).items():
-        dense = QuantisedWeight.of(program.module, sites[name], call).dense()
-        found[name] = dense.T.contiguous() if sites[name].in_out else dense
+        weight = QuantisedWeight.of(program.module, sites[name], call)
+        found[name] = weight.shape.stored(weight.dense())
     return found
 
 
-def weight_of(module: GraphModule, site: LinearSite, call: Node | None) -> Weight:
-    """What a site multiplies by, however it is stored; `call` is its first call."""
-    if call is not None and is_quantised(call):
+def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weight:
+    """What a site multiplies by, however it is stored; `call` is its first call.
+
+    Raises:
+        PassError: no branch can stand beside the call.
+    """
+    if isinstance(site, LinearSite) and call is not None and is_quantised(call):
         return QuantisedWeight.of(module, site, call)
-    return DenseWeight.of(module, site)
+    return DenseWeight.of(module, site, shape_of(site, call))

@@ -1,8 +1,8 @@
-"""What a linear site multiplies by, independent of how it is stored.
+"""What a site multiplies by: a shape (linear, convolution, embedding, experts; see
+`branches/shapes.py`) in a format.
 
-Dense (here): stored `[out, in]` or `[in, out]`, whole or a slice of a fused tensor, maybe tied; or
-quantised (`quantised.py`). Folding goes through these words, so that a new storage is one more
-class and no new fold rule.
+Formats: dense (here), whole or a slice of a fused tensor, maybe tied; or integers (`quantised.py`).
+Folding goes through these words, so that a new format is one more class and no new fold rule.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..branches.branch import Branch
+from ..branches.shapes import Shape
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..graph.aten import set_attribute
 from ..graph.sharded import is_sharded, placed_like, whole
-from ..program.sites import LinearSite
+from ..program.sites import WeightSite
 from .certificate import Matrix, all_finite
 
 
@@ -32,16 +33,12 @@ class Weight(ABC):
     name: str
     bias_name: str | None
     bias: Tensor | None
+    shape: Shape
 
     @property
     @abstractmethod
     def out_features(self) -> int:
-        """Rows of `dense()`."""
-
-    @property
-    @abstractmethod
-    def in_features(self) -> int:
-        """Columns of `dense()`."""
+        """Outputs of one matrix: rows of `dense()`, or a part of them where it is a stack."""
 
     @property
     @abstractmethod
@@ -55,7 +52,7 @@ class Weight(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The matrix as `[out, in]`."""
+        """The matrix as `[out, in]`, a stack of them as `[count * out, in]`."""
 
     def matrix(self) -> Matrix:
         """What a check of folding compares."""
@@ -85,11 +82,11 @@ class Weight(ABC):
 
     @abstractmethod
     def with_rows(self, scale: Tensor) -> Self:
-        """Scales outputs: rows of the matrix and the bias by `scale [out]`."""
+        """Scales outputs: rows of the matrix and the bias by `scale [count * out]`."""
 
     @abstractmethod
     def with_columns(self, scale: Tensor) -> Self:
-        """Scales inputs: columns of the matrix by `scale [in]`."""
+        """Scales inputs: columns of the matrix by a scale, see `Shape.columns`."""
 
     def scaled_bias(self, scale: Tensor) -> Tensor | None:
         """The bias times `scale [out]`, rounded once."""
@@ -133,28 +130,23 @@ class Weight(ABC):
 
 @dataclass(kw_only=True)
 class DenseWeight(Weight):
-    """One tensor, `[out, in]` or (with `in_out`) `[in, out]`."""
+    """One tensor, laid out as its shape says."""
 
     tensor: Tensor
-    in_out: bool
 
     @staticmethod
-    def of(module: GraphModule, site: LinearSite) -> DenseWeight:
+    def of(module: GraphModule, site: WeightSite, shape: Shape) -> DenseWeight:
         """The whole stored weight behind a site."""
         bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
         tensor = whole(module.get_parameter(site.weight).detach())
         return DenseWeight(
             module=module, name=site.weight, bias_name=site.bias, bias=bias, tensor=tensor,
-            in_out=site.in_out,
+            shape=shape,
         )  # fmt: skip
 
     @property
     def out_features(self) -> int:
-        return self.tensor.shape[1 if self.in_out else 0]
-
-    @property
-    def in_features(self) -> int:
-        return self.tensor.shape[0 if self.in_out else 1]
+        return self.dense().shape[0] // self.shape.count
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +157,7 @@ class DenseWeight(Weight):
         return self.tensor.device
 
     def dense(self) -> Tensor:
-        return self.tensor.T if self.in_out else self.tensor
+        return self.shape.matrix(self.tensor)
 
     def stored(self) -> Mapping[str, Tensor]:
         return {self.name: self.tensor}
@@ -184,9 +176,9 @@ class DenseWeight(Weight):
 
     def with_columns(self, scale: Tensor) -> Self:
         wide = torch.promote_types(self.dtype, torch.float32)
-        dense = (self.dense().to(wide) * scale.to(wide)[None, :]).to(self.dtype)
+        factor = self.shape.columns(scale.to(wide), self.dense())
+        dense = (self.dense().to(wide) * factor).to(self.dtype)
         return self._with(dense, self.bias)
 
     def _with(self, dense: Tensor, bias: Tensor | None) -> Self:
-        tensor = dense.T.contiguous() if self.in_out else dense.contiguous()
-        return replace(self, tensor=tensor, bias=bias)
+        return replace(self, tensor=self.shape.stored(dense), bias=bias)

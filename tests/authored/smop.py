@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx.rewriter.branches.branch import Tokens, linear
+from peftfx.rewriter.branches.branch import Tokens
+from peftfx.rewriter.branches.shapes import linear
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.edits.stream.hidden import Axes
 from peftfx.rewriter.pipeline.method import Method

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from peftfx.rewriter.branches.branch import Axes, Delta, linear
+from peftfx.rewriter.branches.branch import Axes, Delta
+from peftfx.rewriter.branches.shapes import linear
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.program.history import Plan

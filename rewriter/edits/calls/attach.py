@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...branches.branch import Branch
+from ...branches.shapes import Shape
 from ...errors import PassError
 from ...graph.aten import erase_dead
 from ...graph.flow import site_nodes
 from ...program.history import Attachment
-from ...program.sites import LinearSite, Site
+from ...program.sites import Site, WeightSite
 from ...program.state import BRANCHES, State
 from ...weights.quantised import weight_of
+from ...weights.shape import call_obstacle, shape_of
 from ...weights.weight import Weight
 from .call import EMPTY, Value, branch_call, given
 from .requirements import require_order
@@ -73,9 +75,17 @@ class Attaching:
         """A site's id as the name of a module."""
         return site.id.removesuffix(".weight").replace(":", ".")
 
-    def weight(self, site: LinearSite) -> Weight:
+    def weight(self, site: WeightSite) -> Weight:
         """What the site multiplies by."""
         return weight_of(self.graph_module, site, self._nodes.get(site.nodes[0]))
+
+    def shape(self, site: WeightSite) -> Shape:
+        """How a site's calls multiply by its weight."""
+        return shape_of(site, self._nodes.get(site.nodes[0]))
+
+    def obstacle(self, site: WeightSite) -> str:
+        """Why no branch can stand beside a site's calls; empty if one can."""
+        return call_obstacle(site, [self.node(name) for name in site.nodes])
 
     def skip(self, site: Site, reason: str) -> None:
         """Reports that a selected site was left alone."""

@@ -36,8 +36,9 @@ _WORDS: dict[type[Branch], str] = {
 }  # fmt: skip
 """Kind of branch -> the editor's word that inserts it."""
 
+_WEIGHTS = ("linear", "conv", "embedding", "experts")
 _KINDS = {
-    "add": ("linear",), "scale": ("linear",), "rescale": ("linear",), "after": ("sublayer",),
+    "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer",),
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
     "prepend_tokens": ("embedding",), "wrap": ("sublayer",),
 }  # fmt: skip

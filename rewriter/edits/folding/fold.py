@@ -18,22 +18,16 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
-from ...graph.aten import (
-    LINEAR,
-    erase_dead,
-    is_op,
-    is_quantised,
-    parameter_of,
-    set_attribute,
-)
+from ...graph.aten import erase_dead, is_quantised, parameter_of, set_attribute
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
-from ...program.readers import Readers, turned
-from ...program.sites import LinearSite
+from ...program.readers import Readers
+from ...program.sites import WeightSite
 from ...program.state import State
 from ...weights.certificate import Matrix, all_finite, check_folded, require_finite_base
+from ...weights.shape import reads_as_stored
 from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
@@ -130,7 +124,7 @@ def by_weight(program: State, paths: Sequence[str]) -> dict[str, list[Attachment
     for attachment in program.attachments:
         if attachment.path in paths:
             site = program.sites[attachment.site]
-            key = site.weight if isinstance(site, LinearSite) else site.id
+            key = site.weight if isinstance(site, WeightSite) else site.id
             groups.setdefault(key, []).append(attachment)
     return groups
 
@@ -187,7 +181,7 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
     """The weight of a group now; None where there is none, or none with values."""
     site = edit.program.sites[group[0].site]
-    if not isinstance(site, LinearSite):
+    if not isinstance(site, WeightSite):
         return None
     weight = edit.weight(site)
     return None if weight.device.type == "meta" else weight.matrix()
@@ -202,7 +196,7 @@ def _try(
     if isinstance(branch, Expression):
         return _fold_expression(edit, attachment, branch, result)
     site = edit.program.sites[attachment.site]
-    if not isinstance(site, LinearSite):
+    if not isinstance(site, WeightSite):
         return f"not foldable: {site.kind} sites have no weight"
     matches = _matches(edit, attachment, site)
     if isinstance(matches, str):
@@ -239,7 +233,7 @@ def _obstacle(program: State, attachment: Attachment, branch: Branch) -> str:
 
 
 def _matches(
-    edit: Attaching, attachment: Attachment, site: LinearSite
+    edit: Attaching, attachment: Attachment, site: WeightSite
 ) -> list[tuple[Match, Fold]] | str:
     """The rule at each call of a branch; the reason if one has none, or calls lack the branch."""
     nodes = edit.graph_module.graph.find_nodes(op="call_module", target=attachment.path)
@@ -255,20 +249,19 @@ def _matches(
         linear, known = linear_of(match), parameter_of(match["w"], depth=64)
         if is_quantised(linear) or known is None:
             continue
-        stored_turned = site.in_out if is_op(linear, LINEAR) else site.in_out == site.left
-        if known[0] != site.weight or turned(known[1]) is not stored_turned:
+        if not reads_as_stored(site, linear):
             return f"not foldable: {linear.name} reads {known[0]} in another way than the site says"
     return matches
 
 
 def _settle_sharing(
     edit: Attaching,
-    site: LinearSite,
+    site: WeightSite,
     branch: Branch,
     calls: Sequence[Node],
     tied: str,
     known: Readers,
-) -> LinearSite | str:
+) -> WeightSite | str:
     """The site whose tensors may be changed for these calls alone, or why there is none.
 
     Raises:

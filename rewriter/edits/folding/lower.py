@@ -30,6 +30,9 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
         path = str(call.target)
         branch = gm.get_submodule(path)
         site = sites[path]
+        if not isinstance(site, LinearSite):
+            edit.skip(site, f"it is no linear ({site.kind}): there is no fused operator for that")
+            continue
         if call.kwargs:
             edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
             continue
@@ -39,7 +42,7 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
         if branch.dropout or branch.features is not None:
             edit.skip(site, "its branch has dropout, or is for a part of a fused weight")
             continue
-        if isinstance(site, LinearSite) and (site.in_out or site.left):
+        if site.in_out or site.left:
             edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
             continue
         linear = next(n for n in match.nodes if n not in (root, call))

@@ -21,7 +21,8 @@ from torch.fx import GraphModule, Node
 from ...branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
 from ...errors import FoldError
 from ...graph.aten import VIEWS, expression_of, strip
-from ...graph.pattern import Match, Mismatch, Ops, Pattern, Term, linear_parts, pattern
+from ...graph.pattern import Match, Mismatch, Ops, Pattern, Term, pattern
+from ...graph.weighted_call import WeightedCall
 from ...weights.weight import Weight
 
 
@@ -68,7 +69,7 @@ def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         dense = weight.dense()
-        c = branch.full_rows(dense.mT if branch.in_out else dense).to(wide)
+        c = branch.full_rows(weight.shape.stored(dense)).to(wide)
         moved = dense.to(wide) + _exact_delta(weight, branch).to(wide)
         return weight.replaced(c[:, None] * moved)
 
@@ -86,7 +87,7 @@ def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
         raise FoldError(f"{type(branch).__name__} is not a scale.")
     scale = branch.full_scale().detach()
     made = weight.with_columns(scale)
-    return made, _scale_lost(weight, made, scale)
+    return made, _scale_lost(weight, made, weight.shape.columns(scale, weight.dense()))
 
 
 def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
@@ -136,4 +137,4 @@ def match_at(gm: GraphModule, call: Node) -> tuple[Match, Fold] | Mismatch:
 
 def linear_of(match: Match) -> Node:
     """The linear that a rule has matched."""
-    return next(n for n in match.nodes if linear_parts(n) is not None)
+    return next(n for n in match.nodes if WeightedCall.of(n) is not None)

@@ -16,13 +16,13 @@ from torch.fx import Node
 from ...errors import FoldError
 from ...graph.aten import parameter_of, set_attribute
 from ...program.readers import Reader, module_of
-from ...program.sites import LinearSite
+from ...program.sites import WeightSite
 from ..calls.attach import Attaching
 
 
 def untie(
-    edit: Attaching, site: LinearSite, name: str, calls: Sequence[Node], rest: Sequence[Reader]
-) -> LinearSite:
+    edit: Attaching, site: WeightSite, name: str, calls: Sequence[Node], rest: Sequence[Reader]
+) -> WeightSite:
     """Parts a stored tensor of a site into that of its calls and that of all other readers.
 
     Returns:
@@ -61,8 +61,8 @@ def untie(
     program.aliases = {**program.aliases, **dict.fromkeys(moving[1:], own)}
     _rename(edit, {n.name for n in nodes}, name, own)
     fresh = program.sites[site.id]
-    if not isinstance(fresh, LinearSite):
-        raise FoldError(f"{site.id} is no linear any more.")
+    if not isinstance(fresh, WeightSite):
+        raise FoldError(f"{site.id} has no weight any more.")
     return fresh
 
 
@@ -85,7 +85,7 @@ def _around(calls: Sequence[Node]) -> list[Node]:
     return [n for n in graph.nodes if n.meta.get("composed") in keys]
 
 
-def _redirect(edit: Attaching, site: LinearSite, node: Node, name: str, own: str) -> None:
+def _redirect(edit: Attaching, site: WeightSite, node: Node, name: str, own: str) -> None:
     """Lets one node read the tensor `own`, through a copy of the views that it reads `name` by."""
     gm = edit.graph_module
 

@@ -18,13 +18,13 @@ from ...graph.aten import (
     LINEAR,
     attribute,
     is_op,
-    is_quantised,
     parameter_of,
     set_attribute,
     submodule,
     users,
     value,
 )  # fmt: skip
+from ...graph.quantised_call import QuantisedCall
 from ...program.sites import ConvSite, LinearSite
 from ...program.state import State
 from ..calls.attach import Attaching
@@ -57,10 +57,13 @@ def _add(edit: Attaching, site: LinearSite | ConvSite, node: Node, name: str, si
     graph = edit.graph_module.graph
     with graph.inserting_before(node):
         bias = graph.get_attr(name)
-    if is_op(node, CONVS | {LINEAR}) or is_quantised(node):
+    quantised = QuantisedCall.of(node)
+    if is_op(node, CONVS | {LINEAR}) or quantised is not None:
         bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
-        place = 4 if is_quantised(node) else 2
-        node.args = (*node.args[:place], bias, *node.args[place + 1 :])
+        if quantised is not None:
+            quantised._replace(bias=bias).write(node)
+        else:
+            node.args = (*node.args[:2], bias, *node.args[3:])
         _know_bias(edit.program, site.weight, name)
         if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
             compose(edit.program, node, site.weight)  # a row scale leaves the bias alone

@@ -1,4 +1,4 @@
-"""Composing the branches of one linear call: always emitted in one fixed order.
+"""Composing the branches of one call of a weight: always emitted in one fixed order.
 
 Input scale, base (its weight maybe an expression), row scale, deltas (or what combines them),
 output scale: so the order of passes does not change the graph.
@@ -16,21 +16,19 @@ from ...branches.branch import Delta, RowScale, Scale
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,
-    DEQUANTISE,
     LINEAR,
     VIEWS,
     alike,
     data_index,
-    is_quantised,
-    loaded_operator,
     outdate,
     strip,
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.pattern import linear_parts
+from ...graph.quantised_call import QuantisedCall
+from ...graph.weighted_call import WeightedCall
 from ...program.history import Attachment
-from ...program.sites import LinearSite
+from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
@@ -80,23 +78,25 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
     def of_slot(kind: str) -> list[Attachment]:
         return [a for a in mine if a.slot == kind]
 
-    data = data_index(call)
-    x = chain.source(call.args[data])
+    parts = chain.parts
+    if parts is None:
+        if mine:
+            raise PassError(f"{mine[0].site}: {call.name} multiplies by no weight.")
+        return
+    x = chain.source(parts.x)
     for attachment in of_slot("input_scale"):
         x = chain.branch(attachment, (x,), before=call, instead=x)
-    call.update_arg(data, x)
+    if x is not parts.x:
+        call.update_arg(data_index(call), x)
     tail = call
     for attachment in of_slot("row_scale"):
-        parts: Any = linear_parts(call)
-        if parts is None:
-            raise PassError(f"{attachment.site}: the rows of its weight cannot be rescaled.")
-        x, stored, bias = parts
-        place = tail
-        if is_quantised(call):
+        stored, place = parts.weight, tail
+        if QuantisedCall.of(call) is not None:
             place = stored = chain.dense(program.sites[attachment.site])
         else:
             stored = strip(stored, VIEWS)
-        tail = chain.branch(attachment, (tail, x, stored, bias), behind=place, instead=tail)
+        operands = (tail, x, stored, parts.bias)
+        tail = chain.branch(attachment, operands, behind=place, instead=tail)
     updates: dict[str, Node] = {}
     last, members = tail, {path for a in mine for path in a.members}
     for attachment in (*of_slot("delta"), *of_slot("combine")):
@@ -120,7 +120,7 @@ class _Chain:
     """
 
     def __init__(self, program: State, call: Node) -> None:
-        self.program, self.call = program, call
+        self.program, self.call, self.parts = program, call, WeightedCall.of(call)
         self.graph = program.module.graph
         self.key: str = call.meta.get("call") or call.name
         self.there = _composed(call, self.key)
@@ -151,10 +151,11 @@ class _Chain:
             behind, before: where it stands.
             instead: what its readers would read without it; None for a value of its own.
         """
-        path, kwargs = attachment.path, dict[str, Any]()
+        path = attachment.path
+        kwargs = {} if self.parts is None else dict[str, Any](self.parts.operands)
         if attachment.reads:
             nodes = self._named()
-            kwargs = {name: nodes[read] for name, read in attachment.reads.items()}
+            kwargs = {name: nodes[read] for name, read in attachment.reads.items()} | kwargs
         name = path.replace(".", "_")
         return self._emit("call_module", path, args, kwargs, name, (behind, before), instead)
 
@@ -165,10 +166,11 @@ class _Chain:
 
     def dense(self, site: Any) -> Node:
         """The dense weight of a quantised call, stored as the model's own was."""
-        operands: Any = self.call.args
-        codes, scale, zero, _, bits, group = operands[1:]
-        args = (codes, scale, zero, bits, group, site.in_features)
-        made = self._function(loaded_operator(DEQUANTISE), args, "dequantise", self.call)
+        integers = QuantisedCall.of(self.call)
+        if integers is None:
+            raise PassError(f"{site.id}: {self.call.name} multiplies by no integers.")
+        operator, args = integers.dense(site.in_features)
+        made = self._function(operator, args, "dequantise", self.call)
         made = self._function(ATEN.to.dtype, (made, value(self.call).dtype), "dense", made)
         if not site.in_out:
             return made
@@ -289,12 +291,12 @@ def _composed(call: Node, key: str) -> list[Node]:
 
 def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:
     """Brings every composed call into its plain, unlowered form, `first` innermost."""
-    attached = {a.site for a in program.attachments}
-    weights = {s.weight for s in program.sites if isinstance(s, LinearSite) and s.id in attached}
+    attached = {a.site for a in program.attachments if a.slot in ORDER}
+    weights = {s.weight for s in program.sites if isinstance(s, WeightSite) and s.id in attached}
     nodes = site_nodes(program.module)
     done: set[str] = set()
     for site in program.sites:
-        if isinstance(site, LinearSite) and site.weight in weights:
+        if isinstance(site, WeightSite) and site.weight in weights and not site.obstacle:
             for name in site.nodes:
                 if name not in done:
                     compose(program, nodes[name], site.weight, first)

@@ -13,11 +13,12 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression
 from ...errors import PassError
-from ...graph.aten import ATEN, expression_of, outdate, value
-from ...graph.pattern import linear_parts
+from ...graph.aten import ATEN, VIEWS, expression_of, outdate, strip, value
 from ...graph.sharded import whole
-from ...program.sites import LinearSite
+from ...graph.weighted_call import WeightedCall
+from ...program.sites import WeightSite
 from ...program.state import State
+from ...weights.weight import Weight
 from ..calls.attach import Attaching, wide
 from ..calls.call import branch_call
 from .compose import compose
@@ -66,17 +67,16 @@ def widened(edit: Attaching, name: str) -> Tensor:
     return made
 
 
-def matrix_of(edit: Attaching, site: LinearSite) -> Tensor:
+def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
     """See `Editor.matrix`."""
-    parts = linear_parts(edit.node(site.nodes[0]))
-    node = parts[1] if parts is not None else None
+    parts, weight = WeightedCall.of(edit.node(site.nodes[0])), edit.weight(site)
+    node = None if parts is None else strip(parts.weight, VIEWS)
     chain: list[Node] = []
     while isinstance(node, Node) and expression_of(node) is not None:
         chain.append(node)
         node = node.args[0] if node.args else None
     if not chain:
-        dense = edit.weight(site).dense()
-        return dense if site.features is None else dense[list(site.features)]
+        return _own_rows(weight.dense(), weight, site)
     tensor = None if node is None else edit.graph_module.get_parameter(site.weight).detach()
     with torch.no_grad():
         for call in reversed(chain):
@@ -90,8 +90,13 @@ def matrix_of(edit: Attaching, site: LinearSite) -> Tensor:
             tensor = branch() if tensor is None else branch(tensor)
     if tensor is None:
         raise PassError(f"{site.id} has no stored weight.")
-    dense = tensor.mT if site.in_out else tensor
-    return dense if site.features is None else dense[list(site.features)]
+    return _own_rows(weight.shape.matrix(tensor), weight, site)
+
+
+def _own_rows(dense: Tensor, weight: Weight, site: WeightSite) -> Tensor:
+    if site.features is None:
+        return dense
+    return dense.unflatten(0, (weight.shape.count, -1))[:, list(site.features)].flatten(0, 1)
 
 
 def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
@@ -137,16 +142,16 @@ def remove(edit: Attaching, path: str) -> None:
     found = next(a for a in edit.program.attachments if a.path == path)
     site = edit.program.sites[found.site]
     branch = gm.get_submodule(path)
-    if not isinstance(branch, Expression) and site.kind != "linear":
+    if not isinstance(branch, Expression) and not isinstance(site, WeightSite):
         raise PassError(
-            f"{found.site}: {path} cannot be removed, only branches of linears and expressions can."
+            f"{found.site}: {path} cannot be removed, only branches of weights and expressions can."
         )
     edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
     if isinstance(branch, Expression):
         for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
-    elif isinstance(site, LinearSite):
+    elif isinstance(site, WeightSite):
         for name in site.nodes:
             compose(edit.program, edit.node(name), site.weight)
     gm.delete_submodule(path)

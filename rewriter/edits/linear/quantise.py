@@ -24,7 +24,8 @@ from ...graph.aten import (
     users,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.pattern import linear_parts
+from ...graph.quantised_call import QuantisedCall
+from ...graph.weighted_call import linear_parts
 from ...program.sites import LinearSite
 from ...weights.certificate import all_finite
 from ...weights.integers import Quantised, quantise
@@ -49,7 +50,9 @@ def repack(edit: Attaching, layout: str) -> bool:
             found[site.weight] = weight.pack(layout)
             replace_tensor(edit.graph_module, site.weight, found[site.weight])
         for name in site.nodes:
-            nodes[name].update_arg(6, found[site.weight].group)
+            call = QuantisedCall.of(nodes[name])
+            if call is not None:
+                call._replace(group=found[site.weight].group).write(nodes[name])
     return bool(found)
 
 
@@ -103,8 +106,8 @@ def quantise_weight(
             raise PassError(f"{site.id}: {call.name} is not a linear.")
         x, _, bias = found
         with gm.graph.inserting_before(call):
-            stored = [gm.graph.get_attr(f"{site.weight}.{p}") for p in PARTS]
-            operands = (x, *stored, bias, made.bits, made.group)
+            codes, scale, zero = (gm.graph.get_attr(f"{site.weight}.{p}") for p in PARTS)
+            operands = tuple(QuantisedCall(x, codes, scale, zero, bias, made.bits, made.group))
             new = gm.graph.create_node("call_function", operator, operands, {}, "quantised_linear")
         new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
         call.replace_all_uses_with(new)

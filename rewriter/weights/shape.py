@@ -1,0 +1,91 @@
+"""The shape of the weight behind a site, read off its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..branches.shapes import (
+    ConvolutionShape,
+    EmbeddingShape,
+    ExpertsShape,
+    LinearShape,
+    Shape,
+)
+from ..errors import PassError
+from ..graph.aten import CASTS, EMBEDDING, LINEAR, is_op, named_arguments, parameter_of, value
+from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, is_grouped
+from ..program.readers import turned
+from ..program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
+
+
+def shape_of(site: WeightSite, call: Node | None) -> Shape:
+    """How a site's calls multiply by its weight; `call` is one of them.
+
+    Raises:
+        PassError: no branch can stand beside the call, see `call_obstacle`.
+    """
+    if isinstance(site, LinearSite):
+        return LinearShape(site.in_out)
+    if call is None or (reason := call_obstacle(site, [call])):
+        raise PassError(f"{site.id}: {reason if call is not None else 'its call is gone'}.")
+    given = named_arguments(call)
+    if isinstance(site, ConvSite):
+        count = len(site.kernel)
+        stride, dilation = (_each(given.get(n, 1), count) for n in ("stride", "dilation"))
+        padding: Any = given.get("padding", 0)
+        padding = padding if isinstance(padding, str) else _each(padding, count)
+        return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
+    if isinstance(site, ExpertsSite):
+        return ExpertsShape(site.experts, site.in_out, is_grouped(call))
+    padding = given.get("padding_idx", -1)
+    padding = padding if isinstance(padding, int) and padding >= 0 else None
+    return EmbeddingShape(value(call).dtype, padding, wraps=not is_op(call, EMBEDDING))
+
+
+def _each(number: Any, count: int) -> tuple[int, ...]:
+    """One number an axis."""
+    numbers: tuple[int, ...] = tuple(number) if isinstance(number, Sequence) else (number,)
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+def call_obstacle(site: WeightSite, calls: Sequence[Node]) -> str:
+    """Why no branch can stand beside a site's calls; empty if one can."""
+    if site.obstacle or isinstance(site, LinearSite):
+        return site.obstacle
+    for call in calls:
+        if not reads_as_stored(site, call):
+            return f"{call.name} does not multiply by {site.weight} as it is stored"
+    if isinstance(site, ConvSite) and len({_options(call) for call in calls}) > 1:
+        return f"its calls {', '.join(c.name for c in calls)} have different strides or paddings"
+    return ""
+
+
+def _options(call: Node) -> str:
+    given: Mapping[str, Any] = named_arguments(call)
+    return str([given.get(n) for n in ("stride", "padding", "dilation", "groups")])
+
+
+def reads_as_stored(site: WeightSite, call: Node) -> bool:
+    """Whether a call reads the site's weight in the way that the site says."""
+    parts = WeightedCall.of(call)
+    known = None if parts is None else parameter_of(parts.weight, depth=64)
+    if parts is None or known is None or known[0] != site.weight:
+        return False
+    if isinstance(site, LinearSite):
+        stored_turned = site.in_out if is_op(call, LINEAR) else site.in_out == site.left
+        return turned(known[1]) is stored_turned
+    if isinstance(site, ExpertsSite):
+        if is_grouped(call) and not parts.operands:
+            return False
+        return turned(known[1]) is (not site.in_out)
+    operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
+    held: Any = value(parts.x)
+    plain = all(is_op(step, CASTS) for step in known[1])
+    if not (is_op(call, operators) and plain and isinstance(held, Tensor)):
+        return False
+    return isinstance(site, ConvSite) or held.dtype in (torch.int64, torch.int32)
