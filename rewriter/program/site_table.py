@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..errors import SelectorError, SiteError, nearest
 from .selector import choose, select
-from .sites import LinearSite, Site, listed
+from .sites import Site, WeightSite, listed
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Sites:
         return {site.id: site for site in self.items}
 
     @functools.cached_property
-    def by_weight(self) -> dict[str, list[LinearSite]]:
-        """The linear sites of each stored weight, in graph order."""
-        sites: dict[str, list[LinearSite]] = {}
+    def by_weight(self) -> dict[str, list[WeightSite]]:
+        """The sites of each stored weight, in graph order."""
+        sites: dict[str, list[WeightSite]] = {}
         for site in self.items:
-            if isinstance(site, LinearSite):
+            if isinstance(site, WeightSite):
                 sites.setdefault(site.weight, []).append(site)
         return sites
 
