@@ -10,6 +10,7 @@ import torch
 import peftfx
 
 from . import models
+from .cpu import BUDGET, Seconds, methods_of, shared
 from .zoo import ZOO
 
 torch.set_num_threads(1)
@@ -24,11 +25,12 @@ class Captured:
 
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         if name not in self.made:
-            model = models.build(name)
-            inputs = models.batch()
-            if name == "fused":
-                del inputs["attention_mask"]
-            self.made[name] = model, peftfx.capture(model, kwargs=inputs)
+            with shared():
+                model = models.build(name)
+                inputs = models.batch()
+                if name == "fused":
+                    del inputs["attention_mask"]
+                self.made[name] = model, peftfx.capture(model, kwargs=inputs)
         return self.made[name]
 
 
@@ -47,8 +49,9 @@ class Zoo:
 
     def __getitem__(self, name: str) -> peftfx.Program:
         if name not in self.made:
-            inputs = ZOO[name].inputs(3, 9)
-            self.made[name] = peftfx.capture(self.model(name), kwargs=inputs)
+            with shared():
+                inputs = ZOO[name].inputs(3, 9)
+                self.made[name] = peftfx.capture(self.model(name), kwargs=inputs)
         return self.made[name]
 
 
@@ -73,3 +76,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo", action="store_true", help="run every method on all architectures")
     parser.addoption("--inductor", action="store_true", help="compile every method to code")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
+    parser.addoption("--method", metavar="NAME", help="only the registered tests of one method")
+    parser.addoption(
+        "--method-seconds", type=float, default=BUDGET, metavar="SECONDS",
+        help="CPU seconds that the registered tests of one method may take",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seconds(config.getoption("--method-seconds")), "cpu-seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    method = config.getoption("--method")
+    if method is None:
+        return
+    chosen: list[pytest.Item] = []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if method in methods_of(parameters.values()):
+            chosen.append(item)
+    if not chosen:
+        raise pytest.UsageError(f"--method {method}: no registered test names that method")
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen
