@@ -1,7 +1,7 @@
 """CPU seconds of a test run: by folder, by file and by method, printed at the end of it.
 
 A method pays for the tests that are run on it because it is registered, which are those with its
-name among their parameters; a test of several methods is shared by them. Its own file in
+name in a parameter of `ARGUMENTS`; a test of several methods is shared by them. Its own file in
 `tests/methods` is its author's. More than the budget fails the run. What a fixture makes once for
 many tests (`shared`) is a row of its own, and nobody's.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 from .recipes import METHODS
 
+ARGUMENTS = ("method", "name", "pair", "one", "two")
 BUDGET = 12.0
 """Seconds that the registered tests of one method may take."""
 FILES = 20
@@ -46,10 +47,11 @@ def shared() -> Iterator[None]:
         _shared[0] = inner + spent() - before
 
 
-def methods_of(parameters: Iterable[Any]) -> tuple[str, ...]:
+def methods_of(item: Any) -> tuple[str, ...]:
     """The methods that a test's parameters name, alone, in a tuple, or as the first word."""
+    parameters: Mapping[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     names: list[str] = []
-    for value in parameters:
+    for value in (parameters[a] for a in ARGUMENTS if a in parameters):
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str):
                 names += [each.partition(" ")[0]]
@@ -84,9 +86,8 @@ class Seconds:
         report: Any = yield
         now = spent(), _shared[0]
         aside = now[1] - self.phase[1]
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
         report.cpu, report.aside = now[0] - self.phase[0] - aside, aside
-        report.methods = list(methods_of(parameters.values()))
+        report.methods = list(methods_of(item))
         self.phase = now
         return report
 

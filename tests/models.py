@@ -203,6 +203,8 @@ def build(name: str) -> Any:
         made = Encoder()
     elif name == "decoder":
         made = Decoder()
+    elif name == "block":
+        made = Decoder(layers=1)
     elif name == "tied":
         made = Decoder(tied=True)
     elif name == "fused":

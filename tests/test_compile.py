@@ -21,8 +21,8 @@ from torch._inductor import config as inductor
 import peftfx
 from peftfx.rewriter.pipeline.method import Method
 
-from .models import Decoder, Encoder, batch, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class, start
+from .models import Encoder, batch, first, moved, randomise
+from .recipes import METHODS, RECIPES, method_class
 
 SIZES = ((3, 9), (5, 12), (2, 17))
 GENERATED = ("lower",)
@@ -30,11 +30,10 @@ GENERATED = ("lower",)
 SETTLED = tuple(m for m in METHODS if method_class(m).settle is not Method.settle)
 
 
-@pytest.fixture(scope="module")
-def base() -> peftfx.Program:
+@pytest.fixture
+def base(captured: Any) -> peftfx.Program:
     """One block of a decoder, to which every recipe applies."""
-    torch.manual_seed(0)
-    return peftfx.capture(Decoder(layers=1).eval(), kwargs=batch())
+    return captured["block"][1]
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +50,12 @@ def compiled(program: peftfx.Program, backend: str) -> Callable[..., Any]:
     return torch.compile(program.module, fullgraph=True, dynamic=True, backend=backend)
 
 
-def made(base: peftfx.Program, name: str) -> peftfx.Program:
+def made(captured: Any, name: str, model: str = "block") -> peftfx.Program:
     """A recipe's program, with everything that trains moved before its last pass, too."""
-    before, last = start(base, name)
-    return randomise(peftfx.run(before if before is base else randomise(before), last))
+    before, last = captured.start(model, name)
+    if before is captured[model][1]:
+        return randomise(captured.placed(model, name))
+    return randomise(peftfx.run(randomise(before.fork()), last))
 
 
 def inputs(program: peftfx.Program, step: int) -> dict[str, Tensor]:
@@ -93,9 +94,9 @@ def train(program: peftfx.Program, forward: Callable[..., Any]) -> tuple[list[Te
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
-def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureRequest) -> None:
+def test_training_compiles_once(captured: Any, name: str, request: pytest.FixtureRequest) -> None:
     everything = request.config.getoption("--inductor")
-    program = made(base, name)
+    program = made(captured, name)
     plain = program.fork()
     want, gradients = train(plain, plain.module)
     backend = "inductor" if everything or name in GENERATED else "aot_eager"
@@ -108,10 +109,9 @@ def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
-def test_blocks_compile_once(name: str) -> None:
+def test_blocks_compile_once(captured: Any, name: str) -> None:
     """A checkpointed block, and one whose cheap values are computed again."""
-    torch.manual_seed(0)
-    program = made(peftfx.capture(Decoder(layers=2).eval(), kwargs=batch()), name)
+    program = made(captured, name, "decoder")
     plain = program.fork()
     want = train(plain, plain.module)
     module = peftfx.outline(program, checkpoint=[0], recompute=True).train()
@@ -121,9 +121,9 @@ def test_blocks_compile_once(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def settled(base: peftfx.Program, name: str) -> peftfx.Program:
+def settled(captured: Any, name: str) -> peftfx.Program:
     """A method's program after a little training, with what training decided in its place."""
-    program = made(base, name)
+    program = made(captured, name)
     controllers = peftfx.controllers(program)
     train(program, program.module)
     fixed = ",".join(f"{i.name}=1" for i in program.spec.inputs if i.optional)
@@ -132,9 +132,9 @@ def settled(base: peftfx.Program, name: str) -> peftfx.Program:
 
 
 @pytest.mark.parametrize("name", ["bank", "hyperformer"])
-def test_switching_compiles_nothing(base: Any, name: str) -> None:
+def test_switching_compiles_nothing(captured: Any, name: str) -> None:
     """Adapters and tasks are data: another one runs the same code."""
-    program = made(base, name)
+    program = made(captured, name)
     (choice,) = (i for i in program.spec.inputs if i.optional)
     forward = compiled(program, "eager")
     given = program.spec.bind((), batch())
@@ -178,9 +178,9 @@ def test_compiling_in_place(base: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"{m} settled" for m in SETTLED)])
-def test_evaluation_compiles_once(base: Any, name: str) -> None:
+def test_evaluation_compiles_once(captured: Any, name: str) -> None:
     method, _, after = name.partition(" ")
-    program = settled(base, method) if after else made(base, name)
+    program = settled(captured, method) if after else made(captured, name)
     forward = compiled(program.eval(), "eager")
     for step in range(len(SIZES)):
         given = inputs(program, step)
