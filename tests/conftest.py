@@ -71,7 +71,8 @@ class Zoo:
     def model(self, name: str) -> Any:
         """The model that the program was captured from."""
         if name not in self.models:
-            self.models[name] = ZOO[name].build()
+            with shared():
+                self.models[name] = ZOO[name].build()
         return self.models[name]
 
     def __getitem__(self, name: str) -> peftfx.Program:

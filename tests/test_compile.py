@@ -2,8 +2,9 @@
 
 Every recipe is compiled with `fullgraph=True, dynamic=True` and called at several batch and
 sequence sizes. A graph break is an error there, and so is a second compilation. Training runs
-through the default backend (inductor) for one recipe, with `pytest --inductor` for all; for the
-others it stops before code is generated (`aot_eager`).
+through the default backend (inductor) for one recipe, with `pytest --inductor` for all. Without,
+recipes are stacked for what takes long: the trace of their gradients (`aot_eager`), which stops
+before code is generated; each by itself is traced once outlined, and in evaluation mode.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import peftfx
+from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.pipeline.method import Method
 
 from .models import Encoder, batch, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class
+from .recipes import METHODS, RECIPES, method_class, turn
 
 SIZES = ((3, 9), (5, 12), (2, 17))
 GENERATED = ("lower",)
 """Recipes that always run through inductor: this one has an operator of our own."""
+GROUPS = 4
 SETTLED = tuple(m for m in METHODS if method_class(m).settle is not Method.settle)
 
 
 @pytest.fixture
 def base(captured: Any) -> peftfx.Program:
-    """One block of a decoder, to which every recipe applies."""
-    return captured["block"][1]
+    """One small block, to which every recipe applies."""
+    return captured["tiny"][1]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def compiled(program: peftfx.Program, backend: str) -> Callable[..., Any]:
     return torch.compile(program.module, fullgraph=True, dynamic=True, backend=backend)
 
 
-def made(captured: Any, name: str, model: str = "block") -> peftfx.Program:
+def made(captured: Any, name: str, model: str = "tiny") -> peftfx.Program:
     """A recipe's program, with everything that trains moved before its last pass, too."""
     before, last = captured.start(model, name)
     if before is captured[model][1]:
@@ -95,11 +98,31 @@ def train(program: peftfx.Program, forward: Callable[..., Any]) -> tuple[list[Te
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
 def test_training_compiles_once(captured: Any, name: str, request: pytest.FixtureRequest) -> None:
-    everything = request.config.getoption("--inductor")
-    program = made(captured, name)
+    if name not in GENERATED and not request.config.getoption("--inductor"):
+        pytest.skip("compiled in a stack: run pytest --inductor for each alone")
+    trains_alike(made(captured, name), "inductor")
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_stacks_of_methods_compile_once(captured: Any, group: int) -> None:
+    """Every method is in one of the programs; one that does not stack begins another."""
+    _, base = captured["tiny"]
+    programs: list[peftfx.Program] = []
+    for name in METHODS[group::GROUPS]:
+        try:
+            programs[-1:] = [peftfx.run(programs[-1] if programs else base, RECIPES[name])]
+        except RewriteError:
+            programs.append(captured.placed("tiny", name))
+    assert {a for p in programs for a in p.adapters} >= set(METHODS[group::GROUPS])
+    for program in programs:
+        torch._dynamo.reset()
+        trains_alike(randomise(program), "aot_eager")
+
+
+def trains_alike(program: peftfx.Program, backend: str) -> None:
+    """The same losses, and the same gradients by name, as without a compiler."""
     plain = program.fork()
     want, gradients = train(plain, plain.module)
-    backend = "inductor" if everything or name in GENERATED else "aot_eager"
     got, same = train(program, compiled(program, backend))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert same.keys() == gradients.keys()
@@ -110,12 +133,13 @@ def test_training_compiles_once(captured: Any, name: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
 def test_blocks_compile_once(captured: Any, name: str) -> None:
-    """A checkpointed block, and one whose cheap values are computed again."""
-    program = made(captured, name, "decoder")
+    """A checkpointed block, or one whose cheap values are computed again."""
+    program = made(captured, name)
     plain = program.fork()
     want = train(plain, plain.module)
-    module = peftfx.outline(program, checkpoint=[0], recompute=True).train()
-    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    again: dict[str, Any] = {"recompute": True} if turn(name) % 2 else {"checkpoint": [0]}
+    module = peftfx.outline(program, **again).train()
+    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
     got = train(peftfx.inline(module), forward)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1

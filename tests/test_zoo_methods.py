@@ -1,7 +1,7 @@
 """Every registered method in every architecture of the zoo.
 
 `pytest --zoo` runs all cells; without, every method runs in one of three architectures of different
-kinds, and in three of the others, drawn by its name.
+kinds, and in two of the others, drawn by its name.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def close(got: list[Tensor], want: list[Tensor], limit: float = 1e-4) -> None:
 
 
 CORE = ("bert", "llama", "t5")
-OTHERS = 3
+OTHERS = 2
 
 
 def drawn(method: str) -> tuple[str, ...]:
