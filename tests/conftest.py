@@ -1,4 +1,5 @@
-"""Captured programs, made once a session; tests never change them (and a test checks that)."""
+"""Programs that are made once a session: captured models, and methods placed in them. Tests get
+copies of what they may change; whatever else they change is an error at the next use."""
 
 from __future__ import annotations
 
@@ -9,11 +10,19 @@ import torch
 
 import peftfx
 
-from . import models
+from . import models, recipes
+from .captures import captures
+from .cpu import BUDGET, Seconds, methods_of, shared
 from .zoo import ZOO
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
+
+
+def versions(program: peftfx.Program) -> dict[str, int]:
+    """How often each tensor was written in place; tensors that share storage count together."""
+    module = program.module
+    return {n: t._version for n, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 class Captured:
@@ -21,14 +30,34 @@ class Captured:
 
     def __init__(self) -> None:
         self.made: dict[str, tuple[Any, peftfx.Program]] = {}
+        self.started: dict[tuple[str, str], tuple[peftfx.Program, str]] = {}
+        self.recipes: dict[tuple[str, str], tuple[peftfx.Program, dict[str, int]]] = {}
+
+    def start(self, name: str, method: str) -> tuple[peftfx.Program, str]:
+        """The program that a method's pass is run on, and that pass as text."""
+        if (name, method) not in self.started:
+            self.started[name, method] = recipes.start(self[name][1], method)
+        return self.started[name, method]
+
+    def placed(self, name: str, method: str) -> peftfx.Program:
+        """A copy of a base with a method's small recipe, which is run once a session."""
+        if (name, method) not in self.recipes:
+            program = peftfx.run(*self.start(name, method))
+            self.recipes[name, method] = program, versions(program)
+        program, before = self.recipes[name, method]
+        after = versions(program)
+        written = [n for n in before if after[n] != before[n]]
+        assert not written, f"a test wrote into tensors that others use, too: {written}"
+        return program.fork()
 
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         if name not in self.made:
-            model = models.build(name)
-            inputs = models.batch()
-            if name == "fused":
-                del inputs["attention_mask"]
-            self.made[name] = model, peftfx.capture(model, kwargs=inputs)
+            with shared():
+                model = models.build(name)
+                inputs = models.batch()
+                if name == "fused":
+                    del inputs["attention_mask"]
+                self.made[name] = model, peftfx.capture(model, kwargs=inputs, cache=captures())
         return self.made[name]
 
 
@@ -42,13 +71,15 @@ class Zoo:
     def model(self, name: str) -> Any:
         """The model that the program was captured from."""
         if name not in self.models:
-            self.models[name] = ZOO[name].build()
+            with shared():
+                self.models[name] = ZOO[name].build()
         return self.models[name]
 
     def __getitem__(self, name: str) -> peftfx.Program:
         if name not in self.made:
-            inputs = ZOO[name].inputs(3, 9)
-            self.made[name] = peftfx.capture(self.model(name), kwargs=inputs)
+            with shared():
+                inputs = ZOO[name].inputs(3, 9)
+                self.made[name] = peftfx.capture(self.model(name), kwargs=inputs, cache=captures())
         return self.made[name]
 
 
@@ -71,5 +102,26 @@ def captured() -> Captured:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo", action="store_true", help="run every method on all architectures")
+    parser.addoption("--stacks", action="store_true", help="run every pair of methods")
     parser.addoption("--inductor", action="store_true", help="compile every method to code")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
+    parser.addoption("--method", metavar="NAME", help="only the registered tests of one method")
+    parser.addoption(
+        "--method-seconds", type=float, default=BUDGET, metavar="SECONDS",
+        help="CPU seconds that the registered tests of one method may take",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seconds(config.getoption("--method-seconds")), "cpu-seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    method = config.getoption("--method")
+    if method is None:
+        return
+    chosen = [item for item in items if method in methods_of(item)]
+    if not chosen:
+        raise pytest.UsageError(f"--method {method}: no registered test names that method")
+    config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+    items[:] = chosen

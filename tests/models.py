@@ -136,6 +136,45 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
+class TinyLayer(nn.Module):
+    """Pre-norm block of few operators."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        b, t, d = x.shape
+        h = self.norm1(x)
+        q, k, v = (
+            m(h).view(b, t, self.heads, d // self.heads).transpose(1, 2)
+            for m in (self.query, self.key, self.value)
+        )
+        a = F.scaled_dot_product_attention(q, k, v, mask)
+        x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Tiny(nn.Module):
+    """Causal model of one block, with as few operators as every recipe needs."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList([TinyLayer(width, 2)])
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        t = input_ids.shape[1]
+        causal = torch.ones(t, t, dtype=torch.bool, device=input_ids.device).tril()
+        mask = causal & attention_mask.bool()[:, None, None, :]
+        return self.head(self.layers[0](self.embed(input_ids), mask))
+
+
 class FusedLayer(nn.Module):
     """Pre-LN block with one fused q, k, v projection and plain matmul attention, like GPT's."""
 
@@ -203,6 +242,10 @@ def build(name: str) -> Any:
         made = Encoder()
     elif name == "decoder":
         made = Decoder()
+    elif name == "tiny":
+        made = Tiny()
+    elif name == "block":
+        made = Decoder(layers=1)
     elif name == "tied":
         made = Decoder(tied=True)
     elif name == "fused":

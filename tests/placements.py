@@ -5,8 +5,9 @@ its paper names, the error suggests one, and that is taken; where it is refused,
 sentence is the reason. `docs/methods-by-architecture.md` shows it, and the tests check the page:
 
     python -m tests.placements            # fills in what the page lacks (new methods, new rows)
-    python -m tests.placements llama t5   # these rows afresh
-    python -m tests.placements --all      # every row afresh
+    python -m tests.placements lora       # this method afresh
+    python -m tests.placements llama t5   # these architectures afresh
+    python -m tests.placements --all      # every cell afresh
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import peftfx
 from peftfx.rewriter.errors import RewriteError
 
+from .captures import captures
 from .recipes import METHODS, start
 from .zoo import ZOO
 
@@ -125,17 +127,19 @@ def missing(cells: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Writes the page: what it lacks, and the named rows (`--all`: every row) afresh."""
+    """Writes the page: what it lacks, and the named columns and rows (`--all`: all) afresh."""
     torch.set_num_threads(1)
     afresh = set(ZOO) if "--all" in names else set(names)
-    if unknown := afresh - set(ZOO):
+    if unknown := afresh - {*ZOO, *METHODS}:
         raise SystemExit(
-            f"no architecture {', '.join(sorted(unknown))}; there are {', '.join(ZOO)}"
+            f"no method or architecture {', '.join(sorted(unknown))}; there are "
+            f"{', '.join((*METHODS, *ZOO))}"
         )
-    cells = {key: cell for key, cell in known().items() if key[0] not in afresh}
+    cells = {key: cell for key, cell in known().items() if not afresh & set(key)}
     wanted = missing(cells)
     for name in dict.fromkeys(n for n, _ in wanted):
-        base = peftfx.capture(ZOO[name].build(), kwargs=ZOO[name].inputs(3, 9))
+        inputs = ZOO[name].inputs(3, 9)
+        base = peftfx.capture(ZOO[name].build(), kwargs=inputs, cache=captures())
         cells |= {(n, m): place(base, m).cell for n, m in wanted if n == name}
         PAGE.write_text(render(cells), encoding="utf-8")
 

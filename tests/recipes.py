@@ -1,11 +1,15 @@
 """Every pass's small recipe: the first line of its golden text, `# lora{rank=2}`.
 
-A recipe may have several passes; the last one is the pass in question.
+A recipe may have several passes; the last one is the pass in question. What a registered test must
+know about one method, that method's own test file says (see `stated`).
 """
 
 from __future__ import annotations
 
+import ast
+import zlib
 from pathlib import Path
+from typing import Any
 
 import peftfx
 from peftfx.rewriter.pipeline.method import Method
@@ -21,9 +25,6 @@ def recipe_of(name: str) -> str:
 
 
 RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY)}
-FAINT = {"adapter_fusion": 0.005}
-"""Share of the largest output that random steps move, where it is not 1 %: what is fused is frozen
-near its small initial values."""
 METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
 
 
@@ -33,6 +34,29 @@ def method_class(name: str) -> type[Method]:
     if not issubclass(found, Method):
         raise TypeError(name)
     return found
+
+
+def stated(name: str, constant: str, default: Any) -> Any:
+    """What a method's own test file says in a constant, where its method differs from the rest."""
+    path = Path(__file__).parent / "methods" / f"test_{name}.py"
+    if not path.exists():
+        return default
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
+            return ast.literal_eval(node.value)
+    return default
+
+
+def least_change(name: str, model: str, group: str = "") -> float:
+    """The share of the largest output that random steps move at least: 1 %, or the `LEAST_CHANGE` of
+    the method's test file, by the name of a model or of a group of models; 0: they cannot."""
+    shares = stated(name, "LEAST_CHANGE", {})
+    return shares.get(model, shares.get(group, 0.01))
+
+
+def turn(*names: str) -> int:
+    """A number that depends on names alone: what is drawn by it stays when others are added."""
+    return zlib.crc32(" ".join(names).encode())
 
 
 def start(base: peftfx.Program, name: str) -> tuple[peftfx.Program, str]:

@@ -2,16 +2,20 @@
 
 python -m tests.stacks          # runs the pairs that docs/stacks.md lacks (of a new method) and adds them
 python -m tests.stacks lora     # the pairs of these methods afresh; --all: every pair
+
+What becomes of a pair follows from the slots that its methods fill, so that the tests take as many
+pairs as it takes for every two slots to meet, and some others (`chosen`); `pytest --stacks` takes all.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 import torch
@@ -20,10 +24,16 @@ import peftfx
 from peftfx.rewriter.errors import RewriteError
 
 from . import models
-from .recipes import METHODS, RECIPES
+from .captures import captures
+from .recipes import METHODS, RECIPES, turn
 
 PAGE = Path(__file__).parents[1] / "docs" / "stacks.md"
 PAIRS = tuple(combinations_with_replacement(METHODS, 2))
+MODEL = "decoder"
+ONE_IN = 8
+"""Of the pairs whose slots meet in others."""
+Placed = Callable[[str], peftfx.Program]
+"""The model with one method's recipe."""
 
 
 def randomised(program: peftfx.Program) -> peftfx.Program:
@@ -60,22 +70,45 @@ class Stack:
         return "either order" if self.gap < 1e-5 else "order matters"
 
 
-def recipe(first: str, second: str) -> list[peftfx.Pass]:
-    """The passes of two methods' small recipes; the second of one method gets a name of its own."""
-    passes = list(peftfx.parse(RECIPES[first]))
-    more = list(peftfx.parse(RECIPES[second]))
+def slots(program: peftfx.Program) -> frozenset[str]:
+    """What a method fills: kinds of sites and their slots, stored tensors, and inputs of its own."""
+    found = {f"{program.sites[a.site].kind} {a.slot}" for a in program.attachments}
+    found |= {"stored" for owned in program.owned.values() if owned}
+    found |= {"integers" for t in program.module.state_dict().values() if t.dtype == torch.uint8}
+    return frozenset(found | {"input" for i in program.spec.inputs if i.optional})
+
+
+def chosen(filled: Mapping[str, frozenset[str]]) -> set[tuple[str, str]]:
+    """Pairs in which every two slots meet, one after the other, and one in `ONE_IN` of the rest.
+
+    Args:
+        filled: the slots of each method.
+    """
+    meeting = {p: {frozenset(two) for two in product(filled[p[0]], filled[p[1]])} for p in PAIRS}
+    apart = set[frozenset[str]]().union(*meeting.values())
+    pairs: set[tuple[str, str]] = set()
+    while apart:
+        pair = max(PAIRS, key=lambda p: (len(meeting[p] & apart), turn(*p)))
+        pairs.add(pair)
+        apart -= meeting[pair]
+    return pairs | {pair for pair in PAIRS if turn(*pair) % ONE_IN == 0}
+
+
+def added(first: str, second: str) -> list[peftfx.Pass]:
+    """The passes of the second method's small recipe; of one method, with a name of its own."""
+    passes = list(peftfx.parse(RECIPES[second]))
     if first == second:
-        more = [replace(more[-1], name=f"{second}_2")]  # pyright: ignore[reportCallIssue]
-    return passes + more
+        passes = [replace(passes[-1], name=f"{second}_2")]  # pyright: ignore[reportCallIssue]
+    return passes
 
 
-def stack(base: peftfx.Program, first: str, second: str) -> Stack:
+def stack(placed: Placed, first: str, second: str) -> Stack:
     """Runs two methods in both orders (in one, if they are the same)."""
     programs: list[peftfx.Program] = []
     errors: list[str] = []
     for a, b in dict.fromkeys([(first, second), (second, first)]):
         try:
-            programs.append(randomised(peftfx.run(base, recipe(a, b))))
+            programs.append(randomised(peftfx.run(placed(a), added(a, b))))
         except RewriteError as error:
             errors.append(str(error))
     outs = [models.first(p(**models.batch())).detach() for p in programs]
@@ -143,8 +176,9 @@ def main(names: Sequence[str]) -> None:
     if unknown := afresh - set(METHODS):
         raise SystemExit(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     cells = {pair: cell for pair, cell in known().items() if not afresh & set(pair)}
-    base = peftfx.capture(models.build("decoder"), kwargs=models.batch())
-    cells |= {pair: stack(base, *pair).cell for pair in PAIRS if pair not in cells}
+    base = peftfx.capture(models.build(MODEL), kwargs=models.batch(), cache=captures())
+    placed = functools.cache(lambda name: peftfx.run(base, RECIPES[name]))
+    cells |= {pair: stack(placed, *pair).cell for pair in PAIRS if pair not in cells}
     PAGE.write_text(render(cells), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from peftfx.rewriter.errors import ArtifactError, CorruptFileError, OptionError
 from peftfx.rewriter.files.sealed import SEAL, sealed
 
 from .models import batch, first, randomise
-from .recipes import METHODS, start
+from .recipes import METHODS
 
 NAME = "my-first-try"
 
@@ -37,14 +37,14 @@ def base() -> peftfx.Program:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_name_with_a_dash(captured: Any, method: str, tmp_path: Path) -> None:
-    model, base = captured["encoder"]
-    before, text = start(base, method)
+    _, base = captured["encoder"]
+    before, text = captured.start("encoder", method)
     (item,) = peftfx.parse(text)
     program = randomise(peftfx.run(before, replace(item, name=NAME)))  # pyright: ignore
     want = first(program(**batch()))
     assert program.adapters[-1] == NAME
     peftfx.save(program, tmp_path / "a")
-    assert torch.equal(first(peftfx.load(model, tmp_path / "a")(**batch())), want)
+    assert torch.equal(first(peftfx.load(base, tmp_path / "a")(**batch())), want)
 
 
 def test_gates_of_a_named_adapter_settle(captured: Any) -> None:

@@ -19,7 +19,7 @@ from peftfx.rewriter.run import allocation
 from peftfx.rewriter.run.allocation import Allocation, UnexplainedError, available
 
 from .damage import change
-from .recipes import METHODS, start
+from .recipes import METHODS
 
 GIVEN = 10**7
 
@@ -47,7 +47,7 @@ class Largest(TorchDispatchMode):
 def test_a_manifest_cannot_ask_for_much(captured: Any, method: str, tmp_path: Path) -> None:
     """Every option of a method that is a number, as somebody would write it who means harm."""
     _, base = captured["encoder"]
-    program = peftfx.run(*start(base, method))
+    program = captured.placed("encoder", method)
     peftfx.save(program, tmp_path / "a")
     manifest = tmp_path / "a" / "manifest.json"
     good, item = manifest.read_bytes(), program.history[-1].applied

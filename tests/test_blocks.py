@@ -17,7 +17,7 @@ from peftfx.rewriter.errors import BlockError, CaptureError
 
 from . import models
 from .models import batch, first, moved
-from .recipes import FAINT, METHODS, start
+from .recipes import METHODS, least_change
 from .zoo import ZOO
 
 Result = tuple[Any, list[Tensor], dict[str, Tensor]]
@@ -73,11 +73,11 @@ def test_models(captured: Any, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(captured: Any, base: str, name: str) -> None:
     """Branches, shared values and expressions of weights are part of blocks, or enter them."""
-    before, last = start(captured[base][1], name)
-    program = models.randomise(peftfx.run(before, last))
+    before, _ = captured.start(base, name)
+    program = models.randomise(captured.placed(base, name))
     given = batch(4, 11, pad=3)
     change = moved(first(before.eval()(**given)), first(program.eval()(**given)))
-    assert change > FAINT.get(name, 0.01)
+    assert change > least_change(name, base)
     check(program, program.spec.bind((), given))
 
 

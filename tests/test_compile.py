@@ -2,8 +2,9 @@
 
 Every recipe is compiled with `fullgraph=True, dynamic=True` and called at several batch and
 sequence sizes. A graph break is an error there, and so is a second compilation. Training runs
-through the default backend (inductor) for one recipe, with `pytest --inductor` for all; for the
-others it stops before code is generated (`aot_eager`).
+through the default backend (inductor) for one recipe, with `pytest --inductor` for all. Without,
+recipes are stacked for what takes long: the trace of their gradients (`aot_eager`), which stops
+before code is generated; each by itself is traced once outlined, and in evaluation mode.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 import peftfx
+from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.pipeline.method import Method
 
-from .models import Decoder, Encoder, batch, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class, start
+from .models import Encoder, batch, first, moved, randomise
+from .recipes import METHODS, RECIPES, method_class, turn
 
 SIZES = ((3, 9), (5, 12), (2, 17))
 GENERATED = ("lower",)
 """Recipes that always run through inductor: this one has an operator of our own."""
+GROUPS = 4
 SETTLED = tuple(m for m in METHODS if method_class(m).settle is not Method.settle)
 
 
-@pytest.fixture(scope="module")
-def base() -> peftfx.Program:
-    """One block of a decoder, to which every recipe applies."""
-    torch.manual_seed(0)
-    return peftfx.capture(Decoder(layers=1).eval(), kwargs=batch())
+@pytest.fixture
+def base(captured: Any) -> peftfx.Program:
+    """One small block, to which every recipe applies."""
+    return captured["tiny"][1]
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +53,12 @@ def compiled(program: peftfx.Program, backend: str) -> Callable[..., Any]:
     return torch.compile(program.module, fullgraph=True, dynamic=True, backend=backend)
 
 
-def made(base: peftfx.Program, name: str) -> peftfx.Program:
+def made(captured: Any, name: str, model: str = "tiny") -> peftfx.Program:
     """A recipe's program, with everything that trains moved before its last pass, too."""
-    before, last = start(base, name)
-    return randomise(peftfx.run(before if before is base else randomise(before), last))
+    before, last = captured.start(model, name)
+    if before is captured[model][1]:
+        return randomise(captured.placed(model, name))
+    return randomise(peftfx.run(randomise(before.fork()), last))
 
 
 def inputs(program: peftfx.Program, step: int) -> dict[str, Tensor]:
@@ -93,12 +97,32 @@ def train(program: peftfx.Program, forward: Callable[..., Any]) -> tuple[list[Te
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
-def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureRequest) -> None:
-    everything = request.config.getoption("--inductor")
-    program = made(base, name)
+def test_training_compiles_once(captured: Any, name: str, request: pytest.FixtureRequest) -> None:
+    if name not in GENERATED and not request.config.getoption("--inductor"):
+        pytest.skip("compiled in a stack: run pytest --inductor for each alone")
+    trains_alike(made(captured, name), "inductor")
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_stacks_of_methods_compile_once(captured: Any, group: int) -> None:
+    """Every method is in one of the programs; one that does not stack begins another."""
+    _, base = captured["tiny"]
+    programs: list[peftfx.Program] = []
+    for name in METHODS[group::GROUPS]:
+        try:
+            programs[-1:] = [peftfx.run(programs[-1] if programs else base, RECIPES[name])]
+        except RewriteError:
+            programs.append(captured.placed("tiny", name))
+    assert {a for p in programs for a in p.adapters} >= set(METHODS[group::GROUPS])
+    for program in programs:
+        torch._dynamo.reset()
+        trains_alike(randomise(program), "aot_eager")
+
+
+def trains_alike(program: peftfx.Program, backend: str) -> None:
+    """The same losses, and the same gradients by name, as without a compiler."""
     plain = program.fork()
     want, gradients = train(plain, plain.module)
-    backend = "inductor" if everything or name in GENERATED else "aot_eager"
     got, same = train(program, compiled(program, backend))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert same.keys() == gradients.keys()
@@ -108,22 +132,22 @@ def test_training_compiles_once(base: Any, name: str, request: pytest.FixtureReq
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lower"])
-def test_blocks_compile_once(name: str) -> None:
-    """A checkpointed block, and one whose cheap values are computed again."""
-    torch.manual_seed(0)
-    program = made(peftfx.capture(Decoder(layers=2).eval(), kwargs=batch()), name)
+def test_blocks_compile_once(captured: Any, name: str) -> None:
+    """A checkpointed block, or one whose cheap values are computed again."""
+    program = made(captured, name)
     plain = program.fork()
     want = train(plain, plain.module)
-    module = peftfx.outline(program, checkpoint=[0], recompute=True).train()
-    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    again: dict[str, Any] = {"recompute": True} if turn(name) % 2 else {"checkpoint": [0]}
+    module = peftfx.outline(program, **again).train()
+    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
     got = train(peftfx.inline(module), forward)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def settled(base: peftfx.Program, name: str) -> peftfx.Program:
+def settled(captured: Any, name: str) -> peftfx.Program:
     """A method's program after a little training, with what training decided in its place."""
-    program = made(base, name)
+    program = made(captured, name)
     controllers = peftfx.controllers(program)
     train(program, program.module)
     fixed = ",".join(f"{i.name}=1" for i in program.spec.inputs if i.optional)
@@ -132,9 +156,9 @@ def settled(base: peftfx.Program, name: str) -> peftfx.Program:
 
 
 @pytest.mark.parametrize("name", ["bank", "hyperformer"])
-def test_switching_compiles_nothing(base: Any, name: str) -> None:
+def test_switching_compiles_nothing(captured: Any, name: str) -> None:
     """Adapters and tasks are data: another one runs the same code."""
-    program = made(base, name)
+    program = made(captured, name)
     (choice,) = (i for i in program.spec.inputs if i.optional)
     forward = compiled(program, "eager")
     given = program.spec.bind((), batch())
@@ -178,9 +202,9 @@ def test_compiling_in_place(base: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *(f"{m} settled" for m in SETTLED)])
-def test_evaluation_compiles_once(base: Any, name: str) -> None:
+def test_evaluation_compiles_once(captured: Any, name: str) -> None:
     method, _, after = name.partition(" ")
-    program = settled(base, method) if after else made(base, name)
+    program = settled(captured, method) if after else made(captured, name)
     forward = compiled(program.eval(), "eager")
     for step in range(len(SIZES)):
         given = inputs(program, step)

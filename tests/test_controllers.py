@@ -15,13 +15,12 @@ from peftfx.rewriter.errors import PassError
 
 from .loops import STEPS, TEXT, expected, fresh, loop, record, recorder, same
 from .models import batch, first
-from .recipes import METHODS, start
+from .recipes import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_in_the_loop(captured: Any, method: str) -> None:
-    _, base = captured["encoder"]
-    program = peftfx.run(*start(base, method)).train()
+    program = captured.placed("encoder", method).train()
     controllers = peftfx.controllers(program)
     groups = controllers.param_groups(lr=0.01, weight_decay=0.1)
     grouped = [p for g in groups for p in g["params"]]

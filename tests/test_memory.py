@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from peftfx.rewriter.training.memory import STATES
 
 from . import models
 from .models import batch, first
-from .recipes import METHODS, start
+from .recipes import METHODS
 
 TOKENS, FLOAT = 3 * 9, 4
 
@@ -65,8 +66,7 @@ def measured(program: peftfx.Program, inputs: Mapping[str, Tensor]) -> int:
 def test_prediction_is_what_hooks_count(
     captured: Any, method: str, base_name: str, training: bool
 ) -> None:
-    _, base = captured[base_name]
-    program = peftfx.run(*start(base, method)).train(training)
+    program = captured.placed(base_name, method).train(training)
     found = program.memory(3, 9)
     seen = measured(program, batch(3, 9, pad=4))  # and what is dropped with values nobody reads
     assert 0.99 * seen < found.saved <= seen
@@ -170,7 +170,7 @@ def test_nothing_is_kept_below_what_trains(text: str) -> None:
     base = peftfx.capture(models.Encoder(layers=4), kwargs=batch())
     kind = peftfx.parse(text).passes[0]
     where = " and ".join((f"({kind.where})", "layer>=2"))  # pyright: ignore
-    program = peftfx.run(base, [type(kind)(**{**vars(kind), "where": where})]).train()
+    program = peftfx.run(base, [replace(kind, where=where)]).train()  # pyright: ignore
     inserted = next(n for n in program.module.graph.nodes if str(n.target).startswith("peftfx."))
     saved = by_node(program)
     order = list(saved)

@@ -4,7 +4,6 @@ program files, outputs of all kinds, and the way back into the model."""
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from peftfx.rewriter.errors import ExportError, MetaTensorError, RewriteError
 from peftfx.rewriter.measure.compare import compare
 from peftfx.rewriter.measure.still import Expected
 
+from .cpu import shared
 from .models import Decoder, batch, build, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class, start
+from .recipes import METHODS, RECIPES, method_class, start, stated, turn
 
 
 def made(base: peftfx.Program, method: str) -> peftfx.Program:
@@ -35,10 +35,9 @@ def stored(program: peftfx.Program) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_twice_gives_the_same_bits(captured: Any, method: str) -> None:
-    _, base = captured["decoder"]
-    one = stored(peftfx.run(base, RECIPES[method]))
+    one = stored(captured.placed("decoder", method))
     torch.rand(7)  # moves the global generator, which no method may draw from
-    two = stored(peftfx.run(base, RECIPES[method]))
+    two = stored(peftfx.run(captured["decoder"][1], RECIPES[method]))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[n], two[n]) for n in one)
 
@@ -48,7 +47,7 @@ class Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Decoder()
+        self.inner = Decoder(layers=1)
         self.score = nn.Linear(64, 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -64,7 +63,8 @@ class Mixed(nn.Module):
 def mixed() -> tuple[nn.Module, peftfx.Program]:
     torch.manual_seed(0)
     model = Mixed().eval()
-    return model, peftfx.capture(model, kwargs=batch())
+    with shared():
+        return model, peftfx.capture(model, kwargs=batch())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,8 +94,7 @@ def causal_unless_said(method: str) -> bool:
 @pytest.mark.parametrize("base_name", ["decoder", "fused"])
 def test_a_causal_model_stays_causal(captured: Any, method: str, base_name: str) -> None:
     """Changing the last token moves no earlier output, unless the recipe says so."""
-    _, base = captured[base_name]
-    program = made(base, method)
+    program = randomise(captured.placed(base_name, method))
     names = program.spec.names
     inputs = {n: t for n, t in batch(2, 9).items() if n in names}
     other = {**inputs, "input_ids": inputs["input_ids"].clone()}
@@ -112,7 +111,7 @@ def test_a_causal_model_stays_causal(captured: Any, method: str, base_name: str)
 @pytest.mark.parametrize("base_name", ["decoder", "fused"])
 def test_each_branch_is_its_delta(captured: Any, method: str, base_name: str) -> None:
     """In float32 and by itself, so that no network around it hides a wrong one."""
-    program = made(captured[base_name][1], method).eval()
+    program = randomise(captured.placed(base_name, method)).eval()
     generator = torch.Generator().manual_seed(0)
     for attachment in program.attachments:
         branch = program.branch(attachment)
@@ -131,7 +130,7 @@ def test_each_branch_is_its_delta(captured: Any, method: str, base_name: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_program_files(captured: Any, method: str, tmp_path: Path) -> None:
-    program = made(captured["decoder"][1], method)
+    program = randomise(captured.placed("block", method))
     inputs = batch(2, 7, pad=2)
     want = first(program(**inputs))
     peftfx.save_program(program, tmp_path / "p")
@@ -143,8 +142,8 @@ def test_program_files(captured: Any, method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_way_back_into_the_model(captured: Any, method: str) -> None:
     """What folds away loads into the original model; the rest is refused, and names why."""
-    model, base = captured["encoder"]
-    program = made(base, method)
+    model, _ = captured["encoder"]
+    program = randomise(captured.placed("encoder", method))
     if program.attachments:
         program = peftfx.run(program, "fold")
     if program.attachments or program.added:
@@ -158,17 +157,25 @@ def test_the_way_back_into_the_model(captured: Any, method: str) -> None:
     torch.testing.assert_close(first(other(**batch())), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_on_the_meta_device(method: str, tmp_path: Path) -> None:
-    """Placed without weights, then given them: the same program. Or refused for want of values."""
-    model = build("decoder")
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    want = peftfx.run(peftfx.capture(model, kwargs=batch()), RECIPES[method])
+@pytest.fixture(scope="module")
+def hollow() -> peftfx.Program:
+    """The block without values."""
     with torch.device("meta"):
-        hollow = Decoder().eval()
-    base = peftfx.capture(hollow, kwargs=batch())
+        model = Decoder(layers=1).eval()
+    with shared():
+        return peftfx.capture(model, kwargs=batch())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_the_meta_device(
+    captured: Any, hollow: peftfx.Program, method: str, tmp_path: Path
+) -> None:
+    """Placed without weights, then given them: the same program. Or refused for want of values."""
+    model = build("block")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    want = captured.placed("block", method)
     try:
-        program = peftfx.run(base, RECIPES[method])
+        program = peftfx.run(hollow, RECIPES[method])
     except MetaTensorError as error:
         assert "load" in str(error)
         return
@@ -179,22 +186,26 @@ def test_on_the_meta_device(method: str, tmp_path: Path) -> None:
 
 
 FOLDABLE = [m for m in METHODS if method_class(m).folds == "exactly"]
-KEPT = ("bitfit", "peqa")
+KEPT = [m for m in METHODS if method_class(m).folds == "nothing to fold"]
 """Train base tensors that others fold into."""
-PAIRS = [*itertools.permutations(FOLDABLE, 2), *itertools.product(("lora", "ia3"), KEPT)]
 
 
-@pytest.fixture(scope="module")
-def small() -> peftfx.Program:
-    torch.manual_seed(0)
-    return peftfx.capture(Decoder(layers=1).eval(), kwargs=batch())
+def partners(method: str, count: int) -> list[str]:
+    """Methods that fold, drawn by the names."""
+    others = [m for m in FOLDABLE if m != method]
+    return sorted(others, key=lambda other: turn(method, other))[:count]
+
+
+PAIRS = [*((one, two) for two in FOLDABLE for one in partners(two, 4)),
+         *((one, two) for two in KEPT for one in partners(two, 2))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("one", "two"), PAIRS)
-def test_folding_one_of_two(small: peftfx.Program, one: str, two: str) -> None:
+def test_folding_one_of_two(captured: Any, one: str, two: str) -> None:
     """The other keeps its values and trains on; without it, the folded one is left alone."""
     items = [list(peftfx.parse(RECIPES[n]))[-1] for n in (one, two)]
-    both = randomise(peftfx.run(small, [replace(i, where="v|ffn.down") for i in items]))  # pyright: ignore[reportCallIssue]
+    _, block = captured["block"]
+    both = randomise(peftfx.run(block, [replace(i, where="v|ffn.down") for i in items]))  # pyright: ignore[reportCallIssue]
     owned = both.owned.get(two, ())
     trained = {n for n in both.named_trainable_parameters() if f".{two}." in n or n in owned}
     assert trained
@@ -235,7 +246,8 @@ def turned() -> tuple[peftfx.Program, peftfx.Program]:
     for tokens_first in (True, False):
         torch.manual_seed(0)
         model = Turned(tokens_first).eval().requires_grad_(False)
-        programs.append(peftfx.capture(model, (ids.mT.contiguous() if tokens_first else ids,)))
+        with shared():
+            programs.append(peftfx.capture(model, (ids.mT.contiguous() if tokens_first else ids,)))
     return programs[0], programs[1]
 
 
@@ -246,9 +258,9 @@ def test_tokens_first(turned: Any, method: str) -> None:
     try:
         program = made(base, method)
     except RewriteError as error:
-        assert method in NO_TOKENS_FIRST, error
+        assert not stated(method, "TOKENS_FIRST", True), error
         return
-    assert method not in NO_TOKENS_FIRST
+    assert stated(method, "TOKENS_FIRST", True)
     ids = batch(3, 5, seed=1)["input_ids"]
     moved_ids = ids.clone()
     moved_ids[1] = (ids[1] + 5) % 60 + 2
@@ -263,10 +275,6 @@ def test_tokens_first(turned: Any, method: str) -> None:
             tensor.copy_(value)
     assert moved(base(ids.mT), one) > 1e-4
     torch.testing.assert_close(one.transpose(0, 1), twin(ids), rtol=1e-4, atol=1e-5)
-
-
-NO_TOKENS_FIRST = {"coda", "prompt_tuning"}
-"""They need the tokens on axis 1, and say so."""
 
 
 class Nested(nn.Module):
@@ -289,7 +297,8 @@ def nested() -> peftfx.Program:
     torch.manual_seed(0)
     model = Nested().train()
     model.part.eval()
-    return peftfx.capture(model, kwargs=batch())
+    with shared():
+        return peftfx.capture(model, kwargs=batch())
 
 
 def acting(program: peftfx.Program) -> set[float]:

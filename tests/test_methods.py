@@ -11,7 +11,7 @@ import torch
 import peftfx
 
 from .models import batch, first, moved, randomise
-from .recipes import FAINT, METHODS, start
+from .recipes import METHODS, least_change
 
 BASES = ("encoder", "decoder", "bert", "llama")
 
@@ -19,9 +19,8 @@ BASES = ("encoder", "decoder", "bert", "llama")
 @pytest.mark.parametrize("base_name", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_declared_effect_and_trainable_set(captured: Any, method: str, base_name: str) -> None:
-    _, base = captured[base_name]
-    before, last = start(base, method)
-    program = peftfx.run(before, last)
+    before, _ = captured.start(base_name, method)
+    program = captured.placed(base_name, method)
     kind = program.history[-1].certificate.kind
     change = moved(first(before(**batch())), first(program(**batch())))
     assert {"identity": change == 0, "near": change < 0.1, "trainable": change > 0}[kind]
@@ -34,7 +33,7 @@ def test_declared_effect_and_trainable_set(captured: Any, method: str, base_name
 @pytest.mark.parametrize("method", METHODS)
 def test_training_touches_only_what_trains(captured: Any, method: str, base_name: str) -> None:
     _, base = captured[base_name]
-    program = peftfx.run(*start(base, method)).train()
+    program = captured.placed(base_name, method).train()
     trained = program.named_trainable_parameters()
     before = {n: p.detach().clone() for n, p in program.module.named_parameters()}
     optimizer = torch.optim.AdamW(program.trainable_parameters(), lr=0.05, weight_decay=0.1)
@@ -56,11 +55,12 @@ def test_save_load_replay_and_removal(
     captured: Any, method: str, base_name: str, tmp_path: Path
 ) -> None:
     model, base = captured[base_name]
-    program = randomise(peftfx.run(*start(base, method)))
+    program = randomise(captured.placed(base_name, method))
     want = first(program(**batch()))
-    assert moved(first(base(**batch())), want) > FAINT.get(method, 0.01)
+    assert moved(first(base(**batch())), want) > least_change(method, base_name)
     peftfx.save(program, tmp_path / "a")
-    for target in (model, base):
+    # A model is captured at the sizes that the artifact names: alike, where the inputs are.
+    for target in (base,) if program.spec.names == base.spec.names else (base, model):
         loaded = peftfx.load(target, tmp_path / "a")
         assert torch.equal(first(loaded(**batch())), want)
         assert loaded.text() == program.text()
@@ -74,8 +74,7 @@ def test_save_load_replay_and_removal(
 @pytest.mark.parametrize("base_name", ["encoder", "decoder", "bert", "llama"])
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_and_sizes_do_not_matter(captured: Any, method: str, base_name: str) -> None:
-    _, base = captured[base_name]
-    program = randomise(peftfx.run(*start(base, method)))
+    program = randomise(captured.placed(base_name, method))
     both = batch(2, 11, pad=6)
     together = first(program(**both))
     for row, length in ((0, 5), (1, 11)):

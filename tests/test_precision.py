@@ -17,6 +17,7 @@ import peftfx
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 
+from .cpu import shared
 from .methods.common import copied, hooked, tensors
 from .models import batch, bert, build, first, moved, randomise
 from .recipes import METHODS, RECIPES, start
@@ -32,7 +33,8 @@ def autocast() -> torch.autocast:
 def narrow() -> tuple[Any, peftfx.Program]:
     """The encoder in bfloat16, and its program."""
     model = build("encoder").to(BF16)
-    return model, peftfx.capture(model, kwargs=batch())
+    with shared():
+        return model, peftfx.capture(model, kwargs=batch())
 
 
 # Autocast.

@@ -18,7 +18,7 @@ from peftfx.training.trainer import ADAPTER, STATE
 
 from .loops import STEPS, TEXT, Recorder, expected, fresh, loop, record, recorder, same, task_loss
 from .models import VOCABULARY, batch, first, llama
-from .recipes import METHODS, start
+from .recipes import METHODS
 
 LORA = "lora{rank=2,where=q|v}"
 
@@ -201,9 +201,7 @@ def test_an_outlined_program_is_a_model(classifier: peftfx.Program, tmp_path: Pa
 @pytest.mark.parametrize("method", METHODS)
 def test_every_state_dict_can_be_written(captured: Any, method: str) -> None:
     """What `Trainer` saves: no shared storage, nothing but contiguous tensors; tied weights once."""
-    _, base = captured["tied"]
-    before, last = start(base, method)
-    module = peftfx.run(before, last).module
+    module = captured.placed("tied", method).module
     held = safetensors.torch.load(safetensors.torch.save(module.state_dict()))
     assert module.load_state_dict(held) and "head.weight" not in held
 

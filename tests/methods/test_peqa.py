@@ -21,6 +21,10 @@ from peftfx.rewriter.program.history import Plan
 from ..models import Encoder, batch, build, first, moved, randomise
 from .common import hooked
 
+LEAST_CHANGE = {"dit": 0.0}
+"""Its last linear starts at zero, and so do its integers."""
+STRENGTH = 0.003
+"""Scales are small numbers."""
 EVERYWHERE = "lora{where=linear and not head}"
 
 

@@ -14,6 +14,11 @@ import peftfx
 from ..models import batch, bert, first, llama, randomise
 from .common import check, hooked, tensors
 
+LEAST_CHANGE = {"bloom": 0.005}
+"""No prompt does it behind a norm of the embedding with weights near zero."""
+TOKENS_FIRST = False
+"""It needs the tokens on axis 1, and says so."""
+
 
 def reference(
     model: nn.Module, embedding: str, prompt: Tensor, inputs: Mapping[str, Tensor]
