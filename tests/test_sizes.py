@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import peftfx
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
 from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
+from peftfx.rewriter.inputs.specfile import read_spec
+from peftfx.rewriter.measure.influence import SAMPLES, TOKENS, _changes
 from peftfx.rewriter.measure.trials import sizes
 from peftfx.rewriter.program.text import with_names
 
@@ -307,3 +310,30 @@ def test_every_limit_is_told(tmp_path: Path) -> None:
     assert report.limits == (limit,) and limit in str(report)
     notes = {p.key: p.value for p in onnx.load(str(report.path)).metadata_props}
     assert notes["peftfx.limits"] == limit
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "batches"),
+    [
+        (TIME_FIRST, ("rows",)),
+        ({"src": {-3: "token", -2: "batch"}}, ("batch",)),
+        ({"src": {0: "time"}}, ()),
+    ],
+)
+def test_what_lies_along_named_axes_is_tried(
+    dynamic: Any, batches: tuple[str, ...], tmp_path: Path
+) -> None:
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=dynamic)
+    assert program.spec.of_kind("batch") == batches
+    assert read_spec(json.loads(json.dumps(program.spec.to_json()))) == program.spec
+    one, other = sizes(program)[0], sizes(program)[-1]
+    if batches == ("rows",):  # few samples of many tokens, and then one of one
+        assert one["src"].shape[0] > one["src"].shape[1]
+        assert tuple(other["src"].shape[:2]) == (1, 1)
+
+
+def test_samples_by_another_name_are_no_tokens() -> None:
+    """What a method says of tokens excuses no influence of samples on one another."""
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=TIME_FIRST)
+    changes = {c.size: c.kind for c in _changes(program, {"src": torch.randn(5, 3, 16)})}
+    assert changes == {"time": TOKENS, "rows": SAMPLES}
