@@ -149,21 +149,44 @@ def test_two_candidates_and_no_name_are_refused() -> None:
 
 
 class Ids(nn.Module):
-    """Token ids `[tokens, batch]`."""
+    """Token ids `[tokens, batch]`, or `[batch, tokens]` that the model turns; sums of the tokens
+    beside them, and a mask `[batch, tokens]` if it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool = False) -> None:
         super().__init__()
-        self.table, self.inner = nn.Embedding(30, 16), transformer()
+        self.table, self.inner, self.turned = nn.Embedding(30, 16), transformer(), turned
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.inner(self.table(ids))
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.table(ids.mT if self.turned else ids)
+        y = self.inner(x, src_key_padding_mask=None if mask is None else mask == 0)
+        return y, y[0]
 
 
-def test_a_prompt_is_not_put_among_the_samples() -> None:
-    program = peftfx.capture(Ids().eval(), (torch.randint(0, 30, (7, 3)),))
-    assert shapes(program) == [("sequence", "batch")]
-    with pytest.raises(PassError, match="samples lie on axis 1"):
-        peftfx.run(program, "prompt_tuning{length=2}")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_prompt_is_put_in_front_of_the_tokens_not_among_the_samples(
+    turned: bool, masked: bool
+) -> None:
+    model = Ids(turned).eval().requires_grad_(False)
+    ids = torch.randint(1, 30, (3, 7) if turned else (7, 3))
+    inputs = {"ids": ids, "mask": torch.ones(3, 7, dtype=torch.long)} if masked else {"ids": ids}
+    program = peftfx.capture(model, kwargs=inputs)
+    assert shapes(program)[0] == (("batch", "sequence") if turned else ("sequence", "batch"))
+    program = randomise(peftfx.run(program, "prompt_tuning{length=2}"), 0.5)
+    assert shapes(program)[0] == (("batch", "sequence") if turned else ("sequence", "batch"))
+    (prompt,) = program.trainable_parameters()
+    ids = torch.randint(1, 30, (4, 9) if turned else (9, 4))
+    real = torch.arange(9) < torch.tensor([9, 9, 5, 8])[:, None]
+    given = {"ids": ids, "mask": real.long()} if masked else {"ids": ids}
+    embedded = model.table(ids.mT if turned else ids)
+    x = torch.cat([prompt[:, None].expand(-1, 4, -1), embedded])
+    hidden = torch.cat([torch.zeros(4, 2, dtype=torch.bool), ~real], 1) if masked else None
+    want = model.inner(x, src_key_padding_mask=hidden)[2:]
+    got, start = program(**given)
+    places = real.mT if masked else slice(None)
+    torch.testing.assert_close(got[places], want[places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(start, want[0], rtol=1e-5, atol=1e-5)
+    assert (want - model(**given)[0])[places].abs().max() > 0.01
 
 
 # Names.
