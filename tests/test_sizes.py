@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import peftfx
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
 from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
+from peftfx.rewriter.inputs.specfile import read_spec
+from peftfx.rewriter.measure.influence import SAMPLES, TOKENS, _changes
 from peftfx.rewriter.measure.trials import sizes
 from peftfx.rewriter.program.text import with_names
 
@@ -146,21 +149,44 @@ def test_two_candidates_and_no_name_are_refused() -> None:
 
 
 class Ids(nn.Module):
-    """Token ids `[tokens, batch]`."""
+    """Token ids `[tokens, batch]`, or `[batch, tokens]` that the model turns; sums of the tokens
+    beside them, and a mask `[batch, tokens]` if it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, turned: bool = False) -> None:
         super().__init__()
-        self.table, self.inner = nn.Embedding(30, 16), transformer()
+        self.table, self.inner, self.turned = nn.Embedding(30, 16), transformer(), turned
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.inner(self.table(ids))
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.table(ids.mT if self.turned else ids)
+        y = self.inner(x, src_key_padding_mask=None if mask is None else mask == 0)
+        return y, y[0]
 
 
-def test_a_prompt_is_not_put_among_the_samples() -> None:
-    program = peftfx.capture(Ids().eval(), (torch.randint(0, 30, (7, 3)),))
-    assert shapes(program) == [("sequence", "batch")]
-    with pytest.raises(PassError, match="samples lie on axis 1"):
-        peftfx.run(program, "prompt_tuning{length=2}")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_prompt_is_put_in_front_of_the_tokens_not_among_the_samples(
+    turned: bool, masked: bool
+) -> None:
+    model = Ids(turned).eval().requires_grad_(False)
+    ids = torch.randint(1, 30, (3, 7) if turned else (7, 3))
+    inputs = {"ids": ids, "mask": torch.ones(3, 7, dtype=torch.long)} if masked else {"ids": ids}
+    program = peftfx.capture(model, kwargs=inputs)
+    assert shapes(program)[0] == (("batch", "sequence") if turned else ("sequence", "batch"))
+    program = randomise(peftfx.run(program, "prompt_tuning{length=2}"), 0.5)
+    assert shapes(program)[0] == (("batch", "sequence") if turned else ("sequence", "batch"))
+    (prompt,) = program.trainable_parameters()
+    ids = torch.randint(1, 30, (4, 9) if turned else (9, 4))
+    real = torch.arange(9) < torch.tensor([9, 9, 5, 8])[:, None]
+    given = {"ids": ids, "mask": real.long()} if masked else {"ids": ids}
+    embedded = model.table(ids.mT if turned else ids)
+    x = torch.cat([prompt[:, None].expand(-1, 4, -1), embedded])
+    hidden = torch.cat([torch.zeros(4, 2, dtype=torch.bool), ~real], 1) if masked else None
+    want = model.inner(x, src_key_padding_mask=hidden)[2:]
+    got, start = program(**given)
+    places = real.mT if masked else slice(None)
+    torch.testing.assert_close(got[places], want[places], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(start, want[0], rtol=1e-5, atol=1e-5)
+    assert (want - model(**given)[0])[places].abs().max() > 0.01
 
 
 # Names.
@@ -307,3 +333,30 @@ def test_every_limit_is_told(tmp_path: Path) -> None:
     assert report.limits == (limit,) and limit in str(report)
     notes = {p.key: p.value for p in onnx.load(str(report.path)).metadata_props}
     assert notes["peftfx.limits"] == limit
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "batches"),
+    [
+        (TIME_FIRST, ("rows",)),
+        ({"src": {-3: "token", -2: "batch"}}, ("batch",)),
+        ({"src": {0: "time"}}, ()),
+    ],
+)
+def test_what_lies_along_named_axes_is_tried(
+    dynamic: Any, batches: tuple[str, ...], tmp_path: Path
+) -> None:
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=dynamic)
+    assert program.spec.of_kind("batch") == batches
+    assert read_spec(json.loads(json.dumps(program.spec.to_json()))) == program.spec
+    one, other = sizes(program)[0], sizes(program)[-1]
+    if batches == ("rows",):  # few samples of many tokens, and then one of one
+        assert one["src"].shape[0] > one["src"].shape[1]
+        assert tuple(other["src"].shape[:2]) == (1, 1)
+
+
+def test_samples_by_another_name_are_no_tokens() -> None:
+    """What a method says of tokens excuses no influence of samples on one another."""
+    program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=TIME_FIRST)
+    changes = {c.size: c.kind for c in _changes(program, {"src": torch.randn(5, 3, 16)})}
+    assert changes == {"time": TOKENS, "rows": SAMPLES}

@@ -27,12 +27,12 @@ from peftfx.rewriter.errors import (
     SelectorError,
 )  # fmt: skip
 from peftfx.rewriter.files import files
+from peftfx.rewriter.graph.output_class import OUTPUTS, Outputs
 from peftfx.rewriter.graph.symbols import Symbols
 from peftfx.rewriter.inputs.relation import holds
 from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.pipeline.syntax import parse, parse_yaml
 from peftfx.rewriter.program.selector import _suffix, choose
-from peftfx.rewriter.storage.output_class import OUTPUTS, Outputs
 
 from .damage import change
 from .models import batch, first, randomise

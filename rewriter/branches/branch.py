@@ -372,6 +372,9 @@ class Tokens(Branch):
     """It returns the shape of what it is given, also where shapes cannot tell: the input has as
     many tokens as the prompt, and more."""
 
+    tokens_first: bool = False
+    """It is given `[tokens, batch, width]`."""
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
@@ -382,6 +385,10 @@ class Tokens(Branch):
         raise NotImplementedError
 
     def forward(self, embedded: Tensor, **reads: Tensor) -> Tensor:
-        """Overwrites the first `length` positions of `embedded [batch, tokens, width]`."""
+        """Overwrites the first `length` positions of `embedded [batch, tokens, width]`, or with
+        `tokens_first` of `[tokens, batch, width]`."""
+        if self.tokens_first:
+            embedded = embedded.transpose(0, 1)
         rows = self.rows(**reads).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        return torch.cat([rows, embedded[:, self.length :]], dim=1)
+        prompted = torch.cat([rows, embedded[:, self.length :]], dim=1)
+        return prompted.transpose(0, 1) if self.tokens_first else prompted

@@ -31,7 +31,7 @@ from ..graph.turns import alone
 from ..inputs.dynamic import Dynamic, dynamic_axes
 from ..inputs.nesting import template_of
 from ..inputs.spec import InputSpec, TensorInput, forward_parameters, named_arguments
-from ..measure.independence import Values, relabelled
+from ..measure.independence import Values, kinds_of, relabelled
 from ..program.trained import chosen, train_only
 from ..sites.discover import discover
 from ..tracing.canonical import canonicalize
@@ -157,6 +157,9 @@ def _trace(
     symbols = sizes.symbols
     if all(not name for held in axes.values() for name in held.values()):
         spec, symbols = relabelled(Values(gm, spec, symbols, given, list(sites)))
+    else:
+        values = Values(gm, spec, symbols, given, list(sites))
+        spec = replace(spec, kinds=kinds_of(values))
     return Traced(gm, spec, sites, symbols, frozenset(read))
 
 

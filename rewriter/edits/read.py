@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from .attention.keyvalue import key_value_widths
 from .calls.attach import Attaching
 from .calls.call import Value, given, latest
 from .calls.samples import sample_axis
-from .calls.signature import add_input, drop_input
+from .calls.signature import add_input, add_output, drop_input
 from .calls.values import input_of, item_of
 from .linear.compose import composed_value
 from .linear.expression import matrix_of
@@ -122,11 +122,33 @@ class Reading(Attaching):
         example: Tensor,
         per_sample: bool = False,
         values: tuple[int, int] | None = None,
+        sizes: Mapping[int, str] | None = None,
     ) -> Value:
         """A new input of the program, of fixed shape or, `per_sample`, one number for each
-        sample; a call that leaves it out gets `example`, and one that gives values beyond the
-        smallest and largest of `values` is refused."""
-        return add_input(self.program, name, example, per_sample, values)
+        sample; a call that leaves it out gets `example`, one number everywhere, and one that gives
+        values beyond the smallest and largest of `values` is refused. `sizes` names the axes that
+        have a dynamic size of another input, such as `{0: "batch", 1: "sequence"}`."""
+        return add_input(self.program, name, example, per_sample, values, sizes)
+
+    def add_state(
+        self, name: str, initial: Tensor, sizes: Mapping[int, str] | None = None
+    ) -> Value:
+        """An input of the program that is an output, too: what one call returns is given to the
+        next one, the first of which leaves it out and gets `initial`, one number everywhere.
+
+        The pass says with `add_output(name, value)` what it becomes: of the same shape and dtype.
+        """
+        self._states.append(name)
+        return add_input(self.program, name, initial, sizes=sizes)
+
+    def add_output(self, name: str, value: Value) -> None:
+        """One more output of the program, behind the model's own, which stay what they are: a dict
+        or a class of named outputs gets the key, a tuple or a list one more entry.
+
+        Raises:
+            PassError: there is one of that name, or the model returns a single value.
+        """
+        add_output(self.program, name, value)
 
     def drop_input(self, name: str, reason: str) -> None:
         """Removes an input that nothing reads any more."""

@@ -27,9 +27,9 @@ def probes(spec: InputSpec, sample: Mapping[str, int]) -> list[dict[str, int]]:
     two = [f"{n} >= 2" for n in order if spec.ranges.get(n, (1, None))[1] != 1]
     for batches, lengths in zip(_BATCHES, _LENGTHS, strict=True):
         wanted = dict.fromkeys(order, 1)
-        count = {True: 0, False: 0}
+        count, rows = {True: 0, False: 0}, spec.of_kind("batch")
         for name in spec.sizes:
-            is_batch = name.startswith("batch")
+            is_batch = name in rows
             first, step = batches if is_batch else lengths
             wanted[name] = _beyond(max(1, first + step * count[is_batch]), spec, name)
             count[is_batch] += 1

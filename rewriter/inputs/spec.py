@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .axes import Kind, axis_of
 from .nesting import differences, leaves, rebuild, template_of
 from .relation import holds
 
@@ -47,6 +48,7 @@ class InputSpec:
         relations: what else must hold between dynamic sizes (see `relation`).
         reasons: why a size is bounded (by its name) or fixed (by `input.axis`), or why a
             relation must hold (by its text).
+        kinds: dynamic size name -> what lies along it, where the name does not say (see `axes`).
     """
 
     inputs: tuple[TensorInput, ...]
@@ -57,6 +59,11 @@ class InputSpec:
     variadic: str = ""
     relations: tuple[str, ...] = ()
     reasons: Mapping[str, str] = field(default_factory=dict[str, str])
+    kinds: Mapping[str, Kind] = field(default_factory=dict[str, Kind])
+
+    def of_kind(self, kind: Kind) -> tuple[str, ...]:
+        """Names of the dynamic sizes of axes of a kind."""
+        return tuple(n for n in self.sizes if axis_of(n, self.kinds).kind == kind)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -284,7 +291,7 @@ class InputSpec:
         if name in sizes:
             return sizes[name]
         low, high = self.ranges.get(name, (1, None))
-        default = 2 if name == "batch" else 8
+        default = 2 if axis_of(name, self.kinds).kind == "batch" else 8
         return max(low, min(default, high) if high is not None else default)
 
     def resize(self, example: Mapping[str, Tensor], **sizes: int) -> dict[str, Tensor]:
@@ -328,7 +335,7 @@ class InputSpec:
             "variadic": self.variadic,
             "relations": list(self.relations),
             "reasons": dict(self.reasons),
-        }
+        } | ({"kinds": dict(self.kinds)} if self.kinds else {})
 
 
 def _check_values(name: str, tensor: Tensor, low: int, high: int) -> None:

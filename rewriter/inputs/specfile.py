@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .axes import KINDS, Kind
 from .relation import names
 from .spec import InputSpec, TensorInput
 
@@ -37,6 +38,7 @@ def read_spec(data: Any) -> InputSpec:
         variadic=_text(data["variadic"]),
         relations=tuple(_text(r) for r in data["relations"]),
         reasons={_text(k): _text(v) for k, v in data["reasons"].items()},
+        kinds={_text(k): _kind(v) for k, v in data.get("kinds", {}).items()},
     )
     if len(set(spec.names)) != len(spec.names):
         raise ValueError(f"two inputs have one name: {', '.join(spec.names)}")
@@ -73,6 +75,12 @@ def _range(bounds: Any) -> tuple[int, int | None]:
     if not all(type(n) is int and 0 <= n < 2**63 for n in ends) or ends[1] < low:
         raise ValueError(f"{bounds!r} is not a range of sizes")
     return low, high
+
+
+def _kind(item: Any) -> Kind:
+    if item not in KINDS:
+        raise ValueError(f"{item!r} is no kind of axis")
+    return item
 
 
 def _text(item: Any) -> str:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from ..graph.aten import output_node, placeholders, shape
 from ..graph.module import state_tensors
 from ..graph.sharded import Gathering, whole
+from ..inputs.axes import Kind
 from ..inputs.probes import fit
 from ..inputs.spec import InputSpec, TensorInput
 from ..program.sites import AttentionSite, MixerSite, Site
@@ -172,7 +173,7 @@ def relabelled(values: Values) -> tuple[InputSpec, dict[str, str]]:
     """The spec and the symbols with sizes called `batch` where samples lie, as far as a trial
     shows that axis 0 is another: then the first size along which nothing mixes is the batch."""
     spec, symbols = values.spec, dict(values.symbols)
-    guessed = [n for n in spec.sizes if n.startswith("batch")]
+    guessed = spec.of_kind("batch")
     batches = {n for n in guessed if values.mixes(n) is not True}
     if len(batches) == len(guessed):
         return spec, symbols
@@ -184,6 +185,16 @@ def relabelled(values: Values) -> tuple[InputSpec, dict[str, str]]:
         for index, name in enumerate(n for n in spec.sizes if n in group):
             names[name] = f"{word}_{index + 1}" if index else word
     return _renamed(spec, names), {s: names[n] for s, n in symbols.items()}
+
+
+def kinds_of(values: Values) -> dict[str, Kind]:
+    """What lies along the sizes that the user has named, where the names do not say: where none is
+    called a batch, samples lie along the only size that a trial shows them along."""
+    spec = values.spec
+    if spec.of_kind("batch") or not spec.sizes:
+        return {}
+    apart = [n for n in spec.sizes if values.mixes(n) is False]
+    return {apart[0]: "batch"} if len(apart) == 1 else {}
 
 
 def _renamed(spec: InputSpec, names: Mapping[str, str]) -> InputSpec:

@@ -111,7 +111,7 @@ def _changes(base: State, inputs: Mapping[str, Tensor]) -> list[Change]:
     for size, count in base.spec.sizes_of(inputs).items():
         if count < 2:
             continue
-        kind = SAMPLES if size.startswith("batch") else TOKENS
+        kind = SAMPLES if size in base.spec.of_kind("batch") else TOKENS
         after = dict(inputs)
         for item in base.spec.inputs:
             axes = [a for a, s in enumerate(item.shape) if s == size]

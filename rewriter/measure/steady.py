@@ -168,4 +168,4 @@ def trained(
             f"{min(silent)} is written in training mode, but its module does not say so: set "
             "`updates_state = True` there, so that programs do not share it."
         )
-    return compare(want, got)
+    return compare(before.shortened(want), after.shortened(got))

@@ -80,7 +80,7 @@ def _towards(
     spec: InputSpec, wanted: Mapping[str, int], own: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
     """Valid sizes from the wanted ones to the example's own, in growing steps: lengths first."""
-    lengths = {n for n in wanted if not n.startswith("batch")}
+    lengths = {n for n in wanted if n in spec.of_kind("token")}
     for moving in (lengths, set(wanted)):
         ends = {n: own.get(n, s) if n in moving else s for n, s in wanted.items()}
         step, near = 1, dict(wanted)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph.module import CapturedModule, device_of, state_tensors
+from ..graph.output_class import shortened
 from ..graph.sharded import is_sharded
 from ..program.state import State
 from .compare import compare
@@ -36,6 +37,9 @@ class Witness:
     program: State
     gm: CapturedModule = field(init=False)
     expected: bool = False
+    ignored: int = 0
+    """How many of the outputs that passes have added are left out, from the last on, because the
+    program that it is compared with has none."""
 
     def __post_init__(self) -> None:
         self.gm = still(self.program)
@@ -54,13 +58,20 @@ class Witness:
         given = self.completed(inputs)
         for known, result in self._seen:
             if all(torch.equal(t, known[n]) for n, t in given.items()):
-                return result
+                return self.shortened(result)
         self.reset()
-        self._seen.append((given, self.call(given)))
-        return self._seen[-1][1]
+        self._seen.append((given, self._call(given)))
+        return self.shortened(self._seen[-1][1])
 
     def call(self, given: Mapping[str, Tensor]) -> Any:
         """The outputs of one more call, in the mode and state that the copy is in."""
+        return self.shortened(self._call(given))
+
+    def shortened(self, output: Any) -> Any:
+        """Outputs without those that are `ignored`."""
+        return shortened(output, self.ignored)
+
+    def _call(self, given: Mapping[str, Tensor]) -> Any:
         with Expected() if self.expected else contextlib.nullcontext():
             return forward(self.gm, given)
 
@@ -114,6 +125,20 @@ def witness_of(program: State) -> Witness:
     """A witness of the program: one that is shared, with the outputs that it has, or a new one."""
     shared = (w for w in _SHARED.get() if w.program is program and not w.expected)
     return next(shared, None) or Witness(program)
+
+
+@contextlib.contextmanager
+def comparable(one: Witness, other: Witness) -> Iterator[None]:
+    """Lets two witnesses give only the outputs meanwhile that both programs have."""
+    names = [w.program.outputs_added for w in (one, other)]
+    shared = next((i for i, (a, b) in enumerate(zip(*names, strict=False)) if a != b), None)
+    shared = min(map(len, names)) if shared is None else shared
+    try:
+        for witness, added in zip((one, other), names, strict=True):
+            witness.ignored = len(added) - shared
+        yield
+    finally:
+        one.ignored = other.ignored = 0
 
 
 def completed(program: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

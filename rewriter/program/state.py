@@ -60,6 +60,8 @@ class State:
     """Names of parameters that the original model does not have (biases)."""
     untied: tuple[str, ...] = ()
     """Aliases that have a tensor of their own now."""
+    outputs_added: tuple[str, ...] = ()
+    """Names of the outputs that passes have put behind the model's own, in order."""
     removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """Tensors of folded branches, kept so that unfolding is exact."""
     numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -269,7 +269,7 @@ def _tried(spec: InputSpec) -> Iterator[dict[str, int]]:
     """The sizes that programs are measured at, then longer ones and more rows of them."""
     usual = probes(spec, {})
     yield from usual
-    lengths = {n for n in spec.sizes if not n.startswith("batch")}
+    lengths = set(spec.of_kind("token"))
     for growing in (lengths, set(spec.sizes)):
         for power in range(1, _DOUBLINGS + 1):
             wanted = {n: s << power if n in growing else s for n, s in usual[0].items()}

@@ -41,6 +41,7 @@ from ..files.identity import tensor_digest
 from ..files.sealed import compare_versions, sealed, unsealed
 from ..graph.aten import attribute, shape
 from ..graph.module import outside_inference
+from ..graph.output_class import OUTPUTS, portable
 from ..graph.sharded import require_whole
 from ..graph.turns import alone
 from ..inputs.specfile import read_spec
@@ -50,7 +51,6 @@ from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.verify import bound, check_graph, is_meta, measure
 from .artifact import VERSION, require_finite
-from .output_class import OUTPUTS, portable
 
 FORMAT = 2
 MANIFEST = "program.json"

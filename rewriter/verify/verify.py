@@ -14,11 +14,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from ..errors import VerifyError
-from ..graph.aten import attribute
+from ..graph.aten import attribute, output_node, placeholders
 from ..graph.module import device_of, modes_kept, state_kept
 from ..graph.sharded import placed_like, whole
+from ..inputs.spec import short_type
 from ..measure.choices import tied
 from ..measure.compare import TOLERANCE, Gap, compare, figures, floats, gaps, worst
 from ..measure.effect import SHARE, effect
@@ -26,9 +29,10 @@ from ..measure.noise import cancelled, levels
 from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
-from ..measure.witness import Witness, whole_tensors, witness_of
+from ..measure.witness import Witness, comparable, whole_tensors, witness_of
 from ..program.history import Certificate, Contract
 from ..program.state import State
+from ..program.text import with_names
 
 __all__ = ["Certificate", "Contract", "certify", "compare", "floats", "gaps", "measure"]
 
@@ -74,8 +78,9 @@ def measure(before: State, after: State) -> dict[str, float]:
         VerifyError: number, type, dtype or shape of the outputs differ.
     """
     one, other = witness_of(before), Witness(after)
-    quieten(one, other, sizes(after))
-    each = _measured(one, other)
+    with comparable(one, other):
+        quieten(one, other, sizes(after))
+        each = _measured(one, other)
     infinite = {"max_rel": float("inf")} if any(g.values for g in each) else {}
     return {**figures(each), **infinite}
 
@@ -183,6 +188,11 @@ def certify(contract: Contract, before: Witness, after: Witness) -> Certificate:
     """
     if is_meta(after.program):
         return Certificate("unmeasured")
+    with comparable(before, after):
+        return _certified(contract, before, after)
+
+
+def _certified(contract: Contract, before: Witness, after: Witness) -> Certificate:
     given = require_steady(before, after, sizes(after.program))
     each = _measured(before, after)
     kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
@@ -297,11 +307,17 @@ def _require_effect(
     return {"outputs_kept": seen["kept"]}
 
 
+def _type(program: State, node: Node) -> str:
+    """`f32[batch, 4]`: what a node's value is."""
+    val = node.meta["val"]
+    return with_names(short_type(val.dtype, val.shape), program.symbols)
+
+
 def check_graph(program: State) -> None:
     """Structural checks: the graph lints and every stored tensor it names exists.
 
     Raises:
-        VerifyError: it does not.
+        VerifyError: it does not, or a state becomes another type of value.
     """
     gm = program.module
     try:
@@ -312,6 +328,11 @@ def check_graph(program: State) -> None:
     except (RuntimeError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VerifyError(f"the graph is malformed: {first}") from error
+    taken, leaves = placeholders(gm), tree_leaves(output_node(gm).args[0])
+    for name, leaf in zip(reversed(program.outputs_added), reversed(leaves), strict=False):
+        both = [_type(program, n) for n in (taken.get(name, leaf), leaf)]
+        if both[0] != both[1]:
+            raise VerifyError(f"the state {name!r} is {both[0]}, but becomes {both[1]}.")
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for attachment in program.attachments:
         if attachment.path not in called:

@@ -234,18 +234,6 @@ def test_an_order_from_a_mask_is_refused() -> None:
     assert peftfx.run(base, f"prompt_tuning{{length={LENGTH}}}").history[-1].edited
 
 
-def test_embeddings_with_tokens_first_are_refused() -> None:
-    class Turned(Mixer):
-        def forward(self, ids: Tensor) -> Any:
-            return self.pool(self.embed(ids.t()))
-
-    base = peftfx.capture(Turned(torch.tanh).eval(), kwargs=example())
-    with pytest.raises(
-        PassError, match=r"embed.weight gives is \[sequence, batch, 16\].*prefix_tun"
-    ):
-        peftfx.run(base, "prompt_tuning{length=3}")
-
-
 def test_an_input_that_names_no_place_is_kept() -> None:
     torch.manual_seed(0)
     table = torch.randn(9, WIDTH)

@@ -60,6 +60,7 @@ class Attaching:
         self.tensors: dict[str, Tensor] = {}
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
+        self._states: list[str] = []
         self._nodes = site_nodes(self.graph_module)
 
     @property
@@ -159,8 +160,14 @@ class Attaching:
         """Removes what no output needs and regenerates the code.
 
         Raises:
-            PassError: a branch reads what is computed only after it.
+            PassError: a branch reads what is computed only after it, or a state is not set.
         """
+        for name in self._states:
+            if name not in self.program.outputs_added:
+                raise PassError(
+                    f"{self.method}: the state {name!r} is read, but nothing says what it becomes. "
+                    f"Call edit.add_output({name!r}, value)."
+                )
         erase_dead(self.graph_module)
         require_order(self.program, self.method)
         self.program.shared = unshared(self.graph_module, self.program.shared)

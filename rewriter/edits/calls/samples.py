@@ -64,7 +64,7 @@ def sample_axis(program: State) -> SampleAxis:
 
 def _tried(values: Values) -> SampleAxis:
     sizes = values.spec.sizes
-    called = [n for n in sizes if n.startswith("batch")]
+    called = values.spec.of_kind("batch")
     verdicts = {n: values.mixes(n) for n in called or sizes}
     apart = [n for n, mixes in verdicts.items() if mixes is False]
     if called and not apart:

@@ -1,9 +1,11 @@
-"""Edits of what a program takes: new inputs, and inputs that it does not need any more."""
+"""Edits of what a program takes and returns: new inputs and outputs, and inputs that it does not
+need any more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -11,7 +13,8 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ...errors import PassError
-from ...graph.aten import placeholders, value
+from ...graph.aten import output_node, placeholders, value
+from ...graph.output_class import extended
 from ...inputs.spec import TensorInput
 from ...program.state import State
 from .samples import sample_axis
@@ -23,16 +26,19 @@ def add_input(
     example: Tensor,
     per_sample: bool = False,
     values: tuple[int, int] | None = None,
+    sizes: Mapping[int, str] | None = None,
 ) -> Node:
     """A new input; a call may leave it out and then gets `example`.
 
     Args:
-        example: one value of fixed shape.
+        example: one number everywhere, of fixed shape but for `sizes`.
         per_sample: the input is `[batch]` instead, with one such number for each sample.
         values: the smallest and the largest that it may hold; a call with others is refused.
+        sizes: axis, of size 1 in `example` -> the dynamic size of another input that it has.
 
     Raises:
-        PassError: there is an input of that name, or no dynamic number of samples.
+        PassError: there is an input of that name, or no such dynamic size, or `example` holds
+            several numbers.
     """
     gm = program.module
     held = placeholders(gm)
@@ -41,38 +47,84 @@ def add_input(
             f"the program has an input {name!r} already. Give the new one another name; the "
             f"inputs are {program.spec}."
         )
+    if not example.numel() or bool((example != example.flatten()[0]).any()):
+        raise PassError(
+            f"the input {name!r} is one number everywhere where a call leaves it out, but its "
+            f"example {tuple(example.shape)} holds none or several. Give one such number, and the "
+            "others in the calls."
+        )
+    if per_sample:
+        example, sizes = example.flatten()[:1], {0: _samples(program)}
+    dynamic = {axis: (label, *_place(program, label)) for axis, label in (sizes or {}).items()}
+    if wrong := [axis for axis in dynamic if tuple(example.shape)[axis : axis + 1] != (1,)]:
+        raise PassError(
+            f"the example of the input {name!r} is {tuple(example.shape)}, but axis {wrong[0]} is "
+            f"{dynamic[wrong[0]][0]}. Give an example of size 1 there."
+        )
     last = list(held.values())[-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
     beside = value(last)
     on_device = example.to(beside.device)
-    shape: tuple[int | str, ...] = tuple(example.shape)
-    node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
-    if per_sample:
-        source, axis, label = _samples(program)
-        with beside.fake_mode:
-            node.meta["val"] = node.meta["val"].expand(value(held[source]).shape[axis])
-        example, shape = example.expand(program.sample[source].shape[axis]), (label,)
     fill = example.flatten()[0].item()
-    added = TensorInput(name, shape, example.dtype, fill, optional=True, values=values)
+    shape: list[Any] = list(example.shape)
+    symbols, numbers = list(shape), list(shape)
+    for axis, (label, source, place) in dynamic.items():
+        shape[axis], numbers[axis] = label, program.sample[source].shape[place]
+        symbols[axis] = value(held[source]).shape[place]
+    node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
+    if dynamic:
+        with beside.fake_mode:
+            node.meta["val"] = node.meta["val"].expand(symbols)
+    example = example.expand(numbers)
+    added = TensorInput(name, tuple(shape), example.dtype, fill, optional=True, values=values)
     program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
     program.sample = {**program.sample, name: example}
     _sign(gm, lambda names: [*names, name])
     return node
 
 
-def _samples(program: State) -> tuple[str, int, str]:
-    """An input with a dynamic number of samples, that axis of it, and the size's name."""
-    samples = sample_axis(program)
+def _place(program: State, label: str) -> tuple[str, int]:
+    """An input with a dynamic size, and that axis of it."""
     for source in program.spec.inputs:
-        for axis, label in enumerate(source.shape):
-            if isinstance(label, str) and label in samples.names:
-                return source.name, axis, label
+        if label in source.shape:
+            return source.name, source.shape.index(label)
+    known = ", ".join(program.spec.sizes) or "none"
+    raise PassError(f"no input has a dynamic size {label!r}. Choose one of: {known}.")
+
+
+def _samples(program: State) -> str:
+    """The name of the dynamic size that is the number of samples."""
+    samples = sample_axis(program)
+    for label in program.spec.sizes:
+        if label in samples.names:
+            return label
     fixed = f"the number of samples is fixed at {samples.size}" if samples.size else "none has one"
     raise PassError(
         f"no input has a dynamic batch size ({program.spec}), so there is nothing to give a number "
         f"for each sample: {samples.reason or fixed}. {samples.remedy}"
     )
+
+
+def add_output(program: State, name: str, read: Node) -> None:
+    """See `Editor.add_output`."""
+    gm, end = program.module, output_node(program.module)
+    codegen = gm.graph._codegen
+    if not isinstance(codegen, _PyTreeCodeGen):
+        raise PassError(f"the output {name!r} cannot be added to a graph without output structure.")
+    info = codegen.pytree_info
+    try:
+        structure = extended(info.out_spec, name)
+    except ValueError as error:
+        raise PassError(
+            f"the output {name!r} cannot be added: {error}. Choose another name, or wrap the model "
+            "so that it returns a tuple or a dict."
+        ) from error
+    leaves: Any = end.args[0]
+    end.args = ([*leaves, read],)
+    arguments = _PyTreeInfo(info.orig_args, info.in_spec, structure)
+    gm.graph.set_codegen(_PyTreeCodeGen(arguments))
+    program.outputs_added = (*program.outputs_added, name)
 
 
 def drop_input(program: State, name: str, reason: str) -> None:

@@ -56,33 +56,44 @@ _EQUALITIES = overloads("eq", "ne")
 
 
 class PadTokens(nn.Module):
-    """Adds `length` entries with a fixed value on the left of axis 1."""
+    """Adds `length` entries with a fixed value in front of an axis of `[batch, tokens]`, or of
+    `[tokens, batch]`."""
 
-    def __init__(self, length: int, fill: float) -> None:
+    def __init__(self, length: int, fill: float, axis: int = 1) -> None:
         super().__init__()
-        self.length, self.fill = length, fill
+        self.length, self.fill, self.axis = length, fill, axis
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.axis == 0:
+            x = x.mT
         left = torch.full_like(x[:, :1], self.fill).expand(-1, self.length)
-        return torch.cat([left, x], dim=1)
+        longer = torch.cat([left, x], dim=1)
+        return longer.mT if self.axis == 0 else longer
 
     def extra_repr(self) -> str:
-        return f"length={self.length}, fill={self.fill:g}"
+        return f"length={self.length}, fill={self.fill:g}{_first(self.axis)}"
 
 
 class PadPositions(nn.Module):
     """Positions 0..length-1 for the prompt; the given ones move behind it."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, axis: int = 1) -> None:
         super().__init__()
-        self.length = length
+        self.length, self.axis = length, axis
 
     def forward(self, positions: Tensor) -> Tensor:
+        if self.axis == 0:
+            positions = positions.mT
         own = torch.arange(self.length, dtype=positions.dtype, device=positions.device)
-        return torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
+        longer = torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
+        return longer.mT if self.axis == 0 else longer
 
     def extra_repr(self) -> str:
-        return f"length={self.length}"
+        return f"length={self.length}{_first(self.axis)}"
+
+
+def _first(axis: int) -> str:
+    return "" if axis else ", tokens first"
 
 
 class StripTokens(nn.Module):
@@ -237,11 +248,12 @@ def prepend_tokens(
     """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
     gm = program.module
     attachment = next(a for a in program.attachments if a.path == path)
-    length: Any = gm.get_submodule(path).length
-    ids = _token_ids(program, site, embedding)
+    branch: Any = gm.get_submodule(path)
+    length: int = branch.length
+    ids, symbol = _token_ids(program, site, embedding)
+    branch.tokens_first = str(value(embedding).shape[0]) == symbol
     require_before(program, attachment, reads, embedding)
     own = own_reads(program, attachment, reads)
-    symbol = str(value(ids).shape[1])
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
@@ -253,8 +265,11 @@ def prepend_tokens(
         dims = shape(source)
         if dims is None or symbol not in [str(d) for d in dims]:
             continue
-        if len(dims) != 2 or str(dims[1]) != symbol:
-            raise PassError(f"input {source.name!r} has its tokens on another axis than 1.")
+        if len(dims) != 2:
+            raise PassError(
+                f"input {source.name!r} is {list(dims)}, not one number for each token, so nothing "
+                "can be put in front of the tokens. Capture without it, or choose prefix_tuning."
+            )
         meaning = "ids" if source is ids else meaning_of(program, source)
         if meaning is None:
             raise PassError(
@@ -262,7 +277,8 @@ def prepend_tokens(
                 "how a prompt continues it. Capture without it, or prepend at another embedding "
                 f"than {site.id}."
             )
-        pad = PadPositions(length) if meaning == "positions" else PadTokens(length, fills[meaning])
+        axis, places = [str(d) for d in dims].index(symbol), meaning == "positions"
+        pad = PadPositions(length, axis) if places else PadTokens(length, fills[meaning], axis)
         with gm.graph.inserting_after(source):
             padded = add_call(gm, "pad_tokens", pad, (source,))
         source.replace_all_uses_with(
@@ -298,8 +314,9 @@ def prepend_tokens(
     return program
 
 
-def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> Node:
-    """The input that an embedding looks up, `[batch, sequence]`."""
+def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> tuple[Node, str]:
+    """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, and the
+    size of its tokens."""
     ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
     size = shape(ids)
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
@@ -312,25 +329,22 @@ def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> Node:
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
         )
-    if program.symbols.get(str(size[1])) in sample_axis(program).names:
+    axis = 0 if program.symbols.get(str(size[1])) in sample_axis(program).names else 1
+    symbol = str(size[axis])
+    if symbol not in program.symbols:
+        why = program.spec.reasons.get(f"{ids.target}.{axis}", "it was captured so")
         raise PassError(
-            f"the token ids {ids.target!r} of {site.id} are not [batch, sequence]: samples lie on "
-            "axis 1, so no tokens can be put in front. Choose prefix_tuning."
-        )
-    if str(size[1]) not in program.symbols:
-        why = program.spec.reasons.get(f"{ids.target}.1", "it was captured so")
-        raise PassError(
-            f"the graph is made for exactly {size[1]} tokens of {ids.target!r} ({why}), so none "
+            f"the graph is made for exactly {symbol} tokens of {ids.target!r} ({why}), so none "
             "can be put in front. Capture with a dynamic number of tokens, or choose another "
             "method, such as lora."
         )
     laid = [str(s) for s in shape(embedding) or ()]
-    if laid[1:2] != [str(size[1])]:
+    if len(laid) != 3 or symbol not in laid[:2]:
         raise PassError(
-            f"what {site.id} gives is [{', '.join(laid)}], not [batch, sequence, width], so no "
-            "tokens can be put in front. Choose prefix_tuning."
+            f"what {site.id} gives is [{', '.join(laid)}], not [batch, sequence, width] or "
+            "[sequence, batch, width], so no tokens can be put in front. Choose prefix_tuning."
         )
-    return ids
+    return ids, symbol
 
 
 def fresh_size(mode: Any, label: str) -> Any:

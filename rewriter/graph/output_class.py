@@ -1,12 +1,14 @@
-"""What a program returns when the class of its outputs is not there: a dict with attributes.
+"""What a program returns where the class of its outputs does not serve: a dict with attributes.
 
 Classes of outputs (Hugging Face's `ModelOutput` and the like) belong to the model's code. In a
-program file they become `Outputs` with the same names; tuples, lists and dicts stay what they are.
+program file, or with an output more, they become `Outputs` with the same names; tuples, lists and
+dicts stay what they are.
 """
 
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,3 +68,33 @@ def _portable(spec: Any) -> Any:
     if not all(isinstance(n, str) for n in names):
         raise ValueError(f"the outputs are a {spec['type']}, whose parts have no names")
     return {"type": OUTPUTS, "context": json.dumps(names), "children_spec": children}
+
+
+def extended(structure: Any, name: str) -> Any:
+    """An output structure, a pytree spec, with one leaf more behind all others.
+
+    Raises:
+        ValueError: there is no place for one, or an output of that name.
+    """
+    held: Any = pytree.tree_unflatten(range(structure.num_leaves), structure)
+    if type(held) in (tuple, list):
+        return pytree.tree_structure(type(held)([*held, len(held)]))
+    if structure.is_leaf():
+        raise ValueError("the model returns one value, and not by name")
+    if type(held) not in (dict, OrderedDict, Outputs):
+        spec = pytree.treespec_loads(portable(pytree.treespec_dumps(structure)))
+        held = pytree.tree_unflatten(range(structure.num_leaves), spec)
+    if not isinstance(held, dict):
+        raise ValueError(f"the outputs are a {type(held).__name__}, whose parts have no names")
+    if name in held:
+        raise ValueError(f"there is an output {name!r} already")
+    return pytree.tree_structure(type(held)([*held.items(), (name, len(held))]))
+
+
+def shortened(output: Any, count: int) -> Any:
+    """Outputs without the last `count` that `extended` has added."""
+    if not count:
+        return output
+    if isinstance(output, dict):
+        return type(output)(list(output.items())[:-count])
+    return output[:-count]
