@@ -76,7 +76,7 @@ def readers(program: State) -> dict[str, list[Reader]]:
 
 def first_name(program: State, name: str, first: dict[str, str] | None = None) -> str:
     """Under which name `readers` lists a stored tensor."""
-    own = name if name in program.untied else program.aliases.get(name, name)
+    own = program.tensors.stored(name)
     return (_first_names(program) if first is None else first).get(own, own)
 
 
