@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import SelectorError
+from peftfx.rewriter.errors import OptionError, SelectorError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.program.history import Plan
@@ -71,7 +71,7 @@ def test_experts_left_out_are_in_the_record(
     skipped = {s: why for s, why in record.skipped if s in STACKS}
     assert skipped.keys() == STACKS
     for why in skipped.values():
-        assert f"experts: {method} works on linear sites only" in why
+        assert f"where={where!r} does not name experts sites" in why
         assert f"{share(mixture, STACKS)} of the parameters" in why
     assert f"skipped 4 ({min(STACKS)[:8]}" in str(record)
     assert not STACKS & set(record.edited) and record.edited
@@ -96,32 +96,44 @@ def test_a_method_that_takes_experts_says_when_a_word_does_not_name_them(
     assert set(usual.edited) >= STACKS and not {s for s, _ in usual.skipped} & STACKS
 
 
+PLACES = [
+    ("experts", "experts", "blocks.0.up"), ("conv", "conv", "conv.weight"),
+    ("token", "embedding", "token.weight"), ("norm", "norm", "blocks.0.norm.weight"),
+    ("sublayer", "sublayer", "s0.layer0.ffn"), ("name:up", "experts", "blocks.1.up"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora", "peqa"])
-@pytest.mark.parametrize(
-    ("where", "kind", "site"),
-    [
-        ("experts", "experts", "blocks.0.up"), ("conv", "conv", "conv.weight"),
-        ("token", "embedding", "token.weight"), ("norm", "norm", "blocks.0.norm.weight"),
-        ("sublayer", "sublayer", "s0.layer0.ffn"), ("name:up", "experts", "blocks.1.up"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("where", "kind", "site"), PLACES)
 def test_there_but_not_for_this_method(
     mixture: peftfx.Program, method: str, where: str, kind: str, site: str
 ) -> None:
+    cls: Any = REGISTRY[method]
+    if kind in cls.named:
+        item = cls(where=where, **({} if method == "ia3" else {"rank": 2}))
+        if (method, kind) == ("adalora", "experts"):
+            with pytest.raises(OptionError, match="different ranks"):
+                item.plan(mixture)
+        else:
+            assert site in item.plan(mixture).decisions["sites"]
+        return
     with pytest.raises(SelectorError) as caught:
         peftfx.run(mixture, f"{method}{{where={where}}}")
     said = str(caught.value)
-    assert f"{method} works on linear sites only" in said and f" {kind} site" in said
+    works = " and ".join((*cls.kinds, *cls.named))
+    assert f"{method} works on {works} sites only" in said and f" {kind} site" in said
     assert site in said and f"{method}{{where=" in said
-    takers = [n for n, p in REGISTRY.items() if issubclass(p, Method) and kind in p.kinds]
+    takers = [n for n, p in REGISTRY.items() if issubclass(p, Method) and kind in p.kinds + p.named]
     assert all(name in said.partition("another method")[2] for name in takers)
 
 
 def test_a_part_that_a_method_cannot_take_is_skipped(mixture: peftfx.Program) -> None:
-    text = "lora{rank=2,where=head|conv|token|norm}"
-    record = peftfx.run(mixture, text).history[-1]
-    assert record.edited == ("head.weight",)
     norms = {"blocks.0.norm.weight", "blocks.1.norm.weight"}
+    record = peftfx.run(mixture, "lora{rank=2,where=head|conv|token|norm}").history[-1]
+    assert set(record.edited) == {"conv.weight", "head.weight"}
+    assert {s for s, _ in record.skipped} == {"token.weight"} | norms
+    record = peftfx.run(mixture, "peqa{where=head|conv|token|norm}").history[-1]
+    assert record.edited == ("head.weight",)
     assert {s for s, _ in record.skipped} == {"conv.weight", "token.weight"} | norms
 
 
@@ -173,7 +185,8 @@ def test_what_an_earlier_version_planned_is_still_skipped(mixture: peftfx.Progra
     plan = Plan({"sites": ["head.weight", "blocks.0.up"]})
     record = apply_plan(mixture, peftfx.IA3(where="head|experts"), plan).history[-1]
     assert record.edited == ("head.weight",)
-    assert record.skipped == (("blocks.0.up", "experts: ia3 works on linear sites only"),)
+    (skipped,) = record.skipped
+    assert skipped[0] == "blocks.0.up" and "a version that left such sites alone" in skipped[1]
 
 
 def test_an_empty_placement_is_named(mixture: peftfx.Program) -> None:

@@ -20,6 +20,7 @@ from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.program.history import Contract, Plan
 from peftfx.rewriter.program.state import State
+from peftfx.rewriter.program.tensors import Tensors
 from peftfx.rewriter.verify.verify import certify
 
 LENGTH = 5
@@ -291,7 +292,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "other memory": ({"plan": replaced}, "head.weight is another tensor"),
     "the base trains": ({"apply": trains_the_base}, "up.weight requires gradients"),
     # names
-    "aliases": ({"apply": forgets(aliases={})}, "loses the alias 'tied.weight'"),
+    "aliases": ({"apply": forgets(tensors=Tensors())}, "loses the alias 'tied.weight'"),
     "original names": ({"apply": forgets(state_names=())}, "loses the name of the original"),
     "an input's name": ({"apply": renames_an_input}, "loses the input 'x'"),
     "attachments": ({"apply": forgets(attachments=())}, "belongs to no adapter"),

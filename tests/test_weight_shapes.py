@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import FoldError, OptionError
+from peftfx.rewriter.errors import FoldError, OptionError, PassError
 
 from .models import batch, first, moved, randomise
 from .test_selecting import Experts
@@ -313,3 +314,40 @@ def test_grouped_rows_meet_their_own_expert(zoo: Any, method: str) -> None:
     folded = peftfx.run(program, "fold")
     assert not folded.attachments
     torch.testing.assert_close(first(folded(**inputs)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_go_into_program_files_and_checkpoints(
+    model: Mixed, base: peftfx.Program, tmp_path: Path
+) -> None:
+    program = randomise(peftfx.run(base, "lora{rank=2,where=conv|embedding.token|experts}"), 0.2)
+    peftfx.save_program(program, tmp_path / "program")
+    close(peftfx.load_program(tmp_path / "program")(IDS), program(IDS), 1e-6)
+    (tmp_path / "model").mkdir()
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    peftfx.fold_checkpoint(program, tmp_path / "model", tmp_path / "merged")
+    merged, files = Mixed().eval(), (tmp_path / "merged").glob("*.safetensors")
+    merged.load_state_dict({n: t for f in files for n, t in load_file(f).items()})
+    close(merged(IDS), program(IDS))
+    assert moved(model(IDS)[0], merged(IDS)[0]) > 0.01
+
+
+def test_what_is_for_linears_says_so(base: peftfx.Program) -> None:
+    program = peftfx.run(base, "lora{rank=2,where=conv|head}")
+    skipped = dict(peftfx.run(program, "lower").history[-1].skipped)
+    assert skipped["wide.weight"].startswith("it is no linear (conv)")
+    assert "head.weight" not in skipped
+    with pytest.raises(PassError, match=r"its delta branch at wide.weight is not low-rank"):
+        peftfx.run(program, "bank")
+
+
+def test_bfloat16_rows_and_channels_keep_their_dtype(model: Mixed) -> None:
+    base = peftfx.capture(model, (torch.randint(1, 20, (2, 5)),), dtype=torch.bfloat16)
+    text = "lora{rank=2,where=conv|embedding.token|experts};dora{rank=2,where=embedding.token}"
+    program = randomise(peftfx.run(base, text), 0.05)
+    assert {p.dtype for p in program.trainable_parameters()} == {torch.float32}
+    folded = peftfx.run(program, "fold")
+    for got, want in zip(folded(IDS), program(IDS), strict=True):
+        assert got.dtype == want.dtype == torch.bfloat16
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
+    assert not folded.attachments

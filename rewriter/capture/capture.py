@@ -32,6 +32,7 @@ from ..inputs.dynamic import Dynamic, dynamic_axes
 from ..inputs.nesting import template_of
 from ..inputs.spec import InputSpec, TensorInput, forward_parameters, named_arguments
 from ..measure.independence import Values, kinds_of, relabelled
+from ..program.tensors import Tensors
 from ..program.trained import chosen, train_only
 from ..sites.discover import discover
 from ..tracing.canonical import canonicalize
@@ -104,7 +105,7 @@ def capture(
         module=gm,
         spec=traced.spec,
         sites=traced.sites,
-        aliases=aliases,
+        tensors=Tensors(aliases=aliases),
         symbols=traced.symbols,
         extras=_unused(model, gm, aliases),
         state_names=tuple(model.state_dict(keep_vars=True)),

@@ -290,10 +290,8 @@ class Editor(Reading):
         old = self.graph_module.get_parameter(name)
         if not old.requires_grad:
             set_attribute(self.graph_module, name, nn.Parameter(widened(self, name)))
-        owned = dict(self.program.owned)
-        adapter = self.adapter or ITSELF
-        owned[adapter] = tuple(dict.fromkeys((*owned.get(adapter, ()), name)))
-        self.program.owned = owned
+        owner = self.adapter or ITSELF
+        self.program.tensors = self.program.tensors.with_trained(owner, [name])
 
     def train_norms(self) -> None:
         """Makes the learnt parameters of all normalisations trainable."""

@@ -74,7 +74,7 @@ class Attachment:
 
 
 ITSELF = ""
-"""The owner, in `State.owned`, of what the program itself trains."""
+"""The owner, in `Tensors.owned`, of what the program itself trains."""
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,7 @@ class Readers:
 
     def _named(self, name: str) -> str:
         """The name that stands for a stored tensor."""
-        program = self.program
-        own = name if name in program.untied else program.aliases.get(name, name)
+        own = self.program.tensors.stored(name)
         return self._first.get(own, own)
 
 

@@ -17,6 +17,7 @@ from ..inputs.spec import InputSpec
 from .fingerprint import Fingerprints, is_at, printed
 from .history import ITSELF, Attachment, Index, Record
 from .site_table import Sites
+from .tensors import Tensors
 
 AnyProgram = TypeVar("AnyProgram", bound="State")
 """The class of a program is kept by what derives another from it."""
@@ -35,16 +36,13 @@ class State:
         spec: the inputs it accepts, with the range of every dynamic size.
         sites: the places that passes rewrite.
         history: what was done, in order.
-        aliases: tied parameter names -> the first name of their tensor.
+        tensors: what is known of its stored tensors beside their values.
         attachments: the branches now in the graph.
-        owned: adapter -> names of base parameters that it trains; those that the user trains
-            himself belong to `ITSELF`, see `program/trained.py`.
     """
 
     module: CapturedModule
     spec: InputSpec
     sites: Sites
-    aliases: Mapping[str, str]
     symbols: Mapping[str, str]
     extras: Mapping[str, Tensor]
     state_names: tuple[str, ...]
@@ -55,15 +53,9 @@ class State:
     attachments: tuple[Attachment, ...] = ()
     shared: tuple[str, ...] = ()
     """Paths of modules evaluated once a forward, which branches of several sites read."""
-    owned: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
-    added: tuple[str, ...] = ()
-    """Names of parameters that the original model does not have (biases)."""
-    untied: tuple[str, ...] = ()
-    """Aliases that have a tensor of their own now."""
     outputs_added: tuple[str, ...] = ()
     """Names of the outputs that passes have put behind the model's own, in order."""
-    removed: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Tensors of folded branches, kept so that unfolding is exact."""
+    tensors: Tensors = field(default_factory=Tensors)
     numbers: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Numbers on branches as passes made them, see `verify/intact.py`."""
     origin: Self | None = None
@@ -95,6 +87,31 @@ class State:
         return f"{type(self).__name__}({name}({self.spec}), {len(self.sites)} sites, {done})"
 
     # Parameters and modes.
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tied parameter names -> the first name of their tensor."""
+        return self.tensors.aliases
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """Aliases that have a tensor of their own now."""
+        return self.tensors.untied
+
+    @property
+    def owned(self) -> Mapping[str, tuple[str, ...]]:
+        """Adapter -> names of base parameters that it trains; the user's belong to `ITSELF`."""
+        return self.tensors.owned
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Names of parameters that the original model does not have (biases)."""
+        return self.tensors.added
+
+    @property
+    def removed(self) -> Mapping[str, Tensor]:
+        """Tensors of branches that have left the graph, kept so that going back is exact."""
+        return self.tensors.removed
 
     def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter for everything that gradients reach."""
@@ -180,7 +197,7 @@ class State:
         batch updates them."""
         module = self.module
         moving = {n for n, p in module.named_parameters() if p.requires_grad}
-        moving |= state_tensors(module) | {n for names in self.owned.values() for n in names}
+        moving |= state_tensors(module) | self.tensors.trained
         return {n: t for n, t in self.base_tensors().items() if n not in moving}
 
     def fingerprints(self, values: bool = True) -> Fingerprints:
@@ -249,7 +266,8 @@ class State:
         tables = (self.extras, self.sample, self.removed)
         extras, sample, removed = ({n: move(t) for n, t in table.items()} for table in tables)
         origin = self.origin._moved(device, done) if self.origin is not None else None
-        return replace(moved, extras=extras, sample=sample, removed=removed, origin=origin)
+        tensors = replace(moved.tensors, removed=removed)
+        return replace(moved, extras=extras, sample=sample, tensors=tensors, origin=origin)
 
     @outside_inference
     def fork(self) -> Self:

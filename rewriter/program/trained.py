@@ -49,9 +49,8 @@ def train_only(program: State, names: Sequence[str]) -> None:
     Raises:
         PassError: it has no such parameter.
     """
-    mine = tuple(dict.fromkeys((*program.owned.get(ITSELF, ()), *names)))
-    program.owned = {**program.owned, ITSELF: mine}
-    owned = {n for held in program.owned.values() for n in held}
+    program.tensors = program.tensors.with_trained(ITSELF, names)
+    owned = program.tensors.trained
     base = dict(_base(program))
     for name in names:
         if name not in base:
@@ -71,7 +70,7 @@ def require_owned(program: State) -> None:
     Raises:
         PassError: there is one.
     """
-    owned = {n for names in program.owned.values() for n in names}
+    owned = program.tensors.trained
     if not (owned or program.adapters):
         return
     stray = [n for n, p in _base(program) if p.requires_grad and n not in owned]

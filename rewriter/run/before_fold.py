@@ -24,8 +24,7 @@ LEFT = "fold_left"
 
 def trained_tensors(program: State) -> dict[str, Tensor]:
     """Base tensors that adapters train, by name, as they are now."""
-    names = {n for owned in program.owned.values() for n in owned}
-    return {n: program.module.get_parameter(n) for n in sorted(names)}
+    return {n: program.module.get_parameter(n) for n in sorted(program.tensors.trained)}
 
 
 def keep_trained(edit: Attaching, before: Mapping[str, Tensor]) -> None:

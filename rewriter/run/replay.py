@@ -123,7 +123,7 @@ def load_values(
     a later pass gives tensors the shape that their values have: those are left for then.
     """
     held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
-    mine = {n for names in program.owned.values() for n in names} | state_tensors(program.module)
+    mine = program.tensors.trained | state_tensors(program.module)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in held and (name.startswith(f"{BRANCHES}.") or name in mine):

@@ -33,7 +33,7 @@ class ShardFolder:
         self.result = Folding(constants=constant_reads(program, program.attachments))
         self.changed: list[str] = []
         self.edit = Editor(self.program)
-        self.owned = {n for names in program.owned.values() for n in names}
+        self.owned = program.tensors.trained
         self.hollowed = {n for n in self.names if n not in self.owned}
         self._refuse()
         for name in self.hollowed:

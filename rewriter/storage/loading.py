@@ -159,13 +159,13 @@ def _require_free(program: Program, artifact: Artifact, directory: str) -> None:
     """Raises ArtifactError where an artifact holds other values of a base tensor that the program
     has trained or updated: one of the two would be lost."""
     base = program.base.base_tensors()
-    mine = {n: program.module.get_parameter(n) for names in program.owned.values() for n in names}
+    mine = {n: program.module.get_parameter(n) for n in sorted(program.tensors.trained)}
     for name, tensor in {**mine, **program.updated()}.items():
         saved = artifact.tensors.get(name)
         if saved is None or equal(saved, tensor) or name not in base:
             continue
         if not equal(base[name].to(tensor.dtype), tensor):
-            owner = next((o for o, names in program.owned.items() if name in names), "")
+            owner = program.tensors.owner(name) or ""
             raise ArtifactError(
                 f"{directory} holds other values of {name}, which "
                 f"{f'the adapter {owner!r}' if owner else 'the program itself'} has trained: both "

@@ -47,6 +47,7 @@ from ..graph.turns import alone
 from ..inputs.specfile import read_spec
 from ..program.site_table import Sites
 from ..program.sites import LinearSite
+from ..program.tensors import Tensors
 from ..program.unchanged import require_unchanged
 from ..tracing.propagate import propagate
 from ..verify.verify import bound, check_graph, is_meta, measure
@@ -237,14 +238,16 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
         module=gm,
         spec=spec,
         sites=sites,
-        aliases=dict(manifest["aliases"]),
         symbols=dict(manifest["symbols"]),
         extras={n: tensors[n] for n in sorted(extras)},
         state_names=tuple(manifest["state_names"]),
         sample={n: tensors[f"{_SAMPLE}{n}"] for n in spec.names if f"{_SAMPLE}{n}" in tensors},
         generation=dict(manifest["generation"]),
-        added=tuple(manifest["added"]),
-        untied=tuple(manifest["untied"]),
+        tensors=Tensors(
+            aliases=dict(manifest["aliases"]),
+            untied=tuple(manifest["untied"]),
+            added=tuple(manifest["added"]),
+        ),
     )
 
 

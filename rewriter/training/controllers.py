@@ -68,8 +68,7 @@ class Controllers:
         parts = name.split(".")
         if parts[0] == "peftfx":
             return self.each.get(parts[1])
-        owners = (a for a, names in self.program.owned.items() if name in names)
-        return self.each.get(next(owners, ""))
+        return self.each.get(self.program.tensors.owner(name) or "")
 
     def start(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
         """Tells all controllers what trains and for how many optimizer steps.

@@ -92,7 +92,7 @@ def require_names(before: State, after: State, what: str) -> None:
     stems = {n.rpartition(".")[0] for n in held}
 
     def stored(name: str) -> bool:
-        source = name if name in after.untied else after.aliases.get(name, name)
+        source = after.tensors.stored(name)
         return source in held or name in held or source in stems
 
     def _dropped(size: str) -> bool:
@@ -115,7 +115,7 @@ def require_names(before: State, after: State, what: str) -> None:
         "site": [s.id for s in before.sites if s.id not in {t.id for t in after.sites}],
         "example of the input": [n for n in after.spec.names if n not in after.sample],
         "adapter's tensor": [
-            n for names in after.owned.values() for n in names if n not in held
+            n for n in sorted(after.tensors.trained) if n not in held
         ],
         "generation setting": [n for n in before.generation if n not in after.generation],
     }  # fmt: skip

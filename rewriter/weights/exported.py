@@ -49,7 +49,7 @@ def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
     dtypes = {n: t.dtype for n, t in program.base._stored()}
     state: dict[str, Tensor] = {}
     for name in program.state_names:
-        source = name if name in program.untied else program.aliases.get(name, name)
+        source = program.tensors.stored(name)
         tensor = held.get(source, program.extras.get(source, program.extras.get(name)))
         if tensor is None:
             raise ExportError(f"the tensor {name!r} of the original model is lost.")

@@ -13,15 +13,17 @@ from torch.fx import GraphModule, Node
 
 from ...errors import PassError
 from ...graph.aten import data_index, inputs, operands
-from ...program.sites import LinearSite, Site, SublayerSite
+from ...graph.weighted_call import WeightedCall
+from ...program.sites import Site, SublayerSite, WeightSite
 from .call import Value
 
 
 def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
-    """What enters a site: a linear's operand, or the residual that a sublayer adds to."""
+    """What enters a site: the operand of its calls, or the residual that a sublayer adds to."""
     node = nodes[site.nodes[0]]
-    if isinstance(site, LinearSite):
-        found = operands(node)[data_index(node)]
+    if isinstance(site, WeightSite):
+        parts = WeightedCall.of(node)
+        found = operands(node)[data_index(node)] if parts is None else parts.x
         while isinstance(found, Node) and found.meta.get("composed") == _key(node):
             found = found.args[0]  # before the input scales of this linear
     elif isinstance(site, SublayerSite):

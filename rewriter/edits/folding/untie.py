@@ -32,7 +32,7 @@ def untie(
         FoldError: a name is read by both sides, or a call reads the tensor through a view.
     """
     program, gm = edit.program, edit.graph_module
-    names = [name, *(a for a, c in program.aliases.items() if c == name)]
+    names = program.tensors.names(name)
     mine = [n for n in names if any(_reads_by(call, n) for call in calls)]
     theirs = [n for n in names if n not in mine]
     both = [n for n in mine if any(_reads_by(reader.node, n) for reader in rest)]
@@ -57,8 +57,7 @@ def untie(
     set_attribute(gm, own, nn.Parameter(tensor, requires_grad=False))
     for node in nodes:
         _redirect(edit, site, node, name, own)
-    program.untied = (*program.untied, own)
-    program.aliases = {**program.aliases, **dict.fromkeys(moving[1:], own)}
+    program.tensors = program.tensors.with_untied(own, moving[1:])
     _rename(edit, {n.name for n in nodes}, name, own)
     fresh = program.sites[site.id]
     if not isinstance(fresh, WeightSite):

@@ -47,7 +47,7 @@ def add_bias(edit: Attaching, site: LinearSite | ConvSite) -> str:
         return name
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     set_attribute(gm, name, nn.Parameter(zeros, requires_grad=False))
-    program.added = (*program.added, name)
+    program.tensors = program.tensors.with_added(name)
     for call in site.nodes:
         _add(edit, site, edit.node(call), name, size)
     return name

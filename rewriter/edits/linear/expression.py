@@ -130,10 +130,8 @@ def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
 def remember(program: State, path: str) -> None:
     """Keeps the values of a branch that leaves the graph."""
     state = program.module.get_submodule(path).state_dict()
-    program.removed = {
-        **program.removed,
-        **{f"{path}.{n}": whole(t).detach().clone() for n, t in state.items()},
-    }  # fmt: skip
+    values = {f"{path}.{n}": whole(t).detach().clone() for n, t in state.items()}
+    program.tensors = program.tensors.with_removed(values)
 
 
 def remove(edit: Attaching, path: str) -> None:

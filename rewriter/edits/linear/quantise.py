@@ -87,7 +87,7 @@ def quantise_weight(
         compose(edit.program, edit.node(name), site.weight)  # a lowered call becomes a linear
     nodes = site_nodes(gm)
     calls = [nodes[name] for name in site.nodes]
-    trained = any(site.weight in names for names in edit.program.owned.values())
+    trained = site.weight in edit.program.tensors.trained
     reason = f"{site.weight} trains as it is" if trained else _obstacle(gm, site, calls)
     if reason:
         edit.skip(site, reason)

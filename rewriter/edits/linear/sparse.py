@@ -79,7 +79,6 @@ def parts_of(
         for name, axis in _names(site, bias):
             features = getattr(site, "features", None)
             held.setdefault(name, []).append((site, axis, features))
-    trained = {name: adapter for adapter, names in program.owned.items() for name in names}
     found: list[Part] = []
     left: list[tuple[Site, str]] = []
     for name, owners in held.items():
@@ -88,8 +87,9 @@ def parts_of(
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             left.append((chosen[0], f"{name} is not a floating-point parameter"))
             continue
-        if name in trained:
-            owner = f"the adapter {trained[name]!r}" if trained[name] else "the program itself"
+        owner = program.tensors.owner(name)
+        if owner is not None:
+            owner = f"the adapter {owner!r}" if owner else "the program itself"
             left.append((chosen[0], f"{owner} trains {name} already"))
             continue
         shape = tuple(tensor.shape)
