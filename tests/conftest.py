@@ -107,13 +107,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
     parser.addoption("--method", metavar="NAME", help="only the registered tests of one method")
     parser.addoption(
-        "--method-seconds", type=float, default=BUDGET, metavar="SECONDS",
-        help="CPU seconds that the registered tests of one method may take",
+        "--method-seconds", type=float, metavar="SECONDS",
+        help=f"fail above so many CPU seconds for the registered tests of a method ({BUDGET:g})",
     )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Seconds(config.getoption("--method-seconds")), "cpu-seconds")
+    limit = config.getoption("--method-seconds")
+    seconds = Seconds(BUDGET if limit is None else limit, strict=limit is not None)
+    config.pluginmanager.register(seconds, "cpu-seconds")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -30,10 +30,10 @@ def base() -> peftfx.Program:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", RECIPES)
-def test_artifacts(base: peftfx.Program, version: str, name: str) -> None:
-    expected = safetensors.torch.load_file(WRITTEN / version / "outputs.safetensors")[name]
-    program = peftfx.load(base, WRITTEN / version / name)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_artifacts(base: peftfx.Program, version: str, recipe: str) -> None:
+    expected = safetensors.torch.load_file(WRITTEN / version / "outputs.safetensors")[recipe]
+    program = peftfx.load(base, WRITTEN / version / recipe)
     outputs = first(program(**inputs()))
     torch.testing.assert_close(outputs, expected)
     moved = (outputs[:, -3:] - first(base(**inputs()))[:, -3:]).abs().max()
