@@ -83,6 +83,15 @@ class Branch(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
 
+    @property
+    def at_linear(self) -> bool:
+        """Whether it stands beside a linear."""
+        return isinstance(self.shape, LinearShape)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x` with this branch's dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
     def spread(self, own: Tensor, fill: float) -> Tensor:
         """Puts own features `[count * own, ...]` at their places in the fused weight."""
         if self.features is None:
