@@ -14,10 +14,10 @@ from .mutants import DTYPES, Case, Mutation, applied
 CHOSEN = (
     ("lora.py:LoRABranch.delta", "* 0.8"),
     ("lora.py:LoRABranch.branch", "-self.scale"),
-    ("lora.py:LoRA.made", "generator=None"),
+    ("lora.py:LoRA.made", "None"),
     ("dora.py:squared_norms", "dim=0"),
     ("ia3.py:IA3Output.scale", "2 - self.l"),
-    ("branch.py:linear", "float16"),
+    ("shapes.py:linear", "float16"),
     ("branch.py:KeyValue._join", "[x, "),
     ("bank.py:BankBranch.branch", "ids.flip(0)"),
     ("rules.py:_fold_delta", "weight, 0.0"),

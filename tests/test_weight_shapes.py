@@ -119,7 +119,7 @@ def test_a_method_equals_its_equation_and_folds(
     model: Mixed, base: peftfx.Program, method: str, where: str
 ) -> None:
     if (method, where) == ("adalora", "experts"):
-        with pytest.raises(OptionError, match=r"4 matrices .* left with different ranks"):
+        with pytest.raises(OptionError, match=r"4 matrices would be left with different ranks"):
             peftfx.run(base, "adalora{rank=2,where=experts}")
         return
     program = randomise(peftfx.run(base, f"{method}{{rank=2,alpha=3,where={where}}}"), 0.2)

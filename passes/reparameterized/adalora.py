@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
-from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
@@ -41,17 +39,13 @@ class AdaLoRABranch(Delta):
         self.scale, self.dropout = scale, dropout
 
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return self.shape.low_rank(x, self.q, self.p, self.e * self.scale, **operands)
+        return self.shape.low_rank(self.dropped(x), self.q, self.p, self.e * self.scale, **operands)
 
     def delta(self) -> Tensor:
         return (self.p * (self.e * self.scale)) @ self.q
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        if not isinstance(self.shape, LinearShape):
-            return None
-        return self.q * self.e[:, None], self.p, self.scale
+        return (self.q * self.e[:, None], self.p, self.scale) if self.at_linear else None
 
     def kept(self) -> list[int]:
         """The ranks that are not pruned."""
@@ -138,10 +132,7 @@ class AdaLoRA(Budgeted):
     def obstacle(self, site: WeightSite) -> str:
         count, _, _ = site.matrices
         if count > 1:
-            return (
-                f"its {count} matrices (groups, or experts) would be left with different ranks, "
-                "which no one tensor holds. Use lora there"
-            )
+            return f"its {count} matrices would be left with different ranks. Use lora there"
         return rank_obstacle(self.rank, self.dropout, site)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:

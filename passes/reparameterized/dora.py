@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import RowScale
-from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program.sites import WeightSite
 from .lora import LoRA, LoRABranch
@@ -56,15 +54,13 @@ class DoRABranch(RowScale):
         self.through_norm = through_norm
 
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return self.shape.low_rank(x, self.a, self.b, self.scale, **operands)
+        return self.shape.low_rank(self.dropped(x), self.a, self.b, self.scale, **operands)
 
     def delta(self) -> Tensor:
         return self.shape.product(self.b, self.a) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return (self.a, self.b, self.scale) if isinstance(self.shape, LinearShape) else None
+        return (self.a, self.b, self.scale) if self.at_linear else None
 
     def rows(self, weight: Tensor) -> Tensor:
         factors = (weight, self.a, self.b)

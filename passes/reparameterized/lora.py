@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.shapes import LinearShape
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
@@ -33,15 +31,13 @@ class LoRABranch(Delta):
         self.scale, self.dropout = scale, dropout
 
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return self.shape.low_rank(x, self.a, self.b, self.scale, **operands)
+        return self.shape.low_rank(self.dropped(x), self.a, self.b, self.scale, **operands)
 
     def delta(self) -> Tensor:
         return self.shape.product(self.b, self.a) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return (self.a, self.b, self.scale) if isinstance(self.shape, LinearShape) else None
+        return (self.a, self.b, self.scale) if self.at_linear else None
 
     def describe(self) -> str:
         return f"rank={self.a.shape[-2]}, scale={self.scale:g}"

@@ -100,6 +100,15 @@ class Branch(nn.Module):
         """What it reads, as far as it is `bound`."""
         return {name: getattr(self, f"read_{name}") for name in self.constants_read}
 
+    @property
+    def at_linear(self) -> bool:
+        """Whether it stands beside a linear."""
+        return isinstance(self.shape, LinearShape)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x` with this branch's dropout."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
     def spread(self, own: Tensor, fill: float) -> Tensor:
         """Puts own features `[count * own, ...]` at their places in the fused weight."""
         if self.features is None:
