@@ -102,7 +102,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      "weight.to(torch.float16).to(x.dtype)", folds(_LORA)),
     ("dtype", "rewriter/branches/branch.py:KeyValue._join", "torch.cat([rows.to(x.dtype), x]",
      "torch.cat([rows.to(x.dtype), x.double()]", runs(_PREFIX)),
-    ("feature", "rewriter/branches/branch.py:Delta.forward", "(-1, self.features)",
+    ("feature", "rewriter/branches/branch.py:Branch.spread_last", "(-1, self.features)",
      "(-1, self.features.flip(0))", folds("lora{rank=4,where=v}", "fused")),
     ("feature", "rewriter/branches/branch.py:RowScale.full_rows", "dense[self.own]",
      "dense[self.own.flip(0)]", runs("dora{rank=4,where=v}", "fused")),

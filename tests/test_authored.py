@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.errors import VerifyError
+from peftfx.rewriter.errors import PassError, VerifyError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 
@@ -166,3 +166,13 @@ def test_half_of_a_shared_projection_folds(captured: Any, authored: Any) -> None
     torch.testing.assert_close(
         first(folded(**inputs)), first(program(**inputs)), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("where", ["ffn.up", "ffn.down"])
+def test_channels_are_not_cut_through_what_others_read(
+    captured: Any, authored: Any, where: str
+) -> None:
+    authored("vera", "VeRA")
+    program = peftfx.run(captured["encoder"][1], f"vera{{where={where}}}")
+    with pytest.raises(PassError, match=r"VeRABranch\) does not say which axes"):
+        peftfx.run(program, "channel_pruning{ratio=0.5}")

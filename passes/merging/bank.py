@@ -45,6 +45,7 @@ class BankBranch(Delta):
         "a": ("adapter", "rank", "in"),
         "b": ("adapter", "out", "rank"),
         "scale": ("adapter",),
+        "ids": ("batch",),
     }
 
     a: Tensor

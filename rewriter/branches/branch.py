@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shapes import LinearShape, Shape, linear
-
-__all__ = ["linear"]
+from .shapes import LinearShape, Shape
 
 Axes = Mapping[str, tuple[str, ...]]
 """Name of a tensor -> the names of its axes."""
@@ -38,8 +36,8 @@ class Branch(nn.Module):
         not_foldable: why it cannot become a constant; empty if it can.
         single: why a site takes only one branch of this slot; empty if it takes several.
         reads, writes: what the feature axis of its input and of its output is called.
-        axes: names of the axes of its parameters and buffers; those called like `reads` or
-            `writes` are cut with the channels there.
+        axes: names of the axes of its parameters and buffers, and of what it reads of fixed shape;
+            those called like `reads` or `writes` are cut with the channels there.
     """
 
     slot: ClassVar[str] = ""

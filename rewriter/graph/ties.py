@@ -350,8 +350,13 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     for name in ("features", "own"):
         held.pop(name, None)
-    if any(len(branch.axes.get(n, ())) != t.dim() for n, t in held.items()):
+    sizes = {n: shape(r) or () for n, r in node.kwargs.items()}
+    read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights
+    ranks = {n: t.dim() for n, t in held.items()} | read
+    if any(len(branch.axes.get(n, ())) != rank for n, rank in ranks.items()):
         return found
+    if any({branch.reads, branch.writes}.intersection(branch.axes[n]) for n in read):
+        return found  # others may read that, too, so it cannot be cut with the channels
     declared = [(n, k, a) for n in held for k, a in enumerate(branch.axes[n])]
     own = None if branch.features is None else branch.features.cpu() - 1
     for name, k, label in declared:

@@ -43,7 +43,9 @@ class Projection(nn.Module):
 class VeRABranch(Delta):
     """`d [rank]`, `b [out]`."""
 
-    axes: ClassVar[Axes] = {"d": ("rank",), "b": ("out",)}
+    axes: ClassVar[Axes] = {
+        "d": ("rank",), "b": ("out",), "down": ("rank", "in"), "up": ("out", "rank"),
+    }  # fmt: skip
 
     def __init__(self, site: LinearSite, rank: int, like: Tensor) -> None:
         super().__init__()
@@ -51,12 +53,12 @@ class VeRABranch(Delta):
         self.d = nn.Parameter(like.new_full((rank,), 0.1))
         self.b = nn.Parameter(like.new_zeros(site.out_features))
 
-    def branch(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        inner = linear(x, a[:, : self.width]) * self.d.to(x.dtype)
-        return linear(inner, b[: len(self.b)]) * self.b.to(x.dtype)
+    def branch(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        inner = linear(x, down[:, : self.width]) * self.d.to(x.dtype)
+        return linear(inner, up[: len(self.b)]) * self.b.to(x.dtype)
 
-    def delta(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.b[:, None] * (b[: len(self.b)] @ (self.d[:, None] * a[:, : self.width]))
+    def delta(self, down: Tensor, up: Tensor) -> Tensor:
+        return self.b[:, None] * (up[: len(self.b)] @ (self.d[:, None] * down[:, : self.width]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,4 +85,4 @@ class VeRA(Method):
         both = edit.share("projection", shared)
         for site in sites:
             branch = VeRABranch(site, self.rank, edit.like(site))
-            edit.add(site, branch, a=edit.item(both, 0), b=edit.item(both, 1))
+            edit.add(site, branch, down=edit.item(both, 0), up=edit.item(both, 1))
