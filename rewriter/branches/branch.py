@@ -376,8 +376,7 @@ class Tokens(Branch):
     reads = writes = "width"
     not_foldable = "prompt tokens are inputs of the network, not weights"
     chooses_sizes = True
-    """It returns the shape of what it is given, also where shapes cannot tell: the input has as
-    many tokens as the prompt, and more."""
+    """It returns the shape of what it is given, which has more tokens than the prompt."""
 
     tokens_first: bool = False
     """It is given `[tokens, batch, width]`."""
