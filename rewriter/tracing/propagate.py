@@ -237,8 +237,10 @@ def _propagate(gm: GraphModule, mode: Any, method: str, explain: Explain | None)
             raise PassError(
                 f"{what} at {node.name} ({line or node.format_node()}): {error}"
             ) from error
-        # An expression stands for the tensor that it reads; its readers have seen that already.
+        # An expression stands for the tensor that it reads, and what branches make of a call for
+        # the call (`compose`); their readers have seen those already.
         before = value(node.args[0]) if expression_of(node) and node.args else value(node)
+        before = node.meta.pop("instead", before)
         node.meta["val"] = result
         if before is None or not _same(before, result):
             changed.add(node)

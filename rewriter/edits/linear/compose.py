@@ -146,6 +146,7 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
         with gm.graph.inserting_after(tail):
             tail = branch(attachment, (tail,))
     if tail is not call:
+        tail.meta["instead"] = value(call)
         for reader in [*readers, *(u for u in call.users if u not in readers)]:
             if reader not in inside:
                 reader.replace_input_with(call, tail)

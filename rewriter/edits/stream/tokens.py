@@ -46,6 +46,7 @@ from ...program.state import State
 from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
 from ..calls.samples import sample_axis
+from ..linear.compose import composed_value
 from .places import moved_places
 
 _LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
@@ -262,11 +263,12 @@ def prepend_tokens(
         source.replace_all_uses_with(padded, delete_user_cb=lambda u, p=padded: u is not p)
         padded.meta["val"] = value(source)
         source.meta["val"] = _resized(source, symbol, size)
-    with gm.graph.inserting_after(embedding):
+    rows = composed_value(embedding)  # what branches add to the table is no part of the prompt
+    with gm.graph.inserting_after(rows):
         name = path.replace(".", "_")
-        prompt = gm.graph.create_node("call_module", path, (embedding,), {}, name=name)
+        prompt = gm.graph.create_node("call_module", path, (rows,), {}, name=name)
     prompt.meta["val"] = value(embedding)
-    embedding.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
+    rows.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt)
     end = output_node(gm)
     for leaf, axes in outputs.items():
         with gm.graph.inserting_before(end):
