@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import FoldError, OptionError, PassError
 
-from .models import batch, first, moved, randomise
+from .models import batch, build, first, moved, randomise
 from .test_selecting import Experts
 
 
@@ -351,3 +351,34 @@ def test_bfloat16_rows_and_channels_keep_their_dtype(model: Mixed) -> None:
         assert got.dtype == want.dtype == torch.bfloat16
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
     assert not folded.attachments
+
+
+def test_a_prompt_stays_in_front_of_an_adapted_table(captured: Any) -> None:
+    """Whatever was inserted first, what a table learns is no part of the prompt's vectors."""
+    model, base = captured["encoder"]
+    lora, prompt = "lora{rank=2,alpha=3,where=embedding.token}", "prompt_tuning{length=3}"
+    inputs = batch(4, 11, pad=3)
+    one = randomise(peftfx.run(base, f"{lora};{prompt}"), 0.2)
+    two = peftfx.run(base, f"{prompt};{lora}")
+    values = one.named_trainable_parameters()
+    with torch.no_grad():
+        for name, parameter in two.named_trainable_parameters().items():
+            parameter.copy_(values[name])
+    want = first(one(**inputs))
+    torch.testing.assert_close(first(two(**inputs)), want)
+    table = model.words.weight.detach()
+    tensors = {n.rpartition(".")[2]: p.detach() for n, p in values.items()}
+    only = peftfx.run(base, prompt)
+    with torch.no_grad():
+        for name, parameter in only.named_trainable_parameters().items():
+            parameter.copy_(values[name])
+    plain = first(only(**inputs))
+    other = build("encoder")
+    with torch.no_grad():
+        other.words.weight.copy_(table + 1.5 * (tensors["b"] @ tensors["a"]).T)
+    adapted = peftfx.run(peftfx.capture(other, kwargs=batch()), prompt)
+    with torch.no_grad():
+        for name, parameter in adapted.named_trainable_parameters().items():
+            parameter.copy_(values[name])
+    torch.testing.assert_close(want, first(adapted(**inputs)), rtol=1e-5, atol=1e-5)
+    assert moved(plain, want) > 0.01

@@ -47,6 +47,7 @@ from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
 from ..calls.call import branch_call, latest, move_before
 from ..calls.samples import sample_axis
+from ..linear.compose import composed_value
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
 
@@ -297,12 +298,11 @@ def prepend_tokens(
             return strip_prompt(node, axes)
 
     reads = stripped(program, attachment, reads, own, symbol, strip_behind)
-    with gm.graph.inserting_after(latest(gm, {"": embedding, **reads})):
-        prompt = branch_call(gm, path, (embedding,), reads)
+    rows = composed_value(embedding)  # what branches add to the table is no part of the prompt
+    with gm.graph.inserting_after(latest(gm, {"": rows, **reads})):
+        prompt = branch_call(gm, path, (rows,), reads)
     prompt.meta["val"] = value(embedding)
-    embedding.replace_all_uses_with(
-        prompt, delete_user_cb=lambda u: u is not prompt and u not in own
-    )
+    rows.replace_all_uses_with(prompt, delete_user_cb=lambda u: u is not prompt and u not in own)
     if prompt.users:
         move_before(prompt, first_of(gm, prompt.users))
     end = output_node(gm)
