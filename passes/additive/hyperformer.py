@@ -154,5 +154,4 @@ class HyperFormer(Method):
             return {}
         if not 0 <= chosen < self.tasks:
             raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
-        mine = [a for a in program.attachments if a.adapter == self.adapter]
-        return constant_reads(program, mine, {self.task: chosen})
+        return constant_reads(program, program.attached(self.adapter), {self.task: chosen})

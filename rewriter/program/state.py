@@ -277,6 +277,10 @@ class State:
         forked.prints = forked.fingerprints()
         return forked
 
+    def attached(self, adapter: str) -> list[Attachment]:
+        """The branches of an adapter."""
+        return [a for a in self.attachments if a.adapter == adapter]
+
     def branch(self, attachment: Attachment) -> nn.Module:
         """The module of one attached branch."""
         return self.module.get_submodule(attachment.path)
