@@ -17,7 +17,16 @@ from ..branches.shapes import (
     Shape,
 )
 from ..errors import PassError
-from ..graph.aten import CASTS, EMBEDDING, LINEAR, is_op, named_arguments, parameter_of, value
+from ..graph.aten import (
+    CASTS,
+    EMBEDDING,
+    LINEAR,
+    data_index,
+    is_op,
+    named_arguments,
+    parameter_of,
+    value,
+)
 from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, is_grouped
 from ..program.readers import turned
 from ..program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
@@ -80,7 +89,7 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
         stored_turned = site.in_out if is_op(call, LINEAR) else site.in_out == site.left
         return turned(known[1]) is stored_turned
     if isinstance(site, ExpertsSite):
-        if is_grouped(call) and not parts.operands:
+        if data_index(call) or (is_grouped(call) and not parts.operands):
             return False
         return turned(known[1]) is (not site.in_out)
     operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
