@@ -96,7 +96,9 @@ class Faked:
         return self.mode.from_tensor(tensor)
 
     def __call__(self, module: nn.Module, *operands: Any) -> Any:
-        state = {n: self.mode.from_tensor(t, static_shapes=True) for n, t in module.named_buffers()}
+        state: dict[str, Tensor] = {
+            n: self.mode.from_tensor(t, static_shapes=True) for n, t in module.named_buffers()
+        }
 
         def run() -> Any:
             self.count += 1

@@ -75,7 +75,7 @@ class Plain(Delta):
 def wrong(
     branch: Callable[[Any], Delta] = Plain,
     apply: Callable[[Editor], None] | None = None,
-    plan: Callable[[peftfx.Program], None] | None = None,
+    plan: Callable[[Any], None] | None = None,
     kind: str = "identity",
     where: str = "ffn.down",
 ) -> peftfx.Pass:

@@ -154,4 +154,4 @@ class HyperFormer(Method):
             return {}
         if not 0 <= chosen < self.tasks:
             raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
-        return constant_reads(program, program.attached(self.adapter), {self.task: chosen})
+        return constant_reads(program, program.attached_by(self.adapter), {self.task: chosen})

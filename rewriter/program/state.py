@@ -277,7 +277,7 @@ class State:
         forked.prints = forked.fingerprints()
         return forked
 
-    def attached(self, adapter: str) -> list[Attachment]:
+    def attached_by(self, adapter: str) -> list[Attachment]:
         """The branches of an adapter."""
         return [a for a in self.attachments if a.adapter == adapter]
 

@@ -13,13 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..api import Program
 from ..edits.edit import Editor
 from ..errors import BaseMismatchError, PassError, nearest
 from ..files.identity import merkle_root, tensor_digest
 from ..pipeline.syntax import parse
 from ..program.history import Plan
-from ..program.state import BRANCHES
+from ..program.state import BRANCHES, State
 from ..program.unchanged import base_digests, require_unchanged
 from ..run.replay import load_values
 from .artifact import Artifact, base_difference, read
@@ -44,7 +43,7 @@ class Source:
     digest: str
 
 
-def adapters_of(program: Program, sources: Sequence[Any]) -> list[Source]:
+def adapters_of(program: State, sources: Sequence[Any]) -> list[Source]:
     """The adapters of artifacts that were trained on the program's base.
 
     Args:
@@ -93,7 +92,7 @@ def _inserting(artifact: Artifact, where: str) -> list[Source]:
 
 
 def plan_members(
-    program: Program, names: Sequence[str] | None, sources: Sequence[Any], slot: str
+    program: State, names: Sequence[str] | None, sources: Sequence[Any], slot: str
 ) -> Plan:
     """Chooses at least two adapters that have branches of one slot at the same sites.
 

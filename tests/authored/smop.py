@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftfx.rewriter.branches.branch import Tokens
 from peftfx.rewriter.branches.shapes import linear
 from peftfx.rewriter.edits.edit import Editor
-from peftfx.rewriter.edits.stream.hidden import Axes
+from peftfx.rewriter.edits.stream.hidden import Axes, Reach
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.program.history import Contract
 from peftfx.rewriter.program.sites import EmbeddingSite
@@ -27,7 +27,7 @@ from peftfx.rewriter.program.sites import EmbeddingSite
 class Router(nn.Module):
     """`forward(seen [batch, tokens, width]) -> [batch, prompts]`: the chosen one's probability."""
 
-    def __init__(self, weight: Tensor, axes: Axes, reach: Literal["all", "first"]) -> None:
+    def __init__(self, weight: Tensor, axes: Axes, reach: Reach) -> None:
         super().__init__()
         self.weight, self.axes, self.reach = nn.Parameter(weight), axes, reach
 
