@@ -322,3 +322,11 @@ def test_linear_only_so_far(causal: peftfx.Program) -> None:
             branch.branch = lambda x, w=branch.w: (x * (x.abs() > 5e-2)) @ w.to(x.dtype).T
     with pytest.raises(VerifyError, match="computes something else than what it folds"):
         peftfx.run(program, "fold")
+
+
+def test_what_an_earlier_pass_said_goes_for_later_ones(captured: Any) -> None:
+    """CoDA chooses tokens by later ones, whatever is inserted behind it."""
+    base = captured["decoder"][1]
+    program = peftfx.run(base, "coda{bottleneck=4,causal=prefill};prompt_tuning{length=3}")
+    assert len(program.history) == 2
+    assert all(c.holds for c in program.verify())

@@ -19,6 +19,7 @@ def require_kept(
     departures: Mapping[str, Collection[str]],
     random: bool,
     what: str,
+    earlier: Collection[str] = (),
 ) -> None:
     """Raises VerifyError for what a program does once its branches do something.
 
@@ -29,6 +30,7 @@ def require_kept(
             `Pass.departures`.
         random: the captured model draws random numbers in evaluation mode.
         what: the pass, for messages.
+        earlier: departures of what was in the program before these branches.
     """
     with calls(moved) as seen:
         require_settled(moved, moved.program.base, [inputs])
@@ -37,7 +39,8 @@ def require_kept(
     if random:
         moved.expected = True
         moved.forget()
-    require_apart(moved, inputs, {d for each in departures.values() for d in each}, what)
+    allowed = {*earlier, *(d for each in departures.values() for d in each)}
+    require_apart(moved, inputs, allowed, what)
     for path, said in departures.items():
         if path in seen:
             require_faithful(moved, path, seen[path], said, what)

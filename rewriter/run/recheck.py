@@ -22,7 +22,7 @@ from ..verify.intact import (
     unsaved,
 )
 from ..verify.verify import bound, certify, check_graph, is_meta, measure
-from .replay import replay
+from .replay import replay, replay_steps
 
 
 def _require_kept(program: State) -> None:
@@ -36,8 +36,6 @@ def _require_kept(program: State) -> None:
 
 def verify_program(program: State) -> list[Certificate]:
     """See `Program.verify`: replays the history from the base and measures each step again."""
-    from .replay import replay_steps
-
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()
     check_graph(program)

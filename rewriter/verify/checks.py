@@ -110,7 +110,8 @@ class Checks:
         with watched(moved, str(item)):
             paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
             said = dict.fromkeys(paths, item.departures)
-            require_kept(moved, sizes(after)[0], said, random, str(item))
+            earlier = {d for r in before.history for d in r.applied.departures}
+            require_kept(moved, sizes(after)[0], said, random, str(item), earlier)
 
 
 def _unreached(before: State, made: Witness, item: Pass) -> Skipped:
