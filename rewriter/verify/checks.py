@@ -39,6 +39,8 @@ class Checks:
         self.before: Witness | None = None
         """Of the program that the last pass was given."""
         self.program = program
+        self.departures = {d for r in program.history for d in r.applied.departures}
+        """What the passes so far do not keep."""
         self._marks: Mapping[str, Mark] = {}
         self.begin()
 
@@ -99,6 +101,7 @@ class Checks:
             self._require_trained(after, item)
         self.program, self.before, self._marks = after, self.witness, marks(after)
         self.witness = made
+        self.departures |= item.departures
         return certificate, missing
 
     def _require_trained(self, after: State, item: Pass) -> None:
@@ -110,8 +113,7 @@ class Checks:
         with watched(moved, str(item)):
             paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
             said = dict.fromkeys(paths, item.departures)
-            earlier = {d for r in before.history for d in r.applied.departures}
-            require_kept(moved, sizes(after)[0], said, random, str(item), earlier)
+            require_kept(moved, sizes(after)[0], said, random, str(item), self.departures)
 
 
 def _unreached(before: State, made: Witness, item: Pass) -> Skipped:
