@@ -141,6 +141,21 @@ def comparable(one: Witness, other: Witness) -> Iterator[None]:
         one.ignored = other.ignored = 0
 
 
+_ALIGNED = 64
+"""Bytes; what torch allocates on a CPU begins at multiples of it."""
+
+
+def aligned(witness: Witness) -> Witness:
+    """A witness of the same program with tensors where torch would allocate them: how a product
+    rounds depends on where in memory its operands lie, and weights mapped from files lie elsewhere
+    than what is computed of them."""
+    moved = Witness(witness.program, witness.expected, witness.ignored)
+    for parameter in moved.gm.parameters():
+        if not is_sharded(parameter) and parameter.data_ptr() % _ALIGNED:
+            parameter.data = parameter.data.clone()
+    return moved
+
+
 def completed(program: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """See `Witness.completed`."""
     spec = program.spec

@@ -29,7 +29,7 @@ from ..measure.noise import cancelled, levels
 from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
 from ..measure.trials import sizes
-from ..measure.witness import Witness, comparable, whole_tensors, witness_of
+from ..measure.witness import Witness, aligned, comparable, whole_tensors, witness_of
 from ..program.history import Certificate, Contract
 from ..program.state import State
 from ..program.text import with_names
@@ -196,8 +196,12 @@ def _certified(contract: Contract, before: Witness, after: Witness) -> Certifica
     given = require_steady(before, after, sizes(after.program))
     each = _measured(before, after)
     kind, on_cpu = contract.kind, device_of(after.gm).type == "cpu"
-    if kind in ("identity", "exact") and any(g.relative for g in each) and not on_cpu:
-        kind = "bounded"  # a GPU takes other kernels with a bias, which round otherwise
+    if kind in ("identity", "exact") and any(g.relative for g in each):
+        if on_cpu:
+            before, after = aligned(before), aligned(after)
+            each = _measured(before, after)
+        else:
+            kind = "bounded"  # a GPU takes other kernels with a bias, which round otherwise
     if kind == "trainable":
         if spoilt := next((g for g in each if g.spoilt), None):
             raise VerifyError(f"the output {spoilt.name} is not finite any more: {spoilt.spoilt}.")
