@@ -135,8 +135,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import torch
 from torch import nn
-from peftfx.rewriter.branches.branch import Delta
-from peftfx.rewriter.pipeline.method import Method
+from peftfx.authors import Delta, Method
 
 class ToyBranch(Delta):
     def __init__(self, site):

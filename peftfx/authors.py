@@ -1,0 +1,87 @@
+"""What a method is written with, under names that stay where they are.
+
+    from peftfx.authors import Delta, Editor, LinearSite, Method
+
+CONTRIBUTING.md has the words that they go with.
+"""
+
+from __future__ import annotations
+
+from .rewriter.branches.branch import (
+    Axes,
+    Branch,
+    Combine,
+    Delta,
+    Expression,
+    InputScale,
+    KeyValue,
+    OutputScale,
+    RowScale,
+    Serial,
+    Tokens,
+)
+from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
+from .rewriter.branches.routing import Routed
+from .rewriter.branches.shapes import Shape, linear
+from .rewriter.edits.calls.call import Value
+from .rewriter.edits.edit import Editor
+from .rewriter.errors import OptionError, PassError
+from .rewriter.pipeline.controller import Controller
+from .rewriter.pipeline.method import Method
+from .rewriter.pipeline.passes import Pass
+from .rewriter.program.history import Contract, Plan
+from .rewriter.program.sites import (
+    AttentionSite,
+    ConvSite,
+    EmbeddingSite,
+    ExpertsSite,
+    FeedForwardSite,
+    LinearSite,
+    MixerSite,
+    NormSite,
+    Site,
+    SublayerSite,
+    WeightSite,
+)
+from .rewriter.program.state import State
+
+__all__ = [
+    "AttentionSite",
+    "Axes",
+    "Branch",
+    "Combine",
+    "Contract",
+    "Controller",
+    "ConvSite",
+    "Delta",
+    "Editor",
+    "EmbeddingSite",
+    "ExpertsSite",
+    "Expression",
+    "FeedForwardSite",
+    "GatedDelta",
+    "GatedKeyValue",
+    "GatedSerial",
+    "InputScale",
+    "KeyValue",
+    "LinearSite",
+    "Method",
+    "MixerSite",
+    "NormSite",
+    "OptionError",
+    "OutputScale",
+    "Pass",
+    "PassError",
+    "Plan",
+    "Routed",
+    "RowScale",
+    "Serial",
+    "Shape",
+    "Site",
+    "State",
+    "SublayerSite",
+    "Tokens",
+    "Value",
+    "WeightSite",
+    "linear",
+]
