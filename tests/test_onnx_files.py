@@ -91,6 +91,7 @@ def test_quantisers_find_every_matrix(exported: Any, tmp_path: Path) -> None:
 def test_attention_and_int8(tmp_path: Path) -> None:
     """At both operator sets; `quantize_dynamic` takes opset 24's Attention for another one."""
     quantization = pytest.importorskip("onnxruntime.quantization")
+    torch.manual_seed(0)
     base = peftfx.capture(Attends().eval(), (torch.randn(2, 9, 32),))
     for opset, options in ((20, {}), (24, {"op_types_to_quantize": ["MatMul"]})):
         report = peftfx.export_onnx(base, tmp_path / "m.onnx", opset=opset)
@@ -104,7 +105,7 @@ def test_attention_and_int8(tmp_path: Path) -> None:
             torch.tensor(ort.InferenceSession(str(tmp_path / f"{n}.onnx")).run(None, x)[0])
             for n in ("m", "q")
         )
-        assert 0 < float((want - got).abs().max()) < 0.1 * float(want.abs().max())
+        assert 0 < float((want - got).norm()) < 0.2 * float(want.norm())  # eight bits
 
 
 class Fifth(nn.Module):
