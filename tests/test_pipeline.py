@@ -203,13 +203,13 @@ def test_checks_measure_the_program_before_once(
 ) -> None:
     base = peftfx.run(captured["encoder"][1], "ia3")  # so the sizes are tried
     runs: list[Any] = []
-    original = witness.Witness.call
+    original = witness.Witness._call
 
     def counted(self: Any, inputs: Any) -> Any:
         runs.append(self.program)
         return original(self, inputs)
 
-    monkeypatch.setattr(witness.Witness, "call", counted)
+    monkeypatch.setattr(witness.Witness, "_call", counted)
     made = peftfx.run(base, text)
     assert made.history[-1].certificate.holds
     sizes = 3
