@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -332,7 +333,8 @@ def check_graph(program: State) -> None:
     except (RuntimeError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VerifyError(f"the graph is malformed: {first}") from error
-    taken, leaves = placeholders(gm), tree_leaves(output_node(gm).args[0])
+    leaves: list[Any] = tree_leaves(output_node(gm).args[0])
+    taken = placeholders(gm)
     for name, leaf in zip(reversed(program.outputs_added), reversed(leaves), strict=False):
         both = [_type(program, n) for n in (taken.get(name, leaf), leaf)]
         if both[0] != both[1]:

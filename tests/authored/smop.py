@@ -29,7 +29,8 @@ class Router(nn.Module):
 
     def __init__(self, weight: Tensor, axes: Axes, reach: Reach) -> None:
         super().__init__()
-        self.weight, self.axes, self.reach = nn.Parameter(weight), axes, reach
+        self.weight, self.axes = nn.Parameter(weight), axes
+        self.reach: Reach = reach
 
     def forward(self, seen: Tensor, valid: Tensor | None = None) -> Tensor:
         pooled = self.axes.mean(seen, valid, self.reach).select(self.axes.tokens[0], 0)

@@ -16,7 +16,6 @@ from .common import check, hooked, tensors
 
 LEAST_CHANGE = {"bloom": 0.005}
 """No prompt does it behind a norm of the embedding with weights near zero."""
-"""It needs the tokens on axis 1, and says so."""
 
 
 def reference(
