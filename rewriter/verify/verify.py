@@ -336,7 +336,8 @@ def check_graph(program: State) -> None:
     leaves: list[Any] = tree_leaves(output_node(gm).args[0])
     taken = placeholders(gm)
     for name, leaf in zip(reversed(program.outputs_added), reversed(leaves), strict=False):
-        both = [_type(program, n) for n in (taken.get(name, leaf), leaf)]
+        nodes: tuple[Any, Any] = taken.get(name, leaf), leaf
+        both = [_type(program, n) for n in nodes]
         if both[0] != both[1]:
             raise VerifyError(f"the state {name!r} is {both[0]}, but becomes {both[1]}.")
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
