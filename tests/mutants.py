@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import peftfx
 
+from . import recipes
 from .models import Decoder, DecoderLayer, Fused, batch, randomise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -151,6 +152,10 @@ class Case:
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         """As the fixture `captured` of registered checks."""
         return base("decoder" if name == "encoder" else name, self.dtype)
+
+    def placed(self, name: str, method: str) -> peftfx.Program:
+        """As the fixture's, but run again each time: a mutation is under way."""
+        return peftfx.run(*recipes.start(self[name][1], method))
 
     def made(self, recipe: str, name: str = "decoder", by: float = 0.3) -> peftfx.Program:
         """A recipe with values that are not its initial ones."""

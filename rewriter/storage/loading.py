@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,8 +235,11 @@ def _capture(model: nn.Module, artifact: Artifact, cache: bool | str | Path) -> 
         i.name: {a: str(s) for a, s in enumerate(i.shape) if isinstance(s, str)}
         for i in spec.inputs
     }
-    args, kwargs = spec.arguments(_example(model, spec))
-    return capture(model, args, kwargs, dynamic=dynamic, dtype=artifact.dtype, cache=cache)
+    dtype = artifact.dtype
+    tried = model if dtype is None else copy.deepcopy(model).to(dtype)
+    args, kwargs = spec.arguments(_example(tried, spec))
+    del tried
+    return capture(model, args, kwargs, dynamic=dynamic, dtype=dtype, cache=cache)
 
 
 def _example(model: nn.Module, spec: InputSpec) -> dict[str, Tensor]:

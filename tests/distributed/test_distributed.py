@@ -121,8 +121,11 @@ def check_thin(found: Any, folder: Path) -> None:
 def test_all_ranks_refuse_together(folder: Path) -> None:
     first, second = results(folder, "refusals")
     for name, (kind, text) in {
-        "recipe": ("RanksError", "lora{rank=2}, rank 1 has lora{rank=3}"),
-        "recipe, saving": ("RanksError", "lora{rank=2}, rank 1 has lora{rank=3}"),
+        "recipe": ("RanksError", "lora{rank=2,where=q|v}, rank 1 has lora{rank=3,where=q|v}"),
+        "recipe, saving": (
+            "RanksError",
+            "lora{rank=2,where=q|v}, rank 1 has lora{rank=3,where=q|v}",
+        ),
         "values": ("RanksError", "first at 'peftfx.lora.layers.0."),
         "twice": ("RanksError", "sharded already"),
         "optimizer": ("ArtifactError", "after the module was sharded"),
@@ -130,7 +133,7 @@ def test_all_ranks_refuse_together(folder: Path) -> None:
         "pass": ("PassError", "peftfx.distributed.gather"),
         "other recipe": (
             "ArtifactError",
-            "'lora{rank=4}', but the program has 'lora{rank=2,where=q}'",
+            "'lora{rank=4,where=q|v}', but the program has 'lora{rank=2,where=q}'",
         ),
         "other base": ("BaseMismatchError", "other base weights: sha256 "),
         "without": ("ArtifactError", "pass optimizer="),

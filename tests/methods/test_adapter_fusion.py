@@ -84,7 +84,7 @@ def test_fusion_equals_its_reference(captured: Any, zoo: Any, name: str, tmp_pat
     with hooked(model, hooks):
         want = first(model(**inputs))
     got = first(program(**inputs))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # T5: values of 0.04 in a sum
     for other in (base, stacked):
         assert moved(first(other(**inputs)), got) > 0.01
     merged = peftfx.run(program, "bake{names=[adapter_fusion]}")
