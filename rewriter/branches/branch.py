@@ -137,7 +137,7 @@ class Branch(nn.Module):
 
 
 class Delta(Branch):
-    """`y = base(x) + f(x)` with linear f, so that f folds into the weight.
+    """`y = base(x) + f(x)` with linear f, so that f folds into the weight, or with `not_foldable`.
 
     Beside an embedding x are ids, and f is linear in their one-hot vectors.
     """

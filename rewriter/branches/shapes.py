@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,6 +116,14 @@ class Shape(ABC):
     def samples(self, y: Tensor) -> Tensor:
         """Values of the call as `[samples, numbers]`."""
         return y
+
+    def in_groups(self, groups: int) -> Shape:
+        """The same call with its channels in other groups: 1 mixes all, one a channel none.
+
+        Raises:
+            TypeError: it is no convolution.
+        """
+        raise TypeError(f"{type(self).__name__} has no groups (asked for {groups})")
 
     def widened(self, dtype: torch.dtype) -> Shape:
         """The same for a branch that computes in another dtype."""
@@ -262,6 +270,9 @@ class ConvolutionShape(Shape):
 
     def samples(self, y: Tensor) -> Tensor:
         return y.flatten(1)
+
+    def in_groups(self, groups: int) -> ConvolutionShape:
+        return replace(self, groups=groups)
 
 
 @dataclass(frozen=True)
