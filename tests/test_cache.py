@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,15 +249,20 @@ def test_arguments_read_back() -> None:
 
 
 GLOBALS = """
-import torch
+import torch, uuid
 from torch import nn
-SCALE, RATES = 1.0, {"drop": 0.5}
+SCALE, RATES, SESSION, SALT = 1.0, {"drop": 0.5}, uuid.uuid4().hex, object()
+class Config:
+    def __init__(self):
+        self.before = hash(self)
+    def __hash__(self):
+        return hash(SALT)
 class Net(nn.Module):
     power = 1
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(4, 4)
-        self.hidden = [1.0]
+        self.hidden, self.config = [1.0], Config()
     def forward(self, x):
         return nn.functional.dropout(self.fc(x) * SCALE, RATES["drop"], self.training) ** self.power
 """
@@ -285,6 +291,12 @@ def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> N
     assert [recalls(), recalls()] == ["stored", "recalled"]
     module.Net.power = 2
     assert [recalls(), recalls()] == ["stored", "recalled"]
+    # As in the next process: a text that `uuid` draws, and a hash of text, which Python seeds.
+    module.SESSION, module.SALT = uuid.uuid4().hex, object()
+    model.config = module.Config()
+    assert recalls() == "recalled"
+    model.config.before += 1
+    assert recalls() == "stored"
 
 
 def test_what_is_recalled_is_tried(tmp_path: Path, monkeypatch: Any) -> None:

@@ -45,6 +45,8 @@ _DAMAGE = (
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FILE = re.compile(r'File "([^"]+)", line')
+_DRAWN = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""What `uuid` draws: the number of a session, another one in each process."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,11 @@ class _Description:
         state = getattr(item, "__dict__", None)
         if not isinstance(state, dict):
             raise ValueError(f"an attribute is a {type(item).__name__}")
-        return ["object", self._class(type(item)), self(state)]
+        own = _own_hash(item)
+        return [
+            "object", self._class(type(item)),
+            self({n: v for n, v in state.items() if own is None or v != own}),
+        ]  # fmt: skip
 
     def _class(self, kind: type[Any]) -> Any:
         for base in kind.__mro__:
@@ -342,11 +348,24 @@ class _Description:
                 self._source(name)
 
 
+def _own_hash(item: Any) -> int | None:
+    """The hash of an object whose class defines one. Kept in an attribute, it says nothing that the
+    others do not, and Python hashes text differently in each process."""
+    if type(item).__hash__ in (object.__hash__, None):
+        return None
+    try:
+        return hash(item)
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
 def _is_plain(item: Any) -> bool:
     """Whether a value is a number, text or a short container of such, which `repr` says all of."""
     match item:
-        case None | bool() | int() | float() | complex() | str() | torch.dtype():
+        case None | bool() | int() | float() | complex() | torch.dtype():
             return True
+        case str():
+            return _DRAWN.fullmatch(item) is None
         case tuple() | list():
             return len(item) <= 64 and all(_is_plain(i) for i in item)  # pyright: ignore
         case dict():
