@@ -3,18 +3,27 @@ copies of what they may change; whatever else they change is an error at the nex
 
 from __future__ import annotations
 
+import functools
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import peftfx
+from peftfx import cli
+from peftfx.rewriter.capture.capture import capture
 
 from . import models, recipes
 from .captures import ROOT, captures
 from .cpu import BUDGET, Seconds, methods_of, shared
 from .zoo import ZOO
+
+CAPTURING = (
+    "test_cache", "test_capture", "test_probe_sizes", "test_sizes", "test_threads", "test_zoo_capture",
+)  # fmt: skip
+"""Files about capturing itself: nothing is recalled there."""
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
@@ -82,6 +91,16 @@ class Zoo:
                 inputs = ZOO[name].inputs(3, 9)
                 self.made[name] = peftfx.capture(self.model(name), kwargs=inputs, cache=captures())
         return self.made[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recalled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A model that another test captured, too, is recalled, unless a file is about capturing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.path.stem.startswith(CAPTURING):
+            for module in (peftfx, cli):
+                patch.setattr(module, "capture", functools.partial(capture, cache=captures()))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -299,6 +299,42 @@ def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> N
     assert recalls() == "stored"
 
 
+def test_functions_of_one_line_and_what_classes_enclose(tmp_path: Path) -> None:
+    """Differences that only training shows, so that nothing but the key tells them apart."""
+
+    class Rated(nn.Module):
+        def __init__(self, rate: Callable[[], float]) -> None:
+            super().__init__()
+            self.fc, self.rate = nn.Linear(4, 4), rate
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.fc(x), self.rate(), self.training)
+
+    def enclosed(rate: float) -> nn.Module:
+        class Enclosing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return nn.functional.dropout(self.fc(x), rate, self.training)
+
+        return Enclosing()
+
+    few, many = lambda: 0.1, lambda: 0.9  # fmt: skip
+    x = torch.randn(2, 4)
+    for pair in ([Rated(few), Rated(many)], [enclosed(0.1), enclosed(0.9)]):
+        notes: list[str] = []
+        for model in (*pair, *pair):
+            program = peftfx.capture(model.eval(), (x,), cache=tmp_path)
+            notes.append(program.cached)
+            torch.manual_seed(0)
+            got = program.train()(x)
+            torch.manual_seed(0)
+            assert torch.equal(got, model.train()(x))
+        assert notes == ["stored", "stored", "recalled", "recalled"]
+
+
 def test_what_is_recalled_is_tried(tmp_path: Path, monkeypatch: Any) -> None:
     """State that no key can hold: what a function of another module returns."""
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -311,22 +311,30 @@ class _Description:
             self._source(base.__module__)
             if base.__module__ in self.files:
                 self._constants(f"{base.__module__}.{base.__qualname__}", vars(base))
+                for name, item in vars(base).items():
+                    names = getattr(getattr(item, "__code__", None), "co_freevars", ())
+                    cells = zip(names, getattr(item, "__closure__", None) or (), strict=False)
+                    read = {n: _content(cell) for n, cell in cells}
+                    self._constants(f"{base.__module__}.{base.__qualname__}.{name}", read)
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def _function(self, item: Any) -> Any:
         self._source(str(item.__module__ or "builtins"))
         code = getattr(item, "__code__", None)
-        cells = [c.cell_contents for c in getattr(item, "__closure__", None) or ()]
-        line = code.co_firstlineno if code is not None else 0
+        cells = [_content(c) for c in getattr(item, "__closure__", None) or ()]
+        # With columns, since lambdas of one line have one name.
+        lines = list(code.co_positions()) if code is not None else []
         owner = getattr(item, "__self__", None)
         bound = None if owner is None or isinstance(owner, type(sys)) else self(owner)
-        return ["function", item.__qualname__, line, bound, self(cells)]
+        return ["function", item.__qualname__, lines, bound, self(cells)]
 
     def _constants(self, owner: str, namespace: Mapping[str, Any]) -> None:
         """Notes the values of a module's or class's plain variables: code reads them, and they may
         be other ones than the source says."""
         items = {n: v for n, v in namespace.items() if not n.startswith("__")}
-        self.constants[owner] = {n: repr(v) for n, v in sorted(items.items()) if _is_plain(v)}
+        plain = {n: repr(v) for n, v in sorted(items.items()) if _is_plain(v)}
+        if plain:
+            self.constants[owner] = plain
 
     def _source(self, module: str) -> None:
         """Notes a module's code and, unless it is installed (its version says enough), that of
@@ -346,6 +354,13 @@ class _Description:
             name = item.__name__ if is_module else getattr(item, "__module__", None)
             if isinstance(name, str) and getattr(sys.modules.get(name), "__file__", None):
                 self._source(name)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
 
 
 def _own_hash(item: Any) -> int | None:
