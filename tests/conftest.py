@@ -21,9 +21,10 @@ from .cpu import BUDGET, Seconds, methods_of, shared
 from .zoo import ZOO
 
 CAPTURING = (
-    "test_cache", "test_capture", "test_probe_sizes", "test_sizes", "test_threads", "test_zoo_capture",
+    "test_cache", "test_capture", "test_mutations", "test_probe_sizes", "test_sizes",
+    "test_threads", "test_zoo_capture",
 )  # fmt: skip
-"""Files about capturing itself: nothing is recalled there."""
+"""Files about capturing itself, or that seed faults: nothing of their own is stored or recalled."""
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
