@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph_module import _WrappedCall
 
 from ..errors import CaptureError
 from .aten import attribute, set_attribute, submodule, written
@@ -29,9 +30,7 @@ class CapturedModule(GraphModule):
     """A graph module that moves between devices as a whole and refuses another dtype."""
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
-        if own_attribute(root, "device") is not None:  # every instance has a class of its own
-            kind: Any = type(self)
-            kind.device = property(lambda me: own_attribute(me, "device"))
+        _show_device(type(self), root)
         super().__init__(root, graph, class_name)
 
     def _deepcopy_init(self) -> Callable[..., None]:
@@ -58,6 +57,13 @@ class CapturedModule(GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles code, not nodes, as torch does; what is read back is of this class again."""
         return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+def _show_device(kind: Any, root: nn.Module) -> None:
+    """Lets a module's class, which every instance has of its own, give what the model itself calls
+    a device."""
+    if own_attribute(root, "device") is not None:
+        kind.device = property(lambda me: own_attribute(me, "device"))
 
 
 def _unpickled(build: Callable[..., GraphModule], arguments: Any, name: str) -> CapturedModule:
@@ -145,7 +151,31 @@ def fork_module(gm: GraphModule) -> CapturedModule:
         )
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
-    return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    if type(gm).__bases__ != (CapturedModule,):  # a unit of `fully_shard`
+        return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    forked = _coded_like(gm, _needed(gm, gm.graph, memo))
+    copy_modes(gm, forked)
+    return forked
+
+
+def _coded_like(source: CapturedModule, root: nn.Module) -> CapturedModule:
+    """A module over a copy of a graph, and all that `root` holds, with the code that there is."""
+    made: Any = CapturedModule.__new__(CapturedModule)
+    made.__dict__.update(source.__getstate__())
+    made.__dict__.update(root.__dict__)
+    made.__dict__.update({k: type(v)() for k, v in vars(source).items() if k in _NOTES})
+    graph = copy_graph(source.graph)
+    graph.owning_module = made
+    made.__dict__["_graph"] = graph
+    kind, known = type(made), type(source)
+    kind.__name__, kind.forward, kind.__call__ = known.__name__, known.forward, known.__call__
+    kind._wrapped_call = _WrappedCall(kind, None)
+    _show_device(kind, root)
+    return made
+
+
+_NOTES = ("meta", "_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks")
+"""What torch notes of a graph module beside its graph."""
 
 
 def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
@@ -234,6 +264,14 @@ def all_read(gm: GraphModule) -> bool:
 
 def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
     """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
+    root = _needed(source, original, memo)
+    made = CapturedModule(root, copy_graph(original), class_name=name)
+    copy_modes(source, made)
+    return made
+
+
+def _needed(source: nn.Module, original: Graph, memo: dict[int, Any]) -> nn.Module:
+    """A module with what a graph reads and calls of `source`."""
     root, transient = nn.Module(), transient_buffers(source)
     for node in original.nodes:
         path = str(node.target)
@@ -242,9 +280,7 @@ def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str
         elif node.op == "get_attr" and not _has(root, path):
             held = attribute(source, path)
             set_attribute(root, path, memo.get(id(held), held), path in transient)
-    forked = CapturedModule(root, copy_graph(original), class_name=name)
-    copy_modes(source, forked)
-    return forked
+    return root
 
 
 def copy_modes(source: nn.Module, target: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from .branchwise import calls, require_faithful
-from .influence import require_apart
+from .influence import noise_limit, require_apart
 from .steady import require_settled
 from .witness import Witness, whole_tensors
 
@@ -41,7 +41,8 @@ def require_kept(
         moved.forget()
     allowed = {*earlier, *(d for each in departures.values() for d in each)}
     require_apart(moved, inputs, allowed, what)
+    limit = noise_limit(moved)
     for path, said in departures.items():
         if path in seen:
-            require_faithful(moved, path, seen[path], said, what)
+            require_faithful(moved, path, seen[path], limit, said, what)
     moved.reset()

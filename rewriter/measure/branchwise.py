@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..errors import VerifyError
 from ..graph.aten import inputs
 from .compare import compare, floats
-from .influence import noise_limit
 from .still import Expected
 from .watch import branches, place
 from .witness import Witness
@@ -99,7 +98,7 @@ def _moving(witness: Witness) -> dict[str, list[int]]:
 
 
 def require_faithful(
-    witness: Witness, path: str, call: Call, departures: Collection[str], what: str
+    witness: Witness, path: str, call: Call, limit: float, departures: Collection[str], what: str
 ) -> None:
     """Raises VerifyError if a branch differs between its modes, or cuts gradients.
 
@@ -107,13 +106,14 @@ def require_faithful(
         witness: of a program whose branches do something.
         path: of the branch.
         call: one of its calls.
+        limit: what its modes may differ by, see `influence.noise_limit`.
         departures: what its pass says of it: `MODES`, `GRADIENTS`.
         what: the pass, for messages.
     """
     module = witness.gm.get_submodule(path)
     said = f"{what}: the branch {place(witness, path)}"
     if MODES not in departures:
-        _require_modes(module, call, noise_limit(witness), said)
+        _require_modes(module, call, limit, said)
     if GRADIENTS not in departures and call.moving:
         _require_gradients(module, call, said)
 

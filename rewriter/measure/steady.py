@@ -13,7 +13,7 @@ from ..errors import VerifyError
 from ..graph.sharded import is_sharded
 from ..program.state import State
 from .compare import Gap, compare
-from .still import Expected, forward, written
+from .still import Expected
 from .witness import Witness, repeats
 
 NOISE = 0.1
@@ -128,7 +128,7 @@ def _drawn(witness: Witness, inputs: Mapping[str, Tensor]) -> Counter[str]:
     counts: Counter[str] = Counter()
     witness.reset()
     with Expected() as mode:
-        forward(witness.gm, witness.completed(inputs))
+        witness.forward(witness.completed(inputs))
     for (name, *_), count in mode.draws.items():
         counts[name] += count
     return counts
@@ -146,12 +146,12 @@ def trained(
     """
     with before.training() as drawn:
         try:
-            want = forward(before.gm, before.completed(inputs))
+            want = before.forward(before.completed(inputs))
         except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
             return []
     with after.training() as drawing:
         try:
-            got = forward(after.gm, after.completed(inputs))
+            got = after.forward(after.completed(inputs))
         except Exception as error:
             raise VerifyError(f"the result does not run in training mode: {error}") from error
     # Branches may have dropout of their own, which goes when they fold; the model's own stays.
@@ -162,7 +162,7 @@ def trained(
             f"dropout or other noise changes in training mode: {name} {numbers} on {shape} runs "
             f"{lost.total()} times {'less' if grows else 'more'}."
         )
-    silent = written(after.gm) - written(before.gm)
+    silent = after.written() - before.written()
     if silent:
         raise VerifyError(
             f"{min(silent)} is written in training mode, but its module does not say so: set "

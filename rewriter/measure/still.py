@@ -58,13 +58,6 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
         return outputs(gm, {n: t.clone() for n, t in inputs.items()})
 
 
-def written(gm: CapturedModule) -> set[str]:
-    """Names of the buffers and parameters that a still module has written since it was made."""
-    held = [*gm.named_parameters(), *gm.named_buffers()]
-    cloned = state_tensors(gm)
-    return {n for n, t in held if not t.is_inference() and t._version and n not in cloned}
-
-
 class Expected(TorchDispatchMode):
     """Random operators give their expected value: dropout keeps everything, noise is none.
 

@@ -106,8 +106,8 @@ def branches(witness: Witness) -> dict[str, nn.Module]:
 
 def place(witness: Witness, path: str) -> str:
     """A branch's path with its site."""
-    sites = [a.site for a in witness.program.attachments if a.path == path]
-    return f"{path} at {sites[0]}" if sites else path
+    site = witness.program.site_of(path)
+    return f"{path} at {site}" if site else path
 
 
 def _failing(what: str, part: str, where: str, error: Exception) -> str:

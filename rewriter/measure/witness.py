@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.output_class import shortened
-from ..graph.sharded import is_sharded
+from ..graph.sharded import has_shards, is_sharded, outputs
 from ..program.state import State
 from .compare import compare
-from .still import Expected, forward, still, written
+from .still import Expected, still
 
 
 @dataclass(eq=False)
@@ -44,8 +44,9 @@ class Witness:
     def __post_init__(self) -> None:
         self.gm = still(self.program)
         self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
-        held = self._held
-        self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
+        held, updated = self._held, state_tensors(self.gm)
+        self._state = {n: held[n].clone() for n in updated if n in held}
+        self._sharded = has_shards(self.gm)
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,7 +74,13 @@ class Witness:
 
     def _call(self, given: Mapping[str, Tensor]) -> Any:
         with Expected() if self.expected else contextlib.nullcontext():
-            return forward(self.gm, given)
+            return self.forward(given)
+
+    def forward(self, given: Mapping[str, Tensor]) -> Any:
+        """What the copy returns for a copy of all inputs, without gradients."""
+        copies = {n: t.clone() for n, t in given.items()}
+        with torch.no_grad():
+            return outputs(self.gm, copies) if self._sharded else self.gm(**copies)
 
     def reset(self) -> None:
         """Puts the state back that the program has."""
@@ -93,7 +100,14 @@ class Witness:
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
         held = self._held
-        return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
+        return self.written() | {n for n, t in self._state.items() if not equal(held[n], t)}
+
+    def written(self) -> set[str]:
+        """Names of the stored tensors that were written, but for those that forwards may update."""
+        return {
+            n for n, t in self._held.items()
+            if not t.is_inference() and t._version and n not in self._state
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Expected]:
@@ -201,9 +215,9 @@ def repeats(witness: Witness, inputs: Mapping[str, Tensor]) -> str:
         return f"changed: {gap}"
     with Expected() as mode:
         witness.reset()
-        once = forward(witness.gm, given)
+        once = witness.forward(given)
         witness.reset()
-        if mode.draws and not different(once, forward(witness.gm, given)):
+        if mode.draws and not different(once, witness.forward(given)):
             return f"random: {gap}"
     return f"drifts: {gap}"
 

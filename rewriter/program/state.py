@@ -167,11 +167,6 @@ class State:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
 
-    @property
-    def inserted(self) -> tuple[str, ...]:
-        """What the names of all tensors of branches and shared modules start with."""
-        return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
-
     def inserts(self, name: str) -> bool:
         """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
         return self._index.of(self.attachments, self.shared).holds(name)
@@ -179,6 +174,10 @@ class State:
     def attached(self, site: str) -> list[Attachment]:
         """The branches at a site, in order of insertion."""
         return self._index.of(self.attachments, self.shared).at(site)
+
+    def site_of(self, path: str) -> str:
+        """The id of the site of the branch at a path; empty if there is none."""
+        return self._index.of(self.attachments, self.shared).site(path)
 
     @property
     def folders(self) -> set[str]:

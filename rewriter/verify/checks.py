@@ -111,7 +111,7 @@ class Checks:
         moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
         random = self.witness is not None and self.witness.expected
         with watched(moved, str(item)):
-            paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
+            paths = [p for p in branches(moved) if not before.inserts(f"{p}.")]
             said = dict.fromkeys(paths, item.departures)
             require_kept(moved, sizes(after)[0], said, random, str(item), self.departures)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
 from ..errors import NonFiniteError, VerifyError
+from ..measure.compare import all_finite
 
 TOLERANCE = 1e-5
 """Largest relative difference between a branch's forward and its matrix, both in float64."""
@@ -303,11 +304,6 @@ class _Written:
                 f"{str(self.dtype)[6:]} explains, up to {self.largest:.3g}, first in row "
                 f"{self.first}. This is an error in a fold rule; nothing was changed."
             )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def require_finite_base(name: str, weight: Tensor) -> None:
