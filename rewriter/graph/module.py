@@ -49,6 +49,35 @@ class CapturedModule(GraphModule):
             relocate(self, before, after)
         return self
 
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's own, without a generator for every level: all other walks use it."""
+        memo = set() if memo is None else memo
+        stack: list[tuple[str, nn.Module]] = [(prefix, self)]
+        while stack:
+            path, module = stack.pop()
+            if remove_duplicate and module in memo:
+                continue
+            if type(module).named_modules not in (nn.Module.named_modules, _NAMED):
+                yield from module.named_modules(memo, path, remove_duplicate)
+                continue
+            memo.add(module)
+            yield path, module
+            start = f"{path}." if path else ""
+            children = [(f"{start}{n}", m) for n, m in module._modules.items() if m is not None]
+            stack += reversed(children)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's own, from the tables of children alone."""
+        found: nn.Module | None = self
+        for part in target.split("."):
+            found = found._modules.get(part) if found is not None else None
+        return super().get_submodule(target) if found is None else found
+
     @property
     def device(self) -> Any:
         """The device of the stored tensors; what the model itself calls so, if anything."""
@@ -57,6 +86,9 @@ class CapturedModule(GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles code, not nodes, as torch does; what is read back is of this class again."""
         return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+_NAMED = CapturedModule.named_modules
 
 
 def _show_device(kind: Any, root: nn.Module) -> None:
@@ -208,7 +240,7 @@ def clone(module: Any, memo: dict[int, Any]) -> Any:
     memo[id(module)] = made
     for name, item in vars(module).items():
         kind = type(item)
-        if kind in _IMMUTABLE:
+        if kind in _IMMUTABLE or _is_constant(item):
             made.__dict__[name] = item
         elif kind in (dict, OrderedDict) and (not item or name in _TABLES):
             made.__dict__[name] = kind((k, clone(v, memo)) for k, v in item.items())
@@ -221,6 +253,13 @@ def clone(module: Any, memo: dict[int, Any]) -> Any:
 
 _IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _is_constant(item: Any) -> bool:
+    """Whether an object is frozen, with all that it holds."""
+    parameters: Any = getattr(type(item), "__dataclass_params__", None)
+    frozen = parameters is not None and parameters.frozen and not hasattr(item, "__slots__")
+    return frozen and all(type(v) in _IMMUTABLE or _is_constant(v) for v in vars(item).values())
 
 
 @functools.cache

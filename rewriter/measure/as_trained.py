@@ -32,7 +32,7 @@ def require_kept(
         what: the pass, for messages.
         earlier: departures of what was in the program before these branches.
     """
-    with calls(moved) as seen:
+    with calls(moved, departures) as seen:
         require_settled(moved, moved.program.base, [inputs])
     if not whole_tensors(moved.program):
         return

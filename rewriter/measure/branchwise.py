@@ -57,16 +57,17 @@ class Call:
 
 
 @contextlib.contextmanager
-def calls(witness: Witness) -> Iterator[dict[str, Call]]:
+def calls(witness: Witness, paths: Collection[str]) -> Iterator[dict[str, Call]]:
     """Collects the first call of each branch that happens meanwhile, by path.
 
     Args:
         witness: of a program with branches, which is called inside of the context.
+        paths: of the branches.
     """
     seen: dict[str, Call] = {}
-    moving = _moving(witness)
+    moving = _moving(witness, paths)
     with contextlib.ExitStack() as hooks:
-        for path, module in branches(witness).items():
+        for path, module in branches(witness, paths).items():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 if path not in seen:
@@ -83,7 +84,7 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _moving(witness: Witness) -> dict[str, list[int]]:
+def _moving(witness: Witness, paths: Collection[str]) -> dict[str, list[int]]:
     """By path of the branch, which leaves of its arguments depend on inputs of the program."""
     depends: dict[Any, bool] = {}
     for node in witness.gm.graph.nodes:
@@ -93,7 +94,8 @@ def _moving(witness: Witness) -> dict[str, list[int]]:
             i for i, a in enumerate(pytree.tree_leaves((node.args, node.kwargs)))
             if depends.get(a, False)
         ]
-        for node in reversed(witness.gm.graph.nodes) if node.op == "call_module"
+        for node in reversed(witness.gm.graph.nodes)
+        if node.op == "call_module" and node.target in paths
     }  # fmt: skip
 
 

@@ -3,8 +3,9 @@ differs from evaluation as it did before."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,26 +21,30 @@ NOISE = 0.1
 """Scale of the noise on what trains in branches: what is zero at first hides what they do."""
 
 
-def perturbed(program: State, names: Collection[str] | None = None, seed: int = 0) -> Witness:
-    """A witness of the program as if it had trained: with noise on parameters of branches.
+@contextlib.contextmanager
+def perturbed(witness: Witness, names: Collection[str], seed: int = 0) -> Iterator[Witness]:
+    """A program as if it had trained: with noise on parameters of branches.
 
     Args:
-        program: not changed.
-        names: of parameters; by default all that train. Those outside of branches stay.
+        witness: of the program; meanwhile its copy has the noise.
+        names: of parameters. Those outside of branches stay.
         seed: of the noise.
+
+    Yields:
+        A witness of that.
     """
-    trained = program.named_trainable_parameters() if names is None else names
-    witness = Witness(program)
     held = dict(witness.gm.named_parameters())
+    known = {n: held[n] for n in names if n in held and witness.program.inserts(n)}
     generator = torch.Generator().manual_seed(seed)
-    for name in trained:
-        parameter = held.get(name)
-        if parameter is None or not program.inserts(name) or is_sharded(parameter):
-            continue
-        if parameter.is_floating_point():
+    before = [(p, p.data) for p in known.values() if p.is_floating_point() and not is_sharded(p)]
+    try:
+        for parameter, values in before:
             noise = torch.randn(parameter.shape, generator=generator) * NOISE
-            parameter.data = parameter.detach() + noise.to(parameter)
-    return witness
+            parameter.data = values + noise.to(values)
+        yield witness.again()
+    finally:
+        for parameter, values in before:
+            parameter.data = values
 
 
 def quieten(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> str:
@@ -144,19 +149,17 @@ def trained(
         inputs: that they are called with.
         grows: the pass may add random operators, and must take none away; else the other way round.
     """
-    with before.training() as drawn:
-        try:
-            want = before.forward(before.completed(inputs))
-        except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
-            return []
-    with after.training() as drawing:
-        try:
-            got = after.forward(after.completed(inputs))
-        except Exception as error:
-            raise VerifyError(f"the result does not run in training mode: {error}") from error
+    try:
+        want, drawn = before.in_training(inputs)
+    except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
+        return []
+    try:
+        got, drawing = after.in_training(inputs)
+    except Exception as error:
+        raise VerifyError(f"the result does not run in training mode: {error}") from error
     # Branches may have dropout of their own, which goes when they fold; the model's own stays.
     more, less = (drawing, drawn) if grows else (drawn, drawing)
-    if lost := less.draws - more.draws:
+    if lost := less - more:
         name, shape, numbers = next(iter(lost))
         raise VerifyError(
             f"dropout or other noise changes in training mode: {name} {numbers} on {shape} runs "
@@ -168,4 +171,4 @@ def trained(
             f"{min(silent)} is written in training mode, but its module does not say so: set "
             "`updates_state = True` there, so that programs do not share it."
         )
-    return compare(before.shortened(want), after.shortened(got))
+    return compare(want, got)

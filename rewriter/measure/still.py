@@ -23,17 +23,17 @@ from ..program.state import State
 ATEN: Any = torch.ops.aten
 
 
-def still(program: State) -> CapturedModule:
+def still(program: State, updated: Collection[str] | None = None) -> CapturedModule:
     """A copy of a program's module in evaluation mode, to be measured.
 
     Parameters are objects of its own over the same memory, and require no gradients: torch picks
     the kernel of a product by that flag, and the last bit of the result depends on the kernel.
     Their version counters are their own, too, so they tell of writes by this copy alone. What
-    a forward updates is copied.
+    a forward updates is copied: the tensors of these names, by default `state_tensors`.
     """
     gm = program.module
     reshard(gm)
-    updated, memo = state_tensors(gm), dict[int, Any]()
+    updated, memo = state_tensors(gm) if updated is None else updated, dict[int, Any]()
     for name, parameter in gm.named_parameters():
         memo[id(parameter)] = nn.Parameter(_own(parameter, name in updated), requires_grad=False)
     for name, buffer in gm.named_buffers():

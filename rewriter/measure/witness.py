@@ -7,6 +7,8 @@ that it was given. It runs on a still copy (see `still`); nothing of the live mo
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.output_class import shortened
@@ -42,12 +45,19 @@ class Witness:
     program that it is compared with has none."""
 
     def __post_init__(self) -> None:
-        self.gm = still(self.program)
-        self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
-        held, updated = self._held, state_tensors(self.gm)
+        updated = state_tensors(self.program.module)
+        self.gm = still(self.program, updated)
+        held = self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
         self._state = {n: held[n].clone() for n in updated if n in held}
         self._sharded = has_shards(self.gm)
         self._seen: list[tuple[dict[str, Tensor], Any]] = []
+        self._trained: tuple[dict[str, Tensor], Any, Counter[Any]] | None = None
+
+    def again(self) -> Witness:
+        """A witness on the same copy, for as long as that is changed."""
+        other = copy.copy(self)
+        other.forget()
+        return other
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
@@ -58,11 +68,20 @@ class Witness:
         """The outputs in evaluation mode, from the program's own state."""
         given = self.completed(inputs)
         for known, result in self._seen:
-            if all(torch.equal(t, known[n]) for n, t in given.items()):
+            if _alike(given, known):
                 return self.shortened(result)
         self.reset()
         self._seen.append((given, self._call(given)))
         return self.shortened(self._seen[-1][1])
+
+    def in_training(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Counter[Any]]:
+        """The outputs in training mode, and how often each random operator ran, see `Expected`."""
+        given = self.completed(inputs)
+        if self._trained is None or not _alike(given, self._trained[0]):
+            with self.training() as mode:
+                self._trained = given, self.forward(given), mode.draws
+        _, output, draws = self._trained
+        return self.shortened(output), draws
 
     def call(self, given: Mapping[str, Tensor]) -> Any:
         """The outputs of one more call, in the mode and state that the copy is in."""
@@ -93,9 +112,15 @@ class Witness:
         """Whether forwards may update stored tensors."""
         return bool(self._state)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the outputs that it has."""
+        outputs = [result for _, result in self._seen] + [self._trained]
+        return sum(t.nbytes for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))
+
     def forget(self) -> None:
         """Drops what was computed."""
-        self._seen.clear()
+        self._seen, self._trained = [], None
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
@@ -120,6 +145,10 @@ class Witness:
         finally:
             self.gm.eval()
             self.reset()
+
+
+def _alike(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(t, known[n]) for n, t in given.items())
 
 
 _SHARED: ContextVar[tuple[Witness, ...]] = ContextVar("_SHARED", default=())

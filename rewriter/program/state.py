@@ -269,11 +269,16 @@ class State:
         return replace(moved, extras=extras, sample=sample, tensors=tensors, origin=origin)
 
     @outside_inference
-    def fork(self) -> Self:
-        """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
+    def fork(self, printed: bool = True) -> Self:
+        """An independent copy: own Parameter objects, frozen storage shared, trained copied.
+
+        Args:
+            printed: with fingerprints of its own; without for what is edited before it is used.
+        """
         reshard(self.module)
         forked = replace(self, module=fork_module(self.module), origin=self.base)
-        forked.prints = forked.fingerprints()
+        if printed:
+            forked.prints = forked.fingerprints()
         return forked
 
     def attached_by(self, adapter: str) -> list[Attachment]:

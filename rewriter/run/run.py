@@ -83,6 +83,8 @@ def run(
             error.add_note(f"while running {item}{after}")
             raise
         done.append(str(item))
+    if checks is not None:
+        checks.keep()
     return program
 
 
@@ -95,7 +97,9 @@ def _step(
         started = time.perf_counter()
         with _sizes_named(program):
             plan = item.plan(program, data, sources)
-        return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+        made = apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+        checks.end(made)
+        return made
     except Exception:
         checks.unmoved(item)
         raise
@@ -133,7 +137,7 @@ def apply_plan(
     require_owned(program)
     clock = [time.perf_counter()]
     owned = owned and not check and all_read(program.module)
-    fork = replace(program) if owned else program.fork()
+    fork = replace(program) if owned else program.fork(printed=False)
     clock.append(time.perf_counter())
     with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)
