@@ -33,6 +33,17 @@ class CapturedModule(GraphModule):
         _show_device(type(self), root)
         super().__init__(root, graph, class_name)
 
+    def outdate(self) -> None:
+        """Says that the graph was edited: its code is made when it is first called, or forked."""
+        kind: Any = type(self)
+        kind.forward = _compiled_first
+        self.__dict__["_outdated"] = True
+
+    def renew(self) -> None:
+        """Makes the code of a graph that was edited, if that is still to be done."""
+        if self.__dict__.pop("_outdated", False):
+            self.recompile()
+
     def _deepcopy_init(self) -> Callable[..., None]:
         return functools.partial(CapturedModule.__init__, class_name=type(self).__name__)
 
@@ -86,6 +97,11 @@ class CapturedModule(GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles code, not nodes, as torch does; what is read back is of this class again."""
         return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+def _compiled_first(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+    self.renew()
+    return self.forward(*args, **kwargs)
 
 
 _NAMED = CapturedModule.named_modules
@@ -183,8 +199,9 @@ def fork_module(gm: GraphModule) -> CapturedModule:
         )
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
-    if type(gm).__bases__ != (CapturedModule,):  # a unit of `fully_shard`
-        return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    if not (isinstance(gm, CapturedModule) and type(gm).__bases__ == (CapturedModule,)):
+        return _rebuild(gm, gm.graph, memo, type(gm).__name__)  # a unit of `fully_shard`
+    gm.renew()
     forked = _coded_like(gm, _needed(gm, gm.graph, memo))
     copy_modes(gm, forked)
     return forked
@@ -219,6 +236,7 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     """
     if hasattr(gm, "unshard"):  # a unit of `fully_shard`
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    gm.renew()
     twin = object.__new__(type(gm))
     twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
     twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
@@ -232,26 +250,30 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
 
 def clone(module: Any, memo: dict[int, Any]) -> Any:
     """`copy.deepcopy(module, memo)`, at a tenth of the cost for modules that say nothing of it."""
-    if id(module) in memo:
-        return memo[id(module)]
+    if module is None or id(module) in memo:
+        return memo.get(id(module))
     if not isinstance(module, nn.Module) or not _copied_plainly(type(module)):
         return copy.deepcopy(module, memo)
     made: Any = object.__new__(type(module))
     memo[id(module)] = made
+    own = made.__dict__
     for name, item in vars(module).items():
         kind = type(item)
-        if kind in _IMMUTABLE or _is_constant(item):
-            made.__dict__[name] = item
-        elif kind in (dict, OrderedDict) and (not item or name in _TABLES):
-            made.__dict__[name] = kind((k, clone(v, memo)) for k, v in item.items())
+        if kind in _IMMUTABLE:
+            own[name] = item
+        elif kind in _CONTAINERS and not item:
+            own[name] = kind()
+        elif name in _TABLES and kind is dict:
+            own[name] = {k: clone(v, memo) for k, v in item.items()}
         elif kind is set and all(type(i) is str for i in item):
-            made.__dict__[name] = set(item)
+            own[name] = set(item)
         else:
-            made.__dict__[name] = copy.deepcopy(item, memo)
+            own[name] = item if _is_constant(item) else copy.deepcopy(item, memo)
     return made
 
 
 _IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
+_CONTAINERS = (dict, OrderedDict, set)
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 

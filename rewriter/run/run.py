@@ -126,8 +126,9 @@ def apply_plan(
         elements: how many the tensors may have that the pass makes, for plans that anybody may
             have written.
         owned: the program is a fork that nothing else holds, so it is edited itself; after an
-            error it is of no use any more. Only without checks, which compare with what it was,
-            and where the step before left nothing that a fork would leave out.
+            error it is of no use any more, and behind the last step it is to be completed. Only
+            without checks, which compare with what it was, and where the step before left nothing
+            that a fork would leave out.
     """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
@@ -144,7 +145,8 @@ def apply_plan(
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text, partial(failing_branch, after))
-    after.prints = after.fingerprints()
+    if not owned:
+        complete(after)
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
@@ -170,8 +172,13 @@ def apply_plan(
         decided,
         tuple(notes),
     )
-    made = replace(after, history=(*program.history, record), numbers=numbers(after))
-    return cast(AnyProgram, made)
+    return cast(AnyProgram, replace(after, history=(*program.history, record)))
+
+
+def complete(program: State) -> None:
+    """Gives a program that was edited its code, fingerprints and numbers."""
+    program.module.renew()
+    program.prints, program.numbers = program.fingerprints(), numbers(program)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ beside the captured model while they rest.
 
 from __future__ import annotations
 
+from ..program.fingerprint import Fingerprints, Print
 from ..program.history import Attachment
 from ..program.state import State
 
@@ -26,12 +27,17 @@ def resting(before: State, after: State) -> list[str]:
 
 def only_branches(program: State) -> bool:
     """Whether a program is the captured one with such branches and nothing else."""
-    known, prints = program.tensors, program.prints
+    known, prints = program.tensors, program.prints or Fingerprints()
     other = known.trained or known.added or known.untied or known.removed
-    other = other or program.shared or program.outputs_added or (prints is not None and prints.own)
+    other = other or program.shared or program.outputs_added
+    other = other or any(not _equal(own, prints.base.get(n)) for n, own in prints.own.items())
     inserting = all(r.adapter and not r.applied.reshapes for r in program.history)
     same = inserting and not other and program.spec == program.base.spec
     return same and all(map(_on_the_way, program.attachments))
+
+
+def _equal(own: Print, base: Print | None) -> bool:
+    return base is not None and own.values is not None and own.values == base.values
 
 
 def _on_the_way(attachment: Attachment) -> bool:

@@ -157,7 +157,7 @@ class Attaching:
         return node
 
     def finish(self) -> None:
-        """Removes what no output needs and regenerates the code.
+        """Removes what no output needs; the code is made when it is first needed.
 
         Raises:
             PassError: a branch reads what is computed only after it, or a state is not set.
@@ -171,7 +171,7 @@ class Attaching:
         erase_dead(self.graph_module)
         require_order(self.program, self.method)
         self.program.shared = unshared(self.graph_module, self.program.shared)
-        self.graph_module.recompile()
+        self.program.module.outdate()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
