@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
-from peftfx.rewriter.graph.module import clone
+from peftfx.rewriter.graph.clone import clone
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.tracing.memo import Memo
 from peftfx.rewriter.tracing.propagate import _Fakes
@@ -91,6 +91,8 @@ def test_layers_cost_no_evaluations(
     # Of both: at three sizes, again, in training; of the base with its last sample, or token,
     # changed, and before; of the adapter also with noise: twice, and with each of both changed.
     assert forwards.count("program") == 5 + 3 + 5 + 4
+    branches = 2 * layers * (5 + 1 + 4)  # once more with gradients
+    assert forwards.count("a2") == branches + 2 * 5  # alone: only one of each kind, up and down
     forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
     assert forwards.count("program") == 1 + 5 + 4

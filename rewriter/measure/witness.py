@@ -67,12 +67,18 @@ class Witness:
     def outputs(self, inputs: Mapping[str, Tensor]) -> Any:
         """The outputs in evaluation mode, from the program's own state."""
         given = self.completed(inputs)
-        for known, result in self._seen:
-            if _alike(given, known):
-                return self.shortened(result)
+        if (seen := self._of(given)) is not None:
+            return self.shortened(seen[1])
         self.reset()
         self._seen.append((given, self._call(given)))
         return self.shortened(self._seen[-1][1])
+
+    def has_seen(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the outputs are known already."""
+        return self._of(self.completed(inputs)) is not None
+
+    def _of(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any] | None:
+        return next((seen for seen in self._seen if _alike(given, seen[0])), None)
 
     def in_training(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Counter[Any]]:
         """The outputs in training mode, and how often each random operator ran, see `Expected`."""
