@@ -184,7 +184,7 @@ def outlining() -> dict[str, float]:
 
 
 def peak(path: Path, variant: str, cache: Path) -> int:
-    """Run in a process of its own: MiB that a fold adds to the peak of resident memory."""
+    """Run in a process of its own: MB that a fold adds to the peak of resident memory."""
     import peft
 
     model = language_model(path, torch.float32)
@@ -228,19 +228,23 @@ def main() -> None:
     if options.peak:
         print(peak(options.model, options.peak, options.cache))
         return
+    results: dict[str, Any] = {}
+
+    def written(name: str, made: Any) -> None:
+        results[name] = made
+        Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.dumps(made, indent=1), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder)
-        results = {
-            "environment": f"{core.environment()}, load average {os.getloadavg()[0]:.0f}",
-            **{f"135 M parameters, 210 linears, {str(d)[6:]} [s]": large(
-                options.model, d, options.rounds, cache) for d in (torch.float32, torch.bfloat16)},
-            "adapters on MiniLM [s]": {str(n): many(n, cache) for n in (8, 16)},
-            "outline of 48 and 96 layers [s]": outlining(),
-            "peak memory added by a fold [MiB]": peaks(options.model, cache),
-        }  # fmt: skip
-    text = json.dumps(results, indent=1)
-    Path(__file__).with_suffix(".json").write_text(text + "\n")
-    print(text)
+        cache, model = Path(folder), options.model
+        load = f"load average {os.getloadavg()[0]:.0f}"
+        written("environment", f"{core.environment()}, {load}")
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"135 M parameters, 210 linears, {str(dtype)[6:]} [s]"
+            written(name, large(model, dtype, options.rounds, cache))
+        written("adapters on MiniLM [s]", {str(n): many(n, cache) for n in (8, 16)})
+        written("peak memory added by a fold [MB]", peaks(model, cache))
+        written("outline of 48 and 96 layers [s]", outlining())
 
 
 if __name__ == "__main__":

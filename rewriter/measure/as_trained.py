@@ -39,8 +39,7 @@ def require_kept(
     if not whole_tensors(moved.program):
         return
     if random:
-        moved.expected = True
-        moved.forget()
+        moved.expect()
     allowed = {*earlier, *(d for each in departures.values() for d in each)}
     require_apart(moved, inputs, allowed, what)
     limit = noise_limit(moved)

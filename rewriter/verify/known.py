@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..measure.witness import Witness
+from ..measure.witness import Outputs, Witness
 from ..program.fingerprint import checksum, hollow, is_at
 from ..program.state import State
 from .intact import Mark, tensors
@@ -20,6 +21,9 @@ _LARGE = 1 << 18
 """Bytes of a tensor that is summed up by itself."""
 
 
+Places = dict[str, tuple[Any, ...]]
+
+
 @dataclass(frozen=True)
 class Known:
     """A witness with what it is true of: the tensors, and the values of those that may train.
@@ -28,11 +32,14 @@ class Known:
     """
 
     witness: Witness
-    marks: Mapping[str, Mark]
+    places: Places
     values: Mapping[str, bytes]
 
 
-_KNOWN: weakref.WeakKeyDictionary[State, Known] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[State, tuple[Outputs, Places, Mapping[str, bytes]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Outputs alone: neither a copy nor a tensor of a program, whose memory may be asked back."""
 
 
 def recalled(program: State, marks: Mapping[str, Mark]) -> Known:
@@ -44,24 +51,26 @@ def recalled(program: State, marks: Mapping[str, Mark]) -> Known:
         program: unchanged as far as it has fingerprints.
         marks: of its tensors now.
     """
-    known, values = _KNOWN.pop(program, None), _values(program)
-    if known is None or known.marks != marks or known.values != values:
-        return Known(Witness(program), marks, values)
-    known.witness.program = program
-    return known
+    kept, places, values = _KNOWN.pop(program, None), _places(marks), _values(program)
+    if kept is None or kept[1:] != (places, values):
+        return Known(Witness(program), places, values)
+    return Known(Witness(program, kept[0]), places, values)
 
 
 def known(witness: Witness, marks: Mapping[str, Mark]) -> Known:
     """What is known of the program of a witness, with the marks of its tensors now."""
-    return Known(witness, marks, _values(witness.program))
+    return Known(witness, _places(marks), _values(witness.program))
 
 
 def keep(known: Known) -> None:
     """Keeps what is known of a program with it."""
-    witness = known.witness
-    if not witness.stateful and witness.size <= _MOST:
-        _KNOWN[witness.program] = known
-        del witness.program  # which would keep itself alive
+    outputs, program = known.witness.known, known.witness.program
+    if outputs.size <= _MOST and not known.witness.stateful:
+        _KNOWN[program] = outputs, known.places, known.values
+
+
+def _places(marks: Mapping[str, Mark]) -> Places:
+    return {n: (m.identity, m.view, m.version, m.trains) for n, m in marks.items()}
 
 
 def _values(program: State) -> dict[str, bytes]:
