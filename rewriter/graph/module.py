@@ -32,17 +32,6 @@ class CapturedModule(GraphModule):
         _show_device(type(self), root)
         super().__init__(root, graph, class_name)
 
-    def outdate(self) -> None:
-        """Says that the graph was edited: its code is made when it is first called, or forked."""
-        kind: Any = type(self)
-        kind.forward = _compiled_first
-        self.__dict__["_outdated"] = True
-
-    def renew(self) -> None:
-        """Makes the code of a graph that was edited, if that is still to be done."""
-        if self.__dict__.pop("_outdated", False):
-            self.recompile()
-
     def _deepcopy_init(self) -> Callable[..., None]:
         return functools.partial(CapturedModule.__init__, class_name=type(self).__name__)
 
@@ -98,9 +87,22 @@ class CapturedModule(GraphModule):
         return _unpickled, (*super().__reduce__(), type(self).__name__)
 
 
-def _compiled_first(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    self.renew()
-    return self.forward(*args, **kwargs)
+def outdate(gm: CapturedModule) -> None:
+    """Says that the graph was edited: its code is made when it is first called, or forked."""
+    kind: Any = type(gm)
+    kind.forward = _compiled_first
+    gm.__dict__["_outdated"] = True
+
+
+def renew(gm: CapturedModule) -> None:
+    """Makes the code of a graph that was edited, if that is still to be done."""
+    if gm.__dict__.pop("_outdated", False):
+        gm.recompile()
+
+
+def _compiled_first(gm: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+    renew(gm)
+    return gm.forward(*args, **kwargs)
 
 
 _NAMED = CapturedModule.named_modules
@@ -200,7 +202,7 @@ def fork_module(gm: GraphModule) -> CapturedModule:
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
     if not (isinstance(gm, CapturedModule) and type(gm).__bases__ == (CapturedModule,)):
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)  # a unit of `fully_shard`
-    gm.renew()
+    renew(gm)
     forked = _coded_like(gm, _needed(gm, gm.graph, memo))
     copy_modes(gm, forked)
     return forked
@@ -235,7 +237,7 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     """
     if hasattr(gm, "unshard"):  # a unit of `fully_shard`
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)
-    gm.renew()
+    renew(gm)
     twin = object.__new__(type(gm))
     twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
     twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
