@@ -23,6 +23,7 @@ import peftfx
 import peftfx.distributed as pd
 
 from .. import models
+from ..captures import captures
 
 ROWS = 4
 RECIPE = "lora{rank=4,where=q|v}"
@@ -58,7 +59,8 @@ def launch(folder: Path, names: list[str], ranks: int = 2, timeout: int = 300) -
 
 def base(layers: int = 2, seed: int = 0) -> peftfx.Program:
     torch.manual_seed(seed)
-    return peftfx.capture(models.Decoder(layers=layers).eval(), kwargs=models.batch(ROWS))
+    model = models.Decoder(layers=layers).eval()
+    return peftfx.capture(model, kwargs=models.batch(ROWS), cache=captures())
 
 
 def prepared(program: peftfx.Program, recipe: str = RECIPE) -> peftfx.Program:
