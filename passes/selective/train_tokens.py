@@ -1,0 +1,67 @@
+"""Training a few rows of a table: new tokens, or tokens whose meaning moved.
+
+Hewitt, "Initializing new word embeddings", 2021 (practice; the rows of PEFT's trainable tokens).
+`W' = W` with the rows `ids` replaced by trained ones, for every call that reads the table, a tied
+head's, too. The rows start as the table's own, so step 0 is the base model. Folds exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.branches.branch import Axes, Expression
+from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.sites import EmbeddingSite
+
+
+class RowsExpression(Expression):
+    """`w' = w` but for some rows; parameter `rows [count, width]`."""
+
+    axes: ClassVar[Axes] = {"rows": ("count", "width"), "ids": ("count",)}
+    ids: Tensor
+
+    def __init__(self, ids: Tensor, rows: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("ids", ids.to(rows.device, torch.long), persistent=False)
+        self.rows = nn.Parameter(rows)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return w.index_copy(0, self.ids, self.rows.to(w.dtype))
+
+    def describe(self) -> str:
+        return f"{len(self.rows)} rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokens(Method):
+    """Trains rows of the token table.
+
+    Attributes:
+        ids: of the tokens.
+    """
+
+    folds: ClassVar[str] = "exactly"
+    kinds: ClassVar[tuple[str, ...]] = ("embedding",)
+
+    ids: tuple[int, ...] = (0,)
+    where: str = "embedding.token"
+
+    def check(self) -> None:
+        self.require(len(self.ids) > 0, "ids", "at least one")
+        self.require(len(set(self.ids)) == len(self.ids), "ids", "different ones")
+        self.require(min(self.ids, default=0) >= 0, "ids", "no negative ones")
+
+    def obstacle(self, site: EmbeddingSite) -> str:
+        if max(self.ids) >= site.size:
+            return f"the id {max(self.ids)} is beyond its {site.size} rows. Choose smaller ids"
+        return ""
+
+    def insert(self, edit: Editor, site: EmbeddingSite) -> None:
+        ids = torch.tensor(self.ids)
+        rows = edit.table(site).detach()[ids.to(edit.table(site).device)]
+        edit.express(site, site.weight, RowsExpression(ids, rows.to(edit.like(site), copy=True)))
