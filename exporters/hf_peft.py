@@ -9,7 +9,9 @@ files is told by `peft_version`. A key or an option that is not understood is an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,16 @@ from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
-from ..rewriter.files.directory import Folder, reading
-from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
+from ..rewriter.files.directory import Folder, reading, write_directory
+from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Part, Parts, Trained
+from ..rewriter.storage.parts import Part, Parts, Trained, of_plan, same
+from .adapter_parts import adapter_parts
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
+from .hf_peft_writing import VERSION, written
 
 Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
 
@@ -43,6 +47,8 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     "LN_TUNING": (norms,),
     **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT"), (changes,)),
 }
+
+_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
 def load_peft(
@@ -70,6 +76,52 @@ def load_peft(
     return run(program, Imported(name=name or _name(directory)), sources=[parts])
 
 
+def save_peft(
+    program: Program,
+    directory: str | Path,
+    adapter: str = "",
+    *,
+    base: str | None = None,
+    task: str | None = None,
+) -> None:
+    """Writes an adapter as PEFT does; `peft.PeftModel.from_pretrained` reads it.
+
+    Args:
+        program: which holds the adapter unfolded.
+        directory: new, empty, or one with an `adapter_config.json` to replace.
+        adapter: its name; the only one by default.
+        base: name or path of the base model, for the config.
+        task: PEFT's `task_type`, such as CAUSAL_LM.
+
+    Raises:
+        ArtifactError: PEFT has no form for it, or the directory cannot be written; what was there
+            stays. NonFiniteError: a tensor holds NaN or infinity.
+    """
+    parts = adapter_parts(program, adapter)
+    read = _unchanged(program, parts.source, parts)
+    if read is not None and read.original:
+        config, tensors = dict(read.config), dict(read.original)
+    else:
+        config, tensors = written(program, parts)
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    said: Mapping[str, Any] = {} if read is None else read.config
+    about = {
+        "auto_mapping": said.get("auto_mapping"), "inference_mode": True,
+        "base_model_name_or_path": base or said.get("base_model_name_or_path"),
+        "peft_version": VERSION, "revision": said.get("revision"),
+        "task_type": task or said.get("task_type"),
+    }  # fmt: skip
+    if config["peft_type"] in _PROMPTS and about["task_type"] is None:
+        raise ArtifactError(
+            f"PEFT uses {config['peft_type']} only with a task_type. Say which: "
+            "save_peft(..., task='CAUSAL_LM')."
+        )
+    text = json.dumps(config | about, indent=2, sort_keys=True, allow_nan=False)
+    files = {CONFIG: text.encode(), TENSORS: write_tensors(tensors, {"format": "pt"})}
+    write_directory(directory, files, CONFIG)
+
+
 def read_peft(program: Program, directory: str | Path) -> Parts:
     """An adapter of PEFT in parts; see `load_peft`."""
     data, tensors, where = reading(directory, f"a directory with a {CONFIG}", _files)
@@ -86,8 +138,38 @@ def read_peft(program: Program, directory: str | Path) -> Parts:
     config.finish()
     if not parts:
         raise ArtifactError(f"{where}: the adapter holds nothing.")
-    version = ".".join(map(str, config.version))
-    return Parts(tuple(parts), f"peft {version} {config.type}", _notes(config))
+    source = f"peft {data.get('peft_version') or 'of unknown version'} {config.type}"
+    read = Parts(tuple(parts), source, _notes(config), data)
+    return read if _says_all(program, read, tensors) else replace(read, original=tensors)
+
+
+def _says_all(program: Program, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the parts are written as the tensors that they were read from."""
+    try:
+        _, again = written(program, parts)
+    except ArtifactError:
+        return False
+    return again.keys() == tensors.keys() and all(
+        again[k].dtype == t.dtype and torch.equal(again[k], t) for k, t in tensors.items()
+    )
+
+
+def _unchanged(program: Program, adapter: str, parts: Parts) -> Parts | None:
+    """What an adapter was read from, if it still is that."""
+    steps = [r for r in program.history if r.adapter == adapter and isinstance(r.applied, Imported)]
+    if not steps:
+        return None
+    read = of_plan(steps[0].plan)
+    current = adapter_parts(program, adapter).parts
+    wanted = {_key(p): p for p in read.parts}
+    equal = len(current) == len(read.parts) and all(
+        (w := wanted.get(_key(p))) is not None and same(w, p) for p in current
+    )
+    return read if equal else None
+
+
+def _key(part: Part) -> tuple[Any, ...]:
+    return part.kind, part.target, getattr(part, "layer", None), getattr(part, "lookup", None)
 
 
 def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -109,8 +191,8 @@ def _plain(key: str, where: str) -> str:
     if key == "prompt_embeddings" or key.startswith("prefix_task_"):
         return key
     raise ArtifactError(
-        f"{where}: the key {key!r} does not start with {PREFIX!r}. PEFT itself would load nothing of "
-        "it; rename the keys."
+        f"{where}: the key {key!r} does not start with {PREFIX!r}. PEFT would load nothing of it; "
+        "rename the keys."
     )
 
 
@@ -148,7 +230,7 @@ def _captured(model: nn.Module, captured: Mapping[str, Any]) -> Program:
     inputs = getattr(model, "dummy_inputs", None)
     if not isinstance(inputs, Mapping):
         raise ArtifactError(
-            f"{type(model).__name__} has no dummy_inputs, so it is not known how to call it. Capture "
-            "it first: load_peft(peftfx.capture(model, (example,)), directory)."
+            f"{type(model).__name__} has no dummy_inputs, so how to call it is not known. Capture it "
+            "first: load_peft(peftfx.capture(model, (example,)), directory)."
         )
     return capture(model, kwargs=dict(inputs))  # pyright: ignore[reportUnknownArgumentType]

@@ -1,5 +1,5 @@
-"""Parts of PEFT's other tensors: scalings, prompts, prefixes, whole parameters, and the exact change
-of what no method here computes."""
+"""Parts of PEFT's other tensors: scalings, prompts, prefixes, whole parameters, and the exact
+change of what no method here computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
 
 
 def scalings(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
-    """IA3: `ia3_l [out, 1]` times the outputs, or `[1, in]` times the inputs of `feedforward_modules`."""
+    """IA3: `ia3_l [out, 1]` times the outputs, or `[1, in]` the inputs of feedforward modules."""
     inputs = config.take("feedforward_modules", [], list, str)
     parts: list[Part] = []
     for path, leaves in by_module(tensors, ["ia3_l"]).items():
@@ -59,14 +59,14 @@ def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> lis
         rows = rows * (columns[0] @ wide[0])
     if submodules != 1 or len(rows) != length:
         raise ArtifactError(
-            f"{config.where}: {len(rows)} rows for {length} tokens in {submodules} submodules: only "
-            "prompts of models with one stack are read."
+            f"{config.where}: {len(rows)} rows for {length} tokens in {submodules} submodules: "
+            "only prompts of models with one stack are read."
         )
     return [Prompt("", rows)]
 
 
 def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
-    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys and values in turn by layer."""
+    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer."""
     rows = _embeddings(config, tensors)
     if int(config.take("num_transformer_submodules", 1)) != 1:
         raise ArtifactError(
@@ -77,8 +77,8 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> li
     heads = int(config.data.get("num_attention_heads") or 0)
     if layers < 1 or heads < 1 or rows.shape[0] != length or rows.shape[1] % (2 * layers * heads):
         raise ArtifactError(
-            f"{config.where}: prompt_embeddings is {tuple(rows.shape)}, which is not {length} tokens "
-            f"of {layers} layers and {heads} heads."
+            f"{config.where}: prompt_embeddings is {tuple(rows.shape)}, which is not {length} "
+            f"tokens of {layers} layers and {heads} heads."
         )
     stack = rows.view(length, layers, 2, heads, -1)
     return [Prefix("", stack[:, i, 0], stack[:, i, 1], i) for i in range(layers)]
@@ -92,7 +92,7 @@ def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def token_rows(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
-    """Trained rows of a table: `trainable_tokens_delta [count, width]`, which are no differences."""
+    """Trained rows of a table: `trainable_tokens_delta [count, width]`, no differences."""
     said = config.take("token_indices", None, list)
     said = said or config.take("trainable_token_indices", None, list, dict)
     parts: list[Part] = []
@@ -201,8 +201,8 @@ def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
 
 
 def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first terms of
-    its series, which are no exact rotation."""
+    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
+    terms of its series, which are no exact rotation."""
     config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
     terms = config.take("num_cayley_neumann_terms", 5)
     vector = own["oft_R.weight"]
@@ -227,8 +227,8 @@ def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor
     config.take("r", 256)
     if len(shared) != 2:
         raise ArtifactError(
-            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and no "
-            "generator makes them again on every machine. Save it with save_projection=True."
+            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
+            "no generator makes them again on every machine. Save it with save_projection=True."
         )
     out, size = matrix.shape
     a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
@@ -255,8 +255,8 @@ def _weight(program: Program, path: str, config: Config) -> str:
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     if f"{plain}.weight" not in names:
         raise ArtifactError(
-            f"{config.where}: the adapter changes {plain!r}, and this model has no such module with "
-            "a weight. Use the base that it was trained on."
+            f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
+            "with a weight. Use the base that it was trained on."
         )
     return f"{plain}.weight"
 

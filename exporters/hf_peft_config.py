@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json` and `adapter_model.safetensors`: reading both, and what their options mean.
+"""PEFT's `adapter_config.json` and `adapter_model.safetensors`: what their options mean.
 
 An option that changes numbers and is not understood is an error that names it; nothing is skipped.
 """
@@ -31,7 +31,8 @@ TARGETS = {
 
 INERT = {
     "init_weights", "init_ia3_weights", "rank_dropout", "module_dropout", "rank_dropout_scale",
-    "use_effective_conv2d", "decompose_both", "decompose_factor", "megatron_config", "megatron_core",
+    "use_effective_conv2d", "decompose_both", "decompose_factor", "megatron_config",
+    "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "qalora_group_size", "save_projection", "projection_prng_key", "vera_dropout", "d_initial",
     "mask_type", "random_seed", "boft_dropout", "miss_dropout", "target_r", "init_r", "tinit",
@@ -98,7 +99,7 @@ class Config:
 
 
 def resolved(patterns: Mapping[str, Any], path: str, default: Any, where: str) -> Any:
-    """The value that PEFT takes for a module: of the first pattern that matches the end of its path.
+    """The value that PEFT takes for a module: of the first pattern that its path ends like.
 
     Raises:
         ArtifactError: a pattern is no regular expression.

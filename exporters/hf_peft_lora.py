@@ -1,4 +1,4 @@
-"""Parts of PEFT's LORA and ADALORA tensors: factors, scales, magnitudes, biases, stacks of experts."""
+"""Parts of PEFT's LORA and ADALORA tensors: factors, scales, magnitudes, biases, experts."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def _residual(config: Config, program: Program, part: LowRank, start: str) -> Lo
         a, b = r[:rank], q[:, :rank]
     else:
         raise ArtifactError(
-            f"{config.where}: with init_lora_weights={start!r} the adapter trained on another base, "
-            "and the file does not say which. Convert it where it was trained: "
+            f"{config.where}: with init_lora_weights={start!r} the adapter trained on another "
+            "base, and the file does not say which. Convert it where it was trained: "
             "save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     own = torch.cat([part.a.float(), a]), torch.cat([part.b.float(), -b], 1)

@@ -89,15 +89,13 @@ class Imported(Pass):
                 f"{self.text}: it inserts one adapter that was read from a file. Use "
                 "peftfx.load_peft(program, directory), which runs it."
             )
-        (parts,) = given
-        plan = as_plan(parts.parts)
-        about = {"source": parts.source, "notes": list(parts.notes)}
-        return Plan({**plan.decisions, **about}, plan.tensors)
+        return as_plan(given[0])
 
     def apply(self, edit: Editor, plan: Plan) -> None:
-        for part in of_plan(plan):
+        parts = of_plan(plan)
+        for part in parts.parts:
             insert(edit, part)
-        for line in plan.decisions.get("notes", ()):
+        for line in (f"read from {parts.source}", *parts.notes):
             edit.note(line)
 
 
@@ -147,7 +145,8 @@ def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
         what = "looks up" if lookup else "multiplies by"
         raise PassError(
             f"no call of this model {what} {name!r}. Nearest: "
-            f"{nearest(name, {s.weight for s in every})}. Use the base that the adapter was trained on."
+            f"{nearest(name, {s.weight for s in every})}. Use the base that the adapter was "
+            "trained on."
         )
     return sites
 

@@ -98,11 +98,13 @@ def write_json(data: Any) -> bytes:
     return (text + "\n").encode()
 
 
-def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def write_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The tensors as one safetensors file."""
     whole_ones = {name: whole(t).detach() for name, t in sorted(tensors.items())}
     plain = {name: t.cpu().contiguous().clone() for name, t in whole_ones.items()}
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(plain, dict(metadata) if metadata else None)
 
 
 def read_file(

@@ -8,10 +8,11 @@ the features of fused ones lie in one part.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError
@@ -19,6 +20,8 @@ from ..program.history import Plan
 
 PARTS: dict[str, type[Part]] = {}
 """Kind -> class; filled by subclassing."""
+
+_ORIGINAL = "original."
 
 
 @dataclass(frozen=True)
@@ -122,19 +125,39 @@ class Prefix(Part):
     shifted: bool = True
 
 
-def as_plan(parts: Sequence[Part]) -> Plan:
+@dataclass(frozen=True)
+class Parts:
+    """An adapter as a file had it.
+
+    Attributes:
+        parts: in the order of the file.
+        source: what wrote it, such as `peft 0.21.2 LORA`.
+        notes: what whoever reads the record has to know.
+        config: the file's own description, which its writer needs again.
+        original: the file's tensors, where the parts do not hold all that they say.
+    """
+
+    parts: tuple[Part, ...]
+    source: str = ""
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    original: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def as_plan(parts: Parts) -> Plan:
     """The parts as strict JSON and tensors."""
     listed: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
-    for index, part in enumerate(parts):
+    tensors = {f"{_ORIGINAL}{n}": t for n, t in parts.original.items()}
+    for index, part in enumerate(parts.parts):
         values = {f.name: getattr(part, f.name) for f in fields(part)}
         own = {n: v for n, v in values.items() if isinstance(v, Tensor)}
         tensors |= {f"{index}.{n}": t for n, t in own.items()}
         listed.append({"kind": part.kind} | {n: v for n, v in values.items() if n not in own})
-    return Plan({"parts": listed}, tensors)
+    about = {"source": parts.source, "notes": list(parts.notes), "config": dict(parts.config)}
+    return Plan({"parts": listed, **about}, tensors)
 
 
-def of_plan(plan: Plan) -> list[Part]:
+def of_plan(plan: Plan) -> Parts:
     """Undoes `as_plan`.
 
     Raises:
@@ -147,12 +170,31 @@ def of_plan(plan: Plan) -> list[Part]:
             raise CorruptFileError(f"{where} is of no kind that is known. The file was altered.")
         cls = PARTS[str(given["kind"])]  # pyright: ignore[reportUnknownArgumentType]
         values: dict[str, Any] = {k: v for k, v in given.items() if k != "kind"}  # pyright: ignore
-        prefix = f"{index}."
-        values |= {
-            n.removeprefix(prefix): t for n, t in plan.tensors.items() if n.startswith(prefix)
-        }
+        values |= _below(plan, f"{index}.")
         parts.append(_part(cls, values, where))
-    return parts
+    about = plan.decisions
+    notes = tuple(map(str, about.get("notes", ())))
+    config: Any = about.get("config", {})
+    return Parts(tuple(parts), str(about.get("source", "")), notes, config, _below(plan, _ORIGINAL))
+
+
+def _below(plan: Plan, prefix: str) -> dict[str, Tensor]:
+    mine = ((n, t) for n, t in plan.tensors.items() if n.startswith(prefix))
+    return {n.removeprefix(prefix): t for n, t in mine}
+
+
+def same(one: Part, other: Part) -> bool:
+    """Whether two parts are equal, bit for bit."""
+    if type(one) is not type(other):
+        return False
+    for field_ in fields(one):
+        left, right = getattr(one, field_.name), getattr(other, field_.name)
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            if left.shape != right.shape or not torch.equal(left, right.to(left)):
+                return False
+        elif left is not right and left != right:
+            return False
+    return True
 
 
 def _part(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
@@ -171,22 +213,3 @@ def _types(hint: Any) -> tuple[type, ...]:
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(t for arg in get_args(hint) for t in _types(arg))
     return (float, int) if hint is float else (hint,)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """An adapter as a file had it.
-
-    Attributes:
-        parts: in the order of the file.
-        source: what wrote it, such as `peft 0.21.2 LORA`.
-        notes: what whoever reads the record has to know.
-    """
-
-    parts: tuple[Part, ...]
-    source: str = ""
-    notes: tuple[str, ...] = ()
-
-    def noting(self, *notes: str) -> Self:
-        """With further notes."""
-        return type(self)(self.parts, self.source, (*self.notes, *notes))
