@@ -1,8 +1,8 @@
 """What an adapter of a program is in parts (`rewriter/storage/parts.py`), for writers of
 all formats.
 
-Pieces of a fused weight become one part: with one `a` where all share it, else with their ranks side
-by side.
+Pieces of a fused weight become one part: with one `a` where all share it, else with their
+ranks side by side.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..passes.additive.ia3 import IA3Input
 from ..passes.additive.prefix_tuning import PrefixTuning
 from ..passes.additive.prompt_tuning import PromptBranch
-from ..passes.interchange.imported import ChangeBranch
+from ..passes.interchange.imported import AcrossGroups, ChangeBranch
 from ..passes.reparameterized.dora import DoRABranch
 from ..passes.reparameterized.lora import LoRABranch
 from ..passes.selective.train_tokens import RowsExpression
@@ -119,7 +119,7 @@ def _joined(program: Program, pieces: Sequence[Piece]) -> Part:
         for piece, scaled in pieces:
             vector[_rows(piece, out)] = scaled.scale().detach().float().cpu()
         return Scaling(name, vector, "out")
-    if all(isinstance(b, LoRABranch | DoRABranch) for _, b in pieces):
+    if all(isinstance(b, LoRABranch | DoRABranch | AcrossGroups) for _, b in pieces):
         return _low_rank(name, pieces, out, count)
     change = torch.zeros(out, site.matrices[2])
     for piece, delta in pieces:

@@ -230,7 +230,7 @@ def _captured(model: nn.Module, captured: Mapping[str, Any]) -> Program:
     inputs = getattr(model, "dummy_inputs", None)
     if not isinstance(inputs, Mapping):
         raise ArtifactError(
-            f"{type(model).__name__} has no dummy_inputs, so how to call it is not known. Capture it "
+            f"{type(model).__name__} has no dummy_inputs, so how to call it is unknown. Capture it "
             "first: load_peft(peftfx.capture(model, (example,)), directory)."
         )
     return capture(model, kwargs=dict(inputs))  # pyright: ignore[reportUnknownArgumentType]

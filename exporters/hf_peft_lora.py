@@ -22,6 +22,10 @@ LEAVES = (
     "lora_ranknum",
 )  # fmt: skip
 
+TWICE = 2
+"""How often PEFT 0.21 adds the change of the output projection inside `nn.MultiheadAttention`, in
+training and when it merges: it writes it into the weight and then merges that layer, too."""
+
 _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base as it is."""
 
@@ -106,14 +110,12 @@ def _product(
         a, b = _experts(config, path, a, b, site)
         return LowRank(name, a, b, scales.of(path, rank))
     rank = a.shape[0]
+    a, b = a.flatten(1), b.flatten(1)
     if isinstance(site, ConvSite) and site.groups > 1:
-        groups = site.groups
-        a = a.flatten(1).unflatten(0, (groups, -1))
-        b = b.flatten(1).unflatten(0, (groups, -1))
-    else:
-        a, b = a.flatten(1), b.flatten(1)
+        b = b.unflatten(0, (site.groups, -1))  # a reads the channels of all groups
     magnitude = None if magnitude is None else magnitude.flatten()
-    return LowRank(name, a, b, scales.of(path, rank), magnitude, False, dropout)
+    scale = scales.of(path, rank) * (TWICE if path.endswith(".base_layer.out_proj") else 1)
+    return LowRank(name, a, b, scale, magnitude, False, dropout)
 
 
 def _lookup(scales: _Scales, path: str, name: str, leaves: Mapping[str, Tensor]) -> LowRank:
@@ -205,11 +207,8 @@ def _stacked(
         own = [n for n in program.base.base_tensors() if n.rpartition(".")[0] == plain]
         wrapped = [n for n in own if any(n == t or n.endswith(f".{t}") for t in targeted)]
         if wrapped:
-            depth = path.count("base_layer")
             same = [p for p in layers if re.sub(r"(^|\.)base_layer(?=\.|$)", "", p) == plain]
-            if len(same) > len(wrapped):
-                raise ArtifactError(f"{config.where}: {plain} has more adapters than parameters.")
-            name = wrapped[len(same) - 1 - depth]
+            name = _wrapped(config, plain, wrapped, sorted(same, key=len, reverse=True), path)
         if name is None:
             raise ArtifactError(
                 f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
@@ -217,6 +216,21 @@ def _stacked(
             )
         chosen[path] = name, sites.get(program.tensors.stored(name))
     return chosen
+
+
+def _wrapped(config: Config, module: str, names: list[str], paths: list[str], path: str) -> str:
+    """The parameter of one of several wrappers around a module, innermost first."""
+    if len(paths) != len(names):
+        raise ArtifactError(
+            f"{config.where}: {module} has adapters for {len(paths)} parameters, and the config "
+            f"names {len(names)}: {', '.join(names)}."
+        )
+    if len(names) > 1 and {n.rpartition(".")[2] for n in names} != {"gate_up_proj", "down_proj"}:
+        raise ArtifactError(
+            f"{config.where}: {', '.join(names)} are wrapped in the order in which the model makes "
+            "them, which a captured program does not know. Give each an adapter of its own."
+        )
+    return sorted(names, key=lambda n: n.endswith("down_proj"))[paths.index(path)]
 
 
 def _parameter(path: str, names: set[str]) -> str | None:

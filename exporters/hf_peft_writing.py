@@ -22,6 +22,7 @@ from ..rewriter.program.sites import (
 )
 from ..rewriter.storage.parts import LowRank, Part, Parts, Prefix, Prompt, Rows, Scaling, Trained
 from .hf_peft_config import PREFIX, resolved
+from .hf_peft_lora import TWICE
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -79,8 +80,8 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
         path = stacks.get(part.target) or _path(part.target, attention)
         tensors |= {f"{PREFIX}{path}.{leaf}": t for leaf, t in _leaves(part, site).items()}
         plain = re.sub(r"\.base_layer(?=\.|$)", "", path)
-        ranks[plain] = part.a.shape[-2] * (site.groups if isinstance(site, ConvSite) else 1)
-        scales[plain] = part.scale
+        ranks[plain] = part.a.shape[-2]
+        scales[plain] = part.scale / (TWICE if path.endswith(".base_layer.out_proj") else 1)
         if part.target in stacks:
             wrapped.append(part.target)
     modules = [m for m in ranks if not any(w.rpartition(".")[0] == m for w in wrapped)]
@@ -125,7 +126,7 @@ def _path(name: str, attention: Collection[str]) -> str:
 
 def _nested(program: Program, names: Collection[str]) -> dict[str, str]:
     """Parameter -> path of its wrapper: the first one of a module is innermost."""
-    order = [n for n in program.base.base_tensors() if n in names]
+    order = sorted(names, key=lambda n: n.endswith("down_proj"))
     paths: dict[str, str] = {}
     for name in order:
         module = name.rpartition(".")[0]
@@ -143,7 +144,12 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
         b = b.permute(1, 2, 0).flatten(1)
         leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b}
     elif isinstance(site, ConvSite):
-        a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+        if a.dim() > 2:
+            raise ArtifactError(
+                f"{part.target}: PEFT's factors read all groups of a convolution, and these one "
+                "each, as the convolution does. Fold them, or write plain tensors."
+            )
+        b = b.reshape(-1, b.shape[-1])
         ones = [1 for _ in site.kernel]
         leaves = {
             "lora_A.weight": a.unflatten(1, (-1, *site.kernel)),

@@ -20,7 +20,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import NAME, Pass
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import AttentionSite, EmbeddingSite, WeightSite
+from ...rewriter.program.sites import AttentionSite, ConvSite, EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.storage.parts import (
     Change,
@@ -61,6 +61,28 @@ class ChangeBranch(Delta):
 
     def describe(self) -> str:
         return f"the change of {self.method}" if self.method else "a whole matrix"
+
+
+class AcrossGroups(Delta):
+    """A low-rank branch beside a grouped convolution whose `a [rank, in]` reads all channels.
+
+    `b [groups, out / groups, rank / groups]` is in groups, so an output sees its group's ranks.
+    """
+
+    not_foldable = "it reads across the groups of the convolution"
+    axes: ClassVar[Axes] = {"a": ("rank", "patch"), "b": ("group", "out", "rank")}
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = self.shape.in_groups(1).narrow(self.dropped(x), self.a)
+        return self.shape.widen(h * self.scale, self.b)
+
+    def describe(self) -> str:
+        return f"rank={len(self.a)}, scale={self.scale:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +193,15 @@ def _own(site: WeightSite, rows: Tensor, count: int) -> Tensor:
 
 def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     count, _, size = site.matrices
+    like = edit.like(site)
+    if isinstance(site, ConvSite) and count > 1 and part.a.dim() == 2 and part.magnitude is None:
+        _require(part.a.shape[1] == size * count, site.weight, part.a)
+        a, b = part.a.to(like, copy=True), part.b.to(like, copy=True)
+        edit.add(site, AcrossGroups(a, b, part.scale, part.dropout))
+        return
     _require(part.a.shape[-1] == size and part.a.dim() == 2 + (count > 1), site.weight, part.a)
     b = part.b if count == 1 else part.b.flatten(0, 1)
     b = _own(site, b, count)
-    like = edit.like(site)
     b = b if count == 1 else b.unflatten(0, (count, -1))
     branch = LoRABranch(part.a.to(like, copy=True), b.to(like), part.scale, part.dropout)
     if part.magnitude is None:
