@@ -108,7 +108,7 @@ def _product(
     if isinstance(site, ExpertsSite):
         rank = a.shape[0] // site.experts
         a, b = _experts(config, path, a, b, site)
-        return LowRank(name, a, b, scales.of(path, rank))
+        return LowRank(name, a, b, scales.of(name, rank))  # told by parameter, not by module
     rank = a.shape[0]
     a, b = a.flatten(1), b.flatten(1)
     if isinstance(site, ConvSite) and site.groups > 1:

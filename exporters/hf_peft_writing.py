@@ -79,12 +79,14 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
     for part, site in zip(low, sites, strict=True):
         path = stacks.get(part.target) or _path(part.target, attention)
         tensors |= {f"{PREFIX}{path}.{leaf}": t for leaf, t in _leaves(part, site).items()}
-        plain = re.sub(r"\.base_layer(?=\.|$)", "", path)
+        plain = (
+            re.sub(r"\.base_layer(?=\.|$)", "", path) if part.target not in stacks else part.target
+        )
         ranks[plain] = part.a.shape[-2]
         scales[plain] = part.scale / (TWICE if path.endswith(".base_layer.out_proj") else 1)
         if part.target in stacks:
             wrapped.append(part.target)
-    modules = [m for m in ranks if not any(w.rpartition(".")[0] == m for w in wrapped)]
+    modules = [m for m in ranks if m not in wrapped]
     modules = [
         m for m in modules if m.rpartition(".out_proj")[0] not in attention or m in attention
     ]
