@@ -1,5 +1,4 @@
-"""What an adapter of a program is in parts (`rewriter/storage/parts.py`), for writers of
-all formats.
+"""What an adapter of a program is in parts (`rewriter/branches/parts.py`), for all writers.
 
 Pieces of a fused weight become one part: with one `a` where all share it, else with their
 ranks side by side.
@@ -7,37 +6,32 @@ ranks side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..passes.additive.ia3 import IA3Input
-from ..passes.additive.prefix_tuning import PrefixTuning
-from ..passes.additive.prompt_tuning import PromptBranch
-from ..passes.interchange.imported import AcrossGroups, ChangeBranch
-from ..passes.reparameterized.dora import DoRABranch
-from ..passes.reparameterized.lora import LoRABranch
-from ..passes.selective.train_tokens import RowsExpression
 from ..rewriter.api import Program
-from ..rewriter.branches.branch import Branch, Delta, KeyValue, OutputScale
-from ..rewriter.errors import ArtifactError, nearest
-from ..rewriter.program.history import Attachment
-from ..rewriter.program.sites import AttentionSite, EmbeddingSite, WeightSite
-from ..rewriter.storage.parts import (
+from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
+from ..rewriter.branches.parts import (
     Change,
     LowRank,
     Part,
-    Parts,
     Prefix,
     Prompt,
     Rows,
     Scaling,
     Trained,
 )
+from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.program.history import Attachment
+from ..rewriter.program.sites import AttentionSite, EmbeddingSite, WeightSite
+from ..rewriter.storage.parts import Parts
 
-Piece = tuple[WeightSite, Any]
+AnyPart = TypeVar("AnyPart", bound=Part)
+Piece = tuple[WeightSite, AnyPart]
 
 
 def adapter_parts(program: Program, adapter: str = "") -> Parts:
@@ -52,25 +46,19 @@ def adapter_parts(program: Program, adapter: str = "") -> Parts:
             other values, or is not linear.
     """
     name = _chosen(program, adapter)
-    weights: dict[tuple[str, str], list[Piece]] = {}
+    pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     parts: list[Part] = []
     for attachment in (a for a in program.attachments if a.adapter == name):
-        site, branch = program.sites[attachment.site], program.branch(attachment)
-        if attachment.reads or attachment.members or not isinstance(branch, Branch):
-            raise _unwritable(attachment, branch, "it reads other values of the graph")
-        if isinstance(site, WeightSite) and isinstance(branch, Delta | DoRABranch | OutputScale):
-            weights.setdefault((site.weight, branch.slot), []).append((site, branch))
-        elif isinstance(branch, IA3Input) and isinstance(site, WeightSite):
-            parts.append(Scaling(_name(program, site), branch.l.detach(), "in"))
-        elif isinstance(branch, RowsExpression) and isinstance(site, EmbeddingSite):
-            parts.append(Rows(_name(program, site), branch.ids, branch.rows.detach()))
-        elif isinstance(branch, PromptBranch):
-            parts.append(Prompt("", branch.prompt.detach()))
-        elif isinstance(branch, KeyValue):
-            parts.append(_prefix(program, attachment, branch))
+        site, part = program.sites[attachment.site], _part(program, attachment)
+        if isinstance(part, Prefix):
+            parts.append(_placed(program, attachment, part))
+        elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
+            pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
+        elif isinstance(part, Rows) and isinstance(site, WeightSite):
+            parts.append(replace(part, target=_name(program, site)))
         else:
-            raise _unwritable(attachment, branch, "no other library has a form for it")
-    parts += [_joined(program, pieces) for pieces in weights.values()]
+            parts.append(part)
+    parts += [_joined(program, each) for each in pieces.values()]
     own = program.tensors.owned.get(name, ())
     parts += [Trained(n, program.module.get_parameter(n).detach()) for n in own]
     return Parts(tuple(parts), name)
@@ -90,46 +78,71 @@ def _chosen(program: Program, adapter: str) -> str:
     )
 
 
-def _unwritable(attachment: Attachment, branch: object, reason: str) -> ArtifactError:
-    return ArtifactError(
-        f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be written"
-        f": {reason}. Save it with peftfx.save, or fold it and write the weights."
-    )
+def _part(program: Program, attachment: Attachment) -> Part:
+    branch = program.branch(attachment)
+    reason = "no other library has a form for it"
+    part: Part | None = None
+    if attachment.reads or attachment.members:
+        reason = "it reads other values of the graph"
+    elif isinstance(branch, Branch):
+        part = branch.part() or _by_slot(branch)
+    if part is None:
+        raise ArtifactError(
+            f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be "
+            f"written: {reason}. Save it with peftfx.save, or fold it and write the weights."
+        )
+    return part
+
+
+def _by_slot(branch: Branch) -> Part | None:
+    """What a branch is by its slot alone."""
+    match branch:
+        case Delta() if not branch.not_foldable:
+            return Change("", branch.delta(**branch.constants).detach(), type(branch).__name__)
+        case Scale():
+            return Scaling("", branch.scale(**branch.constants).detach(), branch.writes)
+        case Tokens():
+            return Prompt("", branch.rows().detach())
+        case KeyValue():
+            key, value = branch.rows()
+            return Prefix("", key.detach(), value.detach(), 0)
+        case _:
+            return None
 
 
 def _name(program: Program, site: WeightSite) -> str:
     """What the original model calls the weight, by the name that the site's module reads it."""
     names = program.tensors.names(site.weight)
-    lookup = isinstance(site, EmbeddingSite)
-    if len(names) == 1 or lookup:
+    if len(names) == 1 or isinstance(site, EmbeddingSite):
         return names[0]
-    own = [n for n in names if n not in {s.weight for s in program.sites if s.kind == "embedding"}]
-    return own[0] if own else names[0]
+    tables = {s.weight for s in program.sites if isinstance(s, EmbeddingSite)}
+    return next((n for n in names if n not in tables), names[0])
 
 
-def _joined(program: Program, pieces: Sequence[Piece]) -> Part:
+def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
     """One part for all that an adapter has at a weight."""
-    site, branch = pieces[0]
-    count, _, _ = site.matrices
-    stored = program.module.get_parameter(site.weight)
-    out = branch.shape.matrix(stored).shape[0]
-    name = _name(program, site)
-    if isinstance(branch, OutputScale):
-        vector = torch.ones(out)
-        for piece, scaled in pieces:
-            vector[_rows(piece, out)] = scaled.scale().detach().float().cpu()
-        return Scaling(name, vector, "out")
-    if all(isinstance(b, LoRABranch | DoRABranch | AcrossGroups) for _, b in pieces):
-        return _low_rank(name, pieces, out, count)
-    change = torch.zeros(out, site.matrices[2])
-    for piece, delta in pieces:
-        change[_rows(piece, out)] += delta.delta().detach().float().cpu()
-    method = branch.method if isinstance(branch, ChangeBranch) else type(branch).__name__
-    return Change(name, change, method)
+    (site, first), name = pieces[0], _name(program, pieces[0][0])
+    lookup = isinstance(site, EmbeddingSite)
+    if len(pieces) == 1 and site.features is None:
+        more = {"lookup": lookup} if isinstance(first, LowRank) else {}
+        return replace(first, target=name, **more)
+    out = _outputs(program, site)
+    if isinstance(first, LowRank):
+        return replace(_low_rank(pieces, out), target=name, lookup=lookup)
+    if isinstance(first, Scaling):
+        return replace(first, target=name, vector=_spread(pieces, lambda p: p.vector, out, 1.0))
+    return replace(first, target=name, delta=_spread(pieces, lambda p: p.delta, out, 0.0))
+
+
+def _outputs(program: Program, site: WeightSite) -> int:
+    """How many rows all matrices of a weight have."""
+    stored = program.base.base_tensors()[site.weight]
+    count, _, size = site.matrices
+    return stored.numel() // size if count else 0
 
 
 def _rows(site: WeightSite, out: int) -> Tensor:
-    """The rows of `[count * out, in]` that a site has."""
+    """The rows of `[count * out, ...]` that a site has."""
     count = site.matrices[0]
     if site.features is None:
         return torch.arange(out)
@@ -137,54 +150,44 @@ def _rows(site: WeightSite, out: int) -> Tensor:
     return (first + torch.tensor(site.features)).flatten()
 
 
-def _low_rank(name: str, pieces: Sequence[Piece], out: int, count: int) -> LowRank:
-    site, first = pieces[0]
-    factors = [(b.a.detach(), b.b.detach(), float(b.scale)) for _, b in pieces]
-    lookup = isinstance(site, EmbeddingSite)
-    magnitude = _magnitudes(pieces, out)
-    if len(pieces) == 1 and site.features is None:
-        return LowRank(name, *factors[0], magnitude, lookup, first.dropout)
-    scale = factors[0][2]
-    shared = all(torch.equal(a, factors[0][0]) and s == scale for a, _, s in factors)
-    a = factors[0][0] if shared else torch.cat([a for a, _, _ in factors], -2)
-    wide = torch.zeros(out, a.shape[-2], dtype=a.dtype, device=a.device)
+def _spread(
+    pieces: Sequence[Piece[AnyPart]], of: Callable[[AnyPart], Tensor], out: int, fill: float
+) -> Tensor:
+    """Rows of pieces at their places in the whole weight."""
+    first = of(pieces[0][1])
+    wide = first.new_full((out, *first.shape[1:]), fill)
+    for site, part in pieces:
+        wide[_rows(site, out)] = of(part)
+    return wide
+
+
+def _low_rank(pieces: Sequence[Piece[LowRank]], out: int) -> LowRank:
+    (site, first), count = pieces[0], pieces[0][0].matrices[0]
+    shared = all(torch.equal(p.a, first.a) and p.scale == first.scale for _, p in pieces)
+    a = first.a if shared else torch.cat([p.a for _, p in pieces], -2)
+    wide = first.b.new_zeros(out, a.shape[-2])
     column = 0
-    for (piece, _), (own, b, s) in zip(pieces, factors, strict=True):
-        columns = slice(column, column + own.shape[-2])
-        wide[_rows(piece, out), columns] = b.reshape(-1, b.shape[-1]) * (s / scale)
-        column += 0 if shared else own.shape[-2]
+    for piece, part in pieces:
+        columns = slice(column, column + part.a.shape[-2])
+        b = part.b.reshape(-1, part.b.shape[-1]) * (part.scale / first.scale)
+        wide[_rows(piece, out), columns] = b
+        column += 0 if shared else part.a.shape[-2]
     b = wide if count == 1 else wide.unflatten(0, (count, -1))
-    return LowRank(name, a, b, scale, magnitude, lookup, first.dropout)
+    magnitude = None
+    if first.magnitude is not None:
+        if sum(len(_rows(s, out)) for s, _ in pieces) != out:
+            raise ArtifactError(
+                f"{site.weight}: magnitudes are on some features of a fused weight, which no other "
+                "library has. Fold it, or adapt all of the weight."
+            )
+        magnitude = _spread(pieces, lambda p: p.magnitude, out, 1.0)
+    return replace(first, a=a, b=b, magnitude=magnitude)
 
 
-def _magnitudes(pieces: Sequence[Piece], out: int) -> Tensor | None:
-    if not isinstance(pieces[0][1], DoRABranch):
-        return None
-    if sum(len(_rows(site, out)) for site, _ in pieces) != out:
-        raise ArtifactError(
-            f"{pieces[0][0].weight}: DoRA is on some features of a fused weight, which no other "
-            "library has. Fold it, or adapt all of the weight."
-        )
-    magnitude = torch.empty(out)
-    for site, branch in pieces:
-        magnitude[_rows(site, out)] = branch.m.detach().float().cpu()
-    return magnitude
-
-
-def _prefix(program: Program, attachment: Attachment, branch: KeyValue) -> Prefix:
-    sites: Iterable[Any] = program.sites
-    order = [s.id for s in sites if isinstance(s, AttentionSite) and not s.cross]
-    key, value = branch.rows()
-    step: Any = next(r.applied for r in program.history if r.adapter == attachment.adapter)
-    shifted = (
-        step.shift_positions
-        if isinstance(step, PrefixTuning)
-        else _was_shifted(program, attachment)
-    )
-    return Prefix("", key.detach(), value.detach(), order.index(attachment.site), shifted)
-
-
-def _was_shifted(program: Program, attachment: Attachment) -> bool:
+def _placed(program: Program, attachment: Attachment, part: Prefix) -> Prefix:
+    order = [s.id for s in program.sites if isinstance(s, AttentionSite) and not s.cross]
     record = next(r for r in program.history if r.adapter == attachment.adapter)
     listed: Any = record.plan.decisions.get("parts", ())
-    return all(p.get("shifted", True) for p in listed)
+    shifted = all(p.get("shifted", True) for p in listed)
+    shifted = getattr(record.applied, "shift_positions", shifted)
+    return replace(part, layer=order.index(attachment.site), shifted=shifted)

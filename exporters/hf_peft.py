@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
+from ..rewriter.branches.parts import Part, Trained
 from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Part, Parts, Trained, of_plan, same
+from ..rewriter.storage.parts import Parts, of_plan, same
 from .adapter_parts import adapter_parts
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
@@ -130,7 +131,7 @@ def read_peft(program: Program, directory: str | Path) -> Parts:
     if readers is None:
         raise ArtifactError(
             f"{where}: adapters of type {config.type} are not read. Nearest that are: "
-            f"{nearest(config.type, _READERS)}. Merge it with PEFT, or convert it to LoRA there."
+            f"{nearest(config.type, _READERS)}. Merge it with PEFT, or convert it to LORA there."
         )
     plain = {_plain(k, where): t for k, t in tensors.items()}
     parts = [part for reader in readers for part in reader(config, plain, program)]
@@ -179,7 +180,7 @@ def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         raise ArtifactError(f"{where}: there is no peft_type; it is no config of PEFT.")
     tensors = parse_tensors(folder.read(TENSORS), str(folder.path / TENSORS))
     for name, tensor in tensors.items():
-        require_finite(f"{folder.path / TENSORS}: {name}", tensor, "Train or save it again.")
+        require_finite(f"{folder.path / TENSORS}: {name}", tensor, "Save it again.")
     return data, tensors, where  # pyright: ignore[reportUnknownVariableType]
 
 

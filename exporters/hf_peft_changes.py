@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
+from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
-from ..rewriter.storage.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from .hf_peft_config import Config, by_module, resolved
 
 Leaves = dict[str, Tensor]

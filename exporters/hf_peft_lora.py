@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
+from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, WeightSite
-from ..rewriter.storage.parts import LowRank, Part, Trained
 from .hf_peft_config import Config, by_module, resolved
 
 LEAVES = (

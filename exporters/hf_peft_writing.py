@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
+from ..rewriter.branches.parts import LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import (
     ConvSite,
@@ -20,7 +21,7 @@ from ..rewriter.program.sites import (
     NormSite,
     WeightSite,
 )
-from ..rewriter.storage.parts import LowRank, Part, Parts, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.storage.parts import Parts
 from .hf_peft_config import PREFIX, resolved
 from .hf_peft_lora import TWICE
 
@@ -64,7 +65,9 @@ def written(program: Program, parts: Parts) -> Written:
 def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
     low = [p for p in parts if isinstance(p, LowRank)]
     if len({p.magnitude is None for p in low}) > 1:
-        raise ArtifactError("PEFT has DoRA on all modules of an adapter or on none; this has both.")
+        raise ArtifactError(
+            "PEFT has magnitudes at all modules of an adapter or at none; this has both."
+        )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}

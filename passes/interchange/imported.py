@@ -16,25 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.parts import (
+    Change,
+    LowRank,
+    Part,
+    Prefix,
+    Prompt,
+    Rows,
+    Scaling,
+    Trained,
+)
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import NAME, Pass
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite, ConvSite, EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
-from ...rewriter.storage.parts import (
-    Change,
-    LowRank,
-    Part,
-    Parts,
-    Prefix,
-    Prompt,
-    Rows,
-    Scaling,
-    Trained,
-    as_plan,
-    of_plan,
-)
+from ...rewriter.storage.parts import Parts, as_plan, of_plan
 from ..additive.ia3 import IA3Input, IA3Output
 from ..additive.prefix_tuning import PrefixBranch
 from ..additive.prompt_tuning import PromptBranch
@@ -59,6 +57,9 @@ class ChangeBranch(Delta):
     def delta(self) -> Tensor:
         return self.change
 
+    def part(self) -> Part:
+        return Change("", self.change.detach(), self.method)
+
     def describe(self) -> str:
         return f"the change of {self.method}" if self.method else "a whole matrix"
 
@@ -81,6 +82,10 @@ class AcrossGroups(Delta):
         h = self.shape.in_groups(1).narrow(self.dropped(x), self.a)
         return self.shape.widen(h * self.scale, self.b)
 
+    def part(self) -> Part:
+        a, b = self.a.detach(), self.b.detach()
+        return LowRank("", a, b, self.scale, dropout=self.dropout)
+
     def describe(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}"
 
@@ -94,6 +99,7 @@ class Imported(Pass):
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
+    sourced: ClassVar[bool] = True
 
     name: str = "imported"
 

@@ -1,8 +1,8 @@
 """Training a few rows of a table: new tokens, or tokens whose meaning moved.
 
-Hewitt, "Initializing new word embeddings", 2021 (practice; the rows of PEFT's trainable tokens).
-`W' = W` with the rows `ids` replaced by trained ones, for every call that reads the table, a tied
-head's, too. The rows start as the table's own, so step 0 is the base model. Folds exactly.
+Artetxe et al., ACL 2020, arXiv:1910.11856, train new embeddings under a frozen body; here some
+rows. `W'` is W but for the rows `ids`, which train, for every call that reads the table, a tied
+head's, too. They start as the table's own, so step 0 is the base model. Folds exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Expression
+from ...rewriter.branches.parts import Part, Rows
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import EmbeddingSite
@@ -32,6 +33,9 @@ class RowsExpression(Expression):
 
     def forward(self, w: Tensor) -> Tensor:
         return w.index_copy(0, self.ids, self.rows.to(w.dtype))
+
+    def part(self) -> Part:
+        return Rows("", self.ids, self.rows.detach())
 
     def describe(self) -> str:
         return f"{len(self.rows)} rows"
