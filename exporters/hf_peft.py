@@ -33,6 +33,7 @@ from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
 from .hf_peft_writing import VERSION, written
+from .plain_lora import plain_lora
 
 Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
 
@@ -84,7 +85,9 @@ def save_peft(
     *,
     base: str | None = None,
     task: str | None = None,
-) -> None:
+    plain: bool = False,
+    rank: int | None = None,
+) -> Mapping[str, float]:
     """Writes an adapter as PEFT does; `peft.PeftModel.from_pretrained` reads it.
 
     Args:
@@ -93,6 +96,11 @@ def save_peft(
         adapter: its name; the only one by default.
         base: name or path of the base model, for the config.
         task: PEFT's `task_type`, such as CAUSAL_LM.
+        plain: as the one LoRA that serving engines take, see `plain_lora`.
+        rank: of plain LoRA.
+
+    Returns:
+        What plain LoRA lost: parameter -> share of the change's norm.
 
     Raises:
         ArtifactError: PEFT has no form for it, or the directory cannot be written; what was there
@@ -100,7 +108,12 @@ def save_peft(
     """
     parts = adapter_parts(program, adapter)
     read = _unchanged(program, parts.source, parts)
-    if read is not None and read.original:
+    lost: Mapping[str, float] = {}
+    if plain:
+        done = plain_lora(program, parts, rank)
+        lost = done.lost
+        config, tensors = written(program, done.parts)
+    elif read is not None and read.original:
         config, tensors = dict(read.config), dict(read.original)
     else:
         config, tensors = written(program, parts)
@@ -121,6 +134,7 @@ def save_peft(
     text = json.dumps(config | about, indent=2, sort_keys=True, allow_nan=False)
     files = {CONFIG: text.encode(), TENSORS: write_tensors(tensors, {"format": "pt"})}
     write_directory(directory, files, CONFIG)
+    return lost
 
 
 def read_peft(program: Program, directory: str | Path) -> Parts:
