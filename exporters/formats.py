@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, OptionError
-from ..rewriter.storage.artifact import MANIFEST, save
+from ..rewriter.files.files import write_file, write_tensors
+from ..rewriter.run.run import run
+from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
-from .hf_peft import load_peft, save_peft
+from .adapter_parts import adapter_parts
+from .hf_peft import load_peft, name_of, save_peft
 from .hf_peft_config import CONFIG
+from .single_file import kohya_file, read_single_file
 
-FORMATS = ("peftfx", "peft", "plain-lora")
-"""What adapters are written as; the first two are read."""
+FORMATS = ("peftfx", "peft", "plain-lora", "kohya")
+"""What adapters are written as; beside these, diffusers' and LyCORIS's files are read."""
 
 
 def format_of(path: str | Path) -> str:
@@ -24,21 +29,38 @@ def format_of(path: str | Path) -> str:
     """
     folder = Path(path)
     marks = {MANIFEST: "peftfx", CONFIG: "peft"}
+    if folder.is_file():
+        return "single file"
     for mark, kind in marks.items():
         if (folder / mark).is_file():
             return kind
     what = "does not exist" if not folder.exists() else "is no adapter that is known"
     raise ArtifactError(
-        f"{path} {what}: looked for a directory with {' or '.join(marks)}. Save one with "
-        "peftfx.save, or with PEFT."
+        f"{path} {what}: looked for a directory with {' or '.join(marks)}, or a safetensors file. "
+        "Save one with peftfx.save, or with PEFT."
     )
 
 
-def load_adapter(program: Program, path: str | Path) -> Program:
-    """Loads an adapter of any format; see `load` and `load_peft`."""
-    if format_of(path) == "peft":
-        return load_peft(program, path)
-    return load(program, path)
+def load_adapter(
+    program: Program, path: str | Path, name: str = "", component: str = ""
+) -> Program:
+    """Loads an adapter of any format; see `load`, `load_peft` and `read_single_file`.
+
+    Args:
+        program: which it goes onto.
+        path: a directory, or one safetensors file.
+        name: of the adapter; by default what the file has, or is called.
+        component: which adapter of a file with several.
+    """
+    kind = format_of(path)
+    if component and kind != "single file":
+        raise OptionError(f"component={component!r} goes with a single file, which {path} is not.")
+    if kind == "peftfx":
+        return load(program, path, name=name or None)
+    if kind == "peft":
+        return load_peft(program, path, name)
+    parts = read_single_file(program, path, component)
+    return run(program, Imported(name=name or name_of(path)), sources=[parts])
 
 
 def save_adapter(
@@ -48,7 +70,7 @@ def save_adapter(
 
     Args:
         program: which holds it.
-        path: new, empty, or an adapter of that format to replace.
+        path: new, empty, or an adapter of that format to replace; of kohya, a file.
         to: one of `FORMATS`.
         adapter: its name; the only one by default.
         rank: of plain LoRA.
@@ -63,6 +85,12 @@ def save_adapter(
         raise OptionError(f"there is no format {to!r}. Choose one of {', '.join(FORMATS)}.")
     if rank is not None and to != "plain-lora":
         raise OptionError(f"rank={rank} goes with plain-lora, not with {to}.")
+    if to == "kohya":
+        tensors, metadata = kohya_file(program, adapter_parts(program, adapter))
+        for name, tensor in tensors.items():
+            require_finite(name, tensor)
+        write_file(path, write_tensors(tensors, metadata))
+        return {}
     if to == "peftfx":
         save(program, path, [adapter] if adapter else None)
         return {}

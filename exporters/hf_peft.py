@@ -75,7 +75,7 @@ def load_peft(
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
     parts = read_peft(program, directory)
-    return run(program, Imported(name=name or _name(directory)), sources=[parts])
+    return run(program, Imported(name=name or name_of(directory)), sources=[parts])
 
 
 def save_peft(
@@ -234,8 +234,10 @@ def _notes(config: Config) -> tuple[str, ...]:
     return (exact,) if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT") else ()
 
 
-def _name(directory: str | Path) -> str:
-    stem = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(directory).resolve().name)
+def name_of(path: str | Path) -> str:
+    """What to call an adapter that was read from there."""
+    stem = Path(path).resolve().name.removesuffix(".safetensors")
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in stem)[:50]
     return stem if stem[:1].isalpha() else f"adapter_{stem}"
 
 

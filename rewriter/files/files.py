@@ -163,6 +163,13 @@ def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
         raise CorruptFileError(f"{where} is damaged, no safetensors file: {error}.") from error
 
 
+def header_metadata(data: bytes, where: str) -> dict[str, str]:
+    """The texts in the header of a safetensors file that `parse_tensors` has read."""
+    (size,) = struct.unpack("<Q", data[:8])
+    said = parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
+    return {str(k): str(v) for k, v in said.get("__metadata__", {}).items()}
+
+
 def tensors_of(data: bytes, digests: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file that must hold exactly those of `digests`, unaltered.
 
