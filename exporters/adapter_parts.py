@@ -180,8 +180,14 @@ def _low_rank(pieces: Sequence[Piece[LowRank]], out: int) -> LowRank:
                 f"{site.weight}: magnitudes are on some features of a fused weight, which no other "
                 "library has. Fold it, or adapt all of the weight."
             )
-        magnitude = _spread(pieces, lambda p: p.magnitude, out, 1.0)
+        magnitude = _spread(pieces, _magnitude, out, 1.0)
     return replace(first, a=a, b=b, magnitude=magnitude)
+
+
+def _magnitude(part: LowRank) -> Tensor:
+    if part.magnitude is None:
+        raise ArtifactError(f"{part.target}: some features have magnitudes and some have none.")
+    return part.magnitude
 
 
 def _placed(program: Program, attachment: Attachment, part: Prefix) -> Prefix:

@@ -8,17 +8,18 @@ from pathlib import Path
 from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, OptionError
-from ..rewriter.files.files import write_file, write_tensors
+from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file, write_file, write_tensors
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
 from .adapter_parts import adapter_parts
 from .hf_peft import load_peft, name_of, save_peft
 from .hf_peft_config import CONFIG
+from .mlx import is_mlx, read_mlx
 from .single_file import kohya_file, read_single_file
 
 FORMATS = ("peftfx", "peft", "plain-lora", "kohya")
-"""What adapters are written as; beside these, diffusers' and LyCORIS's files are read."""
+"""What adapters are written as; beside these, diffusers', LyCORIS's and mlx-lm's are read."""
 
 
 def format_of(path: str | Path) -> str:
@@ -28,16 +29,17 @@ def format_of(path: str | Path) -> str:
         ArtifactError: it is none that is known.
     """
     folder = Path(path)
-    marks = {MANIFEST: "peftfx", CONFIG: "peft"}
     if folder.is_file():
         return "single file"
-    for mark, kind in marks.items():
-        if (folder / mark).is_file():
-            return kind
+    if (folder / CONFIG).is_file():
+        config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
+        return "mlx" if is_mlx(config) else "peft"
+    if (folder / MANIFEST).is_file():
+        return "peftfx"
     what = "does not exist" if not folder.exists() else "is no adapter that is known"
     raise ArtifactError(
-        f"{path} {what}: looked for a directory with {' or '.join(marks)}, or a safetensors file. "
-        "Save one with peftfx.save, or with PEFT."
+        f"{path} {what}: looked for a directory with {MANIFEST} or {CONFIG}, or a safetensors "
+        "file. Save one with peftfx.save, or with PEFT."
     )
 
 
@@ -59,7 +61,7 @@ def load_adapter(
         return load(program, path, name=name or None)
     if kind == "peft":
         return load_peft(program, path, name)
-    parts = read_single_file(program, path, component)
+    parts = read_mlx(program, path) if kind == "mlx" else read_single_file(program, path, component)
     return run(program, Imported(name=name or name_of(path)), sources=[parts])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError
-from ..rewriter.program.sites import ConvSite, ExpertsSite, WeightSite
+from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from .hf_peft_config import Config, by_module, resolved
 
 LEAVES = (
@@ -161,8 +161,14 @@ def _residual(config: Config, program: Program, part: LowRank, start: str) -> Lo
     """The change against the untouched base, of an adapter that trained on what its first factors
     left of it: `s (B A - B0 A0)`, of twice the rank."""
     weight = program.base.base_tensors()[program.tensors.stored(part.target)].detach()
-    site = next(s for s in program.sites if getattr(s, "weight", "") == part.target)
-    dense = (weight.mT if getattr(site, "in_out", False) else weight).float()
+    stored = program.tensors.stored(part.target)
+    sites = [s for s in program.sites if isinstance(s, LinearSite) and s.weight == stored]
+    if not sites or part.magnitude is not None:
+        raise ArtifactError(
+            f"{config.where}: init_lora_weights={start!r} is read for plain factors of linears, "
+            f"and {part.target} has others. Convert it where it was trained."
+        )
+    dense = (weight.mT if sites[0].in_out else weight).float()
     rank = part.a.shape[0]
     if start == "pissa":
         u, s, v = torch.linalg.svd(dense, full_matrices=False)

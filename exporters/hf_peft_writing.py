@@ -118,7 +118,10 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
 def _site(program: Program, part: LowRank) -> WeightSite:
     stored = program.tensors.stored(part.target)
     sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
-    return next(s for s in sites if isinstance(s, EmbeddingSite) == part.lookup)
+    for site in sites:
+        if isinstance(site, EmbeddingSite) == part.lookup:
+            return site
+    raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
 
 
 def _path(name: str, attention: Collection[str]) -> str:
@@ -174,7 +177,7 @@ def patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str,
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     alphas = {m: _alpha(scales[m], r) for m, r in ranks.items()}
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
-    said = {
+    said: dict[str, Any] = {
         "r": rank, "lora_alpha": alpha,
         "rank_pattern": {re.escape(m): r for m, r in sorted(ranks.items()) if r != rank},
         "alpha_pattern": {re.escape(m): a for m, a in sorted(alphas.items()) if a != alpha},

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def _diffusers(
         else {}  # fmt: skip
     prefix = _component(tensors, COMPONENTS, ".", where, component)
     own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    config = {k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)}
+    config: dict[str, Any] = {
+        k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)
+    }
     alphas = {k: float(own.pop(k)) for k in list(own) if k.endswith(".alpha")}
     if not config:  # a missing alpha means the module's own rank
         ranks = {k.removesuffix(".lora_A.weight"): len(t) for k, t in own.items() if "lora_A" in k}

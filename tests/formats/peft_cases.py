@@ -157,7 +157,12 @@ CASES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
 
 def base(name: str) -> Any:
     torch.manual_seed(1)
-    return MODELS[name]().eval()
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases start at zero, which hides much
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def inputs(name: str) -> dict[str, Any]:

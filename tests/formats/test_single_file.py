@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "infinite alpha": (lambda t: {**t, f"{flat(QUERY)}.alpha": torch.tensor(float("inf"))},
                        ArtifactError, "alpha is inf"),
     "not a number": (lambda t: {k: v * float("nan") for k, v in t.items()}, NonFiniteError, "NaN"),
-    "sizes": (lambda t: {k: v[:, :3] if "lora_down" in k else v for k, v in t.items()}, ArtifactError,
+    "sizes": (lambda t: {k: v[:, :3].contiguous() if "lora_down" in k else v for k, v in t.items()}, ArtifactError,
               "other sizes"),
     "style": (lambda t: {"x.weight": draw(2)}, ArtifactError, "of no style"),
     "columns": (lambda t: {**t, f"{flat(QUERY)}.dora_scale": draw(1, 8)}, ArtifactError,
