@@ -3,17 +3,28 @@ copies of what they may change; whatever else they change is an error at the nex
 
 from __future__ import annotations
 
+import functools
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import peftfx
+from peftfx import cli
+from peftfx.rewriter.capture.capture import capture
 
 from . import models, recipes
-from .captures import captures
+from .captures import ROOT, captures
 from .cpu import BUDGET, Seconds, methods_of, shared
 from .zoo import ZOO
+
+CAPTURING = (
+    "test_cache", "test_capture", "test_mutations", "test_probe_sizes", "test_sizes",
+    "test_threads", "test_zoo_capture",
+)  # fmt: skip
+"""Files about capturing itself, or that seed faults: nothing of their own is stored or recalled."""
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
@@ -83,6 +94,16 @@ class Zoo:
         return self.made[name]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def recalled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A model that another test captured, too, is recalled, unless a file is about capturing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.path.stem.startswith(CAPTURING):
+            for module in (peftfx, cli):
+                patch.setattr(module, "capture", functools.partial(capture, cache=captures()))
+        yield
+
+
 @pytest.fixture(scope="session")
 def zoo() -> Zoo:
     return Zoo()
@@ -100,11 +121,18 @@ def captured() -> Captured:
     return Captured()
 
 
+@pytest.fixture(scope="session")
+def seed(pytestconfig: pytest.Config) -> int:
+    """What the run draws its samples by: another one after each commit."""
+    return pytestconfig.getoption("--seed")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--zoo", action="store_true", help="run every method on all architectures")
     parser.addoption("--stacks", action="store_true", help="run every pair of methods")
     parser.addoption("--inductor", action="store_true", help="compile every method to code")
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
+    parser.addoption("--seed", type=int, metavar="N", help="draws the samples (the commit's own)")
     parser.addoption("--method", metavar="NAME", help="only the registered tests of one method")
     parser.addoption(
         "--method-seconds", type=float, metavar="SECONDS",
@@ -113,9 +141,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--seed") is None:  # workers are given it as an option
+        config.option.seed = commit()
     limit = config.getoption("--method-seconds")
     seconds = Seconds(BUDGET if limit is None else limit, strict=limit is not None)
     config.pluginmanager.register(seconds, "cpu-seconds")
+
+
+def commit() -> int:
+    """A number of the commit that is checked out; 0 without git."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return 0
+    return int(done.stdout[:7] or "0", 16)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"Samples were drawn with --seed {config.getoption('--seed')}.")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

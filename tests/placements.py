@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,7 +129,6 @@ def missing(cells: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def main(names: Sequence[str]) -> None:
     """Writes the page: what it lacks, and the named columns and rows (`--all`: all) afresh."""
-    torch.set_num_threads(1)
     afresh = set(ZOO) if "--all" in names else set(names)
     if unknown := afresh - {*ZOO, *METHODS}:
         raise SystemExit(
@@ -136,12 +136,21 @@ def main(names: Sequence[str]) -> None:
             f"{', '.join((*METHODS, *ZOO))}"
         )
     cells = {key: cell for key, cell in known().items() if not afresh & set(key)}
-    wanted = missing(cells)
-    for name in dict.fromkeys(n for n, _ in wanted):
-        inputs = ZOO[name].inputs(3, 9)
-        base = peftfx.capture(ZOO[name].build(), kwargs=inputs, cache=captures())
-        cells |= {(n, m): place(base, m).cell for n, m in wanted if n == name}
-        PAGE.write_text(render(cells), encoding="utf-8")
+    rows: dict[str, list[str]] = {}
+    for name, method in missing(cells):
+        rows.setdefault(name, []).append(method)
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(_row, rows, rows.values()):
+            cells |= row
+    PAGE.write_text(render(cells), encoding="utf-8")
+
+
+def _row(name: str, methods: Sequence[str]) -> dict[tuple[str, str], str]:
+    """Cells of one architecture, in a process beside others."""
+    torch.set_num_threads(1)
+    inputs = ZOO[name].inputs(3, 9)
+    base = peftfx.capture(ZOO[name].build(), kwargs=inputs, cache=captures())
+    return {(name, method): place(base, method).cell for method in methods}
 
 
 if __name__ == "__main__":

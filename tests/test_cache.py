@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,15 +249,20 @@ def test_arguments_read_back() -> None:
 
 
 GLOBALS = """
-import torch
+import torch, uuid
 from torch import nn
-SCALE, RATES = 1.0, {"drop": 0.5}
+SCALE, RATES, SESSION, SALT = 1.0, {"drop": 0.5}, uuid.uuid4().hex, object()
+class Config:
+    def __init__(self):
+        self.before = hash(self)
+    def __hash__(self):
+        return hash(SALT)
 class Net(nn.Module):
     power = 1
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(4, 4)
-        self.hidden = [1.0]
+        self.hidden, self.config = [1.0], Config()
     def forward(self, x):
         return nn.functional.dropout(self.fc(x) * SCALE, RATES["drop"], self.training) ** self.power
 """
@@ -285,6 +291,48 @@ def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> N
     assert [recalls(), recalls()] == ["stored", "recalled"]
     module.Net.power = 2
     assert [recalls(), recalls()] == ["stored", "recalled"]
+    # As in the next process: a text that `uuid` draws, and a hash of text, which Python seeds.
+    module.SESSION, module.SALT = uuid.uuid4().hex, object()
+    model.config = module.Config()
+    assert recalls() == "recalled"
+    model.config.before += 1
+    assert recalls() == "stored"
+
+
+def test_functions_of_one_line_and_what_classes_enclose(tmp_path: Path) -> None:
+    """Differences that only training shows, so that nothing but the key tells them apart."""
+
+    class Rated(nn.Module):
+        def __init__(self, rate: Callable[[], float]) -> None:
+            super().__init__()
+            self.fc, self.rate = nn.Linear(4, 4), rate
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.fc(x), self.rate(), self.training)
+
+    def enclosed(rate: float) -> nn.Module:
+        class Enclosing(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return nn.functional.dropout(self.fc(x), rate, self.training)
+
+        return Enclosing()
+
+    few, many = lambda: 0.1, lambda: 0.9  # fmt: skip
+    x = torch.randn(2, 4)
+    for pair in ([Rated(few), Rated(many)], [enclosed(0.1), enclosed(0.9)]):
+        notes: list[str] = []
+        for model in (*pair, *pair):
+            program = peftfx.capture(model.eval(), (x,), cache=tmp_path)
+            notes.append(program.cached)
+            torch.manual_seed(0)
+            got = program.train()(x)
+            torch.manual_seed(0)
+            assert torch.equal(got, model.train()(x))
+        assert notes == ["stored", "stored", "recalled", "recalled"]
 
 
 def test_what_is_recalled_is_tried(tmp_path: Path, monkeypatch: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import peftfx
-from peftfx.rewriter.graph.module import clone
+from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.graph.clone import clone
+from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.tracing.memo import Memo
 from peftfx.rewriter.tracing.propagate import _Fakes
 
@@ -52,22 +55,66 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What runs with values: `program` for each forward to compare, and adapters' names for calls
+    of their branches."""
+    seen: list[str] = []
+    forward, branch = Witness.forward, LoRABranch.branch
+
+    def of_program(self: Witness, given: Any) -> Any:
+        seen.append("program")
+        return forward(self, given)
+
+    def of_branch(self: LoRABranch, x: Tensor) -> Tensor:
+        if not isinstance(x, FakeTensor):
+            seen.append(names.get(self.a.shape[0], ""))
+        return branch(self, x)
+
+    monkeypatch.setattr(Witness, "forward", of_program)
+    monkeypatch.setattr(LoRABranch, "branch", of_branch)
+    return seen
+
+
+names = {rank: f"a{rank}" for rank in range(1, 9)}
+
+
 @pytest.mark.parametrize("layers", [12, 24, 48])
-def test_layers_cost_no_evaluations(layers: int, evaluations: list[str]) -> None:
+def test_layers_cost_no_evaluations(
+    layers: int, evaluations: list[str], forwards: list[str]
+) -> None:
     program = captured(layers)
     evaluations.clear()
+    forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
     assert evaluations == ["LoRABranch", "add.Tensor", "LoRABranch", "add.Tensor"]  # up, down
+    # Of both: at three sizes, again, in training; of the base with its last sample, or token,
+    # changed, and before; of the adapter also with noise: twice, and with each of both changed.
+    assert forwards.count("program") == 5 + 3 + 5 + 4
+    branches = 2 * layers * (5 + 1 + 4)  # once more with gradients
+    assert forwards.count("a2") == branches + 2 * 5  # alone: only one of each kind, up and down
+    forwards.clear()
+    peftfx.run(program, "lora{rank=2,where=linear}")
+    assert forwards.count("program") == 1 + 5 + 4
 
 
-def test_the_eighth_adapter_costs_what_the_second_does(evaluations: list[str]) -> None:
-    program, counts = captured(2), list[int]()
-    for index in range(8):
+def test_the_eighth_adapter_costs_what_the_second_does(
+    evaluations: list[str], forwards: list[str]
+) -> None:
+    program, counts, ran = captured(2), list[int](), list[Counter[str]]()
+    for index in range(1, 9):
         evaluations.clear()
-        program = peftfx.run(program, f"lora{{rank=2,where=linear,name=a{index}}}")
+        forwards.clear()
+        program = peftfx.run(program, f"lora{{rank={index},where=linear,name=a{index}}}")
         counts.append(len(evaluations))
-    assert counts[0] and not any(counts[1:])
+        ran.append(Counter(forwards))
     assert len(program.attachments) == 8 * 4
+    assert max(counts[1:]) <= counts[0]  # the ranks differ
+    for index, count in enumerate(ran[1:], 2):
+        assert count["program"] == ran[1]["program"]
+        assert count[f"a{index}"] == ran[1]["a2"]
+        # Those before it run once: with all of them, the outputs stay what they were.
+        assert all(count[f"a{older}"] == 4 for older in range(1, index))
 
 
 class Branch(nn.Module):

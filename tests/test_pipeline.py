@@ -197,23 +197,41 @@ def test_text_keeps_what_was_typed() -> None:
     assert str(parse_yaml("- lora: {where: q|v}")) == "lora{where=q|v}"
 
 
-@pytest.mark.parametrize(("text", "most"), [("lora{where=q}", 12), ("fold", 16)])
-def test_checks_measure_the_program_before_once(
-    captured: Any, monkeypatch: pytest.MonkeyPatch, text: str, most: int
-) -> None:
-    base = peftfx.run(captured["encoder"][1], "ia3")  # so the sizes are tried
-    runs: list[Any] = []
-    original = witness.Witness._call
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The programs whose forwards are run to be compared."""
+    seen: list[Any] = []
+    original = witness.Witness.forward
 
     def counted(self: Any, inputs: Any) -> Any:
-        runs.append(self.program)
+        seen.append(self.program)
         return original(self, inputs)
 
-    monkeypatch.setattr(witness.Witness, "_call", counted)
+    monkeypatch.setattr(witness.Witness, "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "most"),
+    # Of a further adapter everything is compared with the base. Before a fold: that the program
+    # repeats, twice, and what it does without its branches.
+    [("lora{where=q}", 0, 11), ("fold", 3, 12)],
+)
+def test_what_the_run_before_has_measured_is_not_measured_again(
+    captured: Any, forwards: list[Any], text: str, own: int, most: int
+) -> None:
+    base = peftfx.run(captured["encoder"][1], "ia3")
+    forwards.clear()
     made = peftfx.run(base, text)
     assert made.history[-1].certificate.holds
-    sizes = 3
-    # At every size, once more to see that it repeats, and for a fold once without its branches.
-    again = 3 if text == "fold" else 1
-    assert sum(p is base for p in runs) == sizes + again
-    assert len(runs) <= most
+    assert sum(p is base for p in forwards) == own
+    assert len(forwards) <= most
+
+
+def test_what_has_changed_since_is_measured_again(captured: Any, forwards: list[Any]) -> None:
+    program = peftfx.run(captured["encoder"][1], "ia3")
+    with torch.no_grad():
+        program.trainable_parameters()[0].data.mul_(1.5)  # no version counter tells
+    forwards.clear()
+    peftfx.run(program, "fold")
+    assert sum(p is program for p in forwards) == 3 + 4  # at three sizes, and in training

@@ -19,9 +19,9 @@ REFRESH = "Run `python -m tests.stacks {}`, and read what it wrote into docs/sta
 
 
 @pytest.fixture(scope="module")
-def pairs(captured: Any) -> set[tuple[str, str]]:
+def pairs(captured: Any, seed: int) -> set[tuple[str, str]]:
     with shared():
-        return chosen({name: slots(captured.placed(MODEL, name)) for name in METHODS})
+        return chosen({name: slots(captured.placed(MODEL, name)) for name in METHODS}, seed)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

@@ -81,8 +81,8 @@ def partition(program: Program) -> tuple[Part | Node, ...]:
     return _ordered(flow, range(len(flow.nodes)), parts)
 
 
-def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-    """Layer -> what lies between the stream before and behind it, and what is before it.
+def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str, int]]:
+    """Layer -> what lies between the stream before and behind it, and what is before it, as bits.
 
     Layers that overlap (one within another, or of two streams that meet) are one.
     """
@@ -97,11 +97,11 @@ def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str,
             "found; train it as one module (program.module)."
         )
     found: dict[str, set[int]] = {}
-    before: dict[str, set[int]] = {}
+    before: dict[str, int] = {}
     for stream, members in layers.items():
         for layer, span in _spans(program, members, nodes).items():
             entry, end = (flow.index[n] for n in span)
-            core = flow.carried(entry) & flow.above([end])
+            core = flow.carried(entry, end)
             label, core = f"{stream}.layer{layer}", flow.closed(core - {entry})
             above = flow.above([entry])
             for other in [k for k, s in found.items() if s & core]:
@@ -214,15 +214,17 @@ def _add_readers(
     program: Program, flow: Flow, sets: dict[str, set[int]], paths: Mapping[str, str]
 ) -> None:
     """Takes into a layer what it needs that else reads its parameters (T5's biases of scores)."""
+    owners = {i: k for k, s in sets.items() for i in s}
+    held: dict[str, list[int]] = {path: [] for path in paths.values()}
+    for i, node in enumerate(flow.nodes):
+        if _is_parameter(program.module, node):
+            for path in _parents(str(node.target)):
+                held.get(path, []).append(i)
     for label, path in paths.items():
-        owners = {i: k for k, s in sets.items() for i in s}
+        above = flow.above(sets[label])
         readers = {
-            j
-            for i, node in enumerate(flow.nodes)
-            if _is_parameter(program.module, node) and str(node.target).startswith(f"{path}.")
-            for j in flow.after[i]
-            if j not in owners
-        } & flow.above(sets[label])
+            j for i in held[path] for j in flow.after[i] if j not in owners and above >> j & 1
+        }
         if not readers:
             continue
         whole = flow.closed(sets[label] | flow.computed(readers))
@@ -235,6 +237,12 @@ def _add_readers(
                 "between them. Keep the program as one module (program.module)."
             )
         sets[label] = whole
+        owners |= dict.fromkeys(whole, label)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _add_exclusive(
@@ -242,7 +250,7 @@ def _add_exclusive(
     flow: Flow,
     sets: dict[str, set[int]],
     paths: Mapping[str, str],
-    before: Mapping[str, set[int]],
+    before: Mapping[str, int],
 ) -> None:
     """Takes into a layer what only it needs: expressions of its weights, its part of masks.
 
@@ -253,7 +261,7 @@ def _add_exclusive(
     for i in sorted(flow.computed(range(len(flow.nodes))), reverse=True):
         users = {owners.get(j) for j in flow.after[i]}
         label = next(iter(users), None)
-        if i in owners or len(users) != 1 or label is None or i in before[label]:
+        if i in owners or len(users) != 1 or label is None or before[label] >> i & 1:
             continue
         if _is_random(flow.nodes[i]) or not _at_home(program.module, flow.nodes[i], paths[label]):
             continue

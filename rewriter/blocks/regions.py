@@ -50,7 +50,7 @@ def routings(program: Program, flow: Flow) -> Iterator[Routing]:
         takes = [flow.index[u] for u in index.users if isinstance(submodule(gm, u), TakeTokens)]
         put = next(u for u in index.users if isinstance(submodule(gm, u), PutTokens))
         after: Node = operands(put)[2]
-        inside = (flow.below(takes) & flow.above([flow.index[after]])) - set(takes)
+        inside = flow.below(takes, [flow.index[after]]) - set(takes)
         for i in fixed:
             if flow.after[i] and flow.after[i] <= inside:
                 inside.add(i)

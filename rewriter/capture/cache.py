@@ -45,6 +45,8 @@ _DAMAGE = (
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FILE = re.compile(r'File "([^"]+)", line')
+_DRAWN = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""What `uuid` draws: the number of a session, another one in each process."""
 
 
 @dataclass(frozen=True)
@@ -298,29 +300,41 @@ class _Description:
         state = getattr(item, "__dict__", None)
         if not isinstance(state, dict):
             raise ValueError(f"an attribute is a {type(item).__name__}")
-        return ["object", self._class(type(item)), self(state)]
+        own = _own_hash(item)
+        return [
+            "object", self._class(type(item)),
+            self({n: v for n, v in state.items() if own is None or v != own}),
+        ]  # fmt: skip
 
     def _class(self, kind: type[Any]) -> Any:
         for base in kind.__mro__:
             self._source(base.__module__)
             if base.__module__ in self.files:
                 self._constants(f"{base.__module__}.{base.__qualname__}", vars(base))
+                for name, item in vars(base).items():
+                    names = getattr(getattr(item, "__code__", None), "co_freevars", ())
+                    cells = zip(names, getattr(item, "__closure__", None) or (), strict=False)
+                    read = {n: _content(cell) for n, cell in cells}
+                    self._constants(f"{base.__module__}.{base.__qualname__}.{name}", read)
         return f"{kind.__module__}.{kind.__qualname__}"
 
     def _function(self, item: Any) -> Any:
         self._source(str(item.__module__ or "builtins"))
         code = getattr(item, "__code__", None)
-        cells = [c.cell_contents for c in getattr(item, "__closure__", None) or ()]
-        line = code.co_firstlineno if code is not None else 0
+        cells = [_content(c) for c in getattr(item, "__closure__", None) or ()]
+        # With columns, since lambdas of one line have one name.
+        lines = list(code.co_positions()) if code is not None else []
         owner = getattr(item, "__self__", None)
         bound = None if owner is None or isinstance(owner, type(sys)) else self(owner)
-        return ["function", item.__qualname__, line, bound, self(cells)]
+        return ["function", item.__qualname__, lines, bound, self(cells)]
 
     def _constants(self, owner: str, namespace: Mapping[str, Any]) -> None:
         """Notes the values of a module's or class's plain variables: code reads them, and they may
         be other ones than the source says."""
         items = {n: v for n, v in namespace.items() if not n.startswith("__")}
-        self.constants[owner] = {n: repr(v) for n, v in sorted(items.items()) if _is_plain(v)}
+        plain = {n: repr(v) for n, v in sorted(items.items()) if _is_plain(v)}
+        if plain:
+            self.constants[owner] = plain
 
     def _source(self, module: str) -> None:
         """Notes a module's code and, unless it is installed (its version says enough), that of
@@ -342,11 +356,31 @@ class _Description:
                 self._source(name)
 
 
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return None
+
+
+def _own_hash(item: Any) -> int | None:
+    """The hash of an object whose class defines one. Kept in an attribute, it says nothing that the
+    others do not, and Python hashes text differently in each process."""
+    if type(item).__hash__ in (object.__hash__, None):
+        return None
+    try:
+        return hash(item)
+    except (TypeError, ValueError, AttributeError):
+        return None
+
+
 def _is_plain(item: Any) -> bool:
     """Whether a value is a number, text or a short container of such, which `repr` says all of."""
     match item:
-        case None | bool() | int() | float() | complex() | str() | torch.dtype():
+        case None | bool() | int() | float() | complex() | torch.dtype():
             return True
+        case str():
+            return _DRAWN.fullmatch(item) is None
         case tuple() | list():
             return len(item) <= 64 and all(_is_plain(i) for i in item)  # pyright: ignore
         case dict():

@@ -181,6 +181,8 @@ def _alike(x: Any, y: Any) -> bool:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         same = x.dtype == y.dtype and x.dim() == y.dim()
         return same and all(map(_alike, x.shape, y.shape))
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return False
     if isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt):
         return x.node.expr == y.node.expr
     return str(x) == str(y)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import operator
+from collections.abc import Callable, Collection, Iterable
 
 from torch.fx import GraphModule, Node
 
@@ -36,23 +38,37 @@ class Flow:
         """Without inputs, outputs and stored tensors."""
         return {i for i in found if self.nodes[i].op not in _NOT_COMPUTED}
 
-    def below(self, start: Iterable[int]) -> set[int]:
-        """What needs any of `start`, `start` included."""
-        return _reach(start, self.after.__getitem__)
+    @functools.cached_property
+    def needs(self) -> list[int]:
+        """By node, the places of all that it needs, itself included, as bits of a number."""
+        found: list[int] = []
+        for i, before in enumerate(self.before):
+            found.append(functools.reduce(operator.or_, (found[j] for j in before), 1 << i))
+        return found
 
-    def above(self, start: Iterable[int]) -> set[int]:
-        """What any of `start` needs, `start` included."""
-        return _reach(start, self.before.__getitem__)
+    def above(self, ends: Iterable[int]) -> int:
+        """What any of `ends` needs, `ends` included, as bits."""
+        return functools.reduce(operator.or_, (self.needs[i] for i in ends), 0)
 
-    def carried(self, start: int) -> set[int]:
-        """What needs more of `start` than its size."""
-        return _reach(
-            [start], lambda i: (j for j in self.after[i] if not is_op(self.nodes[j], SIZES))
-        )
+    def below(self, start: Iterable[int], ends: Iterable[int] | None = None) -> set[int]:
+        """What needs any of `start`, `start` included; as far as any of `ends` needs it."""
+        above = -1 if ends is None else self.above(ends)
+        found = {i for i in start if above >> i & 1}
+        return _reach(found, lambda i: (j for j in self.after[i] if above >> j & 1))
 
-    def closed(self, found: set[int]) -> set[int]:
+    def carried(self, start: int, end: int) -> set[int]:
+        """What needs more of `start` than its size, as far as `end` needs it."""
+        above = self.above([end])
+
+        def step(i: int) -> Iterable[int]:
+            fitting = (j for j in self.after[i] if above >> j & 1)
+            return (j for j in fitting if not is_op(self.nodes[j], SIZES))
+
+        return _reach({start}, step)
+
+    def closed(self, found: Collection[int]) -> set[int]:
         """`found` and all that is computed on the way from one of it to another."""
-        return self.computed(self.below(found) & self.above(found))
+        return self.computed(self.below(found, found))
 
 
 def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[int]:

@@ -7,18 +7,18 @@ to a literal dtype and branches on the dtype were decided when the model was tra
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph_module import _WrappedCall
 
 from ..errors import CaptureError
 from .aten import attribute, set_attribute, submodule, written
+from .clone import clone
 from .placement import relocate
 
 P = ParamSpec("P")
@@ -29,9 +29,7 @@ class CapturedModule(GraphModule):
     """A graph module that moves between devices as a whole and refuses another dtype."""
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
-        if own_attribute(root, "device") is not None:  # every instance has a class of its own
-            kind: Any = type(self)
-            kind.device = property(lambda me: own_attribute(me, "device"))
+        _show_device(type(self), root)
         super().__init__(root, graph, class_name)
 
     def _deepcopy_init(self) -> Callable[..., None]:
@@ -50,6 +48,35 @@ class CapturedModule(GraphModule):
             relocate(self, before, after)
         return self
 
+    def named_modules(
+        self,
+        memo: set[nn.Module] | None = None,
+        prefix: str = "",
+        remove_duplicate: bool = True,
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's own, without a generator for every level: all other walks use it."""
+        memo = set() if memo is None else memo
+        stack: list[tuple[str, nn.Module]] = [(prefix, self)]
+        while stack:
+            path, module = stack.pop()
+            if remove_duplicate and module in memo:
+                continue
+            if type(module).named_modules not in (nn.Module.named_modules, _NAMED):
+                yield from module.named_modules(memo, path, remove_duplicate)
+                continue
+            memo.add(module)
+            yield path, module
+            start = f"{path}." if path else ""
+            children = [(f"{start}{n}", m) for n, m in module._modules.items() if m is not None]
+            stack += reversed(children)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's own, from the tables of children alone."""
+        found: nn.Module | None = self
+        for part in target.split("."):
+            found = found._modules.get(part) if found is not None else None
+        return super().get_submodule(target) if found is None else found
+
     @property
     def device(self) -> Any:
         """The device of the stored tensors; what the model itself calls so, if anything."""
@@ -58,6 +85,34 @@ class CapturedModule(GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles code, not nodes, as torch does; what is read back is of this class again."""
         return _unpickled, (*super().__reduce__(), type(self).__name__)
+
+
+def outdate(gm: CapturedModule) -> None:
+    """Says that the graph was edited: its code is made when it is first called, or forked."""
+    kind: Any = type(gm)
+    kind.forward = _compiled_first
+    gm.__dict__["_outdated"] = True
+
+
+def renew(gm: CapturedModule) -> None:
+    """Makes the code of a graph that was edited, if that is still to be done."""
+    if gm.__dict__.pop("_outdated", False):
+        gm.recompile()
+
+
+def _compiled_first(gm: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+    renew(gm)
+    return gm.forward(*args, **kwargs)
+
+
+_NAMED = CapturedModule.named_modules
+
+
+def _show_device(kind: Any, root: nn.Module) -> None:
+    """Lets a module's class, which every instance has of its own, give what the model itself calls
+    a device."""
+    if own_attribute(root, "device") is not None:
+        kind.device = property(lambda me: own_attribute(me, "device"))
 
 
 def _unpickled(build: Callable[..., GraphModule], arguments: Any, name: str) -> CapturedModule:
@@ -145,7 +200,32 @@ def fork_module(gm: GraphModule) -> CapturedModule:
         )
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
-    return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    if not (isinstance(gm, CapturedModule) and type(gm).__bases__ == (CapturedModule,)):
+        return _rebuild(gm, gm.graph, memo, type(gm).__name__)  # a unit of `fully_shard`
+    renew(gm)
+    forked = _coded_like(gm, _needed(gm, gm.graph, memo))
+    copy_modes(gm, forked)
+    return forked
+
+
+def _coded_like(source: CapturedModule, root: nn.Module) -> CapturedModule:
+    """A module over a copy of a graph, and all that `root` holds, with the code that there is."""
+    made: Any = CapturedModule.__new__(CapturedModule)
+    made.__dict__.update(source.__getstate__())
+    made.__dict__.update(root.__dict__)
+    made.__dict__.update({k: type(v)() for k, v in vars(source).items() if k in _NOTES})
+    graph = copy_graph(source.graph)
+    graph.owning_module = made
+    made.__dict__["_graph"] = graph
+    kind, known = type(made), type(source)
+    kind.__name__, kind.forward, kind.__call__ = known.__name__, known.forward, known.__call__
+    kind._wrapped_call = _WrappedCall(kind, None)
+    _show_device(kind, root)
+    return made
+
+
+_NOTES = ("meta", "_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks")
+"""What torch notes of a graph module beside its graph."""
 
 
 def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
@@ -157,6 +237,7 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     """
     if hasattr(gm, "unshard"):  # a unit of `fully_shard`
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)
+    renew(gm)
     twin = object.__new__(type(gm))
     twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
     twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
@@ -166,42 +247,6 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     children = {k: clone(m, memo) for k, m in gm._modules.items()}
     twin.__dict__["_modules"] = children
     return twin
-
-
-def clone(module: Any, memo: dict[int, Any]) -> Any:
-    """`copy.deepcopy(module, memo)`, at a tenth of the cost for modules that say nothing of it."""
-    if id(module) in memo:
-        return memo[id(module)]
-    if not isinstance(module, nn.Module) or not _copied_plainly(type(module)):
-        return copy.deepcopy(module, memo)
-    made: Any = object.__new__(type(module))
-    memo[id(module)] = made
-    for name, item in vars(module).items():
-        kind = type(item)
-        if kind in _IMMUTABLE:
-            made.__dict__[name] = item
-        elif kind in (dict, OrderedDict) and (not item or name in _TABLES):
-            made.__dict__[name] = kind((k, clone(v, memo)) for k, v in item.items())
-        elif kind is set and all(type(i) is str for i in item):
-            made.__dict__[name] = set(item)
-        else:
-            made.__dict__[name] = copy.deepcopy(item, memo)
-    return made
-
-
-_IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-@functools.cache
-def _copied_plainly(kind: type) -> bool:
-    """Whether a class leaves copying to Python and torch."""
-    changed = hasattr(kind, "__deepcopy__") or hasattr(kind, "__slots__")
-    same = (
-        getattr(kind, name) is getattr(nn.Module, name)
-        for name in ("__setstate__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
-    )
-    return not changed and all(same)
 
 
 def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule:
@@ -234,6 +279,14 @@ def all_read(gm: GraphModule) -> bool:
 
 def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
     """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
+    root = _needed(source, original, memo)
+    made = CapturedModule(root, copy_graph(original), class_name=name)
+    copy_modes(source, made)
+    return made
+
+
+def _needed(source: nn.Module, original: Graph, memo: dict[int, Any]) -> nn.Module:
+    """A module with what a graph reads and calls of `source`."""
     root, transient = nn.Module(), transient_buffers(source)
     for node in original.nodes:
         path = str(node.target)
@@ -242,9 +295,7 @@ def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str
         elif node.op == "get_attr" and not _has(root, path):
             held = attribute(source, path)
             set_attribute(root, path, memo.get(id(held), held), path in transient)
-    forked = CapturedModule(root, copy_graph(original), class_name=name)
-    copy_modes(source, forked)
-    return forked
+    return root
 
 
 def copy_modes(source: nn.Module, target: nn.Module) -> None:

@@ -4,11 +4,13 @@ and its branches are the same in both modes, with the gradients of what they com
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from .branchwise import calls, require_faithful
-from .influence import require_apart
+from .branchwise import Call, calls, require_faithful
+from .influence import noise_limit, require_apart
+from .likeness import IncomparableError, Likeness
 from .steady import require_settled
 from .witness import Witness, whole_tensors
 
@@ -32,16 +34,30 @@ def require_kept(
         what: the pass, for messages.
         earlier: departures of what was in the program before these branches.
     """
-    with calls(moved) as seen:
+    with calls(moved, departures) as seen:
         require_settled(moved, moved.program.base, [inputs])
     if not whole_tensors(moved.program):
         return
     if random:
-        moved.expected = True
-        moved.forget()
+        moved.expect()
     allowed = {*earlier, *(d for each in departures.values() for d in each)}
     require_apart(moved, inputs, allowed, what)
+    limit = noise_limit(moved)
+    looked_at: set[Any] = set()
     for path, said in departures.items():
-        if path in seen:
-            require_faithful(moved, path, seen[path], said, what)
+        if path not in seen:
+            continue
+        kind = _kind(moved.gm.get_submodule(path), seen[path], said) or path
+        if kind not in looked_at:  # others of a kind run the same code on other numbers
+            require_faithful(moved, path, seen[path], limit, said, what)
+        looked_at.add(kind)
     moved.reset()
+
+
+def _kind(branch: nn.Module, call: Call, said: Collection[str]) -> Any:
+    """Equal for calls of branches that run the same code; None where that cannot be told."""
+    held = {n: v for n, v in vars(branch).items() if "hook" not in n}  # those that look on
+    try:
+        return Likeness().of((type(branch), held, call.leaves, call.moving, sorted(said)))
+    except IncomparableError:
+        return None

@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..errors import VerifyError
 from ..graph.aten import inputs
 from .compare import compare, floats
-from .influence import noise_limit
 from .still import Expected
 from .watch import branches, place
 from .witness import Witness
@@ -58,16 +57,17 @@ class Call:
 
 
 @contextlib.contextmanager
-def calls(witness: Witness) -> Iterator[dict[str, Call]]:
+def calls(witness: Witness, paths: Collection[str]) -> Iterator[dict[str, Call]]:
     """Collects the first call of each branch that happens meanwhile, by path.
 
     Args:
         witness: of a program with branches, which is called inside of the context.
+        paths: of the branches.
     """
     seen: dict[str, Call] = {}
-    moving = _moving(witness)
+    moving = _moving(witness, paths)
     with contextlib.ExitStack() as hooks:
-        for path, module in branches(witness).items():
+        for path, module in branches(witness, paths).items():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 if path not in seen:
@@ -84,7 +84,7 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _moving(witness: Witness) -> dict[str, list[int]]:
+def _moving(witness: Witness, paths: Collection[str]) -> dict[str, list[int]]:
     """By path of the branch, which leaves of its arguments depend on inputs of the program."""
     depends: dict[Any, bool] = {}
     for node in witness.gm.graph.nodes:
@@ -94,12 +94,13 @@ def _moving(witness: Witness) -> dict[str, list[int]]:
             i for i, a in enumerate(pytree.tree_leaves((node.args, node.kwargs)))
             if depends.get(a, False)
         ]
-        for node in reversed(witness.gm.graph.nodes) if node.op == "call_module"
+        for node in reversed(witness.gm.graph.nodes)
+        if node.op == "call_module" and node.target in paths
     }  # fmt: skip
 
 
 def require_faithful(
-    witness: Witness, path: str, call: Call, departures: Collection[str], what: str
+    witness: Witness, path: str, call: Call, limit: float, departures: Collection[str], what: str
 ) -> None:
     """Raises VerifyError if a branch differs between its modes, or cuts gradients.
 
@@ -107,13 +108,14 @@ def require_faithful(
         witness: of a program whose branches do something.
         path: of the branch.
         call: one of its calls.
+        limit: what its modes may differ by, see `influence.noise_limit`.
         departures: what its pass says of it: `MODES`, `GRADIENTS`.
         what: the pass, for messages.
     """
     module = witness.gm.get_submodule(path)
     said = f"{what}: the branch {place(witness, path)}"
     if MODES not in departures:
-        _require_modes(module, call, noise_limit(witness), said)
+        _require_modes(module, call, limit, said)
     if GRADIENTS not in departures and call.moving:
         _require_gradients(module, call, said)
 

@@ -161,6 +161,15 @@ def _said(x: Any, y: Any) -> str:
     return f"it changes from {short[0]} to {short[1]}"
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
+    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
 def _largest(x: Tensor) -> float:
     finite = x[torch.isfinite(x)]
     return float(finite.abs().max()) if finite.numel() else 0.0
@@ -170,12 +179,14 @@ def _numbers(name: str, x: Tensor, y: Tensor) -> Gap:
     """The gap of two floating-point tensors of one shape."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, y = x.detach().to(wide), y.detach().to(wide)
+    if all_finite(x) and torch.equal(x, y):
+        return Gap(name, size=_square(x))
     both = torch.isfinite(x) & torch.isfinite(y)
     apart = torch.where(both, x - y, 0.0).abs()
-    largest, size = _largest(x), float(torch.where(both, x, 0.0).double().square().sum())
+    largest, size = _largest(x), _square(torch.where(both, x, 0.0))
     absolute = float(apart.max()) if apart.numel() else 0.0
     relative = absolute / largest if largest else absolute
-    error = float(apart.double().square().sum())
+    error = _square(apart)
     values, spoilt = _not_finite(x, y)
     if values:
         relative = float("inf")

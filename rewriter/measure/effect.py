@@ -7,18 +7,16 @@ the outputs with them, against the outputs with each of them doing nothing.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..branches.branch import Delta, Expression, RowScale, Scale, Serial
 from .compare import floats
+from .silence import silenced
 from .witness import Witness
 
 SHARE = 0.1
@@ -44,7 +42,7 @@ def effect(
     if not paths:
         return {}
     full, made = (_heard(w.outputs(inputs), silent) for w in (before, after))
-    with _silenced(before.gm, paths):
+    with silenced(before.gm, paths):
         bare = _heard(before.call(before.completed(inputs)), silent)
     square = error = product = 0.0
     for x, y, z in zip(full, made, bare, strict=True):
@@ -68,61 +66,3 @@ def _rewritten(before: Witness, after: Witness) -> list[str]:
     left = {a.path for a in after.program.attachments}
     gone = [path for path in there if path not in left]
     return gone or there
-
-
-@contextlib.contextmanager
-def _silenced(gm: nn.Module, paths: list[str]) -> Iterator[None]:
-    """Lets the branches at these paths do nothing, where their slot has a word for that."""
-    silent: list[Any] = []
-    try:
-        for path in paths:
-            module: Any = gm.get_submodule(path)
-            for kind, neutral in _NEUTRAL:
-                if isinstance(module, kind):
-                    module.forward = neutral(module.forward)
-                    silent.append(module)
-        yield
-    finally:
-        for module in silent:
-            del module.forward
-
-
-Forward = Callable[..., Any]
-
-
-def _no_delta(forward: Forward) -> Forward:
-    def silent(
-        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **reads: Tensor
-    ) -> Tensor:
-        if weight is not None:
-            return F.linear(x, weight, bias)
-        return torch.zeros_like(forward(x, **reads))
-
-    return silent
-
-
-def _no_rows(forward: Forward) -> Forward:
-    def silent(
-        y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, **operands: Tensor
-    ) -> Tensor:
-        del operands
-        lowered = getattr(getattr(forward, "__self__", None), "lowered", None)
-        return y if lowered is None else F.linear(x, weight, bias)
-
-    return silent
-
-
-def _first(forward: Forward) -> Forward:
-    del forward
-    return lambda x, *_, **__: x
-
-
-def _no_update(forward: Forward) -> Forward:
-    del forward
-    return lambda h, skip=True, **_: h if skip else torch.zeros_like(h)
-
-
-_NEUTRAL: tuple[tuple[type[nn.Module], Callable[[Forward], Forward]], ...] = (
-    (Delta, _no_delta), (RowScale, _no_rows), (Scale, _first), (Expression, _first),
-    (Serial, _no_update),
-)  # fmt: skip

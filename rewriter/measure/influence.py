@@ -72,7 +72,8 @@ def require_apart(
     @functools.cache
     def resting() -> Witness:
         witness = Witness(base)
-        witness.expected = after.expected
+        if after.expected:
+            witness.expect()
         return witness
 
     for change in _changes(base, inputs):

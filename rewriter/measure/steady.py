@@ -3,8 +3,9 @@ differs from evaluation as it did before."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,45 +14,49 @@ from ..errors import VerifyError
 from ..graph.sharded import is_sharded
 from ..program.state import State
 from .compare import Gap, compare
-from .still import Expected, forward, written
+from .still import Expected
 from .witness import Witness, repeats
 
 NOISE = 0.1
 """Scale of the noise on what trains in branches: what is zero at first hides what they do."""
 
 
-def perturbed(program: State, names: Collection[str] | None = None, seed: int = 0) -> Witness:
-    """A witness of the program as if it had trained: with noise on parameters of branches.
+@contextlib.contextmanager
+def perturbed(witness: Witness, names: Collection[str], seed: int = 0) -> Iterator[Witness]:
+    """A program as if it had trained: with noise on parameters of branches.
 
     Args:
-        program: not changed.
-        names: of parameters; by default all that train. Those outside of branches stay.
+        witness: of the program; meanwhile its copy has the noise.
+        names: of parameters. Those outside of branches stay.
         seed: of the noise.
+
+    Yields:
+        A witness of that.
     """
-    trained = program.named_trainable_parameters() if names is None else names
-    witness = Witness(program)
     held = dict(witness.gm.named_parameters())
+    known = {n: held[n] for n in names if n in held and witness.program.inserts(n)}
     generator = torch.Generator().manual_seed(seed)
-    for name in trained:
-        parameter = held.get(name)
-        if parameter is None or not program.inserts(name) or is_sharded(parameter):
-            continue
-        if parameter.is_floating_point():
+    before = [(p, p.data) for p in known.values() if p.is_floating_point() and not is_sharded(p)]
+    try:
+        for parameter, values in before:
             noise = torch.randn(parameter.shape, generator=generator) * NOISE
-            parameter.data = parameter.detach() + noise.to(parameter)
-    return witness
+            parameter.data = values + noise.to(values)
+        yield witness.again()
+    finally:
+        for parameter, values in before:
+            parameter.data = values
 
 
 def quieten(before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]]) -> str:
     """Lets random operators have their expected value in both, if the program before draws random
     numbers in evaluation mode; says what `repeats` says of it."""
-    was = repeats(before, _smallest(rounds))
+    known = [inputs for inputs in rounds if before.has_seen(inputs)]  # before the pass planned
+    was = repeats(before, _smallest(known or rounds))
     if before.expected and not was:  # as an earlier pass of the pipeline has left it
         was = "random"
     if was.startswith("random"):
         for witness in (before, after):
-            witness.expected = True
-            witness.forget()
+            witness.expect()
     return was
 
 
@@ -128,7 +133,7 @@ def _drawn(witness: Witness, inputs: Mapping[str, Tensor]) -> Counter[str]:
     counts: Counter[str] = Counter()
     witness.reset()
     with Expected() as mode:
-        forward(witness.gm, witness.completed(inputs))
+        witness.forward(witness.completed(inputs))
     for (name, *_), count in mode.draws.items():
         counts[name] += count
     return counts
@@ -144,28 +149,26 @@ def trained(
         inputs: that they are called with.
         grows: the pass may add random operators, and must take none away; else the other way round.
     """
-    with before.training() as drawn:
-        try:
-            want = forward(before.gm, before.completed(inputs))
-        except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
-            return []
-    with after.training() as drawing:
-        try:
-            got = forward(after.gm, after.completed(inputs))
-        except Exception as error:
-            raise VerifyError(f"the result does not run in training mode: {error}") from error
+    try:
+        want, drawn = before.in_training(inputs)
+    except Exception:  # noqa: BLE001 - whatever the model raises, there is nothing to compare
+        return []
+    try:
+        got, drawing = after.in_training(inputs)
+    except Exception as error:
+        raise VerifyError(f"the result does not run in training mode: {error}") from error
     # Branches may have dropout of their own, which goes when they fold; the model's own stays.
     more, less = (drawing, drawn) if grows else (drawn, drawing)
-    if lost := less.draws - more.draws:
+    if lost := less - more:
         name, shape, numbers = next(iter(lost))
         raise VerifyError(
             f"dropout or other noise changes in training mode: {name} {numbers} on {shape} runs "
             f"{lost.total()} times {'less' if grows else 'more'}."
         )
-    silent = written(after.gm) - written(before.gm)
+    silent = after.written() - before.written()
     if silent:
         raise VerifyError(
             f"{min(silent)} is written in training mode, but its module does not say so: set "
             "`updates_state = True` there, so that programs do not share it."
         )
-    return compare(before.shortened(want), after.shortened(got))
+    return compare(want, got)

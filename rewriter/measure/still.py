@@ -23,17 +23,17 @@ from ..program.state import State
 ATEN: Any = torch.ops.aten
 
 
-def still(program: State) -> CapturedModule:
+def still(program: State, updated: Collection[str] | None = None) -> CapturedModule:
     """A copy of a program's module in evaluation mode, to be measured.
 
     Parameters are objects of its own over the same memory, and require no gradients: torch picks
     the kernel of a product by that flag, and the last bit of the result depends on the kernel.
     Their version counters are their own, too, so they tell of writes by this copy alone. What
-    a forward updates is copied.
+    a forward updates is copied: the tensors of these names, by default `state_tensors`.
     """
     gm = program.module
     reshard(gm)
-    updated, memo = state_tensors(gm), dict[int, Any]()
+    updated, memo = state_tensors(gm) if updated is None else updated, dict[int, Any]()
     for name, parameter in gm.named_parameters():
         memo[id(parameter)] = nn.Parameter(_own(parameter, name in updated), requires_grad=False)
     for name, buffer in gm.named_buffers():
@@ -56,13 +56,6 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
     """What a still module returns for a copy of the inputs, without gradients."""
     with torch.no_grad():
         return outputs(gm, {n: t.clone() for n, t in inputs.items()})
-
-
-def written(gm: CapturedModule) -> set[str]:
-    """Names of the buffers and parameters that a still module has written since it was made."""
-    held = [*gm.named_parameters(), *gm.named_buffers()]
-    cloned = state_tensors(gm)
-    return {n for n, t in held if not t.is_inference() and t._version and n not in cloned}
 
 
 class Expected(TorchDispatchMode):

@@ -23,6 +23,11 @@ from .witness import completed
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
+_MADE: weakref.WeakKeyDictionary[
+    State, tuple[InputSpec, Mapping[str, Tensor], list[dict[str, Tensor]]]
+] = weakref.WeakKeyDictionary()
+"""The inputs that were made of a program's spec and sample."""
+
 _TRIED: weakref.WeakKeyDictionary[State, dict[Shapes, str]] = weakref.WeakKeyDictionary()
 """Of captured programs: by the shapes of their inputs, why they do not run; empty if they do."""
 
@@ -33,11 +38,11 @@ def sizes(program: State) -> list[dict[str, Tensor]]:
     Raises:
         VerifyError: the captured model runs at none.
     """
-    device = device_of(program.module)
-    return [
-        {n: t.to(device) for n, t in program.spec.resize(program.sample, **wanted).items()}
-        for wanted in measured(program)
-    ]
+    device, known = device_of(program.module), _MADE.get(program)
+    if known is None or known[0] is not program.spec or known[1] is not program.sample:
+        rounds = [program.spec.resize(program.sample, **wanted) for wanted in measured(program)]
+        _MADE[program] = known = program.spec, program.sample, rounds
+    return [{n: t.to(device) for n, t in inputs.items()} for inputs in known[2]]
 
 
 def measured(program: State) -> list[dict[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .witness import Witness
 
 
 @contextlib.contextmanager
-def watched(witness: Witness, what: str) -> Iterator[None]:
+def watched(witness: Witness, what: str, paths: Collection[str] | None = None) -> Iterator[None]:
     """Names the branch that fails, or writes its input in place, while the witness runs.
 
     What the model itself raises is left as it is.
@@ -24,6 +24,7 @@ def watched(witness: Witness, what: str) -> Iterator[None]:
     Args:
         witness: of a program with branches.
         what: the pass.
+        paths: of the branches to watch; by default of all.
 
     Raises:
         VerifyError: a branch does.
@@ -43,7 +44,7 @@ def watched(witness: Witness, what: str) -> Iterator[None]:
             )
 
     with contextlib.ExitStack() as hooks:
-        for path, module in branches(witness).items():
+        for path, module in branches(witness, paths).items():
 
             def entered(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 enter(path, module, args, kwargs)
@@ -97,17 +98,18 @@ def _leaf(value: Any) -> Any:
     return alone.requires_grad_() if alone.is_floating_point() else alone
 
 
-def branches(witness: Witness) -> dict[str, nn.Module]:
-    """The inserted modules that the graph calls, by path."""
+def branches(witness: Witness, paths: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """The inserted modules that the graph calls, by path; those at some paths alone."""
     gm, program = witness.gm, witness.program
-    paths = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-    return {p: gm.get_submodule(p) for p in sorted(paths) if program.inserts(f"{p}.")}
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    called = called if paths is None else called.intersection(paths)
+    return {p: gm.get_submodule(p) for p in sorted(called) if program.inserts(f"{p}.")}
 
 
 def place(witness: Witness, path: str) -> str:
     """A branch's path with its site."""
-    sites = [a.site for a in witness.program.attachments if a.path == path]
-    return f"{path} at {sites[0]}" if sites else path
+    site = witness.program.site_of(path)
+    return f"{path} at {site}" if site else path
 
 
 def _failing(what: str, part: str, where: str, error: Exception) -> str:

@@ -7,6 +7,8 @@ that it was given. It runs on a still copy (see `still`); nothing of the live mo
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,13 +16,52 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.output_class import shortened
-from ..graph.sharded import is_sharded
+from ..graph.sharded import has_shards, is_sharded, outputs
 from ..program.state import State
 from .compare import compare
-from .still import Expected, forward, still, written
+from .still import Expected, still
+
+
+@dataclass
+class Outputs:
+    """What was seen of a program.
+
+    Attributes:
+        seen: inputs with outputs in evaluation mode.
+        trained: inputs, outputs in training mode, and what random operators ran.
+        expected: random operators give their expected value, because the model itself draws random
+            numbers in evaluation mode.
+    """
+
+    seen: list[tuple[dict[str, Tensor], Any]] = field(
+        default_factory=list[tuple[dict[str, Tensor], Any]]
+    )
+    trained: tuple[dict[str, Tensor], Any, Counter[Any]] | None = None
+    expected: bool = False
+
+    def of(self, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any] | None:
+        """What was seen for these inputs."""
+        return next((seen for seen in self.seen if _alike(given, seen[0])), None)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all outputs."""
+        leaves = pytree.tree_leaves([*(result for _, result in self.seen), self.trained])
+        return sum(t.nbytes for t in leaves if isinstance(t, Tensor))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A still copy, its tensors by name, and those values that forwards may update."""
+
+    gm: CapturedModule
+    held: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    sharded: bool
 
 
 @dataclass(eq=False)
@@ -29,24 +70,42 @@ class Witness:
 
     Attributes:
         program: of which it is a witness.
-        gm: the still copy.
-        expected: random operators give their expected value, because the model itself draws random
-            numbers in evaluation mode.
+        known: what was seen so far.
     """
 
     program: State
-    gm: CapturedModule = field(init=False)
-    expected: bool = False
+    known: Outputs = field(default_factory=Outputs)
     ignored: int = 0
     """How many of the outputs that passes have added are left out, from the last on, because the
     program that it is compared with has none."""
 
-    def __post_init__(self) -> None:
-        self.gm = still(self.program)
-        self._held = dict(self.gm.named_buffers()) | dict(self.gm.named_parameters())
-        held = self._held
-        self._state = {n: held[n].clone() for n in state_tensors(self.gm) if n in held}
-        self._seen: list[tuple[dict[str, Tensor], Any]] = []
+    @functools.cached_property
+    def _copy(self) -> _Copy:
+        updated = state_tensors(self.program.module)
+        gm = still(self.program, updated)
+        held = dict(gm.named_buffers()) | dict(gm.named_parameters())
+        state = {n: held[n].clone() for n in updated if n in held}
+        return _Copy(gm, held, state, has_shards(gm))
+
+    @property
+    def gm(self) -> CapturedModule:
+        """The still copy; made when it is first needed."""
+        return self._copy.gm
+
+    @property
+    def expected(self) -> bool:
+        """Whether random operators give their expected value."""
+        return self.known.expected
+
+    def again(self) -> Witness:
+        """A witness on the same copy, for as long as that is changed."""
+        other = Witness(self.program, ignored=self.ignored)
+        other.__dict__["_copy"] = self._copy
+        return other
+
+    def expect(self) -> None:
+        """Lets random operators give their expected value from now on."""
+        self.known = Outputs(expected=True)
 
     def completed(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs that the program takes: those that a pass has dropped with the values that
@@ -56,12 +115,25 @@ class Witness:
     def outputs(self, inputs: Mapping[str, Tensor]) -> Any:
         """The outputs in evaluation mode, from the program's own state."""
         given = self.completed(inputs)
-        for known, result in self._seen:
-            if all(torch.equal(t, known[n]) for n, t in given.items()):
-                return self.shortened(result)
+        if (seen := self.known.of(given)) is not None:
+            return self.shortened(seen[1])
         self.reset()
-        self._seen.append((given, self._call(given)))
-        return self.shortened(self._seen[-1][1])
+        self.known.seen.append((given, self._call(given)))
+        return self.shortened(self.known.seen[-1][1])
+
+    def has_seen(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the outputs are known already."""
+        return self.known.of(self.completed(inputs)) is not None
+
+    def in_training(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Counter[Any]]:
+        """The outputs in training mode, and how often each random operator ran, see `Expected`."""
+        given = self.completed(inputs)
+        known = self.known.trained
+        if known is None or not _alike(given, known[0]):
+            with self.training() as mode:
+                known = self.known.trained = given, self.forward(given), mode.draws
+        _, output, draws = known
+        return self.shortened(output), draws
 
     def call(self, given: Mapping[str, Tensor]) -> Any:
         """The outputs of one more call, in the mode and state that the copy is in."""
@@ -73,27 +145,35 @@ class Witness:
 
     def _call(self, given: Mapping[str, Tensor]) -> Any:
         with Expected() if self.expected else contextlib.nullcontext():
-            return forward(self.gm, given)
+            return self.forward(given)
+
+    def forward(self, given: Mapping[str, Tensor]) -> Any:
+        """What the copy returns for a copy of all inputs, without gradients."""
+        copies = {n: t.clone() for n, t in given.items()}
+        with torch.no_grad():
+            return outputs(self.gm, copies) if self._copy.sharded else self.gm(**copies)
 
     def reset(self) -> None:
         """Puts the state back that the program has."""
-        held = self._held
-        for name, value in self._state.items():
-            held[name].data.copy_(value)
+        for name, value in self._copy.state.items():
+            self._copy.held[name].data.copy_(value)
 
     @property
     def stateful(self) -> bool:
         """Whether forwards may update stored tensors."""
-        return bool(self._state)
-
-    def forget(self) -> None:
-        """Drops what was computed."""
-        self._seen.clear()
+        return bool(state_tensors(self.program.module))
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
-        held = self._held
-        return written(self.gm) | {n for n, t in self._state.items() if not equal(held[n], t)}
+        held, state = self._copy.held, self._copy.state
+        return self.written() | {n for n, t in state.items() if not equal(held[n], t)}
+
+    def written(self) -> set[str]:
+        """Names of the stored tensors that were written, but for those that forwards may update."""
+        return {
+            n for n, t in self._copy.held.items()
+            if not t.is_inference() and t._version and n not in self._copy.state
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Expected]:
@@ -106,6 +186,10 @@ class Witness:
         finally:
             self.gm.eval()
             self.reset()
+
+
+def _alike(given: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(t, known[n]) for n, t in given.items())
 
 
 _SHARED: ContextVar[tuple[Witness, ...]] = ContextVar("_SHARED", default=())
@@ -149,7 +233,7 @@ def aligned(witness: Witness) -> Witness:
     """A witness of the same program with tensors where torch would allocate them: how a product
     rounds depends on where in memory its operands lie, and weights mapped from files lie elsewhere
     than what is computed of them."""
-    moved = Witness(witness.program, witness.expected, witness.ignored)
+    moved = Witness(witness.program, Outputs(expected=witness.expected), witness.ignored)
     for parameter in moved.gm.parameters():
         if not is_sharded(parameter) and parameter.data_ptr() % _ALIGNED:
             parameter.data = parameter.data.clone()
@@ -201,9 +285,9 @@ def repeats(witness: Witness, inputs: Mapping[str, Tensor]) -> str:
         return f"changed: {gap}"
     with Expected() as mode:
         witness.reset()
-        once = forward(witness.gm, given)
+        once = witness.forward(given)
         witness.reset()
-        if mode.draws and not different(once, forward(witness.gm, given)):
+        if mode.draws and not different(once, witness.forward(given)):
             return f"random: {gap}"
     return f"drifts: {gap}"
 

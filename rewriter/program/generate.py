@@ -1,4 +1,5 @@
-"""Greedy decoding without a cache: the plain loop, equal to what an eager model would produce."""
+"""Greedy decoding without a cache: the plain loop, equal to what an eager model would produce. From
+the second token on the head is computed where it is needed, at the last one."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..graph.module import modes_kept
+from .last_token import at_last_token
 from .state import State
 
 
@@ -71,10 +74,16 @@ def generate(
     pad = program.generation.get("pad_token_id") if pad_token_id is None else pad_token_id
     pad = ends[0] if pad is None and ends else pad
     running = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+    module: nn.Module | None = None
     with modes_kept(program.module):
         program.eval()
         for _ in range(max_new_tokens):
-            logits = _logits(program(**_feed(program, ids, mask, others)))
+            feed = program.spec.bind((), _feed(program, ids, mask, others))
+            output = (module or program.module)(**feed)
+            logits = _logits(output)
+            if module is None:
+                leaves = pytree.tree_leaves(output)
+                module = at_last_token(program.module, [t is logits for t in leaves].index(True))
             token = logits[:, -1].float().argmax(-1)
             if ends:
                 token = torch.where(running, token, torch.full_like(token, int(pad or 0)))

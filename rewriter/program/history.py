@@ -133,7 +133,7 @@ class Index:
         self._attachments: tuple[Attachment, ...] = ()
         self._shared: tuple[str, ...] = ()
         self._sites: dict[str, list[Attachment]] = {}
-        self._paths: set[str] = set()
+        self._paths: dict[str, str] = {}
         self.folders: set[str] = set()
         """What the second parts of all paths are: names of adapters."""
 
@@ -143,11 +143,11 @@ class Index:
             return self
         known = len(self._attachments)
         if shared != self._shared or attachments[:known] != self._attachments:
-            self._sites, self._paths, known = {}, set(shared), 0
+            self._sites, self._paths, known = {}, dict.fromkeys(shared, ""), 0
             self.folders = {path.split(".")[1] for path in shared}
         for attachment in attachments[known:]:
             self._sites.setdefault(attachment.site, []).append(attachment)
-            self._paths.add(attachment.path)
+            self._paths[attachment.path] = attachment.site
             self.folders.add(attachment.path.split(".")[1])
         self._attachments, self._shared = attachments, shared
         return self
@@ -155,6 +155,10 @@ class Index:
     def at(self, site: str) -> list[Attachment]:
         """The attachments of a site, in order."""
         return list(self._sites.get(site, ()))
+
+    def site(self, path: str) -> str:
+        """The site of the branch at a path; empty if there is none."""
+        return self._paths.get(path, "")
 
     def holds(self, name: str) -> bool:
         """Whether a tensor or module is part of what passes inserted."""

@@ -167,11 +167,6 @@ class State:
                 found[name] = tensor.detach()
         return dict(sorted(found.items()))
 
-    @property
-    def inserted(self) -> tuple[str, ...]:
-        """What the names of all tensors of branches and shared modules start with."""
-        return tuple(f"{path}." for path in (*(a.path for a in self.attachments), *self.shared))
-
     def inserts(self, name: str) -> bool:
         """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
         return self._index.of(self.attachments, self.shared).holds(name)
@@ -179,6 +174,10 @@ class State:
     def attached(self, site: str) -> list[Attachment]:
         """The branches at a site, in order of insertion."""
         return self._index.of(self.attachments, self.shared).at(site)
+
+    def site_of(self, path: str) -> str:
+        """The id of the site of the branch at a path; empty if there is none."""
+        return self._index.of(self.attachments, self.shared).site(path)
 
     @property
     def folders(self) -> set[str]:
@@ -270,11 +269,16 @@ class State:
         return replace(moved, extras=extras, sample=sample, tensors=tensors, origin=origin)
 
     @outside_inference
-    def fork(self) -> Self:
-        """An independent copy: own Parameter objects, frozen storage shared, trained copied."""
+    def fork(self, printed: bool = True) -> Self:
+        """An independent copy: own Parameter objects, frozen storage shared, trained copied.
+
+        Args:
+            printed: with fingerprints of its own; without for what is edited before it is used.
+        """
         reshard(self.module)
         forked = replace(self, module=fork_module(self.module), origin=self.base)
-        forked.prints = forked.fingerprints()
+        if printed:
+            forked.prints = forked.fingerprints()
         return forked
 
     def attached_by(self, adapter: str) -> list[Attachment]:

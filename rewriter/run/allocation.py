@@ -6,6 +6,8 @@ neighbours: an operating system that overcommits grants memory that it does not 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,18 +59,37 @@ class Allocation(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _admit(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        held = [a for a in args if isinstance(a, Tensor)]
-        device = kwargs.get("device") or (held[0].device if held else torch.device("cpu"))
-        if torch.device(device).type == "meta":
+        from_sizes, pointwise = _makes(func)
+        if not (from_sizes or pointwise):
             return
-        made = _from_sizes(func, args, kwargs)
+        held = [a for a in args if isinstance(a, Tensor)]
+        device = kwargs.get("device") or (held[0].device if held else _CPU)
+        device = device if isinstance(device, torch.device) else torch.device(device)
+        if device.type == "meta":
+            return
+        made = _from_sizes(func, args, kwargs) if from_sizes else 0
         self.made += made
         if self.elements is not None and self.made > self.elements:
             raise UnexplainedError(f"{self.made:,} elements, at most {self.elements:,} expected")
-        if torch.device(device).type != "cpu":  # torch's own error is clear there
+        if device.type != "cpu":  # torch's own error is clear there
             return
         dtype = kwargs.get("dtype") or (held[0].dtype if held else torch.get_default_dtype())
-        require_room(max(made, _broadcast(func, held)) * dtype.itemsize)
+        count = _broadcast(held) if pointwise and len(held) > 1 else 0
+        require_room(max(made, count) * dtype.itemsize)
+
+
+_CPU = torch.device("cpu")
+
+
+@functools.cache
+def _makes(func: Any) -> tuple[bool, bool]:
+    """Whether an operator may make a new tensor of numbers, and one that its operands span."""
+    schema = func._schema
+    if any(r.alias_info is not None for r in schema.returns):
+        return False, False
+    names = {a.name for a in schema.arguments}
+    from_sizes = bool(names & {"size", "repeats"}) or schema.name == "aten::arange"
+    return from_sizes, torch.Tag.pointwise in func.tags
 
 
 def require_room(size: int) -> None:
@@ -112,10 +133,8 @@ def _read(path: Path) -> str:
 
 
 def _from_sizes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Elements of what an operator makes of numbers alone; 0 for views and all others."""
+    """Elements of what an operator makes of numbers alone; 0 for others."""
     schema = func._schema
-    if any(r.alias_info is not None for r in schema.returns):
-        return 0
     given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | dict(kwargs)
     size = given.get("size")
     if isinstance(size, list | tuple):
@@ -130,11 +149,10 @@ def _from_sizes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> in
     return 0
 
 
-def _broadcast(func: Any, held: Sequence[Tensor]) -> int:
-    """Elements of what a pointwise operator makes of tensors; 0 for all others."""
-    if torch.Tag.pointwise not in func.tags or len(held) < 2:
-        return 0
-    try:
-        return math.prod(torch.broadcast_shapes(*(t.shape for t in held)))
-    except RuntimeError:  # it says so itself
-        return 0
+def _broadcast(held: Sequence[Tensor]) -> int:
+    """Elements of what a pointwise operator makes of tensors."""
+    shapes = [t.shape for t in held]
+    if all(shape == shapes[0] for shape in shapes):
+        return held[0].numel()
+    axes = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return math.prod(max(sizes) for sizes in axes)

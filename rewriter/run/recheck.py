@@ -29,9 +29,9 @@ def _require_kept(program: State) -> None:
     """Raises VerifyError for what initial values of branches hide, see `as_trained`."""
     said = {r.adapter: r.applied.departures for r in program.history if r.adapter is not None}
     paths = {a.path: said.get(a.adapter, frozenset[str]()) for a in program.attachments}
-    moved = perturbed(program)
     random = repeats(Witness(program.base), sizes(program)[0]).startswith("random")
-    require_kept(moved, sizes(program)[0], paths, random, "the program")
+    with perturbed(Witness(program), program.named_trainable_parameters()) as moved:
+        require_kept(moved, sizes(program)[0], paths, random, "the program")
 
 
 def verify_program(program: State) -> list[Certificate]:

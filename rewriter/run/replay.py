@@ -17,7 +17,7 @@ from ..program.state import BRANCHES, AnyProgram, State
 from ..program.trained import require_owned, train_only
 from ..program.unchanged import require_unchanged
 from .before_fold import LEFT, undone, values_then
-from .run import apply_plan
+from .run import apply_plan, complete
 
 
 def replay_steps(
@@ -89,6 +89,7 @@ def replay(program: AnyProgram, adapters: Sequence[str]) -> AnyProgram:
     current = _begin(program).fork()
     for _, _, after in replay_steps(program, adapters, kept=False):
         current = after
+    complete(current)
     copy_modes(program.module, current.module)
     return current
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
-from ..graph.module import all_read, outside_inference
+from ..graph.module import all_read, outside_inference, renew
 from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
 from ..measure.trials import left_out
@@ -83,6 +83,8 @@ def run(
             error.add_note(f"while running {item}{after}")
             raise
         done.append(str(item))
+    if checks is not None:
+        checks.keep()
     return program
 
 
@@ -95,7 +97,9 @@ def _step(
         started = time.perf_counter()
         with _sizes_named(program):
             plan = item.plan(program, data, sources)
-        return apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+        made = apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+        checks.end(made)
+        return made
     except Exception:
         checks.unmoved(item)
         raise
@@ -122,8 +126,9 @@ def apply_plan(
         elements: how many the tensors may have that the pass makes, for plans that anybody may
             have written.
         owned: the program is a fork that nothing else holds, so it is edited itself; after an
-            error it is of no use any more. Only without checks, which compare with what it was,
-            and where the step before left nothing that a fork would leave out.
+            error it is of no use any more, and behind the last step it is to be completed. Only
+            without checks, which compare with what it was, and where the step before left nothing
+            that a fork would leave out.
     """
     if item.adapter is not None and item.adapter in program.adapters:
         raise PassError(
@@ -133,14 +138,15 @@ def apply_plan(
     require_owned(program)
     clock = [time.perf_counter()]
     owned = owned and not check and all_read(program.module)
-    fork = replace(program) if owned else program.fork()
+    fork = replace(program) if owned else program.fork(printed=False)
     clock.append(time.perf_counter())
     with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)
         clock.append(time.perf_counter())
         after = edit.program
         propagate(after, item.text, partial(failing_branch, after))
-    after.prints = after.fingerprints()
+    if not owned:
+        complete(after)
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
     decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
     if check:
@@ -166,8 +172,13 @@ def apply_plan(
         decided,
         tuple(notes),
     )
-    made = replace(after, history=(*program.history, record), numbers=numbers(after))
-    return cast(AnyProgram, made)
+    return cast(AnyProgram, replace(after, history=(*program.history, record)))
+
+
+def complete(program: State) -> None:
+    """Gives a program that was edited its code, fingerprints and numbers."""
+    renew(program.module)
+    program.prints, program.numbers = program.fingerprints(), numbers(program)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from ..edits.linear.compose import ORDER, fold_ready
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
 from ..graph.turns import alone
+from ..measure.compare import all_finite
 from ..measure.constants import constant_reads
 from ..program.sites import WeightSite
-from ..weights.certificate import Matrix, all_finite, check_folded
+from ..weights.certificate import Matrix, check_folded
 from ..weights.quantised import quantised_calls
 from .safetensors_checkpoint import Checkpoint
 

@@ -32,7 +32,7 @@ from ..program.trained import train_only
 from ..program.unchanged import base_digests, require_unchanged
 from ..run.before_fold import values_then
 from ..run.replay import load_values
-from ..run.run import apply_plan
+from ..run.run import apply_plan, complete
 from ..tracing.tracing import prepared
 from ..verify.verify import check_graph
 from .artifact import SAVED, Artifact, base_difference, differing, read
@@ -126,6 +126,7 @@ def attach(program: Program, artifact: Artifact, directory: str, note: str = "")
             done |= _take(current, artifact, directory, reshaped, plans, inserted)
         if not artifact.steps:
             done |= _take(current, artifact, directory, False, ())
+        complete(current)
         check_graph(current)
     except ArtifactError:
         raise

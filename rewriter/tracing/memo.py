@@ -9,45 +9,27 @@ a stored tensor, returns a view of what it was given, or calls what this module 
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
-import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph.symbols import symbols_in
+from ..measure.likeness import SCALARS, SYMBOLS, IncomparableError, Likeness
 
 LIMIT = 4096
 """Most evaluations that are remembered for one shape environment."""
 
-_SCALARS = (type(None), bool, int, float, complex, str, bytes, range)
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_CONSTANTS = (
-    type, types.FunctionType, types.BuiltinFunctionType, enum.Enum, torch.dtype, torch.device,
-    torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket,
-)  # fmt: skip
-"""What is compared by being the same object, and cannot change what it is."""
-
-_SEQUENCES = (tuple, list, slice, set, frozenset, immutable_list)
-_MAPPINGS = (dict, OrderedDict, immutable_dict)
-
 _MEMOS: weakref.WeakKeyDictionary[Any, dict[Any, _Result]] = weakref.WeakKeyDictionary()
 """By fake mode. Entries hold sizes and no fake tensors, which would keep their mode alive."""
-
-
-class _IncomparableError(Exception):
-    """Something has no key: an object that may change without anyone seeing it."""
 
 
 class _Extent(NamedTuple):
@@ -118,9 +100,9 @@ class Memo:
 
     def _key(self, what: Any, given: Any) -> Any:
         try:
-            key = _Keys()
+            key = Likeness()
             return self.ranges, self._symbols(), key.of(what), key.of(given)
-        except _IncomparableError:
+        except IncomparableError:
             return None
 
     def _symbols(self) -> tuple[int, ...]:
@@ -140,7 +122,7 @@ class Memo:
         places = {_storage(t) for t in seen}
         kept: list[Any] = []
         for leaf in leaves:
-            if isinstance(leaf, _SCALARS + _SYMBOLS):
+            if isinstance(leaf, SCALARS + SYMBOLS):
                 kept.append(leaf)
                 continue
             if not self._plain(leaf) or _storage(leaf) in places:
@@ -179,67 +161,6 @@ def _classes(what: Any) -> Any:
     if not isinstance(what, nn.Module):
         return ()
     return [dict(vars(kind)) for kind in {type(m): None for m in what.modules()}]
-
-
-class _Keys:
-    """Makes keys; what was met before is known by its place, so what is shared is part of them."""
-
-    def __init__(self) -> None:
-        self.met: dict[int, int] = {}
-
-    def of(self, item: Any) -> Any:
-        """A hashable that is equal for what evaluates in the same way.
-
-        Raises:
-            _IncomparableError: nothing tells.
-        """
-        kind = type(item)
-        if kind in _SCALARS:
-            return kind, item
-        if kind in _SYMBOLS:
-            return kind, item.node.expr
-        if isinstance(item, _CONSTANTS):
-            return item
-        if id(item) in self.met:
-            return _Keys, self.met[id(item)]
-        self.met[id(item)] = len(self.met)
-        if isinstance(item, Tensor):
-            return self._tensor(item)
-        if isinstance(item, nn.Module):
-            return kind, self._mapping(vars(item))
-        if is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-            return kind, self._mapping(vars(item))
-        if kind in _SEQUENCES:
-            return kind, tuple(map(self.of, self._items(item)))
-        if kind in _MAPPINGS:
-            return kind, self._mapping(item)
-        raise _IncomparableError
-
-    def _items(self, item: Any) -> Iterator[Any]:
-        if isinstance(item, slice):
-            return iter((item.start, item.stop, item.step))
-        if isinstance(item, set | frozenset):
-            # Of what else a set holds, the order could tell two equal ones apart.
-            if not all(isinstance(i, str) for i in item):
-                raise _IncomparableError
-            return iter(sorted(item))
-        return iter(item)
-
-    def _mapping(self, items: Mapping[Any, Any]) -> Any:
-        return tuple((self.of(name), self.of(value)) for name, value in items.items())
-
-    def _tensor(self, tensor: Tensor) -> Any:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
-            raise _IncomparableError
-        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
-            raise _IncomparableError
-        if getattr(tensor, "constant", None) is not None:  # a fake one whose values are known
-            raise _IncomparableError
-        sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
-        return (
-            type(tensor), tensor.dtype, tensor.device, tensor.requires_grad,
-            tuple(s if isinstance(s, int) else s.node.expr for s in sizes),
-        )  # fmt: skip
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from ..edits.edit import Editor
@@ -11,15 +11,18 @@ from ..errors import VerifyError
 from ..graph.turns import alone
 from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
+from ..measure.silence import silenced
 from ..measure.steady import perturbed
 from ..measure.trials import sizes
 from ..measure.watch import branches, watched
-from ..measure.witness import Witness, sharing, whole_tensors
+from ..measure.witness import Witness, different, sharing, whole_tensors
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
 from ..program.history import Certificate, Plan
 from ..program.state import State
-from .intact import Mark, marks, require_names, require_others, require_saved, require_unmoved
+from .apart import only_branches, resting
+from .intact import marks, require_names, require_others, require_saved, require_unmoved
+from .known import keep, known, recalled
 from .verify import certify, check_graph, is_meta
 
 Redo = Callable[[State, Pass, Plan], Editor]
@@ -31,25 +34,40 @@ class Checks:
     """Checks one pass after the other; what a pass made is what the next one starts from.
 
     Args:
-        program: that the first pass is given.
+        program: that the first pass is given, just found unchanged (`require_unchanged`).
     """
 
     def __init__(self, program: State) -> None:
-        self.witness = None if is_meta(program) else Witness(program)
+        self.program = program
+        self._marks = marks(program)
+        self._known = [] if is_meta(program) else [recalled(program, self._marks)]
+        self.witness = self._known[0].witness if self._known else None
         self.before: Witness | None = None
         """Of the program that the last pass was given."""
-        self.program = program
         self.departures = {d for r in program.history for d in r.applied.departures}
         """What the passes so far do not keep."""
-        self._marks: Mapping[str, Mark] = {}
         self.begin()
 
     def begin(self) -> None:
-        """Before a pass plans: remembers what the program is and does."""
-        self._marks = marks(self.program)
+        """Before a pass plans: remembers what the program does."""
+        if self.witness is None:
+            return
+        rounds = sizes(self.program)
+        if self.program.adapters and only_branches(self.program):
+            rounds = rounds[:1]  # of others that come with a further adapter, see `resting`
+        for inputs in rounds:
+            self.witness.outputs(inputs)
+
+    def end(self, program: State) -> None:
+        """After a pass, once its program has the record of it."""
+        self.program = program
         if self.witness is not None:
-            for inputs in sizes(self.program):
-                self.witness.outputs(inputs)
+            self.witness.program = program
+
+    def keep(self) -> None:
+        """After the last pass: what is known of the programs helps the next run."""
+        for each in self._known:
+            keep(each)
 
     def examine(self, item: Pass, before: State, after: State) -> Mapping[str, float]:
         """What a pass measures beside its contract, with the outputs that are known already."""
@@ -94,49 +112,78 @@ class Checks:
 
         if item.portable:
             require_saved(before, after, str(item), again)
-        with watched(made, str(item)):
-            certificate = certify(contract, self.witness, made)
-            missing = _unreached(before, made, item)
-        if item.adapter is not None:
-            self._require_trained(after, item)
+        measured = self._apart(made, item) or self._measured(self.witness, made, item)
         self.program, self.before, self._marks = after, self.witness, marks(after)
         self.witness = made
+        self._known.append(known(made, self._marks))
         self.departures |= item.departures
+        return measured
+
+    def _apart(self, made: Witness, item: Pass) -> tuple[Certificate, Skipped] | None:
+        """What is measured of a further adapter while the others rest, see `resting`; None where
+        they may not, or where that does not show that the contract holds."""
+        paths = resting(self.program, made.program) if item.promise().kind == "identity" else []
+        if self.witness is None or not paths:
+            return None
+        inputs = sizes(made.program)[0]
+        if different(self.witness.outputs(inputs), made.outputs(inputs)):
+            return None
+        base = self.program.base
+        bare = recalled(base, marks(base))
+        try:
+            with silenced(made.gm, paths, only_added=True):
+                return self._measured(bare.witness, made.again(), item, paths)
+        except VerifyError:  # with all of them there may be more to say
+            return None
+        finally:
+            keep(bare)
+
+    def _measured(
+        self, before: Witness, made: Witness, item: Pass, rest: Collection[str] = ()
+    ) -> tuple[Certificate, Skipped]:
+        """The contract, and of an adapter gradients and what its initial values hide.
+
+        Args:
+            before: of the program that the pass was given, or of one that does the same.
+            made: of what the pass made.
+            rest: paths of the branches that rest meanwhile.
+        """
+        after = made.program
+        paths = {a.path for a in after.attachments} - set(rest)
+        with watched(made, str(item), paths if rest else None):
+            certificate = certify(item.promise(), before, made)
+            if item.adapter is None:
+                return certificate, ()
+            old = self.program.named_trainable_parameters()
+            fresh = [n for n in after.named_trainable_parameters() if n not in old]
+            missing = _unreached(made, fresh, str(item))
+        with perturbed(made, fresh) as moved, watched(moved, str(item), paths if rest else None):
+            added = [p for p in branches(moved, paths) if not self.program.inserts(f"{p}.")]
+            said = dict.fromkeys(added, item.departures)
+            inputs = sizes(after)[0]
+            require_kept(moved, inputs, said, before.expected, str(item), self.departures)
         return certificate, missing
 
-    def _require_trained(self, after: State, item: Pass) -> None:
-        """Raises VerifyError for what the initial values of an adapter hide."""
-        before = self.program
-        old = before.named_trainable_parameters()
-        moved = perturbed(after, [n for n in after.named_trainable_parameters() if n not in old])
-        random = self.witness is not None and self.witness.expected
-        with watched(moved, str(item)):
-            paths = [p for p in branches(moved) if f"{p}." not in before.inserted]
-            said = dict.fromkeys(paths, item.departures)
-            require_kept(moved, sizes(after)[0], said, random, str(item), self.departures)
 
-
-def _unreached(before: State, made: Witness, item: Pass) -> Skipped:
-    """What an adapter trains and no gradient reaches, as (name, reason).
+def _unreached(made: Witness, fresh: Collection[str], what: str) -> Skipped:
+    """Which of the parameters that an adapter adds no gradient reaches, as (name, reason).
 
     Raises:
         VerifyError: the adapter's own doing, or nothing that it trains gets a gradient.
     """
-    if item.adapter is None or not whole_tensors(made.program):
+    if not whole_tensors(made.program):
         return ()
-    old = before.named_trainable_parameters()
-    fresh = [n for n in made.program.named_trainable_parameters() if n not in old]
-    missing = unreached(made, fresh, sizes(made.program)[0], str(item))
+    missing = unreached(made, fresh, sizes(made.program)[0], what)
     fault = [n for n, reason in missing.items() if reason == "branch"]
     if fault:
         raise VerifyError(
-            f"{item}: no gradient reaches {fault[0]} ({len(fault)} of {len(fresh)} new "
+            f"{what}: no gradient reaches {fault[0]} ({len(fault)} of {len(fresh)} new "
             "parameters): its branch does not use it, or detaches it."
         )
     if missing and len(missing) == len(fresh):
         raise VerifyError(
-            f"{item}: no gradient reaches any of its {len(fresh)} parameters (first: {fresh[0]}), "
-            "because the model detaches those places or makes integers of them. Choose others "
-            "with where=."
+            f"{what}: no gradient reaches any of its {len(fresh)} parameters (first: "
+            f"{next(iter(fresh))}), because the model detaches those places or makes integers of "
+            "them. Choose others with where=."
         )
     return tuple((n, "no gradient reaches it: the model detaches it there") for n in missing)

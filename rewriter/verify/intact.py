@@ -185,7 +185,7 @@ def numbers(program: State) -> dict[str, Any]:
     return {
         f"{path}.{name}": value
         for path, module in program.module.named_modules()
-        if f"{path}.".startswith(program.inserted) and not getattr(module, "updates_state", False)
+        if program.inserts(f"{path}.") and not getattr(module, "updates_state", False)
         for name, value in vars(module).items()
         if name != "training" and not name.startswith("_") and _is_plain(value)
     }

@@ -9,6 +9,8 @@ allowance.
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
 from ..errors import NonFiniteError, VerifyError
+from ..measure.compare import all_finite
 
 TOLERANCE = 1e-5
 """Largest relative difference between a branch's forward and its matrix, both in float64."""
@@ -111,6 +114,7 @@ class _Exact:
 _Step = Callable[[_Exact, slice], None]
 
 
+@torch.no_grad()
 def check_folded(
     name: str, before: Matrix, after: Matrix, branches: Sequence[tuple[str, Branch]]
 ) -> Verdict:
@@ -130,17 +134,43 @@ def check_folded(
     old = before.weight.detach().to(wide)
     bias = None if before.bias is None else before.bias.detach().to(wide)
     alone = {path: alone_in(branch, wide) for path, branch in branches}
-    with torch.no_grad():
-        deltas = {
-            path: branch.full_delta().to(old)
-            for path, branch in alone.items()
-            if isinstance(branch, Delta | RowScale)
-        }
-        gap = max(_gap(name, p, branch, old, bias, deltas.get(p)) for p, branch in alone.items())
-        steps, exact_bias = _steps(alone, old, bias, deltas)
+    deltas = {
+        path: branch.full_delta().to(old)
+        for path, branch in alone.items()
+        if isinstance(branch, Delta | RowScale)
+    }
+    gap = max(_gap(name, p, branch, old, bias, deltas.get(p)) for p, branch in alone.items())
+    steps, exact_bias = _steps(alone, old, bias, deltas)
     rounds = len(branches) + before.roundings
+    only_deltas = all(isinstance(branch, Delta) for branch in alone.values())
+    if only_deltas and _clearly_added(old, [*deltas.values()], after, rounds):
+        verdict = Verdict(gap)
+    else:
+        verdict = _written(name, old, before.dtype, after, steps, rounds, gap)
+    if exact_bias is not None and after.bias is not None:
+        kept_bias = _Written(after.bias.dtype, rounds)
+        none = torch.zeros_like(exact_bias)
+        kept_bias.compare(after.bias.detach().to(exact_bias), exact_bias, exact_bias.abs(), none)
+        kept_bias.require(f"{name} (its bias)")
+    return verdict
+
+
+def _written(
+    name: str,
+    old: Tensor,
+    dtype: torch.dtype,
+    after: Matrix,
+    steps: Sequence[_Step],
+    rounds: int,
+    gap: float,
+) -> Verdict:
+    """What rounding to `after.dtype` left of what the steps do to a weight that was of `dtype`.
+
+    Raises:
+        VerifyError: something else was written.
+    """
     written = _Written(after.dtype, rounds)
-    eps = torch.finfo(torch.promote_types(before.dtype, torch.float32)).eps
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     learnt, along, off, square = False, 0.0, 0.0, 0.0
     for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
         rows = slice(start, start + step)
@@ -156,12 +186,34 @@ def check_folded(
         off += float((made - change).square().sum())
         square += float(change.square().sum())
     written.require(name)
-    if exact_bias is not None and after.bias is not None:
-        kept_bias = _Written(after.bias.dtype, rounds)
-        none = torch.zeros_like(exact_bias)
-        kept_bias.compare(after.bias.detach().to(exact_bias), exact_bias, exact_bias.abs(), none)
-        kept_bias.require(f"{name} (its bias)")
     return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
+
+
+def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds: int) -> bool:
+    """Whether a weight is the old one with these deltas for certain, and far from losing them; told
+    in fewer passes than `_Written` and the shares of a verdict take.
+
+    The allowance is what is written times its rounding, which is at most that of `_Written`.
+    """
+    delta = functools.reduce(torch.add, deltas)
+    count = max(1, delta.numel())
+    slack = sum(_norm(d) for d in deltas) / math.sqrt(count)  # at most the largest element
+    relative = 0.51 * rounds * torch.finfo(after.dtype).eps
+    allowed = 32 * torch.finfo(torch.promote_types(after.dtype, torch.float32)).eps * slack
+    most = 0.0
+    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+        rows = slice(start, start + step)
+        exact = old[rows] + delta[rows]
+        gap = (after.weight[rows].detach() - exact).abs_()
+        most = max(most, float(gap.amax()))
+        if not float(gap.sub_(exact.abs_(), alpha=relative).amax()) <= allowed:
+            return False
+    return most * math.sqrt(count) <= 0.1 * _norm(delta)
+
+
+def _norm(x: Tensor) -> float:
+    flat = x.reshape(-1)
+    return math.sqrt(float(torch.dot(flat, flat)))
 
 
 def _steps(
@@ -303,11 +355,6 @@ class _Written:
                 f"{str(self.dtype)[6:]} explains, up to {self.largest:.3g}, first in row "
                 f"{self.first}. This is an error in a fold rule; nothing was changed."
             )
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def require_finite_base(name: str, weight: Tensor) -> None:

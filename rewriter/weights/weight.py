@@ -21,8 +21,9 @@ from ..branches.shapes import Shape
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..graph.aten import set_attribute
 from ..graph.sharded import is_sharded, placed_like, whole
+from ..measure.compare import all_finite
 from ..program.sites import WeightSite
-from .certificate import Matrix, all_finite
+from .certificate import Matrix
 
 
 @dataclass(kw_only=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers import BertConfig, BertModel
 
 import peftfx
 from peftfx.demo import experiment, report
 from peftfx.demo.corpus import CorpusError, Split, make_splits, read_corpus
-from peftfx.demo.encoder import load_model, load_tokenizer
+from peftfx.demo.encoder import load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
 from peftfx.training.fit import rate
 
@@ -79,11 +81,19 @@ def test_ranks_and_scores() -> None:
     assert (interval.low, interval.high) == pytest.approx((0.2, 0.2))
 
 
+def small_model() -> nn.Module:
+    """One block in place of the pretrained model, for the same tokens."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=2)  # fmt: skip
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
 def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path: Path) -> None:
     pairs = read_corpus(tree(tmp_path, 10, 4)).pairs
     splits = [Split(0, pairs[:16], pairs[16:24], pairs[24:40])]
     ids = torch.arange(32).view(2, 16)
-    model = load_model().requires_grad_(False)
+    model = small_model().requires_grad_(False)
     base = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     tokenizer = load_tokenizer()
     for name in ("BitFit", "CoDA"):

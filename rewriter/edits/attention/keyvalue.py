@@ -73,8 +73,8 @@ class CausalMask(nn.Module):
 def add_call(gm: GraphModule, kind: str, module: nn.Module, args: tuple[Any, ...]) -> Node:
     """A new call of `module`, registered as `soft.<kind>_<number>`, at the insertion point."""
     index = 0
-    held = getattr(gm, "soft", None)
-    while isinstance(held, nn.Module) and hasattr(held, f"{kind}_{index}"):
+    held = gm._modules.get("soft")
+    while held is not None and f"{kind}_{index}" in held._modules:
         index += 1
     path = f"soft.{kind}_{index}"
     gm.add_submodule(path, module)

@@ -16,6 +16,7 @@ from ...branches.shapes import Shape
 from ...errors import PassError
 from ...graph.aten import erase_dead
 from ...graph.flow import site_nodes
+from ...graph.module import outdate
 from ...program.history import Attachment
 from ...program.sites import Site, WeightSite
 from ...program.state import BRANCHES, State
@@ -157,7 +158,7 @@ class Attaching:
         return node
 
     def finish(self) -> None:
-        """Removes what no output needs and regenerates the code.
+        """Removes what no output needs; the code is made when it is first needed.
 
         Raises:
             PassError: a branch reads what is computed only after it, or a state is not set.
@@ -171,7 +172,7 @@ class Attaching:
         erase_dead(self.graph_module)
         require_order(self.program, self.method)
         self.program.shared = unshared(self.graph_module, self.program.shared)
-        self.graph_module.recompile()
+        outdate(self.program.module)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -21,12 +21,13 @@ from ...errors import FoldError, MetaTensorError, NonFiniteError
 from ...graph.aten import erase_dead, is_quantised, parameter_of, set_attribute
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
+from ...measure.compare import all_finite
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers
 from ...program.sites import WeightSite
 from ...program.state import State
-from ...weights.certificate import Matrix, all_finite, check_folded, require_finite_base
+from ...weights.certificate import Matrix, check_folded, require_finite_base
 from ...weights.shape import reads_as_stored
 from ...weights.weight import Weight
 from ..calls.attach import Attaching

@@ -26,8 +26,8 @@ from ...graph.aten import (
 from ...graph.flow import site_nodes
 from ...graph.quantised_call import QuantisedCall
 from ...graph.weighted_call import linear_parts
+from ...measure.compare import all_finite
 from ...program.sites import LinearSite
-from ...weights.certificate import all_finite
 from ...weights.integers import Quantised, quantise
 from ...weights.quantised import QuantisedWeight
 from ..calls.attach import Attaching

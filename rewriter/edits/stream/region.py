@@ -158,14 +158,18 @@ def _above(end: Node, entry: Node) -> set[Node]:
 def stream_before(program: State, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:
     """The summand beside a sublayer's output that the output is computed from."""
     output, add = (nodes[n] for n in site.nodes[:2])
-    above = set(ancestors(output)) - {output}
+
+    def is_above(root: Node) -> bool:
+        between = ancestors(output, block=lambda n: n < root)  # what is earlier needs it not
+        return root is not output and any(n is root for n in between)
+
     stack = [add]
     while stack:
         for operand in inputs(stack.pop()):
             root = operand
-            while root is not output and root not in above and _same_tokens(program, root):
+            while root is not output and not is_above(root) and _same_tokens(program, root):
                 root = inputs(root)[0]
-            if root in above and root.op != "get_attr":
+            if root.op != "get_attr" and is_above(root):
                 return root
             if is_op(operand, ADDS):
                 stack.append(operand)
