@@ -7,6 +7,7 @@ head's, too. They start as the table's own, so step 0 is the base model. Folds e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from ...rewriter.branches.branch import Axes, Expression
 from ...rewriter.branches.parts import Part, Rows
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite
 
 
@@ -65,7 +67,12 @@ class TrainTokens(Method):
             return f"the id {max(self.ids)} is beyond its {site.size} rows. Choose smaller ids"
         return ""
 
-    def insert(self, edit: Editor, site: EmbeddingSite) -> None:
+    def insert_all(self, edit: Editor, sites: Sequence[EmbeddingSite], plan: Plan) -> None:
+        del plan
         ids = torch.tensor(self.ids)
-        rows = edit.table(site).detach()[ids.to(edit.table(site).device)]
-        edit.express(site, site.weight, RowsExpression(ids, rows.to(edit.like(site), copy=True)))
+        for table in {s.weight: s for s in reversed(sites)}.values():  # each once, whoever reads it
+            stored = edit.table(table).detach()
+            rows = stored[ids.to(stored.device)].to(edit.like(table), copy=True)
+            edit.express(table, table.weight, RowsExpression(ids, rows))
+            if table.tied:
+                edit.note(f"{table.weight} has these rows for {', '.join(table.tied)}, too")
