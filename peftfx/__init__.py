@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from .drawing import draw_sites
+from .exporters.hf_peft import load_peft, save_peft
 from .registry import load_passes
 from .rewriter.api import Program
 from .rewriter.blocks.outline import inline, outline
@@ -69,6 +70,7 @@ __all__ = [
     "inline",
     "lightning_callback",
     "load",
+    "load_peft",
     "load_program",
     "load_weights",
     "observe",
@@ -76,6 +78,7 @@ __all__ = [
     "parse",
     "run",
     "save",
+    "save_peft",
     "save_program",
     "tap",
     "trainer_callback",

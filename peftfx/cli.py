@@ -1,4 +1,4 @@
-"""The command line: `peftfx sites|methods|memory|print|diff|run|fold|export|verify|demo|search`.
+"""The command line: `peftfx sites|methods|memory|print|diff|run|fold|convert|export|verify|...`.
 
 A user error is one readable line on stderr and exit code 2. `--json` prints one JSON document
 instead of tables, for machines.
@@ -21,6 +21,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from .drawing import check_drawing, draw_sites
+from .exporters.formats import FORMATS, load_adapter, save_adapter
+from .exporters.plain_lora import worst
 from .methods import Entry, methods
 from .models import load_model
 from .rewriter.api import Program
@@ -31,7 +33,6 @@ from .rewriter.pipeline.passes import REGISTRY
 from .rewriter.program.site_table import Sites
 from .rewriter.run.run import run
 from .rewriter.storage.artifact import save
-from .rewriter.storage.loading import load
 from .rewriter.storage.stream import fold_checkpoint
 
 ERR = Console(stderr=True)
@@ -90,7 +91,7 @@ def _program(options: Any, passes: str | None = None, hollow: bool = False) -> P
     adapter = getattr(options, "adapter", None)
     if adapter:
         with progress(options, f"loading {adapter}"):
-            program = load(program, adapter)
+            program = load_adapter(program, adapter)
     if passes:
         with progress(options, f"running {passes}"):
             program = run(program, passes)
@@ -187,6 +188,17 @@ def _fold_stream(options: Any) -> Any:
     for name in done.left_out:
         _say(options, f"not copied (other weights): {name}")
     return {"changed": done.changed, "left_out": done.left_out, "out": options.out}
+
+
+def convert(options: Any) -> Any:
+    """`peftfx convert MODEL ADAPTER OUT --to FORMAT [--rank N]`"""
+    program = _program(options)
+    lost = save_adapter(program, options.out, options.to, rank=options.rank)
+    _say(options, f"{options.adapter} as {options.to}: {options.out}")
+    if lost:
+        most = ", ".join(f"{name} {share:.2g}" for name, share in worst(lost))
+        _say(options, f"{len(lost)} changes lost a share of their norm, most of all {most}")
+    return {"out": options.out, "to": options.to, "lost": dict(lost)}
 
 
 def export(options: Any) -> Any:
@@ -327,10 +339,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = add(name, action, about, model)
         command.add_argument("passes", nargs="?", help="pipeline text or a .yaml recipe")
-        command.add_argument("--adapter", help="a saved adapter to load first")
+        command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
     command = add("run", run_passes, "apply passes and save the adapter", model)
     command.add_argument("passes", help="pipeline text or a .yaml recipe")
-    command.add_argument("--adapter", help="a saved adapter to load first")
+    command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
     command.add_argument("--out", help="directory for the adapter")
     command = add("fold", fold, "merge a saved adapter into the model's weights", model)
     command.add_argument("adapter", help="a saved adapter")
@@ -340,9 +352,14 @@ def _parser() -> argparse.ArgumentParser:
     about = "with --stream: where the weights are, if MODEL is no directory"
     command.add_argument("--weights", metavar="DIR", help=about)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
+    command = add("convert", convert, "write an adapter in another library's format", model)
+    command.add_argument("adapter", help="a directory of any format that is read")
+    command.add_argument("out", help="the new directory")
+    command.add_argument("--to", required=True, choices=FORMATS)
+    command.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
     command = add("export", export, "write a verified ONNX file", model)
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")
-    command.add_argument("--adapter", help="a saved adapter to load first")
+    command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
     command.add_argument("--out", required=True, help="the ONNX file")
     command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
     about = "difference allowed, of the largest output (default: 1e-5, more in half precision)"

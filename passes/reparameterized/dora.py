@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import RowScale
+from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program.sites import WeightSite
 from .lora import LoRA, LoRABranch
@@ -73,6 +74,10 @@ class DoRABranch(RowScale):
             product = torch.addmm if a.dim() == 2 else torch.baddbmm
             moved = product(crossed, b, a @ a.mT, beta=2 * self.scale, alpha=self.scale**2)
         return self.m / root(squares + (moved * b).sum(-1).flatten())
+
+    def part(self) -> Part:
+        factors = self.a.detach(), self.b.detach()
+        return LowRank("", *factors, self.scale, self.m.detach(), dropout=self.dropout)
 
     def describe(self) -> str:
         return f"rank={self.a.shape[-2]}, scale={self.scale:g}"

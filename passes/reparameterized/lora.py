@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
@@ -38,6 +39,10 @@ class LoRABranch(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return (self.a, self.b, self.scale) if self.at_linear else None
+
+    def part(self) -> Part:
+        a, b = self.a.detach(), self.b.detach()
+        return LowRank("", a, b, self.scale, dropout=self.dropout)
 
     def describe(self) -> str:
         return f"rank={self.a.shape[-2]}, scale={self.scale:g}"

@@ -14,27 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .parts import Part
 from .shapes import LinearShape, Shape
 
 Axes = Mapping[str, tuple[str, ...]]
 """Name of a tensor -> the names of its axes."""
-
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
 class Branch(nn.Module):
     """Base of all inserted modules.
 
-    Parameters are in float32 at least, and cost little to cast; what a branch returns has the
-    dtype of its operand.
-
-    Values of the graph that it reads beside its own operand (a gate, a mask, generated weights)
-    are keyword arguments of `forward`, under the names that the method gave to the editor.
+    Parameters are in float32 at least; what a branch returns has the dtype of its operand. Values
+    of the graph that it reads beside its own operand (a gate, a mask, generated weights) are
+    keyword arguments of `forward`, under the names that the method gave to the editor.
 
     Class attributes:
         slot: where it sits at its site.
         not_foldable: why it cannot become a constant; empty if it can.
-        single: why a site takes only one branch of this slot; empty if it takes several.
+        single: why a site takes only one branch of this slot; empty for several.
         reads, writes: what the feature axis of its input and of its output is called.
         axes: names of the axes of its parameters and buffers, and of what it reads of fixed shape;
             those called like `reads` or `writes` are cut with the channels there.
@@ -49,10 +47,8 @@ class Branch(nn.Module):
 
     features: Tensor | None
     """For a part of a fused weight: `[out]` indices into (0, *own features), 0 = untouched."""
-
     shape: Shape = LinearShape()
     """Of the weight that it stands beside."""
-
     axis: int = -1
     """The axis of the features in the values that the branch reads and writes."""
 
@@ -84,6 +80,10 @@ class Branch(nn.Module):
             A branch of the same slot that reads none of the decided values, or None to remove it.
         """
         raise NotImplementedError(f"{type(self).__name__} has nothing to settle: {list(decided)}")
+
+    def part(self) -> Part | None:
+        """What it is in other libraries' files; None: what its slot says (`exporters`)."""
+        return None
 
     def bound(self, **reads: Tensor) -> Self:
         """A copy that reads these constants instead of values of the graph, so that it folds."""
@@ -234,7 +234,7 @@ class RowScale(Branch):
         raise NotImplementedError
 
     def delta(self, *_: Any, **reads: Any) -> Tensor:
-        """The weight that f adds, `[out, in]`, see `shapes`; the reads are constants."""
+        """The weight that f adds, as of a `Delta`."""
         raise NotImplementedError
 
     def rows(self, weight: Tensor, /, *_: Any, **reads: Any) -> Tensor:

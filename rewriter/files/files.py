@@ -98,11 +98,13 @@ def write_json(data: Any) -> bytes:
     return (text + "\n").encode()
 
 
-def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def write_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The tensors as one safetensors file."""
     whole_ones = {name: whole(t).detach() for name, t in sorted(tensors.items())}
     plain = {name: t.cpu().contiguous().clone() for name, t in whole_ones.items()}
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(plain, dict(metadata) if metadata else None)
 
 
 def read_file(
@@ -159,6 +161,13 @@ def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
         return dict(sorted(safetensors.torch.load(data).items()))  # its own order is random
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptFileError(f"{where} is damaged, no safetensors file: {error}.") from error
+
+
+def header_metadata(data: bytes, where: str) -> dict[str, str]:
+    """The texts in the header of a safetensors file that `parse_tensors` has read."""
+    (size,) = struct.unpack("<Q", data[:8])
+    said = parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
+    return {str(k): str(v) for k, v in said.get("__metadata__", {}).items()}
 
 
 def tensors_of(data: bytes, digests: Mapping[str, Any], where: str) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class Pass(ABC):
         reshapes: it changes shapes of what earlier passes inserted, so that replaying can only
             load their values behind it.
         sharded: works on weights that are sharded over ranks, on all ranks together.
+        sourced: it needs sources, so that its text alone runs nowhere.
         typed: options that text gave this pass, which its own text keeps, also where they are the
             defaults.
     """
@@ -45,6 +46,7 @@ class Pass(ABC):
     portable: ClassVar[bool] = True
     reshapes: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
+    sourced: ClassVar[bool] = False
     typed: ClassVar[frozenset[str]] = frozenset()
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")

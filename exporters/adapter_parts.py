@@ -1,0 +1,199 @@
+"""What an adapter of a program is in parts (`rewriter/branches/parts.py`), for all writers.
+
+Pieces of a fused weight become one part: with one `a` where all share it, else with their
+ranks side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
+from ..rewriter.branches.parts import (
+    Change,
+    LowRank,
+    Part,
+    Prefix,
+    Prompt,
+    Rows,
+    Scaling,
+    Trained,
+)
+from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.program.history import Attachment
+from ..rewriter.program.sites import AttentionSite, EmbeddingSite, WeightSite
+from ..rewriter.storage.parts import Parts
+
+AnyPart = TypeVar("AnyPart", bound=Part)
+Piece = tuple[WeightSite, AnyPart]
+
+
+def adapter_parts(program: Program, adapter: str = "") -> Parts:
+    """An adapter in parts.
+
+    Args:
+        program: which holds it unfolded.
+        adapter: its name; the only one by default.
+
+    Raises:
+        ArtifactError: there is no such adapter, or a branch of it has no form in files: it reads
+            other values, or is not linear.
+    """
+    name = _chosen(program, adapter)
+    pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
+    parts: list[Part] = []
+    for attachment in (a for a in program.attachments if a.adapter == name):
+        site, part = program.sites[attachment.site], _part(program, attachment)
+        if isinstance(part, Prefix):
+            parts.append(_placed(program, attachment, part))
+        elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
+            pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
+        elif isinstance(part, Rows) and isinstance(site, WeightSite):
+            parts.append(replace(part, target=_name(program, site)))
+        else:
+            parts.append(part)
+    parts += [_joined(program, each) for each in pieces.values()]
+    own = program.tensors.owned.get(name, ())
+    parts += [Trained(n, program.module.get_parameter(n).detach()) for n in own]
+    return Parts(tuple(parts), name)
+
+
+def _chosen(program: Program, adapter: str) -> str:
+    names = program.adapters
+    if not adapter and len(names) == 1:
+        return names[0]
+    if adapter in names:
+        return adapter
+    have = ", ".join(names) or "none"
+    if not adapter:
+        raise ArtifactError(f"the program has the adapters {have}; say which: adapter=...")
+    raise ArtifactError(
+        f"there is no adapter {adapter!r}. Adapters: {have}; nearest: {nearest(adapter, names)}."
+    )
+
+
+def _part(program: Program, attachment: Attachment) -> Part:
+    branch = program.branch(attachment)
+    reason = "no other library has a form for it"
+    part: Part | None = None
+    if attachment.reads or attachment.members:
+        reason = "it reads other values of the graph"
+    elif isinstance(branch, Branch):
+        part = branch.part() or _by_slot(branch)
+    if part is None:
+        raise ArtifactError(
+            f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be "
+            f"written: {reason}. Save it with peftfx.save, or fold it and write the weights."
+        )
+    return part
+
+
+def _by_slot(branch: Branch) -> Part | None:
+    """What a branch is by its slot alone."""
+    match branch:
+        case Delta() if not branch.not_foldable:
+            return Change("", branch.delta(**branch.constants).detach(), type(branch).__name__)
+        case Scale():
+            return Scaling("", branch.scale(**branch.constants).detach(), branch.writes)
+        case Tokens():
+            return Prompt("", branch.rows().detach())
+        case KeyValue():
+            key, value = branch.rows()
+            return Prefix("", key.detach(), value.detach(), 0)
+        case _:
+            return None
+
+
+def _name(program: Program, site: WeightSite) -> str:
+    """What the original model calls the weight, by the name that the site's module reads it."""
+    names = program.tensors.names(site.weight)
+    if len(names) == 1 or isinstance(site, EmbeddingSite):
+        return names[0]
+    tables = {s.weight for s in program.sites if isinstance(s, EmbeddingSite)}
+    return next((n for n in names if n not in tables), names[0])
+
+
+def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
+    """One part for all that an adapter has at a weight."""
+    (site, first), name = pieces[0], _name(program, pieces[0][0])
+    lookup = isinstance(site, EmbeddingSite)
+    if len(pieces) == 1 and site.features is None:
+        more = {"lookup": lookup} if isinstance(first, LowRank) else {}
+        return replace(first, target=name, **more)
+    out = _outputs(program, site)
+    if isinstance(first, LowRank):
+        return replace(_low_rank(pieces, out), target=name, lookup=lookup)
+    if isinstance(first, Scaling):
+        return replace(first, target=name, vector=_spread(pieces, lambda p: p.vector, out, 1.0))
+    return replace(first, target=name, delta=_spread(pieces, lambda p: p.delta, out, 0.0))
+
+
+def _outputs(program: Program, site: WeightSite) -> int:
+    """How many rows all matrices of a weight have."""
+    stored = program.base.base_tensors()[site.weight]
+    count, _, size = site.matrices
+    return stored.numel() // size if count else 0
+
+
+def _rows(site: WeightSite, out: int) -> Tensor:
+    """The rows of `[count * out, ...]` that a site has."""
+    count = site.matrices[0]
+    if site.features is None:
+        return torch.arange(out)
+    first = torch.arange(count)[:, None] * (out // count)
+    return (first + torch.tensor(site.features)).flatten()
+
+
+def _spread(
+    pieces: Sequence[Piece[AnyPart]], of: Callable[[AnyPart], Tensor], out: int, fill: float
+) -> Tensor:
+    """Rows of pieces at their places in the whole weight."""
+    first = of(pieces[0][1])
+    wide = first.new_full((out, *first.shape[1:]), fill)
+    for site, part in pieces:
+        wide[_rows(site, out)] = of(part)
+    return wide
+
+
+def _low_rank(pieces: Sequence[Piece[LowRank]], out: int) -> LowRank:
+    (site, first), count = pieces[0], pieces[0][0].matrices[0]
+    shared = all(torch.equal(p.a, first.a) and p.scale == first.scale for _, p in pieces)
+    a = first.a if shared else torch.cat([p.a for _, p in pieces], -2)
+    wide = first.b.new_zeros(out, a.shape[-2])
+    column = 0
+    for piece, part in pieces:
+        columns = slice(column, column + part.a.shape[-2])
+        b = part.b.reshape(-1, part.b.shape[-1]) * (part.scale / first.scale)
+        wide[_rows(piece, out), columns] = b
+        column += 0 if shared else part.a.shape[-2]
+    b = wide if count == 1 else wide.unflatten(0, (count, -1))
+    magnitude = None
+    if first.magnitude is not None:
+        if sum(len(_rows(s, out)) for s, _ in pieces) != out:
+            raise ArtifactError(
+                f"{site.weight}: magnitudes are on some features of a fused weight, which no other "
+                "library has. Fold it, or adapt all of the weight."
+            )
+        magnitude = _spread(pieces, _magnitude, out, 1.0)
+    return replace(first, a=a, b=b, magnitude=magnitude)
+
+
+def _magnitude(part: LowRank) -> Tensor:
+    if part.magnitude is None:
+        raise ArtifactError(f"{part.target}: some features have magnitudes and some have none.")
+    return part.magnitude
+
+
+def _placed(program: Program, attachment: Attachment, part: Prefix) -> Prefix:
+    order = [s.id for s in program.sites if isinstance(s, AttentionSite) and not s.cross]
+    record = next(r for r in program.history if r.adapter == attachment.adapter)
+    listed: Any = record.plan.decisions.get("parts", ())
+    shifted = all(p.get("shifted", True) for p in listed)
+    shifted = getattr(record.applied, "shift_positions", shifted)
+    return replace(part, layer=order.index(attachment.site), shifted=shifted)

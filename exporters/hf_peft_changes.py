@@ -1,0 +1,275 @@
+"""Parts of PEFT's other tensors: scalings, prompts, prefixes, whole parameters, and the exact
+change of what no method here computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.errors import ArtifactError
+from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from .hf_peft_config import Config, by_module, resolved
+
+Leaves = dict[str, Tensor]
+Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
+
+
+def scalings(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """IA3: `ia3_l [out, 1]` times the outputs, or `[1, in]` the inputs of feedforward modules."""
+    inputs = config.take("feedforward_modules", [], list, str)
+    parts: list[Part] = []
+    for path, leaves in by_module(tensors, ["ia3_l"]).items():
+        vector = leaves["ia3_l"]
+        del tensors[f"{path}.ia3_l"]
+        at_input = vector.dim() > 1 and vector.shape[0] == 1 and vector.shape[1] > 1
+        if vector.numel() == 1:
+            at_input = _targeted(inputs, path)
+        parts.append(
+            Scaling(_weight(program, path, config), vector.flatten(), ("out", "in")[at_input])
+        )
+    return parts
+
+
+def _targeted(modules: list[str] | str, path: str) -> bool:
+    """Whether PEFT takes a module for one of these."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, path) is not None
+    return any(path == m or path.endswith(f".{m}") for m in modules)
+
+
+def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """PROMPT_TUNING and P_TUNING: `prompt_embeddings [length, width]`, the encoder's output.
+    MULTITASK_PROMPT_TUNING: times a matrix a task, `sum over ranks of cols x rows`."""
+    rows = _embeddings(config, tensors)
+    length = int(config.take("num_virtual_tokens", 0))
+    submodules = int(config.take("num_transformer_submodules", 1))
+    tasks = int(config.take("num_tasks", 1))
+    if config.type == "MULTITASK_PROMPT_TUNING":
+        columns, wide = (tensors.pop(f"prefix_task_{n}", None) for n in ("cols", "rows"))
+        if columns is None or wide is None or tasks != 1:
+            raise ArtifactError(
+                f"{config.where}: it holds prompts of {tasks} tasks, and a program one. Write the "
+                "prompt of one task with the library that made it."
+            )
+        rows = rows * (columns[0] @ wide[0])
+    if submodules != 1 or len(rows) != length:
+        raise ArtifactError(
+            f"{config.where}: {len(rows)} rows for {length} tokens in {submodules} submodules: "
+            "only prompts of models with one stack are read."
+        )
+    return [Prompt("", rows)]
+
+
+def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer."""
+    rows = _embeddings(config, tensors)
+    if int(config.take("num_transformer_submodules", 1)) != 1:
+        raise ArtifactError(
+            f"{config.where}: the prefix is of an encoder-decoder, where PEFT puts it before the "
+            "decoder's own and cross attention alike. Prefixes of one stack are read."
+        )
+    length, layers = int(config.take("num_virtual_tokens", 0)), int(config.take("num_layers", 0))
+    heads = int(config.data.get("num_attention_heads") or 0)
+    if layers < 1 or heads < 1 or rows.shape[0] != length or rows.shape[1] % (2 * layers * heads):
+        raise ArtifactError(
+            f"{config.where}: prompt_embeddings is {tuple(rows.shape)}, which is not {length} "
+            f"tokens of {layers} layers and {heads} heads."
+        )
+    stack = rows.view(length, layers, 2, heads, -1)
+    return [Prefix("", stack[:, i, 0], stack[:, i, 1], i) for i in range(layers)]
+
+
+def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:
+    rows = tensors.pop("prompt_embeddings", None)
+    if rows is None or rows.dim() != 2:
+        raise ArtifactError(f"{config.where}: prompt_embeddings is missing, or no matrix.")
+    return rows
+
+
+def token_rows(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """Trained rows of a table: `trainable_tokens_delta [count, width]`, no differences."""
+    said = config.take("token_indices", None, list)
+    said = said or config.take("trainable_token_indices", None, list, dict)
+    parts: list[Part] = []
+    leaf = "trainable_tokens_delta"
+    for path, leaves in by_module(tensors, [f"token_adapter.{leaf}", leaf]).items():
+        ((name, rows),) = leaves.items()
+        del tensors[f"{path}.{name}"]
+        ids = _ids(said, path) if isinstance(said, Mapping) else said
+        if not ids or len(ids) != len(rows):
+            raise ArtifactError(
+                f"{config.where}: {path} has {len(rows)} trained rows, and the config names "
+                f"{len(ids or ())} tokens."
+            )
+        name = _weight(program, path, config)
+        stored = program.tensors.stored(name)
+        known = next((p for p in parts if p.target == stored), None)
+        if isinstance(known, Rows):
+            if not torch.equal(known.values, rows):
+                raise ArtifactError(
+                    f"{config.where}: {path} has other rows than {stored}, its tie."
+                )
+            continue
+        parts.append(Rows(stored, torch.tensor(ids), rows))
+    return parts
+
+
+def _ids(said: Mapping[str, list[int]], path: str) -> list[int]:
+    return next((i for k, i in said.items() if path == k or path.endswith(f".{k}")), [])
+
+
+def norms(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """LN_TUNING: whole copies of what a normalisation learns."""
+    parts: list[Part] = []
+    for key in [k for k in tensors if ".ln_tuning_layers." in k]:
+        parts.append(Trained(key.replace(".ln_tuning_layers.", "."), tensors.pop(key)))
+    return parts
+
+
+def changes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """LOHA, LOKR, VERA, SHIRA, MISS, OFT: the exact change of each weight."""
+    formula, leaves = _FORMULAS[config.type]
+    shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
+    parts: list[Part] = []
+    for path, own in by_module(tensors, leaves).items():
+        for leaf in own:
+            del tensors[f"{path}.{leaf}"]
+        name = _weight(program, path, config)
+        site = _site(program, name, config)
+        matrix = _matrix(program, site)
+        if config.type == "VERA":
+            parts.append(_vera(config, name, own, shared, matrix))
+            continue
+        delta = formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+        if delta.numel() != matrix.numel():
+            raise ArtifactError(
+                f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
+                f"{matrix.numel()}. Use the base that the adapter was trained on."
+            )
+        parts.append(Change(name, delta.reshape(matrix.shape), config.type))
+    return parts
+
+
+def _scale(config: Config, path: str) -> float:
+    rank = resolved(config.take("rank_pattern", {}), path, config.take("r", 8), config.where)
+    alphas = config.take("alpha_pattern", {})
+    return float(resolved(alphas, path, config.take("alpha", 8, int, float), config.where)) / rank
+
+
+def _through(tensor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`a b`, or of a convolution's core tensor `[rank, rank, *kernel]`."""
+    return a @ b if tensor is None else torch.einsum("ijkl,ip,jr->prkl", tensor, a, b)
+
+
+def _loha(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    one, two = (
+        _through(own.get(f"hada_t{i}"), own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in (1, 2)
+    )
+    return one * two * _scale(config, path)
+
+
+def _lokr(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    w1 = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
+    w2 = own["lokr_w2"] if "lokr_w2" in own else _through(
+        own.get("lokr_t2"), own["lokr_w2_a"], own["lokr_w2_b"]
+    )  # fmt: skip
+    w1 = w1[..., None, None] if w2.dim() == 4 else w1
+    return torch.kron(w1, w2.contiguous()) * _scale(config, path)
+
+
+def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    config.take("r", 32)
+    rows, columns = own["shira_indices"].long()
+    if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
+        raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
+    delta = torch.zeros_like(matrix)
+    return delta.index_put((rows, columns), own["shira_weight"], accumulate=True)
+
+
+def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    config.take("r", 64), config.take("mini_r", 1)
+    start = config.data.get("init_weights", True)
+    if start not in (True, False):
+        raise ArtifactError(f"{config.where}: MISS with init_weights={start!r} is not read.")
+    block = own["miss_block"]
+    return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
+
+
+def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
+    terms of its series, which are no exact rotation."""
+    config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
+    terms = config.take("num_cayley_neumann_terms", 5)
+    vector = own["oft_R.weight"]
+    size = round((1 + (1 + 8 * vector.shape[1]) ** 0.5) / 2)
+    upper = torch.triu_indices(size, size, 1)
+    q = torch.zeros(len(vector), size, size)
+    q[:, upper[0], upper[1]] = vector
+    q = q - q.mT
+    one = torch.eye(size)
+    if config.take("use_cayley_neumann", True):
+        powers = [torch.linalg.matrix_power(q, i) for i in range(1, terms)]
+        rotation = one + 2 * sum(powers[:-1], torch.zeros(1)) + powers[-1]
+    else:
+        rotation = torch.linalg.solve(one + q, one - q, left=False)
+    if config.take("block_share", False):
+        rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
+    return matrix @ (torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1]))
+
+
+def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
+    """`diag(b) B diag(d) A`, of which each weight has the first rows and columns."""
+    config.take("r", 256)
+    if len(shared) != 2:
+        raise ArtifactError(
+            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
+            "no generator makes them again on every machine. Save it with save_projection=True."
+        )
+    out, size = matrix.shape
+    a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
+    return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
+
+
+def _none(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    raise ArtifactError(f"{config.where}: {path} has no formula.")
+
+
+_FORMULAS: dict[str, tuple[Formula, list[str]]] = {
+    "LOHA": (_loha, ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]),
+    "LOKR": (_lokr, ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+                     "lokr_t2"]),
+    "VERA": (_none, ["vera_lambda_b", "vera_lambda_d"]),
+    "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
+    "MISS": (_miss, ["miss_block"]),
+    "OFT": (_oft, ["oft_R.weight"]),
+}  # fmt: skip
+
+
+def _weight(program: Program, path: str, config: Config) -> str:
+    plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
+    names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
+    if f"{plain}.weight" not in names:
+        raise ArtifactError(
+            f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
+            "with a weight. Use the base that it was trained on."
+        )
+    return f"{plain}.weight"
+
+
+def _site(program: Program, name: str, config: Config) -> WeightSite:
+    stored = program.tensors.stored(name)
+    for site in program.sites:
+        if isinstance(site, LinearSite | ConvSite) and site.weight == stored:
+            return site
+    raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
+
+
+def _matrix(program: Program, site: WeightSite) -> Tensor:
+    """The base's weight as `[out, in]`, float32."""
+    weight = program.base.base_tensors()[site.weight].detach().float()
+    return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)

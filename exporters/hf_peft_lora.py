@@ -1,0 +1,245 @@
+"""Parts of PEFT's LORA and ADALORA tensors: factors, scales, magnitudes, biases, experts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.parts import LowRank, Part, Trained
+from ..rewriter.errors import ArtifactError
+from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
+from .hf_peft_config import Config, by_module, resolved
+
+LEAVES = (
+    "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
+    "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_A", "lora_B", "lora_E",
+    "lora_ranknum",
+)  # fmt: skip
+
+TWICE = 2
+"""How often PEFT 0.21 adds the change of the output projection inside `nn.MultiheadAttention`, in
+training and when it merges: it writes it into the weight and then merges that layer, too."""
+
+_PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Initialisations that leave the base as it is."""
+
+
+def lora_parts(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+    """Takes the tensors of LORA or ADALORA; what is left belongs to no adapter layer."""
+    scales = _Scales(config)
+    start = config.take("init_lora_weights", True, bool, str)
+    dropout = float(config.take("lora_dropout", 0.0, float, int))
+    config.take("use_dora", False), config.take("bias", "none"), config.take("lora_bias", False)
+    config.take("trainable_token_indices", None, list, dict)
+    config.take("ensure_weight_tying", False)
+    parts: list[Part] = []
+    layers = by_module(tensors, LEAVES)
+    stacks = _stacked(program, layers, config)
+    for path, leaves in layers.items():
+        for leaf in leaves:
+            del tensors[f"{path}.{leaf}"]
+        name, site = stacks[path]
+        if config.type == "ADALORA":
+            part = _adalora(config, scales, path, name, leaves)
+        elif "lora_embedding_A" in leaves:
+            part = _lookup(scales, path, name, leaves)
+        else:
+            part = _product(config, scales, path, name, leaves, site, dropout)
+        parts.append(part)
+        if start not in _PLAIN:
+            parts[-1] = _residual(config, program, part, str(start))
+        if (bias := leaves.get("lora_B.bias")) is not None:
+            parts.append(_bias(program, name, bias.float() * part.scale))
+    return parts
+
+
+class _Scales:
+    """`alpha / r`, or `alpha / sqrt(r)`, of each module."""
+
+    def __init__(self, config: Config) -> None:
+        self.where = config.where
+        self.rank = config.take("r", 8)
+        self.alpha = config.take("lora_alpha", 8, int, float)
+        ranks = config.take("rank_pattern", {})
+        self.ranks: Mapping[str, Any] = {} if config.type == "ADALORA" else ranks
+        self.alphas: Mapping[str, Any] = config.take("alpha_pattern", {})
+        self.root = config.take("use_rslora", False)
+
+    def of(self, path: str, rank: int) -> float:
+        """The scale of a module whose factors have this rank.
+
+        Raises:
+            ArtifactError: the config says another rank.
+        """
+        said = resolved(self.ranks, path, self.rank, self.where)
+        if said != rank:
+            raise ArtifactError(
+                f"{self.where}: the rank of {path} is {said}, but its tensors have {rank}. The "
+                "files do not belong together; save the adapter again."
+            )
+        alpha = resolved(self.alphas, path, self.alpha, self.where)
+        return float(alpha) / (math.sqrt(rank) if self.root else rank)
+
+
+def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) -> list[Tensor]:
+    if a not in leaves or b not in leaves:
+        lost = b if a in leaves else a
+        raise ArtifactError(f"{config}: {path}.{lost} is missing beside {sorted(leaves)}.")
+    return [leaves[a], leaves[b]]
+
+
+def _product(
+    config: Config,
+    scales: _Scales,
+    path: str,
+    name: str,
+    leaves: Mapping[str, Tensor],
+    site: WeightSite | None,
+    dropout: float,
+) -> LowRank:
+    a, b = _pair(config.where, path, leaves, "lora_A.weight", "lora_B.weight")
+    magnitude = leaves.get("lora_magnitude_vector", leaves.get("lora_magnitude_vector.weight"))
+    if isinstance(site, ExpertsSite):
+        rank = a.shape[0] // site.experts
+        a, b = _experts(config, path, a, b, site)
+        return LowRank(name, a, b, scales.of(name, rank))  # told by parameter, not by module
+    rank = a.shape[0]
+    a, b = a.flatten(1), b.flatten(1)
+    if isinstance(site, ConvSite) and site.groups > 1:
+        b = b.unflatten(0, (site.groups, -1))  # a reads the channels of all groups
+    magnitude = None if magnitude is None else magnitude.flatten()
+    scale = scales.of(path, rank) * (TWICE if path.endswith(".base_layer.out_proj") else 1)
+    return LowRank(name, a, b, scale, magnitude, False, dropout)
+
+
+def _lookup(scales: _Scales, path: str, name: str, leaves: Mapping[str, Tensor]) -> LowRank:
+    a, b = _pair(scales.where, path, leaves, "lora_embedding_A", "lora_embedding_B")
+    magnitude = leaves.get("lora_magnitude_vector", leaves.get("lora_magnitude_vector.weight"))
+    magnitude = None if magnitude is None else magnitude.flatten()
+    return LowRank(name, a, b, scales.of(path, a.shape[0]), magnitude, True)
+
+
+def _experts(
+    config: Config, path: str, a: Tensor, b: Tensor, site: ExpertsSite
+) -> tuple[Tensor, Tensor]:
+    """`A [experts * rank, in]` by expert, `B [out, rank * experts]` by rank.
+
+    Before PEFT 0.19 tensors stored `[experts, out, in]` were taken for `[experts, in, out]`.
+    """
+    first, second = a.unflatten(0, (site.experts, -1)), b.unflatten(1, (-1, site.experts))
+    second = second.permute(2, 0, 1)
+    swapped = not site.in_out and config.version < (0, 19)
+    if swapped and config.version == (0,) and a.shape[1] == b.shape[0]:
+        raise ArtifactError(
+            f"{config.where}: nothing says which version of PEFT wrote {path}, and versions before "
+            "0.19 mean the transpose. Add its peft_version to the config."
+        )
+    return (second.mT, first.mT) if swapped else (first, second)
+
+
+def _adalora(
+    config: Config, scales: _Scales, path: str, name: str, leaves: Mapping[str, Tensor]
+) -> LowRank:
+    """`alpha / (ranknum + 1e-5) B (E A)`; the pruned ranks are gone from the file, and the number
+    that divides is the one that training began with."""
+    a, b = _pair(config.where, path, leaves, "lora_A", "lora_B")
+    e = leaves.get("lora_E")
+    if e is None:
+        raise ArtifactError(f"{config.where}: {path}.lora_E is missing.")
+    start = config.take("init_r", 12)
+    alpha = resolved(scales.alphas, path, scales.alpha, config.where)
+    return LowRank(name, a * e, b, float(alpha) / (start + 1e-5))
+
+
+def _residual(config: Config, program: Program, part: LowRank, start: str) -> LowRank:
+    """The change against the untouched base, of an adapter that trained on what its first factors
+    left of it: `s (B A - B0 A0)`, of twice the rank."""
+    weight = program.base.base_tensors()[program.tensors.stored(part.target)].detach()
+    stored = program.tensors.stored(part.target)
+    sites = [s for s in program.sites if isinstance(s, LinearSite) and s.weight == stored]
+    if not sites or part.magnitude is not None:
+        raise ArtifactError(
+            f"{config.where}: init_lora_weights={start!r} is read for plain factors of linears, "
+            f"and {part.target} has others. Convert it where it was trained."
+        )
+    dense = (weight.mT if sites[0].in_out else weight).float()
+    rank = part.a.shape[0]
+    if start == "pissa":
+        u, s, v = torch.linalg.svd(dense, full_matrices=False)
+        roots = (s[:rank] / part.scale).sqrt()
+        a, b = roots[:, None] * v[:rank], u[:, :rank] * roots
+    elif start.lower() == "olora":
+        q, r = torch.linalg.qr(dense)
+        a, b = r[:rank], q[:, :rank]
+    else:
+        raise ArtifactError(
+            f"{config.where}: with init_lora_weights={start!r} the adapter trained on another "
+            "base, and the file does not say which. Convert it where it was trained: "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    own = torch.cat([part.a.float(), a]), torch.cat([part.b.float(), -b], 1)
+    return LowRank(part.target, *own, part.scale, part.magnitude, part.lookup, part.dropout)
+
+
+def _bias(program: Program, weight: str, change: Tensor) -> Part:
+    """The layer's bias with that of `lora_B` added."""
+    name = weight.removesuffix("weight") + "bias"
+    own = program.base.base_tensors().get(name)
+    if own is None:
+        raise ArtifactError(
+            f"the adapter has a bias for {weight}, which has none of its own to add it to."
+        )
+    return Trained(name, own.detach().float() + change)
+
+
+def _stacked(
+    program: Program, layers: Mapping[str, Any], config: Config
+) -> dict[str, tuple[str, WeightSite | None]]:
+    """Module path -> (parameter, one of its sites). Several parameters of one module
+    (`target_parameters`) are wrapped in their order, the first innermost (`base_layer`)."""
+    sites = {s.weight: s for s in program.sites if isinstance(s, WeightSite)}
+    names = set(program.base.base_tensors()) | set(program.tensors.aliases)
+    targeted = config.take("target_parameters", [], list)
+    chosen: dict[str, tuple[str, WeightSite | None]] = {}
+    for path in layers:
+        plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
+        name = _parameter(plain, names)
+        own = [n for n in program.base.base_tensors() if n.rpartition(".")[0] == plain]
+        wrapped = [n for n in own if any(n == t or n.endswith(f".{t}") for t in targeted)]
+        if wrapped:
+            same = [p for p in layers if re.sub(r"(^|\.)base_layer(?=\.|$)", "", p) == plain]
+            name = _wrapped(config, plain, wrapped, sorted(same, key=len, reverse=True), path)
+        if name is None:
+            raise ArtifactError(
+                f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
+                "with a weight. Use the base that it was trained on."
+            )
+        chosen[path] = name, sites.get(program.tensors.stored(name))
+    return chosen
+
+
+def _wrapped(config: Config, module: str, names: list[str], paths: list[str], path: str) -> str:
+    """The parameter of one of several wrappers around a module, innermost first."""
+    if len(paths) != len(names):
+        raise ArtifactError(
+            f"{config.where}: {module} has adapters for {len(paths)} parameters, and the config "
+            f"names {len(names)}: {', '.join(names)}."
+        )
+    if len(names) > 1 and {n.rpartition(".")[2] for n in names} != {"gate_up_proj", "down_proj"}:
+        raise ArtifactError(
+            f"{config.where}: {', '.join(names)} are wrapped in the order in which the model makes "
+            "them, which a captured program does not know. Give each an adapter of its own."
+        )
+    return sorted(names, key=lambda n: n.endswith("down_proj"))[paths.index(path)]
+
+
+def _parameter(path: str, names: set[str]) -> str | None:
+    """The weight of a module; of `nn.MultiheadAttention` that of its three projections."""
+    tried = (f"{path}.weight", f"{path}.in_proj_weight", path)
+    return next((n for n in tried if n in names), None)

@@ -1,0 +1,319 @@
+"""Parts as PEFT's tensors and config."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.parts import LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.errors import ArtifactError
+from ..rewriter.program.sites import (
+    ConvSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    NormSite,
+    WeightSite,
+)
+from ..rewriter.storage.parts import Parts
+from .hf_peft_config import PREFIX, resolved
+from .hf_peft_lora import TWICE
+
+Written = tuple[dict[str, Any], dict[str, Tensor]]
+
+VERSION = "0.21.2"
+"""Of PEFT, whose keys these are."""
+
+
+def written(program: Program, parts: Parts) -> Written:
+    """The config and the tensors by key.
+
+    Raises:
+        ArtifactError: PEFT has no type that holds all of it.
+    """
+    kinds = {p.kind for p in parts.parts} - {"trained"}
+    trained = [p for p in parts.parts if isinstance(p, Trained)]
+    if "lowrank" in kinds and kinds <= {"lowrank", "rows"}:
+        config, tensors = _lora(program, parts.parts, trained)
+    elif kinds == {"scaling"}:
+        config, tensors = _ia3(program, parts.parts)
+    elif kinds == {"rows"} and not trained and len(parts.parts) == 1:
+        config, tensors = _tokens(parts.parts)
+    elif kinds == {"prompt"} and len(parts.parts) == 1:
+        config, tensors = _prompt(parts.parts)
+    elif kinds == {"prefix"}:
+        config, tensors = _prefix(program, parts.parts)
+    elif not kinds and (norms := _norms(program, trained)) is not None:
+        return norms
+    else:
+        raise ArtifactError(
+            f"no type of PEFT holds {', '.join(sorted(kinds)) or 'only whole parameters'} in one "
+            "adapter. Save it with peftfx.save, or write its adapters one by one."
+        )
+    saved, keys = _modules_to_save(program, trained, config)
+    level = "base_model." if kinds & {"prompt", "prefix"} else PREFIX
+    tensors |= {f"{level}{k}": t for k, t in keys.items()}
+    return config | ({"modules_to_save": saved} if saved else {}), tensors
+
+
+def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
+    low = [p for p in parts if isinstance(p, LowRank)]
+    if len({p.magnitude is None for p in low}) > 1:
+        raise ArtifactError(
+            "PEFT has magnitudes at all modules of an adapter or at none; this has both."
+        )
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    wrapped: list[str] = []
+    sites = [_site(program, p) for p in low]
+    stacks = _nested(
+        program, [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
+    )
+    attention = {
+        p.target[: -len(".in_proj_weight")] for p in low if p.target.endswith(".in_proj_weight")
+    }
+    for part, site in zip(low, sites, strict=True):
+        path = stacks.get(part.target) or _path(part.target, attention)
+        tensors |= {f"{PREFIX}{path}.{leaf}": t for leaf, t in _leaves(part, site).items()}
+        plain = (
+            re.sub(r"\.base_layer(?=\.|$)", "", path) if part.target not in stacks else part.target
+        )
+        ranks[plain] = part.a.shape[-2]
+        scales[plain] = part.scale / (TWICE if path.endswith(".base_layer.out_proj") else 1)
+        if part.target in stacks:
+            wrapped.append(part.target)
+    modules = [m for m in ranks if m not in wrapped]
+    modules = [
+        m for m in modules if m.rpartition(".out_proj")[0] not in attention or m in attention
+    ]
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "target_modules": target_modules(program, modules),
+        "lora_dropout": max(p.dropout for p in low), "use_dora": low[0].magnitude is not None,
+        **patterns(ranks, scales),
+    }  # fmt: skip
+    if wrapped:
+        config["target_parameters"] = sorted(wrapped)
+        config["target_modules"] = config["target_modules"] or []
+    if all(isinstance(s, LinearSite) and s.in_out for s in sites):
+        config["fan_in_fan_out"] = True
+    rows = {p.target.removesuffix(".weight"): p for p in parts if isinstance(p, Rows)}
+    if rows:
+        config["trainable_token_indices"] = {n: p.ids.tolist() for n, p in rows.items()}
+        leaf = "token_adapter.trainable_tokens_delta"
+        tensors |= {f"{PREFIX}{n}.{leaf}": p.values for n, p in rows.items()}
+    biases = [t.target for t in trained if t.target.endswith(".bias")]
+    if biases:
+        own = {b.removesuffix(".bias") for b in biases} <= set(ranks)
+        config["bias"] = "lora_only" if own else "all"
+    return config, tensors
+
+
+def _site(program: Program, part: LowRank) -> WeightSite:
+    stored = program.tensors.stored(part.target)
+    sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
+    for site in sites:
+        if isinstance(site, EmbeddingSite) == part.lookup:
+            return site
+    raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
+
+
+def _path(name: str, attention: Collection[str]) -> str:
+    if name.endswith(".in_proj_weight"):
+        return name.removesuffix(".in_proj_weight")
+    path = name.removesuffix(".weight")
+    owner, _, last = path.rpartition(".")
+    return f"{owner}.base_layer.{last}" if last == "out_proj" and owner in attention else path
+
+
+def _nested(program: Program, names: Collection[str]) -> dict[str, str]:
+    """Parameter -> path of its wrapper: the first one of a module is innermost."""
+    order = sorted(names, key=lambda n: n.endswith("down_proj"))
+    paths: dict[str, str] = {}
+    for name in order:
+        module = name.rpartition(".")[0]
+        outer = sum(n.rpartition(".")[0] == module for n in order[order.index(name) + 1 :])
+        paths[name] = module + ".base_layer" * outer
+    return paths
+
+
+def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
+    """The tensors of one site, by what PEFT calls them."""
+    a, b = part.a, part.b
+    if isinstance(site, EmbeddingSite):
+        leaves = {"lora_embedding_A": a, "lora_embedding_B": b}
+    elif isinstance(site, ExpertsSite):
+        b = b.permute(1, 2, 0).flatten(1)
+        leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b}
+    elif isinstance(site, ConvSite):
+        if a.dim() > 2:
+            raise ArtifactError(
+                f"{part.target}: PEFT's factors read all groups of a convolution, and these one "
+                "each, as the convolution does. Fold them, or write plain tensors."
+            )
+        b = b.reshape(-1, b.shape[-1])
+        ones = [1 for _ in site.kernel]
+        leaves = {
+            "lora_A.weight": a.unflatten(1, (-1, *site.kernel)),
+            "lora_B.weight": b.view(*b.shape, *ones),
+        }
+    else:
+        leaves = {"lora_A.weight": a, "lora_B.weight": b}
+    if part.magnitude is not None:
+        conv = isinstance(site, ConvSite)
+        shape = (1, -1, *(1 for _ in site.kernel)) if isinstance(site, ConvSite) else (-1,)
+        leaves["lora_magnitude_vector"] = part.magnitude.view(shape) if conv else part.magnitude
+    return leaves
+
+
+def patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
+    """`r`, `lora_alpha` and the patterns of the modules that have others."""
+    (rank, _), *_ = Counter(ranks.values()).most_common(1)
+    alphas = {m: _alpha(scales[m], r) for m, r in ranks.items()}
+    (alpha, _), *_ = Counter(alphas.values()).most_common(1)
+    said: dict[str, Any] = {
+        "r": rank, "lora_alpha": alpha,
+        "rank_pattern": {re.escape(m): r for m, r in sorted(ranks.items()) if r != rank},
+        "alpha_pattern": {re.escape(m): a for m, a in sorted(alphas.items()) if a != alpha},
+    }  # fmt: skip
+    for wanted, key, default in ((ranks, "rank_pattern", rank), (alphas, "alpha_pattern", alpha)):
+        for module, value in wanted.items():
+            if resolved(said[key], module, default, key) != value:
+                raise ArtifactError(
+                    f"PEFT's {key} cannot tell {module} from a module whose path ends like it. "
+                    "Give both one rank and one alpha."
+                )
+    return said
+
+
+def _alpha(scale: float, rank: int) -> float | int:
+    """The alpha of which `alpha / rank` is the scale, to the last bit where there is one."""
+    alpha = scale * rank
+    near = [alpha, float(round(alpha))]
+    exact = next((a for a in near if a / rank == scale), alpha)
+    return int(exact) if exact == int(exact) else exact
+
+
+def target_modules(program: Program, modules: Collection[str]) -> list[str] | str:
+    """What makes PEFT adapt exactly these modules: last names, whole paths, or an expression."""
+    every = {n.rpartition(".")[0] for n in program.base.base_tensors()} | set(modules)
+    every |= {n.rpartition(".")[0] for n in program.tensors.aliases}
+    for names in (sorted({m.rpartition(".")[2] for m in modules}), sorted(modules)):
+        taken = {m for m in every if any(m == n or m.endswith(f".{n}") for n in names)}
+        if taken == set(modules):
+            return names
+    return "|".join(re.escape(m) for m in sorted(modules))
+
+
+def _ia3(program: Program, parts: Sequence[Part]) -> Written:
+    tensors: dict[str, Tensor] = {}
+    sides: dict[str, str] = {}
+    for part in parts:
+        if isinstance(part, Scaling):
+            path = part.target.removesuffix(".weight")
+            if path in sides:
+                raise ArtifactError(f"PEFT scales inputs or outputs of {path}, not both.")
+            sides[path] = part.side
+            shape = (1, -1) if part.side == "in" else (-1, 1)
+            tensors[f"{PREFIX}{path}.ia3_l"] = part.vector.view(shape)
+    inputs = [m for m, side in sides.items() if side == "in"]
+    config = {
+        "peft_type": "IA3",
+        "target_modules": target_modules(program, sides),
+        "feedforward_modules": target_modules(program, inputs) if inputs else [],
+    }
+    return config, tensors
+
+
+def _tokens(parts: Sequence[Part]) -> Written:
+    (part,) = parts
+    if not isinstance(part, Rows):
+        raise ArtifactError(f"{part.kind} is no table of rows.")
+    path = part.target.removesuffix(".weight")
+    config = {
+        "peft_type": "TRAINABLE_TOKENS", "token_indices": part.ids.tolist(),
+        "target_modules": [path],
+    }  # fmt: skip
+    return config, {f"{PREFIX}{path}.trainable_tokens_delta": part.values}
+
+
+def _norms(program: Program, trained: Sequence[Trained]) -> Written | None:
+    """LN_TUNING, if all that trains are normalisations."""
+    modules = {t.target.rpartition(".")[0] for t in trained}
+    known = {s.weight.rpartition(".")[0] for s in program.sites if isinstance(s, NormSite)}
+    if not modules or not modules <= known:
+        return None
+    given = {t.target: t.values for t in trained}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in program.base.base_tensors().items():
+        module, _, leaf = name.rpartition(".")
+        if module in modules:
+            key = f"{PREFIX}{module}.ln_tuning_layers.{leaf}"
+            tensors[key] = given.get(name, tensor.detach())
+    return {"peft_type": "LN_TUNING", "target_modules": target_modules(program, modules)}, tensors
+
+
+def _prompt(parts: Sequence[Part]) -> Written:
+    part = next(p for p in parts if isinstance(p, Prompt))
+    length, width = part.values.shape
+    config = {
+        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, "token_dim": width,
+        "num_transformer_submodules": 1,
+    }  # fmt: skip
+    return config, {"prompt_embeddings": part.values}
+
+
+def _prefix(program: Program, parts: Sequence[Part]) -> Written:
+    rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
+    shapes = {t.shape for p in rows for t in (p.key, p.value)}
+    if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1:
+        raise ArtifactError(
+            "PEFT's prefixes have rows of one shape at every attention; this one has not."
+        )
+    if not all(p.shifted for p in rows):
+        raise ArtifactError(
+            "PEFT feeds prefixes as a cache, so that positions count from behind them, and this "
+            "one was trained without. Insert it with prefix_tuning{shift_positions=true}."
+        )
+    (length, heads, width), *_ = shapes
+    stack = torch.stack([torch.stack([p.key, p.value], 1) for p in rows], 1)
+    config = {
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(rows),
+        "num_attention_heads": heads, "token_dim": heads * width, "num_transformer_submodules": 1,
+    }  # fmt: skip
+    return config, {"prompt_embeddings": stack.reshape(length, -1)}
+
+
+def _modules_to_save(
+    program: Program, trained: Iterable[Trained], config: Mapping[str, Any]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Modules that are saved whole, and tensors by key; biases beside factors need no module."""
+    given = {t.target: t.values for t in trained}
+    if config.get("bias", "none") != "none":
+        keys: dict[str, Tensor] = {}
+        for name in [n for n in given if n.endswith(".bias")]:
+            path = name.removesuffix(".bias")
+            inner = f"{path}.base_layer.bias" if _adapted(path, config) else name
+            keys[inner] = given.pop(name)
+    else:
+        keys = {}
+    modules = sorted({n.rpartition(".")[0] for n in given})
+    base = program.base.base_tensors()
+    for module in modules:
+        for name, tensor in base.items():
+            if name.rpartition(".")[0] == module:
+                keys[name] = given.get(name, tensor.detach())
+    return modules, keys
+
+
+def _adapted(path: str, config: Mapping[str, Any]) -> bool:
+    targets: Any = config.get("target_modules") or []
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == t or path.endswith(f".{t}") for t in targets)

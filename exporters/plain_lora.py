@@ -1,0 +1,121 @@
+"""Any adapter of weights as the LoRA that serving engines take: one rank, one alpha, no patterns.
+
+Scales go into B, smaller ranks are filled with zeros, alpha is the rank. What is not low-rank (a
+magnitude, a whole change) becomes the nearest product of that rank, by singular values, and what is
+lost of it is told. Engines' published rules: vLLM and SGLang refuse `use_dora`, `modules_to_save`,
+rank and alpha patterns, and biases; llama.cpp takes `lora_A` and `lora_B` of linears and tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.parts import Change, LowRank, Part
+from ..rewriter.errors import ArtifactError, OptionError
+from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
+from ..rewriter.storage.parts import Parts
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The adapter and what it lost.
+
+    Attributes:
+        parts: low-rank, all of one rank and scale 1.
+        lost: parameter -> the share of the change's norm that is gone, where any is.
+    """
+
+    parts: Parts
+    lost: Mapping[str, float]
+
+
+def plain_lora(program: Program, parts: Parts, rank: int | None = None) -> Plain:
+    """The adapter as plain LoRA.
+
+    Args:
+        program: whose base it belongs to.
+        parts: of an adapter, see `adapter_parts`.
+        rank: of all modules; by default the largest of the adapter's own, which loses nothing of
+            what is low-rank.
+
+    Raises:
+        ArtifactError: it holds more than changes of linears and tables.
+        OptionError: the rank is below 1, or left out where nothing has one.
+    """
+    others = sorted({p.kind for p in parts.parts if not isinstance(p, LowRank | Change)})
+    if others:
+        raise ArtifactError(
+            f"plain LoRA holds changes of weights alone, and this adapter has {', '.join(others)} "
+            "parts, too. Fold those into the base, or write another format."
+        )
+    own = [p.a.shape[-2] for p in parts.parts if isinstance(p, LowRank)]
+    wanted = max(own, default=0) if rank is None else rank
+    if wanted < 1:
+        raise OptionError("nothing of the adapter has a rank. Say which to give it: rank=16.")
+    lost: dict[str, float] = {}
+    plain = tuple(_plain(program, p, wanted, lost) for p in parts.parts)
+    return Plain(replace(parts, parts=plain, original={}), lost)
+
+
+def _plain(program: Program, part: Part, rank: int, lost: dict[str, float]) -> LowRank:
+    site = _site(program, part)
+    if isinstance(part, LowRank) and part.magnitude is None and part.a.shape[-2] <= rank:
+        if part.a.dim() > 2:
+            raise ArtifactError(
+                f"{part.target}: serving engines have no common form for LoRA on stacks of "
+                "matrices. Fold it, or write PEFT's own form."
+            )
+        return _filled(part, rank)
+    if not isinstance(site, LinearSite):
+        raise ArtifactError(f"{part.target}: only changes of linears are made low-rank.")
+    delta = _delta(program, part, site)
+    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    total, kept = float(s.square().sum()), float(s[:rank].square().sum())
+    if (share := max(total - kept, 0.0) ** 0.5 / max(total, 1e-300) ** 0.5) > 1e-6:
+        lost[part.target] = share
+    roots = s[:rank].sqrt()
+    a, b = (roots[:, None] * v[:rank]).float(), (u[:, :rank] * roots).float()
+    return _filled(LowRank(part.target, a, b, 1.0), rank)
+
+
+def _filled(part: LowRank, rank: int) -> LowRank:
+    """With scale 1 and zeros up to a rank."""
+    missing = rank - part.a.shape[0]
+    a = torch.cat([part.a, part.a.new_zeros(missing, part.a.shape[1])])
+    b = torch.cat([part.b * part.scale, part.b.new_zeros(part.b.shape[0], missing)], 1)
+    return replace(part, a=a, b=b, scale=1.0, magnitude=None, dropout=0.0)
+
+
+def _delta(program: Program, part: Part, site: LinearSite) -> Tensor:
+    """The change `[out, in]` of a weight."""
+    if isinstance(part, Change):
+        return part.delta.float()
+    if not isinstance(part, LowRank):
+        raise ArtifactError(f"{part.target}: a part of kind {part.kind} is no change of a weight.")
+    change = part.scale * part.b.double() @ part.a.double()
+    if part.magnitude is None:
+        return change
+    weight = program.base.base_tensors()[site.weight].detach().double()
+    weight = weight.mT if site.in_out else weight
+    moved = weight + change
+    return part.magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+
+
+def _site(program: Program, part: Part) -> WeightSite:
+    stored = program.tensors.stored(part.target)
+    sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
+    lookup = isinstance(part, LowRank) and part.lookup
+    site = next((s for s in sites if isinstance(s, EmbeddingSite) == lookup), None)
+    if site is None:
+        raise ArtifactError(f"no call of this model multiplies by {part.target!r}.")
+    return site
+
+
+def worst(lost: Mapping[str, float]) -> Sequence[tuple[str, float]]:
+    """The parameters that lost most, at most three."""
+    return sorted(lost.items(), key=lambda i: -i[1])[:3]

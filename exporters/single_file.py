@@ -1,0 +1,291 @@
+"""Adapters in one safetensors file: diffusers' LoRA; LoRA, LoHa, LoKr and whole changes of kohya's
+scripts and of LyCORIS. Which it is, the keys tell.
+
+    diffusers    [unet.|transformer.|...]PATH.lora_A.weight, config as JSON in the header
+    kohya        lora_unet_PATH_WITH_UNDERSCORES.lora_down.weight, .alpha
+
+Of one file with adapters of several components (a UNet and its text encoders), each program takes
+those that are its own. Scales: kohya's and LyCORIS's alpha over the rank of the file, 1 where there
+is none; of a LoKr with two whole matrices always 1, as LyCORIS has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewriter.api import Program
+from ..rewriter.branches.parts import Change, LowRank, Part
+from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, read_file
+from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from ..rewriter.storage.artifact import require_finite
+from ..rewriter.storage.parts import Parts
+from .hf_peft_config import Config
+from .hf_peft_lora import lora_parts
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+FLAT = ("lycoris", "lora_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3")
+METADATA = "lora_adapter_metadata"
+
+_LEAVES = (
+    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff",
+    "diff_b", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1",
+    "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+)  # fmt: skip
+
+Leaves = dict[str, Tensor]
+
+
+def read_single_file(program: Program, path: str | Path, component: str = "") -> Parts:
+    """An adapter in one file, in parts.
+
+    Args:
+        program: which it belongs to.
+        path: of the safetensors file.
+        component: which adapter of a file with several, such as `unet` or `lora_te1`.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged, of no style that is known, or not
+            of this model.
+    """
+    where = str(path)
+    raw = read_file(path)
+    tensors = parse_tensors(raw, where)
+    for name, tensor in tensors.items():
+        if not name.endswith(".alpha"):  # infinite in half precision where it counts for nothing
+            require_finite(f"{where}: {name}", tensor, "Save it again.")
+    if any(k.endswith((".lora_A.weight", ".lora_B.weight")) for k in tensors):
+        return _diffusers(program, tensors, header_metadata(raw, where), where, component)
+    if any(k.endswith(tuple(f".{leaf}" for leaf in _LEAVES)) for k in tensors):
+        return _kohya(program, tensors, where, component)
+    first = next(iter(tensors), "none")
+    raise ArtifactError(
+        f"{where}: its keys (first: {first!r}) are of no style that is read: diffusers "
+        "(...lora_A.weight) or kohya and LyCORIS (...lora_down.weight, ...hada_w1_a, ...lokr_w1)."
+    )
+
+
+def _diffusers(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    where: str,
+    component: str,
+) -> Parts:
+    said = parse_json(metadata[METADATA].encode(), f"{where}: {METADATA}") if METADATA in metadata \
+        else {}  # fmt: skip
+    prefix = _component(tensors, COMPONENTS, ".", where, component)
+    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    config: dict[str, Any] = {
+        k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)
+    }
+    alphas = {k: float(own.pop(k)) for k in list(own) if k.endswith(".alpha")}
+    if not config:  # a missing alpha means the module's own rank
+        ranks = {k.removesuffix(".lora_A.weight"): len(t) for k, t in own.items() if "lora_A" in k}
+        config = {
+            "r": 1, "lora_alpha": 1, "rank_pattern": {re.escape(m): r for m, r in ranks.items()},
+            "alpha_pattern": {
+                re.escape(m): alphas.get(f"{m}.alpha", float(r)) for m, r in ranks.items()
+            },
+        }  # fmt: skip
+    config["peft_type"] = "LORA"
+    checked = Config(config, where)
+    parts = lora_parts(checked, own, program)
+    checked.finish()
+    if own:
+        raise ArtifactError(f"{where}: the key {next(iter(own))!r} is not understood.")
+    return Parts(tuple(parts), "diffusers LoRA")
+
+
+def _component(
+    tensors: Mapping[str, Tensor], known: tuple[str, ...], separator: str, where: str, chosen: str
+) -> str:
+    """The prefix of the keys to take."""
+    there = [c for c in known if any(k.startswith(f"{c}{separator}") for k in tensors)]
+    if chosen:
+        if chosen not in there:
+            raise ArtifactError(
+                f"{where} has nothing of {chosen!r}; it has {', '.join(there) or 'no components'}."
+            )
+        return f"{chosen}{separator}"
+    if len(there) > 1:
+        raise ArtifactError(
+            f"{where} holds adapters of {', '.join(there)}. Say which this program is: "
+            f"component={there[0]!r}."
+        )
+    return f"{there[0]}{separator}" if there else ""
+
+
+def _kohya(program: Program, tensors: Mapping[str, Tensor], where: str, component: str) -> Parts:
+    prefix = _component(tensors, FLAT, "_", where, component)
+    flat = _flat_names(program)
+    modules: dict[str, Leaves] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            module, _, leaf = key.removeprefix(prefix).partition(".")
+            if leaf not in _LEAVES:
+                raise ArtifactError(f"{where}: the key {key!r} is not understood.")
+            modules.setdefault(module, {})[leaf] = tensor
+    parts: list[Part] = []
+    kinds: set[str] = set()
+    for module, leaves in modules.items():
+        found = flat.get(module, [])
+        if len(found) != 1:
+            why = (
+                f"fits {', '.join(found)}"
+                if found
+                else f"is none. Nearest: {nearest(module, flat)}"
+            )
+            raise ArtifactError(
+                f"{where}: of this model's modules, {prefix}{module} {why}. Use the base that the "
+                "adapter was trained on."
+            )
+        kind, part = _part(program, f"{found[0]}.weight", leaves, f"{where}: {prefix}{module}")
+        kinds.add(kind)
+        parts.append(part)
+    return Parts(tuple(parts), f"kohya {'/'.join(sorted(kinds))}")
+
+
+def _flat_names(program: Program) -> dict[str, list[str]]:
+    """Module path with underscores -> the modules of that name."""
+    flat: dict[str, list[str]] = {}
+    names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
+    for name in sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight")):
+        flat.setdefault(name.replace(".", "_"), []).append(name)
+    return flat
+
+
+def _part(program: Program, name: str, leaves: Leaves, where: str) -> tuple[str, Part]:
+    site = _site(program, name, where)
+    weight = program.base.base_tensors()[site.weight].detach()
+    matrix = weight.mT if getattr(site, "in_out", False) else weight.flatten(1)
+    alpha = leaves.pop("alpha", None)
+    magnitude = leaves.pop("dora_scale", None)
+    wide = {k: t.float() for k, t in leaves.items()}
+    if "lora_down.weight" in wide and "lora_mid.weight" not in wide:
+        down, up = wide["lora_down.weight"].flatten(1), _needed(wide, "lora_up.weight", where)
+        scale = _scale(alpha, len(down), where)
+        rows = _rows_magnitude(magnitude, matrix, where)
+        up = up.flatten(1)
+        _require_fit(up.shape[0] == matrix.shape[0] and down.shape[1] == matrix.shape[1], where)
+        if isinstance(site, ConvSite) and site.groups > 1:
+            raise ArtifactError(f"{where}: LoRA of convolutions in groups is not read from files.")
+        return "LoRA", LowRank(name, down, up, scale, rows)
+    if magnitude is not None:
+        raise ArtifactError(f"{where}: dora_scale is read beside LoRA only. Fold it there.")
+    if "hada_w1_a" in wide:
+        rank = wide["hada_w1_b"].shape[0]
+        one, two = (_through(wide, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b", where)
+                    for i in (1, 2))  # fmt: skip
+        delta, kind = one * two * _scale(alpha, rank, where), "LoHa"
+    elif any(k.startswith("lokr") for k in wide):
+        delta, kind = _lokr(wide, alpha, where), "LoKr"
+    elif "diff" in wide and "diff_b" not in wide:
+        delta, kind = wide["diff"], "whole"
+    else:
+        raise ArtifactError(f"{where}: {', '.join(sorted(leaves))} is no form that is read.")
+    _require_fit(delta.numel() == matrix.numel(), where)
+    return kind, Change(name, delta.reshape(matrix.shape), kind)
+
+
+def _lokr(wide: Leaves, alpha: Tensor | None, where: str) -> Tensor:
+    whole = "lokr_w1" in wide and "lokr_w2" in wide
+    one = wide.get("lokr_w1")
+    one = _through(wide, "", "lokr_w1_a", "lokr_w1_b", where) if one is None else one
+    two = wide.get("lokr_w2")
+    two = _through(wide, "lokr_t2", "lokr_w2_a", "lokr_w2_b", where) if two is None else two
+    one = one[..., None, None] if two.dim() == 4 else one
+    first = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in wide), "")
+    scale = 1.0 if whole else _scale(alpha, wide[first].shape[0], where)
+    return torch.kron(one, two.contiguous()) * scale
+
+
+def _through(wide: Leaves, core: str, a: str, b: str, where: str) -> Tensor:
+    first, second = _needed(wide, a, where), _needed(wide, b, where)
+    if core in wide:
+        return torch.einsum("ijkl,ip,jr->prkl", wide[core], first, second)
+    return first @ second
+
+
+def _needed(wide: Leaves, name: str, where: str) -> Tensor:
+    if name not in wide:
+        raise ArtifactError(f"{where}: {name} is missing beside {', '.join(sorted(wide))}.")
+    return wide[name]
+
+
+def _scale(alpha: Tensor | None, rank: int, where: str) -> float:
+    number = float(rank) if alpha is None else float(alpha)
+    if number != number or abs(number) == float("inf"):
+        raise ArtifactError(f"{where}: alpha is {number}. Save it in float32.")
+    return number / rank
+
+
+def _rows_magnitude(magnitude: Tensor | None, matrix: Tensor, where: str) -> Tensor | None:
+    """A `dora_scale` of rows, `[out, 1]`; of columns it is no DoRA as the paper has it."""
+    if magnitude is None:
+        return None
+    if magnitude.shape[0] != matrix.shape[0]:
+        raise ArtifactError(
+            f"{where}: dora_scale is {tuple(magnitude.shape)}, of columns (wd_on_out=False), which "
+            "only LyCORIS computes. Fold it there."
+        )
+    return magnitude.float().flatten()
+
+
+def _require_fit(fits: bool, where: str) -> None:
+    if not fits:
+        raise ArtifactError(
+            f"{where} has other sizes than this model's weight. Use the base that the adapter was "
+            "trained on."
+        )
+
+
+def _site(program: Program, name: str, where: str) -> WeightSite:
+    stored = program.tensors.stored(name)
+    for site in program.sites:
+        if isinstance(site, LinearSite | ConvSite) and site.weight == stored:
+            return site
+    raise ArtifactError(f"{where}: no call of this model multiplies by {name!r}.")
+
+
+def kohya_file(
+    program: Program, parts: Parts, prefix: str = "lora_unet"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parts as kohya's scripts write them: tensors by key, and the header's metadata.
+
+    Raises:
+        ArtifactError: it holds more than LoRA and whole changes of linears and convolutions.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in parts.parts:
+        form = isinstance(part, Change) or (
+            isinstance(part, LowRank) and part.a.dim() == 2 == part.b.dim() and not part.lookup
+        )
+        if not form:
+            raise ArtifactError(
+                f"{part.target or part.kind}: kohya's files have no form for it. Fold it, or write "
+                "another format."
+            )
+        site = _site(program, part.target, "this adapter")
+        kernel = site.kernel if isinstance(site, ConvSite) else ()
+        path = f"{prefix}_{part.target.removesuffix('.weight').replace('.', '_')}"
+        if isinstance(part, LowRank):
+            up = part.b.reshape(*part.b.shape, *(1 for _ in kernel))
+            tensors[f"{path}.lora_down.weight"] = _unflat(part.a, kernel)
+            tensors[f"{path}.lora_up.weight"] = up
+            tensors[f"{path}.alpha"] = torch.tensor(part.scale * len(part.a))
+            if part.magnitude is not None:
+                tensors[f"{path}.dora_scale"] = part.magnitude.view(-1, 1, *(1 for _ in kernel))
+        elif isinstance(part, Change):
+            tensors[f"{path}.diff"] = _unflat(part.delta, kernel)
+    return tensors, {"ss_network_module": "networks.lora"}
+
+
+def _unflat(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    return matrix.unflatten(1, (-1, *kernel)) if kernel else matrix

@@ -1,0 +1,269 @@
+"""An adapter that another library wrote, as parts: low-rank and dense changes, scalings, prompts.
+
+Read with `peftfx.load_peft` and its neighbours (formats: exporters/hf_peft.py). What a method here
+computes becomes that method's branch: LoRA (Hu et al., ICLR 2022, arXiv:2106.09685), DoRA, (IA)3,
+prompts and prefixes; any other linear change is its exact delta. It trains on, folds, is saved and
+taken out again like an adapter that was inserted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.parts import (
+    Change,
+    LowRank,
+    Part,
+    Prefix,
+    Prompt,
+    Rows,
+    Scaling,
+    Trained,
+)
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError, nearest
+from ...rewriter.pipeline.passes import NAME, Pass
+from ...rewriter.program.history import Contract, Plan
+from ...rewriter.program.sites import AttentionSite, ConvSite, EmbeddingSite, WeightSite
+from ...rewriter.program.state import State
+from ...rewriter.storage.parts import Parts, as_plan, of_plan
+from ..additive.ia3 import IA3Input, IA3Output
+from ..additive.prefix_tuning import PrefixBranch
+from ..additive.prompt_tuning import PromptBranch
+from ..reparameterized.dora import DoRABranch
+from ..reparameterized.lora import LoRABranch
+from ..selective.train_tokens import RowsExpression
+
+
+class ChangeBranch(Delta):
+    """`y = base(x) + f(x)` by a whole matrix; parameter `change [out, in]`."""
+
+    axes: ClassVar[Axes] = {"change": ("out", "in")}
+
+    def __init__(self, change: Tensor, method: str) -> None:
+        super().__init__()
+        self.change, self.method = nn.Parameter(change), method
+
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
+        matrix = self.change if not x.is_floating_point() else self.change.to(x.dtype)
+        return self.shape.applied(x, matrix, **operands)
+
+    def delta(self) -> Tensor:
+        return self.change
+
+    def part(self) -> Part:
+        return Change("", self.change.detach(), self.method)
+
+    def describe(self) -> str:
+        return f"the change of {self.method}" if self.method else "a whole matrix"
+
+
+class AcrossGroups(Delta):
+    """A low-rank branch beside a grouped convolution whose `a [rank, in]` reads all channels.
+
+    `b [groups, out / groups, rank / groups]` is in groups, so an output sees its group's ranks.
+    """
+
+    not_foldable = "it reads across the groups of the convolution"
+    axes: ClassVar[Axes] = {"a": ("rank", "patch"), "b": ("group", "out", "rank")}
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+    def branch(self, x: Tensor) -> Tensor:
+        h = self.shape.in_groups(1).narrow(self.dropped(x), self.a)
+        return self.shape.widen(h * self.scale, self.b)
+
+    def part(self) -> Part:
+        a, b = self.a.detach(), self.b.detach()
+        return LowRank("", a, b, self.scale, dropout=self.dropout)
+
+    def describe(self) -> str:
+        return f"rank={len(self.a)}, scale={self.scale:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported(Pass):
+    """Inserts an adapter from another library's file: peftfx.load_peft(program, directory).
+
+    Attributes:
+        name: of the adapter.
+    """
+
+    contract: ClassVar[Contract] = Contract("trainable")
+    sourced: ClassVar[bool] = True
+
+    name: str = "imported"
+
+    @property
+    def adapter(self) -> str:
+        return self.name
+
+    def check(self) -> None:
+        self.require(bool(NAME.fullmatch(self.name)), "name", "letters, digits, _ and -")
+
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        given = [s for s in sources if isinstance(s, Parts)]
+        if len(given) != 1 or len(sources) != 1:
+            raise PassError(
+                f"{self.text}: it inserts one adapter that was read from a file. Use "
+                "peftfx.load_peft(program, directory), which runs it."
+            )
+        return as_plan(given[0])
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        parts = of_plan(plan)
+        for part in parts.parts:
+            insert(edit, part)
+        for line in (f"read from {parts.source}", *parts.notes):
+            edit.note(line)
+
+
+def insert(edit: Editor, part: Part) -> None:
+    """Puts one part into a program.
+
+    Raises:
+        PassError: the program has no such weight, or its sizes are others.
+    """
+    match part:
+        case LowRank():
+            for site in sites_of(edit.program, part.target, part.lookup):
+                _low_rank(edit, site, part)
+        case Change():
+            for site in sites_of(edit.program, part.target, False):
+                own = _own(site, part.delta, site.matrices[0])
+                edit.add(site, ChangeBranch(own.to(edit.like(site)), part.method))
+        case Scaling():
+            _scaling(edit, part)
+        case Trained():
+            _trained(edit, part)
+        case Rows():
+            site = sites_of(edit.program, part.target, True)[0]
+            _require(part.values.shape[1:] == (site.matrices[1],), part.target, part.values)
+            branch = RowsExpression(part.ids, part.values.to(edit.like(site), copy=True))
+            edit.express(site, site.weight, branch)
+        case Prompt():
+            site = _entrance(edit.program)
+            _require(part.values.shape[1:] == (site.width,), site.weight, part.values)
+            edit.prepend_tokens(site, PromptBranch(part.values.to(edit.like(site), copy=True)))
+        case Prefix():
+            _prefix(edit, part)
+        case _:
+            raise PassError(f"no program can hold a part of kind {part.kind!r}.")
+
+
+def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
+    """The sites of a weight by any of its names: its lookups, or its products.
+
+    Raises:
+        PassError: there is none.
+    """
+    stored = program.tensors.stored(name)
+    every = [s for s in program.sites if isinstance(s, WeightSite)]
+    sites = [s for s in every if s.weight == stored and isinstance(s, EmbeddingSite) == lookup]
+    if not sites:
+        what = "looks up" if lookup else "multiplies by"
+        raise PassError(
+            f"no call of this model {what} {name!r}. Nearest: "
+            f"{nearest(name, {s.weight for s in every})}. Use the base that the adapter was "
+            "trained on."
+        )
+    return sites
+
+
+def _require(fits: bool, name: str, tensor: Tensor) -> None:
+    if not fits:
+        raise PassError(
+            f"the adapter has {list(tensor.shape)} for {name}, which does not fit this model. Use "
+            "the base that the adapter was trained on."
+        )
+
+
+def _own(site: WeightSite, rows: Tensor, count: int) -> Tensor:
+    """What a site has of values `[count * out, ...]` of the whole weight."""
+    if site.features is None:
+        _require(len(rows) == count * site.matrices[1], site.weight, rows)
+        return rows.clone()
+    stack = rows.unflatten(0, (count, -1))
+    _require(max(site.features) < stack.shape[1], site.weight, rows)
+    return stack[:, list(site.features)].flatten(0, 1)
+
+
+def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
+    count, _, size = site.matrices
+    like = edit.like(site)
+    if isinstance(site, ConvSite) and count > 1 and part.a.dim() == 2 and part.magnitude is None:
+        _require(part.a.shape[1] == size * count, site.weight, part.a)
+        a, b = part.a.to(like, copy=True), part.b.to(like, copy=True)
+        edit.add(site, AcrossGroups(a, b, part.scale, part.dropout))
+        return
+    _require(part.a.shape[-1] == size and part.a.dim() == 2 + (count > 1), site.weight, part.a)
+    b = part.b if count == 1 else part.b.flatten(0, 1)
+    b = _own(site, b, count)
+    b = b if count == 1 else b.unflatten(0, (count, -1))
+    branch = LoRABranch(part.a.to(like, copy=True), b.to(like), part.scale, part.dropout)
+    if part.magnitude is None:
+        edit.add(site, branch)
+        return
+    magnitude = _own(site, part.magnitude, count).to(like)
+    edit.rescale(site, DoRABranch(magnitude, branch, False))
+
+
+def _scaling(edit: Editor, part: Scaling) -> None:
+    sites = sites_of(edit.program, part.target, False)
+    if part.side == "in":
+        _require(len(part.vector) == sites[0].inputs, part.target, part.vector)
+        edit.scale(sites[0], IA3Input(part.vector.to(edit.like(sites[0]), copy=True)))
+        return
+    for site in sites:
+        own = _own(site, part.vector, site.matrices[0])
+        edit.scale(site, IA3Output(own.to(edit.like(site))))
+
+
+def _trained(edit: Editor, part: Trained) -> None:
+    name = edit.program.tensors.stored(part.target)
+    if not edit.is_parameter(name):
+        raise PassError(f"this model has no parameter {part.target!r} that could be trained.")
+    if name != part.target:
+        raise PassError(
+            f"{part.target} is {name} by another name here, and the adapter has values for one of "
+            "both. Untie them in the model before it is captured."
+        )
+    _require(edit.stored(name).shape == part.values.shape, name, part.values)
+    edit.train(name)
+    with torch.no_grad():
+        edit.stored(name).copy_(part.values)
+    edit.edited.append(name)
+
+
+def _entrance(program: State) -> EmbeddingSite:
+    tables = [s for s in program.sites if isinstance(s, EmbeddingSite) and s.role == "token"]
+    if len(tables) != 1:
+        raise PassError(
+            f"a prompt goes in front of the tokens, and this model has {len(tables)} token tables."
+        )
+    return tables[0]
+
+
+def _prefix(edit: Editor, part: Prefix) -> None:
+    sites = [s for s in edit.program.sites if isinstance(s, AttentionSite) and not s.cross]
+    if part.layer >= len(sites):
+        raise PassError(
+            f"the adapter has a prefix for attention {part.layer}, and this model has {len(sites)}."
+        )
+    site = sites[part.layer]
+    widths = edit.key_value_widths(site)
+    for rows, width in zip((part.key, part.value), widths, strict=True):
+        _require(rows.shape[1:] == (site.kv_heads, width), site.id, rows)
+    key, value = (t.to(edit.like(site), copy=True) for t in (part.key, part.value))
+    edit.prepend_kv(site, PrefixBranch(key, value))
+    if part.shifted and part.layer == 0:
+        edit.shift_positions(len(part.key))

@@ -1,0 +1,1 @@
+"""Other libraries' files, against the libraries that write them."""

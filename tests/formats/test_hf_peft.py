@@ -1,0 +1,237 @@
+"""Adapters of PEFT: read, they compute what PEFT computes; written, they are its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import peftfx
+from peftfx.rewriter.errors import (
+    ArtifactError,
+    CorruptFileError,
+    NonFiniteError,
+    PassError,
+    RewriteError,
+)
+
+from ..models import randomise
+from .peft_cases import CASES, base, computed, inputs, output, program, write
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+
+
+def near(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_read_and_written_as_peft_has_it(case: str, tmp_path: Path) -> None:
+    import peft
+
+    name, _ = CASES[case]
+    want = write(case, tmp_path / "theirs")
+    before = program(name)
+    read = peftfx.load_peft(before, tmp_path / "theirs")
+    got = output(read(**inputs(name)))
+    near(got, want)
+    assert (got - output(before(**inputs(name)))).abs().max() > 1e-3 * want.abs().max()
+
+    peftfx.save_peft(read, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / d / WEIGHTS) for d in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(tensor, ours[key]) and tensor.dtype == ours[key].dtype, key
+    again = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "ours")).eval()
+    near(computed(again, name, case), want)
+
+
+@pytest.mark.parametrize("case", ["patterns", "dora", "loha", "table", "prefix", "head saved"])
+def test_an_imported_adapter_is_one_of_ours(case: str, tmp_path: Path) -> None:
+    """Saved, loaded, verified, taken out, folded."""
+    name, _ = CASES[case]
+    write(case, tmp_path / "a")
+    before = program(name)
+    read = peftfx.load_peft(before, tmp_path / "a", name="theirs")
+    assert read.adapters == ("theirs",) and "read from peft" in str(read.history[-1])
+    peftfx.save(read, tmp_path / "b")
+    again = peftfx.load(before, tmp_path / "b")
+    assert torch.equal(output(again(**inputs(name))), output(read(**inputs(name))))
+    assert all(c.holds for c in again.verify())
+    without = read.without("theirs")
+    assert torch.equal(output(without(**inputs(name))), output(before(**inputs(name))))
+    if case not in ("prefix", "table"):
+        folded = peftfx.run(read, "fold")
+        assert not folded.attachments
+        near(output(folded(**inputs(name))), output(read(**inputs(name))))
+
+
+OURS = {
+    "lora{rank=3,where=q|v}": "llama",
+    "lora{rank=3,where=linear};train{where=norm,name=lora_norms}": "llama",
+    "dora{rank=3,where=q|ffn.down}": "llama",
+    "lora{rank=2,where=q}": "gpt2",
+    "ia3": "llama",
+    "prompt_tuning{length=3}": "llama",
+    "prefix_tuning{length=3,shift_positions=true}": "llama",
+    "train{where=norm}": "llama",
+    "train_tokens{ids=[3,9]}": "llama",
+    "lora{rank=2,where=embedding.token|k}": "llama",
+    "lora{rank=2,where=experts}": "qwen3_moe",
+}
+
+
+@pytest.mark.parametrize("recipe", list(OURS))
+def test_what_is_trained_here_is_loaded_there(recipe: str, tmp_path: Path) -> None:
+    import peft
+
+    name = OURS[recipe]
+    made = peftfx.run(program(name), recipe)
+    made = randomise(made, 0.2)
+    first = made.adapters[0]
+    alone = made.without(*made.adapters[1:]) if len(made.adapters) > 1 else made
+    peftfx.save_peft(made, tmp_path / "a", first, task="CAUSAL_LM")
+    theirs = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "a")).eval()
+    near(computed(theirs, name, ""), output(alone(**inputs(name))))
+    read = peftfx.load_peft(program(name), tmp_path / "a")
+    near(output(read(**inputs(name))), output(alone(**inputs(name))))
+
+
+def test_what_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
+    """LoHa has no form once its whole change trained; LoRA does."""
+    write("loha", tmp_path / "loha")
+    moved = randomise(peftfx.load_peft(program("llama"), tmp_path / "loha"))
+    with pytest.raises(ArtifactError, match="no type of PEFT holds change"):
+        peftfx.save_peft(moved, tmp_path / "b")
+    write("pissa", tmp_path / "pissa")
+    moved = randomise(peftfx.load_peft(program("llama"), tmp_path / "pissa"))
+    peftfx.save_peft(moved, tmp_path / "c")
+    again = peftfx.load_peft(program("llama"), tmp_path / "c")
+    near(output(again(**inputs("llama"))), output(moved(**inputs("llama"))))
+
+
+def test_experts_of_an_old_peft_mean_the_transpose(tmp_path: Path) -> None:
+    write("experts", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    experts = 4
+    for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = tensors[key].unflatten(0, (experts, -1)), tensors[other].unflatten(1, (-1, experts))
+        tensors[key] = b.permute(2, 1, 0).flatten(0, 1).contiguous()
+        tensors[other] = a.permute(2, 1, 0).flatten(1).contiguous()
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"peft_version": "0.18.1"}))
+    old = peftfx.load_peft(program("qwen3_moe"), tmp_path / "a")
+    write("experts", tmp_path / "b")
+    new = peftfx.load_peft(program("qwen3_moe"), tmp_path / "b")
+    near(output(old(**inputs("qwen3_moe"))), output(new(**inputs("qwen3_moe"))))
+
+
+def test_a_model_is_captured_with_its_own_example() -> None:
+    with pytest.raises(ArtifactError, match="has no dummy_inputs"):
+        peftfx.load_peft(torch.nn.Linear(2, 2), "nowhere")
+
+
+Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
+
+
+def _rename(old: str, new: str) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return change
+
+
+def _drop(part: str) -> Change:
+    def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors.pop(next(k for k in tensors if part in k))
+
+    return change
+
+
+def _put(key: str, value: Any) -> Change:
+    return lambda config, tensors: config.update({key: value})
+
+
+def _nan(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+def _wide(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    key = next(k for k in tensors if "lora_A" in k)
+    tensors[key] = torch.randn(4, 33)
+
+
+BAD: dict[str, tuple[Change, type[RewriteError], str]] = {
+    "another prefix": (_rename("base_model.model.", "module."), ArtifactError, "does not start with"),
+    "no such module": (_rename("layers.1", "layers.7"), ArtifactError, r"layers\.7.*no such module"),
+    "unknown leaf": (_rename("lora_A.weight", "lora_X.weight"), ArtifactError, "lora_A.weight is missing"),
+    "unknown key": (_rename("q_proj.lora_A.weight", "q_proj.extra.weight"), ArtifactError, "is missing"),
+    "no partner": (_drop("lora_B"), ArtifactError, "lora_B.weight is missing"),
+    "rank": (_put("r", 5), ArtifactError, "the rank of .* is 5, but its tensors have 4"),
+    "type": (_put("peft_type", "LORRA"), ArtifactError, "LORRA are not read. Nearest that are: LORA"),
+    "no type": (_put("peft_type", None), ArtifactError, "no peft_type"),
+    "new option": (_put("frobnicate", 3), ArtifactError, "frobnicate=3 of LORA is not understood"),
+    "replicated layers": (_put("layer_replication", [[0, 2]]), ArtifactError, "layer_replication"),
+    "invocation": (_put("alora_invocation_tokens", [3]), ArtifactError, "alora_invocation_tokens"),
+    "other base": (_put("init_lora_weights", "pissa_niter_4"), ArtifactError, "another base"),
+    "wrong kind": (_put("lora_alpha", "16"), ArtifactError, "lora_alpha must be int or float"),
+    "pattern": (_put("rank_pattern", {"(": 3}), ArtifactError, "no regular expression"),
+    "not a number": (_nan, NonFiniteError, "NaN"),
+    "shape": (_wide, PassError, "does not fit this model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", list(BAD))
+def test_a_bad_adapter_is_refused(fault: str, tmp_path: Path) -> None:
+    change, kind, text = BAD[fault]
+    write("lora", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    change(config, tensors)
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    before = program("llama")
+    with pytest.raises(kind, match=text):
+        peftfx.load_peft(before, tmp_path / "a")
+    assert not before.adapters and not before.attachments
+
+
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
+def test_a_truncated_file_is_refused(file: str, tmp_path: Path) -> None:
+    write("lora", tmp_path / "a")
+    path = tmp_path / "a" / file
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CorruptFileError, match=file):
+        peftfx.load_peft(program("llama"), tmp_path / "a")
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json"):
+        peftfx.load_peft(program("llama"), tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    made = peftfx.run(program("llama"), "lora")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        peftfx.save_peft(made, tmp_path / "x")
+    assert (tmp_path / "x" / "notes.txt").read_text() == "mine"
+
+
+def test_what_has_no_form_there_is_refused(tmp_path: Path) -> None:
+    made = peftfx.run(program("llama"), "lora{name=one};serial_adapter{bottleneck=4}")
+    with pytest.raises(ArtifactError, match="no other library has a form"):
+        peftfx.save_peft(made, tmp_path / "a", "serial_adapter")
+    with pytest.raises(ArtifactError, match="say which"):
+        peftfx.save_peft(made, tmp_path / "a")
+    with pytest.raises(ArtifactError, match="nearest: one"):
+        peftfx.save_peft(made, tmp_path / "a", "ones")

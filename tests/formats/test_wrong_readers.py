@@ -1,0 +1,129 @@
+"""Readers with one wrong line each: what PEFT computes tells."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from peftfx.exporters.hf_peft import read_peft
+from peftfx.passes.interchange.imported import Imported
+from peftfx.rewriter.errors import RewriteError
+from peftfx.rewriter.run.run import apply_plan
+
+from ..mutants import Case, Mutation, applied
+from .peft_cases import CASES, inputs, output, program, write
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LORA, CHANGES = "exporters/hf_peft_lora.py", "exporters/hf_peft_changes.py"
+CONFIG, IMPORTED = "exporters/hf_peft_config.py", "passes/interchange/imported.py"
+
+WRONG = (
+    ("scale forgotten", f"{LORA}:_Scales.of", "float(alpha) /", "1.0 /", "lora"),
+    ("alpha pattern ignored", f"{LORA}:_Scales.of", "self.alphas, path", "{}, path", "patterns"),
+    ("root ignored", f"{LORA}:_Scales.of", "if self.root", "if False", "rslora"),
+    ("root always", f"{LORA}:_Scales.of", "if self.root", "if True", "lora"),
+    ("patterns backwards", f"{CONFIG}:resolved", "patterns.items()", "reversed(patterns.items())",
+     "overlapping"),
+    ("patterns anywhere", f"{CONFIG}:resolved", "({pattern})$", "({pattern})", "part of a path"),
+    ("factors of the next", f"{LORA}:_product", "a, b = a.flatten(1), b.flatten(1)",
+     "a, b = a.flatten(1).flip(0), b.flatten(1)", "lora"),
+    ("magnitude dropped", f"{LORA}:_product", "scale, magnitude, False", "scale, None, False",
+     "dora"),
+    ("groups interleaved", f"{LORA}:_product", "b.unflatten(0, (site.groups, -1))",
+     "b.unflatten(0, (-1, site.groups)).transpose(0, 1)", "convolutions"),
+    ("once for twice", f"{LORA}:_product", "TWICE if", "1 if", "attention"),
+    ("experts by rank", f"{LORA}:_experts", "a.unflatten(0, (site.experts, -1))",
+     "a.unflatten(0, (-1, site.experts)).transpose(0, 1)", "experts"),
+    ("ranks by expert", f"{LORA}:_experts", "second.permute(2, 0, 1)",
+     "second.flatten(1).unflatten(1, (site.experts, -1)).permute(1, 0, 2)", "experts"),
+    ("wrappers outside in", f"{LORA}:_wrapped", "paths.index(path)", "-1 - paths.index(path)",
+     "experts"),
+    ("eigenvalues dropped", f"{LORA}:_adalora", "a * e", "a", "adalora"),
+    ("divided by the rank left", f"{LORA}:_adalora", "(start + 1e-5)", "(start + 1)", "adalora"),
+    ("residual added", f"{LORA}:_residual", "[part.b.float(), -b]", "[part.b.float(), b]", "pissa"),
+    ("residual forgotten", f"{LORA}:lora_parts", "if start not in _PLAIN", "if False", "pissa"),
+    ("residual unscaled", f"{LORA}:_residual", "s[:rank] / part.scale", "s[:rank]", "pissa"),
+    ("bias unscaled", f"{LORA}:lora_parts", "bias.float() * part.scale", "bias.float()",
+     "lora bias"),
+    ("bias alone", f"{LORA}:_bias", "own.detach().float() + change", "change", "lora bias"),
+    ("outputs for inputs", f"{CHANGES}:scalings", '("out", "in")', '("out", "out")', "square ia3"),
+    ("values for keys", f"{CHANGES}:prefixes", "stack[:, i, 0], stack[:, i, 1]",
+     "stack[:, i, 1], stack[:, i, 0]", "prefix"),
+    ("layers backwards", f"{CHANGES}:prefixes", "stack[:, i, 1], i)",
+     "stack[:, i, 1], layers - 1 - i)", "prefix"),
+    ("positions as they are", f"{IMPORTED}:_prefix", "if part.shifted and", "if False and",
+     "prefix"),
+    ("one task's columns", f"{CHANGES}:prompts", "rows * (columns[0] @ wide[0])", "rows", "multitask"),
+    ("rows added", f"{CHANGES}:token_rows", "torch.tensor(ids)", "torch.tensor(ids).flip(0)",
+     "token rows"),
+    ("sum for product", f"{CHANGES}:_loha", "one * two", "(one + two)", "loha"),
+    ("alpha of full lokr", f"{CHANGES}:_scale", 'config.take("alpha", 8, int, float)', "2", "lokr"),
+    ("kron the other way", f"{CHANGES}:_lokr", "torch.kron(w1, w2.contiguous())",
+     "torch.kron(w2, w1.contiguous())", "lokr"),
+    ("vectors exchanged", f"{CHANGES}:_vera", 'shared["vera_A"][:, :size]',
+     'shared["vera_A"][:, -size:]', "narrow vera"),
+    ("entries at their transpose", f"{CHANGES}:_shira", "(rows, columns), own",
+     "(columns, rows), own", "square shira"),
+    ("blocks in a row", f"{CHANGES}:_miss", "block.repeat(-(-matrix.shape[1] // len(block)), 1)",
+     "block.repeat_interleave(-(-matrix.shape[1] // len(block)), 0)", "miss"),
+    ("rotated back", f"{CHANGES}:_oft", ".mT - torch.eye", " - torch.eye", "oft"),
+    ("an exact rotation", f"{CHANGES}:_oft", 'config.take("use_cayley_neumann", True)', "False",
+     "oft"),
+    ("features of the first", f"{IMPORTED}:_own", "stack[:, list(site.features)]",
+     "stack[:, : len(site.features)]", "fused"),
+    ("lookups for products", f"{LORA}:_lookup", "magnitude, True)", "magnitude, False)", "table"),
+)  # fmt: skip
+
+CASES.update({
+    "overlapping": ("llama", ("LoraConfig", {
+        "r": 4, "target_modules": ["q_proj"],
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 3, "q_proj": 9},
+    })),
+    "part of a path": ("llama", ("LoraConfig", {
+        "target_modules": ["q_proj"], "alpha_pattern": {"layers.0.self_attn": 3},
+    })),
+    "square ia3": ("llama", ("IA3Config", {"target_modules": ["q_proj"],
+                                           "feedforward_modules": ["q_proj"]})),
+    "narrow vera": ("llama", ("VeraConfig", {"r": 4, "target_modules": ["q_proj", "down_proj"]})),
+    "square shira": ("llama", ("ShiraConfig", {"r": 2, "target_modules": ["q_proj"]})),
+})  # fmt: skip
+
+
+@functools.cache
+def stored(case: str) -> tuple[Path, Tensor]:
+    folder = Path(tempfile.mkdtemp(prefix="peft-"))
+    return folder, write(case, folder)
+
+
+def gap(case: str) -> float:
+    """The largest difference to PEFT, of its largest output; infinite where we refuse."""
+    folder, want = stored(case)
+    name, _ = CASES[case]
+    item = Imported(name="theirs")
+    try:
+        plan = item.plan(program(name), sources=[read_peft(program(name), folder)])
+        read = apply_plan(program(name), item, plan, check=False)
+    except (RewriteError, RuntimeError):
+        return float("inf")
+    return float((output(read(**inputs(name))) - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("case", sorted({case for *_, case in WRONG}))
+def test_the_readers_are_right(case: str) -> None:
+    assert gap(case) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [kind for kind, *_ in WRONG])
+def test_a_wrong_reader_is_seen(kind: str) -> None:
+    where, old, new, case = next(rest for k, *rest in WRONG if k == kind)
+
+    def probe(_: Case) -> None:
+        """The mutation's own is `gap`."""
+
+    with applied(Mutation(kind, where, old, new, probe)):
+        assert gap(case) > 1e-4
