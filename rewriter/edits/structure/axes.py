@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ...axes.relation import Grid, Ref, Relation, Tie, owner
+from ...axes.ties import GETITEM, relations
+from ...axes.views import DIVISIONS
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import data_index, is_op, shape, source_line, submodule, users, value
-from ...graph.ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
 from ...program.state import State
 
@@ -103,7 +105,8 @@ class _Spread:
             node = next(iter(self.queue))
             del self.queue[node]
             if node not in self.seen:
-                self.seen[node] = relations(self.gm, node)
+                every = relations(self.gm, node)
+                self.seen[node] = [r for r in every if isinstance(r, Tie) or r.fixed]
             for relation in self.seen[node]:
                 self._apply(relation)
         for node, found in self.seen.items():

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ...axes.relation import Ref, owner
+from ...axes.views import DIVISIONS, pieces, span
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import (
@@ -25,7 +27,6 @@ from ...graph.aten import (
     set_attribute,
     submodule,
 )
-from ...graph.ties import DIVISIONS, Ref, owner, pieces, span
 from ...program.site_table import Sites
 from ...program.sites import AttentionSite, LinearSite, Site
 from ...program.state import State

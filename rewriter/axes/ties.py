@@ -1,0 +1,188 @@
+"""How each operator relates the axes of what it reads to the axes of what it computes.
+
+An axis that an operator mixes (a sum, a norm) has no relation there.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ..branches.branch import Branch, RowScale
+from ..graph.aten import (
+    ATEN,
+    CASTS,
+    EMBEDDING,
+    LINEAR,
+    MATMULS,
+    SOFTMAX,
+    is_op,
+    named_arguments,
+    overloads,
+    shape,
+    submodule,
+)  # fmt: skip
+from ..graph.modes import AlphaDropout, Attention, BatchNorm
+from .relation import (
+    Ref,
+    Relation,
+    Tie,
+    aligned,
+    elementwise,
+    leading,
+    owner,
+    sizes_of,
+    tensors,
+    tie,
+    without,
+)
+from .views import VIEW_RULES, Rule, piece
+
+GETITEM = frozenset({operator.getitem})
+
+EXPANSIONS = overloads("expand", "expand_as", "broadcast_to")
+
+COPIES = CASTS | overloads(
+    "clone", "contiguous", "alias", "detach", "dropout", "lift_fresh_copy", "where", "masked_fill"
+)
+
+"""Element-wise operators that torch does not tag so."""
+
+_NORMS = overloads("layer_norm", "rms_norm")
+
+_SUMS = overloads("mean", "sum", "amax", "amin")
+
+
+def relations(gm: GraphModule, node: Node) -> list[Relation]:
+    """The relations between the axes around one node; none at an operator that is not known."""
+    module = submodule(gm, node)
+    if isinstance(module, Branch):
+        return _branch(node, module)
+    if isinstance(module, nn.Dropout | AlphaDropout):
+        return elementwise(node)
+    if isinstance(module, BatchNorm):
+        return [tie(a, 0 if i else 1, node, 1) for i, a in enumerate(tensors(node.args))]
+    if isinstance(module, Attention):
+        return _attention(node)
+    if is_op(node, GETITEM):
+        return piece(node)
+    for operators, rule in _RULES:
+        if is_op(node, operators):
+            return rule(node)
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return elementwise(node) if pointwise or is_op(node, COPIES | EXPANSIONS) else []
+
+
+def _linear(node: Node) -> list[Relation]:
+    x, w, *bias = tensors(node.args[:3])
+    found = [tie(x, -1, w, 1), tie(w, 0, node, -1), *leading(x, node, 1)]
+    return [*found, *(tie(b, 0, node, -1) for b in bias)]
+
+
+def _addmm(node: Node) -> list[Relation]:
+    bias, x, w = tensors(node.args[:3])
+    found = [tie(x, 1, w, 0), tie(w, 1, node, 1), *leading(bias, node, 0)]
+    return [*found, *aligned(x, 0, node, 0)]
+
+
+def _matmul(node: Node) -> list[Relation]:
+    x, w = tensors(node.args[-2:])
+    if min(len(sizes_of(x)), len(sizes_of(w))) < 2:
+        return []
+    found = [tie(x, -1, w, -2), tie(w, -1, node, -1), *aligned(x, -2, node, -2)]
+    return [*found, *leading(x, node, 2), *leading(w, node, 2)]
+
+
+def _attention(node: Node) -> list[Relation]:
+    """Heads; the width of queries and keys is none, because the scale depends on it."""
+    q, k, v = tensors(node.args[:3])
+    found = [*leading(q, node, 2), *leading(k, v, 2), *aligned(v, -1, node, -1)]
+    for mask in tensors(node.args[3:4]):
+        found += leading(mask, node, 2)
+    heads, groups = sizes_of(q)[1], sizes_of(k)[1]
+    if heads == groups:
+        return [*found, *aligned(k, 1, q, 1)]
+    index = torch.arange(heads) // (heads // groups)
+    return [*found, Tie((owner(k), 1), (owner(q), 1), index, groups)]
+
+
+def _normal(node: Node) -> list[Relation]:
+    source: Any = node.args[0]
+    count = len(node.args[1])  # pyright: ignore[reportArgumentType]
+    return without(source, node, set(range(-count, 0)), keep=True)
+
+
+def _sum(node: Node) -> list[Relation]:
+    source: Any = node.args[0]
+    given = named_arguments(node)
+    dims = given.get("dim")
+    axes = {dims} if isinstance(dims, int) else set[int](dims or range(len(sizes_of(source))))
+    return without(source, node, axes, keep=bool(given.get("keepdim", False)))
+
+
+def _softmax(node: Node) -> list[Relation]:
+    source: Any = node.args[0]
+    return without(source, node, {int(named_arguments(node)["dim"])}, keep=True)
+
+
+def _embedding(node: Node) -> list[Relation]:
+    table: Any = node.args[0]
+    return [tie(table, 1, node, -1)]
+
+
+def _branch(node: Node, branch: Branch) -> list[Relation]:
+    """Ties of what a branch reads and writes to its own tensors, by the axes that it declares."""
+    if not branch.reads or shape(node) is None:
+        return []
+    x: Any = node.args[0]
+    axis = branch.axis % len(sizes_of(x))
+    found = [t for k in range(len(sizes_of(x))) if k != axis for t in aligned(x, k, node, k)]
+    held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+    for name in ("features", "own"):
+        held.pop(name, None)
+    sizes = {n: shape(r) or () for n, r in node.kwargs.items()}
+    read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights
+    ranks = {n: t.dim() for n, t in held.items()} | read
+    if any(len(branch.axes.get(n, ())) != rank for n, rank in ranks.items()):
+        return found
+    if any({branch.reads, branch.writes}.intersection(branch.axes[n]) for n in read):
+        return found  # others may read that, too, so it cannot be cut with the channels
+    declared = [(n, k, a) for n in held for k, a in enumerate(branch.axes[n])]
+    own = None if branch.features is None else branch.features.cpu() - 1
+    for name, k, label in declared:
+        ref: Ref = f"{node.target}.{name}", k
+        if label == branch.writes:
+            found.append(Tie(ref, (node, axis), own, held[name].shape[k]))
+        elif label == branch.reads:
+            found.append(Tie((owner(x), axis), ref))
+    if branch.reads == branch.writes and any(a == branch.reads for _, _, a in declared):
+        found.append(Tie((owner(x), axis), (node, axis)))
+    if isinstance(branch, RowScale):
+        found += _rows(node, branch)
+    elif len(node.args) > 1:  # lowered: the linear is inside
+        found += _linear(node)
+    return found
+
+
+def _rows(node: Node, branch: RowScale) -> list[Relation]:
+    """Rows of the weight that a row scale reads; its columns are none, because rows depend on
+    all of them."""
+    w, *bias = tensors(node.args[2:4])
+    found: list[Relation] = [tie(w, branch.shape.out_axis, node, branch.axis)]
+    return [*found, *(tie(b, 0, node, branch.axis) for b in bias)]
+
+
+_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
+    *VIEW_RULES,
+    (frozenset({LINEAR}), _linear),
+    (frozenset({ATEN.addmm.default}), _addmm),
+    (MATMULS - {ATEN.baddbmm.default}, _matmul),
+    (frozenset({EMBEDDING}), _embedding),
+    (_NORMS, _normal),
+    (SOFTMAX, _softmax),
+    (_SUMS, _sum),
+)
