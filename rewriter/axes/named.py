@@ -32,7 +32,6 @@ from ..graph.aten import (
     is_op,
     named_arguments,
     operands,
-    overloads,
     placeholders,
     submodule,
 )
@@ -51,6 +50,7 @@ from .kinds import KINDS, Axis, Factor, Kind, axis, joined, known, merged, piece
 from .relation import Ref, owner, sizes_of
 from .step import Made, Product, Row, Same, Step, size_at
 from .steps import steps
+from .views import copies
 
 _DECLARED: Mapping[str, Kind] = {"rank": "rank", "batch": "batch", "tokens": "token"}
 
@@ -113,7 +113,7 @@ class _Flow:
             for step in steps(self.gm, node):
                 for ref in _refs(step):
                     self.near.setdefault(ref, []).append(step)
-            self.copies.update(_copies(node))
+            self.copies.update(copies(node))
 
     def run(self) -> dict[Ref, Axis]:
         """What lies along every axis."""
@@ -279,17 +279,6 @@ def _total(sizes: list[object]) -> object:
     for size in sizes:
         total = total * size  # pyright: ignore
     return total
-
-
-def _copies(node: Node) -> Iterator[Ref]:
-    """Axes that an expansion makes by repeating the same values."""
-    if not is_op(node, overloads("expand", "broadcast_to")):
-        return
-    before, after = sizes_of(operands(node)[0]), sizes_of(node)
-    skipped = len(after) - len(before)
-    for place, size in enumerate(after):
-        if isinstance(size, int) and size > 1 and (place < skipped or before[place - skipped] == 1):
-            yield node, place
 
 
 _UP = CASTS | VIEWS | SLICES | ARITHMETIC | POINTWISE | SOFTMAX | DROPOUTS

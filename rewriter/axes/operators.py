@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..graph.aten import (
-    ATEN,
     CASTS,
     CONVS,
     NORMS,
@@ -23,11 +21,9 @@ from ..graph.aten import (
     is_op,
     is_quantised,
     named_arguments,
-    operands,
     overloads,
     shape,
 )
-from ..graph.weighted_call import is_grouped
 from .relation import aligned, elementwise, extent, leading, owner, sizes_of, tensors, without
 from .step import Made, Product, Row, Step, like, made, repeated, same
 from .views import RESHAPES, runs, span
@@ -58,7 +54,7 @@ def operator_steps(node: Node) -> list[Step]:
             found += rule(node)
     if is_quantised(node):
         found += same(leading(node.args[0], node, 1))  # pyright: ignore[reportArgumentType]
-    return [*found, *_grouped(node)] if is_grouped(node) else found
+    return found
 
 
 def _keep(node: Node) -> list[Step]:
@@ -75,17 +71,11 @@ def _keep(node: Node) -> list[Step]:
 
 
 def _conv(node: Node) -> list[Step]:
+    """Pixels stay pixels, and the filters of a group are channels still."""
     given = named_arguments(node)
     x, w = given["input"], given["weight"]
     turned = is_op(node, TRANSPOSED_CONVS) or bool(given.get("transposed", False))
-    out, inner = (1, 0) if turned else (0, 1)
-    found = same(aligned(x, 0, node, 0))
-    if int(given.get("groups", 1)) == 1:
-        found += same([*aligned(x, 1, w, inner), *aligned(w, out, node, 1)])
-    elif not turned:
-        found += same(aligned(w, 0, node, 1))
-    for bias in tensors([given.get("bias")]):
-        found += same(aligned(bias, 0, node, 1))
+    found: list[Step] = [] if turned else same(aligned(w, 0, node, 1))
     for k in range(2, len(sizes_of(node))):
         found += same(aligned(x, k, node, k)) or [made(x, k, node, k)]
     return found
@@ -138,13 +128,6 @@ def _cat(node: Node) -> list[Step]:
     return [*found, Row((node, axis), extent(sizes_of(node)[axis]), refs)] if refs else found
 
 
-def _stack(node: Node) -> list[Step]:
-    sources: Any = node.args[0]
-    axis = int(named_arguments(node).get("dim", 0)) % len(sizes_of(node))
-    others = [k for k in range(len(sizes_of(node))) if k != axis]
-    return [s for x in sources for i, k in enumerate(others) for s in same(aligned(x, i, node, k))]
-
-
 def _expand(node: Node) -> list[Step]:
     source: Any = node.args[0]
     return [*same(leading(source, node, 0)), *_created(node)]
@@ -158,74 +141,6 @@ def _repeat(node: Node) -> list[Step]:
         return []
     axis -= len(sizes_of(source)) if axis >= 0 else 0
     return [repeated(source, axis, node, axis, times)]
-
-
-def _index(node: Node) -> list[Step]:
-    """`x[:, i, j]`: the axes of the indices stand where those that they choose from stood."""
-    source, indices = operands(node)[:2]
-    places = [k for k, i in enumerate(indices) if i is not None]
-    chosen = tensors([indices[k] for k in places])
-    masks = any(i.meta["val"].dtype == torch.bool for i in chosen)
-    if masks or len(chosen) != len(places) or places != list(range(places[0], places[-1] + 1)):
-        return []
-    rank = max(len(sizes_of(i)) for i in chosen)
-    found = [s for k in range(places[0]) for s in same(aligned(source, k, node, k))]
-    for index in chosen:
-        skipped = places[0] + rank - len(sizes_of(index))
-        found += [s for k in range(len(sizes_of(index)))
-                  for s in same(aligned(index, k, node, skipped + k))]  # fmt: skip
-    behind = len(sizes_of(source)) - places[-1] - 1
-    return [*found, *(s for k in range(-behind, 0) for s in same(aligned(source, k, node, k)))]
-
-
-def _index_select(node: Node) -> list[Step]:
-    source, axis, index = operands(node)[:3]
-    found = same(without(source, node, {int(axis)}, keep=True))
-    return [*found, *same(aligned(index, 0, node, int(axis)))]
-
-
-def _gather(node: Node) -> list[Step]:
-    source, axis, index = operands(node)[:3]
-    others = same(without(source, node, {int(axis)}, keep=True))
-    return [*others, *like(index, node)]
-
-
-def _embedding(node: Node) -> list[Step]:
-    ids: Any = named_arguments(node)["indices"]
-    return [s for k in range(len(sizes_of(ids))) for s in same(aligned(ids, k, node, k))]
-
-
-def _one_hot(node: Node) -> list[Step]:
-    source: Any = node.args[0]
-    return [s for k in range(len(sizes_of(source))) for s in same(aligned(source, k, node, k))]
-
-
-def _einsum(node: Node) -> list[Step]:
-    equation, sources = operands(node)[:2]
-    if "->" not in equation or "." in equation:
-        return []
-    left, right = str(equation).replace(" ", "").split("->")
-    first: dict[str, tuple[Node, int]] = {}
-    found: list[Step] = []
-    for labels, tensor in zip((*left.split(","), right), (*sources, node), strict=True):
-        for k, label in enumerate(labels):
-            other, place = first.setdefault(label, (tensor, k))
-            found += same(aligned(other, place, tensor, k)) if (other, place) != (tensor, k) else []
-    return found
-
-
-def _grouped(node: Node) -> list[Step]:
-    x, w = tensors(node.args[:2])
-    if len(sizes_of(x)) != 2 or len(sizes_of(w)) != 3:
-        return []
-    ties = [*aligned(x, 0, node, 0), *aligned(x, 1, w, 1), *aligned(w, 2, node, 1)]
-    return same(ties)
-
-
-def _baddbmm(node: Node) -> list[Step]:
-    added, a, b = tensors(node.args[:3])
-    ties = [*leading(added, node, 0), *leading(a, node, 1), *leading(b, node, 2)]
-    return same([*ties, *aligned(b, -1, node, -1), *aligned(a, -1, b, -2)])
 
 
 def _reduce(node: Node) -> list[Step]:
@@ -264,15 +179,7 @@ _RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
     (overloads("expand", "broadcast_to"), _expand),
     (overloads("slice", "narrow"), _slice),
     (overloads("cat"), _cat),
-    (overloads("stack"), _stack),
     (overloads("repeat_interleave"), _repeat),
-    (overloads("index"), _index),
-    (overloads("index_select"), _index_select),
-    (overloads("gather"), _gather),
-    (overloads("embedding"), _embedding),
-    (overloads("one_hot"), _one_hot),
-    (overloads("einsum"), _einsum),
-    (frozenset({ATEN.baddbmm.default}), _baddbmm),
     (overloads("any", "all", "argmax", "argmin", "var", "std", "norm", "linalg_vector_norm",
                "logsumexp", "mean", "sum", "amax", "amin"), _reduce),
 )  # fmt: skip

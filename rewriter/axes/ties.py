@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch, RowScale
+from ..branches.branch import Branch, KeyValue, RowScale
 from ..graph.aten import (
     ATEN,
     CASTS,
-    EMBEDDING,
     LINEAR,
     MATMULS,
     SOFTMAX,
@@ -27,6 +26,8 @@ from ..graph.aten import (
     submodule,
 )  # fmt: skip
 from ..graph.modes import AlphaDropout, Attention, BatchNorm
+from ..graph.weighted_call import is_grouped
+from .gathers import GATHER_RULES, grouped
 from .relation import (
     Ref,
     Relation,
@@ -40,7 +41,7 @@ from .relation import (
     tie,
     without,
 )
-from .views import VIEW_RULES, Rule, piece
+from .views import DIVISIONS, VIEW_RULES, Rule, piece
 
 GETITEM = frozenset({operator.getitem})
 
@@ -52,6 +53,8 @@ COPIES = CASTS | overloads(
 
 """Element-wise operators that torch does not tag so."""
 
+KEY_VALUE = ("length", "kv_heads", "width")
+"""Axes of stored rows in front of keys, or of values."""
 _NORMS = overloads("layer_norm", "rms_norm")
 
 _SUMS = overloads("mean", "sum", "amax", "amin")
@@ -69,7 +72,10 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
     if isinstance(module, Attention):
         return _attention(node)
     if is_op(node, GETITEM):
-        return piece(node)
+        call = submodule(gm, node.args[0])
+        return _key_value(node, call) if isinstance(call, KeyValue) else piece(node)
+    if is_grouped(node):
+        return grouped(node)
     for operators, rule in _RULES:
         if is_op(node, operators):
             return rule(node)
@@ -129,11 +135,6 @@ def _softmax(node: Node) -> list[Relation]:
     return without(source, node, {int(named_arguments(node)["dim"])}, keep=True)
 
 
-def _embedding(node: Node) -> list[Relation]:
-    table: Any = node.args[0]
-    return [tie(table, 1, node, -1)]
-
-
 def _branch(node: Node, branch: Branch) -> list[Relation]:
     """Ties of what a branch reads and writes to its own tensors, by the axes that it declares."""
     if not branch.reads or shape(node) is None:
@@ -168,6 +169,33 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     return found
 
 
+def divides(gm: GraphModule, node: object) -> bool:
+    """Whether a node returns several values, whose relations are those of its entries."""
+    return is_op(node, DIVISIONS) or isinstance(submodule(gm, node), KeyValue)
+
+
+def _key_value(node: Node, branch: KeyValue) -> list[Relation]:
+    """Heads and width of rows in front of keys or values `[batch, heads, ...]`."""
+    call: Any = node.args[0]
+    number: Any = node.args[1]
+    x = call.args[number]
+    turned = number == 0 and (call.kwargs.get("transposed", False) or call.args[2:3] == (True,))
+    if len(sizes_of(x)) != 4:
+        return []
+    width = -2 if turned else -1
+    found = [t for k in (0, 1, width) for t in aligned(x, k, node, k)]
+    stored = [n for n, _ in branch.named_parameters() if branch.axes.get(n) == KEY_VALUE]
+    shapes = {n: branch.get_parameter(n).shape for n in stored}
+    if len(stored) != 2 or list(branch.axes)[number] not in shapes:
+        return []
+    name = list(branch.axes)[number]
+    ref, (_, groups, size) = f"{call.target}.{name}", shapes[name]
+    heads = sizes_of(node)[1]
+    index = None if heads == groups else torch.arange(heads) // (heads // groups)
+    found.append(Tie((ref, 1), (node, 1), index, groups))
+    return [*found, Tie((ref, 2), (node, width % 4), None, size)]
+
+
 def _rows(node: Node, branch: RowScale) -> list[Relation]:
     """Rows of the weight that a row scale reads; its columns are none, because rows depend on
     all of them."""
@@ -181,7 +209,7 @@ _RULES: tuple[tuple[frozenset[Any], Rule], ...] = (
     (frozenset({LINEAR}), _linear),
     (frozenset({ATEN.addmm.default}), _addmm),
     (MATMULS - {ATEN.baddbmm.default}, _matmul),
-    (frozenset({EMBEDDING}), _embedding),
+    *GATHER_RULES,
     (_NORMS, _normal),
     (SOFTMAX, _softmax),
     (_SUMS, _sum),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..graph.aten import is_op, named_arguments, overloads
-from .relation import Grid, Relation, Tie, aligned, extent, owner, sizes_of, without
+from .relation import Grid, Ref, Relation, Tie, aligned, extent, owner, sizes_of, without
 
 Rule = Callable[[Node], list[Relation]]
 
@@ -173,6 +173,18 @@ def _repeat(node: Node) -> list[Relation]:
         index = torch.arange(size * times) // times
         found.append(Tie((owner(source), axis), (node, axis), index, size))
     return found
+
+
+def copies(node: Node) -> Iterator[Ref]:
+    """Axes that an expansion makes by repeating the same values."""
+    if not is_op(node, overloads("expand", "broadcast_to")):
+        return
+    source: Any = node.args[0]
+    before, after = sizes_of(source), sizes_of(node)
+    skipped = len(after) - len(before)
+    for place, size in enumerate(after):
+        if isinstance(size, int) and size > 1 and (place < skipped or before[place - skipped] == 1):
+            yield node, place
 
 
 VIEW_RULES: tuple[tuple[frozenset[Any], Rule], ...] = (

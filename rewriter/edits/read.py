@@ -64,8 +64,9 @@ class Reading(Attaching):
         """Width of one head's keys and of its values."""
         return key_value_widths(self.graph_module, self.node(site.nodes[0]))
 
-    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
-        """Inner channels or heads of a block, with everything that is coupled to them."""
+    def channels(self, site: FeedForwardSite | AttentionSite | SublayerSite) -> Channels:
+        """Inner channels or heads of a block, or the width of a sublayer's stream, with everything
+        that is coupled to them."""
         return channels(self.program, site)
 
     def input(self, site: Site) -> Value:

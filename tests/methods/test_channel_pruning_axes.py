@@ -210,16 +210,6 @@ def test_what_a_norm_mixes_is_no_channel(pair: Pair) -> None:
         edit.channels(wide)
 
 
-def test_heads_with_one_table_of_biases_are_refused(pair: Pair) -> None:
-    """T5's layers share the biases of their heads; an embedding is no part of a cut yet."""
-    _, base = pair("t5")
-    edit = Editor(base.fork())
-    site = base.sites.select("attention and self", ("attention",))[0]
-    assert isinstance(site, AttentionSite)
-    with pytest.raises(PassError, match="embedding site cannot be cut yet"):
-        edit.cut(edit.channels(site), [1])
-
-
 class Rows(RowScale):
     """`W' = m (W + B A) / |W + B A|`, row by row."""
 
