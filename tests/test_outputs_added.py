@@ -92,14 +92,40 @@ def test_named_outputs_get_a_name_more(captured: Any, tap: Tap) -> None:
     assert got.k0.shape[:2] == (3, 9) and torch.equal(got["k0"], got[len(got) - 1])
 
 
+def test_a_single_output_gets_a_name(captured: Any, tap: Tap, tmp_path: Path) -> None:
+    """A model that returns one tensor returns `Outputs` then, whose first entry it is."""
+    _, base = captured["decoder"]
+
+    def apply(edit: Any) -> None:
+        for role in ("k", "v"):
+            site = next(s for s in edit.program.sites if s.role == role)
+            edit.add_output(role, edit.output(site))
+
+    program = peftfx.run(base, [tap(apply)])
+    inputs = batch(3, 9)
+    want, got = base(**inputs), program(**inputs)
+    assert list(got) == ["output", "k", "v"] and len(got) == 3
+    assert torch.equal(got.output, want) and torch.equal(got[0], want)
+    assert got.k.shape == got["v"].shape == (3, 9, 16) and not torch.equal(got.k, got.v)
+    adapted = randomise(peftfx.run(program, "lora{where=q}"))
+    assert all(c.holds for c in adapted.verify())
+    assert not torch.equal(adapted(**inputs).output, want)
+    ids = inputs["input_ids"]
+    tokens = program.generate(ids, max_new_tokens=2)
+    assert torch.equal(tokens, base.generate(ids, max_new_tokens=2))
+    peftfx.save_program(adapted, tmp_path / "program")
+    alone = peftfx.load_program(tmp_path / "program")(**inputs)
+    assert torch.equal(alone.output, adapted(**inputs).output)
+
+
 def test_an_output_that_cannot_be_added(captured: Any, tap: Tap) -> None:
     def single(edit: Any) -> None:
-        edit.add_output("x", edit.output(next(iter(edit.program.sites))))
+        edit.add_output("output", edit.output(next(iter(edit.program.sites))))
 
     def twice(edit: Any) -> None:
         edit.add_output("logits", edit.output(next(iter(edit.program.sites))))
 
-    with pytest.raises(PassError, match=r"returns one value.*returns a tuple or a dict"):
+    with pytest.raises(PassError, match=r"there is an output 'output' already"):
         peftfx.run(captured["decoder"][1], [tap(single)])
     with pytest.raises(PassError, match="there is an output 'logits' already"):
         peftfx.run(captured["llama"][1], [tap(twice)])

@@ -144,10 +144,11 @@ class Reading(Attaching):
 
     def add_output(self, name: str, value: Value) -> None:
         """One more output of the program, behind the model's own, which stay what they are: a dict
-        or a class of named outputs gets the key, a tuple or a list one more entry.
+        or a class of named outputs gets the key, a tuple or a list one more entry. A single value
+        is `output` of named outputs then: `out.output`, `out["output"]` or `out[0]`.
 
         Raises:
-            PassError: there is one of that name, or the model returns a single value.
+            PassError: there is one of that name.
         """
         add_output(self.program, name, value)
 

@@ -118,7 +118,7 @@ def add_output(program: State, name: str, read: Node) -> None:
     except ValueError as error:
         raise PassError(
             f"the output {name!r} cannot be added: {error}. Choose another name, or wrap the model "
-            "so that it returns a tuple or a dict."
+            "so that it returns a tensor, a tuple or a dict."
         ) from error
     leaves: Any = end.args[0]
     end.args = ([*leaves, read],)
