@@ -174,6 +174,47 @@ def test_a_state_is_handed_on(captured: Any, tap: Tap) -> None:
     assert (after[0] - base(**two)[0]).abs().max() > 0.01
 
 
+def test_a_state_may_begin_with_any_numbers(captured: Any, tap: Tap, tmp_path: Path) -> None:
+    """Of a fixed shape, and the same for all samples where it has one row for each."""
+    _, base = captured["encoder"]
+    initial = torch.arange(32.0)[None] / 7
+
+    def apply(edit: Any) -> None:
+        site = edit.program.sites["layers.1.query.weight"]
+        state = edit.add_state("memory", initial, sizes={0: "batch"})
+        edit.add(site, Rowwise(32), state=state)
+        seen = edit.input(edit.program.sites["layers.0.query.weight"])
+        edit.add_output("memory", edit.share("decay", DecayRows(), state=state, seen=seen))
+
+    program = randomise(peftfx.run(base, [tap(apply, "tap")]), 0.3)
+    one = batch(4, 7, seed=1)
+    got, want = program(**one), program(**one, memory=initial.expand(4, 32))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    other = program(**one, memory=torch.zeros(4, 32))
+    assert (got[0] - other[0]).abs().max() > 0.01 and not torch.equal(got[2], other[2])
+    peftfx.save_program(program, tmp_path / "program")
+    again = peftfx.load_program(tmp_path / "program")(**one)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+class Rowwise(Delta):
+    """`B m_i` beside a linear, with a memory m of each sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(width, width))
+
+    def branch(self, x: Tensor, state: Tensor) -> Tensor:
+        return (state @ self.b.T)[:, None].expand(-1, x.shape[1], -1)
+
+
+class DecayRows(nn.Module):
+    """`0.5 s + mean of the tokens`, a sample at a time."""
+
+    def forward(self, state: Tensor, seen: Tensor) -> Tensor:
+        return 0.5 * state + seen.mean(1)
+
+
 def test_states_that_do_not_close_are_refused(captured: Any, tap: Tap) -> None:
     base = captured["encoder"][1]
     with pytest.raises(PassError, match="the state 'memory' is read, but nothing says"):
@@ -222,7 +263,7 @@ def test_a_conditional_input(captured: Any, tap: Tap) -> None:
 @pytest.mark.parametrize(
     ("example", "sizes", "message"),
     [
-        (torch.arange(3.0), None, "one number everywhere .* holds none or several"),
+        (torch.ones(0), None, "1 to 65536 numbers of it, but it holds 0"),
         (torch.ones(2), {0: "batch"}, r"is \(2,\), but axis 0 is batch. Give an example of size 1"),
         (torch.ones(1), {0: "frames"}, "no input has a dynamic size 'frames'. .*batch, sequence"),
     ],

@@ -126,16 +126,16 @@ class Reading(Attaching):
         sizes: Mapping[int, str] | None = None,
     ) -> Value:
         """A new input of the program, of fixed shape or, `per_sample`, one number for each
-        sample; a call that leaves it out gets `example`, one number everywhere, and one that gives
-        values beyond the smallest and largest of `values` is refused. `sizes` names the axes that
-        have a dynamic size of another input, such as `{0: "batch", 1: "sequence"}`."""
+        sample; a call that leaves it out gets `example`, and one that gives values beyond the
+        smallest and largest of `values` is refused. `sizes` names the axes that have a dynamic size
+        of another input, such as `{0: "batch", 1: "sequence"}`."""
         return add_input(self.program, name, example, per_sample, values, sizes)
 
     def add_state(
         self, name: str, initial: Tensor, sizes: Mapping[int, str] | None = None
     ) -> Value:
         """An input of the program that is an output, too: what one call returns is given to the
-        next one, the first of which leaves it out and gets `initial`, one number everywhere.
+        next one, the first of which leaves it out and gets `initial`.
 
         The pass says with `add_output(name, value)` what it becomes: of the same shape and dtype.
         """
