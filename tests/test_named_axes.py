@@ -223,6 +223,21 @@ def test_low_rank_branches_have_a_rank(captured: Any) -> None:
     assert found.words(f"{path}.b") == ("group*head*width", "rank")
 
 
+def test_branches_of_other_weights_have_their_axes(zoo: Any, captured: Any) -> None:
+    """An embedding reads ids, a convolution pixels, experts have one part each."""
+    cases = {
+        "lora{rank=2,where=embedding.token}": ("decoder", ("rank", "?"), ("width", "rank")),
+        "lora{rank=2,where=conv}": ("resnet", ("rank", "channel*?"), ("channel", "rank")),
+        "lora{rank=2,where=experts}": ("mixtral", ("expert", "rank", "?"), ("expert", "?", "rank")),
+    }
+    for recipe, (name, a, b) in cases.items():
+        base = zoo[name] if name in ("resnet", "mixtral") else captured[name][1]
+        program = peftfx.run(base, recipe)
+        found = named_axes(program)
+        path = program.attachments[1 if name == "resnet" else 0].path  # the first reads colours
+        assert (found.words(f"{path}.a"), found.words(f"{path}.b")) == (a, b), recipe
+
+
 def test_text_shows_them(captured: Any) -> None:
     program = captured["fused"][1]
     text = program.text(axes=True)

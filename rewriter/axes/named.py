@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch
+from ..branches.shapes import ExpertsShape
 from ..graph.aten import (
     ARITHMETIC,
     ATEN,
@@ -198,10 +199,12 @@ class _Flow:
                 continue
             for name, labels in module.axes.items():
                 ref = f"{node.target}.{name}"
-                for place, label in enumerate(labels):
-                    kind = _DECLARED.get(label) or next((k for k in KINDS if k == label), None)
-                    if kind is not None and len(self.sizes.get(ref, ())) == len(labels):
-                        yield (ref, place), axis(kind, self.sizes[ref][place])
+                shape = self.sizes.get(ref, ())
+                if len(shape) == len(labels) + 1 and isinstance(module.shape, ExpertsShape):
+                    labels = ("expert", *labels)
+                if len(shape) == len(labels):
+                    for place, label in enumerate(labels):
+                        yield (ref, place), _declared(label, shape[place], module)
 
     def _sites(self) -> Iterator[tuple[Ref, Axis]]:
         seeds: list[tuple[Ref, Kind]] = []
@@ -262,6 +265,17 @@ class _Flow:
                     ref: Ref = owner(value), place
                     if self._size(ref) != 1 and ref not in self.refused:
                         yield ref, "token" if place > 1 else "channel"
+
+
+def _declared(label: str | tuple[str, ...], size: int, branch: Branch) -> Axis:
+    """What a branch says of an axis; beside a stack of matrices, it has one part for each."""
+    words = (label,) if isinstance(label, str) else label
+    kinds = [_DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words]
+    count = branch.shape.count
+    joint = isinstance(branch.shape, ExpertsShape) and kinds != ["expert"] and len(kinds) == 1
+    if joint and kinds[0] is None and size % count == 0:
+        return *axis("expert", count), *axis(kinds[0], size // count)
+    return axis(kinds[0], size) if len(kinds) == 1 else axis(None, size)
 
 
 def _refs(step: Step) -> tuple[Ref, ...]:

@@ -54,13 +54,9 @@ def _module(node: Node, module: Any) -> list[Step]:
     if isinstance(module, KeyValue):
         return []
     first = next(iter(tensors(node.args)), None)
-    if isinstance(module, Branch):
-        # What it declares is tied already; the other axes are those of what it reads.
-        last = module.axis
-        return [] if first is None else [
-            s for k in range(-min(len(sizes_of(first)), len(sizes_of(node))), 0)
-            if k != last for s in same(aligned(first, k, node, k))
-        ]  # fmt: skip
+    if isinstance(module, Branch) and not module.reads and first is not None:
+        rank = min(len(sizes_of(first)), len(sizes_of(node)))
+        return [s for k in range(-rank, 0) for s in same(aligned(first, k, node, k))]
     keeps = isinstance(module, BatchNorm) or getattr(module, "keeps_axes", False)
     return like(first, node) if first is not None and keeps else []
 

@@ -6,6 +6,7 @@ An axis that an operator mixes (a sum, a norm) has no relation there.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, KeyValue, RowScale
+from ..branches.shapes import ConvolutionShape, EmbeddingShape
 from ..graph.aten import (
     ATEN,
     CASTS,
@@ -29,6 +31,7 @@ from ..graph.modes import AlphaDropout, Attention, BatchNorm
 from ..graph.weighted_call import is_grouped
 from .gathers import GATHER_RULES, grouped
 from .relation import (
+    Grid,
     Ref,
     Relation,
     Tie,
@@ -140,8 +143,10 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     if not branch.reads or shape(node) is None:
         return []
     x: Any = node.args[0]
-    axis = branch.axis % len(sizes_of(x))
-    found = [t for k in range(len(sizes_of(x))) if k != axis for t in aligned(x, k, node, k)]
+    ends = _features(node, branch)
+    inside = () if isinstance(branch.shape, EmbeddingShape) else (ends[branch.reads][1],)
+    outside = [k for k in range(len(sizes_of(x))) if k not in inside]
+    found = [t for k in outside for t in aligned(x, k, node, k)]
     held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     for name in ("features", "own"):
         held.pop(name, None)
@@ -154,19 +159,55 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
         return found  # others may read that, too, so it cannot be cut with the channels
     declared = [(n, k, a) for n in held for k, a in enumerate(branch.axes[n])]
     own = None if branch.features is None else branch.features.cpu() - 1
+    kernel = isinstance(branch.shape, ConvolutionShape)
     for name, k, label in declared:
         ref: Ref = f"{node.target}.{name}", k
-        if label == branch.writes:
-            found.append(Tie(ref, (node, axis), own, held[name].shape[k]))
-        elif label == branch.reads:
-            found.append(Tie((owner(x), axis), ref))
-    if branch.reads == branch.writes and any(a == branch.reads for _, _, a in declared):
+        words = (label,) if isinstance(label, str) else label
+        word = next((w for w in words if w in ends), None)
+        if word is None:
+            continue
+        (value, axis), size = ends[word], held[name].shape[k]
+        same = len(words) == 1 and sizes_of(value)[axis] == size
+        if word == branch.writes and (same or (own is not None and len(words) == 1)):
+            found.append(Tie(ref, (owner(value), axis), own, size))
+        elif same:
+            found.append(Tie((owner(value), axis), ref))
+        elif own is None and (len(words) == 2 or kernel):
+            found += _product(ref, size, words if len(words) == 2 else (word, ""), ends)
+    if branch.reads == branch.writes and any(a == branch.reads for *_, a in declared):
+        axis = ends[branch.reads][1]
         found.append(Tie((owner(x), axis), (node, axis)))
     if isinstance(branch, RowScale):
         found += _rows(node, branch)
     elif len(node.args) > 1:  # lowered: the linear is inside
         found += _linear(node)
     return found
+
+
+def _features(node: Node, branch: Branch) -> dict[str, tuple[Node, int]]:
+    """Where the features lie that a branch reads and writes; an embedding reads ids."""
+    x: Any = node.args[0]
+    place = 1 if isinstance(branch.shape, ConvolutionShape) else branch.axis
+    ends = {branch.writes: (node, place % len(sizes_of(node)))}
+    if isinstance(branch.shape, EmbeddingShape) or branch.reads == branch.writes:
+        return ends
+    return {branch.reads: (x, place % len(sizes_of(x))), **ends}
+
+
+def _product(
+    ref: Ref, size: int, label: tuple[str, ...], ends: Mapping[str, tuple[Node, int]]
+) -> list[Relation]:
+    """A declared product of the features and one other factor."""
+    word = next((w for w in label if w in ends), None)
+    if word is None or len(label) != 2:
+        return []
+    node, axis = ends[word]
+    features = sizes_of(node)[axis]
+    if not isinstance(features, int) or size % features:
+        return []
+    other: tuple[Ref, int] = ((f"{ref[0]}.{ref[1]}", 0), size // features)
+    parts = [((owner(node), axis), features), other]
+    return [Grid(ref, tuple(parts if label[0] == word else reversed(parts)))]
 
 
 def divides(gm: GraphModule, node: object) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..axes.kinds import Kind
+from ..axes.named import NamedAxes, named_axes
 from ..graph.aten import erase_dead, users
 from ..program.sites import (
     AttentionSite,
@@ -34,6 +37,8 @@ from .structure.axes import Channels, channels
 
 class Reading(Attaching):
     """The words that do not change what a program computes."""
+
+    _axes: NamedAxes | None = None
 
     def whole(self, ids: Sequence[str]) -> list[LinearSite]:
         """A site for each stored weight that the named sites have all of; reports the others."""
@@ -107,6 +112,19 @@ class Reading(Attaching):
         if found is None:
             self.skip(site, "its output and the stream have different shapes")
         return found
+
+    def place(self, site: Site, kind: Kind, output: bool = False) -> int | None:
+        """The axis of what a site reads (or of its value, as it is now) along which just that kind
+        lies, the same at all of its calls; None where it is not known, by what was there at the
+        first question (see `axes/named.py`)."""
+        if self._axes is None:
+            self._axes = named_axes(self.program)
+        calls = [replace(site, nodes=(n, *site.nodes[1:])) for n in site.nodes[:1]]
+        if isinstance(site, WeightSite):
+            calls = [replace(site, nodes=(name,)) for name in site.nodes]
+        look = self.output if output else self.input
+        places = {self._axes.place(look(call), kind) for call in calls}
+        return places.pop() if len(places) == 1 else None
 
     def samples(self, site: LinearSite) -> Samples | None:
         """Where samples lie in what a linear reads; None where that cannot be told, which is

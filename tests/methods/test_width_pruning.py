@@ -105,7 +105,7 @@ def test_it_is_the_smaller_model(small: Any) -> None:
 
 def test_adapters_are_cut_along(small: Any) -> None:
     model, program = small
-    adapted = randomise(peftfx.run(program, "lora{rank=2,where=linear};ia3"), 0.1)
+    adapted = randomise(peftfx.run(program, "lora{rank=2,where=linear|embedding};ia3"), 0.1)
     pruned = peftfx.run(adapted, "width_pruning{ratio=0.5}")
     kept = kept_of(pruned)
     folded = peftfx.run(adapted, "fold{tied=untie}").export_state_dict(strict=False)
