@@ -9,6 +9,7 @@ is not known along their axes is channels and pixels.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,8 @@ class _Flow:
         self.refused: set[Ref] = set()
         self.copies: set[Ref] = set()
         self.near: dict[Ref, list[Step]] = {}
-        self.queue: dict[Step, None] = {}
+        self.queue: deque[Step] = deque()
+        self.waiting: set[Step] = set()
         self.nodes = {n.name: n for n in self.gm.graph.nodes}
         stored = (*self.gm.named_parameters(), *self.gm.named_buffers())
         self.sizes = {n: tuple(t.shape) for n, t in stored}
@@ -133,8 +135,8 @@ class _Flow:
 
     def _spread(self) -> None:
         while self.queue:
-            step = next(iter(self.queue))
-            del self.queue[step]
+            step = self.queue.popleft()
+            self.waiting.discard(step)
             self._apply(step)
 
     def _size(self, ref: Ref) -> object:
@@ -152,7 +154,10 @@ class _Flow:
             self.found.pop(ref)
             return
         self.found[ref] = new
-        self.queue.update(dict.fromkeys(self.near.get(ref, ())))
+        for step in self.near.get(ref, ()):
+            if step not in self.waiting:
+                self.waiting.add(step)
+                self.queue.append(step)
 
     def _apply(self, step: Step) -> None:
         match step:
