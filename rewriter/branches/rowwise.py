@@ -27,23 +27,28 @@ class Rowwise(Branch):
 
     not_foldable = _REASON
 
+    results: Tensor
+
     def __init__(self, members: Sequence[Branch | None], place: int) -> None:
         super().__init__()
         self.place = place
-        held = {str(k): _constant(m) for k, m in enumerate(members) if m is not None}
-        self.members = nn.ModuleDict(held)
+        there = [k for k, m in enumerate(members) if m is not None]
+        self.members = nn.ModuleList(_constant(m) for m in members if m is not None)
+        results = [there.index(k) + 1 if k in there else 0 for k in range(len(members))]
+        tensors = (*self.members.parameters(), *self.members.buffers())
+        self.register_buffer(
+            "results", torch.tensor([*results, 0], device=tensors[0].device), False
+        )
 
     def chosen(self, y: Tensor, ids: Tensor, *args: Any, **operands: Any) -> Tensor:
         """Every sample's own member of `args`; y, index for index, for those that have none."""
-        sizes = [1] * y.dim()
-        sizes[self.place] = -1
-        for number, member in self.members.items():
-            own = (ids == int(number)).view(sizes)
-            y = torch.where(own, member(*args, **operands), y)
-        return y
+        results = [y, *(member(*args, **operands) for member in self.members)]
+        rows = torch.arange(y.shape[self.place], device=y.device)
+        chosen = self.results[ids] * y.shape[self.place] + rows
+        return torch.cat(results, self.place).index_select(self.place, chosen)
 
     def describe(self) -> str:
-        kinds = dict.fromkeys(type(m).__name__ for m in self.members.values())
+        kinds = dict.fromkeys(type(m).__name__ for m in self.members)
         return f"{len(self.members)} adapters, {', '.join(kinds)}"
 
 
@@ -53,8 +58,8 @@ class RowwiseDelta(Rowwise, Delta):
     def forward(self, x: Tensor, *linear: Any, ids: Tensor, **operands: Any) -> Tensor:
         """`x` with samples on an axis of their own; `ids [batch]`, int64."""
         del linear
-        first = next(iter(self.members.values()))
-        return self.chosen(torch.zeros_like(first(x, **operands)), ids, x, **operands)
+        nothing = torch.zeros_like(self.members[0](x, **operands))
+        return self.chosen(nothing, ids, x, **operands)
 
 
 class RowwiseInputScale(Rowwise, InputScale):
