@@ -18,6 +18,8 @@ from .passes.merging.bake import Bake as Bake
 from .passes.merging.bank import Bank as Bank
 from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
+from .passes.pruning.head_pruning import HeadPruning as HeadPruning
+from .passes.pruning.width_pruning import WidthPruning as WidthPruning
 from .passes.quantization.peqa import PEQA as PEQA
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA

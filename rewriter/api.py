@@ -7,6 +7,7 @@ from typing import Self
 
 from torch import Tensor
 
+from .axes.named import named_axes
 from .program.generate import generate
 from .program.history import Certificate
 from .program.state import State
@@ -24,9 +25,14 @@ class Program(State):
     Its attributes are described in `program/state.py`.
     """
 
-    def text(self) -> str:
-        """The graph as stable, readable text: one line a node."""
-        return program_text(self)
+    def text(self, axes: bool = False) -> str:
+        """The graph as stable, readable text: one line a node.
+
+        Args:
+            axes: what lies along the axes of every value and stored tensor, too (see
+                `axes/named.py`): `batch, token, head*width`, and `?` for what is not known.
+        """
+        return program_text(self, named_axes(self).words if axes else None)
 
     def diff(self, other: State | None = None) -> str:
         """What changed from `other` (default: the captured program) as a unified diff of text,

@@ -23,6 +23,7 @@ ROOMS = (
     "inputs",
     "files",
     "program",
+    "axes",
     "measure",
     "tracing",
     "sites",

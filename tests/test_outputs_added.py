@@ -92,14 +92,40 @@ def test_named_outputs_get_a_name_more(captured: Any, tap: Tap) -> None:
     assert got.k0.shape[:2] == (3, 9) and torch.equal(got["k0"], got[len(got) - 1])
 
 
+def test_a_single_output_gets_a_name(captured: Any, tap: Tap, tmp_path: Path) -> None:
+    """A model that returns one tensor returns `Outputs` then, whose first entry it is."""
+    _, base = captured["decoder"]
+
+    def apply(edit: Any) -> None:
+        for role in ("k", "v"):
+            site = next(s for s in edit.program.sites if s.role == role)
+            edit.add_output(role, edit.output(site))
+
+    program = peftfx.run(base, [tap(apply)])
+    inputs = batch(3, 9)
+    want, got = base(**inputs), program(**inputs)
+    assert list(got) == ["output", "k", "v"] and len(got) == 3
+    assert torch.equal(got.output, want) and torch.equal(got[0], want)
+    assert got.k.shape == got["v"].shape == (3, 9, 16) and not torch.equal(got.k, got.v)
+    adapted = randomise(peftfx.run(program, "lora{where=q}"))
+    assert all(c.holds for c in adapted.verify())
+    assert not torch.equal(adapted(**inputs).output, want)
+    ids = inputs["input_ids"]
+    tokens = program.generate(ids, max_new_tokens=2)
+    assert torch.equal(tokens, base.generate(ids, max_new_tokens=2))
+    peftfx.save_program(adapted, tmp_path / "program")
+    alone = peftfx.load_program(tmp_path / "program")(**inputs)
+    assert torch.equal(alone.output, adapted(**inputs).output)
+
+
 def test_an_output_that_cannot_be_added(captured: Any, tap: Tap) -> None:
     def single(edit: Any) -> None:
-        edit.add_output("x", edit.output(next(iter(edit.program.sites))))
+        edit.add_output("output", edit.output(next(iter(edit.program.sites))))
 
     def twice(edit: Any) -> None:
         edit.add_output("logits", edit.output(next(iter(edit.program.sites))))
 
-    with pytest.raises(PassError, match=r"returns one value.*returns a tuple or a dict"):
+    with pytest.raises(PassError, match=r"there is an output 'output' already"):
         peftfx.run(captured["decoder"][1], [tap(single)])
     with pytest.raises(PassError, match="there is an output 'logits' already"):
         peftfx.run(captured["llama"][1], [tap(twice)])
@@ -146,6 +172,47 @@ def test_a_state_is_handed_on(captured: Any, tap: Tap) -> None:
     with hooked(model, {"layers.1.query": lambda i, o: o + b @ first_memory}):
         torch.testing.assert_close(after[0], model(**two)[0])
     assert (after[0] - base(**two)[0]).abs().max() > 0.01
+
+
+def test_a_state_may_begin_with_any_numbers(captured: Any, tap: Tap, tmp_path: Path) -> None:
+    """Of a fixed shape, and the same for all samples where it has one row for each."""
+    _, base = captured["encoder"]
+    initial = torch.arange(32.0)[None] / 7
+
+    def apply(edit: Any) -> None:
+        site = edit.program.sites["layers.1.query.weight"]
+        state = edit.add_state("memory", initial, sizes={0: "batch"})
+        edit.add(site, Rowwise(32), state=state)
+        seen = edit.input(edit.program.sites["layers.0.query.weight"])
+        edit.add_output("memory", edit.share("decay", DecayRows(), state=state, seen=seen))
+
+    program = randomise(peftfx.run(base, [tap(apply, "tap")]), 0.3)
+    one = batch(4, 7, seed=1)
+    got, want = program(**one), program(**one, memory=initial.expand(4, 32))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    other = program(**one, memory=torch.zeros(4, 32))
+    assert (got[0] - other[0]).abs().max() > 0.01 and not torch.equal(got[2], other[2])
+    peftfx.save_program(program, tmp_path / "program")
+    again = peftfx.load_program(tmp_path / "program")(**one)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+class Rowwise(Delta):
+    """`B m_i` beside a linear, with a memory m of each sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(width, width))
+
+    def branch(self, x: Tensor, state: Tensor) -> Tensor:
+        return (state @ self.b.T)[:, None].expand(-1, x.shape[1], -1)
+
+
+class DecayRows(nn.Module):
+    """`0.5 s + mean of the tokens`, a sample at a time."""
+
+    def forward(self, state: Tensor, seen: Tensor) -> Tensor:
+        return 0.5 * state + seen.mean(1)
 
 
 def test_states_that_do_not_close_are_refused(captured: Any, tap: Tap) -> None:
@@ -196,7 +263,7 @@ def test_a_conditional_input(captured: Any, tap: Tap) -> None:
 @pytest.mark.parametrize(
     ("example", "sizes", "message"),
     [
-        (torch.arange(3.0), None, "one number everywhere .* holds none or several"),
+        (torch.ones(0), None, "1 to 65536 numbers of it, but it holds 0"),
         (torch.ones(2), {0: "batch"}, r"is \(2,\), but axis 0 is batch. Give an example of size 1"),
         (torch.ones(1), {0: "frames"}, "no input has a dynamic size 'frames'. .*batch, sequence"),
     ],

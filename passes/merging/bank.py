@@ -1,4 +1,4 @@
-"""Bank: several low-rank adapters as stacked tensors, of which every row of a batch chooses one.
+"""Bank: several adapters of one kind as stacked tensors, of which every row of a batch chooses one.
 
 With `A [n + 1, rank, in]`, `B [n + 1, out, rank]` and `s [n + 1]` at each linear, row i of a batch
 with the adapter id `k_i` gets `y_i = x_i W^T + b + s_k (x_i A_k^T) B_k^T`: the heterogeneous
@@ -8,6 +8,10 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
 
     program = peftfx.run(program, "lora{name=a};lora{name=b,rank=4};bank")
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
+
+Adapters of other kinds are a bank, too: scales, branches behind sublayers, deltas of embeddings and
+convolutions, each of which is computed for all rows, of which every one takes its own; and rows in
+front of keys and values, of one length, which every row of a batch then has (ids 0 to n - 1).
 
 An id counts from 0 in the order of the members; n or -1 gives the model without any adapter (what
 was folded into its weights is no adapter), and a call with any other id is refused. So a program
@@ -19,7 +23,7 @@ back, one beside the other, to train on. Not foldable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +31,8 @@ import torch
 from torch import Tensor
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.rowwise import RowwiseKeyValue, rowwise, unlike
+from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import Pass
@@ -87,11 +93,11 @@ class BankBranch(Delta):
 
 @dataclass(frozen=True, kw_only=True)
 class Bank(Pass):
-    """Puts all low-rank adapters into one bank; each row of a batch chooses its own.
+    """Puts several adapters into one bank; each row of a batch chooses its own.
 
     Attributes:
         names: the members, in the order of their ids; by default all adapters that are low-rank
-            at all of their sites.
+            at all of their sites, or where none is, all that can be members.
         input: name of the new input, int64 `[batch]`.
         others: adapters that are no members act on all rows, also on those without an adapter:
             `refuse` that, or `keep` them.
@@ -135,10 +141,11 @@ class Bank(Pass):
         if not fitting:
             found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise PassError(
-                f"bank: no adapter is low-rank ({found or 'there is none'}). Insert some first: "
-                "run(program, 'lora{name=a};lora{name=b}')."
+                f"bank: no adapter can be a member ({found or 'there is none'}). Insert some "
+                "first: run(program, 'lora{name=a};lora{name=b}')."
             )
-        members = list(self.names or fitting)
+        low_rank = [name for name in fitting if _low_rank(program, name)]
+        members = list(self.names or low_rank or fitting)
         others = _others(program, members)
         if others and self.others == "refuse":
             other = others[0]
@@ -149,37 +156,103 @@ class Bank(Pass):
                 "it would act on all rows, also on those without an adapter. Leave it out ("
                 f"program.without({other!r})), {folding}or say bank{{others=keep}}."
             )
+        for slot, held in _slots(program, members).items():
+            _check_alike(program, slot, held, members)
         return Plan({"members": members})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         names: list[str] = plan.decisions["members"]
-        branches: dict[str, dict[str, Attachment]] = {}
-        for attachment in edit.program.attachments:
-            if attachment.adapter in names:
-                branches.setdefault(attachment.site, {})[attachment.adapter] = attachment
-        if missing := set(names) - {name for held in branches.values() for name in held}:
+        slots = _slots(edit.program, names)
+        if missing := set(names) - {name for held in slots.values() for name in held}:
             raise PassError(
                 f"the bank is made of the adapter {min(missing)!r}, which is not here. Keep it, or "
                 "take the bank apart first: program.without('bank')."
             )
+        branches = {
+            key: [edit.program.branch(held[n]) if n in held else None for n in names]
+            for key, held in slots.items()
+        }
+        words = {k: _word(edit, k, members) for k, members in branches.items()}  # before any edit
+        rows = any(slot == "key_value" for _, slot in slots)
         first = torch.zeros((), dtype=torch.long)
-        ids = edit.add_input(self.input, first, per_sample=True, values=(-1, len(names)))
-        for name, held in branches.items():
-            site: Any = edit.program.sites[name]
-            samples = edit.samples(site)
-            if samples is None:
-                raise PassError(
-                    f"bank: {name}: {edit.skipped[-1][1]}. Leave out the adapters "
-                    f"{', '.join(held)} (names=[...]), or insert them elsewhere."
-                )
-            members = [_factors(edit.program, held[n]) if n in held else None for n in names]
+        ends = (0, len(names) - 1) if rows else (-1, len(names))
+        ids = edit.add_input(self.input, first, per_sample=True, values=ends)
+        for key, held in slots.items():
             for attachment in held.values():
                 edit.remove(attachment.path)
-            branch = BankBranch(members, samples.axis, samples.rows)
-            edit.add(site, branch, ids=ids, apart=samples.apart)
+            words[key](ids)
         for name in _others(edit.program, names):
             reason = f"the adapter {name!r} is no member: it acts on all rows, whatever their ids"
             edit.skipped.append((name, reason))
+
+
+def _word(edit: Editor, at: tuple[str, str], members: Sequence[Any]) -> Callable[[Value], None]:
+    """What puts the members' common branch in their place, given the ids.
+
+    Raises:
+        PassError: it cannot be told which rows are of which sample.
+    """
+    name, slot = at
+    site: Any = edit.program.sites[name]
+    factors = [None if m is None else _factors(m) for m in members]
+    if slot == "delta" and sum(map(bool, factors)) == sum(m is not None for m in members):
+        return lambda ids: _add_low_rank(edit, site, factors, ids)
+    if slot == "key_value":
+        return lambda ids: edit.prepend_kv(site, RowwiseKeyValue(members), ids=ids)
+    place = edit.place(site, "batch", output=slot in ("output_scale", "serial"))
+    if place is None:
+        raise _unknown_rows(name, "it cannot be told which of its rows are of which sample")
+    chosen: Any = rowwise(members, place)
+    word: Any = {"delta": edit.add, "serial": edit.after}.get(slot, edit.scale)
+    return lambda ids: word(site, chosen, ids=ids)
+
+
+def _add_low_rank(edit: Editor, site: Any, factors: Sequence[Factors | None], ids: Value) -> None:
+    samples = edit.samples(site)
+    if samples is None:
+        raise _unknown_rows(site.id, edit.skipped[-1][1])
+    branch = BankBranch(factors, samples.axis, samples.rows)
+    edit.add(site, branch, ids=ids, apart=samples.apart)
+
+
+def _unknown_rows(name: str, reason: str) -> PassError:
+    return PassError(
+        f"bank: {name}: {reason}. Leave out the adapters that are there (names=[...]), or insert "
+        "them elsewhere."
+    )
+
+
+def _slots(program: State, members: Sequence[str]) -> dict[tuple[str, str], dict[str, Attachment]]:
+    """(site, slot) -> member -> its branch there."""
+    found: dict[tuple[str, str], dict[str, Attachment]] = {}
+    for attachment in program.attachments:
+        if attachment.adapter in members:
+            key = attachment.site, attachment.slot
+            found.setdefault(key, {})[attachment.adapter] = attachment
+    return found
+
+
+def _check_alike(
+    program: State, at: tuple[str, str], held: Mapping[str, Attachment], members: Sequence[str]
+) -> None:
+    site, slot = at
+    branches = {n: program.branch(a) for n, a in held.items()}
+    if slot == "key_value" and (missing := [n for n in members if n not in held]):
+        raise PassError(
+            f"bank: {missing[0]!r} has no rows in front of the keys at {site}, where "
+            f"{next(iter(held))!r} has some, and rows of a batch cannot have different numbers of "
+            "them. Make two banks with names=[...]."
+        )
+    if slot == "delta" and all(_factors(b) is not None for b in branches.values()):
+        return
+    (first, one), *others = branches.items()
+    for name, other in others:
+        if reason := unlike(one, other):  # pyright: ignore[reportArgumentType]
+            raise PassError(
+                f"bank: the adapters {first!r} and {name!r} cannot be members of one bank: at "
+                f"{site} {reason}. Insert them with equal options, or choose others with "
+                "names=[...]."
+            )
 
 
 def _others(program: State, members: Sequence[str]) -> list[str]:
@@ -189,21 +262,24 @@ def _others(program: State, members: Sequence[str]) -> list[str]:
     return [n for n in acting if n not in members and n != Bank.text]
 
 
-def _factors(program: State, attachment: Attachment) -> Factors | None:
-    branch: Any = program.branch(attachment)
+def _factors(branch: Any) -> Factors | None:
     found = branch.factors() if isinstance(branch, Delta) else None
     return found and (found[0].detach(), found[1].detach(), found[2])
+
+
+def _low_rank(program: State, name: str) -> bool:
+    """Whether all branches of an adapter are low-rank."""
+    return all(_factors(program.branch(a)) for a in program.attached_by(name))
 
 
 def _obstacle(program: State, name: str) -> str:
     """Why an adapter cannot be a member; empty if it can."""
     if owned := program.owned.get(name):
         return f"it trains {len(owned)} tensors of the base (first: {owned[0]})"
-    for attachment in program.attachments:
-        if attachment.adapter != name:
-            continue
-        if _factors(program, attachment) is None:
-            return f"its {attachment.slot} branch at {attachment.site} is not low-rank"
+    for attachment in program.attached_by(name):
+        branch: Any = program.branch(attachment)
+        if reason := unlike(branch, branch):
+            return f"at {attachment.site} {reason}"
         if attachment.reads:
             return f"at {attachment.site} it reads {', '.join(attachment.reads)}"
         if owner := next((a for a in program.attachments if attachment.path in a.members), None):

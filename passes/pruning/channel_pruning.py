@@ -15,135 +15,23 @@ The result computes what the masked model computes: slicing commutes with the br
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.linear.compose import adapted_weight
-from ...rewriter.edits.structure.axes import Channels, channels
-from ...rewriter.errors import MetaTensorError, PassError
-from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
-from ...rewriter.run.gradients import gradients
+from ...rewriter.run.pruning import Pruning
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelPruning(Pass):
-    """Shrinks feed-forward blocks.
-
-    The certificate says which share of all parameters, adapters included, was removed.
+class ChannelPruning(Pruning):
+    """Shrinks feed-forward blocks; see `rewriter/run/pruning.py` for the other options.
 
     Attributes:
-        ratio: the share of channels that is removed.
         where: which blocks.
-        score: `magnitude`, or `taylor`, which needs `data` (see `rewriter/run/gradients.py`).
-        scope: rank the channels of each block (`local`) or of all blocks together (`global`).
-        round_to: widths stay multiples of it (rounded up).
     """
 
-    reshapes: ClassVar[bool] = True
-    contract: ClassVar[Contract] = Contract("trainable")
-
-    ratio: float = 0.25
     where: str = "ffn"
-    score: Literal["magnitude", "taylor"] = "magnitude"
-    scope: Literal["local", "global"] = "local"
-    round_to: int = 1
 
-    def check(self) -> None:
-        self.require(0 < self.ratio < 1, "ratio", "between 0 and 1")
-        self.require(self.round_to >= 1, "round_to", "at least 1")
-
-    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
-        groups: dict[str, Channels] = {}
-        skipped: dict[str, str] = {}
-        taken: dict[str, str] = {}
-        for site in program.sites.select(self.where, ("feedforward",)):
-            try:
-                group = channels(program, site)  # pyright: ignore[reportArgumentType]
-            except PassError as error:
-                skipped[site.id] = str(error).removeprefix(f"{site.id}: ")
-                continue
-            other = next((taken[n] for n in group.stored if n in taken), None)
-            if other is not None:
-                skipped[site.id] = f"it shares its weights with {other}"
-                continue
-            groups[site.id] = group
-            taken |= dict.fromkeys(group.stored, site.id)
-        if not groups:
-            raise PassError(f"{self.text}: no block can be cut. {'; '.join(skipped.values())}")
-        kept = self._choose(groups, self._scores(program, groups, data))
-        return Plan({"kept": kept, "skipped": skipped})
-
-    def apply(self, edit: Editor, plan: Plan) -> None:
-        edit.skipped += list(plan.decisions["skipped"].items())
-        before = _size(edit.program)
-        for site_id, kept in plan.decisions["kept"].items():
-            group = edit.channels(edit.program.sites[site_id])  # pyright: ignore[reportArgumentType]
-            if len(kept) == group.count:
-                edit.skipped.append((site_id, "all of its channels are kept"))
-                continue
-            edit.cut(group, kept)
-            edit.edited.append(site_id)
-        edit.figures["removed"] = 1 - _size(edit.program) / before
-
-    def _scores(
-        self, program: State, groups: Mapping[str, Channels], data: Any
-    ) -> dict[str, Tensor]:
-        linears = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
-        members = {n: linears[n] for g in groups.values() for n in g.stored if n in linears}
-        if any(program.module.get_parameter(n).is_meta for n in members):
-            raise MetaTensorError(
-                f"{self.text}: weights on the meta device have no values to score. Load them first."
-            )
-        slopes = gradients(program, data, members) if self.score == "taylor" else {}
-        elements = {n: _elements(program, s, slopes.get(n)) for n, s in members.items()}
-        return {i: _score(g, elements, self.score == "magnitude") for i, g in groups.items()}
-
-    def _choose(
-        self, groups: Mapping[str, Channels], scores: Mapping[str, Tensor]
-    ) -> dict[str, list[int]]:
-        """The channels that each block keeps, in order."""
-        counts = {i: len(s) * (1 - self.ratio) for i, s in scores.items()}
-        if self.scope == "global":
-            pool = torch.cat(list(scores.values())).sort(descending=True).values
-            limit = pool[max(1, round(len(pool) * (1 - self.ratio))) - 1]
-            counts = {i: int((s >= limit).sum()) for i, s in scores.items()}
-        kept: dict[str, list[int]] = {}
-        for site_id, score in scores.items():
-            steps = -(-round(counts[site_id], 6) // self.round_to)
-            width = min(len(score), max(1, int(steps)) * self.round_to)
-            roots = groups[site_id].roots
-            order = score.sort(descending=True, stable=True).indices[:width]
-            kept[site_id] = torch.isin(roots, roots[order]).nonzero().flatten().tolist()
-        return kept
-
-
-def _size(program: State) -> int:
-    return sum(p.numel() for p in program.module.parameters())
-
-
-def _elements(program: State, site: LinearSite, slope: Tensor | None) -> Tensor:
-    """The importance of each element of a weight, stored like the weight."""
-    found = adapted_weight(program, site, scales=slope is None).double()
-    found = found.T if site.in_out else found
-    # dL/dW has the scales in it already: diag(o) V diag(i) * dL/d(that) = V * dL/dW.
-    return found**2 if slope is None else (found * slope).abs()
-
-
-def _score(group: Channels, elements: Mapping[str, Tensor], normalise: bool) -> Tensor:
-    """The importance of each channel, summed over all weights that have a part in it."""
-    total = torch.zeros(group.count + 1, dtype=torch.float64)
-    for name, axes in group.stored.items():
-        for axis, labels in axes.items():
-            if name in elements:
-                rows = elements[name].movedim(axis, 0).flatten(1).sum(1)
-                total.index_add_(0, labels % (group.count + 1), rows.cpu())
-    found = total[:-1][group.roots]
-    return found / found.mean() if normalise and float(found.mean()) else found
+    def places(self, program: State) -> Iterable[Site]:
+        return program.sites.select(self.where, ("feedforward",))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .parts import Part
 from .shapes import LinearShape, Shape
 
-Axes = Mapping[str, tuple[str, ...]]
-"""Name of a tensor -> the names of its axes."""
+Axes = Mapping[str, tuple[str | tuple[str, ...], ...]]
+"""Name of a tensor -> the names of its axes; `("head", "rank")` names one that is their product."""
 Fused = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 

@@ -38,6 +38,9 @@ class Routed(Branch):
     chooses_sizes = True
     """Its outputs have a size of their own, which shape propagation keeps as it was made."""
 
+    tokens_first: bool = False
+    """It is given `[tokens, batch, width]`."""
+
     def __init__(self, reduction: int) -> None:
         super().__init__()
         self.reduction = reduction
@@ -66,7 +69,8 @@ class Routed(Branch):
         """Chooses.
 
         Args:
-            x: `[batch, tokens, width]`, what the region's first linear reads.
+            x: `[batch, tokens, width]`, what the region's first linear reads, or with
+                `tokens_first` `[tokens, batch, width]`.
             valid: booleans `[batch, tokens]`, or None where no token is padding.
             reads: what else `scores` and `aside` read; both get all of it.
 
@@ -75,13 +79,16 @@ class Routed(Branch):
             the slot is in use (both `[batch, slots]`), and `aside(x)`. A slot not in use (in rows
             with fewer valid tokens than others) repeats a taken token with weight 0.
         """
+        x = x.transpose(0, 1) if self.tokens_first else x
         scores = self.scores(x, **reads)
         count = self._count(scores, valid)
         slot = torch.arange(slots(scores.shape[1], self.reduction), device=x.device)
         index = _largest(scores.detach(), count, valid).gather(1, slot.minimum(count - 1))
         live = slot < count
         weights = self.weights(scores, count, valid).gather(1, index) * live
-        return index, weights.to(x.dtype), live, self.aside(x, **reads)
+        aside = self.aside(x, **reads)
+        aside = aside.transpose(0, 1) if self.tokens_first else aside
+        return index, weights.to(x.dtype), live, aside
 
     def _count(self, scores: Tensor, valid: Tensor | None) -> Tensor:
         """How many tokens each row takes, `[batch, 1]`; 1 at least, also of padding alone."""
@@ -107,22 +114,23 @@ def _largest(scores: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
 class TakeTokens(nn.Module):
     """Keeps the chosen entries of the token axes of a value.
 
-    Axis 0 is the batch, or has size 1; `rank` puts axes of size 1 in front first.
+    Axis `batch` is that of the samples, or has size 1; `rank` puts axes of size 1 in front first.
     """
 
-    def __init__(self, axes: tuple[int, ...], rank: int) -> None:
+    def __init__(self, axes: tuple[int, ...], rank: int, batch: int = 0) -> None:
         super().__init__()
-        self.axes, self.rank = axes, rank
+        self.axes, self.rank, self.batch = axes, rank, batch
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         while x.dim() < self.rank:
             x = x.unsqueeze(0)
         for axis in self.axes:
-            x = _take(x.movedim(axis, 1), index).movedim(1, axis)
+            ends = (self.batch, axis)
+            x = _take(x.movedim(ends, (0, 1)), index).movedim((0, 1), ends)
         return x
 
     def extra_repr(self) -> str:
-        return f"axes={self.axes}"
+        return f"axes={self.axes}" + (f", batch={self.batch}" if self.batch else "")
 
 
 class LiveKeys(nn.Module):
@@ -152,14 +160,23 @@ class LiveKeys(nn.Module):
 
 
 class PutTokens(nn.Module):
-    """`x + aside + scatter(weight * (after - before))`: the region's update at its tokens."""
+    """`x + aside + scatter(weight * (after - before))`: the region's update at its tokens.
+
+    Values by token are `[batch, tokens, width]`, or with `tokens_first` `[tokens, batch, width]`.
+    """
+
+    def __init__(self, tokens_first: bool = False) -> None:
+        super().__init__()
+        self.tokens_first = tokens_first
 
     def forward(
         self, x: Tensor, before: Tensor, after: Tensor, index: Tensor, weight: Tensor, aside: Tensor
     ) -> Tensor:
+        if self.tokens_first:
+            index, weight = index.mT, weight.mT
         update = (after - before) * weight.unsqueeze(-1)
         place = index.unsqueeze(-1).expand(-1, -1, update.shape[-1])
-        return (x + aside).scatter_add(1, place, update.to(x.dtype))
+        return (x + aside).scatter_add(1 - self.tokens_first, place, update.to(x.dtype))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

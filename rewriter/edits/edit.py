@@ -38,7 +38,7 @@ from ..program.sites import (
     WeightSite,
 )
 from ..program.trained import chosen, train_only
-from .attention.keyvalue import prepend_key_value
+from .attention.keyvalue import prepend_key_value, remove_key_value
 from .calls.call import EMPTY, Value, given, latest
 from .calls.requirements import require_fit
 from .linear.bias import add_bias
@@ -254,10 +254,23 @@ class Editor(Reading):
         settle(self, path, decided)
 
     def remove(self, path: str) -> None:
-        """Takes a linear's branch out of the graph. The program keeps its tensors, so that going
-        back is exact."""
+        """Takes a branch of a weight, of an attention or behind a sublayer out of the graph. The
+        program keeps its tensors, so that going back is exact.
+
+        Raises:
+            PassError: the graph cannot do without it (a prompt, a routed region).
+        """
+        branch = self.graph_module.get_submodule(path)
         remember(self.program, path)
-        remove(self, path)
+        if isinstance(branch, KeyValue):
+            found = next(a for a in self.program.attachments if a.path == path)
+            core = self.node(self.program.sites[found.site].nodes[0])
+            remove_key_value(self.graph_module, core, path, branch.length)
+            rest = (a for a in self.program.attachments if a is not found)
+            self.program.attachments = tuple(rest)
+            self.graph_module.delete_submodule(path)
+        else:
+            remove(self, path)
         self._nodes = site_nodes(self.graph_module)
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:

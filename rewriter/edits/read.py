@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from ..axes.kinds import Kind
+from ..axes.named import NamedAxes, named_axes
 from ..graph.aten import erase_dead, users
 from ..program.sites import (
     AttentionSite,
@@ -34,6 +37,8 @@ from .structure.axes import Channels, channels
 
 class Reading(Attaching):
     """The words that do not change what a program computes."""
+
+    _axes: NamedAxes | None = None
 
     def whole(self, ids: Sequence[str]) -> list[LinearSite]:
         """A site for each stored weight that the named sites have all of; reports the others."""
@@ -64,8 +69,9 @@ class Reading(Attaching):
         """Width of one head's keys and of its values."""
         return key_value_widths(self.graph_module, self.node(site.nodes[0]))
 
-    def channels(self, site: FeedForwardSite | AttentionSite) -> Channels:
-        """Inner channels or heads of a block, with everything that is coupled to them."""
+    def channels(self, site: FeedForwardSite | AttentionSite | SublayerSite) -> Channels:
+        """Inner channels or heads of a block, or the width of a sublayer's stream, with everything
+        that is coupled to them."""
         return channels(self.program, site)
 
     def input(self, site: Site) -> Value:
@@ -107,6 +113,19 @@ class Reading(Attaching):
             self.skip(site, "its output and the stream have different shapes")
         return found
 
+    def place(self, site: Site, kind: Kind, output: bool = False) -> int | None:
+        """The axis of what a site reads (or of its value, as it is now) along which just that kind
+        lies, the same at all of its calls; None where it is not known, by what was there at the
+        first question (see `axes/named.py`)."""
+        if self._axes is None:
+            self._axes = named_axes(self.program)
+        calls = [replace(site, nodes=(n, *site.nodes[1:])) for n in site.nodes[:1]]
+        if isinstance(site, WeightSite):
+            calls = [replace(site, nodes=(name,)) for name in site.nodes]
+        look = self.output if output else self.input
+        places = {self._axes.place(look(call), kind) for call in calls}
+        return places.pop() if len(places) == 1 else None
+
     def samples(self, site: LinearSite) -> Samples | None:
         """Where samples lie in what a linear reads; None where that cannot be told, which is
         reported."""
@@ -125,16 +144,16 @@ class Reading(Attaching):
         sizes: Mapping[int, str] | None = None,
     ) -> Value:
         """A new input of the program, of fixed shape or, `per_sample`, one number for each
-        sample; a call that leaves it out gets `example`, one number everywhere, and one that gives
-        values beyond the smallest and largest of `values` is refused. `sizes` names the axes that
-        have a dynamic size of another input, such as `{0: "batch", 1: "sequence"}`."""
+        sample; a call that leaves it out gets `example`, and one that gives values beyond the
+        smallest and largest of `values` is refused. `sizes` names the axes that have a dynamic size
+        of another input, such as `{0: "batch", 1: "sequence"}`."""
         return add_input(self.program, name, example, per_sample, values, sizes)
 
     def add_state(
         self, name: str, initial: Tensor, sizes: Mapping[int, str] | None = None
     ) -> Value:
         """An input of the program that is an output, too: what one call returns is given to the
-        next one, the first of which leaves it out and gets `initial`, one number everywhere.
+        next one, the first of which leaves it out and gets `initial`.
 
         The pass says with `add_output(name, value)` what it becomes: of the same shape and dtype.
         """
@@ -143,10 +162,11 @@ class Reading(Attaching):
 
     def add_output(self, name: str, value: Value) -> None:
         """One more output of the program, behind the model's own, which stay what they are: a dict
-        or a class of named outputs gets the key, a tuple or a list one more entry.
+        or a class of named outputs gets the key, a tuple or a list one more entry. A single value
+        is `output` of named outputs then: `out.output`, `out["output"]` or `out[0]`.
 
         Raises:
-            PassError: there is one of that name, or the model returns a single value.
+            PassError: there is one of that name.
         """
         add_output(self.program, name, value)
 

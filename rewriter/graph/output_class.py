@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 _PLAIN = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 OUTPUTS = "peftfx.Outputs"
+ALONE = "output"
+"""Name of the output of a model that returns one value, beside others that are added."""
 
 
 class Outputs(dict[str, Any]):
@@ -71,7 +73,8 @@ def _portable(spec: Any) -> Any:
 
 
 def extended(structure: Any, name: str) -> Any:
-    """An output structure, a pytree spec, with one leaf more behind all others.
+    """An output structure, a pytree spec, with one leaf more behind all others. One value becomes
+    `Outputs`, in which it is called `output`.
 
     Raises:
         ValueError: there is no place for one, or an output of that name.
@@ -80,7 +83,7 @@ def extended(structure: Any, name: str) -> Any:
     if type(held) in (tuple, list):
         return pytree.tree_structure(type(held)([*held, len(held)]))
     if structure.is_leaf():
-        raise ValueError("the model returns one value, and not by name")
+        held = Outputs({ALONE: held})
     if type(held) not in (dict, OrderedDict, Outputs):
         spec = pytree.treespec_loads(portable(pytree.treespec_dumps(structure)))
         held = pytree.tree_unflatten(range(structure.num_leaves), spec)
@@ -96,5 +99,6 @@ def shortened(output: Any, count: int) -> Any:
     if not count:
         return output
     if isinstance(output, dict):
-        return type(output)(list(output.items())[:-count])
+        left = type(output)(list(output.items())[:-count])
+        return left[ALONE] if list(left) == [ALONE] and type(left) is Outputs else left
     return output[:-count]

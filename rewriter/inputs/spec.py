@@ -32,6 +32,16 @@ class TensorInput:
     values: tuple[int, int] | None = None
     """The smallest and the largest value that it may hold, if others mean nothing. Looking at them
     waits for the device."""
+    start: tuple[float | int, ...] | None = None
+    """What a call that leaves it out gets along its axes of fixed size, instead of `fill`."""
+
+    def full(self, sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
+        """What it is where it is left out."""
+        if self.start is None:
+            return torch.full(tuple(sizes), self.fill, dtype=self.dtype, device=device)
+        start = torch.tensor(self.start, dtype=self.dtype, device=device)
+        own = start.view([s if isinstance(s, int) else 1 for s in self.shape])
+        return own.expand(tuple(sizes)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,7 @@ class InputSpec:
         """What an optional input is where it is not given, on the device of the others."""
         device = next((t.device for t in beside.values()), torch.device("cpu"))
         known = self.sizes_of(beside)
-        shape = [s if isinstance(s, int) else known[s] for s in spec.shape]
-        return torch.full(shape, spec.fill, dtype=spec.dtype, device=device)
+        return spec.full([s if isinstance(s, int) else known[s] for s in spec.shape], device)
 
     def sizes_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """The dynamic sizes, by name, that some of the inputs have."""
@@ -276,11 +285,11 @@ class InputSpec:
         for spec in self.inputs:
             dims = [s if isinstance(s, int) else self._size(s, sizes) for s in spec.shape]
             if generator is None or spec.dtype == torch.bool:
-                made[spec.name] = torch.full(dims, spec.fill, dtype=spec.dtype)
+                made[spec.name] = spec.full(dims)
             elif spec.dtype.is_floating_point:
                 made[spec.name] = torch.randn(dims, generator=generator).to(spec.dtype)
             elif spec.fill <= 1:
-                made[spec.name] = torch.full(dims, spec.fill, dtype=spec.dtype)
+                made[spec.name] = spec.full(dims)
             else:
                 made[spec.name] = torch.randint(
                     0, int(spec.fill) + 1, dims, generator=generator, dtype=spec.dtype
@@ -326,6 +335,7 @@ class InputSpec:
                     "optional": i.optional,
                 }
                 | ({} if i.values is None else {"values": list(i.values)})
+                | ({} if i.start is None else {"start": list(i.start)})
                 for i in self.inputs
             ],
             "ranges": {k: list(v) for k, v in self.ranges.items()},

@@ -59,7 +59,18 @@ def _input(data: Mapping[str, Any], ranges: Mapping[str, tuple[int, int | None]]
     if len(sizes) > 64 or math.prod(least) > ELEMENTS:
         raise ValueError(f"the input {name!r} is {least} at least: larger than inputs get")
     optional, held = bool(data.get("optional", False)), data.get("values")
-    return TensorInput(name, sizes, dtype, fill, optional, None if held is None else _values(held))
+    values = None if held is None else _values(held)
+    start = _start(data["start"], sizes) if "start" in data else None
+    return TensorInput(name, sizes, dtype, fill, optional, values, start)
+
+
+def _start(numbers: Any, sizes: tuple[int | str, ...]) -> tuple[float | int, ...]:
+    count = math.prod(s for s in sizes if isinstance(s, int))
+    if not all(type(n) in (int, float, bool) for n in numbers) or len(numbers) != count:
+        raise ValueError(
+            f"the input of the sizes {list(sizes)} does not begin with {count} numbers"
+        )
+    return tuple(numbers)
 
 
 def _values(ends: Any) -> tuple[int, int]:

@@ -12,11 +12,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..graph.module import modes_kept
+from ..graph.output_class import ALONE, Outputs
 from .last_token import at_last_token
 from .state import State
 
 
 def _logits(output: Any) -> Tensor:
+    output = output.get(ALONE, output) if isinstance(output, Outputs) else output
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,8 +108,8 @@ def _detail(module: nn.Module | None) -> str:
     return f" {{{text}}}" if text else ""
 
 
-def program_text(program: State) -> str:
-    """See `Program.text`."""
+def program_text(program: State, axes: Callable[[Node | str], Sequence[str]] | None = None) -> str:
+    """See `Program.text`; `axes` names what lies along the axes of a value or a stored tensor."""
     gm = program.module
     symbols = dict(program.symbols)
     names = _Names()
@@ -127,8 +127,12 @@ def program_text(program: State) -> str:
             lines.append(f"  return {', '.join(_argument(a, names) for a in _flat(node.args[0]))}")
             continue
         call = f"{_operation(gm, node)}({', '.join(args)}){_detail(submodule(gm, node))}"
-        lines.append(f"  %{names[node]} = {call} : {_type(value(node), symbols)}")
+        shown = f"  %{names[node]} = {call} : {_type(value(node), symbols)}"
+        along = axes(node) if axes is not None else ()
+        lines.append(f"{shown}  # {', '.join(along)}" if along else shown)
     lines.append("}")
+    for name in sorted(used) if axes is not None else ():
+        lines.append(f"# @{name}: {', '.join(axes(name))}")
     trained = [n for n, t in used.items() if isinstance(t, nn.Parameter) and t.requires_grad]
     frozen = sum(1 for t in used.values() if isinstance(t, nn.Parameter)) - len(trained)
     lines.append(f"# parameters of the base: {frozen} frozen, {len(trained)} trained")

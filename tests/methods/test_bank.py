@@ -143,15 +143,18 @@ def test_onnx_runtime_switches_rows(captured: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("ia3;bank", "no adapter is low-rank.*ia3: its .* is not low-rank.*Insert some first"),
+        ("bitfit;bank", "no adapter can be a member .there is none.*Insert some first"),
         ("lora{name=a};bank{names=[aa]}", "no adapter 'aa' .*nearest: a"),
         ("lora{name=a};dora;bank{names=[dora]}", "'dora' cannot be a member.*that can: a"),
         ("lora{name=a};bank;bank", "has a bank already"),
         ("lora{name=a};bank{names=[a,a]}", "different adapters"),
         ("lora{name=a};bank{input=attention_mask}", "has an input 'attention_mask' already"),
-        ("unipelt{rank=2,bottleneck=4};bank{names=[unipelt]}", "not low-rank|reads gate"),
-        ("lora{name=a};lora{name=b};fold;bank", "no adapter is low-rank"),
-        ("lora{name=a};ia3;bank", "'ia3' is no member .its output_scale.*all rows.*others=keep"),
+        (
+            "unipelt{rank=2,bottleneck=4};bank{names=[unipelt]}",
+            "reads gate|branch cannot be chosen",
+        ),
+        ("lora{name=a};lora{name=b};fold;bank", "no adapter can be a member"),
+        ("lora{name=a};ia3;bank", "'ia3' is no member .it is not in names.*all rows.*others=keep"),
         ("lora{name=a};lora{name=b};bank{names=[a]}", "'b' is no member .it is not in names"),
         ("bitfit;lora{name=a};bank", "'bitfit' is no member .it trains .* tensors of the base"),
     ],

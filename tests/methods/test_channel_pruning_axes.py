@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
-from peftfx.rewriter.branches.branch import Axes, InputScale, RowScale
+from peftfx.rewriter.branches.branch import Axes, Delta, InputScale, RowScale
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.edits.folding.fold import fold
 from peftfx.rewriter.edits.structure.axes import channels
@@ -210,16 +210,6 @@ def test_what_a_norm_mixes_is_no_channel(pair: Pair) -> None:
         edit.channels(wide)
 
 
-def test_heads_with_one_table_of_biases_are_refused(pair: Pair) -> None:
-    """T5's layers share the biases of their heads; an embedding is no part of a cut yet."""
-    _, base = pair("t5")
-    edit = Editor(base.fork())
-    site = base.sites.select("attention and self", ("attention",))[0]
-    assert isinstance(site, AttentionSite)
-    with pytest.raises(PassError, match="embedding site cannot be cut yet"):
-        edit.cut(edit.channels(site), [1])
-
-
 class Rows(RowScale):
     """`W' = m (W + B A) / |W + B A|`, row by row."""
 
@@ -317,3 +307,87 @@ def test_every_method_is_cut_in_place_or_refuses(pair: Pair, method: str) -> Non
     want, got = first(edit.program(**inputs)).detach(), first(pruned(**inputs)).detach()
     assert float((want - got).abs().max()) < 1e-12 * float(want.abs().max())
     assert moved(first(program(**inputs)), got) > 0.01
+
+
+class Flat(Delta):
+    """LoRA with B stored as one axis, of features and rank."""
+
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "b": (("out", "rank"),)}
+
+    def __init__(self, site: LinearSite) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, site.in_features) / 4)
+        self.b = nn.Parameter(torch.zeros(2 * site.out_features))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return (x @ self.a.T) @ self.b.view(-1, 2).T
+
+    def delta(self) -> Tensor:
+        return self.b.view(-1, 2) @ self.a
+
+
+class Wrong(Flat):
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "b": ("out", "rank")}
+
+
+class Misspelt(Flat):
+    axes: ClassVar[Axes] = {"a": ("rank", "in"), "c": (("out", "rank"),)}
+
+
+def flat(program: Any, branch: type[Flat]) -> Any:
+    """A program with such branches at the linears of feed-forward blocks."""
+    edit = Editor(program.fork(), adapter="flat")
+    for site in program.sites.select("ffn", ("linear",)):
+        torch.manual_seed(len(edit.edited))
+        edit.add(site, branch(site))
+    edit.finish()
+    propagate(edit.program)
+    return randomise(edit.program, 0.3)
+
+
+def test_products_are_cut_along() -> None:
+    """Rows of features that are kept, with the rank varying inside."""
+    torch.manual_seed(0)
+    base = peftfx.capture(nn.Sequential(Plain()).eval(), (torch.randn(3, 5, 8),))
+    program = flat(base, Flat)
+    (site,) = program.sites.of("feedforward")
+    assert isinstance(site, FeedForwardSite)
+    edit = Editor(program.fork())
+    keep = list(range(0, 24, 2))
+    edit.cut(edit.channels(site), keep)
+    edit.finish()
+    propagate(edit.program)
+    shapes = {n: tuple(p.shape) for n, p in edit.program.named_trainable_parameters().items()}
+    assert shapes["peftfx.flat.0.fc1.delta.b"] == (24,)
+    assert shapes["peftfx.flat.0.fc2.delta.a"] == (2, 12)
+    x = torch.randn(2, 7, 8)
+    silent = program.fork()
+    mask = torch.zeros(24)
+    mask[keep] = 1
+    with torch.no_grad():
+        for name, tensor in silent.module.named_parameters():
+            if name == "0.fc2.weight" or name.endswith("fc2.delta.a"):
+                tensor.mul_(mask)
+    torch.testing.assert_close(edit.program(x), silent(x), rtol=1e-4, atol=1e-5)
+    assert moved(program(x), edit.program(x)) > 1e-2
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [(Wrong, r"the axes of b are \('out', 'rank'\), but it is \[48\]"),
+     (Misspelt, "declares axes of 'c', which is none of its tensors .a, b. and nothing")],
+)  # fmt: skip
+def test_axes_that_tensors_do_not_have_are_refused(branch: type[Flat], message: str) -> None:
+    torch.manual_seed(0)
+    base = peftfx.capture(nn.Sequential(Plain()).eval(), (torch.randn(3, 5, 8),))
+    with pytest.raises(PassError, match=message):
+        flat(base, branch)

@@ -20,8 +20,6 @@ from peftfx.rewriter.errors import OptionError, PassError
 from ..models import batch, first, moved, randomise
 from ..zoo import ZOO
 
-TOKENS_FIRST = False
-"""It needs the tokens on axis 1, and says so."""
 CODA = "coda{reduction=3,bottleneck=8}"
 PREFILL = "coda{reduction=3,bottleneck=8,causal=prefill}"
 Layer = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,7 @@ so that a method only says what its rows are.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...graph.aten import (
     is_float,
     is_op,
     operands,
+    outdate,
     overloads,
     shape,
     submodule,
@@ -136,7 +137,7 @@ def prepend_key_value(
     found = _operands(gm, core)
     product, graph = found.product, gm.graph
     if not found.fused:
-        _widen_scores(gm, product, core, length)
+        _change_masks(product, core, lambda mask, fill: _widened(gm, mask, length, fill))
     with graph.inserting_before(product):
         if not found.fused:
             move_before(found.value, product)
@@ -177,13 +178,14 @@ def _scores(core: Node) -> Node | None:
     return None
 
 
-def _widen_scores(gm: GraphModule, product: Node, core: Node, length: int) -> None:
-    """Widens everything that meets the scores between the product and the softmax."""
+def _change_masks(product: Node, core: Node, change: Callable[[Node, float], Node]) -> None:
+    """Changes everything that meets the scores between the product and the softmax; what is given
+    to `change` beside it is what leaves a score as it is."""
     above = set(ancestors(core, block=lambda n: n is product))
     current = product
     bias = product.args[0]
     if is_op(product, ATEN.baddbmm.default) and isinstance(bias, Node):
-        product.update_arg(0, _widened(gm, bias, length, 0.0))
+        product.update_arg(0, change(bias, 0.0))
     while not is_op(current, SOFTMAX):
         following = next((u for u in users(current) if u in above), None)
         if following is None:
@@ -197,5 +199,32 @@ def _widen_scores(gm: GraphModule, product: Node, core: Node, length: int) -> No
                 fill = 1.0 if following.args[1] is current else 0.0
             else:
                 continue
-            following.update_arg(index, _widened(gm, other, length, fill))
+            following.update_arg(index, change(other, fill))
         current = following
+
+
+def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
+    """Undoes `prepend_key_value`: takes the call of `path` out, and its keys out of the masks."""
+    found = _operands(gm, core)
+    both = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == path)
+
+    def narrowed(mask: Node, _: float) -> Node:
+        module = submodule(gm, mask)
+        widened = isinstance(module, WidenMask) and module.length == length
+        return inputs(mask)[0] if widened else mask
+
+    if found.fused:
+        query, key, held, mask, causal = operands(core)
+        if isinstance(submodule(gm, mask), CausalMask):
+            mask, causal = None, True
+        elif isinstance(mask, Node):
+            mask = narrowed(mask, 0.0)
+        core.args = (query, key, held, mask, causal)
+    else:
+        _change_masks(found.product, core, narrowed)
+    for entry in users(both):
+        entry.replace_all_uses_with(operands(both)[int(operands(entry)[1])])
+        gm.graph.erase_node(entry)
+    gm.graph.erase_node(both)
+    outdate(found.product)
+    outdate(core)

@@ -24,7 +24,7 @@ from ...weights.quantised import weight_of
 from ...weights.shape import call_obstacle, shape_of
 from ...weights.weight import Weight
 from .call import EMPTY, Value, branch_call, given
-from .requirements import require_order
+from .requirements import require_axes, require_order
 from .values import unshared
 
 
@@ -129,6 +129,7 @@ class Attaching:
         members: tuple[str, ...] = (),
     ) -> str:
         adapter = self._owner()
+        require_axes(self.method, site, branch, reads)
         there = [a for a in self.program.attached(site.id) if a.slot == branch.slot]
         if branch.single and there:
             raise PassError(

@@ -6,7 +6,7 @@ messages here name the method, the site, and what to write instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -63,6 +63,28 @@ def require_fit(method: str, word: str, site: Site, branch: Any) -> None:
             f"{site.kind}. Set kinds = ({', '.join(repr(k) for k in kinds)},) in the method, or "
             "use the word for such sites."
         )
+
+
+def require_axes(method: str, site: Site, branch: Branch, reads: Collection[str]) -> None:
+    """Raises PassError where a branch declares axes that its tensors do not have."""
+    tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+    what = f"{method}: {type(branch).__name__} at {site.id}"
+    for name, labels in branch.axes.items():
+        owner, _, leaf = name.rpartition(".")
+        stacked = branch.shape.count > 1  # one part for each matrix, on an axis in front or not
+        ranks = (len(labels), len(labels) + stacked)
+        if name in tensors and tensors[name].dim() not in ranks:
+            raise PassError(
+                f"{what} says that the axes of {name} are {labels}, but it is "
+                f"{list(tensors[name].shape)}. Give one word for each axis in Branch.axes, a tuple "
+                "of words for a product."
+            )
+        if name not in tensors and name not in reads and not owner and not hasattr(branch, leaf):
+            raise PassError(
+                f"{what} declares axes of {name!r}, which is none of its tensors "
+                f"({', '.join(tensors) or 'none'}) and nothing that it reads. Use their names in "
+                "Branch.axes."
+            )
 
 
 def require_order(program: State, method: str) -> None:

@@ -19,6 +19,9 @@ from ...inputs.spec import TensorInput
 from ...program.state import State
 from .samples import sample_axis
 
+_NUMBERS = 2**16
+"""Most numbers of an input that a program keeps for calls that leave it out."""
+
 
 def add_input(
     program: State,
@@ -31,14 +34,14 @@ def add_input(
     """A new input; a call may leave it out and then gets `example`.
 
     Args:
-        example: one number everywhere, of fixed shape but for `sizes`.
+        example: of fixed shape but for `sizes`.
         per_sample: the input is `[batch]` instead, with one such number for each sample.
         values: the smallest and the largest that it may hold; a call with others is refused.
         sizes: axis, of size 1 in `example` -> the dynamic size of another input that it has.
 
     Raises:
-        PassError: there is an input of that name, or no such dynamic size, or `example` holds
-            several numbers.
+        PassError: there is an input of that name, or no such dynamic size, or `example` is empty
+            or too large.
     """
     gm = program.module
     held = placeholders(gm)
@@ -47,11 +50,16 @@ def add_input(
             f"the program has an input {name!r} already. Give the new one another name; the "
             f"inputs are {program.spec}."
         )
-    if not example.numel() or bool((example != example.flatten()[0]).any()):
+    if not 0 < example.numel() <= _NUMBERS:
         raise PassError(
-            f"the input {name!r} is one number everywhere where a call leaves it out, but its "
-            f"example {tuple(example.shape)} holds none or several. Give one such number, and the "
-            "others in the calls."
+            f"the input {name!r} is its example where a call leaves it out, and the program keeps "
+            f"1 to {_NUMBERS} numbers of it, but it holds {example.numel()}. Give a smaller one, "
+            "and the others in the calls."
+        )
+    if per_sample and bool((example != example.flatten()[0]).any()):
+        raise PassError(
+            f"the input {name!r} is one number for each sample, but its example holds several. "
+            "Give one number, and the others in the calls."
         )
     if per_sample:
         example, sizes = example.flatten()[:1], {0: _samples(program)}
@@ -66,7 +74,9 @@ def add_input(
         node = gm.graph.placeholder(name)
     beside = value(last)
     on_device = example.to(beside.device)
-    fill = example.flatten()[0].item()
+    held_numbers = example.flatten().tolist()
+    fill = held_numbers[0]
+    start = None if all(n == fill for n in held_numbers) else tuple(held_numbers)
     shape: list[Any] = list(example.shape)
     symbols, numbers = list(shape), list(shape)
     for axis, (label, source, place) in dynamic.items():
@@ -77,7 +87,7 @@ def add_input(
         with beside.fake_mode:
             node.meta["val"] = node.meta["val"].expand(symbols)
     example = example.expand(numbers)
-    added = TensorInput(name, tuple(shape), example.dtype, fill, optional=True, values=values)
+    added = TensorInput(name, tuple(shape), example.dtype, fill, True, values, start)
     program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
     program.sample = {**program.sample, name: example}
     _sign(gm, lambda names: [*names, name])
@@ -118,7 +128,7 @@ def add_output(program: State, name: str, read: Node) -> None:
     except ValueError as error:
         raise PassError(
             f"the output {name!r} cannot be added: {error}. Choose another name, or wrap the model "
-            "so that it returns a tuple or a dict."
+            "so that it returns a tensor, a tuple or a dict."
         ) from error
     leaves: Any = end.args[0]
     end.args = ([*leaves, read],)

@@ -55,7 +55,7 @@ def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Ten
     """
     weight = program.module.get_parameter(site.weight).detach()
     dense = weight.T if site.in_out else weight
-    attached = [a for a in at_weight(program, site.weight) if not a.reads]
+    attached = [a for a in at_weight(program, site.weight, call=site.nodes[0]) if not a.reads]
     order = ("row_scale", "delta", "input_scale", "output_scale")
     for attachment in sorted(attached, key=lambda a: order.index(a.slot)):
         branch = program.branch(attachment)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...branches.branch import Branch, Expression
+from ...branches.branch import Branch, Expression, Serial
 from ...errors import PassError
 from ...graph.aten import ATEN, VIEWS, expression_of, outdate, strip, value
 from ...graph.sharded import whole
@@ -135,17 +135,20 @@ def remember(program: State, path: str) -> None:
 
 
 def remove(edit: Attaching, path: str) -> None:
-    """Takes a linear's branch, or the expression of a stored tensor, out of the graph."""
+    """Takes a weight's branch, one behind a sublayer, or the expression of a stored tensor out of
+    the graph."""
     gm = edit.graph_module
     found = next(a for a in edit.program.attachments if a.path == path)
     site = edit.program.sites[found.site]
     branch = gm.get_submodule(path)
-    if not isinstance(branch, Expression) and not isinstance(site, WeightSite):
+    passing = isinstance(branch, Expression | Serial)
+    if not passing and not isinstance(site, WeightSite):
         raise PassError(
-            f"{found.site}: {path} cannot be removed, only branches of weights and expressions can."
+            f"{found.site}: {path} cannot be removed: a {branch.slot} branch is no part that the "
+            "graph does without. Leave its adapter out: program.without(...)."
         )
     edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
-    if isinstance(branch, Expression):
+    if passing:
         for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)

@@ -54,10 +54,11 @@ class Region:
 
     Attributes:
         site: id of its first sublayer.
-        entry, exit: the stream before and after, `[batch, tokens, width]`.
+        entry, exit: the stream before and after, `[batch, tokens, width]` or tokens first.
         read: what the first linear reads, the entry itself or its norm; known for all tokens.
         nodes: what is computed from entry or read on the way to exit, in graph order.
         tokens: the size of the token axis, a number or a symbol.
+        batch: the axis of the samples in the stream, 0 or 1.
     """
 
     site: str
@@ -66,6 +67,7 @@ class Region:
     exit: Node
     nodes: tuple[Node, ...]
     tokens: Any
+    batch: int = 0
 
     def is_tokens(self, size: object) -> bool:
         """Whether a size is the number of tokens."""
@@ -115,13 +117,14 @@ def find_region(
             "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
         )
     samples = sample_axis(program)
-    if samples.of(program, entry) != 0:
-        why = samples.reason or f"the first axis of its stream {size} is not that of the samples"
+    batch = samples.of(program, entry)
+    if batch is None:
+        why = samples.reason or f"no axis of its stream {size} is that of the samples"
         raise PassError(f"{first}: {why}. Tokens can be left out of [batch, tokens, width] only.")
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)
-    region = Region(first, entry, read, end, inside, size[1])
+    region = Region(first, entry, read, end, inside, size[1 - batch], batch)
     _check(program, region)
     if not causal:
         _check_causal(program, region, allow)

@@ -65,6 +65,8 @@ def run_on_chosen(
         PassError: a value enters the region with its tokens in an axis that cannot be gathered, or
             a read is computed in the region.
     """
+    branch: Any = program.module.get_submodule(path)
+    branch.tokens_first = bool(region.batch)
     reads = {**reads, **given({"valid": valid})}
     for name, read in reads.items():
         if not set(region.nodes).isdisjoint(ancestors(read)):
@@ -123,7 +125,7 @@ class _Rewrite:
             size = fresh_size(x.fake_mode, label)
             self.program.symbols = {**self.program.symbols, str(size): label}
         with x.fake_mode:
-            like = x.new_empty([x.shape[0], size])
+            like = x.new_empty([x.shape[self.region.batch], size])
             return like.long(), like, like.bool(), torch.empty_like(x)
 
     def _before(self, place: Node) -> list[Node]:
@@ -158,7 +160,7 @@ class _Rewrite:
         if node in self.inside:
             return node
         if node in (self.region.entry, self.region.read):
-            return self._take(node, (1,), 3)
+            return self._take(node, (1 - self.region.batch,), 3, self.region.batch)
         held = value(node)
         if isinstance(held, torch.SymInt):
             if self.region.is_tokens(held):
@@ -172,6 +174,8 @@ class _Rewrite:
             return self._again(node, rank if widened else len(size))
         front = max(0, rank - len(size))
         axes = tuple(i + front for i, d in enumerate(size) if self.region.is_tokens(d))
+        if self.region.batch and rank == len(size) == 3 and axes == (0,) and self._batch(size[1]):
+            return self._take(node, axes, rank, 1)
         if axes[0] == 0 or not (front or self._batch(size[0])):
             raise PassError(
                 f"{self.region.site}: {node.name} {size} enters the region with its tokens beside "
@@ -187,13 +191,13 @@ class _Rewrite:
 
     def _batch(self, size: object) -> bool:
         """Whether a size is 1 or the stream's batch size, by whatever symbol."""
-        own = (shape(self.region.entry) or (None,))[0]
+        own = (shape(self.region.entry) or (None, None))[self.region.batch]
         label = self.program.symbols.get
         return str(size) == "1" or label(str(size), str(size)) == label(str(own), str(own))
 
-    def _take(self, node: Node, axes: tuple[int, ...], rank: int) -> Node:
+    def _take(self, node: Node, axes: tuple[int, ...], rank: int, batch: int = 0) -> Node:
         if (node, rank) not in self.taken:
-            module = TakeTokens(axes, rank)
+            module = TakeTokens(axes, rank, batch)
             self.taken[node, rank] = add_call(self.gm, "take_tokens", module, (node, self.index))
         return self.taken[node, rank]
 
@@ -256,9 +260,9 @@ class _Rewrite:
         """Adds the region's update to the chosen tokens, and the branch's value to all."""
         region = self.region
         with self.gm.graph.inserting_before(region.exit):
-            before = self._take(region.entry, (1,), 3)
+            before = self._take(region.entry, (1 - region.batch,), 3, region.batch)
         args = (region.entry, before, region.exit, self.index, self.weight, self.aside)
         with self.gm.graph.inserting_after(region.exit):
-            put = add_call(self.gm, "put_tokens", PutTokens(), args)
+            put = add_call(self.gm, "put_tokens", PutTokens(bool(region.batch)), args)
         put.meta["val"] = value(region.exit)
         region.exit.replace_all_uses_with(put, delete_user_cb=lambda u: u is not put)

@@ -60,6 +60,8 @@ class PadTokens(nn.Module):
     """Adds `length` entries with a fixed value in front of an axis of `[batch, tokens]`, or of
     `[tokens, batch]`."""
 
+    keeps_axes = True
+
     def __init__(self, length: int, fill: float, axis: int = 1) -> None:
         super().__init__()
         self.length, self.fill, self.axis = length, fill, axis
@@ -77,6 +79,8 @@ class PadTokens(nn.Module):
 
 class PadPositions(nn.Module):
     """Positions 0..length-1 for the prompt; the given ones move behind it."""
+
+    keeps_axes = True
 
     def __init__(self, length: int, axis: int = 1) -> None:
         super().__init__()
@@ -99,6 +103,8 @@ def _first(axis: int) -> str:
 
 class StripTokens(nn.Module):
     """Removes the prompt's positions from the given axes."""
+
+    keeps_axes = True
 
     def __init__(self, length: int, axes: tuple[int, ...]) -> None:
         super().__init__()

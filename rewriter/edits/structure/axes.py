@@ -11,17 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ...axes.relation import Grid, Ref, Relation, Tie, leading, owner, sizes_of
+from ...axes.ties import GETITEM, divides, relations
+from ...axes.views import copies
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
-from ...graph.aten import data_index, is_op, shape, source_line, submodule, users, value
-from ...graph.ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
-from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
+from ...graph.aten import (
+    data_index,
+    is_op,
+    named_arguments,
+    overloads,
+    shape,
+    source_line,
+    submodule,
+    users,
+    value,
+)
+from ...program.sites import AttentionSite, FeedForwardSite, LinearSite, SublayerSite
 from ...program.state import State
+
+_NORMS = overloads("layer_norm", "rms_norm")
+_MEANS = overloads("mean", "var", "var_mean")
 
 
 @dataclass(frozen=True)
@@ -52,16 +68,26 @@ class Channels:
         return len(self.roots)
 
 
-def channels(program: State, site: FeedForwardSite | AttentionSite) -> Channels:
-    """What a block can lose: the inner channels of a feed-forward block, numbered as the inputs of
-    its down projection, or the heads of an attention, coupled where they share keys and values.
+def channels(program: State, site: FeedForwardSite | AttentionSite | SublayerSite) -> Channels:
+    """What a place can lose: the inner channels of a feed-forward block, numbered as the inputs of
+    its down projection; the heads of an attention, coupled where they share keys and values; the
+    width of the stream that a sublayer adds to. Norms of the stream are then over what is left.
 
     Raises:
         PassError: they cannot be told apart everywhere; says where and why.
     """
     nodes = {n.meta.get("call", n.name): n for n in program.module.graph.nodes}
     if isinstance(site, AttentionSite):
-        return _Spread(program.module).run((nodes[site.nodes[0]], 1), site.heads, site.id)
+        core = nodes[site.nodes[0]]
+        if len(shape(core) or ()) != 4:
+            raise PassError(
+                f"{site.id}: its heads cannot be cut, because they share an axis with the samples. "
+                "Leave this block out with where=."
+            )
+        axis = 2 if shape(core)[2:3] == (site.heads,) else 1  # pyright: ignore
+        return _Spread(program.module).run((core, axis), site.heads, site.id)
+    if isinstance(site, SublayerSite):
+        return _width(program, site, nodes[site.nodes[1]])
     if site.experts:
         raise PassError(
             f"{site.id}: its {site.experts} experts share one tensor, and every expert would have "
@@ -77,13 +103,42 @@ def channels(program: State, site: FeedForwardSite | AttentionSite) -> Channels:
     return _Spread(program.module).run(start, down.in_features, site.id)
 
 
+def _width(program: State, site: SublayerSite, add: Node) -> Channels:
+    size = (shape(add) or (0,))[-1]
+    if site.role == "conv" or not isinstance(size, int):
+        raise PassError(
+            f"{site.id}: the width of its stream is no last axis of fixed size. Select sublayers "
+            "of a transformer with where=."
+        )
+    start = add, len(shape(add) or ()) - 1
+    return _Spread(program.module, norms=True).run(start, size, site.id)
+
+
+def _normed(node: Node) -> list[Relation]:
+    """What a norm over the last axes, or a mean, says of an axis that may lose places: each place
+    stays what it is, and the statistics are over those that are left."""
+    source: Any = node.args[0] if node.args else None
+    if not isinstance(source, Node) or shape(source) is None:
+        return []
+    if is_op(node, _NORMS):
+        return [t for x in node.all_input_nodes for t in leading(x, node, 0)]
+    dims = named_arguments(node).get("dim")
+    if not is_op(node, _MEANS) or not isinstance(dims, int | list | tuple):
+        return []
+    axes = (dims,) if isinstance(dims, int) else dims
+    rank = len(sizes_of(source))
+    refs = [(owner(source), int(a) % rank) for a in axes]
+    return [Tie(ref, ref) for ref in refs]
+
+
 class _Spread:
     """One run of the analysis."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
+    def __init__(self, gm: GraphModule, norms: bool = False) -> None:
+        self.gm, self.norms = gm, norms
         self.labels: dict[Ref, Tensor] = {}
         self.parent: list[int] = []
+        self.copies = {ref for node in gm.graph.nodes for ref in copies(node)}
         self.readers: dict[str, list[Node]] = {}
         for node in gm.graph.nodes:
             if node.op == "get_attr":
@@ -103,7 +158,8 @@ class _Spread:
             node = next(iter(self.queue))
             del self.queue[node]
             if node not in self.seen:
-                self.seen[node] = relations(self.gm, node)
+                every = [*relations(self.gm, node), *(_normed(node) if self.norms else ())]
+                self.seen[node] = [r for r in every if isinstance(r, Tie) or r.fixed]
             for relation in self.seen[node]:
                 self._apply(relation)
         for node, found in self.seen.items():
@@ -135,7 +191,7 @@ class _Spread:
         for node in near:
             for reader in (node, *users(node)):
                 self.queue[reader] = None
-                if is_op(reader, DIVISIONS):
+                if divides(self.gm, reader):
                     self.queue.update(dict.fromkeys(u for u in reader.users if is_op(u, GETITEM)))
 
     def _root(self, label: int) -> int:
@@ -177,7 +233,10 @@ class _Spread:
         for k, (ref, _) in enumerate(grid.parts):
             others = [i for i in range(len(sizes)) if i != k]
             rows = table.permute(k, *others).reshape(sizes[k], -1)
-            if bool((rows == rows[:, :1]).all()) and len(torch.unique(rows[:, 0])) > 1:
+            if all(grid.parts[i][0] in self.copies for i in others):
+                for column in rows.unbind(1):  # copies of one place go together
+                    self._put(ref, column)
+            elif bool((rows == rows[:, :1]).all()) and len(torch.unique(rows[:, 0])) > 1:
                 self._put(ref, rows[:, 0])
 
     def _mixes(self, node: Node, found: Iterable[Relation]) -> str:
@@ -191,7 +250,7 @@ class _Spread:
             if relation.merged in self.labels and not any(p in self.labels for p in parts):
                 return "a view spreads them over several axes"
             covered |= {relation.merged, *parts}
-        if is_op(node, DIVISIONS):
+        if divides(self.gm, node):
             for piece in node.users:
                 for relation in self.seen.get(piece, ()):
                     covered |= {relation.a} if isinstance(relation, Tie) else set[Ref]()

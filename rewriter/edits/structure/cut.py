@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ...axes.gathers import each
+from ...axes.relation import Ref, owner
+from ...axes.ties import divides
+from ...axes.views import DIVISIONS, pieces, span
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,
+    CONVS,
     attribute,
     is_op,
     named_arguments,
@@ -25,14 +30,37 @@ from ...graph.aten import (
     set_attribute,
     submodule,
 )
-from ...graph.ties import DIVISIONS, Ref, owner, pieces, span
 from ...program.site_table import Sites
-from ...program.sites import AttentionSite, LinearSite, Site
+from ...program.sites import (
+    AttentionSite,
+    ConvSite,
+    EmbeddingSite,
+    ExpertsSite,
+    LinearSite,
+    NormSite,
+    Site,
+    SublayerSite,
+)
 from ...program.state import State
 from .axes import Channels
 
 _SPANS = overloads("slice", "narrow")
-_LISTS = overloads("view", "reshape", "_unsafe_view", "expand", "broadcast_to")
+_LISTS = overloads(
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "expand",
+    "broadcast_to",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
+_NORMS = overloads("layer_norm", "rms_norm")
 
 
 def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
@@ -61,7 +89,7 @@ def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
     touched = {held for held, _ in left}
     for node in gm.graph.nodes:
         near = owner(node) in touched
-        if near or (is_op(node, DIVISIONS) and owner(node.args[0]) in touched):
+        if near or (divides(gm, node) and owner(node.args[0]) in touched):
             node.meta.pop("val", None)
 
 
@@ -107,13 +135,17 @@ def _renumbered(features: Tensor, rows: Tensor) -> Tensor:
 
 def _resize(node: Node, left: Mapping[Ref, Tensor]) -> None:
     """Changes the sizes among a node's arguments."""
-    if is_op(node, _LISTS) and len(node.args) > 1 and isinstance(node.args[1], list | tuple):
-        sizes: list[Any] = list(node.args[1])
-        for axis, size in enumerate(sizes):
-            rows = left.get((node, axis))
-            if rows is not None and isinstance(size, int) and size != -1:
-                sizes[axis] = int(rows.sum())
-        node.update_arg(1, sizes)
+    if "val" not in node.meta:  # an earlier cut was here
+        return
+    if is_op(node, _LISTS):
+        _resize_list(node, left)
+    elif is_op(node, _NORMS):
+        rank = node.meta["val"].dim()
+        sizes: Any = named_arguments(node)["normalized_shape"]
+        places = range(rank - len(sizes), rank)
+        node.update_arg(1, [_count(left, (node, k), s) for k, s in zip(places, sizes, strict=True)])
+    elif is_op(node, CONVS) and each(node) and (rows := left.get((node, 1))) is not None:
+        _give(node, "groups", int(rows.sum()))
     elif is_op(node, overloads("unflatten")):
         given = named_arguments(node)
         first = int(given["dim"]) % node.args[0].meta["val"].dim()  # pyright: ignore
@@ -125,9 +157,28 @@ def _resize(node: Node, left: Mapping[Ref, Tensor]) -> None:
         _resize_division(node, left)
 
 
+def _resize_list(node: Node, left: Mapping[Ref, Tensor]) -> None:
+    given = named_arguments(node)
+    name = next((n for n in ("size", "shape") if isinstance(given.get(n), list | tuple)), None)
+    if name is not None:
+        sizes: Any = given[name]
+        skipped = node.meta["val"].dim() - len(sizes)
+        new = [_count(left, (node, skipped + k), s) for k, s in enumerate(sizes)]
+        _give(node, name, new)
+
+
+def _give(node: Node, name: str, value: Any) -> None:
+    """Another value for an argument of an operator."""
+    names = [a.name for a in node.target._schema.arguments]  # pyright: ignore
+    if name in node.kwargs or names.index(name) >= len(node.args):
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(names.index(name), value)
+
+
 def _count(left: Mapping[Ref, Tensor], ref: Ref, size: Any) -> Any:
     rows = left.get(ref)
-    return size if rows is None or size == -1 else int(rows.sum())
+    return size if rows is None or type(size) is not int or size == -1 else int(rows.sum())
 
 
 def _resize_span(node: Node, left: Mapping[Ref, Tensor]) -> None:
@@ -185,19 +236,48 @@ def _heads(site: Site, sites: Sites, names: set[str]) -> Site:
 
 
 def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str]) -> Site:
-    weight = getattr(site, "weight", None)
-    if weight not in names:
+    def count(axis: int) -> int | None:
+        rows = left.get((getattr(site, "weight", ""), axis))
+        return None if rows is None else int(rows.sum())
+
+    if isinstance(site, SublayerSite):
+        rows = next((r for (held, _), r in left.items()
+                     if isinstance(held, Node) and held.name == site.nodes[1]), None)  # fmt: skip
+        return site if rows is None else replace(site, width=int(rows.sum()))
+    if getattr(site, "weight", None) not in names or isinstance(site, NormSite):
         return site
+    if isinstance(site, EmbeddingSite):
+        width = count(1)
+        return site if width is None else replace(site, width=width)
+    if isinstance(site, ConvSite) and not site.transposed:
+        out, inner = count(0), count(1)
+        groups = site.groups if site.groups == 1 or out is None else out
+        channels = (
+            groups if site.groups > 1 else inner or site.channels[0],
+            out or site.channels[1],
+        )
+        return replace(site, channels=channels, groups=groups)
+    if isinstance(site, ExpertsSite):
+        out, inner = (count(k) for k in ((2, 1) if site.in_out else (1, 2)))
+        if site.features is not None and out is not None:
+            site = replace(site, features=_features(site, left[site.weight, 2 - (not site.in_out)]))
+            out = len(site.features or ())
+        out, inner = out or site.out_features, inner or site.in_features
+        return replace(site, out_features=out, in_features=inner)
     if not isinstance(site, LinearSite):
         raise PassError(f"{site.id}: a {site.kind} site cannot be cut yet. Leave it out.")
-    rows = left.get((site.weight, 1 if site.in_out else 0))
-    columns = left.get((site.weight, 0 if site.in_out else 1))
+    rows, columns = count(1 if site.in_out else 0), count(0 if site.in_out else 1)
     if columns is not None:
-        site = replace(site, in_features=int(columns.sum()))
+        site = replace(site, in_features=columns)
     if rows is None:
         return site
     if site.features is None:
-        return replace(site, out_features=int(rows.sum()))
-    place = (rows.cumsum(0) - 1).tolist()
-    features = tuple(place[f] for f in site.features if rows[f])
+        return replace(site, out_features=rows)
+    features = _features(site, left[site.weight, 1 if site.in_out else 0])
     return replace(site, features=features, out_features=len(features))
+
+
+def _features(site: LinearSite | ExpertsSite, rows: Tensor) -> tuple[int, ...]:
+    """The features of a fused weight that a part has left."""
+    place = (rows.cumsum(0) - 1).tolist()
+    return tuple(place[f] for f in site.features or () if rows[f])

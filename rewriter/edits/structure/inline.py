@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ...axes.ties import GETITEM
 from ...errors import PassError
 from ...graph.aten import (
     ancestors,
@@ -29,7 +30,6 @@ from ...graph.aten import (
     value,
 )
 from ...graph.modes import MODES, restore_modes
-from ...graph.ties import GETITEM
 from ...program.state import State
 from ...tracing.canonical import canonicalize
 from ...tracing.propagate import fake_mode

@@ -1,0 +1,344 @@
+"""Named axes of every value of a program, and of every stored tensor, found by dataflow.
+
+What is known to begin with: samples and tokens of the inputs, heads and widths at attentions, the
+width of embeddings and sublayers, the inner channels of feed-forward blocks, experts. From there it
+goes both ways through what operators do (`steps`). Sizes are compared only where a view parts or
+merges axes, so values that happen to be equal say nothing. Convolutions come last: whatever else
+is not known along their axes is channels and pixels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ..branches.branch import Branch
+from ..branches.shapes import ExpertsShape
+from ..graph.aten import (
+    ARITHMETIC,
+    ATEN,
+    CASTS,
+    CONVS,
+    DROPOUTS,
+    MATMULS,
+    POINTWISE,
+    SLICES,
+    SOFTMAX,
+    VIEWS,
+    inputs,
+    is_op,
+    named_arguments,
+    operands,
+    placeholders,
+    submodule,
+)
+from ..graph.modes import Attention
+from ..program.sites import (
+    AttentionSite,
+    EmbeddingSite,
+    ExpertsSite,
+    FeedForwardSite,
+    LinearSite,
+    Site,
+    SublayerSite,
+)
+from ..program.state import State
+from .kinds import KINDS, Axis, Factor, Kind, axis, joined, known, merged, piece, split, whole, word
+from .relation import Ref, owner, sizes_of
+from .step import Made, Product, Row, Same, Step, size_at
+from .steps import steps
+from .views import copies
+
+_DECLARED: Mapping[str, Kind] = {"rank": "rank", "batch": "batch", "tokens": "token"}
+
+
+@dataclass(frozen=True)
+class NamedAxes:
+    """What lies along the axes of a program's values and stored tensors, as far as it is known.
+
+    Attributes:
+        found: axis -> what lies along it.
+        shapes: those of stored tensors, by name.
+    """
+
+    found: Mapping[Ref, Axis]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def of(self, value: Node | str) -> tuple[Axis | None, ...]:
+        """The axes of a node's value, or of a stored tensor by its name."""
+        held = owner(value) if isinstance(value, Node) else value
+        return tuple(self.found.get((held, k)) for k in range(len(self._sizes(held))))
+
+    def words(self, value: Node | str) -> tuple[str, ...]:
+        """The same as text: `("batch", "token", "head*width")`, `1` for axes of that size, and `?`
+        where it is not known."""
+        held = owner(value) if isinstance(value, Node) else value
+        pairs = zip(self._sizes(held), self.of(value), strict=True)
+        return tuple("1" if str(size) == "1" else word(along) for size, along in pairs)
+
+    def place(self, value: Node | str, kind: Kind) -> int | None:
+        """The only axis of a value along which just this kind lies; None if there is none, or
+        there are several."""
+        places = [k for k, text in enumerate(self.words(value)) if text == kind]
+        return places[0] if len(places) == 1 else None
+
+    def _sizes(self, held: Node | str) -> tuple[Any, ...]:
+        return self.shapes[held] if isinstance(held, str) else sizes_of(held)
+
+
+def named_axes(program: State) -> NamedAxes:
+    """What lies along the axes of a program's values."""
+    flow = _Flow(program)
+    return NamedAxes(flow.run(), flow.sizes)
+
+
+class _Flow:
+    """One run of the analysis."""
+
+    def __init__(self, program: State) -> None:
+        self.program = program
+        self.gm = program.module
+        self.found: dict[Ref, Axis] = {}
+        self.refused: set[Ref] = set()
+        self.copies: set[Ref] = set()
+        self.near: dict[Ref, list[Step]] = {}
+        self.queue: deque[Step] = deque()
+        self.waiting: set[Step] = set()
+        self.nodes = {n.name: n for n in self.gm.graph.nodes}
+        stored = (*self.gm.named_parameters(), *self.gm.named_buffers())
+        self.sizes = {n: tuple(t.shape) for n, t in stored}
+        for node in self.gm.graph.nodes:
+            for step in steps(self.gm, node):
+                for ref in _refs(step):
+                    self.near.setdefault(ref, []).append(step)
+            self.copies.update(copies(node))
+
+    def run(self) -> dict[Ref, Axis]:
+        """What lies along every axis."""
+        for source in self._inputs(), self._sites(), self._branches():
+            for ref, found in source:
+                self._put(ref, found)
+        self._spread()
+        for ref, found in self._stacked():
+            self._put(ref, found)
+        self._spread()
+        for ref, kind in self._convolutions():
+            if ref not in self.found:
+                self._put(ref, axis(kind, self._size(ref)))
+        self._spread()
+        return self.found
+
+    def _spread(self) -> None:
+        while self.queue:
+            step = self.queue.popleft()
+            self.waiting.discard(step)
+            self._apply(step)
+
+    def _size(self, ref: Ref) -> object:
+        return size_at(ref, self.sizes)
+
+    def _put(self, ref: Ref, found: Axis | None) -> None:
+        if found is None or not known(found) or ref in self.refused:
+            return
+        old = self.found.get(ref)
+        new = found if old is None else joined(old, found)
+        if new == old:
+            return
+        if new is None:  # two things meet here: neither is what it is
+            self.refused.add(ref)
+            self.found.pop(ref)
+            return
+        self.found[ref] = new
+        for step in self.near.get(ref, ()):
+            if step not in self.waiting:
+                self.waiting.add(step)
+                self.queue.append(step)
+
+    def _apply(self, step: Step) -> None:
+        match step:
+            case Same(a, b):
+                self._put(b, self.found.get(a))
+                self._put(a, self.found.get(b))
+            case Made(a, b, size, start):
+                source = self.found.get(a)
+                if str(size) not in ("0", "1"):
+                    self._put(b, piece(source, start, size) if source is not None else None)
+            case Row(name, size, pieces):
+                self._put(name, whole([self.found.get(p) for p in pieces], size))
+            case Product():
+                self._product(step)
+
+    def _product(self, step: Product) -> None:
+        refs, sizes = [r for r, _ in step.parts], [s for _, s in step.parts]
+        copies = [r in step.copies or r in self.copies for r in refs]
+        found = self.found.get(step.merged)
+        if found == axis("head", _total(sizes)) and copies == [False, True]:
+            # Heads that are copies of fewer are as many groups.
+            self._put(refs[0], axis("group", sizes[0]))
+            self._put(step.merged, (*axis("group", sizes[0]), *axis("head", sizes[1])))
+        elif found is not None:
+            for ref, part in zip(refs, split(found, sizes), strict=True):
+                self._put(ref, part)
+        self._put(step.merged, merged([self.found.get(r) for r in refs], sizes))
+
+    # Where it begins.
+
+    def _inputs(self) -> Iterator[tuple[Ref, Axis]]:
+        spec, held = self.program.spec, placeholders(self.gm)
+        kinds = {n: kind for kind in ("batch", "token") for n in spec.of_kind(kind)}
+        for item in spec.inputs:
+            for place, size in enumerate(item.shape):
+                if isinstance(size, str) and size in kinds:
+                    ref = held[item.name], place
+                    yield ref, axis(kinds[size], self._size(ref))
+
+    def _branches(self) -> Iterator[tuple[Ref, Axis]]:
+        for node in self.gm.graph.nodes:
+            module = submodule(self.gm, node)
+            if not isinstance(module, Branch):
+                continue
+            for name, labels in module.axes.items():
+                ref = f"{node.target}.{name}"
+                shape = self.sizes.get(ref, ())
+                if len(shape) == len(labels) + 1 and isinstance(module.shape, ExpertsShape):
+                    labels = ("expert", *labels)
+                if len(shape) == len(labels):
+                    for place, label in enumerate(labels):
+                        yield (ref, place), _declared(label, shape[place], module)
+
+    def _sites(self) -> Iterator[tuple[Ref, Axis]]:
+        seeds: list[tuple[Ref, Kind]] = []
+        for site in self.program.sites:
+            nodes = [self.nodes[n] for n in site.nodes if n in self.nodes]
+            if nodes:
+                seeds += self._at(site, nodes)
+        for ref, kind in seeds:
+            size = self._size(ref)
+            if size != 1:
+                yield ref, axis(kind, size)
+
+    def _at(self, site: Site, nodes: list[Node]) -> list[tuple[Ref, Kind]]:
+        """What is known at a site."""
+        node = nodes[0]
+        if isinstance(site, AttentionSite):
+            return _attention(node, self.gm)
+        if isinstance(site, EmbeddingSite) and site.role != "relative":
+            return [((site.weight, 1), "width")]
+        if isinstance(site, SublayerSite):
+            place, kind = (1, "channel") if site.role == "conv" else (-1, "width")
+            rank = len(sizes_of(node))
+            return [((node, place % rank), kind)] if rank > 2 else []
+        if isinstance(site, ExpertsSite):
+            return [((site.weight, 0), "expert")]
+        if isinstance(site, FeedForwardSite):
+            return self._feed_forward(site)
+        return []
+
+    def _feed_forward(self, site: FeedForwardSite) -> list[tuple[Ref, Kind]]:
+        found: list[tuple[Ref, Kind]] = []
+        down = self.program.sites[site.down]
+        if isinstance(down, LinearSite) and not down.sliced:
+            found.append(((down.weight, 0 if down.in_out else 1), "channel"))
+        elif isinstance(down, ExpertsSite):
+            found.append(((down.weight, 1 if down.in_out else 2), "channel"))
+        router = self.program.sites[site.router] if site.router else None
+        if isinstance(router, LinearSite):
+            found.append(((router.weight, 1 if router.in_out else 0), "expert"))
+        return found
+
+    def _stacked(self) -> Iterator[tuple[Ref, Axis]]:
+        """Attentions that have samples and heads on one axis."""
+        cores = [s.nodes[0] for s in self.program.sites if isinstance(s, AttentionSite)]
+        for name in cores:
+            match self.found.get((self.nodes[name], 0)) if name in self.nodes else None:
+                case (Factor("batch") as rows, Factor(None, size)):
+                    yield (self.nodes[name], 0), (rows, *axis("head", size))
+                case _:
+                    pass
+
+    def _convolutions(self) -> Iterator[tuple[Ref, Kind]]:
+        for node in self.gm.graph.nodes:
+            if not is_op(node, CONVS):
+                continue
+            for value in (named_arguments(node)["input"], node):
+                for place in range(1, len(sizes_of(value))):
+                    ref: Ref = owner(value), place
+                    if self._size(ref) != 1 and ref not in self.refused:
+                        yield ref, "token" if place > 1 else "channel"
+
+
+def _declared(label: str | tuple[str, ...], size: int, branch: Branch) -> Axis:
+    """What a branch says of an axis; beside a stack of matrices, it has one part for each."""
+    words = (label,) if isinstance(label, str) else label
+    kinds = [_DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words]
+    count = branch.shape.count
+    joint = isinstance(branch.shape, ExpertsShape) and kinds != ["expert"] and len(kinds) == 1
+    if joint and kinds[0] is None and size % count == 0:
+        return *axis("expert", count), *axis(kinds[0], size // count)
+    return axis(kinds[0], size) if len(kinds) == 1 else axis(None, size)
+
+
+def _refs(step: Step) -> tuple[Ref, ...]:
+    match step:
+        case Same(a, b) | Made(a, b):
+            return a, b
+        case Row(name, _, pieces):
+            return name, *pieces
+        case Product(name, parts):
+            return name, *(r for r, _ in parts)
+
+
+def _total(sizes: list[object]) -> object:
+    total: object = 1
+    for size in sizes:
+        total = total * size  # pyright: ignore
+    return total
+
+
+_UP = CASTS | VIEWS | SLICES | ARITHMETIC | POINTWISE | SOFTMAX | DROPOUTS
+_PRODUCTS = MATMULS - {ATEN.addmm.default}
+
+
+def _attention(core: Node, gm: GraphModule) -> list[tuple[Ref, Kind]]:
+    """Heads, tokens and widths where queries meet keys, and weights values."""
+    rank = len(sizes_of(core))
+    heads: list[tuple[Ref, Kind]] = [((core, 1), "head")] if rank == 4 else []
+    if isinstance(submodule(gm, core), Attention):
+        pairs = [(core, (-2, -1)), *((x, (-2, -1)) for x in inputs(core)[:2])]
+    elif is_op(core, _PRODUCTS):
+        first, second = operands(core)[-2:]
+        if (scores := _scores(gm, first)) is not None:
+            pairs = [(core, (-2, -1)), (first, (-1, None)), (scores, (None, -1))]
+        elif (scores := _scores(gm, second)) is not None:
+            pairs = [(core, (-1, -2)), (second, (-2, None)), (scores, (None, -1))]
+        else:
+            return heads
+    else:
+        return heads
+    for value, places in pairs:
+        for place, kind in zip(places, ("token", "width"), strict=True):
+            if place is not None:
+                heads.append(((owner(value), len(sizes_of(value)) + place), kind))
+    return heads
+
+
+def _scores(gm: GraphModule, weights: Node) -> Node | None:
+    """What the product of queries and keys below a softmax multiplies, contracted last axis."""
+    stack, seen = [(weights, is_op(weights, SOFTMAX))], set[Node]()
+    while stack:
+        node, below = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_op(node, _PRODUCTS):
+            if below:
+                return operands(node)[-2]
+            continue
+        if is_op(node, _UP) or isinstance(submodule(gm, node), nn.Dropout):
+            stack += [(i, below or is_op(node, SOFTMAX)) for i in inputs(node)]
+    return None
