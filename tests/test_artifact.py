@@ -311,9 +311,9 @@ def test_loading_and_removing_fork_once_whatever_the_adapters(
     forks: list[str] = []
     original = peftfx.Program.fork
 
-    def counted(self: peftfx.Program) -> peftfx.Program:
+    def counted(self: peftfx.Program, printed: bool = True) -> peftfx.Program:
         forks.append("fork")
-        return original(self)
+        return original(self, printed)
 
     monkeypatch.setattr(peftfx.Program, "fork", counted)
     loaded = peftfx.load(base, tmp_path / "a")
