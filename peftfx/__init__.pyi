@@ -16,6 +16,7 @@ from .passes.merging.bank import Bank as Bank
 from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.quantization.peqa import PEQA as PEQA
+from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA

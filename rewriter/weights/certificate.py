@@ -68,13 +68,13 @@ class Verdict:
         """Whether nearly everything is lost: the change is gone, or drowns in rounding."""
         return self.left < 0.01 or self.lost > LOST
 
-    def said(self, dtype: torch.dtype) -> str:
-        """What a report says of it where it has vanished."""
+    def said(self, storage: str) -> str:
+        """What a report says of it where it has vanished, or was packed again."""
         left = "nothing" if self.left < 0.01 else f"{self.left:.0%}"
         off = "" if self.left < 0.01 else (
             f" along its direction, and errors of {self.lost:.0%} of its size"
         )  # fmt: skip
-        return f"rounding to {str(dtype)[6:]} left {left} of what was learnt{off}"
+        return f"rounding to {storage} left {left} of what was learnt{off}"
 
 
 @dataclass
@@ -216,6 +216,23 @@ def _norm(x: Tensor) -> float:
     return math.sqrt(float(torch.dot(flat, flat)))
 
 
+def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> Verdict:
+    """What is left of the change of a weight `[out, in]` that was packed again.
+
+    Raises:
+        VerifyError: it is further from the exact one than the weight was before.
+    """
+    change, error = (t.double() for t in (exact - before, written - exact))
+    square, off = float(change.square().sum()), float(error.square().sum())
+    if off > square * (1 + 1e-5):
+        raise VerifyError(
+            f"{name}: packed again, it is further from what its branches compute than it was "
+            "without them. This is an error in the format; nothing was changed."
+        )
+    along = float(((written - before).double() * change).sum())
+    return Verdict(0.0, (off / square) ** 0.5, along / square) if square else Verdict(0.0)
+
+
 def _steps(
     branches: Mapping[str, Branch], old: Tensor, bias: Tensor | None, deltas: Mapping[str, Tensor]
 ) -> tuple[list[_Step], Tensor | None]:
@@ -241,10 +258,10 @@ def _steps(
         elif isinstance(branch, Delta):
             steps.append(adds(deltas[path]))
         elif isinstance(branch, InputScale):  # also scales what deltas read
-            factor = branch.shape.columns(branch.full_scale().to(old), old)
+            factor = branch.shape.columns(branch.full_scale().detach().to(old), old)
             columns.append(scales_columns(factor))
         elif isinstance(branch, OutputScale):
-            factor = branch.full_scale().to(old)
+            factor = branch.full_scale().detach().to(old)
             steps.append(scales(factor))
             bias = None if bias is None else bias * factor
     return [*steps, *columns], bias

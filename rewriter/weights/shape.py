@@ -21,13 +21,12 @@ from ..graph.aten import (
     CASTS,
     EMBEDDING,
     LINEAR,
-    data_index,
     is_op,
     named_arguments,
     parameter_of,
     value,
 )
-from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, is_grouped
+from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, data_index, is_grouped
 from ..program.readers import turned
 from ..program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 
@@ -82,6 +81,8 @@ def _options(call: Node) -> str:
 def reads_as_stored(site: WeightSite, call: Node) -> bool:
     """Whether a call reads the site's weight in the way that the site says."""
     parts = WeightedCall.of(call)
+    if parts is not None and parts.stored is not None:
+        return parts.stored.weight == site.weight
     known = None if parts is None else parameter_of(parts.weight, depth=64)
     if parts is None or known is None or known[0] != site.weight:
         return False

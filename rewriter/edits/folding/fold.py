@@ -18,21 +18,27 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
-from ...graph.aten import erase_dead, is_quantised, parameter_of, set_attribute
+from ...graph.aten import erase_dead, parameter_of, set_attribute
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...measure.compare import all_finite
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers
-from ...program.sites import WeightSite
+from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
-from ...weights.certificate import Matrix, check_folded, require_finite_base
+from ...weights.certificate import (
+    Matrix,
+    Verdict,
+    check_folded,
+    require_finite_base,
+)
 from ...weights.shape import reads_as_stored
 from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
+from .packing import while_unpacked
 from .rules import Fold, linear_of, lost_share, match_at
 from .untie import untie
 
@@ -47,6 +53,8 @@ class Folding:
         lost: the largest rounding error of a weight, relative to its change.
         gap: the largest relative difference between a branch and what it folds.
         vanished: (site, why) where rounding lost nearly all of what was learnt.
+        lossy: whether weights in formats that hold no other matrix are packed again.
+        packed: (site, what is left) of those, and `left` the smallest share of a change.
         constants: by path, what branches read that is constant (see `measure/constants.py`).
     """
 
@@ -55,10 +63,21 @@ class Folding:
     lost: float = 0.0
     gap: float = 0.0
     vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    lossy: bool = False
+    packed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    left: float = 1.0
     constants: Mapping[str, Mapping[str, Tensor]] = field(
         default_factory=dict[str, Mapping[str, Tensor]]
     )
     _readers: Readers | None = None
+
+    def packed_again(self, site: str, verdict: Verdict, said: str) -> None:
+        """Notes what packing a weight again has left."""
+        self.packed.append((site, said))
+        self.left = min(self.left, verdict.left)
+        self.lost = max(self.lost, verdict.lost)
+        if verdict.vanished:
+            self.vanished.append((site, said))
 
     def of(self, program: State) -> Readers:
         """Who reads the tensors of the program that is folded."""
@@ -67,7 +86,7 @@ class Folding:
         return self._readers
 
 
-def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
+def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) -> Folding:
     """Folds the named branches as far as possible.
 
     Args:
@@ -76,6 +95,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         tied: what to do where something else reads a tensor that folding changes: `refuse`,
             `keep` (leave the branch), `untie` (give these calls a tensor of their own) or `both`
             (change the shared tensor).
+        lossy: also into weights whose format has to round them again.
 
     Raises:
         FoldError: a tensor with other readers and `tied="refuse"`.
@@ -83,7 +103,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
     """
     named = (a for a in edit.program.attachments if a.path in paths)
-    result = Folding(constants=constant_reads(edit.program, named))
+    result = Folding(constants=constant_reads(edit.program, named), lossy=lossy)
     fold_ready(edit.program, frozenset(paths))
     for group in by_weight(edit.program, paths).values():
         fold_weight(edit, group, tied, result)
@@ -150,9 +170,31 @@ def _by_calls(program: State, group: Sequence[Attachment]) -> list[list[Attachme
 
 
 def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
-    """Folds the branches of one weight at the same calls, and compares it with them."""
+    """Folds the branches of one weight at the same calls, unpacked meanwhile where its format holds
+    no other matrix."""
     constants = result.constants
     branches = {a.path: branch_of(edit.program, a, constants.get(a.path, {})) for a in group}
+    site = edit.program.sites[group[0].site]
+    weight = edit.weight(site) if result.lossy and isinstance(site, LinearSite) else None
+    if weight is None or not any(weight.refuses(b) for b in branches.values()):
+        _fold_exactly(edit, group, branches, tied, result)
+        return
+    done = while_unpacked(
+        edit, site, lambda: _fold_exactly(edit, group, branches, tied, result), frozenset(branches)
+    )
+    result.of(edit.program).refresh()
+    if done is not None:
+        result.packed_again(site.id, *done)
+
+
+def _fold_exactly(
+    edit: Attaching,
+    group: Sequence[Attachment],
+    branches: Mapping[str, Branch],
+    tied: str,
+    result: Folding,
+) -> None:
+    """Folds branches into a weight as it is stored, and compares it with them."""
     before = _matrix(edit, group)
     progress = True
     while progress:
@@ -176,7 +218,7 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     verdict = check_folded(site.id, before, after or before, mine)
     result.gap = max(result.gap, verdict.gap)
     if verdict.vanished:
-        result.vanished.append((site.id, verdict.said(before.dtype)))
+        result.vanished.append((site.id, verdict.said(str(before.dtype)[6:])))
 
 
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
@@ -248,9 +290,7 @@ def _matches(
         return "not every call of the weight has the branch"
     for match, _ in matches:
         linear, known = linear_of(match), parameter_of(match["w"], depth=64)
-        if is_quantised(linear) or known is None:
-            continue
-        if not reads_as_stored(site, linear):
+        if known is not None and not reads_as_stored(site, linear):
             return f"not foldable: {linear.name} reads {known[0]} in another way than the site says"
     return matches
 
@@ -268,7 +308,7 @@ def _settle_sharing(
     Raises:
         FoldError: something else reads them, and `tied` says to refuse, or they cannot be parted.
     """
-    names = list(edit.weight(site).stored())
+    names = edit.weight(site).names
     if isinstance(branch, OutputScale) and site.bias is not None:
         names.append(site.bias)
     if tied == "both":

@@ -18,8 +18,9 @@ from torch.fx import GraphModule, Node
 
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
-from ...graph.aten import data_index, is_op, shape, source_line, submodule, users, value
+from ...graph.aten import is_op, shape, source_line, submodule, users, value
 from ...graph.ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
+from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
 from ...program.state import State
 
@@ -71,7 +72,7 @@ def channels(program: State, site: FeedForwardSite | AttentionSite) -> Channels:
     if not isinstance(down, LinearSite):
         raise PassError(f"{site.id}: its down projection is not a linear.")
     call = nodes[down.nodes[0]]
-    data = call.args[data_index(call) if call.op == "call_function" else 0]
+    data = data_of(call)
     rank = len(shape(data) or ())
     start = owner(data), rank - 2 if down.left else rank - 1
     return _Spread(program.module).run(start, down.in_features, site.id)
