@@ -49,7 +49,9 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         padding = padding if isinstance(padding, str) else _each(padding, count)
         return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
     if isinstance(site, ExpertsSite):
-        return ExpertsShape(site.experts, site.in_out, is_grouped(call))
+        grouped = is_grouped(call)
+        operator = call.target if grouped and callable(call.target) else None
+        return ExpertsShape(site.experts, site.in_out, grouped, operator)
     padding = given.get("padding_idx", -1)
     padding = padding if isinstance(padding, int) and padding >= 0 else None
     return EmbeddingShape(value(call).dtype, padding, wraps=not is_op(call, EMBEDDING))
