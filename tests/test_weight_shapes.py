@@ -316,6 +316,24 @@ def test_grouped_rows_meet_their_own_expert(zoo: Any, method: str) -> None:
     torch.testing.assert_close(first(folded(**inputs)), want, rtol=1e-4, atol=1e-5)
 
 
+def test_differences_of_every_shape_fold(model: Mixed, base: peftfx.Program) -> None:
+    """Beside a transposed convolution no branch stands, but its tensor is one like others."""
+    text = "diff_pruning{density=0.1,where=conv|embedding|experts|linear}"
+    baked = peftfx.run(randomise(peftfx.run(base, text), 0.1), "bake")
+    folded = peftfx.run(baked, "fold")
+    assert not folded.attachments
+    close(folded(IDS), baked(IDS), 1e-6)
+    state, before = folded.export_state_dict(), model.state_dict()
+    changed = {n for n in before if not torch.equal(state[n], before[n])}
+    assert changed >= {"token.weight", "block.up", "block.down", "back.weight", "head.weight"}
+    assert changed >= {f"{n}.weight" for n in CONVS}
+    count = sum(before[n].numel() for n in before if "norm" not in n)
+    assert sum(int((state[n] != before[n]).sum()) for n in before) <= round(0.1 * count)
+    other = Mixed().eval()
+    other.load_state_dict(state)
+    close(folded(IDS), other(IDS), 1e-6)
+
+
 def one_by_one(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Each row times the matrix of its expert; rows behind the last end give zero."""
     y, start = torch.zeros(x.shape[0], matrices.shape[2], dtype=x.dtype), 0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.folding.fold import fold, warn_of
+from ...rewriter.edits.folding.fold import fold
+from ...rewriter.edits.folding.result import warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.graph.sharded import has_shards
 from ...rewriter.pipeline.passes import Pass

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..api import Program
 from ..edits.edit import Editor
-from ..edits.folding.fold import Folding, branch_of, by_weight, fold_weight
+from ..edits.folding.fold import branch_of, by_weight, fold_weight
+from ..edits.folding.result import Folding
 from ..edits.linear.compose import ORDER, fold_ready
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute

@@ -8,9 +8,7 @@ written is compared with what the branches compute (`certificate`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,6 @@ from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
 from ...weights.certificate import (
     Matrix,
-    Verdict,
     check_folded,
     require_finite_base,
 )
@@ -39,51 +36,9 @@ from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
 from .packing import while_unpacked
+from .result import Folding
 from .rules import Fold, linear_of, lost_share, match_at
 from .untie import untie
-
-
-@dataclass
-class Folding:
-    """The result.
-
-    Attributes:
-        folded: paths of the branches that folded.
-        kept: those that did not, and why.
-        lost: the largest rounding error of a weight, relative to its change.
-        gap: the largest relative difference between a branch and what it folds.
-        vanished: (site, why) where rounding lost nearly all of what was learnt.
-        lossy: whether weights in formats that hold no other matrix are packed again.
-        packed: (site, what is left) of those, and `left` the smallest share of a change.
-        constants: by path, what branches read that is constant (see `measure/constants.py`).
-    """
-
-    folded: list[str] = field(default_factory=list[str])
-    kept: dict[str, str] = field(default_factory=dict[str, str])
-    lost: float = 0.0
-    gap: float = 0.0
-    vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    lossy: bool = False
-    packed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    left: float = 1.0
-    constants: Mapping[str, Mapping[str, Tensor]] = field(
-        default_factory=dict[str, Mapping[str, Tensor]]
-    )
-    _readers: Readers | None = None
-
-    def packed_again(self, site: str, verdict: Verdict, said: str) -> None:
-        """Notes what packing a weight again has left."""
-        self.packed.append((site, said))
-        self.left = min(self.left, verdict.left)
-        self.lost = max(self.lost, verdict.lost)
-        if verdict.vanished:
-            self.vanished.append((site, said))
-
-    def of(self, program: State) -> Readers:
-        """Who reads the tensors of the program that is folded."""
-        if self._readers is None or self._readers.program is not program:
-            self._readers = Readers(program)
-        return self._readers
 
 
 def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) -> Folding:
@@ -116,18 +71,6 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) 
         if path not in called:  # what only folded branches read leaves with them
             remember(edit.program, path)
     return result
-
-
-def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
-    """Warns where rounding lost nearly all of what was learnt."""
-    if vanished:
-        site, note = vanished[0]
-        more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
-        warnings.warn(
-            f"fold: {site}: {note}{more}. Use more steps or a larger rate, keep the branch, or "
-            "capture the model in float32 before folding.",
-            stacklevel=3,
-        )
 
 
 def branch_of(program: State, attachment: Attachment, reads: Mapping[str, Tensor]) -> Branch:
@@ -175,8 +118,11 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     constants = result.constants
     branches = {a.path: branch_of(edit.program, a, constants.get(a.path, {})) for a in group}
     site = edit.program.sites[group[0].site]
-    weight = edit.weight(site) if result.lossy and isinstance(site, LinearSite) else None
-    if weight is None or not any(weight.refuses(b) for b in branches.values()):
+    if not (
+        result.lossy
+        and isinstance(site, LinearSite)
+        and any(edit.weight(site).refuses(b) for b in branches.values())
+    ):
         _fold_exactly(edit, group, branches, tied, result)
         return
     done = while_unpacked(
@@ -222,8 +168,9 @@ def _fold_exactly(
 
 
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
-    """The weight of a group now; None where there is none, or none with values."""
-    site = edit.program.sites[group[0].site]
+    """The weight of a group now; None where no branch stands beside one, or it has no values."""
+    beside = [a for a in group if a.slot in ORDER]
+    site = edit.program.sites[beside[0].site] if beside else None
     if not isinstance(site, WeightSite):
         return None
     weight = edit.weight(site)
