@@ -413,6 +413,38 @@ def test_biases_names_and_layouts_stay(captured: Any, kind: str) -> None:
     torch.testing.assert_close(program(x), want, rtol=1e-4, atol=1e-5)
 
 
+GROUPS = {"codebook": 8, "int4": 16, "onebit": 8, "sparse24": 4}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_channels_are_cut_by_whole_groups(captured: Any, kind: str) -> None:
+    """As the program with those channels at zero, adapters included."""
+    group = "" if kind == "sparse24" else f",group={GROUPS[kind]}"
+    text = f"quantise{{format={kind}{group}}};lora{{rank=2,alpha=3,where=ffn}}"
+    program = randomise(peftfx.run(captured["block"][1], text), 0.2)
+    cut = peftfx.run(program, "channel_pruning{ratio=0.4}")
+    (kept,) = cut.history[-1].plan.decisions["kept"].values()
+    whole = torch.tensor(kept).view(-1, GROUPS[kind])
+    assert 30 < len(kept) < 50 and bool((whole % GROUPS[kind] == torch.arange(GROUPS[kind])).all())
+    other = references(program, lora)
+    with torch.no_grad():
+        gone = [i for i in range(64) if i not in kept]
+        other.layers[0].down.weight[:, gone] = 0
+    got = first(cut(**batch(3, 7)))
+    torch.testing.assert_close(got, first(other(**batch(3, 7))), rtol=1e-4, atol=1e-5)
+    assert moved(first(program(**batch(3, 7))), got) > 0.01
+    stored = cut.module.state_dict()
+    assert all(torch.equal(stored[n], t) for n, t in program.module.state_dict().items()
+               if "proj.weight" in n)  # fmt: skip
+    share = cut.history[-1].certificate.measured["removed"]
+    entries = sum(p.numel() for p in build("block").parameters())
+    added = sum(p.numel() for p in program.trainable_parameters())
+    lost = len(gone) * (3 * 32 + 2 * 3)  # columns and rows of three weights, and of their factors
+    assert share == pytest.approx(lost / (entries + added), rel=1e-6)
+    with pytest.raises(PassError, match="score=taylor asks for gradients of all entries"):
+        peftfx.run(program, "channel_pruning{score=taylor}", data=[batch()])
+
+
 @pytest.mark.parametrize("kind", PASSES)
 def test_every_format_exports(stored: Any, kind: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")

@@ -90,6 +90,32 @@ class StoredCall:
         node.args = self.operands
 
 
+@dataclass(frozen=True)
+class Unpacked:
+    """A call that computes the dense weight `[out, in]` of a stored format.
+
+    Attributes:
+        weight: the name below which the parts are stored.
+    """
+
+    node: Node
+    weight: str
+
+    @staticmethod
+    def of(node: object) -> Unpacked | None:
+        """None if a node is no such call."""
+        if not isinstance(node, Node) or node.op != "call_function":
+            return None
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.name not in FORMATS.values():
+            return None
+        return Unpacked(node, str(node.all_input_nodes[0].target).rpartition(".")[0])
+
+    def resize(self, size: int) -> None:
+        """Says how many inputs there are."""
+        self.node.args = (*self.node.args[:-1], size)
+
+
 def _sorted(given: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any, dict[str, int]]:
     """(x, parts, bias, numbers) of operands by name."""
     names = list(given)

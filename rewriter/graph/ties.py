@@ -1,7 +1,6 @@
 """How each operator relates the axes of what it reads to the axes of what it computes.
 
-A `Tie` says that one index of one axis is one index of another; a `Grid` that one axis is the
-row-major product of several. An axis that an operator mixes (a sum, a norm) has no relation there.
+An axis that an operator mixes (a sum, a norm) has no relation there.
 Only axes of a fixed size are related: no channel lies along batch or tokens.
 """
 
@@ -9,11 +8,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, RowScale
@@ -30,34 +28,10 @@ from .aten import (
     shape,
     submodule,
 )  # fmt: skip
+from .axis_relations import Bundle, Grid, Ref, Relation, Tie
 from .modes import AlphaDropout, Attention, BatchNorm
+from .stored_call import StoredCall, Unpacked
 
-Ref = tuple[Node | str, int]
-"""An axis: of a graph node's value, or of a stored tensor (by its name)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tie:
-    """Index `i` of axis `b` is index `index[i]` of axis `a` (-1: none); None: the same index.
-
-    `size` is that of axis `a`.
-    """
-
-    a: Ref
-    b: Ref
-    index: Tensor | None = None
-    size: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Axis `merged` is the row-major product of the `parts`, each with its size."""
-
-    merged: Ref
-    parts: tuple[tuple[Ref, int], ...]
-
-
-Relation = Tie | Grid
 Rule = Callable[[Node], list[Relation]]
 
 GETITEM = frozenset({operator.getitem})
@@ -95,6 +69,10 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
         return _attention(node)
     if is_op(node, GETITEM):
         return _piece(node)
+    if (call := StoredCall.of(node)) is not None:
+        return _stored(node, call)
+    if (dense := Unpacked.of(node)) is not None:
+        return [Tie((dense.weight, axis), (node, axis)) for axis in (0, 1)]
     for operators, rule in _RULES:
         if is_op(node, operators):
             return rule(node)
@@ -272,6 +250,16 @@ def _linear(node: Node) -> list[Relation]:
     x, w, *bias = _tensors(node.args[:3])
     found = [_tie(x, -1, w, 1), _tie(w, 0, node, -1), *_leading(x, node, 1)]
     return [*found, *(_tie(b, 0, node, -1) for b in bias)]
+
+
+def _stored(node: Node, call: StoredCall) -> list[Relation]:
+    """The axes of a weight in a stored format are `[out, in]`, whatever its parts are."""
+    x: Any = call.x
+    last = len(_sizes(node)) - 1
+    found = [Tie((owner(x), last), (call.weight, 1)), Tie((call.weight, 0), (node, last))]
+    biases = [_tie(call.bias, 0, node, -1)] if isinstance(call.bias, Node) else []
+    group = Bundle((call.weight, 1), call.numbers["group"])
+    return [*found, *_leading(x, node, 1), *biases, group]
 
 
 def _addmm(node: Node) -> list[Relation]:

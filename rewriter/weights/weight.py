@@ -6,7 +6,7 @@ Folding goes through these words, so that a new format is one more class and no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -183,15 +183,17 @@ class Weight:
 def put_format(gm: GraphModule, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Stores tensors under a weight's name or below it, in the place of what is there.
 
-    Integers become buffers, and floating-point numbers Parameters that do not train.
+    Integers become buffers, and floating-point numbers Parameters, which train where those of the
+    same names did.
     """
     path, _, leaf = name.rpartition(".")
     owner = gm.get_submodule(path)
+    trained = {n for n, p in gm.named_parameters() if n in tensors and p.requires_grad}
     owner._parameters.pop(leaf, None)
     owner._modules.pop(leaf, None)
     for part, tensor in tensors.items():
         floating = tensor.is_floating_point()
-        kept = nn.Parameter(tensor, requires_grad=False) if floating else tensor
+        kept = nn.Parameter(tensor, requires_grad=part in trained) if floating else tensor
         set_attribute(gm, part, kept, transient=False)
 
 
@@ -209,7 +211,8 @@ def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weigh
         }
         kind = format_of(stored.operator)
         form = kind(**parts, **stored.numbers, in_features=site.in_features)  # pyright: ignore[reportCallIssue]
-        dtype = value(call).dtype
+        known = value(call)  # none while sizes change
+        dtype = form.dtype if known is None else known.dtype
     else:
         tensor = whole(module.get_parameter(site.weight).detach())
         form, dtype = Dense(shape.matrix(tensor)), tensor.dtype
@@ -217,6 +220,12 @@ def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weigh
         module=module, name=site.weight, bias_name=site.bias, bias=bias, shape=shape, format=form,
         dtype=dtype,
     )  # fmt: skip
+
+
+def weights_at(program: State, sites: Iterable[WeightSite]) -> dict[str, Weight]:
+    """What sites multiply by, by the weight's name."""
+    nodes = site_nodes(program.module)
+    return {s.weight: weight_of(program.module, s, nodes.get(s.nodes[0])) for s in sites}
 
 
 def stored_calls(program: State) -> dict[str, Node]:
@@ -230,11 +239,13 @@ def stored_calls(program: State) -> dict[str, Node]:
     return calls
 
 
+def stored_weights(program: State) -> dict[str, Weight]:
+    """The weights that are stored in a format of ours, by name."""
+    packed = stored_calls(program)
+    linears = (s for s in program.sites if isinstance(s, LinearSite))
+    return weights_at(program, [s for s in linears if s.weight in packed])
+
+
 def dense_weights(program: State) -> dict[str, Tensor]:
     """The weights stored in a format of ours as dense ones, laid out as the model does, by name."""
-    sites = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
-    weights: dict[str, Tensor] = {}
-    for name, call in stored_calls(program).items():
-        weight = weight_of(program.module, sites[name], call)
-        weights[name] = weight.shape.stored(weight.dense())
-    return weights
+    return {n: w.shape.stored(w.dense()) for n, w in stored_weights(program).items()}

@@ -29,7 +29,7 @@ from ...graph.weighted_call import WeightedCall, redirect
 from ...program.history import Attachment
 from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
-from ...weights.weight import weight_of
+from ...weights.weight import Weight
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
@@ -47,13 +47,12 @@ def at_weight(
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
-def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Tensor:
+def adapted_weight(program: State, site: LinearSite, weight: Weight, scales: bool = True) -> Tensor:
     """What the linear of a site multiplies by with all its branches, `[out, in]`.
 
     The whole of a fused weight; without `scales`, only what is added to it. Branches that read
     values of the graph do not count.
     """
-    weight = weight_of(program.module, site, site_nodes(program.module).get(site.nodes[0]))
     dense = weight.dense()
     stored = weight.shape.stored(dense)
     attached = [a for a in at_weight(program, site.weight) if not a.reads]

@@ -19,7 +19,9 @@ from torch.fx import GraphModule, Node
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import is_op, shape, source_line, submodule, users, value
-from ...graph.ties import DIVISIONS, GETITEM, Grid, Ref, Relation, Tie, owner, relations
+from ...graph.axis_relations import Bundle, Grid, Ref, Relation, Tie
+from ...graph.stored_call import StoredCall
+from ...graph.ties import DIVISIONS, GETITEM, owner, relations
 from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
 from ...program.state import State
@@ -89,6 +91,8 @@ class _Spread:
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self.readers.setdefault(str(node.target), []).append(node)
+            if (call := StoredCall.of(node)) is not None:
+                self.readers.setdefault(call.weight, []).extend(call.parts.values())
             module = submodule(gm, node)
             if isinstance(module, Branch):
                 for name, _ in (*module.named_parameters(), *module.named_buffers()):
@@ -148,6 +152,11 @@ class _Spread:
         if isinstance(relation, Grid):
             self._apply_grid(relation)
             return
+        if isinstance(relation, Bundle):
+            if (labels := self.labels.get(relation.axis)) is not None:
+                runs = labels.split(relation.size)
+                self._put(relation.axis, torch.cat([r.amax().expand(len(r)) for r in runs]))
+            return
         a, b = self.labels.get(relation.a), self.labels.get(relation.b)
         index = relation.index
         if a is not None:
@@ -187,6 +196,8 @@ class _Spread:
         for relation in found:
             if isinstance(relation, Tie):
                 covered |= {relation.a, relation.b}
+                continue
+            if isinstance(relation, Bundle):
                 continue
             parts = [ref for ref, _ in relation.parts]
             if relation.merged in self.labels and not any(p in self.labels for p in parts):
