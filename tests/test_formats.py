@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftfx
@@ -23,7 +24,7 @@ from peftfx.rewriter.weights.integers import Quantised
 from peftfx.rewriter.weights.onebit import OneBit
 from peftfx.rewriter.weights.sparse24 import Sparse24
 
-from .models import batch, build, first, moved, randomise
+from .models import Decoder, Encoder, batch, build, first, moved, randomise
 
 KINDS: dict[str, tuple[type[Format], dict[str, Any]]] = {
     "dense": (Dense, {}),
@@ -455,6 +456,35 @@ def test_every_format_exports(stored: Any, kind: str, tmp_path: Path) -> None:
     assert ("MatMulNBits" in kinds) == kind.startswith("int")
 
 
+@pytest.mark.parametrize("kind", PASSES)
+def test_weights_may_come_later(kind: str, stored: Any, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Decoder(layers=1).eval()
+    meta = peftfx.run(peftfx.capture(model, kwargs=batch()), f"quantise{{format={kind}}}")
+    assert meta.history[-1].certificate.kind == "unmeasured"
+    save_file(build("block").state_dict(), tmp_path / "model.safetensors")
+    known = dict(build("block").named_buffers())
+    loaded = peftfx.load_weights(meta, tmp_path, buffers=known)
+    assert torch.equal(first(loaded(**batch())), first(stored(kind)(**batch())))
+
+
+@pytest.mark.parametrize("kind", ["codebook", "int4", "onebit", "sparse24"])
+def test_half_precision_keeps_its_scales_and_compiles(kind: str) -> None:
+    torch.manual_seed(0)
+    base = peftfx.capture(Encoder(layers=1).eval(), kwargs=batch(), dtype=torch.bfloat16)
+    program = peftfx.run(base, f"quantise{{format={kind}}};lora{{rank=2}}")
+    state = program.module.state_dict()
+    scales = {t.dtype for n, t in state.items() if n.endswith(("weight.scale", "weight.values"))}
+    assert scales == {torch.bfloat16 if kind == "sparse24" else torch.float32}
+    got = first(randomise(program)(**batch()))
+    assert got.dtype == torch.bfloat16 and 0 < moved(first(base(**batch())), got) < 1
+    compiled = torch.compile(program.module, fullgraph=True, backend="aot_eager")
+    y = first(compiled(**batch()))
+    torch.testing.assert_close(y, got, rtol=0.05, atol=0.05)
+    y.float().pow(2).sum().backward()
+    assert all(p.grad is not None for p in program.trainable_parameters())
+
+
 # Limits.
 
 
@@ -467,7 +497,7 @@ def test_what_does_not_fit_is_said(captured: Any, stored: Any) -> None:
         peftfx.run(stored("onebit"), "quantise")
     program = peftfx.run(stored("sparse24"), "lora{rank=2};lower")
     assert all("quantised (2 of 4 entries)" in reason for _, reason in program.history[-1].skipped)
-    with pytest.raises(PassError, match="not a floating-point parameter"):
+    with pytest.raises(PassError, match="few bits, which hold no other value of single entries"):
         peftfx.run(stored("codebook"), "diff_pruning{where=q}")
 
 
