@@ -334,6 +334,42 @@ def test_differences_of_every_shape_fold(model: Mixed, base: peftfx.Program) -> 
     close(folded(IDS), other(IDS), 1e-6)
 
 
+class Left(nn.Module):
+    """Stacks that multiply columns, stored as they multiply, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 12, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up @ x.mT[:, None])
+        return (self.down.mT @ hidden).sum(1).mT
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_stack_that_multiplies_from_the_left(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Left().eval(), torch.randn(2, 5, 8)
+    base = peftfx.capture(model, (x,))
+    program = randomise(peftfx.run(base, f"{method}{{rank=2,alpha=3,where=experts}}"), 0.2)
+    other = Left().eval()
+    own = branches(program)
+    assert set(own) == {"up", "down"}
+    with torch.no_grad():
+        other.up.copy_(FORMULAS[method](model.up, own["up"], 1.5))
+        other.down.copy_(FORMULAS[method](model.down.mT, own["down"], 1.5).mT)
+    torch.testing.assert_close(program(x), other(x), rtol=1e-5, atol=1e-5)
+    assert moved(model(x), other(x)) > 0.01
+    folded = peftfx.run(program, "fold")
+    assert not folded.attachments
+    torch.testing.assert_close(folded(x), other(x), rtol=1e-5, atol=1e-5)
+    scaled = randomise(peftfx.run(base, "ia3{where=name:up}"), 0.3)
+    done = peftfx.run(scaled, "fold")
+    torch.testing.assert_close(done(x), scaled(x), rtol=1e-5, atol=1e-5)
+    assert moved(model(x), done(x)) > 0.01 and not done.attachments
+
+
 def one_by_one(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Each row times the matrix of its expert; rows behind the last end give zero."""
     y, start = torch.zeros(x.shape[0], matrices.shape[2], dtype=x.dtype), 0

@@ -279,9 +279,9 @@ class ConvolutionShape(Shape):
 class ExpertsShape(Shape):
     """A matrix an expert, stored `[experts, out, in]`, or `[experts, in, out]` with `in_out`.
 
-    Of rows by expert, `x [..., experts, rows, in]`; or, `grouped`, of sorted rows `x [rows, in]`,
-    of which those of expert e stop before `ends[e]`. Rows behind the last end are of no expert, and
-    what a branch adds to them is zero.
+    Of rows by expert, `x [..., experts, rows, in]` (of `W x` turned by the branch's `axis`); or,
+    `grouped`, of sorted rows `x [rows, in]`, of which those of expert e stop before `ends[e]`. Rows
+    behind the last end are of no expert, and what a branch adds to them is zero.
 
     Attributes:
         operator: the call's own `(x [rows, in], matrices [experts, in, out], ends)`, by which

@@ -92,9 +92,9 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
         stored_turned = site.in_out if is_op(call, LINEAR) else site.in_out == site.left
         return turned(known[1]) is stored_turned
     if isinstance(site, ExpertsSite):
-        if data_index(call) or (is_grouped(call) and not parts.operands):
+        if bool(data_index(call)) != site.left or (is_grouped(call) and not parts.operands):
             return False
-        return turned(known[1]) is (not site.in_out)
+        return turned(known[1]) is (site.in_out == site.left)
     operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
     held: Any = value(parts.x)
     plain = all(is_op(step, CASTS) for step in known[1])
