@@ -172,7 +172,7 @@ def _written(
     written = _Written(after.dtype, rounds)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     learnt, along, off, square = False, 0.0, 0.0, 0.0
-    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+    for start in range(0, old.shape[0], step := _rows_of(old)):
         rows = slice(start, start + step)
         exact = _Exact.of(old[rows])
         for action in steps:
@@ -189,6 +189,11 @@ def _written(
     return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
 
 
+def _rows_of(matrix: Tensor) -> int:
+    """How many rows are compared at a time."""
+    return max(1, _BLOCK // max(1, matrix.shape[1]))
+
+
 def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds: int) -> bool:
     """Whether a weight is the old one with these deltas for certain, and far from losing them; told
     in fewer passes than `_Written` and the shares of a verdict take.
@@ -201,7 +206,7 @@ def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds:
     relative = 0.51 * rounds * torch.finfo(after.dtype).eps
     allowed = 32 * torch.finfo(torch.promote_types(after.dtype, torch.float32)).eps * slack
     most = 0.0
-    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+    for start in range(0, old.shape[0], step := _rows_of(old)):
         rows = slice(start, start + step)
         exact = old[rows] + delta[rows]
         gap = (after.weight[rows].detach() - exact).abs_()
@@ -222,14 +227,18 @@ def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> V
     Raises:
         VerifyError: it is further from the exact one than the weight was before.
     """
-    change, error = (t.double() for t in (exact - before, written - exact))
-    square, off = float(change.square().sum()), float(error.square().sum())
+    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    along = off = square = 0.0
+    for rows in zip(*(t.split(_rows_of(before)) for t in (before, exact, written)), strict=True):
+        old, want, made = (t.to(wide) for t in rows)
+        along += float(((made - old) * (want - old)).sum())
+        off += float((made - want).square().sum())
+        square += float((want - old).square().sum())
     if off > square * (1 + 1e-5):
         raise VerifyError(
             f"{name}: packed again, it is further from what its branches compute than it was "
             "without them. This is an error in the format; nothing was changed."
         )
-    along = float(((written - before).double() * change).sum())
     return Verdict(0.0, (off / square) ** 0.5, along / square) if square else Verdict(0.0)
 
 
