@@ -121,12 +121,13 @@ def test_rows_and_columns_are_scaled(name: str) -> None:
     form, generator = packed(name, matrix()), torch.Generator().manual_seed(2)
     rows, columns = torch.randn(6, generator=generator), torch.randn(24, generator=generator)
     torch.testing.assert_close(form.rows_scaled(rows).dense(), rows[:, None] * form.dense())
-    scaled = form.columns_scaled(columns[None])
-    if name in ("dense", "sparse24"):
-        assert scaled is not None
+    if form.own_columns:
+        scaled = form.columns_scaled(columns[None])
         torch.testing.assert_close(scaled.dense(), form.dense() * columns)
     else:
-        assert scaled is None
+        with pytest.raises(FoldError, match="share what they are stored with"):
+            form.columns_scaled(columns[None])
+    assert form.own_columns == (name in ("dense", "sparse24"))
 
 
 @pytest.mark.parametrize("name", KINDS)

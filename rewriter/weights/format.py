@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, FoldError
 from ..graph.stored_call import FORMATS
 from .packed import whole_groups
 
@@ -35,6 +35,7 @@ class Format(ABC):
         parts: names of the tensors, with their axes: `out`, `group` (of inputs), or another.
         numbers: names of the integers.
         scaled: the floating-point part whose rows are proportional to those of the matrix.
+        own_columns: columns can be scaled one by one.
         exact: any matrix can be stored, but for rounding to a floating-point number.
     """
 
@@ -43,6 +44,7 @@ class Format(ABC):
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     numbers: ClassVar[tuple[str, ...]] = ()
     scaled: ClassVar[str] = ""
+    own_columns: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -118,11 +120,13 @@ class Format(ABC):
         factor = scale.to(wide).view(-1, *(1 for _ in old.shape[1:]))
         return replace(self, **{self.scaled: (old.to(wide) * factor).to(old.dtype)})
 
-    def columns_scaled(self, factor: Tensor) -> Self | None:
-        """The matrix times `factor [out or 1, in]`, equal for all rows; None where that needs other
-        integers."""
-        del factor
-        return None
+    def columns_scaled(self, factor: Tensor) -> Self:
+        """The matrix times `factor [out or 1, in]`, equal for all rows.
+
+        Raises:
+            FoldError: that needs other integers.
+        """
+        raise FoldError(f"columns in {self.said} share what they are stored with. Keep the branch.")
 
     def slice(self, axis: str, index: Tensor) -> Self:
         """Some rows or columns, as they are stored.
@@ -181,6 +185,7 @@ class Dense(Format):
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"matrix": ("out", "in")}
     scaled: ClassVar[str] = "matrix"
+    own_columns: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     matrix: Tensor

@@ -39,6 +39,7 @@ class Sparse24(Format):
     }  # fmt: skip
     numbers: ClassVar[tuple[str, ...]] = ("group",)
     scaled: ClassVar[str] = "values"
+    own_columns: ClassVar[bool] = True
 
     values: Tensor
     positions: Tensor

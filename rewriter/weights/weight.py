@@ -87,12 +87,10 @@ class Weight:
 
     def refuses(self, branch: Branch) -> str:
         """Why a branch cannot fold into this storage without loss; empty if it can."""
-        if self.format.exact or isinstance(branch, OutputScale):
+        scales = isinstance(branch, OutputScale)
+        scales = scales or (isinstance(branch, InputScale) and self.format.own_columns)
+        if self.format.exact or scales:
             return ""
-        if isinstance(branch, InputScale):
-            scale = self.shape.columns(branch.full_scale().detach(), self.format.dense())
-            if self.format.columns_scaled(scale) is not None:
-                return ""
         return (
             f"the weight is stored in {self.format.said}, and rounding to them again would "
             "lose most of what the branch learnt. Keep the branch beside it, fold it before the "
@@ -110,7 +108,9 @@ class Weight:
         Returns:
             The new weight and the share of the change lost to rounding, ||lost|| / ||change||.
         """
-        self._require_exact()
+        if not self.format.exact:
+            said = self.format.said
+            raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
         made = replace(self, format=self.format.replaced(exact))
         lost = 0.0
         if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
@@ -124,21 +124,12 @@ class Weight:
     def with_columns(self, scale: Tensor) -> Weight:
         """Scales inputs: columns of the matrix by a scale, see `Shape.columns`."""
         factor = self.shape.columns(scale, self.format.dense())
-        scaled = self.format.columns_scaled(factor)
-        if scaled is None:
-            self._require_exact()
-        return self if scaled is None else replace(self, format=scaled)
+        return replace(self, format=self.format.columns_scaled(factor))
 
     def unpacked(self) -> Weight:
         """The same as one tensor, in which every branch folds; in float32 at least."""
         wide = torch.promote_types(self.format.dtype, torch.float32)
         return replace(self, format=Dense(self.format.dense().to(wide)), dtype=wide)
-
-    def _require_exact(self) -> None:
-        if not self.format.exact:
-            raise FoldError(
-                f"{self.name}: another matrix needs other {self.format.said}. Keep the branch."
-            )
 
     def scaled_bias(self, scale: Tensor) -> Tensor | None:
         """The bias times `scale [out]`, rounded once."""

@@ -121,7 +121,7 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     if not (
         result.lossy
         and isinstance(site, LinearSite)
-        and any(edit.weight(site).refuses(b) for b in branches.values())
+        and any(edit.weight(site).refuses(branch) for branch in branches.values())
     ):
         _fold_exactly(edit, group, branches, tied, result)
         return
