@@ -87,7 +87,7 @@ def parts_of(
         chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
         if name in packed:
             bits = "is stored in few bits, which hold no other value of single entries"
-            left.append((chosen[0], f"{name} {bits}. Train and fold this before that"))
+            left.append((chosen[0], f"{name} {bits}. Use and fold this before that"))
             continue
         tensor = attribute(program.module, name)
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():

@@ -19,12 +19,12 @@ from torch.fx import GraphModule, Node
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import is_op, shape, source_line, submodule, users, value
-from ...graph.axis_relations import Bundle, Grid, Ref, Relation, Tie
 from ...graph.stored_call import StoredCall
-from ...graph.ties import DIVISIONS, GETITEM, owner, relations
 from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite
 from ...program.state import State
+from .axis_relations import Bundle, Grid, Ref, Relation, Tie
+from .ties import DIVISIONS, GETITEM, owner, relations
 
 
 @dataclass(frozen=True)

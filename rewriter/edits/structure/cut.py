@@ -25,14 +25,14 @@ from ...graph.aten import (
     set_attribute,
     submodule,
 )
-from ...graph.axis_relations import Ref
 from ...graph.stored_call import Unpacked
-from ...graph.ties import DIVISIONS, owner, pieces, span
 from ...program.site_table import Sites
 from ...program.sites import AttentionSite, LinearSite, Site
 from ...program.state import State
 from ...weights.weight import Weight, put_format, stored_weights
 from .axes import Channels
+from .axis_relations import Ref
+from .ties import DIVISIONS, owner, pieces, span
 
 _SPANS = overloads("slice", "narrow")
 _LISTS = overloads("view", "reshape", "_unsafe_view", "expand", "broadcast_to")

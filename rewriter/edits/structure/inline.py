@@ -29,12 +29,12 @@ from ...graph.aten import (
     value,
 )
 from ...graph.modes import MODES, restore_modes
-from ...graph.ties import GETITEM
 from ...program.state import State
 from ...tracing.canonical import canonicalize
 from ...tracing.propagate import fake_mode
 from ...tracing.tracing import export
 from ...tracing.training import part_modes
+from .ties import GETITEM
 
 _HELD = "held"
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch, RowScale
-from .aten import (
+from ...branches.branch import Branch, RowScale
+from ...graph.aten import (
     ATEN,
     CASTS,
     EMBEDDING,
@@ -28,9 +28,9 @@ from .aten import (
     shape,
     submodule,
 )  # fmt: skip
+from ...graph.modes import AlphaDropout, Attention, BatchNorm
+from ...graph.stored_call import StoredCall, Unpacked
 from .axis_relations import Bundle, Grid, Ref, Relation, Tie
-from .modes import AlphaDropout, Attention, BatchNorm
-from .stored_call import StoredCall, Unpacked
 
 Rule = Callable[[Node], list[Relation]]
 
