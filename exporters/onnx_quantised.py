@@ -1,6 +1,6 @@
 """Quantised linears in ONNX: `peftfx::quantised_linear` becomes com.microsoft's MatMulNBits.
 
-The stored tensors are its inputs as they are (`QuantisedWeight.pack`), so the file holds the
+The stored tensors are its inputs as they are (`Format.pack`), so the file holds the
 integers, and the scales keep their names. Activations stay in floating point (accuracy_level 1;
 level 4 would round them to 8 bits).
 """
@@ -14,7 +14,7 @@ from typing import Any
 from ..kernels.quantised_linear import OPERATOR
 
 LAYOUT = "matmulnbits"
-"""What `QuantisedWeight.pack` has to be asked for."""
+"""What `Format.pack` has to be asked for."""
 
 FLOAT32 = 1
 """MatMulNBits' accuracy_level: activations and sums in float32."""

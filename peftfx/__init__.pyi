@@ -21,6 +21,7 @@ from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.pruning.head_pruning import HeadPruning as HeadPruning
 from .passes.pruning.width_pruning import WidthPruning as WidthPruning
 from .passes.quantization.peqa import PEQA as PEQA
+from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,7 @@ def halving(weight: Weight, branch: Branch) -> tuple[Weight, float]:
 def without_bias(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     assert isinstance(branch, OutputScale)
     made = weight.with_rows(branch.full_scale().detach())
-    made.bias = weight.bias
-    return made, 0.0
+    return dataclasses.replace(made, bias=weight.bias), 0.0
 
 
 @pytest.mark.parametrize(("method", "rule", "action"), [

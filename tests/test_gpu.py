@@ -23,6 +23,8 @@ import peftfx
 from peftfx.kernels import quantised_linear as quantised
 from peftfx.kernels.lora_linear import has_triton
 
+from .kernels.test_stored_linears import KERNELS as STORED
+from .kernels.test_stored_linears import operands
 from .methods.test_bank import IDS, MEMBERS
 from .models import batch, build, first, moved, randomise
 from .recipes import RECIPES, method_class, start
@@ -190,6 +192,20 @@ def test_quantised_linear(bits: int) -> None:
         tensors = [t.detach().to(device).requires_grad_() for t in (x, scale, zero)]
         y = operator(tensors[0], codes.to(device), tensors[1], tensors[2], None, bits, 16)
         results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    for got, want in zip(results[1], results[0], strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("kind", list(STORED))
+def test_stored_linears(kind: str) -> None:
+    given = operands(kind, torch.float32)
+    results: list[list[Tensor]] = []
+    for device in ("cpu", DEVICE):
+        moved_there = [g.detach().to(device) if isinstance(g, Tensor) else g for g in given]
+        tensors = [t for t in moved_there if isinstance(t, Tensor) and t.is_floating_point()]
+        trained = [t.requires_grad_() for t in tensors]
+        y = STORED[kind].OPERATOR(*moved_there)
+        results.append([y, *torch.autograd.grad(y.square().sum(), trained)])
     for got, want in zip(results[1], results[0], strict=True):
         close(got, want)
 

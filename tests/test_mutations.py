@@ -21,7 +21,7 @@ CHOSEN = (
     ("branch.py:KeyValue._join", "[x, "),
     ("bank.py:BankBranch.branch", "ids.flip(0)"),
     ("rules.py:_fold_delta", "weight, 0.0"),
-    ("weight.py:DenseWeight.with_rows", "[None, :]"),
+    ("format.py:Format.rows_scaled", ", -1)"),
     ("replay.py:load_values", "pass"),
     ("sealed.py:unsealed", "* 2"),
 )

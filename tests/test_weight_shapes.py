@@ -316,6 +316,96 @@ def test_grouped_rows_meet_their_own_expert(zoo: Any, method: str) -> None:
     torch.testing.assert_close(first(folded(**inputs)), want, rtol=1e-4, atol=1e-5)
 
 
+def test_differences_of_every_shape_fold(model: Mixed, base: peftfx.Program) -> None:
+    """Beside a transposed convolution no branch stands, but its tensor is one like others."""
+    text = "diff_pruning{density=0.1,where=conv|embedding|experts|linear}"
+    baked = peftfx.run(randomise(peftfx.run(base, text), 0.1), "bake")
+    folded = peftfx.run(baked, "fold")
+    assert not folded.attachments
+    close(folded(IDS), baked(IDS), 1e-6)
+    state, before = folded.export_state_dict(), model.state_dict()
+    changed = {n for n in before if not torch.equal(state[n], before[n])}
+    assert changed >= {"token.weight", "block.up", "block.down", "back.weight", "head.weight"}
+    assert changed >= {f"{n}.weight" for n in CONVS}
+    count = sum(before[n].numel() for n in before if "norm" not in n)
+    assert sum(int((state[n] != before[n]).sum()) for n in before) <= round(0.1 * count)
+    other = Mixed().eval()
+    other.load_state_dict(state)
+    close(folded(IDS), other(IDS), 1e-6)
+
+
+class Left(nn.Module):
+    """Stacks that multiply columns, stored as they multiply, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 12, 8) / 3)
+        self.down = nn.Parameter(torch.randn(3, 12, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up @ x.mT[:, None])
+        return (self.down.mT @ hidden).sum(1).mT
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_stack_that_multiplies_from_the_left(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Left().eval(), torch.randn(2, 5, 8)
+    base = peftfx.capture(model, (x,))
+    program = randomise(peftfx.run(base, f"{method}{{rank=2,alpha=3,where=experts}}"), 0.2)
+    other = Left().eval()
+    own = branches(program)
+    assert set(own) == {"up", "down"}
+    with torch.no_grad():
+        other.up.copy_(FORMULAS[method](model.up, own["up"], 1.5))
+        other.down.copy_(FORMULAS[method](model.down.mT, own["down"], 1.5).mT)
+    torch.testing.assert_close(program(x), other(x), rtol=1e-5, atol=1e-5)
+    assert moved(model(x), other(x)) > 0.01
+    folded = peftfx.run(program, "fold")
+    assert not folded.attachments
+    torch.testing.assert_close(folded(x), other(x), rtol=1e-5, atol=1e-5)
+    scaled = randomise(peftfx.run(base, "ia3{where=name:up}"), 0.3)
+    done = peftfx.run(scaled, "fold")
+    torch.testing.assert_close(done(x), scaled(x), rtol=1e-5, atol=1e-5)
+    assert moved(model(x), done(x)) > 0.01 and not done.attachments
+
+
+def one_by_one(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Each row times the matrix of its expert; rows behind the last end give zero."""
+    y, start = torch.zeros(x.shape[0], matrices.shape[2], dtype=x.dtype), 0
+    for expert, end in enumerate(ends.tolist()):
+        y = y.index_put((torch.arange(start, end),), x[start:end] @ matrices[expert])
+        start = end
+    return y
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype"),
+    [(one_by_one, torch.float64), (torch.ops.aten._grouped_mm.default, torch.bfloat16)],
+)
+def test_rows_meet_the_factors_of_their_expert_alone(operator: Any, dtype: torch.dtype) -> None:
+    """And give what those of all experts give, masked; a rank of 2 has no rows of 16 bytes."""
+    from peftfx.rewriter.branches.shapes import ExpertsShape
+
+    torch.manual_seed(0)
+    ends, results = torch.tensor([3, 3, 10, 17], dtype=torch.int32), list[list[Tensor]]()
+    given = [torch.randn(s, dtype=dtype) for s in ((20, 16), (4, 2, 16), (4, 24, 2))]
+    for own in (None, operator):
+        shape = ExpertsShape(4, in_out=False, grouped=True, operator=own)
+        x, a, b = (t.clone().requires_grad_() for t in given)
+        assert shape.narrow(x, a, ends=ends).shape == (20, 2 if own else 8)
+        y = shape.low_rank(x, a, b, 1.5, ends=ends)
+        (y * y).sum().backward()
+        results.append([y.detach(), *(t.grad for t in (x, a, b) if t.grad is not None)])
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    for masked, mine in zip(*results, strict=True):
+        assert float(mine.abs().max()) > 0
+        torch.testing.assert_close(
+            mine, masked, rtol=tolerance, atol=tolerance * float(masked.abs().max())
+        )
+    assert not results[1][0][17:].any() and not results[1][1][17:].any()
+
+
 def test_branches_go_into_program_files_and_checkpoints(
     model: Mixed, base: peftfx.Program, tmp_path: Path
 ) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.folding.fold import fold, warn_of
+from ...rewriter.edits.folding.fold import fold
+from ...rewriter.edits.folding.result import warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.graph.sharded import has_shards
 from ...rewriter.pipeline.passes import Pass
@@ -35,6 +36,9 @@ class Fold(Pass):
             (the branch), untie or both (change the shared tensor, so outputs change; by how much is
             measured and not limited). Other names of a weight that nothing else reads do not
             matter: all of them are written.
+        lossy: also into weights in few bits (quantise, peqa), which are packed again, in the same
+            way; the record says what is left of each change, and outputs change by that. What is
+            written is never further from what the branches compute than the weight was.
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
@@ -43,8 +47,11 @@ class Fold(Pass):
     names: tuple[str, ...] | None = None
     tied: Literal["refuse", "keep", "untie", "both"] = "refuse"
 
+    lossy: bool = False
+
     def promise(self) -> Contract:
-        return Contract("trainable") if self.tied == "both" else self.contract
+        free = self.tied == "both" or self.lossy
+        return Contract("trainable") if free else self.contract
 
     def examine(self, before: State, after: State) -> Mapping[str, float]:
         """What the original model computes with the exported tensors, where it has a place for
@@ -52,8 +59,9 @@ class Fold(Pass):
         changed = after.attachments or after.added or after.untied or after.reshaped()
         if changed or self.tied == "both" or is_meta(after) or has_shards(after.module):
             return {}
-        measured = measure(before, put_back(after))
-        allowed = bound(before, measured)
+        same = after if self.lossy else before
+        measured = measure(same, put_back(after))
+        allowed = bound(same, measured)
         if not measured["max_rel"] <= allowed:
             raise VerifyError(
                 "the tensors that the folded program exports do not give its outputs back in the "
@@ -78,7 +86,7 @@ class Fold(Pass):
         paths = list(plan.decisions["branches"])
         site_of = {a.path: a.site for a in edit.program.attachments}
         trained, untied = trained_tensors(edit.program), set(edit.program.untied)
-        result = fold(edit, paths, self.tied)
+        result = fold(edit, paths, self.tied, self.lossy)
         keep_trained(edit, trained)
         if result.kept and self.names is not None:
             path, reason = next(iter(result.kept.items()))
@@ -88,7 +96,10 @@ class Fold(Pass):
         edit.figures["delta_lost"] = result.lost
         if result.gap:
             edit.figures["branch"] = result.gap
-        edit.notes.extend(f"{site}: {note}" for site, note in result.vanished)
+        if result.packed:
+            edit.figures["delta_left"] = result.left
+        notes = dict.fromkeys((*result.packed, *result.vanished))
+        edit.notes.extend(f"{site}: {note}" for site, note in notes)
         warn_of(result.vanished)
         for name in sorted({*edit.program.untied} - untied):
             edit.note(

@@ -63,6 +63,7 @@ class PEQA(Method):
         super().apply(edit, replace(plan, decisions={**plan.decisions, "sites": whole}))
 
     def insert(self, edit: Editor, site: LinearSite) -> None:
-        if edit.quantise(site, self.bits, self.group, OPERATOR, self.zero):
+        options = {"bits": self.bits, "group": self.group, "real_zeros": self.zero}
+        if edit.quantise(site, OPERATOR, **options):
             for part in ("scale", "zero") if self.zero else ("scale",):
                 edit.train(f"{site.weight}.{part}")

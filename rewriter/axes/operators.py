@@ -19,7 +19,6 @@ from ..graph.aten import (
     SOFTMAX,
     TRANSPOSED_CONVS,
     is_op,
-    is_quantised,
     named_arguments,
     overloads,
     shape,
@@ -52,8 +51,6 @@ def operator_steps(node: Node) -> list[Step]:
     for operators, rule in _RULES:
         if is_op(node, operators):
             found += rule(node)
-    if is_quantised(node):
-        found += same(leading(node.args[0], node, 1))  # pyright: ignore[reportArgumentType]
     return found
 
 

@@ -1,8 +1,8 @@
 """What operators say of axes: that two are one, or that one is the product of several.
 
 A `Tie` says that one index of one axis is one index of another; a `Grid` that one axis is the
-row-major product of several. Sizes are numbers or, of dynamic axes, expressions; those that are
-equal are one.
+row-major product of several; a `Bundle` that some indices of one axis cannot be parted. Sizes are
+numbers or, of dynamic axes, expressions; those that are equal are one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.fx import Node
 from ..graph.aten import shape
 
 Ref = tuple[Node | str, int]
-
 """An axis: of a graph node's value, or of a stored tensor (by its name)."""
 
 
@@ -47,7 +46,15 @@ class Grid:
         return all(isinstance(size, int) for _, size in self.parts)
 
 
-Relation = Tie | Grid
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """The indices of an axis go together by runs of `size`."""
+
+    axis: Ref
+    size: int
+
+
+Relation = Tie | Grid | Bundle
 
 
 def owner(node: Any) -> Node | str:

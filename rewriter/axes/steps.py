@@ -10,7 +10,7 @@ from ..branches.branch import Branch, KeyValue
 from ..graph.aten import NORMS, is_op, named_arguments, overloads, submodule
 from ..graph.modes import Attention, BatchNorm
 from .operators import operator_steps
-from .relation import Grid, aligned, extent, owner, sizes_of, tensors, tie, without
+from .relation import Grid, Tie, aligned, extent, owner, sizes_of, tensors, tie, without
 from .step import Product, Row, Same, Step, like, made, repeated, same
 from .ties import GETITEM, relations
 from .views import DIVISIONS
@@ -25,7 +25,7 @@ def steps(gm: GraphModule, node: Node) -> list[Step]:
         if isinstance(relation, Grid):
             parts = tuple((r, extent(s)) for r, s in relation.parts)
             found.append(Product(relation.merged, parts))
-        elif relation.index is None:
+        elif isinstance(relation, Tie) and relation.index is None:
             found.append(Same(relation.a, relation.b))
     module = submodule(gm, node)
     if isinstance(module, Attention):

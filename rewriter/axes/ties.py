@@ -28,9 +28,11 @@ from ..graph.aten import (
     submodule,
 )  # fmt: skip
 from ..graph.modes import AlphaDropout, Attention, BatchNorm
+from ..graph.stored_call import StoredCall, Unpacked
 from ..graph.weighted_call import is_grouped
 from .gathers import GATHER_RULES, grouped
 from .relation import (
+    Bundle,
     Grid,
     Ref,
     Relation,
@@ -79,6 +81,10 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
         return _key_value(node, call) if isinstance(call, KeyValue) else piece(node)
     if is_grouped(node):
         return grouped(node)
+    if (call := StoredCall.of(node)) is not None:
+        return _stored(node, call)
+    if (dense := Unpacked.of(node)) is not None:
+        return [Tie((dense.weight, axis), (node, axis)) for axis in (0, 1)]
     for operators, rule in _RULES:
         if is_op(node, operators):
             return rule(node)
@@ -90,6 +96,16 @@ def _linear(node: Node) -> list[Relation]:
     x, w, *bias = tensors(node.args[:3])
     found = [tie(x, -1, w, 1), tie(w, 0, node, -1), *leading(x, node, 1)]
     return [*found, *(tie(b, 0, node, -1) for b in bias)]
+
+
+def _stored(node: Node, call: StoredCall) -> list[Relation]:
+    """The axes of a weight in a stored format are `[out, in]`, whatever its parts are."""
+    x: Any = call.x
+    last = len(sizes_of(node)) - 1
+    ends = [Tie((owner(x), last), (call.weight, 1)), Tie((call.weight, 0), (node, last))]
+    biases = [tie(call.bias, 0, node, -1)] if isinstance(call.bias, Node) else []
+    group = Bundle((call.weight, 1), call.numbers["group"])
+    return [*ends, *leading(x, node, 1), *biases, group]
 
 
 def _addmm(node: Node) -> list[Relation]:

@@ -13,7 +13,7 @@ there are several matrices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -279,14 +279,20 @@ class ConvolutionShape(Shape):
 class ExpertsShape(Shape):
     """A matrix an expert, stored `[experts, out, in]`, or `[experts, in, out]` with `in_out`.
 
-    Of rows by expert, `x [..., experts, rows, in]`; or, `grouped`, of sorted rows `x [rows, in]`,
-    of which those of expert e stop before `ends[e]`. Rows behind the last end are of no expert, and
-    what a branch adds to them is zero.
+    Of rows by expert, `x [..., experts, rows, in]` (of `W x` turned by the branch's `axis`); or,
+    `grouped`, of sorted rows `x [rows, in]`, of which those of expert e stop before `ends[e]`. Rows
+    behind the last end are of no expert, and what a branch adds to them is zero.
+
+    Attributes:
+        operator: the call's own `(x [rows, in], matrices [experts, in, out], ends)`, by which
+            branches multiply each row by the factors of its expert alone, where it computes in
+            their dtype; else rows meet the factors of all experts, and most of that is dropped.
     """
 
     experts: int
     in_out: bool
     grouped: bool
+    operator: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -314,15 +320,41 @@ class ExpertsShape(Shape):
         return (row >= starts) & (row < ends)
 
     def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
-        """Grouped rows meet the few columns of all experts: `[rows, experts * rank]`, zero but for
-        their own, so that no size depends on the routing."""
+        """`[rows, rank]`; without an operator for grouped rows `[rows, experts * rank]`, zero but
+        for their own, so that no size depends on the routing."""
         if not self.grouped:
             return x @ a.mT.to(x.dtype)
+        if self._multiplies(x):
+            return self._product(x, a, operands["ends"])
         h = linear(x, a.flatten(0, 1)).unflatten(-1, (self.experts, -1))
         return (h * self._chosen(x.shape[0], operands["ends"])[..., None]).flatten(-2)
 
     def widen(self, h: Tensor, b: Tensor, **operands: Tensor) -> Tensor:
+        if self.grouped and self._multiplies(h):
+            return self._product(h, b, operands["ends"])
         return h @ b.mT.to(h.dtype) if not self.grouped else h @ b.mT.flatten(0, 1).to(h.dtype)
+
+    @property
+    def _torchs(self) -> bool:
+        """Whether the operator is torch's own, which is traced in bfloat16 only."""
+        return "_grouped_mm" in str(self.operator)
+
+    def _multiplies(self, x: Tensor) -> bool:
+        return self.operator is not None and (not self._torchs or x.dtype == torch.bfloat16)
+
+    def _product(self, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """Each row times the matrix `[out, in]` of its expert."""
+        if self.operator is None:
+            raise TypeError("there is no operator for grouped rows.")
+        out, size = matrices.shape[1:]
+        matrices = matrices.to(x.dtype)
+        if not self._torchs:
+            return self.operator(x, matrices.mT, ends)
+        step = 16 // x.dtype.itemsize  # it asks for rows of 16 bytes, and leaves others undefined
+        own = torch.arange(x.shape[0], device=x.device)[:, None] < ends[-1]
+        x = F.pad(torch.where(own, x, 0.0), (0, -size % step))
+        matrices = F.pad(matrices, (0, -size % step, 0, -out % step))
+        return torch.where(own, self.operator(x, matrices.mT, ends)[:, :out], 0.0)
 
     def along(self, vector: Tensor, values: Tensor, **operands: Tensor) -> Tensor:
         if not self.grouped:
@@ -351,3 +383,6 @@ class ExpertsShape(Shape):
 
     def samples(self, y: Tensor) -> Tensor:
         return y.flatten(0, -2)
+
+    def widened(self, dtype: torch.dtype) -> Shape:
+        return replace(self, operator=None)  # none multiplies in float64

@@ -26,7 +26,6 @@ from ..branches.branch import (
 )
 from ..branches.routing import Routed
 from ..graph.aten import ancestors, set_attribute, users, value
-from ..graph.flow import site_nodes
 from ..program.history import ITSELF
 from ..program.sites import (
     AttentionSite,
@@ -63,23 +62,16 @@ class Editor(Reading):
     are keyword arguments.
     """
 
-    def quantise(
-        self,
-        site: LinearSite,
-        bits: int,
-        group: int | None,
-        operator: Callable[..., Tensor],
-        real_zeros: bool = False,
-    ) -> bool:
-        """Stores a linear's weight as integers; its scales are the parameter `{weight}.scale`.
+    def quantise(self, site: LinearSite, operator: Callable[..., Tensor], **options: Any) -> bool:
+        """Stores a linear's weight in the format of an operator of `kernels/`, in parts below its
+        name such as the parameter `{weight}.scale`.
 
         The digest of the integers goes into the plan, and a replay has to find the same.
 
         Args:
-            site: of the weight, all of which is rounded.
-            bits, group: see `integers.quantise`.
-            operator: what the calls become, registered under the name `aten.QUANTISED`.
-            real_zeros: zero points are a floating-point parameter `{weight}.zero`.
+            site: of the weight, all of which is packed.
+            operator: what the calls become; its format is registered in `rewriter/weights/`.
+            options: the format's own, see its `packed`.
 
         Returns:
             Whether it was done; if not, the report has the reason.
@@ -88,9 +80,7 @@ class Editor(Reading):
             PassError: the weight is quantised already or not finite, or the integers are not
                 those of the plan.
         """
-        done = quantise_weight(self, site, bits, group, operator, real_zeros)
-        self._nodes = site_nodes(self.graph_module)
-        return done
+        return quantise_weight(self, site, operator, options)
 
     def add(self, site: WeightSite, branch: Delta, **reads: Value | None) -> None:
         """Adds a branch beside the calls of a weight: `y = base(x) + branch(x)`."""
@@ -167,7 +157,7 @@ class Editor(Reading):
         path = self._attach(site, branch, reads)
         core = self.node(site.nodes[0])
         prepend_key_value(self.graph_module, core, path, branch.length, given(reads))
-        self._nodes = site_nodes(self.graph_module)
+        self.refresh()
 
     def shift_positions(self, length: int) -> None:
         """Adds `length` to every token's position."""
@@ -191,7 +181,7 @@ class Editor(Reading):
         path = self._attach(site, branch, reads)
         embedding = self.node(site.nodes[0])
         self.program = prepend_tokens(self.program, site, embedding, path, given(reads))
-        self._nodes = site_nodes(self.graph_module)
+        self.refresh()
 
     def wrap(
         self,
@@ -242,7 +232,7 @@ class Editor(Reading):
             branch.axis = 1
         path = self._attach(site, branch, reads, members=paths)
         combine_serial(self, site, path, paths, given(reads))
-        self._nodes = site_nodes(self.graph_module)
+        self.refresh()
 
     def hold(self, *adapters: str) -> None:
         """Stops gradients to other adapters: to their branches, and to base tensors that no
@@ -271,7 +261,7 @@ class Editor(Reading):
             self.graph_module.delete_submodule(path)
         else:
             remove(self, path)
-        self._nodes = site_nodes(self.graph_module)
+        self.refresh()
 
     def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
         """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
@@ -319,7 +309,7 @@ class Editor(Reading):
         A bias that the model itself adds behind the product is returned as it is.
         """
         name = add_bias(self, site)
-        self._nodes = site_nodes(self.graph_module)
+        self.refresh()
         return name
 
     def cut(self, group: Channels, keep: Sequence[int]) -> None:

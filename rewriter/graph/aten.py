@@ -88,10 +88,6 @@ MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATE
 SIZES = overloads("sym_size", "sym_numel", "sym_stride")
 EMBEDDING = ATEN.embedding.default
 LINEAR = ATEN.linear.default
-QUANTISED = "peftfx::quantised_linear"
-"""Name of the operator `(x, codes, scale, zero, bias, bits, group)`, a linear over integers."""
-DEQUANTISE = "peftfx::dequantise"
-"""Name of the operator `(codes, scale, zero, bits, group, size)`, the dense weight."""
 
 RANDOM = DROPOUTS | {SDPA}
 
@@ -101,20 +97,6 @@ def is_op(node: object, targets: frozenset[Any] | object) -> bool:
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     return node.target in targets if isinstance(targets, frozenset) else node.target is targets
-
-
-def loaded_operator(name: str) -> Any:
-    """An operator of a library that is loaded, by its qualified name."""
-    space, _, leaf = name.partition("::")
-    return getattr(getattr(torch.ops, space), leaf).default
-
-
-def is_quantised(node: object) -> bool:
-    """Whether `node` is a linear whose weight is stored as integers."""
-    if not isinstance(node, Node) or node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.name == QUANTISED
 
 
 def submodule(gm: GraphModule, node: object) -> nn.Module | None:
@@ -218,15 +200,6 @@ def named_arguments(node: Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema is not None else []
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
-def data_index(call: Node) -> int:
-    """Which argument of a linear call is its input: not the first in `addmm` and `W @ x`."""
-    if is_op(call, LINEAR) or is_quantised(call):
-        return 0
-    if is_op(call, ATEN.addmm.default):
-        return 1
-    return int(parameter_of(call.args[0]) is not None and parameter_of(call.args[1]) is None)
 
 
 def inputs(node: Node) -> list[Node]:

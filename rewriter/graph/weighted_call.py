@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .aten import (
     ATEN,
@@ -14,13 +14,13 @@ from .aten import (
     EMBEDDING,
     LINEAR,
     TRANSPOSED_CONVS,
-    data_index,
     is_op,
     named_arguments,
     operands,
     overloads,
+    parameter_of,
 )
-from .quantised_call import QuantisedCall
+from .stored_call import StoredCall
 
 CONVOLUTIONS = (CONVS - TRANSPOSED_CONVS) - overloads("convolution")
 INDEX = overloads("index")
@@ -32,19 +32,24 @@ class WeightedCall:
 
     Attributes:
         x: what it reads, also ids.
-        weight: what it multiplies by; of integers their codes.
+        weight: what it multiplies by; of a stored format its first part.
         bias: or None.
         operands: what else its branches read, by name, see `branches/shapes.Shape`.
+        stored: the whole call where the weight is stored in a format of ours.
     """
 
     x: Any
     weight: Any
     bias: Any = None
     operands: Mapping[str, Node] = field(default_factory=dict[str, Node])
+    stored: StoredCall | None = None
 
     @staticmethod
     def of(node: Node) -> WeightedCall | None:
         """What a call reads; None if it multiplies by nothing."""
+        if (stored := StoredCall.of(node)) is not None:
+            weight = next(iter(stored.parts.values()))
+            return WeightedCall(stored.x, weight, stored.bias, stored=stored)
         parts = linear_parts(node)
         if parts is not None:
             return WeightedCall(*parts)
@@ -75,9 +80,7 @@ def is_grouped(node: object) -> bool:
 
 
 def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
-    """(x, weight, bias) of a linear call, None if it is none; a quantised weight is its codes."""
-    if (quantised := QuantisedCall.of(node)) is not None:
-        return quantised.x, quantised.codes, quantised.bias
+    """(x, weight, bias) of a call of one of torch's linears, None if it is none."""
     if is_op(node, LINEAR):
         x, weight, bias = (*operands(node), node.kwargs.get("bias"))[:3]
         return x, weight, bias
@@ -88,3 +91,39 @@ def linear_parts(node: Node) -> tuple[Any, Any, Any] | None:
         x, weight = operands(node)[:2] if not data_index(node) else operands(node)[1::-1]
         return x, weight, None
     return None
+
+
+def data_index(call: Node) -> int:
+    """Which argument of a linear call is its input: not the first in `addmm` and `W @ x`."""
+    if is_op(call, LINEAR) or call.op != "call_function":
+        return 0
+    if is_op(call, ATEN.addmm.default):
+        return 1
+    return int(parameter_of(call.args[0]) is not None and parameter_of(call.args[1]) is None)
+
+
+def data_of(call: Node) -> Any:
+    """What a linear call reads beside its weight, also where branches stand in its place."""
+    return operands(call)[data_index(call)]
+
+
+def redirect(call: Node, x: Node) -> None:
+    """Lets a call of a weight read another input."""
+    call.update_arg(data_index(call), x)
+
+
+def linear_call(graph: Graph, x: Any, weight: Node, bias: Any, in_out: bool = False) -> Node:
+    """A new call of a linear whose weight is `[out, in]`, or `[in, out]` with `in_out`."""
+    if in_out:
+        weight = graph.call_function(ATEN.t.default, (weight,))
+    return graph.call_function(LINEAR, (x, weight, bias))
+
+
+def take_bias(call: Node, bias: Node) -> bool:
+    """Gives a call of a weight its bias; returns whether its operator has a place for one."""
+    stored = StoredCall.of(call)
+    if stored is not None:
+        stored.with_bias(bias).write(call)
+    elif is_op(call, CONVS | {LINEAR}):
+        call.args = (*call.args[:2], bias, *call.args[3:])
+    return stored is not None or is_op(call, CONVS | {LINEAR})

@@ -157,10 +157,6 @@ class ExpertsSite(WeightSite):
     def matrices(self) -> tuple[int, int, int]:
         return self.experts, self.out_features, self.in_features
 
-    @property
-    def obstacle(self) -> str:
-        return "its calls multiply from the left (W @ x)" if self.left else ""
-
     def describe(self) -> str:
         parts = [f"{self.experts} of {self.in_features} -> {self.out_features}"]
         if self.features is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..graph.aten import attribute, submodule, value
-from ..graph.quantised_call import QuantisedCall
+from ..graph.stored_call import StoredCall
 from ..inputs.spec import short_type
 from .state import State
 
@@ -152,13 +152,10 @@ def _size(program: State) -> tuple[int, int]:
     return nodes, len({a.site for a in program.attachments})
 
 
-def _integers(gm: GraphModule) -> int:
-    """How many weights are stored as integers, padding included."""
-    found: dict[str, int] = {}
-    for call in filter(None, map(QuantisedCall.of, gm.graph.nodes)):
-        rows, groups, _ = attribute(gm, str(call.codes.target)).shape
-        found[str(call.codes.target)] = rows * groups * call.group
-    return sum(found.values())
+def _stored_entries(gm: GraphModule) -> int:
+    """How many numbers the weights have that are stored in formats of ours."""
+    calls = filter(None, map(StoredCall.of, gm.graph.nodes))
+    return sum({call.weight: call.entries for call in calls}.values())
 
 
 def diff_text(before: State, after: State) -> str:
@@ -172,7 +169,7 @@ def diff_text(before: State, after: State) -> str:
     nodes = _size(after)[0] - _size(before)[0]
     sites = _size(after)[1] - _size(before)[1]
     count = sum(p.numel() for p in after.trainable_parameters())
-    total = sum(p.numel() for p in after.module.parameters()) + _integers(after.module)
+    total = sum(p.numel() for p in after.module.parameters()) + _stored_entries(after.module)
     share = 100 * count / total if total else 0.0
     summary = f"edits: {nodes:+d} nodes, {sites:+d} sites, {count:,} trainable ({share:.2f} %)"
     return "\n".join([*body, summary]) + "\n"

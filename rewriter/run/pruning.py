@@ -21,6 +21,7 @@ from ..pipeline.passes import Pass
 from ..program.history import Contract, Plan
 from ..program.sites import LinearSite, Site
 from ..program.state import State
+from ..weights.weight import Weight, stored_weights, weights_at
 from .gradients import gradients
 
 
@@ -98,12 +99,21 @@ class Pruning(Pass, abstract=True):
     ) -> dict[str, Tensor]:
         linears = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
         members = {n: linears[n] for g in groups.values() for n in g.stored if n in linears}
-        if any(program.module.get_parameter(n).is_meta for n in members):
+        weights = weights_at(program, members.values())
+        if any(w.device.type == "meta" for w in weights.values()):
             raise MetaTensorError(
                 f"{self.text}: weights on the meta device have no values to score. Load them first."
             )
-        slopes = gradients(program, data, members) if self.score == "taylor" else {}
-        elements = {n: _elements(program, s, slopes.get(n)) for n, s in members.items()}
+        taylor = self.score == "taylor"
+        packed = [n for n, w in weights.items() if not w.is_dense] if taylor else []
+        if packed:
+            raise PassError(
+                f"{self.text}: score=taylor asks for gradients of all entries, and {packed[0]} is "
+                f"stored in {weights[packed[0]].format.said}. Use score=magnitude, or cut the "
+                f"{self.unit} before."
+            )
+        slopes = gradients(program, data, members) if taylor else {}
+        elements = {n: _elements(program, s, weights[n], slopes.get(n)) for n, s in members.items()}
         return {i: _score(g, elements, self.score == "magnitude") for i, g in groups.items()}
 
     def _choose(
@@ -126,13 +136,17 @@ class Pruning(Pass, abstract=True):
 
 
 def _size(program: State) -> int:
-    return sum(p.numel() for p in program.module.parameters())
+    """How many numbers there are, those of weights in few bits as entries of their matrices."""
+    weights = stored_weights(program)
+    parts = {n for w in weights.values() for n in w.names}
+    own = sum(p.numel() for n, p in program.module.named_parameters() if n not in parts)
+    return own + sum(w.format.rows * w.format.columns for w in weights.values())
 
 
-def _elements(program: State, site: LinearSite, slope: Tensor | None) -> Tensor:
-    """The importance of each element of a weight, stored like the weight."""
-    found = adapted_weight(program, site, scales=slope is None).double()
-    found = found.T if site.in_out else found
+def _elements(program: State, site: LinearSite, weight: Weight, slope: Tensor | None) -> Tensor:
+    """The importance of each element of a weight, laid out like the weight."""
+    found = adapted_weight(program, site, weight, scales=slope is None).double()
+    found = found.T if site.in_out and weight.is_dense else found
     # dL/dW has the scales in it already: diag(o) V diag(i) * dL/d(that) = V * dL/dW.
     return found**2 if slope is None else (found * slope).abs()
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..api import Program
 from ..edits.edit import Editor
-from ..edits.folding.fold import Folding, branch_of, by_weight, fold_weight
+from ..edits.folding.fold import branch_of, by_weight, fold_weight
+from ..edits.folding.result import Folding
 from ..edits.linear.compose import ORDER, fold_ready
 from ..errors import FoldError, NonFiniteError, VerifyError
 from ..graph.aten import expression_of, set_attribute
@@ -20,7 +21,7 @@ from ..measure.compare import all_finite
 from ..measure.constants import constant_reads
 from ..program.sites import WeightSite
 from ..weights.certificate import Matrix, check_folded
-from ..weights.quantised import quantised_calls
+from ..weights.weight import stored_calls
 from .safetensors_checkpoint import Checkpoint
 
 
@@ -57,7 +58,7 @@ class ShardFolder:
                 f"{program.added[0]!r} and {len(program.added) - 1} more biases were added to the "
                 "model; its checkpoint has no place for them."
             )
-        if quantised := list(quantised_calls(program)):
+        if quantised := list(stored_calls(program)):
             raise FoldError(
                 f"{len(quantised)} weights are quantised (first: {quantised[0]}); the "
                 "checkpoint has no place for integers. Export to ONNX instead, or take dense "

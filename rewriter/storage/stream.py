@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import Program
-from ..edits.folding.fold import warn_of
+from ..edits.folding.result import warn_of
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..files.directory import new_directory
 from ..files.identity import tensor_bytes, tensor_digest, tensor_prefix

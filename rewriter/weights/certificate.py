@@ -68,13 +68,13 @@ class Verdict:
         """Whether nearly everything is lost: the change is gone, or drowns in rounding."""
         return self.left < 0.01 or self.lost > LOST
 
-    def said(self, dtype: torch.dtype) -> str:
-        """What a report says of it where it has vanished."""
+    def said(self, storage: str) -> str:
+        """What a report says of it where it has vanished, or was packed again."""
         left = "nothing" if self.left < 0.01 else f"{self.left:.0%}"
         off = "" if self.left < 0.01 else (
             f" along its direction, and errors of {self.lost:.0%} of its size"
         )  # fmt: skip
-        return f"rounding to {str(dtype)[6:]} left {left} of what was learnt{off}"
+        return f"rounding to {storage} left {left} of what was learnt{off}"
 
 
 @dataclass
@@ -172,7 +172,7 @@ def _written(
     written = _Written(after.dtype, rounds)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     learnt, along, off, square = False, 0.0, 0.0, 0.0
-    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+    for start in range(0, old.shape[0], step := _rows_of(old)):
         rows = slice(start, start + step)
         exact = _Exact.of(old[rows])
         for action in steps:
@@ -189,6 +189,11 @@ def _written(
     return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
 
 
+def _rows_of(matrix: Tensor) -> int:
+    """How many rows are compared at a time."""
+    return max(1, _BLOCK // max(1, matrix.shape[1]))
+
+
 def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds: int) -> bool:
     """Whether a weight is the old one with these deltas for certain, and far from losing them; told
     in fewer passes than `_Written` and the shares of a verdict take.
@@ -201,7 +206,7 @@ def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds:
     relative = 0.51 * rounds * torch.finfo(after.dtype).eps
     allowed = 32 * torch.finfo(torch.promote_types(after.dtype, torch.float32)).eps * slack
     most = 0.0
-    for start in range(0, old.shape[0], step := max(1, _BLOCK // max(1, old.shape[1]))):
+    for start in range(0, old.shape[0], step := _rows_of(old)):
         rows = slice(start, start + step)
         exact = old[rows] + delta[rows]
         gap = (after.weight[rows].detach() - exact).abs_()
@@ -214,6 +219,27 @@ def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds:
 def _norm(x: Tensor) -> float:
     flat = x.reshape(-1)
     return math.sqrt(float(torch.dot(flat, flat)))
+
+
+def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> Verdict:
+    """What is left of the change of a weight `[out, in]` that was packed again.
+
+    Raises:
+        VerifyError: it is further from the exact one than the weight was before.
+    """
+    wide = torch.float32 if before.device.type == "mps" else torch.float64
+    along = off = square = 0.0
+    for rows in zip(*(t.split(_rows_of(before)) for t in (before, exact, written)), strict=True):
+        old, want, made = (t.to(wide) for t in rows)
+        along += float(((made - old) * (want - old)).sum())
+        off += float((made - want).square().sum())
+        square += float((want - old).square().sum())
+    if off > square * (1 + 1e-5):
+        raise VerifyError(
+            f"{name}: packed again, it is further from what its branches compute than it was "
+            "without them. This is an error in the format; nothing was changed."
+        )
+    return Verdict(0.0, (off / square) ** 0.5, along / square) if square else Verdict(0.0)
 
 
 def _steps(
@@ -241,10 +267,10 @@ def _steps(
         elif isinstance(branch, Delta):
             steps.append(adds(deltas[path]))
         elif isinstance(branch, InputScale):  # also scales what deltas read
-            factor = branch.shape.columns(branch.full_scale().to(old), old)
+            factor = branch.shape.columns(branch.full_scale().detach().to(old), old)
             columns.append(scales_columns(factor))
         elif isinstance(branch, OutputScale):
-            factor = branch.full_scale().to(old)
+            factor = branch.full_scale().detach().to(old)
             steps.append(scales(factor))
             bias = None if bias is None else bias * factor
     return [*steps, *columns], bias

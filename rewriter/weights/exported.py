@@ -10,7 +10,7 @@ from ..graph.aten import set_attribute
 from ..graph.sharded import whole
 from ..program.state import BRANCHES, State
 from ..program.unchanged import require_unchanged
-from .quantised import dense_weights
+from .weight import dense_weights
 
 
 def put_back(program: State) -> State:

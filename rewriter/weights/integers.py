@@ -8,10 +8,16 @@ first code of a group in the lowest bits of its first byte.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from ..errors import ExportError
+from .format import Format, nearest
+from .packed import grouped, pack, unpack
 
 SHRINK = tuple(1 - 0.02 * i for i in range(31))
 """How far the range of a group is clipped: each is tried."""
@@ -21,8 +27,8 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A quantised matrix, pure tensors.
+class Quantised(Format):
+    """A quantised matrix.
 
     Attributes:
         codes: uint8 `[out, groups, bytes]`.
@@ -33,6 +39,14 @@ class Quantised:
         in_features: columns.
     """
 
+    operator: ClassVar[str] = "peftfx::quantised_linear"
+    unpacks: ClassVar[str] = "peftfx::dequantise"
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "codes": ("out", "group", "byte"), "scale": ("out", "group"), "zero": ("out", "byte"),
+    }  # fmt: skip
+    numbers: ClassVar[tuple[str, ...]] = ("bits", "group")
+    scaled: ClassVar[str] = "scale"
+
     codes: Tensor
     scale: Tensor
     zero: Tensor
@@ -40,7 +54,33 @@ class Quantised:
     group: int
     in_features: int
 
-    def integers(self) -> Tensor:
+    @classmethod
+    def packed(cls, matrix: Tensor, **options: Any) -> Self:
+        """See `quantise`.
+
+        Args:
+            options: `bits`, `group`, and `real_zeros` for zero points in floating point.
+        """
+        real_zeros = options.pop("real_zeros", False)
+        made = quantise(matrix, **options)
+        return cls(**vars(made._real() if real_zeros else made))
+
+    @property
+    def said(self) -> str:
+        return f"{self.bits} bits"
+
+    @property
+    def columns(self) -> int:
+        return self.in_features
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        zero = self.zero
+        if zero.is_floating_point():
+            zero = pack(zero.to(torch.uint8), self.bits)
+        return {"codes": self.codes, "zero": zero}
+
+    def values(self) -> Tensor:
         """The codes, uint8 `[out, in]`."""
         return unpack(self.codes, self.bits, self.group).flatten(1)[:, : self.in_features]
 
@@ -51,21 +91,62 @@ class Quantised:
         return unpack(self.zero, self.bits, self.codes.shape[1]).to(self.scale.dtype)
 
     def dense(self) -> Tensor:
-        """The matrix, `[out, in]` in the dtype of the scales."""
         of = torch.arange(self.in_features, device=self.codes.device) // self.group
-        offsets = self.integers().to(self.scale.dtype) - self.zeros()[:, of]
+        offsets = self.values().to(self.scale.dtype) - self.zeros()[:, of]
         return offsets * self.scale[:, of]
 
-    def regrouped(self, group: int) -> Quantised:
+    def replaced(self, exact: Tensor) -> Self:
+        """With the old scales or fresh ones, whichever is nearer in a row."""
+        fresh = type(self).packed(
+            exact, bits=self.bits, group=self.group, real_zeros=self.zero.is_floating_point()
+        )
+        scale, zero = self.scale.to(exact).unsqueeze(-1), self.zeros().to(exact).unsqueeze(-1)
+        steps = grouped(exact, self.group) / torch.where(scale == 0, 1.0, scale)
+        codes = (steps + zero).round_().clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
+        fresh = replace(fresh, scale=fresh.scale.to(self.scale), zero=fresh.zero.to(self.zero))
+        return nearest(exact, replace(self, codes=pack(codes, self.bits)), fresh)
+
+    def slice(self, axis: str, index: Tensor) -> Self:
+        made = super().slice(axis, index)
+        if axis == "out":
+            return made
+        made = replace(made, zero=self.zeros()[:, index[:: self.group] // self.group])
+        return made if self.zero.is_floating_point() else made._packed_zeros()
+
+    def pack(self, layout: str) -> Self:
+        """`matmulnbits` has groups of powers of two from 16 on. Other groups are cut into such
+        ones, which repeat the scale; the matrix is the same.
+
+        Raises:
+            ExportError: the layout is unknown, or cannot hold groups of this size.
+        """
+        super().pack(layout)
+        block = self.group & -self.group
+        if block < 16 and self.codes.shape[1] == 1:  # padding completes a group of a row
+            block = max(16, 1 << (self.group - 1).bit_length())
+        if block < 16:
+            raise ExportError(
+                f"MatMulNBits has groups of 16, 32, 64, ... columns, and {self.group} is no "
+                "multiple of 16. Quantise with group=16, 32, 64 or 128."
+            )
+        return self if block == self.group else self.regrouped(block)
+
+    def regrouped(self, group: int) -> Self:
         """The same matrix in smaller groups, which repeat the scales; `group` divides the old."""
         count = -(-self.in_features // group)
         repeat = self.group // group
         scale = self.scale.repeat_interleave(repeat, 1)[:, :count].contiguous()
         zero = self.zeros().repeat_interleave(repeat, 1)[:, :count].contiguous()
-        if not self.zero.is_floating_point():
-            zero = pack(zero.to(torch.uint8), self.bits)
-        codes = pack(_grouped(self.integers(), group), self.bits)
-        return replace(self, codes=codes, scale=scale, zero=zero, group=group)
+        codes = pack(grouped(self.values(), group), self.bits)
+        made = replace(self, codes=codes, scale=scale, zero=zero, group=group)
+        return made if self.zero.is_floating_point() else made._packed_zeros()
+
+    def _real(self) -> Self:
+        """With zero points in floating point."""
+        return replace(self, zero=self.zeros())
+
+    def _packed_zeros(self) -> Self:
+        return replace(self, zero=pack(self.zero.to(torch.uint8), self.bits))
 
 
 def quantise(weight: Tensor, bits: int, group: int | None = None) -> Quantised:
@@ -100,7 +181,7 @@ def quantise(weight: Tensor, bits: int, group: int | None = None) -> Quantised:
 def _search(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, scales and unpacked zero points of a few rows."""
     most = (1 << bits) - 1
-    w = _grouped(weight.double(), group)  # padded with 0, which every group represents exactly
+    w = grouped(weight.double(), group)  # padded with 0, which every group represents exactly
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     full = (high - low) / most
     full = torch.where(full > 0, full, torch.ones_like(full))
@@ -120,24 +201,3 @@ def _search(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
         scale = torch.where(better & (norm > 0), fitted, scale)
         codes = torch.where(better.unsqueeze(-1), rounded.to(torch.uint8), codes)
     return pack(codes, bits), scale, zero.to(torch.uint8)
-
-
-def _grouped(rows: Tensor, group: int) -> Tensor:
-    """`[out, in]` -> `[out, groups, group]`, padded with zeros."""
-    missing = -rows.shape[1] % group
-    return torch.nn.functional.pad(rows, (0, missing)).unflatten(1, (-1, group))
-
-
-def pack(values: Tensor, bits: int) -> Tensor:
-    """uint8 `[..., count]` -> uint8 `[..., bytes]`, the first value in the lowest bits."""
-    each = 8 // bits
-    padded = torch.nn.functional.pad(values, (0, -values.shape[-1] % each))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=values.device)
-    return (padded.unflatten(-1, (-1, each)) << shifts).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undoes `pack`: uint8 `[..., bytes]` -> uint8 `[..., count]`."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    values = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return values.flatten(-2)[..., :count]

@@ -21,13 +21,12 @@ from ..graph.aten import (
     CASTS,
     EMBEDDING,
     LINEAR,
-    data_index,
     is_op,
     named_arguments,
     parameter_of,
     value,
 )
-from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, is_grouped
+from ..graph.weighted_call import CONVOLUTIONS, INDEX, WeightedCall, data_index, is_grouped
 from ..program.readers import turned
 from ..program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 
@@ -50,7 +49,9 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         padding = padding if isinstance(padding, str) else _each(padding, count)
         return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
     if isinstance(site, ExpertsSite):
-        return ExpertsShape(site.experts, site.in_out, is_grouped(call))
+        grouped = is_grouped(call)
+        operator = call.target if grouped and callable(call.target) else None
+        return ExpertsShape(site.experts, site.in_out, grouped, operator)
     padding = given.get("padding_idx", -1)
     padding = padding if isinstance(padding, int) and padding >= 0 else None
     return EmbeddingShape(value(call).dtype, padding, wraps=not is_op(call, EMBEDDING))
@@ -82,6 +83,8 @@ def _options(call: Node) -> str:
 def reads_as_stored(site: WeightSite, call: Node) -> bool:
     """Whether a call reads the site's weight in the way that the site says."""
     parts = WeightedCall.of(call)
+    if parts is not None and parts.stored is not None:
+        return parts.stored.weight == site.weight
     known = None if parts is None else parameter_of(parts.weight, depth=64)
     if parts is None or known is None or known[0] != site.weight:
         return False
@@ -89,9 +92,9 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
         stored_turned = site.in_out if is_op(call, LINEAR) else site.in_out == site.left
         return turned(known[1]) is stored_turned
     if isinstance(site, ExpertsSite):
-        if data_index(call) or (is_grouped(call) and not parts.operands):
+        if bool(data_index(call)) != site.left or (is_grouped(call) and not parts.operands):
             return False
-        return turned(known[1]) is (not site.in_out)
+        return turned(known[1]) is (site.in_out == site.left)
     operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
     held: Any = value(parts.x)
     plain = all(is_op(step, CASTS) for step in known[1])

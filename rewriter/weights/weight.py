@@ -1,93 +1,135 @@
 """What a site multiplies by: a shape (linear, convolution, embedding, experts; see
-`branches/shapes.py`) in a format.
+`branches/shapes.py`) in a format (dense, integers, codes, signs, pairs; see `format.py`).
 
-Formats: dense (here), whole or a slice of a fused tensor, maybe tied; or integers (`quantised.py`).
 Folding goes through these words, so that a new format is one more class and no new fold rule.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch
+from ..branches.branch import Branch, InputScale, OutputScale
 from ..branches.shapes import Shape
 from ..errors import FoldError, MetaTensorError, NonFiniteError
-from ..graph.aten import set_attribute
+from ..graph.aten import attribute, set_attribute, value
+from ..graph.flow import site_nodes
 from ..graph.sharded import is_sharded, placed_like, whole
+from ..graph.stored_call import StoredCall
 from ..measure.compare import all_finite
-from ..program.sites import WeightSite
+from ..program.sites import LinearSite, WeightSite
+from ..program.state import State
+from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
 from .certificate import Matrix
+from .format import Dense, Format, format_of
+from .shape import shape_of
 
 
-@dataclass(kw_only=True)
-class Weight(ABC):
-    """A weight and bias under edit; `store` writes them back as new Parameters."""
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A weight and bias under edit; `store` writes them back as new tensors.
+
+    Attributes:
+        name: of the weight; the parts of a stored format have names below it.
+        shape, format: how its calls multiply by it, and how it is stored.
+        dtype: what the product is computed in, and what branches beside it should have.
+    """
 
     module: GraphModule
     name: str
     bias_name: str | None
     bias: Tensor | None
     shape: Shape
+    format: Format
+    dtype: torch.dtype
 
     @property
-    @abstractmethod
+    def is_dense(self) -> bool:
+        """Whether it is one floating-point tensor, as the model has it."""
+        return isinstance(self.format, Dense)
+
+    @property
     def out_features(self) -> int:
         """Outputs of one matrix: rows of `dense()`, or a part of them where it is a stack."""
+        return self.format.rows // self.shape.count
 
     @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """What the product is computed in, and what branches beside it should have."""
-
-    @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Storage device."""
+        return self.format.device
 
-    @abstractmethod
     def dense(self) -> Tensor:
         """The matrix as `[out, in]`, a stack of them as `[count * out, in]`."""
+        return self.format.dense().to(self.dtype)
 
     def matrix(self) -> Matrix:
         """What a check of folding compares."""
-        return Matrix(self.dense(), self.bias, self.dtype)
+        dense = self.format.dense()
+        return Matrix(dense, self.bias, self.format.dtype, roundings=0 if self.is_dense else 2)
 
-    @abstractmethod
-    def stored(self) -> Mapping[str, Tensor]:
-        """The floating-point tensors behind the matrix, by name: what folding may change."""
+    @property
+    def names(self) -> list[str]:
+        """The floating-point tensors behind the matrix: what folding may change."""
+        if self.is_dense:
+            return [self.name]
+        parts = self.format.tensors.items()
+        return [f"{self.name}.{n}" for n, t in parts if t.is_floating_point()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        if isinstance(self.format, Dense):
+            return {self.name: self.shape.stored(self.format.matrix)}
+        return {f"{self.name}.{n}": t for n, t in self.format.tensors.items()}
 
     def refuses(self, branch: Branch) -> str:
-        """Why a branch cannot fold into this storage; empty if it can."""
-        del branch
-        return ""
+        """Why a branch cannot fold into this storage without loss; empty if it can."""
+        scales = isinstance(branch, OutputScale)
+        scales = scales or (isinstance(branch, InputScale) and self.format.own_columns)
+        if self.format.exact or scales:
+            return ""
+        return (
+            f"the weight is stored in {self.format.said}, and rounding to them again would "
+            "lose most of what the branch learnt. Keep the branch beside it, fold it before the "
+            "weight is stored so, or say fold{lossy=true}"
+        )
 
-    def with_delta(self, delta: Tensor) -> tuple[Self, float]:
+    def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
         """Adds `delta [out, in]` in at least float32; see `replaced`."""
         wide = torch.promote_types(self.dtype, torch.float32)
         return self.replaced(self.dense().to(wide) + delta.to(wide))
 
-    @abstractmethod
-    def replaced(self, exact: Tensor) -> tuple[Self, float]:
+    def replaced(self, exact: Tensor) -> tuple[Weight, float]:
         """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
 
         Returns:
             The new weight and the share of the change lost to rounding, ||lost|| / ||change||.
         """
+        if not self.format.exact:
+            said = self.format.said
+            raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
+        made = replace(self, format=self.format.replaced(exact))
+        lost = 0.0
+        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
+            lost = float((made.dense().to(exact.dtype) - exact).norm()) / norm
+        return made, lost
 
-    @abstractmethod
-    def with_rows(self, scale: Tensor) -> Self:
+    def with_rows(self, scale: Tensor) -> Weight:
         """Scales outputs: rows of the matrix and the bias by `scale [count * out]`."""
+        return replace(self, format=self.format.rows_scaled(scale), bias=self.scaled_bias(scale))
 
-    @abstractmethod
-    def with_columns(self, scale: Tensor) -> Self:
+    def with_columns(self, scale: Tensor) -> Weight:
         """Scales inputs: columns of the matrix by a scale, see `Shape.columns`."""
+        factor = self.shape.columns(scale, self.format.dense())
+        return replace(self, format=self.format.columns_scaled(factor))
+
+    def unpacked(self) -> Weight:
+        """The same as one tensor, in which every branch folds; in float32 at least."""
+        wide = torch.promote_types(self.format.dtype, torch.float32)
+        return replace(self, format=Dense(self.format.dense().to(wide)), dtype=wide)
 
     def scaled_bias(self, scale: Tensor) -> Tensor | None:
         """The bias times `scale [out]`, rounded once."""
@@ -110,13 +152,13 @@ class Weight(ABC):
         Raises:
             NonFiniteError: folding produced NaN or infinity.
         """
-        tensors = dict(self.stored())
+        tensors = self.tensors()
         if self.bias_name is not None and self.bias is not None:
             tensors[self.bias_name] = self.bias
         for name, tensor in tensors.items():
-            old = self.module.get_parameter(name)
+            old = attribute(self.module, name)
             if not (tensor.is_meta or is_sharded(old)) and tensor.data_ptr() == old.data_ptr():
-                continue  # a bias that no rule touched
+                continue  # what no rule touched
             if not all_finite(tensor):
                 raise NonFiniteError(
                     f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}, whose "
@@ -129,57 +171,72 @@ class Weight(ABC):
             set_attribute(self.module, name, nn.Parameter(placed, old.requires_grad))
 
 
-@dataclass(kw_only=True)
-class DenseWeight(Weight):
-    """One tensor, laid out as its shape says."""
+def put_format(gm: GraphModule, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Stores tensors under a weight's name or below it, in the place of what is there.
 
-    tensor: Tensor
+    Integers become buffers, and floating-point numbers Parameters, which train where those of the
+    same names did.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    trained = {n for n, p in gm.named_parameters() if n in tensors and p.requires_grad}
+    owner._parameters.pop(leaf, None)
+    owner._modules.pop(leaf, None)
+    for part, tensor in tensors.items():
+        floating = tensor.is_floating_point()
+        kept = nn.Parameter(tensor, requires_grad=part in trained) if floating else tensor
+        set_attribute(gm, part, kept, transient=False)
 
-    @staticmethod
-    def of(module: GraphModule, site: WeightSite, shape: Shape) -> DenseWeight:
-        """The whole stored weight behind a site."""
-        bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
+
+def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weight:
+    """What a site multiplies by, however it is stored; `call` is its first call.
+
+    Raises:
+        PassError: no branch can stand beside the call.
+    """
+    bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
+    shape, stored = shape_of(site, call), StoredCall.of(call)
+    if stored is not None and isinstance(site, LinearSite):
+        parts = {
+            n: whole(attribute(module, str(p.target))).detach() for n, p in stored.parts.items()
+        }
+        kind = format_of(stored.operator)
+        form = kind(**parts, **stored.numbers, in_features=site.in_features)  # pyright: ignore[reportCallIssue]
+        known = value(call)  # none while sizes change
+        dtype = form.dtype if known is None else known.dtype
+    else:
         tensor = whole(module.get_parameter(site.weight).detach())
-        return DenseWeight(
-            module=module, name=site.weight, bias_name=site.bias, bias=bias, tensor=tensor,
-            shape=shape,
-        )  # fmt: skip
+        form, dtype = Dense(shape.matrix(tensor)), tensor.dtype
+    return Weight(
+        module=module, name=site.weight, bias_name=site.bias, bias=bias, shape=shape, format=form,
+        dtype=dtype,
+    )  # fmt: skip
 
-    @property
-    def out_features(self) -> int:
-        return self.dense().shape[0] // self.shape.count
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+def weights_at(program: State, sites: Iterable[WeightSite]) -> dict[str, Weight]:
+    """What sites multiply by, by the weight's name."""
+    nodes = site_nodes(program.module)
+    return {s.weight: weight_of(program.module, s, nodes.get(s.nodes[0])) for s in sites}
 
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
 
-    def dense(self) -> Tensor:
-        return self.shape.matrix(self.tensor)
+def stored_calls(program: State) -> dict[str, Node]:
+    """One call of each weight that is stored in a format of ours, by the weight's name."""
+    nodes = site_nodes(program.module)
+    calls: dict[str, Node] = {}
+    for site in program.sites:
+        call = nodes.get(site.nodes[0])
+        if isinstance(site, LinearSite) and call is not None and StoredCall.of(call) is not None:
+            calls[site.weight] = call
+    return calls
 
-    def stored(self) -> Mapping[str, Tensor]:
-        return {self.name: self.tensor}
 
-    def replaced(self, exact: Tensor) -> tuple[Self, float]:
-        rounded = exact.to(self.dtype)
-        lost = 0.0
-        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
-            lost = float((rounded.to(exact.dtype) - exact).norm()) / norm
-        return self._with(rounded, self.bias), lost
+def stored_weights(program: State) -> dict[str, Weight]:
+    """The weights that are stored in a format of ours, by name."""
+    packed = stored_calls(program)
+    linears = (s for s in program.sites if isinstance(s, LinearSite))
+    return weights_at(program, [s for s in linears if s.weight in packed])
 
-    def with_rows(self, scale: Tensor) -> Self:
-        wide = torch.promote_types(self.dtype, torch.float32)
-        dense = (self.dense().to(wide) * scale.to(wide)[:, None]).to(self.dtype)
-        return self._with(dense, self.scaled_bias(scale))
 
-    def with_columns(self, scale: Tensor) -> Self:
-        wide = torch.promote_types(self.dtype, torch.float32)
-        factor = self.shape.columns(scale.to(wide), self.dense())
-        dense = (self.dense().to(wide) * factor).to(self.dtype)
-        return self._with(dense, self.bias)
-
-    def _with(self, dense: Tensor, bias: Tensor | None) -> Self:
-        return replace(self, tensor=self.shape.stored(dense), bias=bias)
+def dense_weights(program: State) -> dict[str, Tensor]:
+    """The weights stored in a format of ours as dense ones, laid out as the model does, by name."""
+    return {n: w.shape.stored(w.dense()) for n, w in stored_weights(program).items()}

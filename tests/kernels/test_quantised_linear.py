@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, library
 
 from peftfx.kernels import quantised_linear as kernel
+from peftfx.kernels import stored_linear
 from peftfx.rewriter.weights.integers import Quantised, pack, quantise, unpack
 
 Op = Callable[..., Tensor]
@@ -42,7 +43,7 @@ def operands(
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("packed", [False, True])
 def test_values_and_gradients(bits: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "SLICE", 14)  # two rows of the weight at a time
+    monkeypatch.setattr(stored_linear, "SLICE", 14)  # two rows of the weight at a time
     given = operands(2, 3, bits=bits, packed=packed)
     torch.testing.assert_close(quantised_linear(*given), reference(*given))
     assert torch.autograd.gradcheck(quantised_linear, given)

@@ -20,9 +20,8 @@ from ...graph.module import outdate
 from ...program.history import Attachment
 from ...program.sites import Site, WeightSite
 from ...program.state import BRANCHES, State
-from ...weights.quantised import weight_of
 from ...weights.shape import call_obstacle, shape_of
-from ...weights.weight import Weight
+from ...weights.weight import Weight, weight_of
 from .call import EMPTY, Value, branch_call, given
 from .requirements import require_axes, require_order
 from .values import unshared
@@ -72,6 +71,10 @@ class Attaching:
     def node(self, name: str) -> Node:
         """The graph node of a site."""
         return self._nodes[name]
+
+    def refresh(self) -> None:
+        """Looks for the nodes of sites again, once there are others."""
+        self._nodes = site_nodes(self.graph_module)
 
     def name(self, site: Site) -> str:
         """A site's id as the name of a module."""

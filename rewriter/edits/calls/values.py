@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from ...errors import PassError
-from ...graph.aten import data_index, inputs, operands
-from ...graph.weighted_call import WeightedCall
+from ...graph.aten import inputs
+from ...graph.weighted_call import WeightedCall, data_of
 from ...program.sites import Site, SublayerSite, WeightSite
 from .call import Value
 
@@ -23,7 +23,7 @@ def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
     node = nodes[site.nodes[0]]
     if isinstance(site, WeightSite):
         parts = WeightedCall.of(node)
-        found = operands(node)[data_index(node)] if parts is None else parts.x
+        found = data_of(node) if parts is None else parts.x
         while isinstance(found, Node) and found.meta.get("composed") == _key(node):
             found = found.args[0]  # before the input scales of this linear
     elif isinstance(site, SublayerSite):

@@ -8,9 +8,7 @@ written is compared with what the branches compute (`certificate`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,56 +16,32 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
-from ...graph.aten import erase_dead, is_quantised, parameter_of, set_attribute
+from ...graph.aten import erase_dead, parameter_of, set_attribute
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...measure.compare import all_finite
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers
-from ...program.sites import WeightSite
+from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
-from ...weights.certificate import Matrix, check_folded, require_finite_base
+from ...weights.certificate import (
+    Matrix,
+    check_folded,
+    require_finite_base,
+)
 from ...weights.shape import reads_as_stored
 from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
+from .packing import while_unpacked
+from .result import Folding
 from .rules import Fold, linear_of, lost_share, match_at
 from .untie import untie
 
 
-@dataclass
-class Folding:
-    """The result.
-
-    Attributes:
-        folded: paths of the branches that folded.
-        kept: those that did not, and why.
-        lost: the largest rounding error of a weight, relative to its change.
-        gap: the largest relative difference between a branch and what it folds.
-        vanished: (site, why) where rounding lost nearly all of what was learnt.
-        constants: by path, what branches read that is constant (see `measure/constants.py`).
-    """
-
-    folded: list[str] = field(default_factory=list[str])
-    kept: dict[str, str] = field(default_factory=dict[str, str])
-    lost: float = 0.0
-    gap: float = 0.0
-    vanished: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-    constants: Mapping[str, Mapping[str, Tensor]] = field(
-        default_factory=dict[str, Mapping[str, Tensor]]
-    )
-    _readers: Readers | None = None
-
-    def of(self, program: State) -> Readers:
-        """Who reads the tensors of the program that is folded."""
-        if self._readers is None or self._readers.program is not program:
-            self._readers = Readers(program)
-        return self._readers
-
-
-def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
+def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) -> Folding:
     """Folds the named branches as far as possible.
 
     Args:
@@ -76,6 +50,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         tied: what to do where something else reads a tensor that folding changes: `refuse`,
             `keep` (leave the branch), `untie` (give these calls a tensor of their own) or `both`
             (change the shared tensor).
+        lossy: also into weights whose format has to round them again.
 
     Raises:
         FoldError: a tensor with other readers and `tied="refuse"`.
@@ -83,7 +58,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
     """
     named = (a for a in edit.program.attachments if a.path in paths)
-    result = Folding(constants=constant_reads(edit.program, named))
+    result = Folding(constants=constant_reads(edit.program, named), lossy=lossy)
     fold_ready(edit.program, frozenset(paths))
     for group in by_weight(edit.program, paths).values():
         fold_weight(edit, group, tied, result)
@@ -96,18 +71,6 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str) -> Folding:
         if path not in called:  # what only folded branches read leaves with them
             remember(edit.program, path)
     return result
-
-
-def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
-    """Warns where rounding lost nearly all of what was learnt."""
-    if vanished:
-        site, note = vanished[0]
-        more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
-        warnings.warn(
-            f"fold: {site}: {note}{more}. Use more steps or a larger rate, keep the branch, or "
-            "capture the model in float32 before folding.",
-            stacklevel=3,
-        )
 
 
 def branch_of(program: State, attachment: Attachment, reads: Mapping[str, Tensor]) -> Branch:
@@ -150,9 +113,34 @@ def _by_calls(program: State, group: Sequence[Attachment]) -> list[list[Attachme
 
 
 def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
-    """Folds the branches of one weight at the same calls, and compares it with them."""
+    """Folds the branches of one weight at the same calls, unpacked meanwhile where its format holds
+    no other matrix."""
     constants = result.constants
     branches = {a.path: branch_of(edit.program, a, constants.get(a.path, {})) for a in group}
+    site = edit.program.sites[group[0].site]
+    if not (
+        result.lossy
+        and isinstance(site, LinearSite)
+        and any(edit.weight(site).refuses(branch) for branch in branches.values())
+    ):
+        _fold_exactly(edit, group, branches, tied, result)
+        return
+    done = while_unpacked(
+        edit, site, lambda: _fold_exactly(edit, group, branches, tied, result), frozenset(branches)
+    )
+    result.of(edit.program).refresh()
+    if done is not None:
+        result.packed_again(site.id, *done)
+
+
+def _fold_exactly(
+    edit: Attaching,
+    group: Sequence[Attachment],
+    branches: Mapping[str, Branch],
+    tied: str,
+    result: Folding,
+) -> None:
+    """Folds branches into a weight as it is stored, and compares it with them."""
     before = _matrix(edit, group)
     progress = True
     while progress:
@@ -176,12 +164,13 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     verdict = check_folded(site.id, before, after or before, mine)
     result.gap = max(result.gap, verdict.gap)
     if verdict.vanished:
-        result.vanished.append((site.id, verdict.said(before.dtype)))
+        result.vanished.append((site.id, verdict.said(str(before.dtype)[6:])))
 
 
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
-    """The weight of a group now; None where there is none, or none with values."""
-    site = edit.program.sites[group[0].site]
+    """The weight of a group now; None where no branch stands beside one, or it has no values."""
+    beside = [a for a in group if a.slot in ORDER]
+    site = edit.program.sites[beside[0].site] if beside else None
     if not isinstance(site, WeightSite):
         return None
     weight = edit.weight(site)
@@ -248,9 +237,7 @@ def _matches(
         return "not every call of the weight has the branch"
     for match, _ in matches:
         linear, known = linear_of(match), parameter_of(match["w"], depth=64)
-        if is_quantised(linear) or known is None:
-            continue
-        if not reads_as_stored(site, linear):
+        if known is not None and not reads_as_stored(site, linear):
             return f"not foldable: {linear.name} reads {known[0]} in another way than the site says"
     return matches
 
@@ -268,7 +255,7 @@ def _settle_sharing(
     Raises:
         FoldError: something else reads them, and `tied` says to refuse, or they cannot be parted.
     """
-    names = list(edit.weight(site).stored())
+    names = edit.weight(site).names
     if isinstance(branch, OutputScale) and site.bias is not None:
         names.append(site.bias)
     if tied == "both":

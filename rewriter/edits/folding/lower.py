@@ -8,7 +8,6 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 from __future__ import annotations
 
 from ...branches.branch import Delta, Fused, RowScale
-from ...graph.aten import is_quantised
 from ...graph.pattern import Match
 from ...program.sites import LinearSite
 from ..calls.attach import Attaching
@@ -46,8 +45,10 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
             edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
             continue
         linear = next(n for n in match.nodes if n not in (root, call))
-        if is_quantised(linear):
-            edit.skip(site, "its weight is quantised: there is no fused operator for that")
+        weight = edit.weight(site)
+        if not weight.is_dense:
+            said = f"its weight is quantised ({weight.format.said})"
+            edit.skip(site, f"{said}: there is no fused operator for that")
             continue
         branch.lowered = operator
         x, scales_rows = match["x"], isinstance(branch, RowScale)

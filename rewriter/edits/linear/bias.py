@@ -14,8 +14,6 @@ from ...errors import PassError
 from ...graph.aten import (
     ADDS,
     ATEN,
-    CONVS,
-    LINEAR,
     attribute,
     is_op,
     parameter_of,
@@ -24,7 +22,7 @@ from ...graph.aten import (
     users,
     value,
 )  # fmt: skip
-from ...graph.quantised_call import QuantisedCall
+from ...graph.weighted_call import take_bias
 from ...program.sites import ConvSite, LinearSite
 from ...program.state import State
 from ..calls.attach import Attaching
@@ -57,13 +55,8 @@ def _add(edit: Attaching, site: LinearSite | ConvSite, node: Node, name: str, si
     graph = edit.graph_module.graph
     with graph.inserting_before(node):
         bias = graph.get_attr(name)
-    quantised = QuantisedCall.of(node)
-    if is_op(node, CONVS | {LINEAR}) or quantised is not None:
+    if take_bias(node, bias):
         bias.meta["val"] = _fake(node, size)  # no shape changes, so none is recomputed
-        if quantised is not None:
-            quantised._replace(bias=bias).write(node)
-        else:
-            node.args = (*node.args[:2], bias, *node.args[3:])
         _know_bias(edit.program, site.weight, name)
         if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
             compose(edit.program, node, site.weight)  # a row scale leaves the bias alone

@@ -19,17 +19,17 @@ from ...graph.aten import (
     LINEAR,
     VIEWS,
     alike,
-    data_index,
     outdate,
     strip,
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.quantised_call import QuantisedCall
-from ...graph.weighted_call import WeightedCall
+from ...graph.stored_call import StoredCall
+from ...graph.weighted_call import WeightedCall, redirect
 from ...program.history import Attachment
 from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
+from ...weights.weight import Weight
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
@@ -47,14 +47,14 @@ def at_weight(
     return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
 
 
-def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Tensor:
+def adapted_weight(program: State, site: LinearSite, weight: Weight, scales: bool = True) -> Tensor:
     """What the linear of a site multiplies by with all its branches, `[out, in]`.
 
     The whole of a fused weight; without `scales`, only what is added to it. Branches that read
     values of the graph do not count.
     """
-    weight = program.module.get_parameter(site.weight).detach()
-    dense = weight.T if site.in_out else weight
+    dense = weight.dense()
+    stored = weight.shape.stored(dense)
     attached = [a for a in at_weight(program, site.weight, call=site.nodes[0]) if not a.reads]
     order = ("row_scale", "delta", "input_scale", "output_scale")
     for attachment in sorted(attached, key=lambda a: order.index(a.slot)):
@@ -62,7 +62,7 @@ def adapted_weight(program: State, site: LinearSite, scales: bool = True) -> Ten
         if isinstance(branch, Delta | RowScale):
             dense = dense + branch.full_delta().detach()
         if isinstance(branch, RowScale) and scales:
-            dense = dense * branch.full_rows(weight).detach()[:, None]
+            dense = dense * branch.full_rows(stored).detach()[:, None]
         elif isinstance(branch, Scale) and scales:
             scale = branch.full_scale().detach()
             dense = dense * (scale if attachment.slot == "input_scale" else scale[:, None])
@@ -87,14 +87,12 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
     for attachment in of_slot("input_scale"):
         x = chain.branch(attachment, (x,), before=call, instead=x)
     if x is not parts.x:
-        call.update_arg(data_index(call), x)
+        redirect(call, x)
     tail = call
     for attachment in of_slot("row_scale"):
-        stored, place = parts.weight, tail
-        if QuantisedCall.of(call) is not None:
-            place = stored = chain.dense(program.sites[attachment.site])
-        else:
-            stored = strip(stored, VIEWS)
+        stored, place = strip(parts.weight, VIEWS), tail
+        if parts.stored is not None:
+            place = stored = chain.dense(parts.stored, program.sites[attachment.site])
         operands = (tail, x, stored, parts.bias)
         tail = chain.branch(attachment, operands, behind=place, instead=tail)
     updates: dict[str, Node] = {}
@@ -164,12 +162,9 @@ class _Chain:
         name, args = f"{str(update.target).replace('.', '_')}_add", (tail, update)
         return self._emit("call_function", ATEN.add.Tensor, args, {}, name, (update, None), tail)
 
-    def dense(self, site: Any) -> Node:
-        """The dense weight of a quantised call, stored as the model's own was."""
-        integers = QuantisedCall.of(self.call)
-        if integers is None:
-            raise PassError(f"{site.id}: {self.call.name} multiplies by no integers.")
-        operator, args = integers.dense(site.in_features)
+    def dense(self, stored: StoredCall, site: Any) -> Node:
+        """The dense weight of a call of a stored format, laid out as the model's own was."""
+        operator, args = stored.dense(site.in_features)
         made = self._function(operator, args, "dequantise", self.call)
         made = self._function(ATEN.to.dtype, (made, value(self.call).dtype), "dense", made)
         if not site.in_out:

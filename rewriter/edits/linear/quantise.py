@@ -1,59 +1,70 @@
-"""Quantised weights: integers, scales and zero points in the place of one tensor.
+"""Weights in another format: what a format stores takes the place of one tensor, and back.
 
-The parameter `name` leaves the program; `name.codes`, `name.scale` and `name.zero` take its place
-and the linear's calls become `operator(x, codes, scale, zero, bias, bits, group)`. Sites, branches
-and patterns see a linear as before.
+The parameter `name` leaves the program; its parts (`name.codes`, `name.scale`, ...) take its place,
+and the linear's calls become the format's operator. Sites, branches and patterns see a linear as
+before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, Node
 
-from ...errors import PassError
+from ...errors import ExportError, PassError
 from ...files.identity import merkle_root, tensor_digest
-from ...graph.aten import (
-    SLICES,
-    VIEWS,
-    is_op,
-    set_attribute,
-    shape,
-    users,
-)  # fmt: skip
-from ...graph.flow import site_nodes
-from ...graph.quantised_call import QuantisedCall
-from ...graph.weighted_call import linear_parts
+from ...graph.aten import SLICES, VIEWS, is_op, shape, users
+from ...graph.stored_call import StoredCall
+from ...graph.weighted_call import WeightedCall, linear_call, linear_parts
 from ...measure.compare import all_finite
 from ...program.sites import LinearSite
-from ...weights.integers import Quantised, quantise
-from ...weights.quantised import QuantisedWeight
+from ...weights.format import Format, format_of
+from ...weights.weight import Weight, put_format
 from ..calls.attach import Attaching
 from .compose import compose
 
 
 def repack(edit: Attaching, layout: str) -> bool:
-    """Stores every quantised weight as another runtime takes it; returns whether there is one.
+    """Stores every weight as another runtime takes it, and lets the calls of formats that it does
+    not have multiply by the dense weight, computed anew; returns whether one has the layout.
 
     Raises:
-        ExportError: see `QuantisedWeight.pack`.
+        ExportError: see `Format.pack`.
     """
-    nodes = site_nodes(edit.graph_module)
-    found: dict[str, Quantised] = {}
-    for site in edit.program.sites:
-        weight = edit.weight(site) if isinstance(site, LinearSite) else None
-        if not isinstance(site, LinearSite) or not isinstance(weight, QuantisedWeight):
+    graph = edit.graph_module.graph
+    linears = [s for s in edit.program.sites if isinstance(s, LinearSite)]
+    named = {name: site for site in linears for name in site.nodes}
+    packed: dict[str, Format | None] = {}
+    for name, site in named.items():
+        call = edit.node(name)
+        stored = StoredCall.of(call)
+        if stored is None:
             continue
-        if site.weight not in found:
-            found[site.weight] = weight.pack(layout)
-            replace_tensor(edit.graph_module, site.weight, found[site.weight])
-        for name in site.nodes:
-            call = QuantisedCall.of(nodes[name])
-            if call is not None:
-                call._replace(group=found[site.weight].group).write(nodes[name])
-    return bool(found)
+        if site.weight not in packed:
+            packed[site.weight] = _laid_out(edit, site, layout)
+        if (form := packed[site.weight]) is not None:
+            stored.with_numbers(form.integers).write(call)
+            continue
+        with graph.inserting_before(call):
+            dense = graph.call_function(*stored.dense(site.in_features))
+            new = linear_call(graph, stored.x, dense, stored.bias)
+        _replace(graph, call, new)
+    edit.refresh()
+    return any(form is not None for form in packed.values())
+
+
+def _laid_out(edit: Attaching, site: LinearSite, layout: str) -> Format | None:
+    """Stores one weight in a layout, if its format has that."""
+    weight = edit.weight(site)
+    try:
+        form = weight.format.pack(layout)
+    except ExportError as error:
+        raise ExportError(f"{site.weight}: {error}") from error
+    if form is not None:
+        put_format(edit.graph_module, site.weight, replace(weight, format=form).tensors())
+    return form
 
 
 def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
@@ -71,58 +82,73 @@ def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
 
 
 def quantise_weight(
-    edit: Attaching,
-    site: LinearSite,
-    bits: int,
-    group: int | None,
-    operator: Callable[..., Tensor],
-    real_zeros: bool,
+    edit: Attaching, site: LinearSite, operator: Any, options: Mapping[str, Any]
 ) -> bool:
     """See `Editor.quantise`."""
-    gm = edit.graph_module
     weight = edit.weight(site)
-    if isinstance(weight, QuantisedWeight):
+    if not weight.is_dense:
         raise PassError(f"{site.id} is quantised already. Select other sites with where=.")
     for name in site.nodes:
         compose(edit.program, edit.node(name), site.weight)  # a lowered call becomes a linear
-    nodes = site_nodes(gm)
-    calls = [nodes[name] for name in site.nodes]
+    edit.refresh()
+    calls = [edit.node(name) for name in site.nodes]
     trained = site.weight in edit.program.tensors.trained
-    reason = f"{site.weight} trains as it is" if trained else _obstacle(gm, site, calls)
+    reason = f"{site.weight} trains as it is" if trained else _obstacle(edit, site, calls)
     if reason:
         edit.skip(site, reason)
         return False
     dense = weight.dense()
     if not dense.is_meta and not all_finite(dense):
         raise PassError(f"{site.weight} holds NaN or infinity; it cannot be quantised.")
-    made = quantise(dense, bits, group)
-    _require_known(edit, site.weight, made)
-    if real_zeros:
-        made = replace(made, zero=made.zeros())
-    parts = [linear_parts(call) for call in calls]
-    replace_tensor(gm, site.weight, made)
-    for call, found in zip(calls, parts, strict=True):
-        if found is None:
-            raise PassError(f"{site.id}: {call.name} is not a linear.")
-        x, _, bias = found
-        with gm.graph.inserting_before(call):
-            codes, scale, zero = (gm.graph.get_attr(f"{site.weight}.{p}") for p in PARTS)
-            operands = tuple(QuantisedCall(x, codes, scale, zero, bias, made.bits, made.group))
-            new = gm.graph.create_node("call_function", operator, operands, {}, "quantised_linear")
-        new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
-        call.replace_all_uses_with(new)
-        gm.graph.erase_node(call)
-        new.name = new.meta["call"]  # sites name it so, also in files
-        compose(edit.program, new, site.weight)
+    form = format_of(operator._schema.name).packed(dense, **options)
+    _require_known(edit, site.weight, form)
+    for call in store_as(edit, site, replace(weight, format=form)):
+        compose(edit.program, call, site.weight)
+    edit.refresh()
     edit.edited.append(site.id)
     return True
 
 
-def _require_known(edit: Attaching, name: str, made: Quantised) -> None:
+def store_as(edit: Attaching, site: LinearSite, weight: Weight) -> list[Node]:
+    """Stores the weight of a site in the format that `weight` has, dense or not; returns the calls
+    that read that, around which branches are still composed as before."""
+    gm = edit.graph_module
+    calls = [edit.node(name) for name in site.nodes]
+    operands = [WeightedCall.of(call) for call in calls]
+    tensors = weight.tensors()
+    put_format(gm, site.weight, tensors)
+    made: list[Node] = []
+    for call, given in zip(calls, operands, strict=True):
+        if given is None:
+            raise PassError(f"{site.id}: {call.name} is not a linear.")
+        with gm.graph.inserting_before(call):
+            parts = [gm.graph.get_attr(name) for name in tensors]
+            if weight.is_dense:
+                new = linear_call(gm.graph, given.x, parts[0], given.bias, site.in_out)
+            else:
+                form = weight.format
+                named = dict(zip(form.parts, parts, strict=True))
+                stored = StoredCall(form.operator, given.x, named, given.bias, form.integers)
+                new = stored.create(gm.graph)
+        _replace(gm.graph, call, new)
+        made.append(new)
+    edit.refresh()
+    return made
+
+
+def _replace(graph: Graph, call: Node, new: Node) -> None:
+    """Puts a call in the place of one that computes the same."""
+    new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
+    call.replace_all_uses_with(new)
+    graph.erase_node(call)
+    new.name = new.meta["call"]  # sites name it so, also in files
+
+
+def _require_known(edit: Attaching, name: str, form: Format) -> None:
     """Records the digest of a weight's integers, or compares it with what the plan says."""
-    if made.codes.is_meta:
+    if form.device.type == "meta":
         return
-    digest = merkle_root({"codes": tensor_digest(made.codes), "zero": tensor_digest(made.zero)})
+    digest = merkle_root({n: tensor_digest(t) for n, t in form.fixed.items()})
     known: dict[str, str] = edit.decided.setdefault("codes", {})
     if known.setdefault(name, digest) != digest:
         raise PassError(
@@ -132,24 +158,8 @@ def _require_known(edit: Attaching, name: str, made: Quantised) -> None:
         )
 
 
-PARTS = ("codes", "scale", "zero")
-"""What stands below a quantised weight's name, in the operator's order."""
-
-
-def replace_tensor(gm: GraphModule, name: str, made: Quantised) -> None:
-    """Stores a quantised matrix under a weight's name, in the place of what is there."""
-    path, _, leaf = name.rpartition(".")
-    owner = gm.get_submodule(path)
-    owner._parameters.pop(leaf, None)
-    owner._modules.pop(leaf, None)
-    set_attribute(gm, f"{name}.codes", made.codes, transient=False)
-    set_attribute(gm, f"{name}.scale", nn.Parameter(made.scale, requires_grad=False))
-    zero = nn.Parameter(made.zero, requires_grad=False) if made.zero.is_floating_point() else None
-    set_attribute(gm, f"{name}.zero", made.zero if zero is None else zero, transient=False)
-
-
-def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
-    """Why a site's weight cannot be stored as integers; empty if it can."""
+def _obstacle(edit: Attaching, site: LinearSite, calls: Sequence[Node]) -> str:
+    """Why a site's weight cannot be stored in another format; empty if it can."""
     if site.obstacle:
         return site.obstacle
     if site.tied:
@@ -157,7 +167,7 @@ def _obstacle(gm: GraphModule, site: LinearSite, calls: Sequence[Node]) -> str:
     if site.left:
         return "its calls multiply from the left (W @ x)"
     keys = {call.meta.get("call") or call.name for call in calls}
-    stack = list(gm.graph.find_nodes(op="get_attr", target=site.weight))
+    stack = list(edit.graph_module.graph.find_nodes(op="get_attr", target=site.weight))
     while stack:
         for reader in users(stack.pop()):
             if is_op(reader, VIEWS) or is_op(reader, SLICES):

@@ -26,7 +26,6 @@ from ...graph.aten import (
     NORMS,
     VIEWS,
     ancestors,
-    data_index,
     inputs,
     is_op,
     named_arguments,
@@ -37,6 +36,7 @@ from ...graph.aten import (
     users,
     written,
 )  # fmt: skip
+from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, LinearSite, SublayerSite
 from ...program.state import State
 from ..calls.samples import sample_axis
@@ -207,7 +207,7 @@ def _read(program: State, between: Sequence[Node], entry: Node) -> Node:
     """What the first linear reads, before what passes have put in front of it."""
     calls = {n for s in program.sites if isinstance(s, LinearSite) for n in s.nodes}
     call = next((n for n in between if n.meta.get("call", n.name) in calls), None)
-    read: Any = entry if call is None else operands(call)[data_index(call)]
+    read: Any = entry if call is None else data_of(call)
     while read is not entry and (read.meta.get("composed") or is_op(read, VIEWS | CASTS)):
         read = inputs(read)[0]
     return read if read in between and str(shape(read)) == str(shape(entry)) else entry

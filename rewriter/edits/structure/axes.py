@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...axes.relation import Grid, Ref, Relation, Tie, leading, owner, sizes_of
+from ...axes.relation import Bundle, Grid, Ref, Relation, Tie, leading, owner, sizes_of
 from ...axes.ties import GETITEM, divides, relations
 from ...axes.views import copies
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
 from ...graph.aten import (
-    data_index,
     is_op,
     named_arguments,
     overloads,
@@ -33,6 +32,8 @@ from ...graph.aten import (
     users,
     value,
 )
+from ...graph.stored_call import StoredCall
+from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite, SublayerSite
 from ...program.state import State
 
@@ -97,7 +98,7 @@ def channels(program: State, site: FeedForwardSite | AttentionSite | SublayerSit
     if not isinstance(down, LinearSite):
         raise PassError(f"{site.id}: its down projection is not a linear.")
     call = nodes[down.nodes[0]]
-    data = call.args[data_index(call) if call.op == "call_function" else 0]
+    data = data_of(call)
     rank = len(shape(data) or ())
     start = owner(data), rank - 2 if down.left else rank - 1
     return _Spread(program.module).run(start, down.in_features, site.id)
@@ -143,6 +144,8 @@ class _Spread:
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self.readers.setdefault(str(node.target), []).append(node)
+            if (call := StoredCall.of(node)) is not None:
+                self.readers.setdefault(call.weight, []).extend(call.parts.values())
             module = submodule(gm, node)
             if isinstance(module, Branch):
                 for name, _ in (*module.named_parameters(), *module.named_buffers()):
@@ -159,7 +162,7 @@ class _Spread:
             del self.queue[node]
             if node not in self.seen:
                 every = [*relations(self.gm, node), *(_normed(node) if self.norms else ())]
-                self.seen[node] = [r for r in every if isinstance(r, Tie) or r.fixed]
+                self.seen[node] = [r for r in every if not isinstance(r, Grid) or r.fixed]
             for relation in self.seen[node]:
                 self._apply(relation)
         for node, found in self.seen.items():
@@ -203,6 +206,11 @@ class _Spread:
         if isinstance(relation, Grid):
             self._apply_grid(relation)
             return
+        if isinstance(relation, Bundle):
+            if (labels := self.labels.get(relation.axis)) is not None:
+                runs = labels.split(relation.size)
+                self._put(relation.axis, torch.cat([r.amax().expand(len(r)) for r in runs]))
+            return
         a, b = self.labels.get(relation.a), self.labels.get(relation.b)
         index = relation.index
         if a is not None:
@@ -245,6 +253,8 @@ class _Spread:
         for relation in found:
             if isinstance(relation, Tie):
                 covered |= {relation.a, relation.b}
+                continue
+            if isinstance(relation, Bundle):
                 continue
             parts = [ref for ref, _ in relation.parts]
             if relation.merged in self.labels and not any(p in self.labels for p in parts):

@@ -30,6 +30,7 @@ from ...graph.aten import (
     set_attribute,
     submodule,
 )
+from ...graph.stored_call import Unpacked
 from ...program.site_table import Sites
 from ...program.sites import (
     AttentionSite,
@@ -42,6 +43,7 @@ from ...program.sites import (
     SublayerSite,
 )
 from ...program.state import State
+from ...weights.weight import Weight, put_format, stored_weights
 from .axes import Channels
 
 _SPANS = overloads("slice", "narrow")
@@ -72,11 +74,16 @@ def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
     """
     kept = _kept(group, keep)
     left = {ref: (labels < 0) | kept[labels] for ref, labels in group.labels.items()}
-    gm = program.module
+    gm, weights = program.module, stored_weights(program)
     for node in list(gm.graph.nodes):
         _resize(node, left)
+    touched = {held for held, _ in left}
     for name, axes in group.stored.items():
-        _shrink(gm, name, {axis: left[name, axis] for axis in axes})
+        own = {axis: left[name, axis] for axis in axes}
+        if name in weights:
+            touched |= _shrink_weight(weights[name], own)
+        else:
+            _shrink(gm, name, own)
     for (held, axis), rows in left.items():
         branch = submodule(gm, held)
         if isinstance(branch, Branch) and branch.features is not None and isinstance(held, Node):
@@ -85,8 +92,7 @@ def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
             if isinstance(branch, RowScale) and branch.own is not None:
                 placed = (branch.features > 0).nonzero().flatten()
                 branch.own = placed[branch.features[placed].argsort()]
-    program.sites = _sites(program.sites, left, set(group.stored))
-    touched = {held for held, _ in left}
+    program.sites = _sites(program.sites, left, set(group.stored), set(weights))
     for node in gm.graph.nodes:
         near = owner(node) in touched
         if near or (divides(gm, node) and owner(node.args[0]) in touched):
@@ -121,6 +127,17 @@ def _shrink(gm: GraphModule, name: str, left: Mapping[int, Tensor]) -> None:
     set_attribute(gm, name, fresh)
 
 
+def _shrink_weight(weight: Weight, left: Mapping[int, Tensor]) -> set[str]:
+    """The same of a weight in a stored format, whose axes are `[out, in]`; returns its parts."""
+    form = weight.format
+    for axis, rows in left.items():
+        index = rows.nonzero().flatten().to(form.device)
+        form = form.slice("in" if axis else "out", index)
+    tensors = replace(weight, format=form).tensors()
+    put_format(weight.module, weight.name, tensors)
+    return set(tensors)
+
+
 def _renumbered(features: Tensor, rows: Tensor) -> Tensor:
     """The `features` of a branch (see `Branch`) where only some of the fused features are left."""
     place = features.cpu()
@@ -151,6 +168,9 @@ def _resize(node: Node, left: Mapping[Ref, Tensor]) -> None:
         first = int(given["dim"]) % node.args[0].meta["val"].dim()  # pyright: ignore
         new = [_count(left, (node, first + i), s) for i, s in enumerate(given["sizes"])]
         node.update_arg(2, new)
+    elif (dense := Unpacked.of(node)) is not None:
+        if (rows := left.get((dense.weight, 1))) is not None:
+            dense.resize(int(rows.sum()))
     elif is_op(node, _SPANS):
         _resize_span(node, left)
     elif is_op(node, DIVISIONS):
@@ -219,8 +239,8 @@ def _resize_division(node: Node, left: Mapping[Ref, Tensor]) -> None:
 # Sites.
 
 
-def _sites(sites: Sites, left: Mapping[Ref, Tensor], names: set[str]) -> Sites:
-    sites = replace(sites, items=tuple(_site(s, left, names) for s in sites))
+def _sites(sites: Sites, left: Mapping[Ref, Tensor], names: set[str], packed: set[str]) -> Sites:
+    sites = replace(sites, items=tuple(_site(s, left, names, packed) for s in sites))
     return replace(sites, items=tuple(_heads(s, sites, names) for s in sites))
 
 
@@ -235,7 +255,7 @@ def _heads(site: Site, sites: Sites, names: set[str]) -> Site:
     return replace(site, heads=heads, kv_heads=kv_heads)
 
 
-def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str]) -> Site:
+def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str], packed: set[str]) -> Site:
     def count(axis: int) -> int | None:
         rows = left.get((getattr(site, "weight", ""), axis))
         return None if rows is None else int(rows.sum())
@@ -266,7 +286,8 @@ def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str]) -> Site:
         return replace(site, out_features=out, in_features=inner)
     if not isinstance(site, LinearSite):
         raise PassError(f"{site.id}: a {site.kind} site cannot be cut yet. Leave it out.")
-    rows, columns = count(1 if site.in_out else 0), count(0 if site.in_out else 1)
+    turned = site.in_out and site.weight not in packed
+    rows, columns = count(1 if turned else 0), count(0 if turned else 1)
     if columns is not None:
         site = replace(site, in_features=columns)
     if rows is None:

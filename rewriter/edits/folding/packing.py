@@ -1,0 +1,53 @@
+"""Folding into a weight in few bits: unpacked meanwhile, and packed again in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ...graph.aten import attribute, set_attribute
+from ...program.sites import LinearSite
+from ...weights.certificate import Verdict, check_packed
+from ..calls.attach import Attaching
+from ..linear.compose import compose
+from ..linear.quantise import store_as
+
+
+def while_unpacked(
+    edit: Attaching, site: LinearSite, fold: Callable[[], None], first: frozenset[str]
+) -> tuple[Verdict, str] | None:
+    """Runs `fold` while the weight of a site is one dense tensor, so that the rules and checks are
+    those of any weight, and stores the result in the format of before.
+
+    Args:
+        first: the paths of the branches that fold, see `compose`.
+
+    Returns:
+        What packing has left of the change, and what a report says of it; None if nothing changed:
+        then the weight is stored as it was.
+    """
+    gm, weight = edit.graph_module, edit.weight(site)
+    weight.require_values()
+    stored = {name: attribute(gm, name) for name in weight.tensors()}
+    for call in store_as(edit, site, weight.unpacked()):
+        compose(edit.program, call, site.weight, first)
+    edit.refresh()
+    before = edit.weight(site).dense()
+    fold()
+    folded = edit.weight(site)
+    exact = folded.dense()
+    changed = not torch.equal(exact, before)
+    form = weight.format.replaced(exact) if changed else weight.format
+    store_as(edit, site, replace(folded, format=form, dtype=weight.dtype))
+    for name, old in stored.items():
+        if not changed:
+            set_attribute(gm, name, old, transient=False)
+        elif isinstance(old, nn.Parameter):
+            gm.get_parameter(name).requires_grad_(old.requires_grad)
+    if not changed:
+        return None
+    verdict = check_packed(site.id, before, exact, form.dense())
+    return verdict, verdict.said(form.said)
