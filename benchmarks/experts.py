@@ -6,14 +6,17 @@ python benchmarks/experts.py [--experts 64] [--rank 8]
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 
 import torch
-import transformers.integrations.moe  # noqa: F401 - registers the grouped product
 from torch import Tensor
 
 from peftfx.rewriter.branches.shapes import ExpertsShape
+
+
+importlib.import_module("transformers.integrations.moe")  # registers the grouped product
 
 
 def seconds(call: Callable[[], Tensor], runs: int = 5) -> float:

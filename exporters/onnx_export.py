@@ -330,8 +330,8 @@ def _output_names(program: Program) -> tuple[str, ...]:
 
 
 def _key(part: Any) -> str:
-    found = (getattr(part, n) for n in ("key", "name", "idx") if hasattr(part, n))
-    return str(next(found, ""))
+    keys = (getattr(part, n) for n in ("key", "name", "idx") if hasattr(part, n))
+    return str(next(keys, ""))
 
 
 def _verify(
@@ -352,12 +352,12 @@ def _verify(
         feed = padded(example, masks)
         arrays = {n: t.cpu().numpy() for n, t in feed.items() if n in wanted}
         try:
-            found = running.run(None, arrays)
+            outputs = running.run(None, arrays)
         except Exception as error:
             raise ExportError(f"ONNX Runtime fails at {key}: {error}") from error
         expected = _outputs(program, feed)
         padding = [None if m is None else feed[m] for m in masks]
-        parity[key] = _worst(names, expected, found, padding)
+        parity[key] = _worst(names, expected, outputs, padding)
         limits.append(prepared.tolerance if tolerance is None else tolerance)
         if tolerance is None and prepared.wide is not None:
             wide = _computed(prepared.wide, converted(feed, torch.float32), torch.float32)

@@ -68,9 +68,9 @@ def check_target(dtypes: set[torch.dtype], dtype: torch.dtype | None) -> None:
     if dtype not in TARGETS:
         raise ExportError(f"dtype must be torch.float32 or torch.float16, not {dtype}.")
     if dtype not in dtypes and not dtypes & set(HALF):
-        held = ", ".join(sorted(str(d) for d in dtypes)) or "no floating-point dtype"
+        names = ", ".join(sorted(str(d) for d in dtypes)) or "no floating-point dtype"
         raise ExportError(
-            f"only half precision is converted, and the program computes in {held}. Capture it "
+            f"only half precision is converted, and the program computes in {names}. Capture it "
             f"again: peftfx.capture(model, ..., dtype={dtype})."
         )
 

@@ -150,8 +150,8 @@ def _origin(nodes: Sequence[Node], name: str, operator: str, is_complex: bool) -
     and operator say; of complex values, the first one that the model computes."""
     calls = [n for n in nodes if n.op == "call_function"]
     if is_complex:
-        made = [n for n in calls if isinstance(value(n), Tensor) and value(n).is_complex()]
-        return made[0] if made else None
+        complex_calls = [n for n in calls if isinstance(value(n), Tensor) and value(n).is_complex()]
+        return complex_calls[0] if complex_calls else None
     same = [n for n in calls if _name_of(n) == operator]
     return next((n for n in same if n.name == name), same[0] if same else None)
 

@@ -153,8 +153,8 @@ def _operator_backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    found = _backward(dy, x, weight, a, b, scale, triton, needs)
-    return [dy.new_empty(0) if g is None else g.contiguous() for g in found]
+    gradients = _backward(dy, x, weight, a, b, scale, triton, needs)
+    return [dy.new_empty(0) if g is None else g.contiguous() for g in gradients]
 
 
 def _fake(

@@ -226,8 +226,8 @@ def verify(options: Any) -> Any:
     """`peftfx verify MODEL [ADAPTER | PASSES]`"""
     program = _program(options, options.passes)
     with progress(options, "measuring every contract again"):
-        found = program.verify()
-    lines = [str(c) for c in found] or ["the captured graph is well formed"]
+        certificates = program.verify()
+    lines = [str(c) for c in certificates] or ["the captured graph is well formed"]
     for line in lines:
         _say(options, f"ok  {line}")
     return {"certificates": lines}
@@ -246,22 +246,22 @@ def list_methods(options: Any) -> Any:
     """`peftfx methods [MODEL]`"""
     program = _program(options) if options.model else None
     with progress(options, "running every method"):
-        found = methods(program)
+        entries = methods(program)
     if not options.json:
-        _print_table(_rows(found, program is not None))
-        for entry in found:
+        _print_table(_rows(entries, program is not None))
+        for entry in entries:
             if entry.refused:
                 print(f"{entry.name}: {entry.refused}")
-    return [entry.to_json() for entry in found]
+    return [entry.to_json() for entry in entries]
 
 
 def memory(options: Any) -> Any:
     """`peftfx memory MODEL [PASSES] [--batch N] [--seq N]`"""
     program = _program(options, options.passes, hollow=True).train()
     sizes = {n: s for n, s in (("batch", options.batch), ("seq", options.seq)) if s is not None}
-    found = program.memory(**sizes, optimizer=options.optimizer)
-    _say(options, str(found))
-    return found.to_json()
+    memory_report = program.memory(**sizes, optimizer=options.optimizer)
+    _say(options, str(memory_report))
+    return memory_report.to_json()
 
 
 def _rows(entries: list[Entry], counted: bool) -> list[tuple[str, ...]]:
@@ -305,13 +305,13 @@ def search(options: Any) -> Any:
     """`peftfx search QUERY [--out DIR]`"""
     from .demo import search as run_search
 
-    found = run_search(options.query, options.out, count=options.count)
-    for answer in found:
+    result = run_search(options.query, options.out, count=options.count)
+    for answer in result:
         _say(
             options,
             f"{answer['score']:.3f}  {answer['function']}:{answer['line']}  {answer['about']}",
         )
-    return found
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -325,9 +325,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, action: Any, about: str, *parents: Any) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about, parents=[common, *parents])
-        made.set_defaults(command=action)
-        return made
+        parser_of = commands.add_parser(
+            name, help=about, description=about, parents=[common, *parents]
+        )
+        parser_of.set_defaults(command=action)
+        return parser_of
 
     listing = add("sites", sites, "list the places that passes can rewrite", model)
     listing.add_argument("--where", help="a selector, such as '(q|v) and layer>=6'")

@@ -49,10 +49,10 @@ def methods(program: Program | None = None) -> list[Entry]:
     Args:
         program: where to count trained parameters, with each method's defaults.
     """
-    found = [
+    entries = [
         _entry(name, cls, program) for name, cls in REGISTRY.items() if issubclass(cls, Method)
     ]
-    return sorted(found, key=lambda e: (e.group, e.name))
+    return sorted(entries, key=lambda e: (e.group, e.name))
 
 
 def _entry(name: str, cls: type[Method], program: Program | None) -> Entry:
@@ -62,8 +62,8 @@ def _entry(name: str, cls: type[Method], program: Program | None) -> Entry:
     trainable, refused = None, ""
     if program is not None:
         try:
-            made = run(program, cls())
-            trainable = sum(p.numel() for p in made.trainable_parameters())
+            program_after = run(program, cls())
+            trainable = sum(p.numel() for p in program_after.trainable_parameters())
         except RewriteError as error:
             refused = str(error)
     return Entry(name, group, citation, title, cls.folds, trainable, refused)
@@ -73,5 +73,5 @@ def split_docstring(text: str) -> tuple[str, str]:
     """What a method inserts (the first sentence, without its name) and its citation."""
     head, _, rest = text.strip().partition("\n\n")
     title = " ".join(head.split()).partition(": ")[2].rstrip(".")
-    found = re.match(r"(.*?arXiv:\d{4}\.\d{4,5})", " ".join(rest.split()))
-    return title, found[1] if found else ""
+    match = re.match(r"(.*?arXiv:\d{4}\.\d{4,5})", " ".join(rest.split()))
+    return title, match[1] if match else ""

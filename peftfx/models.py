@@ -45,15 +45,15 @@ def load_model(name: str, hollow: bool = False) -> Named:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        found = getattr(importlib.import_module(module), function)
+        factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise CaptureError(f"{name!r} cannot be imported: {error}.") from error
-    made: Any = found()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+    result: Any = factory()
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
         raise CaptureError(
-            f"{name} must return (model, example inputs), not {type(made).__name__}."
+            f"{name} must return (model, example inputs), not {type(result).__name__}."
         )
-    model, example = made
+    model, example = result
     if isinstance(example, Tensor):
         example = (example,)
     if not isinstance(example, Mapping):

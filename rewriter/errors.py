@@ -95,5 +95,5 @@ class BaseMismatchError(ArtifactError):
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """Returns the closest of `choices` to `word` as text for an error message."""
-    found = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.3)
-    return ", ".join(found) if found else "(nothing similar)"
+    close = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.3)
+    return ", ".join(close) if close else "(nothing similar)"

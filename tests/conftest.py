@@ -124,7 +124,7 @@ def captured() -> Captured:
 @pytest.fixture(scope="session")
 def seed(pytestconfig: pytest.Config) -> int:
     """What the run draws its samples by: another one after each commit."""
-    return pytestconfig.getoption("--seed")
+    return int(pytestconfig.getoption("--seed") or 0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

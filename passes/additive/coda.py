@@ -101,9 +101,9 @@ class CoDA(Method):
         return frozenset(["tokens"] if self.causal == "prefill" else [])
 
     def sites(self, program: State) -> list[Site]:
-        found = super().sites(program)
+        sites = super().sites(program)
         causal = {s.stream for s in program.sites if isinstance(s, AttentionSite) and s.causal}
-        return found if self.placed else [s for s in found if s.stream not in causal] or found
+        return sites if self.placed else [s for s in sites if s.stream not in causal] or sites
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         blocks: dict[tuple[str, int | None], list[SublayerSite]] = {}

@@ -125,10 +125,10 @@ class HyperFormer(Method):
         table = edit.share("tasks", table.to(edit.like(sites[0])), input=task)
         for stream, width in dict.fromkeys((s.stream, s.width) for s in sites):
             here = [s for s in sites if (s.stream, s.width) == (stream, width)]
-            made = edit.share(f"{stream}_width{width}", self._generator(edit, here), task=table)
+            weights = edit.share(f"{stream}_width{width}", self._generator(edit, here), task=table)
             for row, site in enumerate(here):
                 branch = HyperFormerBranch(width, self.bottleneck)
-                edit.after(site, branch, weights=edit.item(made, row))
+                edit.after(site, branch, weights=edit.item(weights, row))
         if self.norms:
             edit.train_norms()
 
@@ -138,13 +138,13 @@ class HyperFormer(Method):
         places = [[layers.index(s.layer), blocks.index((s.role, s.cross))] for s in sites]
         size = sum(HyperFormerBranch(sites[0].width, self.bottleneck).sizes)
         dims = (self.dim, self.hidden, self.projected)
-        made = Generator(torch.tensor(places), dims, size)
-        for parameter in (made.layers, made.blocks):
+        generator = Generator(torch.tensor(places), dims, size)
+        for parameter in (generator.layers, generator.blocks):
             nn.init.normal_(parameter, generator=edit.generator)
-        for linear in (made.inner, made.outer, made.heads):
+        for linear in (generator.inner, generator.outer, generator.heads):
             nn.init.normal_(linear.weight, std=0.01, generator=edit.generator)
             nn.init.zeros_(linear.bias)
-        return made.to(edit.like(sites[0]))
+        return generator.to(edit.like(sites[0]))
 
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]

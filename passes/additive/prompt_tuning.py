@@ -66,10 +66,10 @@ class PromptTuning(Method):
         self.require(self.common >= 1, "common", "at least 1")
 
     def sites(self, program: State) -> list[Site]:
-        found = super().sites(program)
-        found = found if self.placed else entrances(program, found)
-        separate(program, found)
-        return found
+        sites = super().sites(program)
+        sites = sites if self.placed else entrances(program, sites)
+        separate(program, sites)
+        return sites
 
     def insert(self, edit: Editor, site: EmbeddingSite) -> None:
         table = edit.table(site)

@@ -151,5 +151,5 @@ class UniPELT(Method):
         if not gates:
             return {}
         totals: dict[str, Any] = {g: program.module.get_submodule(g).total for g in gates.values()}
-        found = observe(program, data, {g: g for g in totals}, totals)
-        return {path: {"gate": float(found[g][0] / found[g][1])} for path, g in gates.items()}
+        means = observe(program, data, {g: g for g in totals}, totals)
+        return {path: {"gate": float(means[g][0] / means[g][1])} for path, g in gates.items()}

@@ -49,12 +49,12 @@ class Bake(Pass):
         tensors: dict[str, Tensor] = {}
         for name in wanted:
             method = _method(program, name)
-            found = method.settle(program, data, inputs)
-            if not found and self.names is not None:
+            decisions = method.settle(program, data, inputs)
+            if not decisions and self.names is not None:
                 raise PassError(
                     f"bake: the adapter {name!r} ({method.text}) has nothing to settle."
                 )
-            for path, decided in found.items():
+            for path, decided in decisions.items():
                 settled[path] = {}
                 _sort(path, decided, settled[path], tensors)
         if not settled:

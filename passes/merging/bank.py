@@ -60,9 +60,9 @@ class BankBranch(Delta):
 
     def __init__(self, members: Sequence[Factors | None], axis: int, rows: int = 1) -> None:
         super().__init__()
-        held = [m for m in members if m is not None]
-        rank = max(a.shape[0] for a, _, _ in held)
-        a, b, _ = held[0]
+        present = [m for m in members if m is not None]
+        rank = max(a.shape[0] for a, _, _ in present)
+        a, b, _ = present[0]
         self.batch_axis, self.rows = axis, rows
         # They follow from the members' own tensors, which an artifact holds already.
         self.register_buffer("a", a.new_zeros(len(members) + 1, rank, a.shape[1]), False)
@@ -139,9 +139,9 @@ class Bank(Pass):
                     f"that can: {', '.join(fitting) or 'none'}. Choose among them with names=[...]."
                 )
         if not fitting:
-            found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            refusals = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise PassError(
-                f"bank: no adapter can be a member ({found or 'there is none'}). Insert some "
+                f"bank: no adapter can be a member ({refusals or 'there is none'}). Insert some "
                 "first: run(program, 'lora{name=a};lora{name=b}')."
             )
         low_rank = [name for name in fitting if _low_rank(program, name)]
@@ -163,22 +163,22 @@ class Bank(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         names: list[str] = plan.decisions["members"]
         slots = _slots(edit.program, names)
-        if missing := set(names) - {name for held in slots.values() for name in held}:
+        if missing := set(names) - {name for of_site in slots.values() for name in of_site}:
             raise PassError(
                 f"the bank is made of the adapter {min(missing)!r}, which is not here. Keep it, or "
                 "take the bank apart first: program.without('bank')."
             )
         branches = {
-            key: [edit.program.branch(held[n]) if n in held else None for n in names]
-            for key, held in slots.items()
+            key: [edit.program.branch(of_site[n]) if n in of_site else None for n in names]
+            for key, of_site in slots.items()
         }
         words = {k: _word(edit, k, members) for k, members in branches.items()}  # before any edit
         rows = any(slot == "key_value" for _, slot in slots)
         first = torch.zeros((), dtype=torch.long)
         ends = (0, len(names) - 1) if rows else (-1, len(names))
         ids = edit.add_input(self.input, first, per_sample=True, values=ends)
-        for key, held in slots.items():
-            for attachment in held.values():
+        for key, of_site in slots.items():
+            for attachment in of_site.values():
                 edit.remove(attachment.path)
             words[key](ids)
         for name in _others(edit.program, names):
@@ -263,8 +263,8 @@ def _others(program: State, members: Sequence[str]) -> list[str]:
 
 
 def _factors(branch: Any) -> Factors | None:
-    found = branch.factors() if isinstance(branch, Delta) else None
-    return found and (found[0].detach(), found[1].detach(), found[2])
+    factors = branch.factors() if isinstance(branch, Delta) else None
+    return factors and (factors[0].detach(), factors[1].detach(), factors[2])
 
 
 def _low_rank(program: State, name: str) -> bool:

@@ -77,10 +77,10 @@ class RankController(BudgetController):
 
     def loss(self, outputs: Any, batch: Any, forward: Forward) -> Tensor | None:
         options = cast(AdaLoRA, self.method)
-        held = [rows for _, b in self.branches() for rows in (b.p.mT, b.q)]
-        if not held or not options.gamma:
+        factors = [rows for _, b in self.branches() for rows in (b.p.mT, b.q)]
+        if not factors or not options.gamma:
             return None
-        gaps = [orthogonality_gap(rows) for rows in held]
+        gaps = [orthogonality_gap(rows) for rows in factors]
         if options.orth == "squared_sum":
             return options.gamma * torch.stack([g.square().sum() for g in gaps]).sum()
         return options.gamma * torch.stack([g.norm() for g in gaps]).mean()
@@ -147,11 +147,11 @@ class AdaLoRA(Budgeted):
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+        decisions: dict[str, dict[str, Any]] = {}
         for attachment in program.attachments:
             branch = program.branch(attachment)
             if attachment.adapter == self.adapter and isinstance(branch, AdaLoRABranch):
                 kept = branch.kept()
                 if len(kept) < branch.e.numel():
-                    found[attachment.path] = {"kept": kept}
-        return found
+                    decisions[attachment.path] = {"kept": kept}
+        return decisions

@@ -97,9 +97,9 @@ def demo(
     answers = find(Encoder(folder), folder, queries, 3)
     console.print(_table(outcomes))
     console.print(shipped["text"], highlight=False)
-    for query, found in zip(queries, answers, strict=True):
+    for query, hits in zip(queries, answers, strict=True):
         console.print(f"\n[bold]{escape(query)}[/]", highlight=False)
-        for answer in found:
+        for answer in hits:
             console.print(f"  {answer.score:.3f}  {escape(answer.title)}", highlight=False)
     seconds = time.perf_counter() - started
     results = _results(corpus, splits, outcomes, shipped, seconds)
@@ -151,9 +151,11 @@ def _ship(best: Outcome, folder: Path) -> dict[str, Any]:
 def _latency(program: Program, folder: Path, rounds: int = 15) -> dict[str, float]:
     """CPU milliseconds of one query, one thread, interleaved; medians."""
     encoder = Encoder(folder, threads=1)
-    made = encoder.tokenizer(["Return the path of the file that holds the settings."], QUERY_TOKENS)
-    ids, mask = made.tensors()
-    feed = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
+    tokens = encoder.tokenizer(
+        ["Return the path of the file that holds the settings."], QUERY_TOKENS
+    )
+    ids, mask = tokens.tensors()
+    feed = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
     model = load_model()
     threads = torch.get_num_threads()
     runs: dict[str, Callable[[], object]] = {
@@ -173,7 +175,7 @@ def _latency(program: Program, folder: Path, rounds: int = 15) -> dict[str, floa
                     times[name].append(1000 * (time.process_time() - begun))
     finally:
         torch.set_num_threads(threads)
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    return {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
 
 
 def _rows(outcomes: Sequence[Outcome]) -> list[list[str]]:

@@ -207,12 +207,12 @@ def read_corpus(source: str | os.PathLike[str] | None = None) -> Corpus:
         try:
             with tokenize.open(path) as file:
                 text = file.read()
-            found = list(functions_of(text, module_name(path, root)))
+            functions = list(functions_of(text, module_name(path, root)))
         except (OSError, SyntaxError, ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else ""
             skipped.append((str(path.relative_to(root)), f"{type(error).__name__}: {reason}"))
             continue
-        for pair in found:
+        for pair in functions:
             if pair is None:
                 unusable += 1
                 continue

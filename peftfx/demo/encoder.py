@@ -109,11 +109,11 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], length: int) -> Batch:
         """Token ids of `texts`, each at most `length` tokens long."""
         self._pieces.enable_truncation(max_length=length)
-        found = [cast("list[int]", e.ids) for e in self._pieces.encode_batch(list(texts))]
-        width = max(len(ids) for ids in found)
-        ids = np.zeros((len(found), width), np.int64)
-        mask = np.zeros((len(found), width), np.int64)
-        for row, item in enumerate(found):
+        pieces = [cast("list[int]", e.ids) for e in self._pieces.encode_batch(list(texts))]
+        width = max(len(ids) for ids in pieces)
+        ids = np.zeros((len(pieces), width), np.int64)
+        mask = np.zeros((len(pieces), width), np.int64)
+        for row, item in enumerate(pieces):
             ids[row, : len(item)] = item
             mask[row, : len(item)] = 1
         return Batch(ids, mask)

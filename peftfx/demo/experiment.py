@@ -207,22 +207,22 @@ def compare(
                 program = prepare(method, started.base, sources)
         outcome.parameters = sum(p.numel() for p in program.trainable_parameters())
         last = round(method.tail * steps)
-        program, made = learn(program, split.train, replace(settings, steps=steps - last))
+        program, training = learn(program, split.train, replace(settings, steps=steps - last))
         if last:
             program, more = learn(program, split.train, replace(settings, steps=last))
-            made = replace(made, losses=made.losses + more.losses)
-        return program, made
+            training = replace(training, losses=training.losses + more.losses)
+        return program, training
 
     first: dict[float, tuple[Program, Training]] = {}
     for rate in method.rates:
         first[rate] = fit(rate, splits[0])
         if len(method.rates) > 1:
-            found = score(first[rate][0], tokenizer, splits[0].validation)
-            outcome.validation[rate] = mrr(found)
+            scores = score(first[rate][0], tokenizer, splits[0].validation)
+            outcome.validation[rate] = mrr(scores)
     outcome.rate = max(method.rates, key=lambda r: outcome.validation.get(r, 0.0))
     outcome.program = first[outcome.rate][0]
     for index, split in enumerate(splits):
-        program, made = first[outcome.rate] if index == 0 else fit(outcome.rate, split)
-        outcome.runs.append(made)
+        program, training = first[outcome.rate] if index == 0 else fit(outcome.rate, split)
+        outcome.runs.append(training)
         outcome.found.append(score(program, tokenizer, split.test))
     return outcome

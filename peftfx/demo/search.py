@@ -56,10 +56,10 @@ class Encoder:
         rows: list[Any] = [None] * len(texts)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            made = self.tokenizer([texts[i] for i in chosen], length)
-            feed = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
+            tokens = self.tokenizer([texts[i] for i in chosen], length)
+            feed = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
             hidden = self.session.run(["last_hidden_state"], feed)[0]
-            for i, row in zip(chosen, pool_array(hidden, made.attention_mask), strict=True):
+            for i, row in zip(chosen, pool_array(hidden, tokens.attention_mask), strict=True):
                 rows[i] = row
         return np.stack(rows)
 
@@ -85,14 +85,14 @@ def find(
     )
     vectors = np.load(folder / "vectors.npy", allow_pickle=False)
     scores = encoder(queries, QUERY_TOKENS) @ vectors.T
-    found: list[list[Answer]] = []
+    answers: list[list[Answer]] = []
     for row in scores:
         best = np.argsort(-row)[:count]
-        found.append([
+        answers.append([
             Answer(float(row[i]), listed[i]["title"], listed[i]["line"], listed[i]["about"])
             for i in best
         ])  # fmt: skip
-    return found
+    return answers
 
 
 def search(query: str, folder: str | Path, count: int = 5) -> list[dict[str, Any]]:

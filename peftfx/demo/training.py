@@ -158,5 +158,5 @@ def train(
         progress=lambda step, loss: advance(loss),
     )
     count = sum(p.numel() * p.element_size() for p in program.trainable_parameters())
-    made = Training(done.losses, done.step_seconds, done.seconds, saved.total, 3 * count)
-    return done.program, made
+    training = Training(done.losses, done.step_seconds, done.seconds, saved.total, 3 * count)
+    return done.program, training

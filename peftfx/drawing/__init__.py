@@ -82,41 +82,43 @@ def picture(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
     """The whole drawing on one canvas."""
     hits = frozenset(s.id for s in chosen) if where else None
     painter = Painter(hits)
-    found, outside = streams(base, hits or frozenset())
+    lanes, outside = streams(base, hits or frozenset())
     columns: list[Canvas] = []
-    for stream in found:
+    for stream in lanes:
         stream.layers = compress(stream.layers, hits or frozenset())
         count = sum(len(layer.numbers) for layer in stream.layers)
         about = "1 layer" if count == 1 else f"{count} layers"
         columns.append(_titled(f"stream {stream.name}", painter.stream(stream), about))
     for index, drawn in enumerate(painter.chain(outside)):
-        name = "outside of the streams" if found else "sites in the order of the graph"
+        name = "outside of the streams" if lanes else "sites in the order of the graph"
         columns.append(_titled(name if not index else f"{name}, continued", drawn))
-    made = _heading(base, where, chosen)
-    y = made.height + 18
+    canvas = _heading(base, where, chosen)
+    y = canvas.height + 18
     for at in range(0, len(columns), COLUMNS):
         x, height = MARGIN, 0.0
         for column in columns[at : at + COLUMNS]:
-            made.paste(column, x, y)
+            canvas.paste(column, x, y)
             x += column.width + 44
             height = max(height, column.height)
         y += height + 30
-    made.width += MARGIN
-    made.height += MARGIN
-    return made
+    canvas.width += MARGIN
+    canvas.height += MARGIN
+    return canvas
 
 
 def _titled(title: str, body: Canvas, about: str = "") -> Canvas:
-    made = Canvas()
-    end = made.write(0, 13, title, 14, INK, True)
-    made.width = made.write(end + 8, 13, about, BODY, MUTED)
-    return made.paste(body, 0, 24)
+    canvas = Canvas()
+    end = canvas.write(0, 13, title, 14, INK, True)
+    canvas.width = canvas.write(end + 8, 13, about, BODY, MUTED)
+    return canvas.paste(body, 0, 24)
 
 
 def _heading(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
-    made = Canvas()
+    canvas = Canvas()
     total = sum(p.numel() for p in base.module.parameters())
-    end = made.write(MARGIN, 44, shorten(type(base.module).__name__, 700, 20, True), 20, INK, True)
+    end = canvas.write(
+        MARGIN, 44, shorten(type(base.module).__name__, 700, 20, True), 20, INK, True
+    )
     if where:
         count = parameters(base, chosen)
         text = f"where={shorten(where, 420, 13)} hits {len(chosen)} of {len(base.sites)} sites"
@@ -125,11 +127,11 @@ def _heading(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
             text += f"; their weights hold {count:,} of {total:,} parameters ({share:.1f} %)"
     else:
         text = f"{len(base.sites)} sites, {total:,} parameters"
-    end = max(end, made.write(MARGIN, 68, text, 13, INK))
+    end = max(end, canvas.write(MARGIN, 68, text, 13, INK))
     used = {family(s) for s in base.sites}
-    made.width = max(end, _legend(made, [] if where else [f for f in FAMILIES if f in used]))
-    made.height = 104
-    return made
+    canvas.width = max(end, _legend(canvas, [] if where else [f for f in FAMILIES if f in used]))
+    canvas.height = 104
+    return canvas
 
 
 def _legend(made: Canvas, families: Sequence[str]) -> float:

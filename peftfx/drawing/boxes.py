@@ -32,8 +32,8 @@ def family(site: Site) -> str:
     """The key of `FAMILIES` for a site."""
     first = site.role.partition(".")[0]
     roles = dict.fromkeys(("q", "k", "v", "o", "attn"), "attention")
-    found = (roles | {"ffn": "feed-forward", "conv": "convolution"}).get(first, first)
-    return found if found in FAMILIES else site.kind if site.kind in FAMILIES else "other"
+    name = (roles | {"ffn": "feed-forward", "conv": "convolution"}).get(first, first)
+    return name if name in FAMILIES else site.kind if site.kind in FAMILIES else "other"
 
 
 def word(site: Site) -> str:
@@ -128,10 +128,10 @@ class BoxPainter:
         """One box; `copies` are the layers for which it stands anyway."""
         if not box.sites:
             text = shorten(box.label, NAME + 30, SMALL)
-            made = Canvas(text_width(text, SMALL) + 18, 24)
-            made.add(Rect(0.5, 0.5, made.width - 1, 23, PAPER, EDGE, 1.0, 12))
-            made.write(9, 15.5, text, SMALL, INK if self.hits is None else MUTED)
-            return made
+            canvas = Canvas(text_width(text, SMALL) + 18, 24)
+            canvas.add(Rect(0.5, 0.5, canvas.width - 1, 23, PAPER, EDGE, 1.0, 12))
+            canvas.write(9, 15.5, text, SMALL, INK if self.hits is None else MUTED)
+            return canvas
         times = (len(box.alike) + 1) // max(copies, 1)
         return self._fused(box, times) if len(box.sites) > 1 else self._single(box, times)
 
@@ -146,15 +146,15 @@ class BoxPainter:
         inner = max(indent + text_width(name, BODY), *(text_width(t, SMALL) for t in lines), 40.0)
         place = Placed(1, 1, inner + 22, 22 + 14 * len(lines) + (2 if lines else 4))
         extra = 6 if times > 1 else 0
-        made = Canvas(place.w + 2 + extra, place.h + 2 + extra)
+        canvas = Canvas(place.w + 2 + extra, place.h + 2 + extra)
         radius = 16 if operator else 4
-        ink, muted = self.plate(made, box.sites, box.everything, place, times, radius)
-        made.write(11, 17, role, BODY, ink, True)
+        ink, muted = self.plate(canvas, box.sites, box.everything, place, times, radius)
+        canvas.write(11, 17, role, BODY, ink, True)
         if name:
-            made.write(11 + indent, 17, name, BODY, muted)
+            canvas.write(11 + indent, 17, name, BODY, muted)
         for index, line in enumerate(lines):
-            made.write(11, 32 + 14 * index, line, SMALL, muted)
-        return made
+            canvas.write(11, 32 + 14 * index, line, SMALL, muted)
+        return canvas
 
     def _fused(self, box: Box, times: int) -> Canvas:
         """One weight, divided by the roles of its features."""
@@ -171,16 +171,16 @@ class BoxPainter:
         inner = max(wide * len(cells) + 6 * (len(cells) - 1), text_width(name, BODY) + 6
                     + text_width(size, SMALL))  # fmt: skip
         wide = (inner - 6 * (len(cells) - 1)) / len(cells)
-        made = Canvas(inner + 18, 62)
+        canvas = Canvas(inner + 18, 62)
         _, edge = FAMILIES[family(first)]
         pale = self.hits is not None
-        made.add(Rect(1, 1, inner + 16, 60, PAPER, FAINT if pale else edge, 1.2, 4))
-        end = made.write(9, 17, name, BODY, MUTED if pale else INK)
-        made.write(end + 6, 17, size, SMALL, MUTED)
+        canvas.add(Rect(1, 1, inner + 16, 60, PAPER, FAINT if pale else edge, 1.2, 4))
+        end = canvas.write(9, 17, name, BODY, MUTED if pale else INK)
+        canvas.write(end + 6, 17, size, SMALL, MUTED)
         for index, (site, role, count) in enumerate(cells):
             same = [sites[index] for sites in box.alike]
             place = Placed(9 + index * (wide + 6), 27, wide, 26)
-            ink, muted = self.plate(made, (site,), [site, *same], place)
-            end = made.write(place.x + 9, 44, role, BODY, ink, True)
-            made.write(end + 6, 44, count, SMALL, muted)
-        return made
+            ink, muted = self.plate(canvas, (site,), [site, *same], place)
+            end = canvas.write(place.x + 9, 44, role, BODY, ink, True)
+            canvas.write(end + 6, 44, count, SMALL, muted)
+        return canvas

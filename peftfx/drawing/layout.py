@@ -48,7 +48,7 @@ class Painter(BoxPainter):
         low = min((p.y for p in places.values()), default=0.0)
         for place in places.values():
             place.y -= low
-        made = Canvas()
+        canvas = Canvas()
         for box in boxes:
             for parent in box.parents:
                 sets = list(dict.fromkeys(tuple(readers[id(b)]) for b in columns[parent.level]))
@@ -56,39 +56,39 @@ class Painter(BoxPainter):
                 start, end = places[id(parent)], places[id(box)]
                 between = [places[id(b)] for c in columns[parent.level + 1 : box.level] for b in c]
                 if any(p.y - 3 < start.middle < p.y + p.h + 3 for p in between):
-                    made.add(_bridge(start, end, min(p.y for p in [start, end, *between]) - 6))
+                    canvas.add(_bridge(start, end, min(p.y for p in [start, end, *between]) - 6))
                 else:
-                    made.add(_elbow(start, end, max(-9, min(9, 6 * lane))))
+                    canvas.add(_elbow(start, end, max(-9, min(9, 6 * lane))))
         for box in boxes:
-            made.paste(drawn[id(box)], places[id(box)].x, places[id(box)].y)
-        return made, places
+            canvas.paste(drawn[id(box)], places[id(box)].x, places[id(box)].y)
+        return canvas, places
 
     def lane(self, lane: Lane, copies: int) -> tuple[Canvas, dict[int, Placed]]:
         """One sublayer: its caption above its branch."""
         site = lane.head.sites[0]
         kind = site.id.rpartition(".")[2] if "." in site.id else site.role
         wide = text_width(kind, SMALL, True) + 4 + text_width("sublayer", SMALL)
-        made = Canvas()
+        canvas = Canvas()
         place = Placed(1, 1, wide + 16, 19)
-        ink, muted = self.plate(made, lane.head.sites, lane.head.everything, place, radius=9.5)
-        end = made.write(9, 14.3, kind, SMALL, ink, True)
-        made.write(end + 4, 14.3, "sublayer", SMALL, muted)
-        made.width = made.write(place.w + 13, 14.3, site.describe(), SMALL, MUTED)
-        made.height = 20
+        ink, muted = self.plate(canvas, lane.head.sites, lane.head.everything, place, radius=9.5)
+        end = canvas.write(9, 14.3, kind, SMALL, ink, True)
+        canvas.write(end + 4, 14.3, "sublayer", SMALL, muted)
+        canvas.width = canvas.write(place.w + 13, 14.3, site.describe(), SMALL, MUTED)
+        canvas.height = 20
         if not lane.boxes:
-            made.width = max(made.width, made.write(
+            canvas.width = max(canvas.width, canvas.write(
                 1, 38, "the weights are those of an earlier layer", SMALL, MUTED))  # fmt: skip
-            made.height = 44
-            return made, {}
+            canvas.height = 44
+            return canvas, {}
         body, places = self.branch(lane.boxes, copies)
-        made.paste(body, 0, 30)
+        canvas.paste(body, 0, 30)
         for spot in places.values():
             spot.y += 30
-        return made, places
+        return canvas, places
 
     def row(self, row: Row, copies: int) -> Canvas:
         """All sublayers that end in one add, as lanes from the line and back to it."""
-        made = Canvas()
+        canvas = Canvas()
         left = STEM + 34
         places: dict[int, Placed] = {}
         y = 8.0
@@ -113,30 +113,30 @@ class Painter(BoxPainter):
         entries = [b for b in boxes if b.fed and (b.level == 0 or not b.parents)]
         trunk = left - 14
         spots = [places[id(b)] for b in entries]
-        made.add(*_fan([(STEM, min((p.middle for p in spots), default=20.0))], spots, trunk))
+        canvas.add(*_fan([(STEM, min((p.middle for p in spots), default=20.0))], spots, trunk))
         for box in boxes:
             if box.fed and box not in entries:  # over the heads of the columns before it
                 spot = places[id(box)]
                 top, turn = min(p.y for p in places.values()) - 5, spot.x - GAP / 2
-                made.add(Line(((STEM, top), (turn, top), (turn, spot.middle),
+                canvas.add(Line(((STEM, top), (turn, top), (turn, spot.middle),
                                (spot.x, spot.middle)), EDGE, 1.4, HEAD))  # fmt: skip
         for box in row.shared:
             if not any(box in b.parents for b in row.shared):
                 first = [places[id(b)] for b in boxes if id(b) in own and not b.parents]
                 spot = places[id(box)]
-                made.add(*_fan([(spot.x + spot.w, spot.middle)], first, start - 14))
+                canvas.add(*_fan([(spot.x + spot.w, spot.middle)], first, start - 14))
         read = {id(p) for b in boxes for p in b.parents}
         for box in boxes:
             if id(box) in own and id(box) not in read:
                 spot = places[id(box)]
-                made.add(Line(((spot.x + spot.w, spot.middle), (right, spot.middle),
+                canvas.add(Line(((spot.x + spot.w, spot.middle), (right, spot.middle),
                                (right, bottom)), EDGE))  # fmt: skip
-        made.add(Line(((right, bottom), (STEM + 9, bottom)), EDGE, 1.4, HEAD))
-        made.paste(common, left, middle)
+        canvas.add(Line(((right, bottom), (STEM + 9, bottom)), EDGE, 1.4, HEAD))
+        canvas.paste(common, left, middle)
         for drawn, top in lanes:
-            made.paste(drawn, start, top)
-        made.width, made.height = right + 4, bottom + 12
-        return _stem(made, bottom)
+            canvas.paste(drawn, start, top)
+        canvas.width, canvas.height = right + 4, bottom + 12
+        return _stem(canvas, bottom)
 
     # The line: levels from top to bottom.
 
@@ -157,19 +157,21 @@ class Painter(BoxPainter):
                 for level, other in zip(unit, levels[start + step * period :], strict=False):
                     for box, twin in zip(level, other, strict=True):
                         box.absorb(twin)
-            made = [
+            canvases = [
                 self._level(level, copies * (count if period > 1 else 1), flow) for level in unit
             ]
-            pieces += [self._frame(made, f"{count} times")] if count > 1 and period > 1 else made
+            pieces += (
+                [self._frame(canvases, f"{count} times")] if count > 1 and period > 1 else canvases
+            )
         if line.aside:
             pieces.append(self._level(line.aside, copies, False, "shared by several layers"))
         return pieces
 
     def _level(self, boxes: Sequence[Box], copies: int, flow: bool, note: str = "") -> Canvas:
-        made = Canvas()
+        canvas = Canvas()
         y = 6.0
         if note:
-            made.width = made.write(STEM + 16, 18, note, SMALL, MUTED)
+            canvas.width = canvas.write(STEM + 16, 18, note, SMALL, MUTED)
             y = 26.0
         for at in range(0, len(boxes), WIDE):
             x = STEM + 16 if note else 0.0
@@ -177,34 +179,34 @@ class Painter(BoxPainter):
             height = max(d.height for d in drawn)
             ends: list[float] = []
             for one in drawn:
-                made.paste(one, x, y)
+                canvas.paste(one, x, y)
                 ends.append(x + STEM if not ends else x + one.width / 2)
                 x += one.width + 14
             y += height
             if flow and len(ends) > 1:
-                made.shapes[:0] = [
+                canvas.shapes[:0] = [
                     Line(((e, y - 4), (e, y + 8), (STEM, y + 8)), EDGE) for e in ends
                 ]
             y += 10
-        made.height = y + 4
-        return _stem(made) if flow or note else made
+        canvas.height = y + 4
+        return _stem(canvas) if flow or note else canvas
 
     def _frame(self, pieces: Sequence[Canvas], note: str, title: str = "") -> Canvas:
         """Pieces of a stream, stacked in a frame."""
         inner = _stack(pieces)
-        made = Canvas()
+        canvas = Canvas()
         head = 26.0 if title or note else 6.0
         width = inner.width + 22
-        made.paste(inner, 0, head)
+        canvas.paste(inner, 0, head)
         x = STEM + 16
         if title:
-            x = made.write(x, 17, title, BODY, INK, True) + 10
-        x = made.write(x, 17, note, SMALL, MUTED)
-        made.width = max(width, x + 12)
-        made.height = head + inner.height + 6
-        band = Rect(-10, 1, made.width + 6, made.height - 4, BAND, FRAME, 1.2, 8)
-        made.shapes.insert(0, band)
-        return _stem(made, after=1)
+            x = canvas.write(x, 17, title, BODY, INK, True) + 10
+        x = canvas.write(x, 17, note, SMALL, MUTED)
+        canvas.width = max(width, x + 12)
+        canvas.height = head + inner.height + 6
+        band = Rect(-10, 1, canvas.width + 6, canvas.height - 4, BAND, FRAME, 1.2, 8)
+        canvas.shapes.insert(0, band)
+        return _stem(canvas, after=1)
 
     def layer(self, layer: Layer) -> Canvas:
         """One layer, or several that are alike."""
@@ -228,10 +230,10 @@ class Painter(BoxPainter):
         pieces = self.line(stream.before, 1)
         pieces += [self.layer(layer) for layer in stream.layers]
         after = self.line(stream.after, 1)
-        made = _stack([*pieces, *after])
-        made.add(Line(((STEM, made.height - 1), (STEM, made.height + 16)), EDGE, 2, 7))
-        made.height += 20
-        return made
+        canvas = _stack([*pieces, *after])
+        canvas.add(Line(((STEM, canvas.height - 1), (STEM, canvas.height + 16)), EDGE, 2, 7))
+        canvas.height += 20
+        return canvas
 
     def chain(self, line: OnLine) -> list[Canvas]:
         """Sites outside of all streams, in columns."""
@@ -240,10 +242,10 @@ class Painter(BoxPainter):
 
 
 def _stack(pieces: Sequence[Canvas]) -> Canvas:
-    made = Canvas()
+    canvas = Canvas()
     for piece in pieces:
-        made.paste(piece, 0, made.height)
-    return made
+        canvas.paste(piece, 0, canvas.height)
+    return canvas
 
 
 def _stem(canvas: Canvas, add: float | None = None, after: int = 0) -> Canvas:

@@ -103,12 +103,12 @@ class _Map:
             if getattr(site, "features", None) is not None:
                 key = site.nodes, site_weight(site)
             grouped.setdefault(key, []).append(site)
-        made = [Box(tuple(group)) for group in grouped.values()]
-        home = {site.id: box for box in made for site in box.sites}
+        boxes = [Box(tuple(group)) for group in grouped.values()]
+        home = {site.id: box for box in boxes for site in box.sites}
         carriers = {n: home[s.id] for n, s in self.owner.items() if s.id in home}
         operators: list[Box] = []
         labels: dict[str, Box] = {}
-        for box in made:
+        for box in boxes:
             nodes = [n for s in box.sites for n in self.of(s)]
             if all(carriers.get(n) not in (box, None) for n in nodes):
                 operators.append(box)
@@ -126,9 +126,9 @@ class _Map:
         for box in operators:  # an activation stands right before the weight that reads it
             below = carriers[self.nodes[box.sites[0].nodes[0]]]
             box.parents, below.parents = _nearest(below.parents), [box]
-            made.remove(box)
-            made.insert(made.index(below), box)
-        return merge(_levels([*labels.values(), *made]), self.hits)
+            boxes.remove(box)
+            boxes.insert(boxes.index(below), box)
+        return merge(_levels([*labels.values(), *boxes]), self.hits)
 
     def _readers(
         self, nodes: list[Node], carriers: Mapping[Node, Box], box: Box, line: set[Node],
@@ -198,7 +198,7 @@ def streams(program: Program, hits: frozenset[str]) -> tuple[list[Stream], Line]
     """All streams in the order of their first add, and what is outside of them; boxes that
     differ in numbers only are one, but for those of which `hits` names some."""
     map_ = _Map(program, hits)
-    found: list[Stream] = []
+    all_streams: list[Stream] = []
     for name in dict.fromkeys(map_.stream.values()):
         adds = [add for add, stream in map_.stream.items() if stream == name]
         lines = [map_.boxes(map_.at("line", add), name) for add in adds]
@@ -224,5 +224,5 @@ def streams(program: Program, hits: frozenset[str]) -> tuple[list[Stream], Line]
             for box in after:
                 box.parents = [p for p in box.parents if p in after]
             _levels(after)
-        found.append(Stream(name, before, layers, Line(after)))
-    return found, Line(map_.boxes(map_.at("outside", ""), ""))
+        all_streams.append(Stream(name, before, layers, Line(after)))
+    return all_streams, Line(map_.boxes(map_.at("outside", ""), ""))

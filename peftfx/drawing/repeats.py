@@ -53,7 +53,7 @@ def merge(boxes: list[Box], hits: frozenset[str]) -> list[Box]:
 def runs(faces: Sequence[object], least: int, longest: int = 8) -> list[tuple[int, int, int]]:
     """(start, period, count) of repeated stretches, greedily from the left; at least `least`
     single ones or three longer ones in a row."""
-    found: list[tuple[int, int, int]] = []
+    repeats: list[tuple[int, int, int]] = []
     start = 0
     while start < len(faces):
         best = (start, 1, 1)
@@ -65,9 +65,9 @@ def runs(faces: Sequence[object], least: int, longest: int = 8) -> list[tuple[in
             enough = count >= (least if period == 1 else MANY)
             if enough and period * count > best[1] * best[2]:
                 best = (start, period, count)
-        found.append(best)
+        repeats.append(best)
         start += best[1] * best[2]
-    return found
+    return repeats
 
 
 def compress(layers: list[Layer], hits: frozenset[str]) -> list[Layer]:

@@ -49,8 +49,8 @@ class ControllersCallback:
 
     def module(self, model: nn.Module) -> nn.Module:
         """What runs the program when a trainer runs `model`: its module, or an outlined one."""
-        held = (m for inner in model.modules() for m in (inner, inner.__dict__.get("runs")))
-        outlined = (m for m in held if isinstance(m, Outlined))
+        modules = (m for inner in model.modules() for m in (inner, inner.__dict__.get("runs")))
+        outlined = (m for m in modules if isinstance(m, Outlined))
         return next(outlined, self.controllers.program.module)
 
     def begin(

@@ -132,16 +132,16 @@ def fit(
         with mixed:
             outputs = forward(batch) if forward else program(**_inputs(program, batch, loss))
             value = loss(outputs, batch) if loss else _own_loss(outputs)
-        found = value.item()
-        _require_finite("loss", found, step, lr)
+        loss_value = value.item()
+        _require_finite("loss", loss_value, step, lr)
         ((value + controllers.loss(outputs, batch, program)) / accumulate).backward()
-        return found
+        return loss_value
 
     def take(step: int, chosen: list[Any]) -> None:
         started = time.process_time()
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
             group["lr"] = scale * rate(step, total, lr, warmup)
-        found = sum(backward(batch, step) for batch in chosen) / accumulate
+        loss_value = sum(backward(batch, step) for batch in chosen) / accumulate
         trained = program.trainable_parameters()
         norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
         _require_finite("gradients' norm", norm.item(), step, lr)
@@ -149,7 +149,7 @@ def fit(
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         controllers.after_step(step)
         optimizer.zero_grad()
-        losses.append(found)
+        losses.append(loss_value)
         seconds.append(time.process_time() - started)
 
     began, stopped = time.perf_counter(), False
@@ -193,11 +193,11 @@ def _stream(batches: Iterable[Any], accumulate: int, steps: int) -> Iterator[lis
     """The batches of each step, from the start again whenever they run out."""
 
     def endless() -> Iterator[Any]:
-        found = True
-        while found:
-            found = False
+        any_batch = True
+        while any_batch:
+            any_batch = False
             for batch in batches:
-                found = True
+                any_batch = True
                 yield batch
 
     source = endless()
@@ -230,9 +230,9 @@ def _inputs(program: Program, batch: Any, loss: Loss | None) -> Mapping[str, Any
 
 def _own_loss(outputs: Any) -> Tensor:
     """The loss that the program itself returns."""
-    found = outputs.get("loss") if isinstance(outputs, Mapping) else None
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     first = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
-    for value in (found, first):
+    for value in (loss, first):
         if isinstance(value, Tensor) and not value.dim():
             return value
     raise OptionError(

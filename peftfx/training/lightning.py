@@ -103,5 +103,5 @@ def lightning_callback(controllers: Controllers, base: bool = False) -> Any:
     """
     from lightning.pytorch import Callback  # pyright: ignore
 
-    made = type("ControllersCallback", (ForLightning, Callback), {})  # pyright: ignore
-    return made(controllers, base)
+    cls = type("ControllersCallback", (ForLightning, Callback), {})  # pyright: ignore
+    return cls(controllers, base)

@@ -202,8 +202,8 @@ class ForPretrained:
         folder = Path(save_directory)
         save(self.program, folder / ADAPTER)
         left_out = frozen_base(self.program)
-        held = {n: t for n, t in self.program.module.state_dict().items() if n not in left_out}
-        safetensors.torch.save_file(held, folder / "model.safetensors", {"format": "pt"})
+        state = {n: t for n, t in self.program.module.state_dict().items() if n not in left_out}
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def original(program: Program, config: Any) -> Any:
@@ -240,8 +240,8 @@ def _class_of(program: Program, config: Any) -> Any:
 
     names = [type(program.module).__name__, *(config.architectures or ())]
     for name in names:
-        if isinstance(found := getattr(transformers, name, None), type):
-            return found
+        if isinstance(cls := getattr(transformers, name, None), type):
+            return cls
     raise ExportError(
         f"transformers has no model {names[0]}, so nothing could load what is saved. Save the "
         "program itself (peftfx.save_program), or its tensors (program.export_state_dict())."

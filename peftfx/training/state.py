@@ -26,9 +26,9 @@ _REST, _SEAL = "others", "sha256"
 def state_bytes(state: Mapping[str, Any]) -> bytes:
     """Nested tensors and numbers as one safetensors file."""
     tensors, rest = flatten(state)
-    held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(rest)
-    return safetensors.torch.save(held, {_REST: text, _SEAL: _seal(held, text)})
+    return safetensors.torch.save(contiguous, {_REST: text, _SEAL: _seal(contiguous, text)})
 
 
 def read_state(path: Path) -> dict[str, Any]:

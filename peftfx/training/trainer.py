@@ -79,8 +79,8 @@ class ForTrainer(ControllersCallback):
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
         self.accumulation = args.gradient_accumulation_steps
-        held = self._held(args, state.global_step) if state.global_step else None
-        self.begin(model, optimizer, state.max_steps, held)
+        saved_state = self._held(args, state.global_step) if state.global_step else None
+        self.begin(model, optimizer, state.max_steps, saved_state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         release(self._saving)
@@ -167,5 +167,5 @@ def trainer_callback(
     """
     from transformers import TrainerCallback
 
-    made = type("ControllersCallback", (ForTrainer, TrainerCallback), {})
-    return made(controllers, resume, base)
+    cls = type("ControllersCallback", (ForTrainer, TrainerCallback), {})
+    return cls(controllers, resume, base)

@@ -180,23 +180,25 @@ def reached(module: nn.Module) -> set[str]:
     """Paths of the blocks that gradients pass through; the others save nothing."""
     paths = {block.path for block in names(module).blocks}
     live: set[Node] = set()
-    found: set[str] = set()
+    reached_names: set[str] = set()
     for node in names(module).graph.nodes:
         trained = any(i in live for i in node.all_input_nodes) or _trains(module, node)
         if trained:
             live.add(node)
         if trained and node.target in paths:
-            found.add(str(node.target))
-    return found
+            reached_names.add(str(node.target))
+    return reached_names
 
 
 def _trains(owner: nn.Module, node: Node) -> bool:
     """Whether a node reads or calls something trainable."""
     if node.op not in ("get_attr", "call_module"):
         return False
-    held = attribute(owner, str(node.target))
-    graph = getattr(held, "graph", None)
+    tensor = attribute(owner, str(node.target))
+    graph = getattr(tensor, "graph", None)
     if isinstance(graph, Graph):
-        return any(_trains(held, inner) for inner in graph.nodes)
-    tensors: Iterable[Any] = held.parameters() if isinstance(held, torch.nn.Module) else (held,)
+        return any(_trains(tensor, inner) for inner in graph.nodes)
+    tensors: Iterable[Any] = (
+        tensor.parameters() if isinstance(tensor, torch.nn.Module) else (tensor,)
+    )
     return any(getattr(t, "requires_grad", False) for t in tensors)

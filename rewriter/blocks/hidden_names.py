@@ -27,8 +27,12 @@ class Names:
         self.__dict__["_module"], self.__dict__["_kind"] = module, kind
 
     def __getattr__(self, name: str) -> Any:
-        held = vars(self._module)
-        return held[name] if name in held else getattr(super(self._kind, self._module), name)
+        attributes = vars(self._module)
+        return (
+            attributes[name]
+            if name in attributes
+            else getattr(super(self._kind, self._module), name)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         vars(self._module)[name] = value

@@ -52,10 +52,10 @@ class Traced(nn.Module):
         return [names(self).graph, self._in_spec, self._out_spec]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo |= {id(held): held for held in names(self).fixed()}
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+        memo |= {id(fixed): fixed for fixed in names(self).fixed()}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 class Inner(Traced):
@@ -164,14 +164,14 @@ class Outlined(Traced):
     @property
     def peftfx_outlined(self) -> Outlined:
         """What this class defines, whatever the names of the model's children."""
-        found: Any = names(self)
-        return found
+        own: Any = names(self)
+        return own
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks, in the order in which they run."""
-        found: Any = tuple(self.get_submodule(path) for path in names(self)._paths)
-        return found
+        blocks: Any = tuple(self.get_submodule(path) for path in names(self)._paths)
+        return blocks
 
     @property
     def regions(self) -> tuple[Region, ...]:

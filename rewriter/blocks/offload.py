@@ -77,13 +77,13 @@ def offload(module: nn.Module) -> None:
 def _base(origin: Program, module: nn.Module, moved: Mapping[Any, Tensor]) -> Program:
     """The program as captured with the parameters of blocks on the CPU: the module's, if shared."""
     gm = origin.module
-    made = sharing_module(gm, gm.graph, type(gm).__name__)
-    for name, parameter in list(made.named_parameters()):
+    shared = sharing_module(gm, gm.graph, type(gm).__name__)
+    for name, parameter in list(shared.named_parameters()):
         if _inside(name, module) and not parameter.is_meta:
             data = moved.get(same_view(parameter))
             data = parameter.data.cpu() if data is None else data
-            set_attribute(made, name, nn.Parameter(data, requires_grad=False))
-    return replace(origin, module=made)
+            set_attribute(shared, name, nn.Parameter(data, requires_grad=False))
+    return replace(origin, module=shared)
 
 
 def staying(module: nn.Module) -> dict[Any, Tensor]:
@@ -91,8 +91,8 @@ def staying(module: nn.Module) -> dict[Any, Tensor]:
     origin = names(module).flat.program.origin
     if origin is None or not any(b.offload for b in names(module).blocks):
         return {}
-    held = origin.module.named_parameters()
-    return {same_view(p): p.data for n, p in held if _inside(n, module) and not p.is_meta}
+    parameters = origin.module.named_parameters()
+    return {same_view(p): p.data for n, p in parameters if _inside(n, module) and not p.is_meta}
 
 
 def _inside(name: str, module: nn.Module) -> bool:
@@ -140,11 +140,11 @@ def _to_cpu(parameter: nn.Parameter) -> None:
 @contextlib.contextmanager
 def aside(module: nn.Module) -> Generator[None]:
     """Takes what is offloaded out of a module while it moves to another device."""
-    held = _frozen(module) if any(b.offload for b in names(module).blocks) else {}
+    frozen = _frozen(module) if any(b.offload for b in names(module).blocks) else {}
     try:
-        for owner, name in held:
+        for owner, name in frozen:
             owner._parameters[name] = None
         yield
     finally:
-        for (owner, name), parameter in held.items():
+        for (owner, name), parameter in frozen.items():
             owner._parameters[name] = parameter

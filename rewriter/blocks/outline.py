@@ -156,9 +156,9 @@ def _copy(
 
     def known(node: Node) -> Node:
         if node not in copied:
-            made = copied[node] = graph.node_copy(node, known)
-            if made.op in ("get_attr", "call_module"):
-                made.target = place(node.target)
+            twin = copied[node] = graph.node_copy(node, known)
+            if twin.op in ("get_attr", "call_module"):
+                twin.target = place(node.target)
         return copied[node]
 
     for one in order:

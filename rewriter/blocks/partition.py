@@ -72,7 +72,7 @@ def partition(program: Program) -> tuple[Part | Node, ...]:
     regions = _add_regions(program, flow, sets)
     paths = _paths(program, flow, sets)
     _add_readers(program, flow, sets, paths)
-    starts = {label: min(found) for label, found in sets.items()}
+    starts = {label: min(places) for label, places in sets.items()}
     _add_exclusive(program, flow, sets, paths, entries)
     parts: dict[Part, int] = {}
     for label, path in paths.items():
@@ -96,7 +96,7 @@ def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str,
             "this program has no blocks: it has no residual layers. program.sites shows what was "
             "found; train it as one module (program.module)."
         )
-    found: dict[str, set[int]] = {}
+    cores: dict[str, set[int]] = {}
     before: dict[str, int] = {}
     for stream, members in layers.items():
         for layer, span in _spans(program, members, nodes).items():
@@ -104,11 +104,11 @@ def _cores(program: Program, flow: Flow) -> tuple[dict[str, set[int]], dict[str,
             core = flow.carried(entry, end)
             label, core = f"{stream}.layer{layer}", flow.closed(core - {entry})
             above = flow.above([entry])
-            for other in [k for k, s in found.items() if s & core]:
-                core, above = flow.closed(core | found.pop(other)), above | before.pop(other)
+            for other in [k for k, s in cores.items() if s & core]:
+                core, above = flow.closed(core | cores.pop(other)), above | before.pop(other)
                 label = f"{other}+{label}"
-            found[label], before[label] = core, above
-    return found, before
+            cores[label], before[label] = core, above
+    return cores, before
 
 
 def _spans(
@@ -147,25 +147,25 @@ def _add_regions(
 
     A region of several layers is no call; what it computes stays in their graphs.
     """
-    held: dict[str, list[Routing]] = {label: [] for label in sets}
+    by_block: dict[str, list[Routing]] = {label: [] for label in sets}
     for region in routings(program, flow):
-        owners = [label for label, found in sets.items() if found & region.inside]
+        owners = [label for label, block in sets.items() if block & region.inside]
         if len(owners) == 1:
             sets[owners[0]] = flow.closed(sets[owners[0]] | region.around)
-            held[owners[0]].append(region)
-    return held
+            by_block[owners[0]].append(region)
+    return by_block
 
 
 def _inner(program: Program, flow: Flow, path: str, regions: Sequence[Routing]) -> dict[Part, int]:
     """The regions of the block at `path`, with where they start."""
     taken = program.module.get_submodule(path)
     names = (name for i in count() if not hasattr(taken, name := f"region{i or ''}"))
-    found: dict[Part, int] = {}
+    parents: dict[Part, int] = {}
     for region, name in zip(regions, names, strict=False):
         order = tuple(flow.nodes[i] for i in sorted(region.inside))
         part = Part(region.label, f"{path}.{name}", path, order, region.branch)
-        found[part] = min(region.inside)
-    return found
+        parents[part] = min(region.inside)
+    return parents
 
 
 def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[str, str]:
@@ -202,12 +202,12 @@ def _is_parameter(gm: GraphModule, node: Node) -> bool:
 def _common(names: list[str]) -> str:
     """The module that all the named parameters are in."""
     split = [name.split(".")[:-1] for name in names]
-    found: list[str] = []
+    prefix: list[str] = []
     for parts in zip(*split, strict=False):
         if len(set(parts)) > 1:
             break
-        found.append(parts[0])
-    return ".".join(found)
+        prefix.append(parts[0])
+    return ".".join(prefix)
 
 
 def _add_readers(

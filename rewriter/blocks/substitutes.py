@@ -40,10 +40,10 @@ class Recipe:
         self._device, self._autocast = device, _autocast(device)
 
     def __call__(self) -> Tensor:
-        made = self._computed() if self._made is None else self._made
+        tensor = self._computed() if self._made is None else self._made
         self._left = (self._left or self.readers) - 1
-        self._made = made if self._left else None
-        return made
+        self._made = tensor if self._left else None
+        return tensor
 
     def _computed(self) -> Tensor:
         args, kwargs = map(_get, self.args), {n: _get(v) for n, v in self.kwargs.items()}
@@ -154,14 +154,14 @@ class Kept:
 def watched(module: nn.Module, seen: Callable[[Tensor], object]) -> Generator[None]:
     """Calls `seen` with every tensor that blocks below `module` keep, which hooks around them do
     not see."""
-    found = [getattr(m, "kept", None) for m in module.modules()]
-    held = [kept for kept in found if isinstance(kept, Kept)]
+    candidates = [getattr(m, "kept", None) for m in module.modules()]
+    keepers = [kept for kept in candidates if isinstance(kept, Kept)]
     try:
-        for kept in held:
+        for kept in keepers:
             kept.seen = seen
         yield
     finally:
-        for kept in held:
+        for kept in keepers:
             kept.seen = None
 
 

@@ -87,11 +87,11 @@ class Branch(nn.Module):
 
     def bound(self, **reads: Tensor) -> Self:
         """A copy that reads these constants instead of values of the graph, so that it folds."""
-        made = copy.deepcopy(self)
-        made.constants_read = tuple(reads)
+        twin = copy.deepcopy(self)
+        twin.constants_read = tuple(reads)
         for name, tensor in reads.items():
-            made.register_buffer(f"read_{name}", tensor, persistent=False)
-        return made
+            twin.register_buffer(f"read_{name}", tensor, persistent=False)
+        return twin
 
     @property
     def constants(self) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ class Gated(Branch, Generic[Inner]):
 
     def settled(self, **decided: Any) -> Self:
         """With the number `gate` from now on."""
-        made = type(self)(self.inner)
-        made.constant = float(decided["gate"])
-        return made
+        twin = type(self)(self.inner)
+        twin.constant = float(decided["gate"])
+        return twin
 
     def describe(self) -> str:
         inner = self.inner.describe()
@@ -55,8 +55,8 @@ class GatedDelta(Gated[Delta], Delta):
         return self.inner.delta() * self.constant
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        found = self.inner.factors()
-        return found and (found[0], found[1], found[2] * self.constant)
+        inner = self.inner.factors()
+        return inner and (inner[0], inner[1], inner[2] * self.constant)
 
 
 class GatedKeyValue(Gated[KeyValue], KeyValue):

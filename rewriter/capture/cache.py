@@ -107,7 +107,7 @@ class Entry:
             if data["values"] != self._digests(data["values"]):
                 raise ValueError("a mask or a buffer that the sites depend on has other values")
             name = type(self.model).__name__
-            found = Traced(
+            traced = Traced(
                 read_graph(data["graph"], self.held, self.packages, name, _classes()),
                 read_spec(data["spec"]),
                 Sites(decode(data["sites"], [])),
@@ -121,7 +121,7 @@ class Entry:
             self.note = f"stored again: {error}"
             return None
         self.note = "recalled"
-        return found
+        return traced
 
     def outdated(self, why: str) -> None:
         """Notes that what was recalled does not hold any more."""
@@ -129,8 +129,8 @@ class Entry:
 
     def _digests(self, names: Iterable[str]) -> dict[str, str]:
         """Hashes of inputs and buffers; parameters are looked at in structure only."""
-        held = {n: t for n, (t, _) in self.held.items() if not isinstance(t, nn.Parameter)}
-        known = held | dict(self.inputs)
+        buffers = {n: t for n, (t, _) in self.held.items() if not isinstance(t, nn.Parameter)}
+        known = buffers | dict(self.inputs)
         return {n: tensor_digest(known[n]) for n in names if n in known and not known[n].is_meta}
 
     def store(self, traced: Traced) -> None:

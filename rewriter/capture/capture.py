@@ -85,7 +85,7 @@ def capture(
     spec, tensors = _bind(model, args, kwargs or {}, dtype)
     axes = dynamic_axes(tensors, dynamic)
     aliases = _aliases(model)
-    about = [spec.to_json(), {name: sorted(held.items()) for name, held in axes.items()}]
+    about = [spec.to_json(), {name: sorted(named.items()) for name, named in axes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
     if entry and traced and not _agrees(Trial(model, traced.module, traced.spec, tensors)):
@@ -156,7 +156,7 @@ def _trace(
     read: set[str] = set()
     sites = discover(gm, aliases, given, read)
     symbols = sizes.symbols
-    if all(not name for held in axes.values() for name in held.values()):
+    if all(not name for named in axes.values() for name in named.values()):
         spec, symbols = relabelled(Values(gm, spec, symbols, given, list(sites)))
     else:
         values = Values(gm, spec, symbols, given, list(sites))
@@ -314,11 +314,13 @@ def _own_tensors(
 def _unused(
     model: nn.Module, captured: GraphModule, aliases: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    held = {n for n, _ in captured.named_parameters()} | {n for n, _ in captured.named_buffers()}
+    captured_names = {n for n, _ in captured.named_parameters()} | {
+        n for n, _ in captured.named_buffers()
+    }
     return {
         name: tensor.detach().clone() if tensor.requires_grad else tensor.detach()
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if aliases.get(name, name) not in held
+        if aliases.get(name, name) not in captured_names
     }
 
 

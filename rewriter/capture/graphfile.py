@@ -86,8 +86,8 @@ def encode(item: Any, index: Mapping[Node, int]) -> Any:
         case torch.device():
             return ["device", str(item)]
         case _ if type(item).__name__ in _SITES:
-            held = {f.name: encode(getattr(item, f.name), index) for f in fields(item)}
-            return ["site", type(item).__name__, held]
+            attributes = {f.name: encode(getattr(item, f.name), index) for f in fields(item)}
+            return ["site", type(item).__name__, attributes]
         case _:
             raise ValueError(f"an argument is a {type(item).__name__}")
 
@@ -182,8 +182,8 @@ def _read_value(val: Any, table: list[Any], symbols: Symbols) -> Any:
         return symbols.tensor(str(rest[0]), _TYPES[dtype], device, sizes, strides)
     if tag == "size":
         return symbols.expression(rest[0])
-    found = [_read_value(v, table, symbols) for v in rest]
-    return tuple(found) if tag == "tuple" else found
+    items = [_read_value(v, table, symbols) for v in rest]
+    return tuple(items) if tag == "tuple" else items
 
 
 # Modules, constants, graphs.
@@ -222,26 +222,30 @@ def _write_region(region: GraphModule, packages: frozenset[str]) -> tuple[list[A
 
 
 def _read_module(kind: str, options: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
-    made = _read_plain(kind, {k: v for k, v in options.items() if k != _STEADY}, packages)
+    module = _read_plain(kind, {k: v for k, v in options.items() if k != _STEADY}, packages)
     steady = options.get(_STEADY)
-    if isinstance(made, modes.Switch) and isinstance(steady, bool):
-        made.steady = steady
-    return made
+    if isinstance(module, modes.Switch) and isinstance(steady, bool):
+        module.steady = steady
+    return module
 
 
 def _read_plain(kind: str, options: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
     region = options.get("region")
     if kind != modes.TrainingOnly.__name__ or region is None:
         return _MODULES[kind](**{k: decode(v, []) for k, v in options.items()})
-    _, nodes, held = region
-    root, graph, made = nn.Module(), Graph(), list[Node]()
-    for path, (inner, values) in held.items():
+    _, nodes, tensors = region
+    root, graph, nodes_read = nn.Module(), Graph(), list[Node]()
+    for path, (inner, values) in tensors.items():
         if not _NODE.fullmatch(path):
             raise ValueError(f"the module {path!r} has no name")
         root.add_module(path, _read_module(inner, values, packages))
     for op, title, text, args, kwargs in nodes:
         target = _read_target(op, text, packages)
-        made.append(graph.create_node(op, target, decode(args, made), decode(kwargs, made), title))
+        nodes_read.append(
+            graph.create_node(
+                op, target, decode(args, nodes_read), decode(kwargs, nodes_read), title
+            )
+        )
     return modes.TrainingOnly(GraphModule(root, graph))
 
 
@@ -356,16 +360,16 @@ def read_graph(
         given, named = decode(args, nodes), decode(kwargs, nodes)
         if not isinstance(given, tuple) or not isinstance(named, dict):
             raise TypeError(f"the arguments of the node {title} are no arguments")
-        made = graph.create_node(op, target, given, named, title)
-        if made.name != title:
+        node = graph.create_node(op, target, given, named, title)
+        if node.name != title:
             raise ValueError(f"the node {title} cannot be made again")
         if op != "output":
-            made.meta["val"] = _read_value(val, data["values"], symbols)
+            node.meta["val"] = _read_value(val, data["values"], symbols)
         if data["traces"][trace]:
-            made.meta["stack_trace"] = data["traces"][trace]
+            node.meta["stack_trace"] = data["traces"][trace]
         if data["stacks"][stack]:
-            made.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
-        nodes.append(made)
+            node.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
+        nodes.append(node)
     names, structure = data["inputs"]
     if not all(_NODE.fullmatch(n) and not keyword.iskeyword(n) for n in names):
         raise ValueError("an input's name is not a name")

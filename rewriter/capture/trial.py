@@ -41,9 +41,9 @@ class Trial:
         self, model: nn.Module, gm: GraphModule, spec: InputSpec, sample: Mapping[str, Tensor]
     ) -> None:
         self.model, self.gm, self.spec, self.sample = model, gm, spec, sample
-        held = [*model.parameters(), *model.buffers(), *sample.values()]
+        tensors = [*model.parameters(), *model.buffers(), *sample.values()]
         self.state = state_tensors(gm) - {n for n, _ in model.named_buffers()}
-        self.possible = not any(t.is_meta for t in held)
+        self.possible = not any(t.is_meta for t in tensors)
 
     def gap(self, **sizes: int) -> float | None:
         """Largest difference of an output relative to its own largest value, in evaluation mode.
@@ -100,8 +100,8 @@ class Trial:
     ) -> set[str]:
         with undisturbed(module, self.state) as kept:
             run(self.sample, training)
-            held = (*module.named_buffers(), *module.named_parameters())
-            return {n for n, b in held if n in kept and not torch.equal(b, kept[n])}
+            tensors = (*module.named_buffers(), *module.named_parameters())
+            return {n for n, b in tensors if n in kept and not torch.equal(b, kept[n])}
 
     def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})
@@ -124,14 +124,14 @@ def must_be_equal(trial: Trial, symbols: Mapping[str, str]) -> list[tuple[str, s
     spec, owner = trial.spec, {label: symbol for symbol, label in symbols.items()}
     example = spec.sizes_of(trial.sample)
     firsts = {i.shape[0] for i in spec.inputs if i.shape}
-    found: dict[str, str] = {}
+    equal: dict[str, str] = {}
     for first, later in itertools.combinations(spec.sizes, 2):
-        if example[first] != example[later] or {first, later} & set(found):
+        if example[first] != example[later] or {first, later} & set(equal):
             continue
         needed = _needs_equal(trial, example, first, later)
         if needed or (needed is None and {first, later} <= firsts):
-            found[later] = first
-    return [(owner[first], owner[later]) for later, first in found.items()]
+            equal[later] = first
+    return [(owner[first], owner[later]) for later, first in equal.items()]
 
 
 def _needs_equal(trial: Trial, example: Mapping[str, int], first: str, later: str) -> bool | None:
@@ -182,11 +182,11 @@ def _smaller(trial: Trial, name: str, tried: Sequence[int]) -> list[dict[str, in
     none for a size that the relations exclude."""
     spec, example = trial.spec, trial.spec.sizes_of(trial.sample)
     wider = replace(spec, ranges={**spec.ranges, name: (1, spec.ranges[name][1])})
-    made = (fit(wider, {**example, name: size}, [f"{name} == {size}"]) for size in tried)
-    return [sizes for sizes in made if sizes is not None]
+    fitted = (fit(wider, {**example, name: size}, [f"{name} == {size}"]) for size in tried)
+    return [sizes for sizes in fitted if sizes is not None]
 
 
 def _needless(relation: str, trial: Trial) -> bool:
     cases: Iterator[dict[str, int]] = islice(violations(relation, trial.spec.ranges), 3)
-    found = [trial.gap(**sizes) for sizes in cases if max(sizes.values()) <= 64]
-    return bool(found) and all(gap is not None and gap <= 1e-5 for gap in found)
+    gaps = [trial.gap(**sizes) for sizes in cases if max(sizes.values()) <= 64]
+    return bool(gaps) and all(gap is not None and gap <= 1e-5 for gap in gaps)

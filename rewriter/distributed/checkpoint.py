@@ -119,11 +119,11 @@ def save_checkpoint(
     tensors |= _random()
     manifest["tensors"] |= {n: k for theirs in exchange(own) for n, k in theirs.items()}
     with contextlib.ExitStack() as opened:
-        made: list[Path] = []
-        first("creating the folder", lambda: made.append(
+        created: list[Path] = []
+        first("creating the folder", lambda: created.append(
             opened.enter_context(new_directory(target, MANIFEST, _is_shard))
         ))  # fmt: skip
-        fresh = Path(exchange(str(made[0]) if made else "")[0])
+        fresh = Path(exchange(str(created[0]) if created else "")[0])
         _dcp(f"{target} cannot be written", lambda api: api.save(
             _flat(tensors), no_dist=world() == 1,
             storage_writer=api.HuggingFaceStorageWriter(str(fresh), save_distributed=True),
@@ -220,8 +220,8 @@ def _undisturbed(path: Path, read: Callable[[Folder], T]) -> T:
 
 def latest(folder: str | Path) -> Path | None:
     """The complete checkpoint of the highest step below a folder; None if there is none."""
-    found = [p for p in Path(folder).glob("step-*") if (p / MANIFEST).is_file()]
-    steps = {int(m[1]): p for p in found if (m := STEP.fullmatch(p.name))}
+    checkpoints = [p for p in Path(folder).glob("step-*") if (p / MANIFEST).is_file()]
+    steps = {int(m[1]): p for p in checkpoints if (m := STEP.fullmatch(p.name))}
     return steps[max(steps)] if steps else None
 
 
@@ -298,10 +298,10 @@ def _flat(tensors: Tensors) -> Tensors:
 
 
 def _random() -> Tensors:
-    held = {f"random.cpu.{rank()}": torch.get_rng_state()}
+    states = {f"random.cpu.{rank()}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        held[f"random.cuda.{rank()}"] = torch.cuda.get_rng_state()
-    return held
+        states[f"random.cuda.{rank()}"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _put_random(held: Tensors) -> None:

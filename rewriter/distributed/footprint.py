@@ -81,9 +81,9 @@ def _kept(module: nn.Module, forward: Callable[[], Any]) -> int:
     kept: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> _Saved:
-        made = _Saved(tensor)
-        saved.append(weakref.ref(made))
-        return made
+        packed = _Saved(tensor)
+        saved.append(weakref.ref(packed))
+        return packed
 
     def seen(tensor: Tensor) -> None:
         kept.append(weakref.ref(tensor))

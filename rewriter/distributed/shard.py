@@ -163,28 +163,28 @@ def _sharded_base(
     base: Program, before: Mapping[str, Tensor], now: Mapping[str, Tensor]
 ) -> Program:
     """The program as captured with sharded tensors: where they are the module's, the same ones."""
-    made = base.fork()
+    program = base.fork()
     like = next((t for t in now.values() if is_sharded(t)), None)
-    for name, parameter in list(made.module.named_parameters()):
+    for name, parameter in list(program.module.named_parameters()):
         here = now.get(name, like)
         if here is None or not parameter.dim():
             continue
         same = name in before and before[name].data_ptr() == parameter.data_ptr()
         value = now[name].detach() if same else placed_like(parameter.detach(), here)
-        set_attribute(made.module, name, nn.Parameter(value, parameter.requires_grad))
-    device = device_of(made.module)
-    relocate(made.module, device_of(base.module), device)
-    tables = [{n: t.to(device) for n, t in d.items()} for d in (made.extras, made.sample)]
-    return replace(made, origin=None, extras=tables[0], sample=tables[1])
+        set_attribute(program.module, name, nn.Parameter(value, parameter.requires_grad))
+    device = device_of(program.module)
+    relocate(program.module, device_of(base.module), device)
+    tables = [{n: t.to(device) for n, t in d.items()} for d in (program.extras, program.sample)]
+    return replace(program, origin=None, extras=tables[0], sample=tables[1])
 
 
 def gather(program: Program) -> Program:
     """The program with complete parameters on every rank, itself if it has them; collective."""
     if not has_shards(program.module):
         return program
-    made: dict[int, tuple[Any, Tensor]] = {}
-    base = _gathered(program.base, made)
-    return base if program.origin is None else replace(_gathered(program, made), origin=base)
+    whole_by_id: dict[int, tuple[Any, Tensor]] = {}
+    base = _gathered(program.base, whole_by_id)
+    return base if program.origin is None else replace(_gathered(program, whole_by_id), origin=base)
 
 
 def _gathered(program: Program, made: dict[int, tuple[Any, Tensor]]) -> Program:

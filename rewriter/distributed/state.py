@@ -24,12 +24,12 @@ Tensors = dict[str, Tensor]
 
 def learnt(program: Program) -> Tensors:
     """Everything that training changes: what adapters hold, what trains, updated statistics."""
-    found: Tensors = {}
+    tensors: Tensors = {}
     for adapter in program.owners:
-        found |= program.adapter_tensors(adapter)
-    found |= {n: p.detach() for n, p in program.named_trainable_parameters().items()}
+        tensors |= program.adapter_tensors(adapter)
+    tensors |= {n: p.detach() for n, p in program.named_trainable_parameters().items()}
     updated = state_buffers(program.module)
-    return found | {n: b for n, b in program.module.named_buffers() if n in updated}
+    return tensors | {n: b for n, b in program.module.named_buffers() if n in updated}
 
 
 # Optimizers. States are named by their parameters, so that neither order nor sharding matters.
@@ -42,7 +42,7 @@ def optimizer_tensors(program: Program, optimizer: torch.optim.Optimizer) -> Ten
         ArtifactError: it optimises a tensor that is not in the program (before `fully_shard`?), or
             a state is sharded otherwise than its parameter.
     """
-    found: Tensors = {}
+    tensors: Tensors = {}
     for name, parameter, state in _states(program, optimizer):
         for key, item in state.items():
             if not isinstance(item, Tensor):
@@ -53,8 +53,8 @@ def optimizer_tensors(program: Program, optimizer: torch.optim.Optimizer) -> Ten
                     f"another shape than the parameter, {tuple(parameter.shape)}. Such a state "
                     "cannot be saved; use an optimizer like AdamW."
                 )
-            found[f"{name}.{key}"] = item.detach()
-    return found
+            tensors[f"{name}.{key}"] = item.detach()
+    return tensors
 
 
 def optimizer_rest(program: Program, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def put_optimizer(
         optimizer.state[of[name]][key.removeprefix(f"{name}.")] = item
     for group, saved in zip(optimizer.param_groups, rest["groups"], strict=True):
         for option, item in saved.items():
-            held = group.get(option)
+            current = group.get(option)
             if option == "params":
                 continue
-            if isinstance(held, Tensor):
-                held.fill_(item)
+            if isinstance(current, Tensor):
+                current.fill_(item)
             else:
-                group[option] = tuple(item) if isinstance(held, tuple) else item
+                group[option] = tuple(item) if isinstance(current, tuple) else item
 
 
 def _owner(key: str, names: Iterable[str]) -> str:

@@ -58,8 +58,8 @@ class Reading(Attaching):
 
     def is_parameter(self, name: str) -> bool:
         """Whether a tensor of the base is a floating-point parameter."""
-        held = dict(self.graph_module.named_parameters()).get(name)
-        return held is not None and held.is_floating_point()
+        parameter = dict(self.graph_module.named_parameters()).get(name)
+        return parameter is not None and parameter.is_floating_point()
 
     def norms(self) -> tuple[NormSite, ...]:
         """All normalisations with learnt parameters."""
@@ -96,10 +96,10 @@ class Reading(Attaching):
         that it adds to; or `value`, which lies in the site's stream. None where samples and tokens
         cannot be told, which is reported.
         """
-        found = hidden_of(self.program, site, self._nodes, value)
-        if isinstance(found, Hidden):
-            return found
-        self.skip(site, found)
+        hidden = hidden_of(self.program, site, self._nodes, value)
+        if isinstance(hidden, Hidden):
+            return hidden
+        self.skip(site, hidden)
         return None
 
     def behind(self, site: SublayerSite) -> Value | None:
@@ -108,10 +108,10 @@ class Reading(Attaching):
 
         It is a copy, so that branches put on the sublayer's output later do not change it.
         """
-        found = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
-        if found is None:
+        behind = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        if behind is None:
             self.skip(site, "its output and the stream have different shapes")
-        return found
+        return behind
 
     def place(self, site: Site, kind: Kind, output: bool = False) -> int | None:
         """The axis of what a site reads (or of its value, as it is now) along which just that kind
@@ -129,11 +129,11 @@ class Reading(Attaching):
     def samples(self, site: LinearSite) -> Samples | None:
         """Where samples lie in what a linear reads; None where that cannot be told, which is
         reported."""
-        found = samples_of(self.program, site, self._nodes)
-        if found is None:
+        samples = samples_of(self.program, site, self._nodes)
+        if samples is None:
             rows = "it cannot be told which rows of its operand are of which sample"
             self.skip(site, sample_axis(self.program).reason or rows)
-        return found
+        return samples
 
     def add_input(
         self,

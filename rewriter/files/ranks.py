@@ -47,9 +47,9 @@ def exchange(item: Any) -> list[Any]:
 
 
 def _gather(tensor: Tensor) -> list[Tensor]:
-    found = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(found, tensor)
-    return found
+    gathered = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(gathered, tensor)
+    return gathered
 
 
 def _device() -> torch.device:
@@ -99,15 +99,15 @@ def agree(what: str, item: Any) -> None:
     Raises:
         RanksError: on every rank, with what the first two that differ have.
     """
-    found = exchange(item)
-    other = next((i for i, there in enumerate(found) if there != found[0]), None)
+    answers = exchange(item)
+    other = next((i for i, there in enumerate(answers) if there != answers[0]), None)
     if other is None:
         return
-    here, there, where = found[0], found[other], ""
+    here, there, where = answers[0], answers[other], ""
     if isinstance(here, dict) and isinstance(there, dict):
-        held: tuple[dict[str, Any], dict[str, Any]] = here, there
-        key = next(k for k in sorted({*here, *there}) if held[0].get(k) != held[1].get(k))
-        here, there, where = held[0].get(key), held[1].get(key), f", first at {key!r}"
+        sides: tuple[dict[str, Any], dict[str, Any]] = here, there
+        key = next(k for k in sorted({*here, *there}) if sides[0].get(k) != sides[1].get(k))
+        here, there, where = sides[0].get(key), sides[1].get(key), f", first at {key!r}"
     raise RanksError(
         f"{what} differs between ranks{where}: rank 0 has {_short(here)}, rank {other} has "
         f"{_short(there)}. Build the same on every rank: same model, same recipe, same seed."

@@ -79,17 +79,17 @@ def checked(data: Any, keys: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     if not isinstance(data, dict):
         raise CorruptFileError(f"{where} is not a JSON object.")
-    held: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]
-    unknown = sorted(set(held) - set(keys))
-    missing = sorted(set(keys) - set(held))
+    content: dict[str, Any] = data  # pyright: ignore[reportUnknownVariableType]
+    unknown = sorted(set(content) - set(keys))
+    missing = sorted(set(keys) - set(content))
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"key {missing[0]!r} is missing"
         raise CorruptFileError(f"{where}: {what}. The file was altered or is of another format.")
     for key, kind in keys.items():
-        number = kind is int and isinstance(held[key], bool)
-        if number or not isinstance(held[key], kind):
+        number = kind is int and isinstance(content[key], bool)
+        if number or not isinstance(content[key], kind):
             raise CorruptFileError(f"{where}: {key!r} has the wrong type.")
-    return held
+    return content
 
 
 def compare_versions(said: Mapping[str, Any], own: str, where: str) -> None:

@@ -38,12 +38,12 @@ fx_graph._format_target = _format_target
 
 def overloads(*names: str) -> frozenset[Any]:
     """All overloads of the named ATen operators, and of their in-place twins (`name_`)."""
-    found: set[Any] = set()
+    packets: set[Any] = set()
     for name in (*names, *(f"{n}_" for n in names)):
         packet = getattr(ATEN, name, None)  # not all torch versions have all
         if packet is not None:
-            found |= {getattr(packet, o) for o in packet.overloads()}
-    return frozenset(found)
+            packets |= {getattr(packet, o) for o in packet.overloads()}
+    return frozenset(packets)
 
 
 CASTS = overloads("to", "_to_copy", "type_as", "float", "half")
@@ -108,10 +108,10 @@ def submodule(gm: GraphModule, node: object) -> nn.Module | None:
 
 def attribute(gm: nn.Module, path: str) -> Any:
     """The object at a dotted path below `gm`."""
-    found: Any = gm
+    owner: Any = gm
     for part in path.split("."):
-        found = getattr(found, part)
-    return found
+        owner = getattr(owner, part)
+    return owner
 
 
 def set_attribute(gm: nn.Module, path: str, value: Any, transient: bool = True) -> None:
@@ -255,7 +255,7 @@ def strip(node: Node, through: frozenset[Any]) -> Node:
 
 def reaches(start: Node, stop: Callable[[Node], bool], block: Callable[[Node], bool]) -> list[Node]:
     """Nodes satisfying `stop` found by walking forward from `start`, not through `block`."""
-    found: list[Node] = []
+    nodes: list[Node] = []
     seen: set[Node] = set()
     stack = [start]
     while stack:
@@ -265,10 +265,10 @@ def reaches(start: Node, stop: Callable[[Node], bool], block: Callable[[Node], b
                 continue
             seen.add(user)
             if stop(user):
-                found.append(user)
+                nodes.append(user)
             elif not block(user):
                 stack.append(user)
-    return found
+    return nodes
 
 
 def ancestors(node: Node, block: Callable[[Node], bool] | None = None) -> Iterator[Node]:

@@ -72,13 +72,13 @@ class Flow:
 
 
 def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[int]:
-    found = set(start)
-    stack = list(found)
+    reached = set(start)
+    stack = list(reached)
     while stack:
-        fresh = [j for j in step(stack.pop()) if j not in found]
-        found.update(fresh)
+        fresh = [j for j in step(stack.pop()) if j not in reached]
+        reached.update(fresh)
         stack += fresh
-    return found
+    return reached
 
 
 def site_nodes(gm: GraphModule) -> dict[str, Node]:

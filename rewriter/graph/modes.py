@@ -185,10 +185,10 @@ def restore_modes(gm: GraphModule) -> None:
     """Replaces every node with a baked training flag by a module that follows `.training`."""
     counts: dict[str, int] = {}
     for node in list(gm.graph.nodes):
-        found = _replacement(node)
-        if found is None:
+        replacement = _replacement(node)
+        if replacement is None:
             continue
-        kind, module, args, kwargs = found
+        kind, module, args, kwargs = replacement
         index = counts.get(kind, 0)
         counts[kind] = index + 1
         path = f"{MODES}.{kind}_{index}"

@@ -117,9 +117,9 @@ def _show_device(kind: Any, root: nn.Module) -> None:
 
 def _unpickled(build: Callable[..., GraphModule], arguments: Any, name: str) -> CapturedModule:
     gm = build(*arguments)
-    made = CapturedModule(gm, gm.graph, class_name=name)
-    copy_modes(gm, made)
-    return made
+    module = CapturedModule(gm, gm.graph, class_name=name)
+    copy_modes(gm, module)
+    return module
 
 
 def own_attribute(module: nn.Module, name: str) -> Any:
@@ -143,8 +143,8 @@ def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first tensor."""
-    for held in (module.parameters(), module.buffers()):
-        for tensor in held:
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
             return tensor.device
     return torch.device("cpu")
 
@@ -156,8 +156,8 @@ def same_view(tensor: Tensor) -> tuple[Any, ...]:
 
 def keeps_dtype(module: nn.Module, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
     """Raises CaptureError if `fn` would change a floating-point dtype of a captured module."""
-    held = [*module.parameters(), *module.buffers()]
-    for dtype in {t.dtype for t in held if t.is_floating_point()}:
+    tensors = [*module.parameters(), *module.buffers()]
+    for dtype in {t.dtype for t in tensors if t.is_floating_point()}:
         changed = fn(torch.empty(0, dtype=dtype, device=device)).dtype
         if changed != dtype:
             raise CaptureError(
@@ -173,14 +173,14 @@ def state_tensors(gm: GraphModule) -> set[str]:
 
     A module's `updates_state` says which of its arguments it writes, by position, or True for all.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for node in gm.graph.nodes:
         if places := getattr(submodule(gm, node), "updates_state", False):
             inputs = node.all_input_nodes if places is True else [node.args[i] for i in places]
-            found |= {str(a.target) for a in inputs if isinstance(a, Node) and a.op == "get_attr"}
+            names |= {str(a.target) for a in inputs if isinstance(a, Node) and a.op == "get_attr"}
         elif (target := written(node)) is not None and target.op == "get_attr":
-            found.add(str(target.target))
-    return found
+            names.add(str(target.target))
+    return names
 
 
 def state_buffers(gm: GraphModule) -> set[str]:
@@ -242,8 +242,8 @@ def twin_module(gm: CapturedModule, memo: dict[int, Any]) -> CapturedModule:
     twin.__dict__.update(gm.__getstate__())  # without what it was compiled to
     twin.__dict__.update({k: v for k, v in nn.Module().__dict__.items() if "hook" in k})
     for table in ("_parameters", "_buffers"):
-        held = {k: memo.get(id(t), t) for k, t in gm.__dict__[table].items()}
-        twin.__dict__[table] = held
+        entries = {k: memo.get(id(t), t) for k, t in gm.__dict__[table].items()}
+        twin.__dict__[table] = entries
     children = {k: clone(m, memo) for k, m in gm._modules.items()}
     twin.__dict__["_modules"] = children
     return twin
@@ -257,8 +257,8 @@ def sharing_module(source: nn.Module, graph: Graph, name: str) -> CapturedModule
         graph: is copied.
         name: the class name of the result.
     """
-    held: list[Tensor] = [*source.parameters(), *source.buffers()]
-    return _rebuild(source, graph, {id(t): t for t in held}, name)
+    tensors: list[Tensor] = [*source.parameters(), *source.buffers()]
+    return _rebuild(source, graph, {id(t): t for t in tensors}, name)
 
 
 def all_read(gm: GraphModule) -> bool:
@@ -270,8 +270,8 @@ def all_read(gm: GraphModule) -> bool:
     while stack:
         path, module = stack.pop()
         children = [(f"{path}{n}", m) for n, m in module.named_children()]
-        held = [f"{path}{n}" for n in (*module._parameters, *module._buffers)]
-        if any(name not in stored for name in held) or not (held or children):
+        names = [f"{path}{n}" for n in (*module._parameters, *module._buffers)]
+        if any(name not in stored for name in names) or not (names or children):
             return False
         stack += [(f"{n}.", m) for n, m in children if n not in called]
     return True
@@ -309,12 +309,12 @@ def copy_modes(source: nn.Module, target: nn.Module) -> None:
 def state_kept(gm: GraphModule) -> Iterator[None]:
     """Puts back what a forward in evaluation mode writes; most models write nothing then."""
     targets = {t for n in gm.graph.nodes if (t := written(n)) is not None and t.op == "get_attr"}
-    held: list[Tensor] = [attribute(gm, str(node.target)) for node in targets]
-    before = [tensor.detach().clone() for tensor in held]
+    tensors: list[Tensor] = [attribute(gm, str(node.target)) for node in targets]
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     finally:
-        for tensor, kept in zip(held, before, strict=True):
+        for tensor, kept in zip(tensors, before, strict=True):
             tensor.data.copy_(kept)
 
 
@@ -342,11 +342,11 @@ def copy_graph(original: Graph) -> Graph:
 
 def transient_buffers(gm: nn.Module) -> set[str]:
     """Names of buffers that are not part of the state dict."""
-    found: set[str] = set()
+    names: set[str] = set()
     for prefix, module in gm.named_modules():
         for name in module._non_persistent_buffers_set:
-            found.add(f"{prefix}.{name}" if prefix else name)
-    return found
+            names.add(f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def _has(root: nn.Module, path: str) -> bool:

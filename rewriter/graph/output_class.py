@@ -79,19 +79,19 @@ def extended(structure: Any, name: str) -> Any:
     Raises:
         ValueError: there is no place for one, or an output of that name.
     """
-    held: Any = pytree.tree_unflatten(range(structure.num_leaves), structure)
-    if type(held) in (tuple, list):
-        return pytree.tree_structure(type(held)([*held, len(held)]))
+    template: Any = pytree.tree_unflatten(range(structure.num_leaves), structure)
+    if type(template) in (tuple, list):
+        return pytree.tree_structure(type(template)([*template, len(template)]))
     if structure.is_leaf():
-        held = Outputs({ALONE: held})
-    if type(held) not in (dict, OrderedDict, Outputs):
+        template = Outputs({ALONE: template})
+    if type(template) not in (dict, OrderedDict, Outputs):
         spec = pytree.treespec_loads(portable(pytree.treespec_dumps(structure)))
-        held = pytree.tree_unflatten(range(structure.num_leaves), spec)
-    if not isinstance(held, dict):
-        raise ValueError(f"the outputs are a {type(held).__name__}, whose parts have no names")
-    if name in held:
+        template = pytree.tree_unflatten(range(structure.num_leaves), spec)
+    if not isinstance(template, dict):
+        raise ValueError(f"the outputs are a {type(template).__name__}, whose parts have no names")
+    if name in template:
         raise ValueError(f"there is an output {name!r} already")
-    return pytree.tree_structure(type(held)([*held.items(), (name, len(held))]))
+    return pytree.tree_structure(type(template)([*template.items(), (name, len(template))]))
 
 
 def shortened(output: Any, count: int) -> Any:

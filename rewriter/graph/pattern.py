@@ -97,9 +97,9 @@ class Pattern:
     def matches(self, gm: GraphModule) -> Iterator[Match]:
         """All matches in the graph, roots in graph order."""
         for node in list(gm.graph.nodes):
-            found = self.match(gm, node)
-            if isinstance(found, Match):
-                yield found
+            match = self.match(gm, node)
+            if isinstance(match, Match):
+                yield match
 
 
 def pattern(function: Callable[..., Term]) -> Pattern:

@@ -82,14 +82,14 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
     """
     persistent = set(model.state_dict(keep_vars=True))
     built: dict[str, nn.Module | None] = {}
-    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for name, buffer in model.named_buffers():
         if name in persistent:
             continue
         known = buffer.detach() if not buffer.is_meta else _computed(model, name, buffer, built)
         if known is not None:
-            found[name] = known
-    return found
+            buffers[name] = known
+    return buffers
 
 
 def _computed(
@@ -148,8 +148,8 @@ def _arguments(module: nn.Module) -> dict[str, Any] | None:
 
 def still_hollow(gm: GraphModule, extras: Mapping[str, Tensor]) -> list[str]:
     """Names of stored tensors without storage."""
-    held: dict[str, Any] = dict(extras)
+    tensors: dict[str, Any] = dict(extras)
     for node in gm.graph.nodes:
         if isinstance(node, Node) and node.op == "get_attr":
-            held[str(node.target)] = attribute(gm, str(node.target))
-    return sorted(n for n, t in held.items() if isinstance(t, Tensor) and t.is_meta)
+            tensors[str(node.target)] = attribute(gm, str(node.target))
+    return sorted(n for n, t in tensors.items() if isinstance(t, Tensor) and t.is_meta)

@@ -73,13 +73,13 @@ def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
 
 def symbols_in(values: Iterable[Any]) -> set[Any]:
     """The symbols that sizes of fake values are made of."""
-    found: set[Any] = set()
+    symbols: set[Any] = set()
     for item in pytree.tree_leaves(list(values)):
         sizes = (*item.shape, *item.stride()) if isinstance(item, Tensor) else (item,)
         for size in sizes:
             if isinstance(size, torch.SymInt):
-                found |= size.node.expr.free_symbols
-    return found
+                symbols |= size.node.expr.free_symbols
+    return symbols
 
 
 def write_environment(environment: Any, used: Collection[Any]) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def write_environment(environment: Any, used: Collection[Any]) -> dict[str, Any]
 
 
 def _hints(environment: Any) -> Mapping[Any, Any]:
-    held = environment.__dict__
-    return held.get("backed_var_to_val") or held.get("var_to_val") or {}
+    attributes = environment.__dict__
+    return attributes.get("backed_var_to_val") or attributes.get("var_to_val") or {}
 
 
 class Symbols:

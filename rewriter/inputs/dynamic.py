@@ -75,8 +75,8 @@ def _is_name(label: object) -> bool:
 
 def _check_equal(tensors: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> None:
     firsts: dict[str, tuple[str, int, int]] = {}
-    for name, held in axes.items():
-        for axis, label in held.items():
+    for name, labels in axes.items():
+        for axis, label in labels.items():
             size = tensors[name].shape[axis]
             first, place, other = firsts.setdefault(label, (name, axis, size))
             if size != other:

@@ -29,10 +29,12 @@ def template_of(name: str, item: Any, tensors: dict[str, Tensor]) -> Template:
     if item is None or isinstance(item, _CONSTANTS):
         return {"constant": item}
     children = dict(_children(name, item))
-    made = {key: template_of(f"{name}_{key}", child, tensors) for key, child in children.items()}
+    template = {
+        key: template_of(f"{name}_{key}", child, tensors) for key, child in children.items()
+    }
     if isinstance(item, dict):
-        return {"dict": made}
-    return {"list" if isinstance(item, list) else "tuple": list(made.values())}
+        return {"dict": template}
+    return {"list" if isinstance(item, list) else "tuple": list(template.values())}
 
 
 def _children(name: str, item: Any) -> Iterator[tuple[str, Any]]:
@@ -70,20 +72,20 @@ def leaves(template: Template) -> Iterator[str]:
 def differences(want: Template, got: Template) -> Iterator[str]:
     """What keeps a call's template from being the captured one, in words."""
     ((kind, body),) = want.items()
-    ((other, found),) = got.items()
+    ((other, size),) = got.items()
     if kind != other:
         yield f"{_word(want)} where {_word(got)} was given"
     elif kind == "input":
         return
     elif kind == "constant":
-        if body != found:
-            yield f"the constant {body!r} where {found!r} was given"
-    elif len(body) != len(found) or (kind == "dict" and set(body) != set(found)):
+        if body != size:
+            yield f"the constant {body!r} where {size!r} was given"
+    elif len(body) != len(size) or (kind == "dict" and set(body) != set(size)):
         yield f"{_word(want)} where {_word(got)} was given"
     else:
         keys: Sequence[Any] = list(body) if kind == "dict" else range(len(body))
         for key in keys:
-            yield from differences(body[key], found[key])
+            yield from differences(body[key], size[key])
 
 
 def _word(template: Template) -> str:

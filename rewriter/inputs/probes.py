@@ -22,7 +22,7 @@ def probes(spec: InputSpec, sample: Mapping[str, int]) -> list[dict[str, int]]:
     Sizes that need not be equal differ where they can. Where no such set is known to be valid,
     that of the captured example is, which is `sample`.
     """
-    made: list[dict[str, int]] = []
+    cases: list[dict[str, int]] = []
     order = sorted(spec.sizes, key=lambda name: sample.get(name, 0))  # sums come behind their terms
     two = [f"{n} >= 2" for n in order if spec.ranges.get(n, (1, None))[1] != 1]
     for batches, lengths in zip(_BATCHES, _LENGTHS, strict=True):
@@ -34,9 +34,9 @@ def probes(spec: InputSpec, sample: Mapping[str, int]) -> list[dict[str, int]]:
             wanted[name] = _beyond(max(1, first + step * count[is_batch]), spec, name)
             count[is_batch] += 1
         sizes = fit(spec, wanted, two if lengths[0] > 1 else ())
-        if sizes is not None and sizes not in made:
-            made.append(sizes)
-    return made or [dict(sample)]
+        if sizes is not None and sizes not in cases:
+            cases.append(sizes)
+    return cases or [dict(sample)]
 
 
 def _beyond(size: int, spec: InputSpec, name: str) -> int:

@@ -88,8 +88,8 @@ def _value(node: ast.AST, sizes: Mapping[str, int]) -> Any:
 
 def names(relation: str) -> tuple[str, ...]:
     """The sizes that a relation speaks of, sorted."""
-    found = {n.id for n in ast.walk(_parsed(relation)) if isinstance(n, ast.Name)}
-    return tuple(sorted(found - FUNCTIONS))
+    identifiers = {n.id for n in ast.walk(_parsed(relation)) if isinstance(n, ast.Name)}
+    return tuple(sorted(identifiers - FUNCTIONS))
 
 
 def violations(

@@ -172,10 +172,10 @@ class InputSpec:
 
     def arguments(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The positional and keyword arguments of the model's own forward for flat tensors."""
-        held = dict(tensors)
-        nested = {name: rebuild(template, held) for name, template in self.structure.items()}
+        remaining = dict(tensors)
+        nested = {name: rebuild(template, remaining) for name, template in self.structure.items()}
         inside = {n for t in self.structure.values() for n in leaves(t)}
-        named: dict[str, Any] = {n: t for n, t in held.items() if n not in inside}
+        named: dict[str, Any] = {n: t for n, t in remaining.items() if n not in inside}
         named.update(self.constants)
         named.update(nested)
         if not self.variadic or self.variadic not in named:
@@ -281,20 +281,20 @@ class InputSpec:
 
     def example(self, generator: torch.Generator | None = None, **sizes: int) -> dict[str, Tensor]:
         """Builds valid inputs: filled with `fill`, or random below it with a generator."""
-        made: dict[str, Tensor] = {}
+        example: dict[str, Tensor] = {}
         for spec in self.inputs:
             dims = [s if isinstance(s, int) else self._size(s, sizes) for s in spec.shape]
             if generator is None or spec.dtype == torch.bool:
-                made[spec.name] = spec.full(dims)
+                example[spec.name] = spec.full(dims)
             elif spec.dtype.is_floating_point:
-                made[spec.name] = torch.randn(dims, generator=generator).to(spec.dtype)
+                example[spec.name] = torch.randn(dims, generator=generator).to(spec.dtype)
             elif spec.fill <= 1:
-                made[spec.name] = spec.full(dims)
+                example[spec.name] = spec.full(dims)
             else:
-                made[spec.name] = torch.randint(
+                example[spec.name] = torch.randint(
                     0, int(spec.fill) + 1, dims, generator=generator, dtype=spec.dtype
                 )
-        return made
+        return example
 
     def _size(self, name: str, sizes: Mapping[str, int]) -> int:
         if name in sizes:
@@ -305,15 +305,15 @@ class InputSpec:
 
     def resize(self, example: Mapping[str, Tensor], **sizes: int) -> dict[str, Tensor]:
         """Repeats or cuts example inputs along their dynamic axes to the given sizes."""
-        made: dict[str, Tensor] = {}
+        resized: dict[str, Tensor] = {}
         for spec in self.inputs:
             tensor = example[spec.name]
             for axis, name in enumerate(spec.shape):
                 if isinstance(name, str) and name in sizes:
                     index = torch.arange(sizes[name], device=tensor.device) % tensor.shape[axis]
                     tensor = tensor.index_select(axis, index)
-            made[spec.name] = tensor
-        return made
+            resized[spec.name] = tensor
+        return resized
 
     def dynamic_shapes(self) -> dict[str, dict[int, Any]]:
         """The argument of `torch.export.export` that declares the dynamic axes."""

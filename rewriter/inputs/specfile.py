@@ -58,8 +58,8 @@ def _input(data: Mapping[str, Any], ranges: Mapping[str, tuple[int, int | None]]
     least = [s if isinstance(s, int) else ranges.get(s, (1, None))[0] for s in sizes]
     if len(sizes) > 64 or math.prod(least) > ELEMENTS:
         raise ValueError(f"the input {name!r} is {least} at least: larger than inputs get")
-    optional, held = bool(data.get("optional", False)), data.get("values")
-    values = None if held is None else _values(held)
+    optional, bounds = bool(data.get("optional", False)), data.get("values")
+    values = None if bounds is None else _values(bounds)
     start = _start(data["start"], sizes) if "start" in data else None
     return TensorInput(name, sizes, dtype, fill, optional, values, start)
 

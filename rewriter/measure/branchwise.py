@@ -73,8 +73,8 @@ def calls(witness: Witness, paths: Collection[str]) -> Iterator[dict[str, Call]]
                 if path not in seen:
                     leaves, form = pytree.tree_flatten((args, kwargs))
                     some = [i for i in moving[path] if _is_float(leaves[i])]
-                    held = [t.clone() if i in some else t for i, t in enumerate(leaves)]
-                    seen[path] = Call(held, some, form)
+                    operands = [t.clone() if i in some else t for i, t in enumerate(leaves)]
+                    seen[path] = Call(operands, some, form)
 
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield seen
@@ -208,7 +208,7 @@ def _widened(module: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     def wide(leaf: Any) -> Any:
         return leaf.to(torch.promote_types(leaf.dtype, torch.float32)) if _is_float(leaf) else leaf
 
-    held = [*module.parameters(), *module.buffers()]
-    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in held):
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in tensors):
         module = copy.deepcopy(module).float()
     return module, Call([wide(leaf) for leaf in call.leaves], call.moving, call.form)

@@ -47,7 +47,7 @@ def constant_reads(
         if not given or _draws(node) or not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     order = {node: place for place, node in enumerate(nodes.values())}
-    found: dict[str, dict[str, Tensor]] = {}
+    constants: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad():
         for attachment in wanted:
             for argument, name in attachment.reads.items():
@@ -59,8 +59,8 @@ def constant_reads(
                         run.env[node] = run.run_node(node)
                 value = run.env[read]
                 if isinstance(value, Tensor) and not value.is_meta:
-                    found.setdefault(attachment.path, {})[argument] = value.detach().clone()
-    return found
+                    constants.setdefault(attachment.path, {})[argument] = value.detach().clone()
+    return constants
 
 
 def _draws(node: Node) -> bool:

@@ -41,11 +41,11 @@ def effect(
     paths = _rewritten(before, after)
     if not paths:
         return {}
-    full, made = (_heard(w.outputs(inputs), silent) for w in (before, after))
+    full, without = (_heard(w.outputs(inputs), silent) for w in (before, after))
     with silenced(before.gm, paths):
         bare = _heard(before.call(before.completed(inputs)), silent)
     square = error = product = 0.0
-    for x, y, z in zip(full, made, bare, strict=True):
+    for x, y, z in zip(full, without, bare, strict=True):
         a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in (x, y, z))
         size = float(a.square().sum()) or 1.0
         square += float((a - c).square().sum()) / size

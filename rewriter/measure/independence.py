@@ -54,8 +54,8 @@ class Values:
 
     def mixes(self, label: str) -> bool | None:
         """Whether places along the size `label` influence one another; None if unknown."""
-        held = [t for m in (self.gm.parameters(), self.gm.buffers()) for t in m]
-        if any(t.is_meta for t in (*held, *self.sample.values())):
+        tensors = [t for m in (self.gm.parameters(), self.gm.buffers()) for t in m]
+        if any(t.is_meta for t in (*tensors, *self.sample.values())):
             return self._attended(label)
         example = {n: max(2, s) for n, s in self.spec.sizes_of(self.sample).items()}
         sizes = fit(self.spec, {**example, label: _PLACES})

@@ -78,13 +78,13 @@ def require_apart(
 
     for change in _changes(base, inputs):
         own = _moved(base, resting, change, after.expected)
-        held = {n: r for n, r in own.items() if r <= limit}
-        if change.kind in departures or not held:
+        within = {n: r for n, r in own.items() if r <= limit}
+        if change.kind in departures or not within:
             continue
         gaps = _elsewhere(after, given, after.completed(change.after), change.size)
-        for name in held.keys() & gaps.keys():
+        for name in within.keys() & gaps.keys():
             gap = gaps[name]
-            if gap.relative <= max(limit, 8 * held[name]):
+            if gap.relative <= max(limit, 8 * within[name]):
                 continue
             raise VerifyError(
                 f"{what}: {_SAID[change.kind].format(size=change.size)}, {name} by "
@@ -108,7 +108,7 @@ def noise_limit(witness: Witness) -> float:
 
 def _changes(base: State, inputs: Mapping[str, Tensor]) -> list[Change]:
     """The inputs with other values in the last sample, and at the last token, size by size."""
-    found: list[Change] = []
+    changes: list[Change] = []
     for size, count in base.spec.sizes_of(inputs).items():
         if count < 2:
             continue
@@ -119,8 +119,8 @@ def _changes(base: State, inputs: Mapping[str, Tensor]) -> list[Change]:
             if item.name in inputs and axes:
                 after[item.name] = altered(inputs[item.name], axes, count - 1)
         if any(t is not inputs[n] for n, t in after.items()):
-            found.append(Change(kind, size, inputs, after))
-    return found
+            changes.append(Change(kind, size, inputs, after))
+    return changes
 
 
 _Key = tuple[str, bool, tuple[tuple[str, tuple[int, ...]], ...]]
@@ -159,15 +159,15 @@ def _elsewhere(
 
 def _axes(program: State, size: str) -> list[int | None]:
     """Of each output, the axis that consists of places along a size; None if there is none."""
-    found: list[int | None] = []
+    axes: list[int | None] = []
     for leaf in pytree.tree_leaves(output_node(program.module).args[0]):
         names = [re.findall(r"[A-Za-z_]\w*", str(s)) for s in shape(leaf) or ()]
         along = [
             a for a, each in enumerate(names)
             if each and all(program.symbols.get(n) == size for n in each)
         ]  # fmt: skip
-        found.append(along[0] if along else None)
-    return found
+        axes.append(along[0] if along else None)
+    return axes
 
 
 def _front(output: Any, axes: list[int | None]) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ def unreached(
     Raises:
         VerifyError: the backward of a branch fails.
     """
-    held = dict(witness.gm.named_parameters())
-    wanted = {n: held[n] for n in names if n in held}
+    parameters = dict(witness.gm.named_parameters())
+    wanted = {n: parameters[n] for n in names if n in parameters}
     given = witness.completed(inputs)
     with _trained(witness, wanted):
         output = witness.gm(**given)

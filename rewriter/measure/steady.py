@@ -33,8 +33,8 @@ def perturbed(witness: Witness, names: Collection[str], seed: int = 0) -> Iterat
     Yields:
         A witness of that.
     """
-    held = dict(witness.gm.named_parameters())
-    known = {n: held[n] for n in names if n in held and witness.program.inserts(n)}
+    parameters = dict(witness.gm.named_parameters())
+    known = {n: parameters[n] for n in names if n in parameters and witness.program.inserts(n)}
     generator = torch.Generator().manual_seed(seed)
     before = [(p, p.data) for p in known.values() if p.is_floating_point() and not is_sharded(p)]
     try:

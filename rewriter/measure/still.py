@@ -175,13 +175,13 @@ def undisturbed(module: nn.Module, written: Collection[str] = ()) -> Iterator[di
     Yields their values from before.
     """
     parameters = [(n, p) for n, p in module.named_parameters() if n in written]
-    held = [*module.named_buffers(), *parameters]
-    kept = {n: b.detach().clone() for n, b in held}
+    tensors = [*module.named_buffers(), *parameters]
+    kept = {n: b.detach().clone() for n, b in tensors}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             yield kept
     finally:
-        for name, tensor in held:
+        for name, tensor in tensors:
             if not torch.equal(tensor, kept[name]):
                 tensor.data.copy_(kept[name])

@@ -165,8 +165,8 @@ class Witness:
 
     def moved(self) -> set[str]:
         """Names of the stored tensors that differ from those of the program, or were written."""
-        held, state = self._copy.held, self._copy.state
-        return self.written() | {n for n, t in state.items() if not equal(held[n], t)}
+        tensors, state = self._copy.held, self._copy.state
+        return self.written() | {n for n, t in state.items() if not equal(tensors[n], t)}
 
     def written(self) -> set[str]:
         """Names of the stored tensors that were written, but for those that forwards may update."""

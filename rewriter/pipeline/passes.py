@@ -148,13 +148,13 @@ def lookup(name: str) -> type[Pass]:
     Raises:
         OptionError: there is none; names the nearest.
     """
-    found = REGISTRY.get(name)
-    if found is None:
+    cls = REGISTRY.get(name)
+    if cls is None:
         raise OptionError(
             f"there is no pass {name!r}. Nearest: {nearest(name, REGISTRY)}. "
             f"Passes: {', '.join(sorted(REGISTRY))}."
         )
-    return found
+    return cls
 
 
 def make(name: str, options: Mapping[str, Any]) -> Pass:
@@ -163,9 +163,9 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     Raises:
         OptionError: unknown pass, unknown option, or a wrong value.
     """
-    found = lookup(name)
-    known = [f.name for f in fields(found)]
-    hints = get_type_hints(found)
+    cls = lookup(name)
+    known = [f.name for f in fields(cls)]
+    hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for option, item in options.items():
         if option not in known:
@@ -174,6 +174,6 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
                 f"Options: {', '.join(known)}."
             )
         values[option] = adapt(item, hints[option])
-    made = found(**values)
-    object.__setattr__(made, "typed", frozenset(values))
-    return made
+    new = cls(**values)
+    object.__setattr__(new, "typed", frozenset(values))
+    return new

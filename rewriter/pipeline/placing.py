@@ -33,6 +33,6 @@ def left_out(program: State, sites: Sequence[Site], why: Callable[[str], str]) -
         mine = [s for s in sites if s.kind == kind]
         weights = {getattr(s, "weight", "") for s in mine} & stored.keys()
         share = sum(stored[w].numel() for w in weights) / total if total else 0.0
-        held = f"; what is left out so holds {share:.0%} of the parameters" if weights else ""
-        reasons |= {s.id: f"{why(kind)}{held}" for s in mine}
+        share_left = f"; what is left out so holds {share:.0%} of the parameters" if weights else ""
+        reasons |= {s.id: f"{why(kind)}{share_left}" for s in mine}
     return reasons

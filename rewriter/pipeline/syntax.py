@@ -287,12 +287,12 @@ def as_pipeline(passes: Passes) -> Pipeline:
     if isinstance(passes, str):
         return parse(passes)
     if isinstance(passes, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        found: list[Pass] = []
+        items: list[Pass] = []
         for item in passes:
-            found.extend(as_pipeline(item))
-        if not found:
+            items.extend(as_pipeline(item))
+        if not items:
             raise OptionError("the list of passes is empty.")
-        return Pipeline(tuple(found))
+        return Pipeline(tuple(items))
     raise OptionError(
         f"passes must be a Pass, a list, text or a path, not {type(passes).__name__}."
     )

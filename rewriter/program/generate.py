@@ -19,13 +19,13 @@ from .state import State
 
 def _logits(output: Any) -> Tensor:
     output = output.get(ALONE, output) if isinstance(output, Outputs) else output
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() != 3:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise InputError(
             "generate needs a model that returns logits [batch, sequence, vocabulary]; "
             f"this one returns {type(output).__name__}."
         )
-    return found
+    return logits
 
 
 def _feed(

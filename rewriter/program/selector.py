@@ -48,7 +48,7 @@ Test = Callable[[Site], bool]
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    tokens: list[tuple[str, str]] = []
     position = 0
     while position < len(text.rstrip()):
         match = _TOKEN.match(text, position)
@@ -62,8 +62,8 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         token = match[kind]
         if kind == "word" and token in ("and", "or", "not"):
             kind, token = "op", {"and": "&", "or": "|", "not": "not"}[token]
-        found.append((kind, token))
-    return found
+        tokens.append((kind, token))
+    return tokens
 
 
 def _layer_test(text: str) -> Test:

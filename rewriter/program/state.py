@@ -161,11 +161,11 @@ class State:
 
     def base_tensors(self) -> dict[str, Tensor]:
         """Every stored tensor outside of the branches, by canonical name."""
-        found: dict[str, Tensor] = dict(self.extras)
+        tensors: dict[str, Tensor] = dict(self.extras)
         for name, tensor in self._stored():
             if not self.inserts(name) and self.aliases.get(name, name) == name:
-                found[name] = tensor.detach()
-        return dict(sorted(found.items()))
+                tensors[name] = tensor.detach()
+        return dict(sorted(tensors.items()))
 
     def inserts(self, name: str) -> bool:
         """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
@@ -188,8 +188,8 @@ class State:
         """Tensors of the base that forwards have written since the capture (batch statistics)."""
         before = dict(self.base._stored())
         names = state_tensors(self.module) & before.keys() if self.origin is not None else ()
-        held = dict(self._stored()) if names else {}
-        return {n: held[n].detach() for n in sorted(names) if not equal(held[n], before[n])}
+        stored = dict(self._stored()) if names else {}
+        return {n: stored[n].detach() for n in sorted(names) if not equal(stored[n], before[n])}
 
     def settled(self) -> dict[str, Tensor]:
         """The tensors outside of branches that nothing may change: they do not train, and no
@@ -304,13 +304,13 @@ class State:
         """Everything an adapter learnt: its branches' tensors and the base tensors it trains."""
         prefix = f"{BRANCHES}.{name}."  # `ITSELF` has no branches
         reshard(self.module)
-        held = getattr(getattr(self.module, BRANCHES, None), name, None)
-        found: dict[str, Tensor] = {}
-        if isinstance(held, nn.Module):
-            persistent = set(held.state_dict(keep_vars=True))
-            stored = (*held.named_parameters(), *held.named_buffers())
-            found = {f"{prefix}{n}": t.detach() for n, t in stored if n in persistent}
-        found |= {n: t for n, t in self.removed.items() if n.startswith(prefix)}
+        branches = getattr(getattr(self.module, BRANCHES, None), name, None)
+        tensors: dict[str, Tensor] = {}
+        if isinstance(branches, nn.Module):
+            persistent = set(branches.state_dict(keep_vars=True))
+            stored = (*branches.named_parameters(), *branches.named_buffers())
+            tensors = {f"{prefix}{n}": t.detach() for n, t in stored if n in persistent}
+        tensors |= {n: t for n, t in self.removed.items() if n.startswith(prefix)}
         for owned in self.owned.get(name, ()):
-            found[owned] = self.module.get_parameter(owned).detach()
-        return found
+            tensors[owned] = self.module.get_parameter(owned).detach()
+        return tensors

@@ -42,8 +42,8 @@ def with_names(text: str, symbols: Mapping[str, str]) -> str:
 
 
 def _name(symbol: str, symbols: Mapping[str, str]) -> str:
-    found = symbols.get(symbol, symbol)
-    return f"({found})" if " " in found else found
+    name = symbols.get(symbol, symbol)
+    return f"({name})" if " " in name else name
 
 
 def _type(val: Any, symbols: dict[str, str]) -> str:

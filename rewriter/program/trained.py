@@ -25,12 +25,12 @@ def chosen(program: State) -> tuple[str, ...]:
     Weights are what linears, convolutions, experts and token embeddings multiply by or look up;
     position tables do not count, since models freeze those themselves.
     """
-    held = dict(_base(program))
-    names = [weight for site in program.sites if (weight := _weight(site)) in held]
-    weights = [held[name] for name in names]
-    if all(p.requires_grad for p in weights or held.values()):
+    parameters = dict(_base(program))
+    names = [weight for site in program.sites if (weight := _weight(site)) in parameters]
+    weights = [parameters[name] for name in names]
+    if all(p.requires_grad for p in weights or parameters.values()):
         return ()
-    return tuple(n for n, p in held.items() if p.requires_grad)
+    return tuple(n for n, p in parameters.items() if p.requires_grad)
 
 
 def _weight(site: Site) -> str:

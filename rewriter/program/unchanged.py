@@ -80,9 +80,9 @@ def base_digests(program: State) -> dict[str, str]:
     for name, tensor in program.base.base_tensors().items():
         printed = prints.base.get(name)
         values = None if printed is None or not is_at(tensor, printed) else printed.values
-        held = known.get(name)
-        if values is not None and held is not None and held[0] == values:
-            digests[name] = held[1]
+        digest = known.get(name)
+        if values is not None and digest is not None and digest[0] == values:
+            digests[name] = digest[1]
             continue
         digests[name] = tensor_digest(tensor)
         if values is not None:

@@ -62,20 +62,22 @@ class Allocation(TorchDispatchMode):
         from_sizes, pointwise = _makes(func)
         if not (from_sizes or pointwise):
             return
-        held = [a for a in args if isinstance(a, Tensor)]
-        device = kwargs.get("device") or (held[0].device if held else _CPU)
+        operands = [a for a in args if isinstance(a, Tensor)]
+        device = kwargs.get("device") or (operands[0].device if operands else _CPU)
         device = device if isinstance(device, torch.device) else torch.device(device)
         if device.type == "meta":
             return
-        made = _from_sizes(func, args, kwargs) if from_sizes else 0
-        self.made += made
+        size = _from_sizes(func, args, kwargs) if from_sizes else 0
+        self.made += size
         if self.elements is not None and self.made > self.elements:
             raise UnexplainedError(f"{self.made:,} elements, at most {self.elements:,} expected")
         if device.type != "cpu":  # torch's own error is clear there
             return
-        dtype = kwargs.get("dtype") or (held[0].dtype if held else torch.get_default_dtype())
-        count = _broadcast(held) if pointwise and len(held) > 1 else 0
-        require_room(max(made, count) * dtype.itemsize)
+        dtype = kwargs.get("dtype") or (
+            operands[0].dtype if operands else torch.get_default_dtype()
+        )
+        count = _broadcast(operands) if pointwise and len(operands) > 1 else 0
+        require_room(max(size, count) * dtype.itemsize)
 
 
 _CPU = torch.device("cpu")
@@ -101,8 +103,8 @@ def require_room(size: int) -> None:
 
 def available() -> int | None:
     """Bytes that the system and the control groups of this process have left; None: unknown."""
-    found = [*_of_system(), *_of_groups()]
-    return min(found) if found else None
+    limits = [*_of_system(), *_of_groups()]
+    return min(limits) if limits else None
 
 
 def _of_system() -> Iterable[int]:

@@ -58,14 +58,14 @@ def _loss(program: State, batch: Any) -> Tensor:
         )
     output: Any = program(**inputs)
     if measure is not None:
-        found = measure(output)
+        loss = measure(output)
     elif isinstance(output, Mapping):
-        found = output.get("loss")
+        loss = output.get("loss")
     else:
-        found = getattr(output, "loss", output)
-    if not isinstance(found, Tensor) or found.numel() != 1:
+        loss = getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise OptionError(
             "the program returns no loss for a batch. Capture it with labels, or give pairs "
             "(inputs, function from outputs to loss)."
         )
-    return found
+    return loss

@@ -59,18 +59,18 @@ def tap(program: State, values: Mapping[str, Site | str], at: str = "output") ->
         raise PassError(f"at must be 'input' or 'output', not {at!r}.")
     nodes = site_nodes(program.module)
     called = {str(n.target): n for n in program.module.graph.nodes if n.op == "call_module"}
-    found: dict[str, Node] = {}
+    tapped: dict[str, Node] = {}
     for name, what in values.items():
         if not isinstance(what, str):
             node = nodes[what.nodes[0]]
-            found[name] = input_of(what, nodes) if at == "input" else composed_value(node)
+            tapped[name] = input_of(what, nodes) if at == "input" else composed_value(node)
         elif what in called:
-            found[name] = called[what]
+            tapped[name] = called[what]
         else:
             raise PassError(
                 f"the graph calls no module {what!r}. Nearest: {nearest(what, called)}."
             )
-    return Tapped(program, found)
+    return Tapped(program, tapped)
 
 
 def observe(

@@ -42,14 +42,14 @@ def verify_program(program: State) -> list[Certificate]:
     require_unchanged(program)
     require_values(program)
     require_numbers(program)
-    found: list[Certificate] = []
+    certificates: list[Certificate] = []
     if is_meta(program):
         steps = enumerate(program.history, 1)
         return [Certificate("unmeasured", step=f"{n} {r.text}") for n, r in steps]
     last = program.base
     for number, (record, before, after) in enumerate(replay_steps(program), 1):
         certificate = certify(record.applied.promise(), Witness(before), Witness(after))
-        found.append(replace(certificate, step=f"{number} {record.text}"))
+        certificates.append(replace(certificate, step=f"{number} {record.text}"))
         record.applied.examine(before, after)
         last = after
     if program.history:
@@ -63,8 +63,8 @@ def verify_program(program: State) -> list[Certificate]:
                 f"that differ by {measured['max_rel']:.3g} of an output's largest value (allowed "
                 f"{allowed:.3g}). A tensor was changed outside of training, or a merge is wrong."
             )
-        found.append(Certificate("replayed", measured, step="all passes"))
-    return found
+        certificates.append(Certificate("replayed", measured, step="all passes"))
+    return certificates
 
 
 def require_remade(program: State) -> None:

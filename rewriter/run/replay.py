@@ -123,12 +123,12 @@ def load_values(
     Where a tensor has no storage yet (meta device), it gets that of the value. With `reshaped`,
     a later pass gives tensors the shape that their values have: those are left for then.
     """
-    held = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
+    in_module = dict(program.module.named_parameters()) | dict(program.module.named_buffers())
     mine = program.tensors.trained | state_tensors(program.module)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name in held and (name.startswith(f"{BRANCHES}.") or name in mine):
-                own = held[name]
+            if name in in_module and (name.startswith(f"{BRANCHES}.") or name in mine):
+                own = in_module[name]
                 if reshaped and own.shape != tensor.shape:
                     continue
                 if not own.is_meta or tensor.is_meta:

@@ -67,14 +67,14 @@ class Core:
 
 def cores(graph: Walk) -> list[Core]:
     """All attentions, in graph order."""
-    found: list[Core] = []
+    attention_cores: list[Core] = []
     for node in graph.nodes:
         if isinstance(submodule(graph.gm, node), Attention):
             q, k, v = operands(node)[:3]
-            found.append(Core(node, q, k, v, node, None))
+            attention_cores.append(Core(node, q, k, v, node, None))
         elif is_op(node, SOFTMAX) and (core := _unfused(graph, node)):
-            found.append(core)
-    return found
+            attention_cores.append(core)
+    return attention_cores
 
 
 def _factors(graph: Walk, product: Node) -> tuple[Node, Node] | None:
@@ -92,10 +92,10 @@ def _factors(graph: Walk, product: Node) -> tuple[Node, Node] | None:
 
 
 def _unfused(graph: Walk, softmax: Node) -> Core | None:
-    found = _weighted_sum(graph, softmax)
-    if found is None:
+    weighted_sum = _weighted_sum(graph, softmax)
+    if weighted_sum is None:
         return None
-    product, values, weights = found
+    product, values, weights = weighted_sum
     wanted = {graph.source(graph.linears[n].x) for n in graph.climb(values, UP).found}
     best: Core | None = None
     seen: set[Node] = set()
@@ -134,8 +134,8 @@ def projections(graph: Walk, core: Core) -> dict[str, list[Linear]] | None:
     """The linears of q, k and v of an attention, in graph order."""
     parts: dict[str, list[Linear]] = {}
     for role, start in (("q", core.q), ("k", core.k), ("v", core.v)):
-        found = sorted(graph.climb(start, UP).found, key=graph.order.__getitem__)
-        parts[role] = [graph.linears[n] for n in found]
+        linears = sorted(graph.climb(start, UP).found, key=graph.order.__getitem__)
+        parts[role] = [graph.linears[n] for n in linears]
     return parts if all(parts.values()) else None
 
 

@@ -92,7 +92,7 @@ class _Builder:
 
     def __post_init__(self) -> None:
         lookups = [n.args[0] for n in self.graph.nodes if is_op(n, EMBEDDING)]
-        self.tables = {found[0] for t in lookups if (found := parameter_of(t))}
+        self.tables = {parameter[0] for t in lookups if (parameter := parameter_of(t))}
         self.calls: dict[Call, list[Linear]] = {}
         self.rows: dict[Call, dict[int, str]] = {}  # output feature -> id of its site
         for linear in self.graph.linears.values():
@@ -180,12 +180,12 @@ class _Builder:
     def _elsewhere(self, key: Call) -> list[str]:
         """The products that read the weight of a call, or some of its rows, in another way."""
         weight, rows = key[0], set(key[1] or ())
-        found = [
+        names = [
             p.node.name for other, calls in self.calls.items() for p in calls
             if other != key and other[0] == weight
             and (not rows or not other[1] or rows & set(other[1]))
         ]  # fmt: skip
-        return [*found, *(r.node.name for r in self.readings if r.weight == weight)]
+        return [*names, *(r.node.name for r in self.readings if r.weight == weight)]
 
     def _fixed(self, weight: str, uses: Sequence[Reading]) -> Site:
         """The site of a weight at products that no branch can stand beside."""
@@ -195,12 +195,12 @@ class _Builder:
         calls = [
             p.node.name for key, calls in self.calls.items() for p in calls if key[0] == weight
         ]
-        held = self.graph.gm.get_parameter(weight)
+        data = self.graph.gm.get_parameter(weight)
         return LinearSite(
             id=self._free(name, "other", first), kind="linear", role="other",
             layer=sub.layer if sub else None, stream=sub.stream if sub else "",
             nodes=tuple(dict.fromkeys(r.node.name for r in uses)), weight=weight,
-            in_features=int(held.shape[-1]), out_features=held.numel() // int(held.shape[-1]),
+            in_features=int(data.shape[-1]), out_features=data.numel() // int(data.shape[-1]),
             tied=(*tied, *calls), fixed=uses[0].reason,
         )  # fmt: skip
 
@@ -219,7 +219,7 @@ class _Builder:
         stream, layer = (sub.stream, sub.layer) if sub else ("", None)
         kind = "cross" if draft.cross else draft.kind
         name = sub.name if sub else f"{next(iter(ids.values()))[0]}.{kind}"
-        first = {role: found[0] for role, found in ids.items() if found}
+        first = {role: members[0] for role, members in ids.items() if members}
         if draft.core is not None:
             return self._attention(draft, draft.core, self._unique(f"{name}.core"), first)
         if draft.kind == "mixer":
@@ -240,10 +240,10 @@ class _Builder:
     def _unique(self, name: str) -> str:
         """`name`, numbered where a sublayer holds several blocks."""
         count = 1
-        while (found := name if count == 1 else f"{name}_{count}") in self.claimed:
+        while (unique := name if count == 1 else f"{name}_{count}") in self.claimed:
             count += 1
-        self.claimed.add(found)
-        return found
+        self.claimed.add(unique)
+        return unique
 
     def _attention(self, draft: Draft, core: Core, name: str, ids: dict[str, str]) -> Site:
         sub = draft.sublayer

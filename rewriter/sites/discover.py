@@ -38,9 +38,9 @@ def discover(
     """
     graph = Walk(gm)
     probe = Probe(gm, sample, [*graph.linears, *graph.convs], graph.writers)
-    found = _Discovery(graph, probe, cores(graph))
-    found.run()
-    sites = build(graph, probe, aliases, found)
+    discovery = _Discovery(graph, probe, cores(graph))
+    discovery.run()
+    sites = build(graph, probe, aliases, discovery)
     if read is not None:
         read |= probe.read
     return sites
@@ -80,19 +80,19 @@ class _Discovery:
         for branch in residual.branches:
             if known := self._classify(branch):
                 groups.setdefault(branch.group, []).append((branch, *known))
-        found: list[tuple[ResidualBranch, str, list[Draft]]] = []
+        by_branch: list[tuple[ResidualBranch, str, list[Draft]]] = []
         for group, members in groups.items():
             if len(members) > 1 and {kind for _, kind, _ in members} == {"ffn"}:
                 first = members[0][0]
                 nodes = [n for branch, *_ in members for n in branch.nodes]
                 whole = ResidualBranch(first.root, group, first.add, nodes, group)
                 self._shared(members)
-                found.append((whole, "ffn", [d for *_, drafts in members for d in drafts]))
+                by_branch.append((whole, "ffn", [d for *_, drafts in members for d in drafts]))
             else:
-                found.extend(members)
-        for branch, kind, drafts in found:
+                by_branch.extend(members)
+        for branch, kind, drafts in by_branch:
             output = channels_last(branch) if drafts else branch.output
-            sub = Sublayer(kind, branch, len(found) > 1, output)
+            sub = Sublayer(kind, branch, len(by_branch) > 1, output)
             for draft in drafts:
                 draft.sublayer = sub
             self.drafts.extend(drafts)
@@ -148,7 +148,7 @@ class _Discovery:
         return set(self.graph.between(sums[-1], branch.output)) if sums else inside
 
     def _routers(self, draft: Draft, linears: list[Linear]) -> None:
-        parts = {id(p) for found in draft.parts.values() for p in found}
+        parts = {id(p) for group in draft.parts.values() for p in group}
         for linear in linears:
             if id(linear) not in parts and router(self.graph, linear):
                 self.roles[linear.node] = "router"
@@ -165,13 +165,13 @@ class _Discovery:
         for role, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
             for linear in parts[role]:
                 if owners.count(linear.node) > 1 or self._sliced(linear.node, operand):
-                    found = self.probe.features(linear.node, operand)
+                    features = self.probe.features(linear.node, operand)
                 else:
-                    found = tuple(range(linear.sizes[1]))
+                    features = tuple(range(linear.sizes[1]))
                 if linear.rows is not None:
-                    draft.features[role, linear.weight] = tuple(linear.rows[i] for i in found)
-                elif len(found) < linear.sizes[1]:
-                    draft.features[role, linear.weight] = found
+                    draft.features[role, linear.weight] = tuple(linear.rows[i] for i in features)
+                elif len(features) < linear.sizes[1]:
+                    draft.features[role, linear.weight] = features
             # The projection that gives most of a role's features stands for it.
             parts[role].sort(
                 key=lambda p, r=role: -len(draft.features.get((r, p.weight), range(p.sizes[1])))

@@ -131,10 +131,14 @@ class Probe:
         if node.op == "placeholder":
             return _resized(self.sample[str(node.target)], _sizes(value(node)))
         if node.op == "get_attr":
-            held = attribute(self.gm, str(node.target))
-            if isinstance(held, Tensor):
-                return torch.ones(held.shape, dtype=held.dtype) if held.is_meta else held.detach()
-            return held
+            tensor = attribute(self.gm, str(node.target))
+            if isinstance(tensor, Tensor):
+                return (
+                    torch.ones(tensor.shape, dtype=tensor.dtype)
+                    if tensor.is_meta
+                    else tensor.detach()
+                )
+            return tensor
         loaded: Any = map_arg((node.args, node.kwargs), lambda n: self.known[n])
         args, kwargs = tree_map_only(torch.device, _device, loaded)
         if node.op == "call_module":

@@ -49,36 +49,36 @@ def embeddings(graph: Walk, aliases: Mapping[str, str], roots: Sequence[Node]) -
     several of that size, those whose rows enter no stream stand beside it (per-layer embeddings).
     """
     gm = graph.gm
-    found: dict[str, EmbeddingSite] = {}
+    sites: dict[str, EmbeddingSite] = {}
     fed: dict[str, tuple[Node, Node]] = {}  # the input of ids and the lookup
     sources = set(placeholders(gm).values())
     for node in gm.graph.nodes:
         path, index = _lookup(gm, node)
         if index is None or any(graph.depends(index, n) for n in graph.linears):
             continue  # rows chosen by activations are biases of experts
-        held: Tensor = attribute(gm, path)
-        site_id = path if path not in found else f"{path}@{node.name}"
+        table: Tensor = attribute(gm, path)
+        site_id = path if path not in sites else f"{path}@{node.name}"
         if _biases_attention(graph, node):
             role = "relative"
         elif (ids := ids_of(index)) in sources:
             fed[site_id] = ids, node
-            role = "type" if held.shape[0] <= 16 else "position"
+            role = "type" if table.shape[0] <= 16 else "position"
         else:
-            role = "type" if _is_type(gm, index, int(held.shape[0])) else "position"
+            role = "type" if _is_type(gm, index, int(table.shape[0])) else "position"
         tied = tuple(a for a, c in aliases.items() if c == path)
-        found[site_id] = EmbeddingSite(
+        sites[site_id] = EmbeddingSite(
             id=site_id, kind="embedding", role=role, layer=None, stream="", nodes=(node.name,),
-            weight=path, size=int(held.shape[0]), width=int(held.shape[-1]), tied=tied,
+            weight=path, size=int(table.shape[0]), width=int(table.shape[-1]), tied=tied,
         )  # fmt: skip
     if fed:
-        largest = max(found[i].size for i in fed)
-        tables = {i: fed[i] for i in fed if found[i].size == largest}
+        largest = max(sites[i].size for i in fed)
+        tables = {i: fed[i] for i in fed if sites[i].size == largest}
         entering = {i for i, (_, lookup) in tables.items() if _enters(graph, lookup, roots)}
         led = {tables[i][0] for i in entering}
         for site_id, (ids, _) in tables.items():
             role = "side" if ids in led and site_id not in entering else "token"
-            found[site_id] = replace(found[site_id], role=role)
-    return list(found.values())
+            sites[site_id] = replace(sites[site_id], role=role)
+    return list(sites.values())
 
 
 def ids_of(index: Node) -> Node:
@@ -131,8 +131,8 @@ def _lookup(gm: GraphModule, node: Node) -> tuple[str, Node | None]:
     elif is_op(node, overloads("index")) and isinstance(node.args[1], list | tuple):
         index = node.args[1][0] if len(node.args[1]) == 1 else None
     table = parameter_of(node.args[0]) if isinstance(index, Node) else None
-    held = attribute(gm, table[0]) if table and not table[1] else None
-    matrix = isinstance(held, nn.Parameter) and held.dim() == 2
+    tensor = attribute(gm, table[0]) if table and not table[1] else None
+    matrix = isinstance(tensor, nn.Parameter) and tensor.dim() == 2
     return (table[0], index) if table and matrix else ("", None)
 
 
@@ -142,33 +142,33 @@ def _is_type(gm: GraphModule, index: Node, size: int) -> bool:
     if is_op(source, overloads("arange", "cumsum", "add", "sub")):
         return False
     if source.op == "get_attr":
-        held = attribute(gm, str(source.target))
-        if isinstance(held, Tensor) and not held.is_meta and held.numel():
-            return bool((held == held.flatten()[0]).all())
+        tensor = attribute(gm, str(source.target))
+        if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel():
+            return bool((tensor == tensor.flatten()[0]).all())
     full = overloads("zeros", "zeros_like", "new_zeros", "full", "full_like")
     return size <= 16 or is_op(source, full)
 
 
 def convolutions(graph: Walk, owner: Mapping[Node, Sublayer]) -> list[Site]:
     """All convolutions with a stored weight."""
-    found: dict[str, ConvSite] = {}
+    sites: dict[str, ConvSite] = {}
     for node, conv in graph.convs.items():
         if not conv.weight:
             continue
-        if conv.weight in found:
-            old = found[conv.weight]
-            found[conv.weight] = replace(old, nodes=(*old.nodes, node.name))
+        if conv.weight in sites:
+            old = sites[conv.weight]
+            sites[conv.weight] = replace(old, nodes=(*old.nodes, node.name))
             continue
         patch = conv.kernel == conv.stride and max(conv.kernel) > 1 and not conv.transposed
         role = "conv.depthwise" if conv.depthwise else "conv.patch" if patch else "conv"
         sub = owner.get(node)
-        found[conv.weight] = ConvSite(
+        sites[conv.weight] = ConvSite(
             id=conv.weight, kind="conv", role=role, layer=sub.layer if sub else None,
             stream=sub.stream if sub else "", nodes=(node.name,), weight=conv.weight,
             bias=conv.bias, channels=conv.channels, groups=conv.groups, kernel=conv.kernel,
             stride=conv.stride, transposed=conv.transposed,
         )  # fmt: skip
-    return list(found.values())
+    return list(sites.values())
 
 
 def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Sublayer]) -> list[Site]:
@@ -180,17 +180,17 @@ def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Subla
     """
     closes = {s.branch.add: s for s in sublayers}
     roots = {s.branch.root for s in sublayers}
-    found: dict[str, NormSite] = {}
+    sites: dict[str, NormSite] = {}
     after: dict[str, tuple[Node, Sublayer]] = {}
     for node in graph.nodes:
         weights = _norm_weights(graph, node)
-        if weights is None or weights[0] in found:
+        if weights is None or weights[0] in sites:
             continue
         sub = owner.get(node)
         source = _normed(graph, node)
         if sub is None and source in closes:
             after[weights[0]] = node, closes[source]
-        found[weights[0]] = NormSite(
+        sites[weights[0]] = NormSite(
             id=weights[0], kind="norm", role="norm", layer=sub.layer if sub else None,
             stream=sub.stream if sub else "", nodes=(node.name,), weight=weights[0],
             bias=weights[1],
@@ -198,8 +198,8 @@ def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Subla
     post = {sub.stream for node, sub in after.values() if node in roots}
     for name, (_, sub) in after.items():
         if sub.stream in post:
-            found[name] = replace(found[name], layer=sub.layer, stream=sub.stream)
-    return list(found.values())
+            sites[name] = replace(sites[name], layer=sub.layer, stream=sub.stream)
+    return list(sites.values())
 
 
 def _normed(graph: Walk, node: Node) -> Node:
@@ -233,9 +233,13 @@ def _norm_weights(graph: Walk, node: Node) -> tuple[str, str | None] | None:
     def vector(arg: object) -> str | None:
         if is_op(arg, ADDS) and isinstance(arg, Node) and len(inputs(arg)) == 1:
             arg = inputs(arg)[0]  # Gemma's `1 + weight`
-        found = parameter_of(arg)
-        held = attribute(gm, found[0]) if found else None
-        return found[0] if found and isinstance(held, nn.Parameter) and held.dim() == 1 else None
+        parameter = parameter_of(arg)
+        tensor = attribute(gm, parameter[0]) if parameter else None
+        return (
+            parameter[0]
+            if parameter and isinstance(tensor, nn.Parameter) and tensor.dim() == 1
+            else None
+        )
 
     operands = node.args
     if is_op(node, NORMS) or graph.is_batch_norm(node):

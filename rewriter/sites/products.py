@@ -55,28 +55,28 @@ class Matrix:
 def matrix(gm: GraphModule, node: object) -> Matrix | None:
     """The stored matrix (or stack) that a value is, maybe transposed or some of its rows; None if
     it is no such value."""
-    found = parameter_of(node)
-    if found is None:
+    parameter = parameter_of(node)
+    if parameter is None:
         return None
-    path, steps = found
-    held = attribute(gm, path)
-    if not isinstance(held, nn.Parameter) or held.dim() not in (2, 3):
+    path, steps = parameter
+    tensor = attribute(gm, path)
+    if not isinstance(tensor, nn.Parameter) or tensor.dim() not in (2, 3):
         return None
-    layout = _strided(tuple(held.shape), steps)
+    layout = _strided(tuple(tensor.shape), steps)
     if layout is None:
         return None
     sizes, strides, start = layout
-    while len(sizes) > held.dim() and sizes[0] == 1:
+    while len(sizes) > tensor.dim() and sizes[0] == 1:
         sizes, strides = sizes[1:], strides[1:]
-    height, width = held.shape[-2:]
-    if held.dim() == 3:
-        each = (held.shape[0], height, width)
+    height, width = tensor.shape[-2:]
+    if tensor.dim() == 3:
+        each = (tensor.shape[0], height, width)
         if start or sorted(sizes) != sorted(each) or sizes[0] != each[0]:
             return None
         if sizes == each and strides == (height * width, width, 1):
-            return Matrix(path, held)
+            return Matrix(path, tensor)
         turned = sizes == (each[0], width, height) and strides == (height * width, 1, width)
-        return Matrix(path, held, True) if turned else None
+        return Matrix(path, tensor, True) if turned else None
     if len(sizes) != 2:
         return None
     for turned in (False, True):
@@ -86,7 +86,7 @@ def matrix(gm: GraphModule, node: object) -> Matrix | None:
             continue
         first, every = start // width, step // width if count > 1 else 1
         rows = tuple(range(first, first + count * every, every))
-        return Matrix(path, held, turned, None if rows == tuple(range(height)) else rows)
+        return Matrix(path, tensor, turned, None if rows == tuple(range(height)) else rows)
     return None
 
 

@@ -39,8 +39,8 @@ def _stored(graph: Walk, operand: Node) -> dict[str, list[Node]]:
             continue  # what a linear multiplies by is the linear's
         seen.add(node)
         if node.op == "get_attr":
-            held = attribute(graph.gm, str(node.target))
-            if isinstance(held, nn.Parameter) and held.dim() > 1:
+            tensor = attribute(graph.gm, str(node.target))
+            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
                 stored.setdefault(str(node.target), below)
             continue
         stack.extend((i, [*below, node]) for i in inputs(node))

@@ -86,9 +86,9 @@ def residuals(graph: Walk) -> Iterator[Residual]:
         if graph.summands(node) is None or _absorbed(graph, node):
             continue
         terms = list(_terms(graph, node))
-        found = _split(graph, node, terms) or _shortcut(graph, node, terms)
-        if found is not None:
-            yield found
+        terms_of = _split(graph, node, terms) or _shortcut(graph, node, terms)
+        if terms_of is not None:
+            yield terms_of
 
 
 def _only_user(node: Node) -> Node | None:
@@ -171,8 +171,8 @@ class Streams:
 
     def place(self, residual: Residual) -> str:
         """The stream of a sum: that of the nearest sum that its stream operand comes from."""
-        found = self.above(residual.stream)
-        self.of[residual.add] = found or f"s{len(set(self.of.values()))}"
+        layer_above = self.above(residual.stream)
+        self.of[residual.add] = layer_above or f"s{len(set(self.of.values()))}"
         return self.of[residual.add]
 
     def above(self, value: Node) -> str | None:
@@ -222,14 +222,14 @@ def _ordinals(members: list[Sublayer]) -> list[int]:
         repeats = count % period == 0 and kinds == kinds[:period] * (count // period)
         if repeats and (period < count or len(set(kinds)) == count):
             return [i // period for i in range(count)]
-    layer, held = -1, set[str]()
-    found: list[int] = []
+    layer, seen = -1, set[str]()
+    ordinals: list[int] = []
     for kind, sub in zip(kinds, members, strict=True):
-        if layer < 0 or kind in held or (kind.startswith("mix") and held and not sub.parallel):
-            layer, held = layer + 1, set()
-        held.add(kind)
-        found.append(layer)
-    return found
+        if layer < 0 or kind in seen or (kind.startswith("mix") and seen and not sub.parallel):
+            layer, seen = layer + 1, set()
+        seen.add(kind)
+        ordinals.append(layer)
+    return ordinals
 
 
 def _width(sub: Sublayer) -> str:

@@ -61,7 +61,7 @@ class Draft:
     @property
     def experts(self) -> bool:
         """Whether its weights are stacks of experts."""
-        return any(p.stack for found in self.parts.values() for p in found)
+        return any(p.stack for linears in self.parts.values() for p in linears)
 
 
 def feed_forward(
@@ -72,15 +72,15 @@ def feed_forward(
     It gives as many features as it takes, or as the stream has (`width`).
     """
     climb = graph.climb(down.x, FFN_UP)
-    found = {n: a for n, a in climb.found.items() if n in nodes and n is not down.node}
-    if not any(found.values()) or len(found) > 2 or climb.stopped & nodes:
+    ups = {n: a for n, a in climb.found.items() if n in nodes and n is not down.node}
+    if not any(ups.values()) or len(ups) > 2 or climb.stopped & nodes:
         return None
-    if any(bool(graph.linears[n].stack) != bool(down.stack) for n in found):
+    if any(bool(graph.linears[n].stack) != bool(down.stack) for n in ups):
         return None
-    if down.sizes[1] not in {graph.linears[n].sizes[0] for n in found} | {width}:
+    if down.sizes[1] not in {graph.linears[n].sizes[0] for n in ups} | {width}:
         return None
-    gate, up, features = _gated(graph, probe, down.x, set(found))
-    parts = {"ffn.up": [up or graph.linears[max(found, key=graph.order.__getitem__)]]}
+    gate, up, features = _gated(graph, probe, down.x, set(ups))
+    parts = {"ffn.up": [up or graph.linears[max(ups, key=graph.order.__getitem__)]]}
     parts |= {"ffn.gate": [gate] if gate else [], "ffn.down": [down]}
     return Draft("ffn", parts, activation=_activation(graph, down.x, nodes), features=features)
 
@@ -151,8 +151,8 @@ def _gated(
 
 def ends(graph: Walk, output: Node, nodes: set[Node]) -> list[Linear]:
     """The linears nearest above a branch's output, last first."""
-    found = [n for n in graph.climb(output, _TO_OUTPUT).found if n in nodes]
-    return [graph.linears[n] for n in sorted(found, key=graph.order.__getitem__, reverse=True)]
+    last_nodes = [n for n in graph.climb(output, _TO_OUTPUT).found if n in nodes]
+    return [graph.linears[n] for n in sorted(last_nodes, key=graph.order.__getitem__, reverse=True)]
 
 
 def router(graph: Walk, linear: Linear) -> bool:

@@ -112,8 +112,8 @@ class Walk:
             target = written(node)
             if target is not None and not node.users:
                 self.writers.setdefault(target, []).append(node)
-        self.linears = {n: found for n in self.nodes if (found := self._linear(n))}
-        self.convs = {n: found for n in self.nodes if (found := self._conv(n))}
+        self.linears = {n: linear for n in self.nodes if (linear := self._linear(n))}
+        self.convs = {n: linear for n in self.nodes if (linear := self._conv(n))}
         self._above: list[int] = []
         for index, node in enumerate(self.nodes):
             bits = 0
@@ -165,13 +165,13 @@ class Walk:
         stored = matrix(self.gm, w)
         if stored is None or not isinstance(x, Node):
             return None
-        in_out, rows, held = in_out != stored.turned, stored.rows, stored.held
-        height, width = int(held.shape[-2]), int(held.shape[-1])
+        in_out, rows, tensor = in_out != stored.turned, stored.rows, stored.held
+        height, width = int(tensor.shape[-2]), int(tensor.shape[-1])
         if in_out and rows is not None:
             return None
         named = parameter_of(bias)
         sizes = (height, width) if in_out else (width, len(rows) if rows else height)
-        stack = int(held.shape[0]) if held.dim() == 3 else 0
+        stack = int(tensor.shape[0]) if tensor.dim() == 3 else 0
         name = named[0] if named else None
         return Linear(node, x, stored.path, name, in_out, sizes, stack, left, rows)
 
@@ -243,7 +243,7 @@ class Walk:
 
     def consumers(self, start: Node, through: frozenset[object]) -> list[Linear]:
         """Nearest linears below `start` that read it as their input."""
-        found: list[Linear] = []
+        linears: list[Linear] = []
         seen: set[Node] = set()
         stack = [start]
         while stack:
@@ -253,10 +253,10 @@ class Walk:
                     continue
                 seen.add(user)
                 if user in self.linears:
-                    found.append(self.linears[user])
+                    linears.append(self.linears[user])
                 elif is_op(user, through) or self.is_dropout(user):
                     stack.append(user)
-        return sorted(found, key=lambda linear: self.order[linear.node])
+        return sorted(linears, key=lambda linear: self.order[linear.node])
 
     def source(self, node: Node) -> Node:
         """`node` without views and dropout around it."""

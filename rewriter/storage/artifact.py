@@ -237,10 +237,10 @@ def _read(folder: Folder) -> Artifact:
 
 
 def _dtype(name: str | None, where: str) -> torch.dtype | None:
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(found, torch.dtype):
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(dtype, torch.dtype):
         raise CorruptFileError(f"{where}: there is no dtype {name!r}.")
-    return found
+    return dtype
 
 
 def _with_tensors(plan: Plan, prefix: str, tensors: dict[str, Tensor]) -> Plan:

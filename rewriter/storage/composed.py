@@ -58,19 +58,19 @@ def adapters_of(program: State, sources: Sequence[Any]) -> list[Source]:
         return []
     require_unchanged(program)
     have = base_digests(program)
-    found: list[Source] = []
+    members: list[Source] = []
     for source in sources:
         if not isinstance(source, str | Path):
             raise PassError(f"a source is a directory, not {type(source).__name__}.")
         artifact = read(source)
         if artifact.base_root != merkle_root(have):
             raise BaseMismatchError(base_difference(have, artifact.base, str(source)))
-        found += _inserting(artifact, str(source))
-    return found
+        members += _inserting(artifact, str(source))
+    return members
 
 
 def _inserting(artifact: Artifact, where: str) -> list[Source]:
-    found: list[Source] = []
+    members: list[Source] = []
     for item, plan, _ in artifact.steps:
         if item.adapter is None or plan.tensors:
             raise PassError(
@@ -82,13 +82,13 @@ def _inserting(artifact: Artifact, where: str) -> list[Source]:
             n.removeprefix(prefix): t for n, t in artifact.tensors.items() if n.startswith(prefix)
         }
         digest = merkle_root({n: tensor_digest(t) for n, t in tensors.items()})
-        found.append(Source(item.adapter, str(item), plan.decisions, tensors, digest))
+        members.append(Source(item.adapter, str(item), plan.decisions, tensors, digest))
     if trained := [n for n in artifact.tensors if not n.startswith(f"{BRANCHES}.")]:
         raise PassError(
             f"{where}: the adapter also trained {len(trained)} tensors of the base (first: "
             f"{trained[0]}), which other adapters do not share: insert it with norms=false."
         )
-    return found
+    return members
 
 
 def plan_members(
@@ -109,19 +109,21 @@ def plan_members(
     Raises:
         PassError: there are fewer, a name is unknown or given twice, or places differ.
     """
-    found = adapters_of(program, sources)
+    members = adapters_of(program, sources)
     there = {a: [b.site for b in program.attachments if (b.adapter, b.slot) == (a, slot)]
              for a in program.adapters}  # fmt: skip
-    chosen = list(names or [s.name for s in found] or [a for a, sites in there.items() if sites])
-    if len(chosen) < 2 or len(set(chosen)) < len(chosen) or len(found) not in (0, len(chosen)):
-        held = f"the sources hold {', '.join(s.name for s in found)}" if found else (
+    chosen = list(names or [s.name for s in members] or [a for a, sites in there.items() if sites])
+    if len(chosen) < 2 or len(set(chosen)) < len(chosen) or len(members) not in (0, len(chosen)):
+        said = f"the sources hold {', '.join(s.name for s in members)}" if members else (
             f"the program has {', '.join(there) or 'none'}")  # fmt: skip
         raise PassError(
             f"two adapters or more are needed, each under a name of its own, not "
-            f"[{', '.join(chosen)}]; {held}. Say names=[a,b], one for each."
+            f"[{', '.join(chosen)}]; {said}. Say names=[a,b], one for each."
         )
-    if found:
-        there = {n: list(s.decisions.get("sites", ())) for n, s in zip(chosen, found, strict=True)}
+    if members:
+        there = {
+            n: list(s.decisions.get("sites", ())) for n, s in zip(chosen, members, strict=True)
+        }
     for name in chosen:
         if not there.get(name):
             raise PassError(
@@ -136,11 +138,11 @@ def plan_members(
             )
     adopted = {
         name: {"pass": s.text, "decisions": dict(s.decisions), "digest": s.digest}
-        for name, s in zip(chosen, found, strict=False)
+        for name, s in zip(chosen, members, strict=False)
     }
     tensors = {
         f"{name}.{n}": t
-        for name, s in zip(chosen, found, strict=False)
+        for name, s in zip(chosen, members, strict=False)
         for n, t in s.tensors.items()
     }
     decisions = {"members": chosen, "sites": there[chosen[0]], "adopted": adopted}

@@ -44,8 +44,8 @@ class ShardFolder:
         with alone():
             fold_ready(self.program, frozenset(paths))
         self.groups = by_weight(self.program, paths)
-        held = {w: self.program.sites[group[0].site] for w, group in self.groups.items()}
-        self.sites = {w: s for w, s in held.items() if isinstance(s, WeightSite)}
+        sites = {w: self.program.sites[group[0].site] for w, group in self.groups.items()}
+        self.sites = {w: s for w, s in sites.items() if isinstance(s, WeightSite)}
         self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
         self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
         self.ready: dict[str, Tensor | None] = {}
@@ -101,26 +101,26 @@ class ShardFolder:
         if weight is None and canonical not in self.owned:
             return None
         if weight is None:
-            made = self._if_changed(canonical)
+            changed = self._if_changed(canonical)
         else:
             if canonical not in self.ready:
                 self._fold(weight)
             self.uses[canonical] -= 1
-            made = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
-        if made is not None:
+            changed = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
+        if changed is not None:
             self.changed.append(name)
-        return made
+        return changed
 
     def _if_changed(self, canonical: str) -> Tensor | None:
         """A tensor as the files store it (what trained may be wider); None if it is the same."""
         old = self.checkpoint.tensor(self.names[canonical])
-        made = self.program.module.get_parameter(canonical).detach().cpu().to(old.dtype)
-        if not all_finite(made):
+        current = self.program.module.get_parameter(canonical).detach().cpu().to(old.dtype)
+        if not all_finite(current):
             raise NonFiniteError(
                 f"{canonical}: what was learnt gives NaN or infinity in {str(old.dtype)[6:]}, "
                 "the checkpoint's dtype."
             )
-        return None if made.shape == old.shape and torch.equal(made, old) else made
+        return None if current.shape == old.shape and torch.equal(current, old) else current
 
     def _fold(self, weight: str) -> None:
         gm = self.program.module

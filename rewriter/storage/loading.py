@@ -201,8 +201,8 @@ def _take(
     """Loads the values of some adapters (all so far by default), as the steps found them of which
     `later` are the plans; their names."""
     mine = program.adapter_tensors(ITSELF)
-    held = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
-    wanted = {n: mine[n] for n in artifact.trained} | {n: held[n] for n in artifact.updated}
+    tensors = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
+    wanted = {n: mine[n] for n in artifact.trained} | {n: tensors[n] for n in artifact.updated}
     for name in artifact.adapters if adapters is None else adapters:
         wanted |= program.adapter_tensors(name)
     values = _fitting(wanted, artifact.tensors, where, reshaped)

@@ -100,16 +100,16 @@ def save_program(program: Program, directory: str | Path) -> None:
     require_unchanged(program)
     flat = flattened(program)
     gm = flat.module
-    held: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
+    state: dict[str, Tensor] = {**dict(gm.named_parameters()), **dict(gm.named_buffers())}
     for name, parameter in gm.named_parameters():
         require_finite(name, parameter)
     try:
-        graph = write_json(_portable(write_graph(gm, frozenset(held), _PACKAGES)))
+        graph = write_json(_portable(write_graph(gm, frozenset(state), _PACKAGES)))
         sites = encode(tuple(flat.sites), {})
     except (ValueError, NotImplementedError) as error:
         raise ExportError(f"the program cannot be saved: {error}.") from error
     sample = {f"{_SAMPLE}{n}": t for n, t in program.sample.items()}
-    tensors = {**held, **flat.extras, **sample}
+    tensors = {**state, **flat.extras, **sample}
     lasting = set(gm.state_dict())
     manifest = {
         "format_version": FORMAT,
@@ -117,7 +117,7 @@ def save_program(program: Program, directory: str | Path) -> None:
         "graph": hashlib.sha256(graph).hexdigest(),
         "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
         "trainable": sorted(n for n, p in gm.named_parameters() if p.requires_grad),
-        "transient": sorted(set(held) - lasting),
+        "transient": sorted(set(state) - lasting),
         "parameters": sorted(n for n, _ in gm.named_parameters()),
         "extras": sorted(flat.extras),
         "aliases": dict(flat.aliases),
@@ -224,15 +224,15 @@ def _read(folder: Folder) -> Program:
 def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor]) -> Program:
     trainable, transient = set(manifest["trainable"]), set(manifest["transient"])
     parameters, extras = set(manifest["parameters"]), set(manifest["extras"])
-    held: dict[str, tuple[Tensor, bool]] = {}
+    values: dict[str, tuple[Tensor, bool]] = {}
     for name, tensor in tensors.items():
         if name not in extras and not name.startswith(_SAMPLE):
             if name in parameters:
                 tensor = nn.Parameter(tensor, name in trainable)
-            held[name] = tensor, name not in transient
-    gm = read_graph(graph, held, _PACKAGES, manifest["name"], (OUTPUTS,)).eval()
+            values[name] = tensor, name not in transient
+    gm = read_graph(graph, values, _PACKAGES, manifest["name"], (OUTPUTS,)).eval()
     sites = Sites(decode(manifest["sites"], []))
-    _must_fit(gm, sites, held)
+    _must_fit(gm, sites, values)
     spec = read_spec(manifest["inputs"])
     return Program(
         module=gm,

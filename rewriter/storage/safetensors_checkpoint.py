@@ -73,12 +73,12 @@ class Checkpoint:
         shards: dict[str, tuple[str, ...]] = {}
         entries: dict[str, Entry] = {}
         for file in files:
-            held = _header(path / file)
-            for name in held:
+            in_file = _header(path / file)
+            for name in in_file:
                 if name in entries:
                     raise CorruptFileError(f"{path}: {name!r} is in {entries[name].file}, {file}.")
-            entries.update(held)
-            shards[file] = tuple(sorted(held, key=lambda n: (held[n].begin, n)))
+            entries.update(in_file)
+            shards[file] = tuple(sorted(in_file, key=lambda n: (in_file[n].begin, n)))
         wrong = [n for n, file in listed.items() if n not in entries or entries[n].file != file]
         extra = sorted(set(entries) - set(listed)) if index else []
         if wrong or extra:
@@ -136,7 +136,7 @@ class Checkpoint:
         for name in base.state_names:
             names.setdefault(base.aliases.get(name, name), []).append(name)
         here = {c: [n for n in group if n in self.entries] for c, group in names.items()}
-        missing = sorted(c for c, found in here.items() if not found)
+        missing = sorted(c for c, key in here.items() if not key)
         unexpected = sorted(set(self.entries) - set(base.state_names))
         if missing or (unexpected and strict):
             raise WeightsError(
@@ -144,21 +144,21 @@ class Checkpoint:
                 f"{_some(missing)}, {len(unexpected)} are unexpected{_some(unexpected)}. "
                 + _advice(missing, unexpected)
             )
-        for canonical, found in here.items():
-            entry, want = self.entries[found[0]], stored[canonical]
+        for canonical, key in here.items():
+            entry, want = self.entries[key[0]], stored[canonical]
             if entry.shape != tuple(want.shape) or entry.dtype != want.dtype:
                 raise WeightsError(
-                    f"{found[0]!r} in {self.directory / entry.file} is {_about(entry)}, but the "
+                    f"{key[0]!r} in {self.directory / entry.file} is {_about(entry)}, but the "
                     f"program has {str(want.dtype)[6:]}{list(want.shape)}. Capture the model with "
                     "the checkpoint's own configuration and dtype."
                 )
-            for other in found[1:]:
-                if not torch.equal(self.mapped(found[0]), self.mapped(other)):
+            for other in key[1:]:
+                if not torch.equal(self.mapped(key[0]), self.mapped(other)):
                     raise WeightsError(
-                        f"{self.directory} holds different tensors for {found[0]!r} and {other!r}, "
+                        f"{self.directory} holds different tensors for {key[0]!r} and {other!r}, "
                         "which this model ties. Capture it with untied weights."
                     )
-        return {canonical: found[0] for canonical, found in here.items()}
+        return {canonical: key[0] for canonical, key in here.items()}
 
 
 def _some(names: list[str]) -> str:
@@ -239,7 +239,7 @@ def _header(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as handle:
         raw = handle.read(begin)[8:]
     data = parse_json(raw.rstrip(b" "), f"the header of {path}", HEADER_LIMIT)
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     try:
         for name, about in data.items():
             if name == "__metadata__":
@@ -248,15 +248,15 @@ def _header(path: Path) -> dict[str, Entry]:
             first, last = (int(o) for o in about["data_offsets"])
             if last - first != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name!r} has {last - first} bytes")
-            found[name] = Entry(path.name, dtype, shape, begin + first, begin + last)
+            entries[name] = Entry(path.name, dtype, shape, begin + first, begin + last)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFileError(f"the header of {path} is malformed: {error!r}.") from error
     end = begin
-    for entry in sorted(found.values(), key=lambda e: (e.begin, e.end)):
+    for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != end:
             raise CorruptFileError(f"{path}: its tensors overlap or leave gaps.")
         end = entry.end
     if end != total:
         what = "truncated" if total < end else "longer than its header says"
         raise CorruptFileError(f"{path} is {what} ({total} bytes, expected {end}).")
-    return found
+    return entries

@@ -84,13 +84,13 @@ def load_weights(
     relocate(gm, device_of(gm), place)
     extras, mine = dict(base.extras), program.owned.get(ITSELF, ())
     parameters = {n for n, _ in gm.named_parameters()}
-    held = parameters | {n for n, _ in gm.named_buffers()}
+    own = parameters | {n for n, _ in gm.named_buffers()}
     with torch.no_grad():
         for canonical, name in names.items():
             tensor = checkpoint.mapped(name).to(place)
             if canonical in parameters:
                 set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
-            elif canonical in held:
+            elif canonical in own:
                 set_attribute(gm, canonical, tensor.clone())
             if canonical in extras:
                 extras[canonical] = tensor
@@ -198,7 +198,7 @@ def fold_checkpoint(
         )
     where = str(adapter or "the program")
     folder = ShardFolder(program, checkpoint)
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     result = FoldedCheckpoint(Path(target))
     with new_directory(target, None) as fresh:
         _copy_others(checkpoint, fresh, result)
@@ -210,7 +210,7 @@ def fold_checkpoint(
                 for name in names:
                     canonical = folder.canonical(name)
                     digest = _copy(checkpoint, name, old, folder.folded(name), new)
-                    if found.setdefault(canonical, digest) != digest:
+                    if keys.setdefault(canonical, digest) != digest:
                         raise BaseMismatchError(f"{source} holds two tensors for {canonical!r}.")
                     if expected is not None and expected.get(canonical) != digest:
                         raise BaseMismatchError(
@@ -218,9 +218,9 @@ def fold_checkpoint(
                             "into the checkpoint that it was trained on."
                         )
         folder.finish()
-        want = {n: d for n, d in (expected or found).items() if n in program.base.state_names}
-        if found != want:
-            raise BaseMismatchError(base_difference(found, want, where))
+        want = {n: d for n, d in (expected or keys).items() if n in program.base.state_names}
+        if keys != want:
+            raise BaseMismatchError(base_difference(keys, want, where))
         result.gap = folder.read_back(fresh)
     result.changed, result.lost = folder.changed, folder.result.lost
     result.notes = folder.result.vanished

@@ -100,16 +100,16 @@ def _merge_tied(gm: GraphModule, aliases: Mapping[str, str]) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "get_attr":
             continue
-        held = attribute(gm, str(node.target))
-        if not isinstance(held, Tensor):
+        tensor = attribute(gm, str(node.target))
+        if not isinstance(tensor, Tensor):
             continue
         canonical = aliases.get(str(node.target), str(node.target))
-        if id(held) in first:
-            node.replace_all_uses_with(first[id(held)])
+        if id(tensor) in first:
+            node.replace_all_uses_with(first[id(tensor)])
             gm.graph.erase_node(node)
         else:
             node.target = canonical
-            first[id(held)] = node
+            first[id(tensor)] = node
 
 
 def canonicalize(gm: GraphModule, aliases: Mapping[str, str]) -> None:

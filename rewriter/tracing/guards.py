@@ -75,7 +75,7 @@ def read_sizes(
     sizes = Sizes()
     environment = _environment(inputs)
     firsts = {later: first for first, later in equal}
-    made: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     fixed: list[tuple[str, int, str]] = []
     for name, node in inputs.items():
         dims: list[int | str] = []
@@ -98,7 +98,7 @@ def read_sizes(
                     sizes.relate(f"{first} == {known}", "the model fails where they differ")
                 expression: Any = cast(Any, size).node.expr
                 if not expression.is_symbol:
-                    made[known] = expression, _why(environment, name, axis)
+                    labels[known] = expression, _why(environment, name, axis)
             elif wish and wish != known:
                 raise CaptureError(
                     f"dynamic calls one size {known!r} and {wish!r} (input {name!r}, axis {axis}): "
@@ -116,7 +116,7 @@ def read_sizes(
             locations = getattr(environment, "var_to_range_sloc", {}).get(symbol)
             place = _place(getattr(locations, "lower" if high is None else "upper", None))
             sizes.narrow(sizes.symbols[str(symbol)], (low, high), place)
-    for label, (expression, reason) in made.items():
+    for label, (expression, reason) in labels.items():
         sizes.ranges.setdefault(label, (1, None))
         text = _named(expression, sizes)
         if text is not None:

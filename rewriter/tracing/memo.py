@@ -93,9 +93,9 @@ class Memo:
         quiet = not draws.drawn and versions == [t._version for t in seen]
         quiet = quiet and symbols == self._symbols() and classes == _classes(what)
         if quiet and self._key(what, given) == before:
-            made = self._remembered(result, given, seen)
-            if made is not None and len(self.known) < LIMIT:
-                self.known[before] = made
+            recalled = self._remembered(result, given, seen)
+            if recalled is not None and len(self.known) < LIMIT:
+                self.known[before] = recalled
         return result
 
     def _key(self, what: Any, given: Any) -> Any:

@@ -78,8 +78,8 @@ class _Fakes:
     def run(self, node: Node) -> Any:
         def load(n: Node) -> Any:
             if n.op == "get_attr":
-                held = attribute(self.gm, str(n.target))
-                return self.tensor(held) if isinstance(held, Tensor) else held
+                item = attribute(self.gm, str(n.target))
+                return self.tensor(item) if isinstance(item, Tensor) else item
             return n.meta["val"]
 
         loaded: Any = map_arg((node.args, node.kwargs), load)
@@ -105,8 +105,8 @@ class _Fakes:
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """The fakes of a module's tensors, by name."""
-        held = (*module.named_parameters(), *module.named_buffers())
-        return {name: self.tensor(tensor) for name, tensor in held}
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return {name: self.tensor(tensor) for name, tensor in tensors}
 
     def called(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Evaluates a module."""

@@ -119,8 +119,8 @@ def _graph_names() -> frozenset[str]:
     """What graph modules have that modules have not: as a model's names, these would be hidden."""
     graph = torch.fx.Graph()
     graph.output(None)
-    held = set(dir(torch.fx.GraphModule(nn.Module(), graph))) | _EXPORTED
-    return frozenset(held - set(dir(nn.Module())))
+    attributes = set(dir(torch.fx.GraphModule(nn.Module(), graph))) | _EXPORTED
+    return frozenset(attributes - set(dir(nn.Module())))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -292,24 +292,24 @@ class Data(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func.__name__ == "__get__":
             return args[0].detach()
-        held, given = args
-        if held.shape != given.shape or held.dtype != given.dtype:
+        owner, given = args
+        if owner.shape != given.shape or owner.dtype != given.dtype:
             raise CaptureError(
                 f"a forward assigns {tuple(given.shape)} {given.dtype} to the .data of a tensor "
-                f"that is {tuple(held.shape)} {held.dtype}. Assign it before capturing."
+                f"that is {tuple(owner.shape)} {owner.dtype}. Assign it before capturing."
             )
-        held.detach().copy_(given)
+        owner.detach().copy_(given)
         return None
 
 
 def _user_line(error: BaseException) -> str:
     """`file.py:line` of the innermost line outside of torch and of ours; '' where there is none."""
-    found = ""
+    line = ""
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
         ours = "peftfx" in name or "/rewriter/" in name
         if not (ours or "/torch/" in name or name.startswith("<")):
-            found = f"{name.rpartition('/')[2]}:{trace.tb_lineno}"
+            line = f"{name.rpartition('/')[2]}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return found
+    return line

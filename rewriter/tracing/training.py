@@ -89,8 +89,8 @@ class _Alignment:
 def _key(gm: GraphModule, node: Node) -> tuple[str, ...]:
     module = submodule(gm, node)
     what = str(node.target) if module is None else type(module).__name__
-    held: Any = map_arg((node.args, node.kwargs), lambda n: "?")
-    constants = "" if node.op == "output" else str(held)
+    arguments: Any = map_arg((node.args, node.kwargs), lambda n: "?")
+    constants = "" if node.op == "output" else str(arguments)
     return node.op, what, source_line(node), constants, str(len(node.all_input_nodes))
 
 
@@ -182,28 +182,28 @@ def _insert(at: _Alignment, index: int, user: Node, a: Node, b: Node) -> None:
 
 def _region(end: Node, boundary: set[Node]) -> Iterator[Node]:
     """What only `end` needs, from the nodes that both graphs have up to it, in graph order."""
-    found: set[Node] = set()
+    inside: set[Node] = set()
     stack = [end]
     while stack:
         node = stack.pop()
-        if node in found or node in boundary or node.op in ("placeholder", "get_attr"):
+        if node in inside or node in boundary or node.op in ("placeholder", "get_attr"):
             continue
-        found.add(node)
+        inside.add(node)
         stack.extend(node.all_input_nodes)
-    yield from (n for n in end.graph.nodes if n in found)
+    yield from (n for n in end.graph.nodes if n in inside)
 
 
 def _outlined(gm: GraphModule, region: list[Node], operands: list[Node], end: Node) -> GraphModule:
     graph = Graph()
-    made: dict[Node, Node] = {n: graph.placeholder(f"x{i}") for i, n in enumerate(operands)}
+    copies: dict[Node, Node] = {n: graph.placeholder(f"x{i}") for i, n in enumerate(operands)}
     for node in region:
-        made[node] = graph.node_copy(node, lambda n: made[n])
-    graph.output(made[end])
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(copies[end])
     root = nn.Module()
     for node in region:
         if node.op == "call_module":
             root.add_module(str(node.target).replace(".", "_"), gm.get_submodule(str(node.target)))
-            made[node].target = str(node.target).replace(".", "_")
+            copies[node].target = str(node.target).replace(".", "_")
     return GraphModule(root, graph)
 
 
@@ -212,13 +212,13 @@ def _copied(at: _Alignment, node: Node) -> Node:
     if node in at.partner:
         return at.partner[node]
     if node.op == "get_attr":
-        held = attribute(at.other, str(node.target))
-        set_attribute(at.gm, str(node.target), held)
+        item = attribute(at.other, str(node.target))
+        set_attribute(at.gm, str(node.target), item)
     elif node.op != "call_function":
         raise CaptureError(
             f"{node.name} ({source_line(node) or node.target}) runs in evaluation only. Compute "
             "it in both modes and choose the result."
         )
-    made = {n: _copied(at, n) for n in node.all_input_nodes}
-    at.partner[node] = at.gm.graph.node_copy(node, lambda n: made[n])
+    operands = {n: _copied(at, n) for n in node.all_input_nodes}
+    at.partner[node] = at.gm.graph.node_copy(node, lambda n: operands[n])
     return at.partner[node]

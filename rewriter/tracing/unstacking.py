@@ -62,8 +62,8 @@ class Rows(TorchFunctionMode):
                 return self._apart(args[0], axis % args[0].dim())
         if func is Tensor.__len__ and isinstance(args[0].shape[0], torch.SymInt):
             raise PiecesUsedError
-        held = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
-        if not any(id(t) in self.pieces for t in held) or _is_attribute(func):
+        tensors = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor)]
+        if not any(id(t) in self.pieces for t in tensors) or _is_attribute(func):
             return func(*args, **kwargs)
         axis = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         whole = self._whole(args[0]) if func in _TOGETHER else None
@@ -85,11 +85,11 @@ class Rows(TorchFunctionMode):
         """What a sequence of pieces makes up, if it is all of them in order."""
         if not isinstance(given, list | tuple):
             return None
-        found = [self.pieces.get(id(p)) for p in given]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        whole = found[0][0] if found and found[0] is not None else None
-        if whole is None or len(found) != whole.count or whole.tensor.dim() < 2:
+        wholes = [self.pieces.get(id(p)) for p in given]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        whole = wholes[0][0] if wholes and wholes[0] is not None else None
+        if whole is None or len(wholes) != whole.count or whole.tensor.dim() < 2:
             return None
-        return whole if all(f == (whole, i) for i, f in enumerate(found)) else None
+        return whole if all(f == (whole, i) for i, f in enumerate(wholes)) else None
 
 
 def _is_attribute(func: Callable[..., Any]) -> bool:

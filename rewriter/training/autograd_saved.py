@@ -57,9 +57,9 @@ class SavedBytes:
         return sum(self.by_label.values())
 
     def _pack(self, tensor: Tensor) -> _Held:
-        held = _Held(tensor)
-        self._held.append((weakref.ref(held), self.label))
-        return held
+        packed = _Held(tensor)
+        self._held.append((weakref.ref(packed), self.label))
+        return packed
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()
@@ -68,11 +68,11 @@ class SavedBytes:
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
         for reference, label in self._held:
-            held = reference()
-            if held is None or storage(held.tensor) in self._known:
+            packed = reference()
+            if packed is None or storage(packed.tensor) in self._known:
                 continue
-            self._known.add(storage(held.tensor))
-            size = held.tensor.untyped_storage().nbytes()
+            self._known.add(storage(packed.tensor))
+            size = packed.tensor.untyped_storage().nbytes()
             self.by_label[label] = self.by_label.get(label, 0) + size
         self._held.clear()
 
@@ -133,8 +133,10 @@ def saved_bytes(
     def fake(tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return mode.from_tensor(tensor, static_shapes=True)
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return nn.Parameter(made, tensor.requires_grad) if tensor.requires_grad else made
+        stand_in = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
+        return nn.Parameter(stand_in, tensor.requires_grad) if tensor.requires_grad else stand_in
 
     with quiet(), mode, torch.enable_grad():
         state = {f"gm.{name}": fake(tensor) for name, tensor in stored(gm).items()}

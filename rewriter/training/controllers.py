@@ -57,9 +57,9 @@ class Controllers:
             options |= owner.group(name, parameter) if owner is not None else {}
             options["lr"] = lr * options.pop("lr_scale")
             key = tuple(sorted(options.items()))
-            held = groups.setdefault(key, {"params": [], "names": [], **options})
-            held["params"].append(parameter)
-            held["names"].append(name)
+            group = groups.setdefault(key, {"params": [], "names": [], **options})
+            group["params"].append(parameter)
+            group["names"].append(name)
         if not groups:
             raise PassError("nothing trains. Insert an adapter first: run(program, 'lora').")
         return list(groups.values())

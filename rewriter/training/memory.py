@@ -118,10 +118,10 @@ class Memory(Share):
         return self._by(lambda place: place.layer)
 
     def _by(self, key: Callable[[Place], Any]) -> dict[Any, Share]:
-        found: dict[Any, Share] = {}
+        shares: dict[Any, Share] = {}
         for place, share in self.shares.items():
-            found[key(place)] = found.get(key(place), Share()) + share
-        return found
+            shares[key(place)] = shares.get(key(place), Share()) + share
+        return shares
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name, in bytes."""
@@ -183,8 +183,8 @@ class _Places:
                 shared = replace(self.nodes[node], method=path.split(".")[1])
                 self.nodes[node] = inserted.setdefault(path, shared)
         for path, place in inserted.items():
-            held = program.module.get_submodule(path)
-            state = (*held.named_parameters(), *held.named_buffers())
+            module = program.module.get_submodule(path)
+            state = (*module.named_parameters(), *module.named_buffers())
             self.tensors |= {f"{path}.{name}": place for name, _ in state}
         for adapter, names in program.owned.items():
             for name in names:

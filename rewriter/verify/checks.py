@@ -101,7 +101,7 @@ class Checks:
         if self.witness is None:
             self.program, self._marks = after, marks(after)
             return Certificate("unmeasured"), ()
-        contract, made = item.promise(), Witness(after)
+        contract, witness = item.promise(), Witness(after)
         require_others(before, after, item, contract.kind == "trainable")
 
         def again() -> State:
@@ -112,10 +112,10 @@ class Checks:
 
         if item.portable:
             require_saved(before, after, str(item), again)
-        measured = self._apart(made, item) or self._measured(self.witness, made, item)
+        measured = self._apart(witness, item) or self._measured(self.witness, witness, item)
         self.program, self.before, self._marks = after, self.witness, marks(after)
-        self.witness = made
-        self._known.append(known(made, self._marks))
+        self.witness = witness
+        self._known.append(known(witness, self._marks))
         self.departures |= item.departures
         return measured
 

@@ -32,20 +32,20 @@ class Mark:
 
 def marks(program: State) -> dict[str, Mark]:
     """All tensors of a program and of its base as they are now, at no cost."""
-    found: dict[str, Mark] = {}
+    by_name: dict[str, Mark] = {}
     for each in {id(p): p for p in (program, program.base)}.values():
         gm = each.module
-        held = [*gm.named_parameters(), *gm.named_buffers(), *each.extras.items()]
-        held += [*each.sample.items(), *each.removed.items()]
+        tensors = [*gm.named_parameters(), *gm.named_buffers(), *each.extras.items()]
+        tensors += [*each.sample.items(), *each.removed.items()]
         # Forwards of another thread may update these.
         moving = state_tensors(gm) if gm.training else set[str]()
-        for name, tensor in held:
+        for name, tensor in tensors:
             if name in moving:
                 continue
             where = name if each is program else f"{name} of the base"
             version = -1 if tensor.is_inference() else tensor._version
-            found[where] = Mark(tensor, id(tensor), _view(tensor), version, tensor.requires_grad)
-    return found
+            by_name[where] = Mark(tensor, id(tensor), _view(tensor), version, tensor.requires_grad)
+    return by_name
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
@@ -88,12 +88,12 @@ def require_unmoved(program: State, before: Mapping[str, Mark], what: str) -> No
 def require_names(before: State, after: State, what: str) -> None:
     """Raises VerifyError if a pass lost names by which a program is used, saved or exported."""
     gm = after.module
-    held = {n for n, _ in (*gm.named_parameters(), *gm.named_buffers())} | set(after.extras)
-    stems = {n.rpartition(".")[0] for n in held}
+    own = {n for n, _ in (*gm.named_parameters(), *gm.named_buffers())} | set(after.extras)
+    stems = {n.rpartition(".")[0] for n in own}
 
     def stored(name: str) -> bool:
         source = after.tensors.stored(name)
-        return source in held or name in held or source in stems
+        return source in own or name in own or source in stems
 
     def _dropped(size: str) -> bool:
         inputs = [i for i in before.spec.inputs if size in i.shape]
@@ -115,7 +115,7 @@ def require_names(before: State, after: State, what: str) -> None:
         "site": [s.id for s in before.sites if s.id not in {t.id for t in after.sites}],
         "example of the input": [n for n in after.spec.names if n not in after.sample],
         "adapter's tensor": [
-            n for n in sorted(after.tensors.trained) if n not in held
+            n for n in sorted(after.tensors.trained) if n not in own
         ],
         "generation setting": [n for n in before.generation if n not in after.generation],
     }  # fmt: skip
@@ -267,13 +267,13 @@ def require_recorded(replayed: State, program: State) -> None:
             raise VerifyError(
                 f"the program is not what its history says: {name} was changed outside of training."
             )
-    held = {n for n, t in new.items() if old[n].requires_grad and not t.requires_grad}
+    fixed = {n for n, t in new.items() if old[n].requires_grad and not t.requires_grad}
     for adapter in program.adapters:
         own = {n for n in new if n.startswith(f"peftfx.{adapter}.") and old[n].requires_grad}
         own |= {n for n in program.owned.get(adapter, ()) if n in old and old[n].requires_grad}
-        if held & own and own - held:
+        if fixed & own and own - fixed:
             raise VerifyError(
-                f"{min(held & own)} requires no gradients, but the adapter {adapter!r} trains it. "
+                f"{min(fixed & own)} requires no gradients, but the adapter {adapter!r} trains it. "
                 "Freeze all of an adapter, or none."
             )
 

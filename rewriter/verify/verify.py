@@ -93,16 +93,16 @@ def _measured(before: Witness, after: Witness) -> list[Gap]:
 
 
 def _quieted(before: Witness, each: list[Gap], moved: Callable[[], list[Gap]]) -> list[Gap]:
-    tolerance, found = _tolerance(before.program), list(each)
+    tolerance, gaps = _tolerance(before.program), list(each)
     loud = [i for i, g in enumerate(each) if tolerance < g.relative < math.inf and not g.reason]
     if not loud or not whole_tensors(before.program):
-        return found
+        return gaps
     level, noise = levels(before, sizes(before.program)[0]), moved()
     for i in loud:
         largest = each[i].absolute / each[i].relative
         if level[i] and noise[i].relative > CAP and cancelled(before, largest, level[i]):
-            found[i] = replace(each[i], relative=each[i].absolute / level[i], noise=True)
-    return found
+            gaps[i] = replace(each[i], relative=each[i].absolute / level[i], noise=True)
+    return gaps
 
 
 def _compared(before: Witness, after: Witness) -> list[Gap]:
@@ -126,8 +126,8 @@ def difference(
             for p, gm in modules
         ]
         rounds.append(compare(*both))
-    found = figures(worst(rounds))
-    return found["max_abs"], found["max_rel"]
+    largest = figures(worst(rounds))
+    return largest["max_abs"], largest["max_rel"]
 
 
 def _rounding(program: State, seed: int = 0) -> list[Gap]:
@@ -140,10 +140,10 @@ def _rounding(program: State, seed: int = 0) -> list[Gap]:
     with torch.no_grad():
         for parameter in moved.gm.parameters():
             if parameter.is_floating_point():
-                held = whole(parameter)
-                sign = torch.randint(0, 2, held.shape, generator=generator) * 2 - 1
-                step = torch.finfo(held.dtype).eps * sign.to(held)
-                parameter.data = placed_like(held * (1 + step), parameter)
+                weight = whole(parameter)
+                sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+                step = torch.finfo(weight.dtype).eps * sign.to(weight)
+                parameter.data = placed_like(weight * (1 + step), parameter)
     resting = Witness(program)
     quieten(resting, moved, sizes(program))
     return _compared(resting, moved)

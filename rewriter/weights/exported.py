@@ -44,23 +44,23 @@ def put_back(program: State) -> State:
 def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
     """See `Program.export_state_dict`."""
     require_unchanged(program)
-    held = dict(program._stored())
-    held |= dense_weights(program)
+    stored = dict(program._stored())
+    stored |= dense_weights(program)
     dtypes = {n: t.dtype for n, t in program.base._stored()}
     state: dict[str, Tensor] = {}
     for name in program.state_names:
         source = program.tensors.stored(name)
-        tensor = held.get(source, program.extras.get(source, program.extras.get(name)))
+        tensor = stored.get(source, program.extras.get(source, program.extras.get(name)))
         if tensor is None:
             raise ExportError(f"the tensor {name!r} of the original model is lost.")
         state[name] = whole(tensor).detach().to(dtypes.get(source, tensor.dtype))
     prefix = f"{BRANCHES}."
-    extra = [n for n in held if n.startswith(prefix) or n in program.added]
+    extra = [n for n in stored if n.startswith(prefix) or n in program.added]
     extra = [n for n in (*extra, *program.untied) if n not in state]
     if strict and (cut := program.reshaped()):
         raise ExportError(
             f"{len(cut)} tensors have another shape than the original model's, first "
-            f"{cut[0]}: {tuple(held[cut[0]].shape)}. So load_state_dict cannot work. Save "
+            f"{cut[0]}: {tuple(stored[cut[0]].shape)}. So load_state_dict cannot work. Save "
             "the program itself (peftfx.save_program), or take the tensors with "
             "export_state_dict(strict=False)."
         )
@@ -80,5 +80,5 @@ def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
             "with export_state_dict(strict=False)."
         )
     if not strict:
-        state.update({n: whole(held[n]).detach() for n in extra})
+        state.update({n: whole(stored[n]).detach() for n in extra})
     return state

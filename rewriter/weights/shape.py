@@ -96,8 +96,8 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
             return False
         return turned(known[1]) is (site.in_out == site.left)
     operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
-    held: Any = value(parts.x)
+    operand: Any = value(parts.x)
     plain = all(is_op(step, CASTS) for step in known[1])
-    if not (is_op(call, operators) and plain and isinstance(held, Tensor)):
+    if not (is_op(call, operators) and plain and isinstance(operand, Tensor)):
         return False
-    return isinstance(site, ConvSite) or held.dtype in (torch.int64, torch.int32)
+    return isinstance(site, ConvSite) or operand.dtype in (torch.int64, torch.int32)

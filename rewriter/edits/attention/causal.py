@@ -90,8 +90,8 @@ def _mask(node: Node) -> Node | None:
 
 def _values(mask: Node) -> list[Node]:
     """What the mask's values (not only its sizes) depend on, in graph order."""
-    found = set(ancestors(mask, block=lambda n: is_op(n, SIZES)))
-    return [n for n in mask.graph.nodes if n in found]
+    above = set(ancestors(mask, block=lambda n: is_op(n, SIZES)))
+    return [n for n in mask.graph.nodes if n in above]
 
 
 def _difference(program: State, mask: Node, length: int) -> str:
@@ -102,16 +102,16 @@ def _difference(program: State, mask: Node, length: int) -> str:
         ranges = {n: program.spec.ranges.get(n, (1, None)) for n in sizes}
         if any(h is not None and sizes[n] > h for n, (_, h) in ranges.items()):
             continue
-        found = _evaluate(program, mask, program.spec.example(None, **sizes))
-        if found.is_meta:
+        masks = _evaluate(program, mask, program.spec.example(None, **sizes))
+        if masks.is_meta:
             raise MetaTensorError("masks cannot be compared on meta. Move the program first.")
-        if tuple(found.shape[-2:]) != (tokens, tokens):
-            return f"its mask is {tuple(found.shape[-2:])} at {tokens} tokens"
-        kept = found if found.dtype == torch.bool else found == 0
-        hidden = not found.is_floating_point() or bool(
-            (found[~kept] <= torch.finfo(found.dtype).min / 2).all()
+        if tuple(masks.shape[-2:]) != (tokens, tokens):
+            return f"its mask is {tuple(masks.shape[-2:])} at {tokens} tokens"
+        kept = masks if masks.dtype == torch.bool else masks == 0
+        hidden = not masks.is_floating_point() or bool(
+            (masks[~kept] <= torch.finfo(masks.dtype).min / 2).all()
         )
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=found.device).tril()
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=masks.device).tril()
         if not hidden or not bool((kept == causal).all()):
             return f"its mask is not causal at {tokens} tokens"
     return ""
@@ -178,10 +178,10 @@ def _drop(program: State, placeholder: Node) -> None:
     others = {n: p for n, p in placeholders(gm).items() if n != name}
     for query in list(placeholder.users):
         label = shapes[name][query.args[1]]  # pyright: ignore
-        found = [(p, shapes[n].index(label)) for n, p in others.items() if label in shapes[n]]
-        if not found:
+        other_axes = [(p, shapes[n].index(label)) for n, p in others.items() if label in shapes[n]]
+        if not other_axes:
             raise PassError(f"only the padding mask {name!r} says what {label} is.")
-        query.args = found[0]
+        query.args = other_axes[0]
     gm.graph.erase_node(placeholder)
     forget_input(gm, name)
 

@@ -74,8 +74,8 @@ class CausalMask(nn.Module):
 def add_call(gm: GraphModule, kind: str, module: nn.Module, args: tuple[Any, ...]) -> Node:
     """A new call of `module`, registered as `soft.<kind>_<number>`, at the insertion point."""
     index = 0
-    held = gm._modules.get("soft")
-    while held is not None and f"{kind}_{index}" in held._modules:
+    soft = gm._modules.get("soft")
+    while soft is not None and f"{kind}_{index}" in soft._modules:
         index += 1
     path = f"soft.{kind}_{index}"
     gm.add_submodule(path, module)
@@ -115,49 +115,53 @@ def _operands(gm: GraphModule, core: Node) -> _Operands:
         raise PassError(f"the scores of the attention at {core.name} cannot be found.")
     index = 2 if is_op(product, ATEN.baddbmm.default) else 1
     key: Any = operands(product)[index]
-    held: Any = operands(core)[2 if fused else 1]
-    if not isinstance(key, Node) or not isinstance(held, Node):
+    value_node: Any = operands(core)[2 if fused else 1]
+    if not isinstance(key, Node) or not isinstance(value_node, Node):
         raise PassError(f"the attention at {core.name} has no key or value tensor.")
-    return _Operands(product, index, key, held, fused)
+    return _Operands(product, index, key, value_node, fused)
 
 
 def key_value_widths(gm: GraphModule, core: Node) -> tuple[int, int]:
     """Width of one head's keys and of its values; they differ in latent attention."""
-    found = _operands(gm, core)
-    key, held = shape(found.key), shape(found.value)
-    if key is None or held is None:
+    core_operands = _operands(gm, core)
+    key, value_shape = shape(core_operands.key), shape(core_operands.value)
+    if key is None or value_shape is None:
         raise PassError(f"the attention at {core.name} has no recorded shapes.")
-    return int(key[-1 if found.fused else -2]), int(held[-1])
+    return int(key[-1 if core_operands.fused else -2]), int(value_shape[-1])
 
 
 def prepend_key_value(
     gm: GraphModule, core: Node, path: str, length: int, reads: Mapping[str, Node]
 ) -> None:
     """Feeds keys and values of one attention through the branch at `path`."""
-    found = _operands(gm, core)
-    product, graph = found.product, gm.graph
-    if not found.fused:
+    core_operands = _operands(gm, core)
+    product, graph = core_operands.product, gm.graph
+    if not core_operands.fused:
         _change_masks(product, core, lambda mask, fill: _widened(gm, mask, length, fill))
     with graph.inserting_before(product):
-        if not found.fused:
-            move_before(found.value, product)
-        both = branch_call(gm, path, (found.key, found.value, not found.fused), reads)
+        if not core_operands.fused:
+            move_before(core_operands.value, product)
+        both = branch_call(
+            gm, path, (core_operands.key, core_operands.value, not core_operands.fused), reads
+        )
         new_key, new_value = (
             graph.create_node(
                 "call_function", operator.getitem, (both, i), {}, name=f"{both.name}_{n}"
             )
             for i, n in enumerate(("key", "value"))
         )
-        if found.fused:
+        if core_operands.fused:
             below: Any = operands(core)
             mask = below[3] if len(below) > 3 else None
             if len(below) > 4 and below[4]:
-                mask = add_call(gm, "causal_mask", CausalMask(length), (below[0], found.key))
+                mask = add_call(
+                    gm, "causal_mask", CausalMask(length), (below[0], core_operands.key)
+                )
             elif isinstance(mask, Node):
                 mask = _widened(gm, mask, length, 1.0 if not is_float(mask) else 0.0)
             core.args = (below[0], new_key, new_value, mask, False)
-    if not found.fused:
-        product.update_arg(found.index, new_key)
+    if not core_operands.fused:
+        product.update_arg(core_operands.index, new_key)
         core.update_arg(1, new_value)
 
 

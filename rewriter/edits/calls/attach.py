@@ -140,8 +140,8 @@ class Attaching:
                 f"{branch.single}. Select other sites with where=, or fold that adapter first."
             )
         path = f"{BRANCHES}.{adapter}.{self._folder}{tail or f'{self.name(site)}.{branch.slot}'}"
-        held = getattr(self.graph_module, BRANCHES, None)
-        if adapter not in self.program.folders and hasattr(held, adapter):
+        branches = getattr(self.graph_module, BRANCHES, None)
+        if adapter not in self.program.folders and hasattr(branches, adapter):
             raise PassError(
                 f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
                 "another name with name=."

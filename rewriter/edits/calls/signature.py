@@ -44,8 +44,8 @@ def add_input(
             or too large.
     """
     gm = program.module
-    held = placeholders(gm)
-    if name in held or name in program.spec.names:
+    inputs = placeholders(gm)
+    if name in inputs or name in program.spec.names:
         raise PassError(
             f"the program has an input {name!r} already. Give the new one another name; the "
             f"inputs are {program.spec}."
@@ -69,7 +69,7 @@ def add_input(
             f"the example of the input {name!r} is {tuple(example.shape)}, but axis {wrong[0]} is "
             f"{dynamic[wrong[0]][0]}. Give an example of size 1 there."
         )
-    last = list(held.values())[-1]
+    last = list(inputs.values())[-1]
     with gm.graph.inserting_after(last):
         node = gm.graph.placeholder(name)
     beside = value(last)
@@ -81,7 +81,7 @@ def add_input(
     symbols, numbers = list(shape), list(shape)
     for axis, (label, source, place) in dynamic.items():
         shape[axis], numbers[axis] = label, program.sample[source].shape[place]
-        symbols[axis] = value(held[source]).shape[place]
+        symbols[axis] = value(inputs[source]).shape[place]
     node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
     if dynamic:
         with beside.fake_mode:

@@ -23,17 +23,17 @@ def input_of(site: Site, nodes: Mapping[str, Node]) -> Value:
     node = nodes[site.nodes[0]]
     if isinstance(site, WeightSite):
         parts = WeightedCall.of(node)
-        found = data_of(node) if parts is None else parts.x
-        while isinstance(found, Node) and found.meta.get("composed") == _key(node):
-            found = found.args[0]  # before the input scales of this linear
+        operand = data_of(node) if parts is None else parts.x
+        while isinstance(operand, Node) and operand.meta.get("composed") == _key(node):
+            operand = operand.args[0]  # before the input scales of this linear
     elif isinstance(site, SublayerSite):
         add = nodes[site.nodes[1]]
-        found = next((a for a in add.args[:2] if a is not node), None)
+        operand = next((a for a in add.args[:2] if a is not node), None)
     else:
-        found = inputs(node)[0]
-    if not isinstance(found, Node):
+        operand = inputs(node)[0]
+    if not isinstance(operand, Node):
         raise PassError(f"{site.id} has no input that a branch could read.")
-    return found
+    return operand
 
 
 def _key(call: Node) -> str:

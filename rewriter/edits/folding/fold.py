@@ -317,16 +317,16 @@ def _fold_expression(
     with torch.no_grad():
         before = whole(old.detach())
         require_finite_base(name, before)
-        made = branch.eval()(before, **branch.constants).clone()  # in training it may be random
-        if (wide := torch.promote_types(made.dtype, torch.float32)) != made.dtype:
+        computed = branch.eval()(before, **branch.constants).clone()  # in training it may be random
+        if (wide := torch.promote_types(computed.dtype, torch.float32)) != computed.dtype:
             exact = branch(before.to(wide), **branch.constants)
-            result.lost = max(result.lost, lost_share(before, exact, made))
-    if not all_finite(made):
+            result.lost = max(result.lost, lost_share(before, exact, computed))
+    if not all_finite(computed):
         raise NonFiniteError(
-            f"folding into {name} gives NaN or infinity in {str(made.dtype)[6:]}. Look for "
+            f"folding into {name} gives NaN or infinity in {str(computed.dtype)[6:]}. Look for "
             "non-finite branch parameters, or keep the branch."
         )
-    set_attribute(gm, name, nn.Parameter(placed_like(made, old), old.requires_grad))
+    set_attribute(gm, name, nn.Parameter(placed_like(computed, old), old.requires_grad))
     remember(edit.program, attachment.path)
     call.replace_all_uses_with(source)
     gm.graph.erase_node(call)

@@ -21,8 +21,8 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
     fused: set[str] = set()
     for root in list(gm.graph.nodes):
-        found = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
-        match = next((m for m in found if isinstance(m, Match)), None)
+        matches = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
+        match = next((m for m in matches if isinstance(m, Match)), None)
         if match is None:
             continue
         call = match["branch"]

@@ -78,16 +78,16 @@ def _fold_output(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
     scale = branch.full_scale().detach()
-    made = weight.with_rows(scale)
-    return made, _scale_lost(weight, made, scale[:, None])
+    scaled = weight.with_rows(scale)
+    return scaled, _scale_lost(weight, scaled, scale[:, None])
 
 
 def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
     scale = branch.full_scale().detach()
-    made = weight.with_columns(scale)
-    return made, _scale_lost(weight, made, weight.shape.columns(scale, weight.dense()))
+    scaled = weight.with_columns(scale)
+    return scaled, _scale_lost(weight, scaled, weight.shape.columns(scale, weight.dense()))
 
 
 def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
@@ -118,17 +118,17 @@ def match_at(gm: GraphModule, call: Node) -> tuple[Match, Fold] | Mismatch:
     reason: Mismatch | None = None
     for rule, action in RULES:
         for root in roots:
-            found = rule.match(gm, root)
-            if isinstance(found, Match) and found["branch"] is call:
-                stored = [found["w"], *([found["b"]] if isinstance(found["b"], Node) else [])]
+            match = rule.match(gm, root)
+            if isinstance(match, Match) and match["branch"] is call:
+                stored = [match["w"], *([match["b"]] if isinstance(match["b"], Node) else [])]
                 if any(expression_of(strip(n, VIEWS)) is not None for n in stored):
                     blocker = "its weight or bias is computed by an expression that does not fold"
                     return Mismatch(f"not foldable now: {blocker}", call)
-                return found, action
-            if isinstance(found, Mismatch) and found.node is not None and (
-                "also read" in found.reason or reason is None
+                return match, action
+            if isinstance(match, Mismatch) and match.node is not None and (
+                "also read" in match.reason or reason is None
             ):  # fmt: skip
-                reason = found
+                reason = match
     blocker = reason.reason if reason is not None else "no rule fits"
     if "also read" not in blocker:
         blocker = "another branch that does not fold stands between it and the weight"

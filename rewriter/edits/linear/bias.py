@@ -38,8 +38,8 @@ def add_bias(edit: Attaching, site: LinearSite | ConvSite) -> str:
         weight = edit.weight(site)
         size = weight.out_features
     own = {_own_bias(gm, composed_value(edit.node(call)), size) for call in site.nodes}
-    if len(own) == 1 and (found := own.pop()) is not None:
-        return found
+    if len(own) == 1 and (bias := own.pop()) is not None:
+        return bias
     name = _bias_name(program, site.weight)
     if name in program.added:
         return name
@@ -77,10 +77,14 @@ def _own_bias(gm: nn.Module, call: Node, size: int) -> str | None:
     """The parameter `[size]` that the model adds to a call's value."""
     for add in (u for u in users(call) if is_op(u, ADDS)):
         for other in add.args[:2]:
-            found = parameter_of(other) if other is not call else None
-            held = attribute(gm, found[0]) if found is not None else None
-            if isinstance(held, nn.Parameter) and held.shape == (size,) and found is not None:
-                return found[0]
+            parameter = parameter_of(other) if other is not call else None
+            tensor = attribute(gm, parameter[0]) if parameter is not None else None
+            if (
+                isinstance(tensor, nn.Parameter)
+                and tensor.shape == (size,)
+                and parameter is not None
+            ):
+                return parameter[0]
     return None
 
 

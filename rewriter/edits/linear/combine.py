@@ -28,25 +28,25 @@ def member_paths(edit: Attaching, site: Site, members: Sequence[str]) -> tuple[s
 def _member(edit: Attaching, site: Site, name: str) -> Attachment:
     attachments = edit.program.attachments
     here = [a for a in attachments if a.site == site.id and a.slot in ("serial", "delta")]
-    found = next((a for a in here if a.path.startswith(f"{BRANCHES}.{name}.")), None)
-    if found is None:
+    attachment = next((a for a in here if a.path.startswith(f"{BRANCHES}.{name}.")), None)
+    if attachment is None:
         raise PassError(
             f"the adapter {name!r} has no branch to combine at {site.id}. Adapters with one: "
             f"{', '.join(dict.fromkeys(a.adapter for a in here)) or 'none'}."
         )
-    owner = next((a for a in attachments if found.path in a.members), None)
+    owner = next((a for a in attachments if attachment.path in a.members), None)
     if owner is not None:
         raise PassError(
             f"the adapter {owner.adapter!r} combines the branch of {name!r} at {site.id} already. "
             "Remove it first: program.without(...)."
         )
-    branch = edit.program.branch(found)
+    branch = edit.program.branch(attachment)
     if isinstance(branch, Serial) and type(branch).update is Serial.update:
         raise PassError(
             f"{type(branch).__name__} of {name!r} at {site.id} cannot be combined: it does not "
             "add to the value that it reads. Combine adapters with a skip connection."
         )
-    return found
+    return attachment
 
 
 def combine_serial(

@@ -43,8 +43,10 @@ def at_weight(
     `call`, only the sites that this call computes: another one may read the weight transposed.
     """
     sites = [s.id for s in program.sites.by_weight.get(weight, ()) if not call or call in s.nodes]
-    found = [a for site in sites for a in program.attached(site) if a.slot in ORDER]
-    return sorted(found, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site))
+    attachments = [a for site in sites for a in program.attached(site) if a.slot in ORDER]
+    return sorted(
+        attachments, key=lambda a: (ORDER[a.slot], a.path not in first, a.adapter, a.site)
+    )
 
 
 def adapted_weight(program: State, site: LinearSite, weight: Weight, scales: bool = True) -> Tensor:
@@ -165,11 +167,11 @@ class _Chain:
     def dense(self, stored: StoredCall, site: Any) -> Node:
         """The dense weight of a call of a stored format, laid out as the model's own was."""
         operator, args = stored.dense(site.in_features)
-        made = self._function(operator, args, "dequantise", self.call)
-        made = self._function(ATEN.to.dtype, (made, value(self.call).dtype), "dense", made)
+        dense = self._function(operator, args, "dequantise", self.call)
+        dense = self._function(ATEN.to.dtype, (dense, value(self.call).dtype), "dense", dense)
         if not site.in_out:
-            return made
-        return self._function(ATEN.t.default, (made,), "dense_t", made)
+            return dense
+        return self._function(ATEN.t.default, (dense,), "dense_t", dense)
 
     def finish(self, tail: Node) -> None:
         """Lets the call's readers read the end of the chain, and erases what is not used."""
@@ -273,15 +275,15 @@ def composed_value(call: Node) -> Node:
 def _composed(call: Node, key: str) -> list[Node]:
     """The nodes emitted around a call, found from it (a scan of the graph for every call would
     be quadratic)."""
-    found: dict[Node, None] = {}
+    nodes: dict[Node, None] = {}
     stack = [call]
     while stack:
         node = stack.pop()
         for near in (*node.all_input_nodes, *node.users):
-            if near.meta.get("composed") == key and near not in found:
-                found[near] = None
+            if near.meta.get("composed") == key and near not in nodes:
+                nodes[near] = None
                 stack.append(near)
-    return list(found)
+    return list(nodes)
 
 
 def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:

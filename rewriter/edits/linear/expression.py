@@ -44,27 +44,27 @@ def express(
     first = next((n for n in graph.nodes if n in readers), None)
     late = first is not None and current is stored[0]
     with graph.inserting_before(first) if late else graph.inserting_after(current):
-        made = branch_call(edit.graph_module, path, (current,), reads)
-    made.meta |= {"expression": name, "previous": value(current)}
+        call = branch_call(edit.graph_module, path, (current,), reads)
+    call.meta |= {"expression": name, "previous": value(current)}
     for reader in readers:
         for source in sources:
-            reader.replace_input_with(source, made)
-    return made
+            reader.replace_input_with(source, call)
+    return call
 
 
 def widened(edit: Attaching, name: str) -> Tensor:
     """A copy of a stored tensor in the dtype that it trains in; the graph casts it back."""
     stored = edit.graph_module.get_parameter(name).detach()
-    made = stored.to(wide(stored.dtype), copy=True)
-    if made.dtype == stored.dtype:
-        return made
+    wide_copy = stored.to(wide(stored.dtype), copy=True)
+    if wide_copy.dtype == stored.dtype:
+        return wide_copy
     graph = edit.graph_module.graph
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == name]:
         node.meta.pop("val", None)
         with graph.inserting_after(node):
             cast = graph.call_function(ATEN.to.dtype, (node, stored.dtype))
         node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    return made
+    return wide_copy
 
 
 def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
@@ -102,29 +102,29 @@ def _own_rows(dense: Tensor, weight: Weight, site: WeightSite) -> Tensor:
 def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
     """See `Editor.settle`."""
     gm = edit.graph_module
-    found = next((a for a in edit.program.attachments if a.path == path), None)
+    attachment = next((a for a in edit.program.attachments if a.path == path), None)
     old = gm.get_submodule(path)
-    if found is None or not isinstance(old, Branch):
+    if attachment is None or not isinstance(old, Branch):
         raise PassError(f"there is no branch {path!r} to settle.")
     new = old.settled(**decided)
-    left = {k: n for k, n in found.reads.items() if k not in decided}
+    left = {k: n for k, n in attachment.reads.items() if k not in decided}
     if new is None:
-        remove(edit, found.path)
+        remove(edit, attachment.path)
         return
     new.axis, new.features, new.lowered = old.axis, old.features, old.lowered
     new.train(old.training)
-    if edit.program.held(found.adapter):
+    if edit.program.held(attachment.adapter):
         new.requires_grad_(False)
     parent, _, leaf = path.rpartition(".")
     setattr(gm.get_submodule(parent), leaf, new)
-    fresh = replace(found, reads=left)
-    kept = (fresh if a is found else a for a in edit.program.attachments)
+    fresh = replace(attachment, reads=left)
+    kept = (fresh if a is attachment else a for a in edit.program.attachments)
     edit.program.attachments = tuple(kept)
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
             outdate(node)
-    edit.edited.append(found.site)
+    edit.edited.append(attachment.site)
 
 
 def remember(program: State, path: str) -> None:
@@ -138,16 +138,16 @@ def remove(edit: Attaching, path: str) -> None:
     """Takes a weight's branch, one behind a sublayer, or the expression of a stored tensor out of
     the graph."""
     gm = edit.graph_module
-    found = next(a for a in edit.program.attachments if a.path == path)
-    site = edit.program.sites[found.site]
+    gone = next(a for a in edit.program.attachments if a.path == path)
+    site = edit.program.sites[gone.site]
     branch = gm.get_submodule(path)
     passing = isinstance(branch, Expression | Serial)
     if not passing and not isinstance(site, WeightSite):
         raise PassError(
-            f"{found.site}: {path} cannot be removed: a {branch.slot} branch is no part that the "
+            f"{gone.site}: {path} cannot be removed: a {branch.slot} branch is no part that the "
             "graph does without. Leave its adapter out: program.without(...)."
         )
-    edit.program.attachments = tuple(a for a in edit.program.attachments if a is not found)
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a is not gone)
     if passing:
         for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -156,4 +156,4 @@ def remove(edit: Attaching, path: str) -> None:
         for name in site.nodes:
             compose(edit.program, edit.node(name), site.weight)
     gm.delete_submodule(path)
-    edit.edited.append(found.site)
+    edit.edited.append(gone.site)

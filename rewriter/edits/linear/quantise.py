@@ -70,15 +70,15 @@ def _laid_out(edit: Attaching, site: LinearSite, layout: str) -> Format | None:
 def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
     """See `Editor.whole`."""
     chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], LinearSite)}
-    found: dict[str, LinearSite] = {}
+    sites: dict[str, LinearSite] = {}
     for site in chosen.values():
         same = [s for s in edit.program.sites if isinstance(s, LinearSite)]
         rest = [s.id for s in same if s.weight == site.weight and s.id not in chosen]
         if rest:
             edit.skip(site, f"{site.weight} also holds {', '.join(rest)}: select all or none of it")
         else:
-            found.setdefault(site.weight, site)
-    return list(found.values())
+            sites.setdefault(site.weight, site)
+    return list(sites.values())
 
 
 def quantise_weight(

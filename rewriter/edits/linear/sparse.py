@@ -75,15 +75,15 @@ def parts_of(
         The parts, and (site, reason) of tensors that are none: not of a floating-point type, or
         trained by another adapter already.
     """
-    held: dict[str, list[tuple[Site, int, tuple[int, ...] | None]]] = {}
+    spans: dict[str, list[tuple[Site, int, tuple[int, ...] | None]]] = {}
     for site in sites:
         for name, axis in _names(site, bias):
             features = getattr(site, "features", None)
-            held.setdefault(name, []).append((site, axis, features))
-    found: list[Part] = []
+            spans.setdefault(name, []).append((site, axis, features))
+    parts: list[Part] = []
     left: list[tuple[Site, str]] = []
     packed = stored_calls(program)
-    for name, owners in held.items():
+    for name, owners in spans.items():
         chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
         if name in packed:
             bits = "is stored in few bits, which hold no other value of single entries"
@@ -103,8 +103,8 @@ def parts_of(
         for _, _, features in owners:
             rows |= set(range(shape[axis]) if features is None else features)
         some = tuple(sorted(rows)) if len(rows) < shape[axis] else None
-        found.append(Part(chosen, name, shape, axis, some))
-    return found, left
+        parts.append(Part(chosen, name, shape, axis, some))
+    return parts, left
 
 
 def _names(site: Site, bias: bool) -> list[tuple[str, int]]:
@@ -239,9 +239,9 @@ def keep_largest(
             "(peftfx.load_weights)."
         )
     kept = largest(scores, max(1, round(density * sum(s.numel() for s in scores.values()))))
-    found: dict[str, dict[str, Tensor]] = {}
+    masks: dict[str, dict[str, Tensor]] = {}
     for path, branch in branches.items():
         small = math.prod(branch.part.shape) <= torch.iinfo(torch.int32).max
         index = branch.part.whole(kept[path])
-        found[path] = {"indices": index.to(torch.int32) if small else index}
-    return found
+        masks[path] = {"indices": index.to(torch.int32) if small else index}
+    return masks

@@ -26,8 +26,10 @@ def carried_by(roots: Sequence[Node], symbol: str) -> set[Node]:
     stack = list(carried)
     while stack:
         for user in users(stack.pop()):
-            found = [] if user.op == "output" or is_op(user, EMPTY) else [user]
-            fresh = {n for n in (*found, *(_written(n) for n in found)) if n is not None} - carried
+            carriers = [] if user.op == "output" or is_op(user, EMPTY) else [user]
+            fresh = {
+                n for n in (*carriers, *(_written(n) for n in carriers)) if n is not None
+            } - carried
             carried |= fresh
             stack += fresh
     return carried

@@ -66,19 +66,19 @@ class Axes:
         weight = one if valid is None else one * self._like(x, valid)
         axis = self.tokens[0]
         if reach == "past":
-            found = (x * weight).cumsum(axis) / weight.cumsum(axis).clamp(min=1)
-            return found.to(x.dtype)
+            running = (x * weight).cumsum(axis) / weight.cumsum(axis).clamp(min=1)
+            return running.to(x.dtype)
         if reach == "first":
             weight = weight * (weight.cumsum(axis) == 1)
         total = weight.sum(self.tokens, keepdim=True).clamp(min=1)
         return ((x * weight).sum(self.tokens, keepdim=True) / total).to(x.dtype)
 
     def _like(self, x: Tensor, valid: Tensor) -> Tensor:
-        found = valid if self.batch < self.tokens[0] else valid.mT
+        mask = valid if self.batch < self.tokens[0] else valid.mT
         for axis in range(x.dim()):
             if axis not in (self.batch, self.tokens[0]):
-                found = found.unsqueeze(axis)
-        return found
+                mask = mask.unsqueeze(axis)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Samples:
 def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
     """See `Editor.samples`; None also where the calls of one weight differ."""
     samples = sample_axis(program)
-    found: set[Samples | None] = set()
+    candidates: set[Samples | None] = set()
     for name in site.nodes:
         states = input_of(replace(site, nodes=(name,)), nodes)
         apart, axis, rows = None, samples.of(program, states), 1
@@ -155,8 +155,8 @@ def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> S
             apart = inputs(states)[0]
             axis, rows = samples.of(program, apart), _rows(apart, states)
         known = axis is not None and (apart is None or axis < rows)
-        found.add(Samples(axis, apart, rows) if axis is not None and known else None)
-    return found.pop() if len(found) == 1 else None
+        candidates.add(Samples(axis, apart, rows) if axis is not None and known else None)
+    return candidates.pop() if len(candidates) == 1 else None
 
 
 def _rows(apart: Node, states: Node) -> int:
@@ -215,10 +215,10 @@ def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
 
 def _permuted(gm: GraphModule, states: Node, order: list[int]) -> Node:
     with gm.graph.inserting_after(states):
-        made = gm.graph.call_function(ATEN.permute.default, (states, order))
+        permuted = gm.graph.call_function(ATEN.permute.default, (states, order))
     with value(states).fake_mode:
-        made.meta["val"] = value(states).permute(order)
-    return made
+        permuted.meta["val"] = value(states).permute(order)
+    return permuted
 
 
 def _normed(add: Node) -> bool:

@@ -351,9 +351,9 @@ class _Places:
         """Whether constant places count from the end."""
         source = strip(index, VIEWS)
         if source.op == "get_attr":
-            held = attribute(self.gm, str(source.target))
-            known = isinstance(held, Tensor) and not held.is_meta and held.numel() > 0
-            return known and not held.is_floating_point() and int(held.max()) < 0
+            tensor = attribute(self.gm, str(source.target))
+            known = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.numel() > 0
+            return known and not tensor.is_floating_point() and int(tensor.max()) < 0
         fill = named_arguments(source).get("fill_value", 0) if source.op == "call_function" else 0
         return isinstance(fill, int) and fill < 0
 

@@ -69,7 +69,7 @@ def stripped(
     Raises:
         PassError: a value has tokens on an axis with others.
     """
-    made: dict[Node, Node] = {}
+    copies: dict[Node, Node] = {}
 
     def enter(node: Node) -> Node:
         if node in own or node.op in ("placeholder", "get_attr"):
@@ -81,21 +81,21 @@ def stripped(
                 f"{attachment.site}: {node.name} [{', '.join(sizes)}] holds tokens on an axis with "
                 "others, from which a prompt cannot be told. Read it where they lie apart."
             )
-        if axes and node not in made:
-            made[node] = strip(node, axes)
-        return made.get(node, node)
+        if axes and node not in copies:
+            copies[node] = strip(node, axes)
+        return copies.get(node, node)
 
     for node in list(own):
         node.meta.pop("val", None)
         for source in node.all_input_nodes:
             node.replace_input_with(source, enter(source))
-    found = {name: enter(read) for name, read in reads.items()}
-    own.update(made.values())
-    names = {name: read.name for name, read in found.items()}
+    entered = {name: enter(read) for name, read in reads.items()}
+    own.update(copies.values())
+    names = {name: read.name for name, read in entered.items()}
     program.attachments = tuple(
         replace(a, reads=names) if a.path == attachment.path else a for a in program.attachments
     )
-    return found
+    return entered
 
 
 def first_of(gm: GraphModule, nodes: Mapping[Node, None]) -> Node:

@@ -132,13 +132,13 @@ def find_region(
 
 
 def _below(entry: Node) -> set[Node]:
-    found: set[Node] = set()
+    below: set[Node] = set()
     stack = [entry]
     while stack:
-        fresh = [u for u in users(stack.pop()) if u not in found]
-        found.update(fresh)
+        fresh = [u for u in users(stack.pop()) if u not in below]
+        below.update(fresh)
         stack += fresh
-    return found
+    return below
 
 
 def _above(end: Node, entry: Node) -> set[Node]:
@@ -148,14 +148,14 @@ def _above(end: Node, entry: Node) -> set[Node]:
         target = written(node)
         if target is not None and not node.users:
             writers.setdefault(target, []).append(node)
-    found: set[Node] = set()
+    above: set[Node] = set()
     stack = [end]
     while stack:
         node = stack.pop()
-        if node not in found and node is not entry:
-            found.add(node)
+        if node not in above and node is not entry:
+            above.add(node)
             stack += inputs(node) + writers.get(node, [])
-    return found
+    return above
 
 
 def stream_before(program: State, site: SublayerSite, nodes: Mapping[str, Node]) -> Node:

@@ -96,18 +96,18 @@ class _Rewrite:
         early = self._before(known)
         with graph.inserting_after(known):
             last = chosen = branch_call(self.gm, path, (region.read,), reads)
-        found: list[Node] = []
+        nodes: list[Node] = []
         for place, part in enumerate(("index", "weight", "live", "aside")):
             with graph.inserting_after(last):
                 args = (chosen, place)
                 last = graph.create_node(
                     "call_function", operator.getitem, args, {}, name=f"{chosen.name}_{part}"
                 )
-            found.append(last)
-        self.index, self.weight, self.live, self.aside = found
+            nodes.append(last)
+        self.index, self.weight, self.live, self.aside = nodes
         self.size: Any = slots(region.tokens, reduction) if isinstance(region.tokens, int) else None
         chosen.meta["val"] = self._values(reduction)
-        for node, val in zip(found, chosen.meta["val"], strict=True):
+        for node, val in zip(nodes, chosen.meta["val"], strict=True):
             node.meta["val"] = val
         if self.size is None:
             with graph.inserting_after(last):
@@ -130,13 +130,13 @@ class _Rewrite:
 
     def _before(self, place: Node) -> list[Node]:
         """The region's nodes that stand before `place`."""
-        found: list[Node] = []
+        nodes: list[Node] = []
         for node in self.gm.graph.nodes:
             if node is place:
-                return found
+                return nodes
             if node in self.inside:
-                found.append(node)
-        return found
+                nodes.append(node)
+        return nodes
 
     # Ways in.
 
@@ -161,11 +161,11 @@ class _Rewrite:
             return node
         if node in (self.region.entry, self.region.read):
             return self._take(node, (1 - self.region.batch,), 3, self.region.batch)
-        held = value(node)
-        if isinstance(held, torch.SymInt):
-            if self.region.is_tokens(held):
+        tensor = value(node)
+        if isinstance(tensor, torch.SymInt):
+            if self.region.is_tokens(tensor):
                 return self.size
-            return self._again(node, 0) if self.region.has_tokens(held) else node
+            return self._again(node, 0) if self.region.has_tokens(tensor) else node
         size = shape(node)
         if size is None or not any(map(self.region.has_tokens, size)) or self._stored(node):
             return node
@@ -232,13 +232,13 @@ class _Rewrite:
                 self._hide_scores(node)
 
     def _hide_fused(self, core: Node) -> None:
-        query, key, held, mask, causal = (*operands(core), None, False)[:5]
+        query, key, value_node, mask, causal = (*operands(core), None, False)[:5]
         kwargs = dict(core.kwargs)
         mask, causal = kwargs.pop("mask", mask), kwargs.pop("is_causal", causal)
         with self.gm.graph.inserting_before(core):
             args = (mask, self.live, key)
             seen = add_call(self.gm, "live_keys", LiveKeys(bool(causal)), args)
-        core.args, core.kwargs = (query, key, held, seen, False), kwargs
+        core.args, core.kwargs = (query, key, value_node, seen, False), kwargs
 
     def _hide_scores(self, core: Node) -> None:
         node: Any = operands(core)[0]

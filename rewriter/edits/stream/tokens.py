@@ -384,7 +384,7 @@ def _neutral(ids: Node) -> int:
 
 
 def _token_outputs(gm: GraphModule, symbol: str) -> dict[Node, tuple[int, ...]]:
-    found: dict[Node, tuple[int, ...]] = {}
+    outputs: dict[Node, tuple[int, ...]] = {}
     for leaf in output_node(gm).all_input_nodes:
         sizes = [str(d) for d in shape(leaf) or ()]
         if merged := [d for d in sizes if d != symbol and re.search(rf"\b{symbol}\b", d)]:
@@ -394,5 +394,5 @@ def _token_outputs(gm: GraphModule, symbol: str) -> dict[Node, tuple[int, ...]]:
             )
         axes = tuple(i for i, d in enumerate(sizes) if d == symbol)
         if axes:
-            found[leaf] = axes
-    return found
+            outputs[leaf] = axes
+    return outputs

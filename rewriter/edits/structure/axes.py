@@ -57,11 +57,11 @@ class Channels:
     @property
     def stored(self) -> dict[str, dict[int, Tensor]]:
         """Name of each stored tensor that has a part in the channels -> axis -> labels."""
-        found: dict[str, dict[int, Tensor]] = {}
-        for (held, axis), labels in self.labels.items():
-            if isinstance(held, str):
-                found.setdefault(held, {})[axis] = labels
-        return found
+        rows: dict[str, dict[int, Tensor]] = {}
+        for (name, axis), labels in self.labels.items():
+            if isinstance(name, str):
+                rows.setdefault(name, {})[axis] = labels
+        return rows
 
     @property
     def count(self) -> int:
@@ -165,8 +165,8 @@ class _Spread:
                 self.seen[node] = [r for r in every if not isinstance(r, Grid) or r.fixed]
             for relation in self.seen[node]:
                 self._apply(relation)
-        for node, found in self.seen.items():
-            if node.op != "get_attr" and (reason := self._mixes(node, found)):
+        for node, axes in self.seen.items():
+            if node.op != "get_attr" and (reason := self._mixes(node, axes)):
                 line = source_line(node)
                 raise PassError(
                     f"{where}: its channels cannot be cut, because {reason} at {node.name}"
@@ -189,8 +189,8 @@ class _Spread:
         if not bool(fresh.any()):
             return
         self.labels[ref] = torch.where(fresh, labels, old)
-        held = ref[0]
-        near = self.readers.get(held, []) if isinstance(held, str) else [held]
+        name = ref[0]
+        near = self.readers.get(name, []) if isinstance(name, str) else [name]
         for node in near:
             for reader in (node, *users(node)):
                 self.queue[reader] = None

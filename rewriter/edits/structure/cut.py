@@ -77,17 +77,23 @@ def cut_channels(program: State, group: Channels, keep: Sequence[int]) -> None:
     gm, weights = program.module, stored_weights(program)
     for node in list(gm.graph.nodes):
         _resize(node, left)
-    touched = {held for held, _ in left}
+    touched = {tensor_name for tensor_name, _ in left}
     for name, axes in group.stored.items():
         own = {axis: left[name, axis] for axis in axes}
         if name in weights:
             touched |= _shrink_weight(weights[name], own)
         else:
             _shrink(gm, name, own)
-    for (held, axis), rows in left.items():
-        branch = submodule(gm, held)
-        if isinstance(branch, Branch) and branch.features is not None and isinstance(held, Node):
-            if axis == branch.axis % held.meta["val"].dim() and len(rows) == len(branch.features):
+    for (tensor_name, axis), rows in left.items():
+        branch = submodule(gm, tensor_name)
+        if (
+            isinstance(branch, Branch)
+            and branch.features is not None
+            and isinstance(tensor_name, Node)
+        ):
+            if axis == branch.axis % tensor_name.meta["val"].dim() and len(rows) == len(
+                branch.features
+            ):
                 branch.features = _renumbered(branch.features, rows)
             if isinstance(branch, RowScale) and branch.own is not None:
                 placed = (branch.features > 0).nonzero().flatten()
@@ -224,11 +230,11 @@ def _resize_span(node: Node, left: Mapping[Ref, Tensor]) -> None:
 
 def _resize_division(node: Node, left: Mapping[Ref, Tensor]) -> None:
     source: Any = node.args[0]
-    found = pieces(node)
-    rows = left.get((owner(source), found[0])) if found is not None else None
-    if found is None or rows is None:
+    division = pieces(node)
+    rows = left.get((owner(source), division[0])) if division is not None else None
+    if division is None or rows is None:
         return
-    axis, sizes = found
+    axis, sizes = division
     new = [int(piece.sum()) for piece in rows.split(sizes)]
     if is_op(node, overloads("chunk")) and len(set(new)) == 1:
         return

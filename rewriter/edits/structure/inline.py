@@ -110,17 +110,17 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
                 if not isinstance(size, int)
             }
     module = _Calls(gm, calls)
-    found: list[GraphModule] = []
+    graphs: list[GraphModule] = []
     for training in (True, False):
         exported = export(module, example, lambda t: ((t,), {}), shapes, training)
         graph = exported.module(check_guards=False)
         canonicalize(graph, {})
         restore_modes(graph)
-        found.append(graph)
-    first, second = ([(n.op, str(n.target)) for n in g.graph.nodes] for g in found)
+        graphs.append(graph)
+    first, second = ([(n.op, str(n.target)) for n in g.graph.nodes] for g in graphs)
     if first != second:
-        part_modes(*found)
-    return found[0]
+        part_modes(*graphs)
+    return graphs[0]
 
 
 def _place(
@@ -129,7 +129,7 @@ def _place(
 ) -> None:  # fmt: skip
     """Puts the part of `traced` that computes `results` where call number `index` was."""
     call = calls[index]
-    made: dict[Node, Node] = {}
+    copies: dict[Node, Node] = {}
     sources = _sources(index, call)
     needed = {n for r in results for n in ancestors(r)}
     with gm.graph.inserting_before(call):
@@ -137,27 +137,27 @@ def _place(
             if node not in needed:
                 continue
             if node.op == "placeholder":
-                made[node] = sources[str(node.target)]
+                copies[node] = sources[str(node.target)]
                 continue
-            made[node] = gm.graph.node_copy(node, lambda n: made[n])
-            made[node].meta = {"val": translate(value(node))}
+            copies[node] = gm.graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta = {"val": translate(value(node))}
             if node.op == "get_attr":
-                made[node].target = _kept(gm, traced, calls, str(node.target))
+                copies[node].target = _kept(gm, traced, calls, str(node.target))
             elif node.op == "call_module":
                 path = _fresh(gm, str(node.target))
                 gm.add_submodule(path, traced.get_submodule(str(node.target)))
-                made[node].target = path
-    held = value(call)
-    for result, val in zip(results, pytree.tree_leaves(held), strict=True):
+                copies[node].target = path
+    given = value(call)
+    for result, val in zip(results, pytree.tree_leaves(given), strict=True):
         if result.op not in ("placeholder", "get_attr"):
-            made[result].meta["val"] = val
-    if isinstance(held, Tensor):
-        call.replace_all_uses_with(made[results[0]])
-    keys: list[Any] = list(held) if isinstance(held, Mapping) else list(range(len(results)))
+            copies[result].meta["val"] = val
+    if isinstance(given, Tensor):
+        call.replace_all_uses_with(copies[results[0]])
+    keys: list[Any] = list(given) if isinstance(given, Mapping) else list(range(len(results)))
     for user in list(call.users):
         if not is_op(user, GETITEM) or not isinstance(value(user), Tensor):
             raise PassError(f"{user.name} reads several results of {call.name} at once.")
-        user.replace_all_uses_with(made[results[keys.index(user.args[1])]])
+        user.replace_all_uses_with(copies[results[keys.index(user.args[1])]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
 
@@ -168,10 +168,10 @@ class _Translation:
     def __init__(self, gm: GraphModule, traced: GraphModule, calls: Sequence[Node]) -> None:
         self.mode = fake_mode(gm)
         self.sizes: dict[Any, Any] = {}
-        held = placeholders(traced)
+        inputs = placeholders(traced)
         for index, call in enumerate(calls):
             for name, node in _sources(index, call).items():
-                theirs = shape(held[name]) if name in held else None
+                theirs = shape(inputs[name]) if name in inputs else None
                 pairs: Any = zip(shape(node) or (), theirs or (), strict=False)
                 for ours, size in pairs:
                     if not isinstance(size, int):
@@ -224,10 +224,10 @@ def _fresh(gm: nn.Module, path: str) -> str:
 def _dissolve(gm: GraphModule, path: str) -> None:
     """Leaves of a module only those tensors that the graph reads, under the same names."""
     module = gm.get_submodule(path)
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     lasting = set(module.state_dict())
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
     gm.delete_submodule(path)
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         if f"{path}.{name}" in read:
             set_attribute(gm, f"{path}.{name}", tensor, name not in lasting)
