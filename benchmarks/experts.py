@@ -15,7 +15,6 @@ from torch import Tensor
 
 from peftfx.rewriter.branches.shapes import ExpertsShape
 
-
 importlib.import_module("transformers.integrations.moe")  # registers the grouped product
 
 
