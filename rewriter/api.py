@@ -11,6 +11,7 @@ from .axes.named import named_axes
 from .program.generate import generate
 from .program.history import Certificate
 from .program.state import State
+from .program.stored import Stored, stored
 from .program.text import diff_text, program_text
 from .run.recheck import verify_program
 from .run.replay import only, without
@@ -41,6 +42,18 @@ class Program(State):
 
     def __str__(self) -> str:
         return self.text()
+
+    def stored(self, name: str) -> Stored:
+        """What is known of a stored tensor beside its values: who reads it, by which names, who
+        trains it, what it was at capture.
+
+        Args:
+            name: any of its names in the original model, or that of a branch's tensor.
+
+        Raises:
+            PassError: the program has no such tensor.
+        """
+        return stored(self, name)
 
     def verify(self) -> list[Certificate]:
         """Checks the graph and measures every contract of the history again.

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import peftfx
+from peftfx.rewriter.errors import PassError
 from peftfx.rewriter.program.history import ITSELF
 from peftfx.rewriter.program.tensors import Tensors
 
@@ -49,3 +51,38 @@ def test_a_program_shows_its_table(tmp_path: Path) -> None:
     loaded = peftfx.load_program(tmp_path / "program")
     assert loaded.tensors.added == program.tensors.added
     assert torch.equal(loaded(**batch()), program(**batch()))
+
+
+class Shared(nn.Module):
+    """A table that is the head, too, and a linear called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body = nn.Embedding(7, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.body(self.embed(ids)).relu()))
+
+
+def test_one_row_says_who_reads_a_tensor() -> None:
+    base = peftfx.capture(Shared(), (torch.randint(7, (2, 3)),))
+    row = base.stored("head.weight")
+    assert row.name == "embed.weight" and set(row.names) == {"embed.weight", "head.weight"}
+    assert [r.rpartition(" (")[2] for r in row.readers] == ["in embed)", "in head)"]
+    assert (row.owner, row.added, row.before) == (None, False, None)
+    program = peftfx.run(base, "lora{where=body};train{where=head}")
+    weight = program.stored("body.weight")
+    assert len(weight.readers) == 2 and weight.shape == (8, 8)
+    branch = next(n for n in program.named_trainable_parameters() if n.endswith(".a"))
+    assert program.stored(branch).shape == program.module.get_parameter(branch).shape
+    with torch.no_grad():
+        program.module.get_parameter("embed.weight").add_(1)
+    row = program.stored("head.weight")
+    assert row.owner == "train" and row.before is not None
+    torch.testing.assert_close(row.before + 1, program.module.get_parameter("embed.weight"))
+    said = str(row)
+    assert "also called head.weight; trained by train; changed since capture" in said
+    with pytest.raises(PassError, match=r"no tensor 'heads.weight'. Nearest: "):
+        program.stored("heads.weight")
