@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
 from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
 from peftfx.rewriter.inputs.specfile import read_spec
 from peftfx.rewriter.measure.influence import SAMPLES, TOKENS, _changes
 from peftfx.rewriter.measure.trials import sizes
+from peftfx.rewriter.pipeline.passes import Pass
+from peftfx.rewriter.program.history import Plan
+from peftfx.rewriter.program.state import State
 from peftfx.rewriter.program.text import with_names
 
 from .models import Encoder, batch, randomise
@@ -108,12 +114,23 @@ def test_a_bank_without_samples_says_what_is_known(dynamic: Any, known: str, rem
     assert peftfx.run(again, "lora;bank").history[-1].edited
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refusing(Pass, abstract=True):
+    """A pass that speaks of sizes as torch does."""
+
+    text: ClassVar[str] = "refusing"
+
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        raise PassError(f"its stream ({', '.join(program.symbols)}, 16) is another.")
+
+    def apply(self, edit: Editor, plan: Plan) -> None:
+        raise AssertionError("the plan was refused")
+
+
 def test_messages_call_sizes_what_the_spec_calls_them() -> None:
     program = peftfx.capture(transformer(), (torch.randn(7, 2, 16),), dynamic=TIME_FIRST)
-    with pytest.raises(
-        PassError, match=r"its stream \(time, rows, 16\) is not that of the samples"
-    ):
-        peftfx.run(program, "coda{bottleneck=2}")
+    with pytest.raises(PassError, match=r"its stream \(time, rows, 16\) is another"):
+        peftfx.run(program, Refusing())
 
 
 def test_only_symbols_are_renamed_in_messages() -> None:
