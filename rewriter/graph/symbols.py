@@ -49,6 +49,7 @@ _COMPARE: dict[type[ast.cmpop], Any] = {
 }  # fmt: skip
 _LIMIT = 2**62
 _TEXT = 4096
+_DEPTH = 250
 """Longest expression that is read, in characters."""
 _NAME = re.compile(r"s\d{1,4}")
 _BITS = 256
@@ -206,9 +207,23 @@ def parse_expression(text: str) -> ast.expr:
     if not isinstance(text, str) or len(text) > _TEXT:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"an expression is longer than {_TEXT} characters, or no text")
     try:
-        return ast.parse(text, mode="eval").body
+        return shallow(ast.parse(text, mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text[:80]!r} is not an expression of sizes") from error
+
+
+def shallow(tree: ast.expr) -> ast.expr:
+    """The tree, whose evaluation must not depend on how deep calls may go in this process.
+
+    Raises:
+        ValueError: it is nested deeper than any real one.
+    """
+    level: list[ast.AST] = [tree]
+    for _ in range(_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+        if not level:
+            return tree
+    raise ValueError(f"an expression is nested deeper than {_DEPTH}")
 
 
 def _binary(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:

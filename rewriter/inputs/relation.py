@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from ..graph.symbols import shallow
+
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv, ast.Mod: operator.mod,
@@ -53,8 +55,8 @@ def _parsed(relation: str) -> ast.expr:
     if len(relation) > _TEXT:
         raise ValueError(f"a relation is longer than {_TEXT} characters.")
     try:
-        return ast.parse(relation, mode="eval").body
-    except (SyntaxError, RecursionError, MemoryError) as error:
+        return shallow(ast.parse(relation, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{relation!r} is not a relation between sizes.") from error
 
 
