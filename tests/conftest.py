@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import peftfx
 from peftfx import cli
@@ -30,10 +31,10 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
 
 
-def versions(program: peftfx.Program) -> dict[str, int]:
-    """How often each tensor was written in place; tensors that share storage count together."""
+def tensors_of(program: peftfx.Program) -> dict[str, Tensor]:
+    """The values of all tensors, which tests share."""
     module = program.module
-    return {n: t._version for n, t in (*module.named_parameters(), *module.named_buffers())}
+    return {n: t.detach() for n, t in (*module.named_parameters(), *module.named_buffers())}
 
 
 class Captured:
@@ -42,7 +43,7 @@ class Captured:
     def __init__(self) -> None:
         self.made: dict[str, tuple[Any, peftfx.Program]] = {}
         self.started: dict[tuple[str, str], tuple[peftfx.Program, str]] = {}
-        self.recipes: dict[tuple[str, str], tuple[peftfx.Program, dict[str, int]]] = {}
+        self.recipes: dict[tuple[str, str], tuple[peftfx.Program, dict[str, Tensor]]] = {}
 
     def start(self, name: str, method: str) -> tuple[peftfx.Program, str]:
         """The program that a method's pass is run on, and that pass as text."""
@@ -54,11 +55,12 @@ class Captured:
         """A copy of a base with a method's small recipe, which is run once a session."""
         if (name, method) not in self.recipes:
             program = peftfx.run(*self.start(name, method))
-            self.recipes[name, method] = program, versions(program)
+            copies = {n: t.clone() for n, t in tensors_of(program).items()}
+            self.recipes[name, method] = program, copies
         program, before = self.recipes[name, method]
-        after = versions(program)
-        written = [n for n in before if after[n] != before[n]]
-        assert not written, f"a test wrote into tensors that others use, too: {written}"
+        after = tensors_of(program)
+        changed = [n for n, t in before.items() if not torch.equal(t, after[n])]
+        assert not changed, f"a test changed tensors that others use, too: {changed}"
         return program.fork()
 
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:

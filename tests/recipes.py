@@ -24,7 +24,7 @@ def recipe_of(name: str) -> str:
     return path.read_text().splitlines()[0].removeprefix("# ") if path.exists() else name
 
 
-RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY)}
+RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY) if not REGISTRY[name].sourced}
 METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
 
 
