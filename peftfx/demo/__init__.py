@@ -11,7 +11,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from . import report
 from .corpus import Corpus, Split, make_splits, read_corpus
 from .encoder import QUERY_TOKENS, load_model, load_tokenizer, model_directory
 from .evaluation import mrr, recall
-from .experiment import METHODS, Outcome, compare, encoder_of, prepare, zero_shot
-from .search import Encoder, build_index, find, search
+from .experiment import METHODS, Method, Outcome, compare, encoder_of, prepare, zero_shot
+from .search import Answer, Encoder, build_index, find, search
 
 __all__ = ["demo", "search"]
 
@@ -59,63 +59,74 @@ def demo(
     Raises:
         RewriteError: the source tree is too small or missing, or a package is not installed.
     """
-    started = time.perf_counter()
+    begun = time.perf_counter()
     console = Console(quiet=json)
     folder = Path(output)
     corpus = read_corpus(source)
     splits = make_splits(corpus)
     console.print(_about(corpus, splits), highlight=False)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer()
-    model = load_model().requires_grad_(False)
-    ids = torch.arange(32).view(2, 16)
-    base = capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     methods = METHODS if all_methods else (replace(METHODS[0], rates=METHODS[0].rates[:1]),)
-    outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=json) as bar:
-        total = sum(
-            steps * (len(m.rates) + len(splits) - 1) * (1 + len(m.members)) for m in methods
-        )
-        task = bar.add_task("zero-shot", total=total)
+        task = bar.add_task("zero-shot", total=_steps_of(methods, len(splits), steps))
 
         def advance(text: str) -> None:
             bar.update(task, advance=1, description=escape(text))
 
-        programs = [prepare(method, base) for method in methods]  # before anything slow
-        outcomes.append(zero_shot(base, tokenizer, splits))
-        for method, program in zip(methods, programs, strict=True):
-            outcomes.append(compare(method, program, tokenizer, splits, steps, advance))
-            done = outcomes[-1]
-            bar.console.print(f"{done.name}: MRR {done.mrr:.3f}, recall@1 {done.recall:.3f}")
+        outcomes: list[Outcome] = []
+        for outcome in _outcomes(methods, splits, steps, advance):
+            outcomes.append(outcome)
+            if outcome.rate is not None:
+                line = f"{outcome.name}: MRR {outcome.mrr:.3f}, recall@1 {outcome.recall:.3f}"
+                bar.console.print(line)
         bar.update(task, description="folding and exporting to ONNX")
         shutil.copyfile(model_directory() / "tokenizer.json", folder / "tokenizer.json")
         shipped = _ship(outcomes[1], folder)
         bar.update(task, description="embedding every function with ONNX Runtime")
         build_index(folder, corpus.pairs)
     queries = [p.query for p in splits[0].test if 40 < len(p.query) < 110][:3]
-    answers = find(Encoder(folder), folder, queries, 3)
+    answers = list(zip(queries, find(Encoder(folder), folder, queries, 3), strict=True))
     console.print(_table(outcomes))
     console.print(shipped["text"], highlight=False)
-    for query, hits in zip(queries, answers, strict=True):
+    _print_answers(console, answers)
+    seconds = time.perf_counter() - begun
+    results = _results(corpus, splits, outcomes, shipped, seconds)
+    write_file(folder / "results.json", write_json(results))
+    examples = [(q, a.title, f"{a.score:.3f}") for q, hits in answers for a in hits]
+    page = _page(corpus, splits, outcomes, shipped, examples, seconds)
+    write_file(folder / "report.html", page.encode())
+    report_file = folder / "report.html"
+    console.print(f"\n{report_file} ({seconds:.0f} s). Now try: ", end="", highlight=False)
+    command = f'[bold]peftfx search "open a file and lock it" --out {folder}[/]'
+    console.print(command, highlight=False)
+    return results
+
+
+def _steps_of(methods: Sequence[Method], splits: int, steps: int) -> int:
+    """Training steps in all: every rate on the first split, one on each of the others."""
+    return sum(steps * (len(m.rates) + splits - 1) * (1 + len(m.members)) for m in methods)
+
+
+def _outcomes(
+    methods: Sequence[Method], splits: Sequence[Split], steps: int, advance: Callable[[str], None]
+) -> Iterator[Outcome]:
+    """Zero-shot, then each method; all are inserted first, before anything slow."""
+    tokenizer = load_tokenizer()
+    model = load_model().requires_grad_(False)
+    ids = torch.arange(32).view(2, 16)
+    base = capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    programs = [prepare(method, base) for method in methods]
+    yield zero_shot(base, tokenizer, splits)
+    for method, program in zip(methods, programs, strict=True):
+        yield compare(method, program, tokenizer, splits, steps, advance)
+
+
+def _print_answers(console: Console, answers: Sequence[tuple[str, Sequence[Answer]]]) -> None:
+    for query, hits in answers:
         console.print(f"\n[bold]{escape(query)}[/]", highlight=False)
         for answer in hits:
             console.print(f"  {answer.score:.3f}  {escape(answer.title)}", highlight=False)
-    seconds = time.perf_counter() - started
-    results = _results(corpus, splits, outcomes, shipped, seconds)
-    write_file(folder / "results.json", write_json(results))
-    examples = [
-        (q, a.title, f"{a.score:.3f}") for q, f in zip(queries, answers, strict=True) for a in f
-    ]
-    page = _page(corpus, splits, outcomes, shipped, examples, seconds)
-    write_file(folder / "report.html", page.encode())
-    console.print(
-        f"\n{folder / 'report.html'} ({seconds:.0f} s). Now try: ", end="", highlight=False
-    )
-    console.print(
-        f'[bold]peftfx search "open a file and lock it" --out {folder}[/]', highlight=False
-    )
-    return results
 
 
 def _about(corpus: Corpus, splits: Sequence[Split]) -> str:

@@ -181,48 +181,69 @@ def compare(
     if not method.members and not kinds.isdisjoint(("near", "trainable")):
         begun = [score(started, tokenizer, s.test) for s in splits]
         outcome.untrained = mrr(np.concatenate(begun))
-
-    def learn(
-        program: Program, pairs: Sequence[Pair], settings: Settings
-    ) -> tuple[Program, Training]:
-        return train(
-            program,
-            encoder_of(program, 0),
-            encoder_of(program, 1),
-            tokenizer,
-            pairs,
-            settings,
-            lambda loss: advance(f"{method.name}, lr {settings.learning_rate:g}: loss {loss:.3f}"),
-        )
-
-    def fit(rate: float, split: Split) -> tuple[Program, Training]:
-        settings = Settings(rate, steps=steps, seed=split.seed)
-        program = started.fork()
-        with tempfile.TemporaryDirectory() as folder:
-            sources = [Path(folder) / str(i) for i in range(len(method.members))]
-            for index, (recipe, source) in enumerate(zip(method.members, sources, strict=True)):
-                share = split.train[index :: len(sources)]
-                save(learn(run(started.base, recipe), share, settings)[0], source)
-            if sources:
-                program = prepare(method, started.base, sources)
-        outcome.parameters = sum(p.numel() for p in program.trainable_parameters())
-        last = round(method.tail * steps)
-        program, training = learn(program, split.train, replace(settings, steps=steps - last))
-        if last:
-            program, more = learn(program, split.train, replace(settings, steps=last))
-            training = replace(training, losses=training.losses + more.losses)
-        return program, training
-
+    training = _Method(method, outcome, started, tokenizer, steps, advance)
     first: dict[float, tuple[Program, Training]] = {}
     for rate in method.rates:
-        first[rate] = fit(rate, splits[0])
+        first[rate] = training.fit(rate, splits[0])
         if len(method.rates) > 1:
             scores = score(first[rate][0], tokenizer, splits[0].validation)
             outcome.validation[rate] = mrr(scores)
     outcome.rate = max(method.rates, key=lambda r: outcome.validation.get(r, 0.0))
     outcome.program = first[outcome.rate][0]
     for index, split in enumerate(splits):
-        program, training = first[outcome.rate] if index == 0 else fit(outcome.rate, split)
-        outcome.runs.append(training)
+        program, steps_taken = (
+            first[outcome.rate] if index == 0 else training.fit(outcome.rate, split)
+        )
+        outcome.runs.append(steps_taken)
         outcome.found.append(score(program, tokenizer, split.test))
     return outcome
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method at work: what it starts from, and how it is trained."""
+
+    method: Method
+    outcome: Outcome
+    started: Program
+    tokenizer: Tokenizer
+    steps: int
+    advance: Callable[[str], None]
+
+    def fit(self, rate: float, split: Split) -> tuple[Program, Training]:
+        """Trains a program of its own on a split; its members first, if it has any."""
+        settings = Settings(rate, steps=self.steps, seed=split.seed)
+        program = self._with_members(split, settings)
+        self.outcome.parameters = sum(p.numel() for p in program.trainable_parameters())
+        last = round(self.method.tail * self.steps)
+        settings = replace(settings, steps=self.steps - last)
+        program, training = self._learn(program, split.train, settings)
+        if not last:
+            return program, training
+        program, more = self._learn(program, split.train, replace(settings, steps=last))
+        return program, replace(training, losses=training.losses + more.losses)
+
+    def _with_members(self, split: Split, settings: Settings) -> Program:
+        members = self.method.members
+        if not members:
+            return self.started.fork()
+        with tempfile.TemporaryDirectory() as folder:
+            sources = [Path(folder) / str(i) for i in range(len(members))]
+            for index, (recipe, source) in enumerate(zip(members, sources, strict=True)):
+                share = split.train[index :: len(sources)]
+                save(self._learn(run(self.started.base, recipe), share, settings)[0], source)
+            return prepare(self.method, self.started.base, sources)
+
+    def _learn(
+        self, program: Program, pairs: Sequence[Pair], settings: Settings
+    ) -> tuple[Program, Training]:
+        name = f"{self.method.name}, lr {settings.learning_rate:g}"
+        return train(
+            program,
+            encoder_of(program, 0),
+            encoder_of(program, 1),
+            self.tokenizer,
+            pairs,
+            settings,
+            lambda loss: self.advance(f"{name}: loss {loss:.3f}"),
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .boxes import BODY, EDGE, INK, MUTED, PAPER, SMALL, BoxPainter, Placed
 from .canvas import Canvas, Circle, Line, Rect, Shape, text_width
@@ -11,6 +11,7 @@ from .parts import Line as OnLine
 from .repeats import MANY, common, pattern, runs
 
 STEM = 18.0  # the residual line's distance from the left end of its stream
+LANES = STEM + 34  # where the boxes of a row begin
 GAP = 30.0  # between the boxes of successive levels in a branch
 WIDE = 4  # most boxes side by side on the line
 TALL = 28  # most levels of a column before the next one begins
@@ -88,55 +89,15 @@ class Painter(BoxPainter):
 
     def row(self, row: Row, copies: int) -> Canvas:
         """All sublayers that end in one add, as lanes from the line and back to it."""
-        canvas = Canvas()
-        left = STEM + 34
-        places: dict[int, Placed] = {}
-        y = 8.0
-        lanes: list[tuple[Canvas, float]] = []
-        start = left
-        common, shared = self.branch(row.shared, copies)
-        if row.shared:
-            start += common.width + GAP
+        lanes = _Lanes(*self.branch(row.shared, copies), bool(row.shared))
         for lane in row.lanes:
-            drawn, spots = self.lane(lane, copies)
-            lanes.append((drawn, y))
-            for key, spot in spots.items():
-                places[key] = Placed(start + spot.x, y + spot.y, spot.w, spot.h)
-            y += drawn.height + 16
-        middle = (y - 8 - common.height) / 2
-        for key, spot in shared.items():
-            places[key] = Placed(left + spot.x, middle + spot.y, spot.w, spot.h)
-        right = max([start + c.width for c, _ in lanes]) + 16
-        boxes = [*row.shared, *(b for lane in row.lanes for b in lane.boxes)]
-        own = {id(b) for lane in row.lanes for b in lane.boxes}
-        bottom = y + 6
-        entries = [b for b in boxes if b.fed and (b.level == 0 or not b.parents)]
-        trunk = left - 14
-        spots = [places[id(b)] for b in entries]
-        canvas.add(*_fan([(STEM, min((p.middle for p in spots), default=20.0))], spots, trunk))
-        for box in boxes:
-            if box.fed and box not in entries:  # over the heads of the columns before it
-                spot = places[id(box)]
-                top, turn = min(p.y for p in places.values()) - 5, spot.x - GAP / 2
-                canvas.add(Line(((STEM, top), (turn, top), (turn, spot.middle),
-                               (spot.x, spot.middle)), EDGE, 1.4, HEAD))  # fmt: skip
-        for box in row.shared:
-            if not any(box in b.parents for b in row.shared):
-                first = [places[id(b)] for b in boxes if id(b) in own and not b.parents]
-                spot = places[id(box)]
-                canvas.add(*_fan([(spot.x + spot.w, spot.middle)], first, start - 14))
-        read = {id(p) for b in boxes for p in b.parents}
-        for box in boxes:
-            if id(box) in own and id(box) not in read:
-                spot = places[id(box)]
-                canvas.add(Line(((spot.x + spot.w, spot.middle), (right, spot.middle),
-                               (right, bottom)), EDGE))  # fmt: skip
-        canvas.add(Line(((right, bottom), (STEM + 9, bottom)), EDGE, 1.4, HEAD))
-        canvas.paste(common, left, middle)
-        for drawn, top in lanes:
-            canvas.paste(drawn, start, top)
-        canvas.width, canvas.height = right + 4, bottom + 12
-        return _stem(canvas, bottom)
+            lanes.add(*self.lane(lane, copies))
+        lanes.place_shared()
+        canvas = Canvas()
+        canvas.add(*_into(row, lanes.places), *_across(row, lanes), *_out_of(row, lanes))
+        lanes.paste(canvas)
+        canvas.width, canvas.height = lanes.right + 4, lanes.bottom + 12
+        return _stem(canvas, lanes.bottom)
 
     # The line: levels from top to bottom.
 
@@ -239,6 +200,98 @@ class Painter(BoxPainter):
         """Sites outside of all streams, in columns."""
         pieces = self.line(line, 1)
         return [_stack(pieces[at : at + TALL]) for at in range(0, len(pieces), TALL)]
+
+
+class _Lanes:
+    """The lanes of a row, one below the other, right of the boxes that they share.
+
+    Attributes:
+        places: of all boxes, by id.
+        start: where the lanes begin, from the left.
+    """
+
+    def __init__(self, shared: Canvas, spots: dict[int, Placed], any_shared: bool) -> None:
+        self.shared, self.spots = shared, spots
+        self.canvases: list[tuple[Canvas, float]] = []
+        self.places: dict[int, Placed] = {}
+        self.start = LANES + (shared.width + GAP if any_shared else 0.0)
+        self.y = 8.0
+
+    def add(self, canvas: Canvas, spots: dict[int, Placed]) -> None:
+        """One more lane below the others."""
+        self.canvases.append((canvas, self.y))
+        for key, spot in spots.items():
+            self.places[key] = Placed(self.start + spot.x, self.y + spot.y, spot.w, spot.h)
+        self.y += canvas.height + 16
+
+    def place_shared(self) -> None:
+        """The shared boxes in the middle of all lanes' height."""
+        for key, spot in self.spots.items():
+            self.places[key] = Placed(LANES + spot.x, self.middle + spot.y, spot.w, spot.h)
+
+    @property
+    def middle(self) -> float:
+        """Top of the shared boxes."""
+        return (self.y - 8 - self.shared.height) / 2
+
+    @property
+    def right(self) -> float:
+        """Where the way back to the line runs."""
+        return max([self.start + c.width for c, _ in self.canvases]) + 16
+
+    @property
+    def bottom(self) -> float:
+        """Where it meets the line."""
+        return self.y + 6
+
+    def paste(self, canvas: Canvas) -> None:
+        """Draws all boxes."""
+        canvas.paste(self.shared, LANES, self.middle)
+        for lane, top in self.canvases:
+            canvas.paste(lane, self.start, top)
+
+
+def _into(row: Row, places: dict[int, Placed]) -> Iterator[Line]:
+    """From the line to what it feeds; over the heads of the columns before it, if it must."""
+    fed = [b for b in _boxes(row) if b.fed]
+    entries = [b for b in fed if b.level == 0 or not b.parents]
+    spots = [places[id(b)] for b in entries]
+    yield from _fan([(STEM, min((p.middle for p in spots), default=20.0))], spots, LANES - 14)
+    for box in fed:
+        if box in entries:
+            continue
+        spot = places[id(box)]
+        top, turn = min(p.y for p in places.values()) - 5, spot.x - GAP / 2
+        path = ((STEM, top), (turn, top), (turn, spot.middle), (spot.x, spot.middle))
+        yield Line(path, EDGE, 1.4, HEAD)
+
+
+def _across(row: Row, lanes: _Lanes) -> Iterator[Line]:
+    """From the last shared boxes to the first of each lane."""
+    own = [b for lane in row.lanes for b in lane.boxes]
+    first = [lanes.places[id(b)] for b in own if not b.parents]
+    for box in row.shared:
+        if any(box in b.parents for b in row.shared):
+            continue
+        spot = lanes.places[id(box)]
+        yield from _fan([(spot.x + spot.w, spot.middle)], first, lanes.start - 14)
+
+
+def _out_of(row: Row, lanes: _Lanes) -> Iterator[Line]:
+    """From what nothing in the row reads back to the line."""
+    parents = {id(p) for b in _boxes(row) for p in b.parents}
+    right, bottom = lanes.right, lanes.bottom
+    for box in (b for lane in row.lanes for b in lane.boxes):
+        if id(box) in parents:
+            continue
+        spot = lanes.places[id(box)]
+        path = ((spot.x + spot.w, spot.middle), (right, spot.middle), (right, bottom))
+        yield Line(path, EDGE)
+    yield Line(((right, bottom), (STEM + 9, bottom)), EDGE, 1.4, HEAD)
+
+
+def _boxes(row: Row) -> list[Box]:
+    return [*row.shared, *(b for lane in row.lanes for b in lane.boxes)]
 
 
 def _stack(pieces: Sequence[Canvas]) -> Canvas:

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,61 +117,113 @@ def fit(
         )
     if seed is not None:
         torch.manual_seed(seed)
-    controllers = Controllers(program)
-    optimizer = torch.optim.AdamW(controllers.param_groups(1.0, weight_decay))
-    scales = [group["lr"] for group in optimizer.param_groups]
-    controllers.start(optimizer, total)
-    device = device_of(program.module)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=autocast is not None)
-    losses: list[float] = []
-    seconds: list[float] = []
-
-    def backward(batch: Any, step: int) -> float:
-        batch = _moved(batch, device)
-        controllers.begin_forward(batch)
-        with mixed:
-            outputs = forward(batch) if forward else program(**_inputs(program, batch, loss))
-            value = loss(outputs, batch) if loss else _own_loss(outputs)
-        loss_value = value.item()
-        _require_finite("loss", loss_value, step, lr)
-        ((value + controllers.loss(outputs, batch, program)) / accumulate).backward()
-        return loss_value
-
-    def take(step: int, chosen: list[Any]) -> None:
-        started = time.process_time()
-        for group, scale in zip(optimizer.param_groups, scales, strict=True):
-            group["lr"] = scale * rate(step, total, lr, warmup)
-        loss_value = sum(backward(batch, step) for batch in chosen) / accumulate
-        trained = program.trainable_parameters()
-        norm = torch.nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
-        _require_finite("gradients' norm", norm.item(), step, lr)
-        controllers.before_step(step)
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        controllers.after_step(step)
-        optimizer.zero_grad()
-        losses.append(loss_value)
-        seconds.append(time.process_time() - started)
-
+    schedule = _Schedule(lr, total, warmup)
+    loop = _Loop(program, loss, forward, schedule, weight_decay, accumulate, clip, autocast)
     began, stopped = time.perf_counter(), False
     try:
         with modes_kept(program.module), _reporter(progress, total) as report:
             if program.training != dropout:  # else parts may be in a mode of their own
                 program.train(dropout)
-            for step, chosen in enumerate(_stream(batches, accumulate, total)):
-                take(step, chosen)
-                report(step + 1, losses[-1])
+            for step, group in enumerate(_stream(batches, accumulate, total)):
+                loop.take(step, group)
+                report(step + 1, loop.losses[-1])
     except KeyboardInterrupt:
         stopped = True
     finally:
-        optimizer.zero_grad()
-    finished = run(program, controllers.finish()) if losses else program
+        loop.optimizer.zero_grad()
     return Fitted(
-        finished,
-        tuple(losses),
+        run(program, loop.controllers.finish()) if loop.losses else program,
+        tuple(loop.losses),
         time.perf_counter() - began,
-        statistics.median(seconds) if seconds else 0.0,
+        statistics.median(loop.seconds) if loop.seconds else 0.0,
         stopped,
     )
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    highest: float
+    steps: int
+    warmup: float
+
+    def __call__(self, step: int) -> float:
+        return rate(step, self.steps, self.highest, self.warmup)
+
+
+class _Loop:
+    """The optimizer of a program and what one of its steps does.
+
+    Attributes:
+        losses, seconds: of the steps taken.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        loss: Loss | None,
+        forward: Callable[[Any], Any] | None,
+        schedule: _Schedule,
+        weight_decay: float,
+        accumulate: int,
+        clip: float | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.program = program
+        self.loss = loss
+        self.forward = forward
+        self.schedule = schedule
+        self.accumulate = accumulate
+        self.clip = math.inf if clip is None else clip
+        self.device = device_of(program.module)
+        self.mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast is not None)
+        self.controllers = Controllers(program)
+        self.optimizer = torch.optim.AdamW(self.controllers.param_groups(1.0, weight_decay))
+        self.scales = [group["lr"] for group in self.optimizer.param_groups]
+        self.controllers.start(self.optimizer, schedule.steps)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def take(self, step: int, batches: Sequence[Any]) -> None:
+        """One step on `batches`."""
+        begun = time.process_time()
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = scale * self.schedule(step)
+        loss = sum(self._backward(batch, step) for batch in batches) / self.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(self.program.trainable_parameters(), self.clip)
+        self._require_finite("gradients' norm", norm.item(), step)
+        self.controllers.before_step(step)
+        self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        self.controllers.after_step(step)
+        self.optimizer.zero_grad()
+        self.losses.append(loss)
+        self.seconds.append(time.process_time() - begun)
+
+    def _backward(self, batch: Any, step: int) -> float:
+        """The task's loss of a batch, whose gradients are added to the parameters'."""
+        batch = _moved(batch, self.device)
+        self.controllers.begin_forward(batch)
+        with self.mixed:
+            outputs = self._outputs(batch)
+            loss = self.loss(outputs, batch) if self.loss else _own_loss(outputs)
+        value = loss.item()
+        self._require_finite("loss", value, step)
+        extra = self.controllers.loss(outputs, batch, self.program)
+        ((loss + extra) / self.accumulate).backward()
+        return value
+
+    def _outputs(self, batch: Any) -> Any:
+        if self.forward is not None:
+            return self.forward(batch)
+        return self.program(**_inputs(self.program, batch, self.loss))
+
+    def _require_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {what} of step {step + 1} is {value}. The parameters are those after step "
+                f"{step}; nothing that is not finite was applied. Try a smaller lr (it is "
+                f"{self.schedule.highest:g}), a longer warmup, clip=1.0, or look at this step's "
+                "batch."
+            )
 
 
 def _steps(batches: Iterable[Any], steps: int | None, epochs: int, accumulate: int) -> int:
@@ -202,13 +254,13 @@ def _stream(batches: Iterable[Any], accumulate: int, steps: int) -> Iterator[lis
 
     source = endless()
     for step in range(steps):
-        chosen = list(itertools.islice(source, accumulate))
-        if len(chosen) < accumulate:
+        group = list(itertools.islice(source, accumulate))
+        if len(group) < accumulate:
             raise OptionError(
                 f"batches ended in step {step + 1} of {steps} and cannot be gone through again. "
                 "Give a list or DataLoader, or fewer steps. The steps done are kept."
             )
-        yield chosen
+        yield group
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -224,8 +276,10 @@ def _inputs(program: Program, batch: Any, loss: Loss | None) -> Mapping[str, Any
             f"a batch is a {type(batch).__name__}, but must be a dict of keyword tensors "
             f"({', '.join(program.spec.names)}). Or say how to run it: fit(..., forward=...)."
         )
-    taken: Mapping[str, Any] = batch  # pyright: ignore[reportUnknownVariableType]
-    return taken if loss is None else {n: t for n, t in taken.items() if n in program.spec.names}
+    tensors: Mapping[str, Any] = batch  # pyright: ignore[reportUnknownVariableType]
+    if loss is None:
+        return tensors
+    return {n: t for n, t in tensors.items() if n in program.spec.names}
 
 
 def _own_loss(outputs: Any) -> Tensor:
@@ -239,15 +293,6 @@ def _own_loss(outputs: Any) -> Tensor:
         "the program returns no loss. Capture it with labels among its inputs, or give one: "
         "fit(program, batches, loss=lambda outputs, batch: ...)."
     )
-
-
-def _require_finite(what: str, value: float, step: int, lr: float) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the {what} of step {step + 1} is {value}. The parameters are those after step "
-            f"{step}; nothing that is not finite was applied. Try a smaller lr (it is {lr:g}), "
-            "a longer warmup, clip=1.0, or look at this step's batch."
-        )
 
 
 @contextlib.contextmanager

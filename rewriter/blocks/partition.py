@@ -293,35 +293,55 @@ def _ordered(
     for i, one in unit.items():
         before = {unit[j] for j in flow.before[i] if j in unit}
         needs.setdefault(one, set()).update(before - {one})
+    order = _by_needs(first, starts, needs)
+    _require_regular(needs)
+    _require_draws_in_order(flow, order)
+    return order
+
+
+def _by_needs(
+    first: Mapping[Part | Node, int], starts: Mapping[int, Part | Node],
+    needs: Mapping[Part | Node, set[Part | Node]],
+) -> tuple[Part | Node, ...]:  # fmt: skip
+    """Kahn's topological order, the earliest of the graph first; empties `needs` on its way."""
     opens: dict[Part | Node, list[Part | Node]] = {}
     for one, needed in needs.items():
         for other in needed:
             opens.setdefault(other, []).append(one)
     ready = [first[one] for one, needed in needs.items() if not needed]
     heapq.heapify(ready)
-    done: list[Part | Node] = []
+    order: list[Part | Node] = []
     while ready:
         one = starts[heapq.heappop(ready)]
-        done.append(one)
+        order.append(one)
         for follower in opens.get(one, ()):
             needs[follower].discard(one)
             if not needs[follower]:
                 heapq.heappush(ready, first[follower])
+    return tuple(order)
+
+
+def _require_regular(needs: Mapping[Part | Node, set[Part | Node]]) -> None:
+    """Raises unless all could be put in order."""
     stuck = [one for one in needs if needs[one] and isinstance(one, Part)]
-    if stuck:
-        blocker = next(iter(needs[stuck[0]]))
-        name = blocker.label if isinstance(blocker, Part) else blocker.name
-        raise BlockError(
-            f"the blocks are not regular: {stuck[0].label} ({stuck[0].path}) and {name} each need "
-            "a value of the other, so neither can run first. Keep the program as one module "
-            "(program.module)."
-        )
-    drawn = [n for n in _nodes(done) if _is_random(n)]
-    for node, following in pairwise(drawn):
+    if not stuck:
+        return
+    blocker = next(iter(needs[stuck[0]]))
+    name = blocker.label if isinstance(blocker, Part) else blocker.name
+    raise BlockError(
+        f"the blocks are not regular: {stuck[0].label} ({stuck[0].path}) and {name} each need "
+        "a value of the other, so neither can run first. Keep the program as one module "
+        "(program.module)."
+    )
+
+
+def _require_draws_in_order(flow: Flow, order: Sequence[Part | Node]) -> None:
+    """Raises if what draws random numbers would draw them in another order than the model."""
+    draws = [n for n in _nodes(order) if _is_random(n)]
+    for node, following in pairwise(draws):
         if flow.index[node] > flow.index[following]:
             raise BlockError(
                 f"the blocks are not regular: {node.name} has to run before {following.name}, "
                 "which draws random numbers before it in the model, so training would differ. "
                 "Keep the program as one module (program.module)."
             )
-    return tuple(done)

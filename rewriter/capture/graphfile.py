@@ -335,8 +335,35 @@ def read_graph(
         ValueError, LookupError, TypeError, AttributeError: it is malformed.
     """
     symbols = Symbols(data["environment"])
+    root = _read_modules(data["modules"], packages)
+    graph = Graph()
+    nodes: list[Node] = []
+    for op, title, text, args, kwargs, val, trace, stack in data["nodes"]:
+        target = _read_target(op, text, packages)
+        if op == "get_attr":
+            tensor, persistent = _stored(target, data["constants"], held)
+            set_attribute(root, target, tensor, not persistent)
+        operands, named = decode(args, nodes), decode(kwargs, nodes)
+        if not isinstance(operands, tuple) or not isinstance(named, dict):
+            raise TypeError(f"the arguments of the node {title} are no arguments")
+        node = graph.create_node(op, target, operands, named, title)
+        if node.name != title:
+            raise ValueError(f"the node {title} cannot be made again")
+        if op != "output":
+            node.meta["val"] = _read_value(val, data["values"], symbols)
+        if data["traces"][trace]:
+            node.meta["stack_trace"] = data["traces"][trace]
+        if data["stacks"][stack]:
+            node.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
+        nodes.append(node)
+    graph.set_codegen(_read_codegen(data, classes))
+    return CapturedModule(root, graph, class_name=name)
+
+
+def _read_modules(modules: Mapping[str, Any], packages: frozenset[str]) -> nn.Module:
+    """A tree of the graph's modules, plain ones where only their children are known."""
     root = nn.Module()
-    for path, (kind, options) in data["modules"].items():
+    for path, (kind, options) in modules.items():
         module = _read_module(kind, options, packages)
         *parents, leaf = path.split(".")
         owner = root
@@ -347,34 +374,21 @@ def read_graph(
                 owner.add_module(part, child)
             owner = child
         owner.add_module(leaf, module)
-    graph = Graph()
-    nodes: list[Node] = []
-    for op, title, text, args, kwargs, val, trace, stack in data["nodes"]:
-        target = _read_target(op, text, packages)
-        if op == "get_attr":
-            if target in held:
-                tensor, persistent = held[target]
-            else:
-                tensor, persistent = _read_constant(*data["constants"][target]), True
-            set_attribute(root, target, tensor, not persistent)
-        given, named = decode(args, nodes), decode(kwargs, nodes)
-        if not isinstance(given, tuple) or not isinstance(named, dict):
-            raise TypeError(f"the arguments of the node {title} are no arguments")
-        node = graph.create_node(op, target, given, named, title)
-        if node.name != title:
-            raise ValueError(f"the node {title} cannot be made again")
-        if op != "output":
-            node.meta["val"] = _read_value(val, data["values"], symbols)
-        if data["traces"][trace]:
-            node.meta["stack_trace"] = data["traces"][trace]
-        if data["stacks"][stack]:
-            node.meta["nn_module_stack"] = {k: tuple(v) for k, v in data["stacks"][stack]}
-        nodes.append(node)
+    return root
+
+
+def _stored(
+    target: str, constants: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]]
+) -> tuple[Tensor, bool]:
+    """A tensor of the model or, if it has none of the name, of the file."""
+    if target in held:
+        return held[target]
+    return _read_constant(*constants[target]), True
+
+
+def _read_codegen(data: Mapping[str, Any], classes: Collection[str]) -> _PyTreeCodeGen:
     names, structure = data["inputs"]
     if not all(_NODE.fullmatch(n) and not keyword.iskeyword(n) for n in names):
         raise ValueError("an input's name is not a name")
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(
-        [str(n) for n in names], read_structure(structure),
-        read_structure(data["output"], classes),
-    )))  # fmt: skip
-    return CapturedModule(root, graph, class_name=name)
+    output = read_structure(data["output"], classes)
+    return _PyTreeCodeGen(_PyTreeInfo([str(n) for n in names], read_structure(structure), output))

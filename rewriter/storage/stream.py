@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -79,10 +79,24 @@ def load_weights(
     checkpoint = Checkpoint.read(directory)
     names = checkpoint.match(program, strict)
     place = torch.device(device)
+    base = _filled(program, checkpoint, names, place, buffers or {})
+    mine = program.owned.get(ITSELF, ())
+    if mine:
+        base = base.fork()  # the base stays as the checkpoint has it
+        train_only(base, mine)
+    copy_modes(program.module, base.module)
+    return _adapted(program, base, place)
+
+
+def _filled(
+    program: Program, checkpoint: Checkpoint, names: Mapping[str, str], place: torch.device,
+    buffers: Mapping[str, Tensor],
+) -> Program:  # fmt: skip
+    """The program's base with a checkpoint's values, frozen, in the dtypes of the files."""
     base = program.base.fork()
     gm = base.module
     relocate(gm, device_of(gm), place)
-    extras, mine = dict(base.extras), program.owned.get(ITSELF, ())
+    extras = dict(base.extras)
     parameters = {n for n, _ in gm.named_parameters()}
     own = parameters | {n for n, _ in gm.named_buffers()}
     with torch.no_grad():
@@ -95,31 +109,37 @@ def load_weights(
             if canonical in extras:
                 extras[canonical] = tensor
         for name, buffer in list(gm.named_buffers()):
-            given = (buffers or {}).get(name, buffer)
-            if not given.is_meta:
-                set_attribute(gm, name, given.to(place, buffer.dtype))
-    hollow = still_hollow(gm, extras)
-    if hollow:
-        raise MetaTensorError(
-            f"{', '.join(hollow[:4])}: no checkpoint holds these buffers, and the model's class "
-            "does not keep what is needed to compute them. Pass load_weights(..., buffers={name: "
-            "tensor}), for example dict(small_model.named_buffers()) of a small real model."
-        )
+            value = buffers.get(name, buffer)
+            if not value.is_meta:
+                set_attribute(gm, name, value.to(place, buffer.dtype))
+    _require_values(still_hollow(gm, extras))
     sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
-    current = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
-    current.prints = current.fingerprints(values=False)
-    if mine:
-        current = current.fork()  # the base stays as the checkpoint has it
-        train_only(current, mine)
-    copy_modes(program.module, current.module)
+    filled = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
+    filled.prints = filled.fingerprints(values=False)
+    return filled
+
+
+def _require_values(hollow: Sequence[str]) -> None:
+    if not hollow:
+        return
+    raise MetaTensorError(
+        f"{', '.join(hollow[:4])}: no checkpoint holds these buffers, and the model's class "
+        "does not keep what is needed to compute them. Pass load_weights(..., buffers={name: "
+        "tensor}), for example dict(small_model.named_buffers()) of a small real model."
+    )
+
+
+def _adapted(program: Program, base: Program, place: torch.device) -> Program:
+    """`base` with the adapters of `program`, by its plans; those that have values keep them."""
+    current = base
     for index, record in enumerate(program.history):
         current = apply_plan(current, record.applied, record.plan)
-        later = any(r.applied.reshapes for r in program.history[index + 1 :])
-        plans = [r.plan for r in program.history[index + 1 :]]
+        later = program.history[index + 1 :]
+        reshaped = any(r.applied.reshapes for r in later)
         for adapter in current.owners:
-            values = values_then(program.adapter_tensors(adapter), plans)
+            values = values_then(program.adapter_tensors(adapter), [r.plan for r in later])
             here = {n: t.to(place) for n, t in values.items() if not t.is_meta}
-            load_values(current, here, later)
+            load_values(current, here, reshaped)
     return current
 
 

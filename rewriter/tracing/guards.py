@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import sympy
 import torch
@@ -73,56 +73,86 @@ def read_sizes(
         CaptureError: the user gave one size two names.
     """
     sizes = Sizes()
-    environment = _environment(inputs)
-    firsts = {later: first for first, later in equal}
-    labels: dict[str, Any] = {}
-    fixed: list[tuple[str, int, str]] = []
+    reading = _Reading(sizes, _environment(inputs), {later: first for first, later in equal})
     for name, node in inputs.items():
-        dims: list[int | str] = []
+        wishes = asked[name]
         given: tuple[Any, ...] = shape(node) or ()
-        for axis, size in enumerate(given):
-            wish = asked[name].get(axis)
-            number = size if isinstance(size, int) else size.node.maybe_as_int()
-            if number is not None:
-                dims.append(number)
-                if wish is not None:
-                    reason = sizes.reasons[f"{name}.{axis}"] = _why(environment, name, axis)
-                    fixed.append((wish, number, reason))
+        sizes.shapes[name] = tuple(
+            reading.size(name, axis, size, wishes.get(axis)) for axis, size in enumerate(given)
+        )
+    reading.narrow(exported)
+    reading.relate()
+    return sizes
+
+
+class _Reading:
+    """The sizes read so far, and what remains to be said of them once all are named."""
+
+    def __init__(self, sizes: Sizes, environment: Any, firsts: Mapping[str, str]) -> None:
+        self.sizes = sizes
+        self.environment = environment
+        self.firsts = firsts
+        self.fixed: list[tuple[str, int, str]] = []
+        self.labels: dict[str, Any] = {}
+
+    def size(self, name: str, axis: int, size: Any, wish: str | None) -> int | str:
+        """A number, or the name of a size that may change."""
+        number = size if isinstance(size, int) else size.node.maybe_as_int()
+        if number is None:
+            return self._dynamic(name, axis, size, wish)
+        if wish is not None:
+            reason = self.sizes.reasons[f"{name}.{axis}"] = _why(self.environment, name, axis)
+            self.fixed.append((wish, number, reason))
+        return number
+
+    def _dynamic(self, name: str, axis: int, size: Any, wish: str | None) -> str:
+        sizes, symbol = self.sizes, str(size)
+        label = sizes.symbols.get(symbol)
+        if label is None:
+            return self._first(name, axis, size, wish)
+        if wish and wish != label:
+            raise CaptureError(
+                f"dynamic calls one size {label!r} and {wish!r} (input {name!r}, axis {axis}): "
+                "the model needs the two to be equal. Give them one name."
+            )
+        return label
+
+    def _first(self, name: str, axis: int, size: Any, wish: str | None) -> str:
+        """The name of a size that no axis before had."""
+        sizes, symbol = self.sizes, str(size)
+        first = sizes.symbols.get(self.firsts.get(symbol, ""), "")
+        label = sizes.symbols[symbol] = wish or first or _label(sizes, axis)
+        if first and label != first:
+            sizes.relate(f"{first} == {label}", "the model fails where they differ")
+        expression: Any = size.node.expr
+        if not expression.is_symbol:
+            self.labels[label] = expression, _why(self.environment, name, axis)
+        return label
+
+    def narrow(self, exported: torch.export.ExportedProgram) -> None:
+        """What is fixed, and the ranges of the rest."""
+        sizes = self.sizes
+        for label, number, reason in self.fixed:
+            if label in sizes.symbols.values():
+                sizes.narrow(label, (number, number), reason)
+        origins = getattr(self.environment, "var_to_range_sloc", {})
+        for symbol, bound in exported.range_constraints.items():
+            if str(symbol) not in sizes.symbols:
                 continue
-            symbol = str(size)
-            known = sizes.symbols.get(symbol)
-            if known is None:
-                first = sizes.symbols.get(firsts.get(symbol, ""), "")
-                known = sizes.symbols[symbol] = wish or first or _label(sizes, axis)
-                if first and known != first:
-                    sizes.relate(f"{first} == {known}", "the model fails where they differ")
-                expression: Any = cast(Any, size).node.expr
-                if not expression.is_symbol:
-                    labels[known] = expression, _why(environment, name, axis)
-            elif wish and wish != known:
-                raise CaptureError(
-                    f"dynamic calls one size {known!r} and {wish!r} (input {name!r}, axis {axis}): "
-                    "the model needs the two to be equal. Give them one name."
-                )
-            dims.append(known)
-        sizes.shapes[name] = tuple(dims)
-    for label, number, reason in fixed:
-        if label in sizes.symbols.values():
-            sizes.narrow(label, (number, number), reason)
-    for symbol, bound in exported.range_constraints.items():
-        if str(symbol) in sizes.symbols:
             high = int(bound.upper) if bound.upper.is_finite and bound.upper < 2**31 else None
             low = int(bound.lower) if int(bound.lower) > 2 else 1
-            locations = getattr(environment, "var_to_range_sloc", {}).get(symbol)
-            place = _place(getattr(locations, "lower" if high is None else "upper", None))
+            place = _place(getattr(origins.get(symbol), "lower" if high is None else "upper", None))
             sizes.narrow(sizes.symbols[str(symbol)], (low, high), place)
-    for label, (expression, reason) in labels.items():
-        sizes.ranges.setdefault(label, (1, None))
-        text = _named(expression, sizes)
-        if text is not None:
-            sizes.relate(f"{label} == {text}", reason)
-    _read_relations(environment, sizes)
-    return sizes
+
+    def relate(self) -> None:
+        """Sizes that follow from others, and the guards between them."""
+        sizes = self.sizes
+        for label, (expression, reason) in self.labels.items():
+            sizes.ranges.setdefault(label, (1, None))
+            text = _named(expression, sizes)
+            if text is not None:
+                sizes.relate(f"{label} == {text}", reason)
+        _read_relations(self.environment, sizes)
 
 
 def _label(sizes: Sizes, axis: int) -> str:

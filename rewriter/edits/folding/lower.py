@@ -7,9 +7,12 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 
 from __future__ import annotations
 
+from torch.fx import GraphModule, Node
+from torch.nn import Module
+
 from ...branches.branch import Delta, Fused, RowScale
 from ...graph.pattern import Match
-from ...program.sites import LinearSite
+from ...program.sites import LinearSite, Site
 from ..calls.attach import Attaching
 from ..linear.compose import fold_ready
 from .rules import delta_rule, rows_rule
@@ -27,38 +30,12 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
             continue
         call = match["branch"]
         path = str(call.target)
-        branch = gm.get_submodule(path)
-        site = sites[path]
-        if not isinstance(site, LinearSite):
-            edit.skip(site, f"it is no linear ({site.kind}): there is no fused operator for that")
+        branch, site = gm.get_submodule(path), sites[path]
+        obstacle = _obstacle(edit, site, branch, call)
+        if obstacle is not None:
+            edit.skip(site, obstacle)
             continue
-        if call.kwargs:
-            edit.skip(site, f"its branch reads {', '.join(call.kwargs)}")
-            continue
-        if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
-            edit.skip(site, "its branch has no low-rank factors")
-            continue
-        if branch.dropout or branch.features is not None:
-            edit.skip(site, "its branch has dropout, or is for a part of a fused weight")
-            continue
-        if site.in_out or site.left:
-            edit.skip(site, "its weight is stored [in, out] or multiplies from the left")
-            continue
-        linear = next(n for n in match.nodes if n not in (root, call))
-        weight = edit.weight(site)
-        if not weight.is_dense:
-            said = f"its weight is quantised ({weight.format.said})"
-            edit.skip(site, f"{said}: there is no fused operator for that")
-            continue
-        branch.lowered = operator
-        x, scales_rows = match["x"], isinstance(branch, RowScale)
-        call.args = (*((x, x) if scales_rows else (x,)), match["w"], match["b"])
-        call.meta["call"] = linear.meta.get("call", linear.name)
-        call.meta.pop("composed", None)
-        if root is not call:
-            root.replace_all_uses_with(call)
-            gm.graph.erase_node(root)
-        gm.graph.erase_node(linear)
+        _fuse(gm, match, operator)
         fused.add(path)
         edit.edited.append(site.id)
     skipped = {site_id for site_id, _ in edit.skipped}
@@ -66,6 +43,41 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
         branch = gm.get_submodule(path)
         if isinstance(branch, Delta | RowScale) and path not in fused and site.id not in skipped:
             edit.skip(site, "another branch stands between it and the linear")
+
+
+def _obstacle(edit: Attaching, site: Site, branch: Module, call: Node) -> str | None:
+    """Why no fused operator computes a branch together with what it stands beside, if so."""
+    if not isinstance(site, LinearSite):
+        return f"it is no linear ({site.kind}): there is no fused operator for that"
+    if call.kwargs:
+        return f"its branch reads {', '.join(call.kwargs)}"
+    if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
+        return "its branch has no low-rank factors"
+    if branch.dropout or branch.features is not None:
+        return "its branch has dropout, or is for a part of a fused weight"
+    if site.in_out or site.left:
+        return "its weight is stored [in, out] or multiplies from the left"
+    weight = edit.weight(site)
+    if not weight.is_dense:
+        said = f"its weight is quantised ({weight.format.said})"
+        return f"{said}: there is no fused operator for that"
+    return None
+
+
+def _fuse(gm: GraphModule, match: Match, operator: Fused) -> None:
+    """Makes the branch's call compute the linear and the sum, too, in place of both."""
+    root, call, x = match.root, match["branch"], match["x"]
+    branch = gm.get_submodule(str(call.target))
+    linear = next(n for n in match.nodes if n not in (root, call))
+    first = (x, x) if isinstance(branch, RowScale) else (x,)
+    branch.lowered = operator  # pyright: ignore[reportArgumentType]
+    call.args = (*first, match["w"], match["b"])
+    call.meta["call"] = linear.meta.get("call", linear.name)
+    call.meta.pop("composed", None)
+    if root is not call:
+        root.replace_all_uses_with(call)
+        gm.graph.erase_node(root)
+    gm.graph.erase_node(linear)
 
 
 def restore_deltas(edit: Attaching) -> None:
