@@ -118,6 +118,12 @@ def save_checkpoint(
     own = {n: kind_of(t) for n, t in _random().items()}
     tensors |= _random()
     manifest["tensors"] |= {n: k for theirs in exchange(own) for n, k in theirs.items()}
+    _write_shards(target, tensors, manifest)
+    return target
+
+
+def _write_shards(target: Path, tensors: Tensors, manifest: dict[str, Any]) -> None:
+    """Each rank its shards, the first the manifest with all their hashes, then the rename."""
     with contextlib.ExitStack() as opened:
         created: list[Path] = []
         first("creating the folder", lambda: created.append(
@@ -128,16 +134,17 @@ def save_checkpoint(
             _flat(tensors), no_dist=world() == 1,
             storage_writer=api.HuggingFaceStorageWriter(str(fresh), save_distributed=True),
         ))  # fmt: skip
-        seen = together("reading back", lambda: sorted(p.name for p in fresh.glob("*.safetensors")))
-        agree(f"what ranks see in {target} (is it on a file system that they share?)", seen)
+        files = together(
+            "reading back", lambda: sorted(p.name for p in fresh.glob("*.safetensors"))
+        )
+        agree(f"what ranks see in {target} (is it on a file system that they share?)", files)
 
         def finish() -> None:
-            manifest["files"] = {n: digest(fresh / n) for n in seen}
+            manifest["files"] = {n: digest(fresh / n) for n in files}
             (fresh / MANIFEST).write_bytes(sealed(manifest))
 
         first("writing the manifest", finish)
         first("renaming the folder", opened.close)
-    return target
 
 
 def load_checkpoint(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +111,31 @@ def save_program(program: Program, directory: str | Path) -> None:
         raise ExportError(f"the program cannot be saved: {error}.") from error
     sample = {f"{_SAMPLE}{n}": t for n, t in program.sample.items()}
     tensors = {**state, **flat.extras, **sample}
+    manifest = _manifest(program, flat, graph, tensors, sites)
+    try:
+        check_graph(_assembled(manifest, parse_json(graph, GRAPH, GRAPH_LIMIT), tensors))
+    except (*_DAMAGE, RewriteError) as error:
+        raise ExportError(f"the program cannot be saved: it does not read back: {error}") from error
+    files = {GRAPH: graph, TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
+    write_directory(directory, files, MANIFEST)
+
+
+def _manifest(
+    program: Program, flat: Program, graph: bytes, tensors: Mapping[str, Tensor], sites: Any
+) -> dict[str, Any]:
+    """What is said of a program beside its graph and its tensors."""
+    gm = flat.module
     lasting = set(gm.state_dict())
-    manifest = {
+    buffers = {n for n, _ in gm.named_buffers()}
+    parameters = sorted(n for n, _ in gm.named_parameters())
+    return {
         "format_version": FORMAT,
         "name": type(gm).__name__,
         "graph": hashlib.sha256(graph).hexdigest(),
         "tensors": {n: tensor_digest(t) for n, t in tensors.items()},
         "trainable": sorted(n for n, p in gm.named_parameters() if p.requires_grad),
-        "transient": sorted(set(state) - lasting),
-        "parameters": sorted(n for n, _ in gm.named_parameters()),
+        "transient": sorted(({*parameters} | buffers) - lasting),
+        "parameters": parameters,
         "extras": sorted(flat.extras),
         "aliases": dict(flat.aliases),
         "symbols": dict(flat.symbols),
@@ -133,12 +150,6 @@ def save_program(program: Program, directory: str | Path) -> None:
             "peftfx": VERSION, "torch": torch.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
-    try:
-        check_graph(_assembled(manifest, parse_json(graph, GRAPH, GRAPH_LIMIT), tensors))
-    except (*_DAMAGE, RewriteError) as error:
-        raise ExportError(f"the program cannot be saved: it does not read back: {error}") from error
-    files = {GRAPH: graph, TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
-    write_directory(directory, files, MANIFEST)
 
 
 def flattened(program: Program) -> Program:
