@@ -135,18 +135,18 @@ def _kohya(program: Program, tensors: Mapping[str, Tensor], where: str, componen
     parts: list[Part] = []
     kinds: set[str] = set()
     for module, leaves in modules.items():
-        found = flat.get(module, [])
-        if len(found) != 1:
+        sites = flat.get(module, [])
+        if len(sites) != 1:
             why = (
-                f"fits {', '.join(found)}"
-                if found
+                f"fits {', '.join(sites)}"
+                if sites
                 else f"is none. Nearest: {nearest(module, flat)}"
             )
             raise ArtifactError(
                 f"{where}: of this model's modules, {prefix}{module} {why}. Use the base that the "
                 "adapter was trained on."
             )
-        kind, part = _part(program, f"{found[0]}.weight", leaves, f"{where}: {prefix}{module}")
+        kind, part = _part(program, f"{sites[0]}.weight", leaves, f"{where}: {prefix}{module}")
         kinds.add(kind)
         parts.append(part)
     return Parts(tuple(parts), f"kohya {'/'.join(sorted(kinds))}")

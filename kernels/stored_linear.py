@@ -122,20 +122,21 @@ class StoredLinear:
         down = dy.reshape(-1, dy.shape[-1])
         wide = _widest(parts, dy.dtype)
         dx = dy.new_zeros((down.shape[0], size) if need_x else 0)
-        made = [
+        gradients = [
             torch.zeros_like(p) if n else p.new_empty(0) for p, n in zip(parts, need, strict=True)
         ]
         read = x.reshape(-1, size) if any(need) else x
         for rows, own in self._slices(parts, size):
             if any(need):
                 pulled = self.pull((down[:, rows].t() @ read).to(wide), own, numbers, need)
-                for name, whole, part, wanted in zip(self.parts, made, pulled, need, strict=True):
+                each = zip(self.parts, gradients, pulled, need, strict=True)
+                for name, whole, part, wanted in each:
                     if wanted:
                         (whole if name in self.shared else whole[rows]).add_(part)
             if need_x:
                 dx.addmm_(down[:, rows], self.rows(own, numbers, size, wide).to(dy.dtype))
         dbias = down.sum(0) if need_bias else dy.new_empty(0)
-        return [dx.view(*dy.shape[:-1], size) if need_x else dx, *made, dbias]
+        return [dx.view(*dy.shape[:-1], size) if need_x else dx, *gradients, dbias]
 
     def _forward_fake(self, x: Tensor, *given: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], given[0].shape[0]))
@@ -162,8 +163,8 @@ class StoredLinear:
         wanted = ctx.needs_input_grad
         needs = [*wanted[: 1 + len(parts)], wanted[1 + len(parts)] and ctx.bias is not None]
         operator = getattr(torch.ops.peftfx, f"{self.name}_backward")
-        made = operator(dy, x, *parts, *ctx.numbers, ctx.size, needs)
-        given = [g if n else None for g, n in zip(made, needs, strict=True)]
+        gradients = operator(dy, x, *parts, *ctx.numbers, ctx.size, needs)
+        given = [g if n else None for g, n in zip(gradients, needs, strict=True)]
         if given[-1] is not None:
             given[-1] = given[-1].to(ctx.bias)
         return (*given, *(None for _ in self.numbers))

@@ -156,8 +156,8 @@ class Bank(Pass):
                 "it would act on all rows, also on those without an adapter. Leave it out ("
                 f"program.without({other!r})), {folding}or say bank{{others=keep}}."
             )
-        for slot, held in _slots(program, members).items():
-            _check_alike(program, slot, held, members)
+        for slot, attachments in _slots(program, members).items():
+            _check_alike(program, slot, attachments, members)
         return Plan({"members": members})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
@@ -224,24 +224,24 @@ def _unknown_rows(name: str, reason: str) -> PassError:
 
 def _slots(program: State, members: Sequence[str]) -> dict[tuple[str, str], dict[str, Attachment]]:
     """(site, slot) -> member -> its branch there."""
-    found: dict[tuple[str, str], dict[str, Attachment]] = {}
+    slots: dict[tuple[str, str], dict[str, Attachment]] = {}
     for attachment in program.attachments:
         if attachment.adapter in members:
             key = attachment.site, attachment.slot
-            found.setdefault(key, {})[attachment.adapter] = attachment
-    return found
+            slots.setdefault(key, {})[attachment.adapter] = attachment
+    return slots
 
 
 def _check_alike(
-    program: State, at: tuple[str, str], held: Mapping[str, Attachment], members: Sequence[str]
+    program: State, at: tuple[str, str], beside: Mapping[str, Attachment], members: Sequence[str]
 ) -> None:
     site, slot = at
-    branches = {n: program.branch(a) for n, a in held.items()}
-    if slot == "key_value" and (missing := [n for n in members if n not in held]):
+    branches = {n: program.branch(a) for n, a in beside.items()}
+    if slot == "key_value" and (missing := [n for n in members if n not in beside]):
         raise PassError(
             f"bank: {missing[0]!r} has no rows in front of the keys at {site}, where "
-            f"{next(iter(held))!r} has some, and rows of a batch cannot have different numbers of "
-            "them. Make two banks with names=[...]."
+            f"{next(iter(beside))!r} has some, and rows of a batch cannot have different numbers "
+            "of them. Make two banks with names=[...]."
         )
     if slot == "delta" and all(_factors(b) is not None for b in branches.values()):
         return

@@ -44,19 +44,19 @@ def ranks(queries: Tensor, answers: Tensor) -> Ranks:
     return (scores >= right).sum(1).astype(np.int64)
 
 
-def reciprocal(found: Ranks) -> NDArray[np.float64]:
+def reciprocal(places: Ranks) -> NDArray[np.float64]:
     """Reciprocal ranks."""
-    return 1.0 / found
+    return 1.0 / places
 
 
-def mrr(found: Ranks) -> float:
+def mrr(places: Ranks) -> float:
     """Mean reciprocal rank."""
-    return float(reciprocal(found).mean())
+    return float(reciprocal(places).mean())
 
 
-def recall(found: Ranks, k: int = 1) -> float:
+def recall(places: Ranks, k: int = 1) -> float:
     """Share of queries whose answer is among the first `k`."""
-    return float((found <= k).mean())
+    return float((places <= k).mean())
 
 
 def paired_bootstrap(

@@ -134,21 +134,21 @@ def _heading(base: Program, where: str | None, chosen: list[Site]) -> Canvas:
     return canvas
 
 
-def _legend(made: Canvas, families: Sequence[str]) -> float:
+def _legend(canvas: Canvas, families: Sequence[str]) -> float:
     """Explains colours (or the mark, if no families are given) and symbols; returns its end."""
     x, y = MARGIN, 93.0
     for name in families:
-        made.add(Rect(x, y - 11, 20, 14, *FAMILIES[name], 1.2, 3))
-        x = made.write(x + 27, y, name, SMALL, MUTED) + 20
+        canvas.add(Rect(x, y - 11, 20, 14, *FAMILIES[name], 1.2, 3))
+        x = canvas.write(x + 27, y, name, SMALL, MUTED) + 20
     if not families:
-        made.add(Rect(x, y - 11, 20, 14, HIT_FILL, HIT_EDGE, 2, 3))
-        tick(made, x + 19, y - 11)
-        x = made.write(x + 33, y, "hit by the selector", SMALL, HIT_INK) + 20
-    made.add(Rect(x, y - 11, 24, 14, PAPER, EDGE, 1.2, 7))
-    x = made.write(x + 31, y, "no weights", SMALL, MUTED) + 20
-    made.add(*plus(x + 8, y - 4))
-    x = made.write(x + 23, y, "joins the residual stream", SMALL, MUTED) + 20
-    return made.write(x, y, "bold words are what a selector can say", SMALL, MUTED)
+        canvas.add(Rect(x, y - 11, 20, 14, HIT_FILL, HIT_EDGE, 2, 3))
+        tick(canvas, x + 19, y - 11)
+        x = canvas.write(x + 33, y, "hit by the selector", SMALL, HIT_INK) + 20
+    canvas.add(Rect(x, y - 11, 24, 14, PAPER, EDGE, 1.2, 7))
+    x = canvas.write(x + 31, y, "no weights", SMALL, MUTED) + 20
+    canvas.add(*plus(x + 8, y - 4))
+    x = canvas.write(x + 23, y, "joins the residual stream", SMALL, MUTED) + 20
+    return canvas.write(x, y, "bold words are what a selector can say", SMALL, MUTED)
 
 
 def parameters(program: Program, chosen: Sequence[Site]) -> int:

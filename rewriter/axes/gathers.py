@@ -49,19 +49,19 @@ def _index(node: Node) -> list[Relation]:
     if masks or len(chosen) != len(places) or places != list(range(places[0], places[-1] + 1)):
         return []
     rank = max(len(sizes_of(i)) for i in chosen)
-    found = [s for k in range(places[0]) for s in aligned(source, k, node, k)]
+    relations = [s for k in range(places[0]) for s in aligned(source, k, node, k)]
     for index in chosen:
         skipped = places[0] + rank - len(sizes_of(index))
-        found += [s for k in range(len(sizes_of(index)))
+        relations += [s for k in range(len(sizes_of(index)))
                   for s in aligned(index, k, node, skipped + k)]  # fmt: skip
     behind = len(sizes_of(source)) - places[-1] - 1
-    return [*found, *(s for k in range(-behind, 0) for s in aligned(source, k, node, k))]
+    return [*relations, *(s for k in range(-behind, 0) for s in aligned(source, k, node, k))]
 
 
 def _index_select(node: Node) -> list[Relation]:
     source, axis, index = operands(node)[:3]
-    found = without(source, node, {int(axis)}, keep=True)
-    return [*found, *aligned(index, 0, node, int(axis))]
+    relations = without(source, node, {int(axis)}, keep=True)
+    return [*relations, *aligned(index, 0, node, int(axis))]
 
 
 def _gather(node: Node) -> list[Relation]:
@@ -88,12 +88,12 @@ def _einsum(node: Node) -> list[Relation]:
         return []
     left, right = str(equation).replace(" ", "").split("->")
     first: dict[str, tuple[Node, int]] = {}
-    found: list[Relation] = []
+    relations: list[Relation] = []
     for labels, tensor in zip((*left.split(","), right), (*sources, node), strict=True):
         for k, label in enumerate(labels):
             other, place = first.setdefault(label, (tensor, k))
-            found += aligned(other, place, tensor, k) if (other, place) != (tensor, k) else []
-    return found
+            relations += aligned(other, place, tensor, k) if (other, place) != (tensor, k) else []
+    return relations
 
 
 def grouped(node: Node) -> list[Relation]:
@@ -116,15 +116,15 @@ def _conv(node: Node) -> list[Relation]:
     x, w, groups = given["input"], given["weight"], int(given.get("groups", 1))
     turned = is_op(node, TRANSPOSED_CONVS) or bool(given.get("transposed", False))
     out, inner = (1, 0) if turned else (0, 1)
-    found = aligned(x, 0, node, 0)
+    relations = aligned(x, 0, node, 0)
     if groups == 1:
-        found += [tie(x, 1, w, inner), tie(w, out, node, 1)]
+        relations += [tie(x, 1, w, inner), tie(w, out, node, 1)]
     elif each(node):
-        found += [tie(x, 1, w, 0), tie(w, 0, node, 1)]
+        relations += [tie(x, 1, w, 0), tie(w, 0, node, 1)]
     elif turned:
-        return found
+        return relations
     biases = tensors([given.get("bias")]) if groups == 1 or each(node) else []
-    return [*found, *(tie(b, 0, node, 1) for b in biases)]
+    return [*relations, *(tie(b, 0, node, 1) for b in biases)]
 
 
 def each(node: Node) -> bool:
@@ -139,11 +139,11 @@ def _put(node: Node) -> list[Relation]:
     given = named_arguments(node)
     target, axis = given["self"], int(given["dim"]) % len(sizes_of(node))
     sources = tensors([given.get("src", given.get("source")), given.get("index")])
-    found: list[Relation] = []
+    relations: list[Relation] = []
     for value in (target, *(v for v in sources if len(sizes_of(v)) == len(sizes_of(node)))):
         places = (k for k in range(len(sizes_of(node))) if k != axis or value is target)
-        found += [t for k in places for t in aligned(value, k, node, k)]
-    return found
+        relations += [t for k in places for t in aligned(value, k, node, k)]
+    return relations
 
 
 def _filled(node: Node) -> list[Relation]:

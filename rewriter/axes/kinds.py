@@ -53,45 +53,45 @@ def product(factors: Iterable[Factor]) -> Any:
     return total
 
 
-def known(found: Axis) -> bool:
+def known(factors: Axis) -> bool:
     """Whether anything is known of an axis."""
-    return any(f.kind is not None for f in found)
+    return any(f.kind is not None for f in factors)
 
 
-def word(found: Axis | None) -> str:
+def word(factors: Axis | None) -> str:
     """`head*width`; `?` for what is not known. Neighbours of one kind are one word."""
-    if found is None:
+    if factors is None:
         return "?"
-    words = [f.kind or "?" for f in found]
+    words = [f.kind or "?" for f in factors]
     return "*".join(w for k, w in enumerate(words) if k == 0 or w != words[k - 1])
 
 
 def joined(one: Axis, other: Axis) -> Axis | None:
     """What two findings about an axis say together; None if they contradict each other."""
-    found: list[Factor] = []
+    factors: list[Factor] = []
     left, right = list(one), list(other)
     while left and right:
         a, b = left[0], right[0]
         if a.size == b.size:
             if a.kind and b.kind and a.kind != b.kind:
                 return None
-            found.append(a if a.kind else b)
+            factors.append(a if a.kind else b)
             left, right = left[1:], right[1:]
         elif (run := _leading(right, a.size)) is not None:
             finer = _finer(a, run)
             if finer is None:
                 return None
-            found += finer
+            factors += finer
             left, right = left[1:], right[len(run) :]
         elif (run := _leading(left, b.size)) is not None:
             finer = _finer(b, run)
             if finer is None:
                 return None
-            found += finer
+            factors += finer
             left, right = left[len(run) :], right[1:]
         else:
             return None
-    return tuple(found) if not left and not right else None
+    return tuple(factors) if not left and not right else None
 
 
 def _leading(factors: Sequence[Factor], size: Any) -> Sequence[Factor] | None:
@@ -113,11 +113,11 @@ def _finer(whole: Factor, run: Sequence[Factor]) -> Sequence[Factor] | None:
     return [Factor(f.kind or whole.kind, f.size) for f in run]
 
 
-def split(found: Axis, sizes: Sequence[Any]) -> list[Axis | None]:
+def split(factors: Axis, sizes: Sequence[Any]) -> list[Axis | None]:
     """What lies along the parts that a view makes of an axis; None where that is not known."""
     parts: list[Axis | None] = [None] * len(sizes)
     for step in (1, -1):
-        left = list(found)[::step]
+        left = list(factors)[::step]
         for k in range(len(sizes))[::step]:
             run = _leading(left, sizes[k])
             if run is None:
@@ -133,9 +133,9 @@ def merged(parts: Sequence[Axis | None], sizes: Sequence[Any]) -> Axis:
     return tuple(f for part, size in pairs for f in (part or axis(None, size)))
 
 
-def piece(found: Axis, start: int | None, size: Any) -> Axis | None:
+def piece(factors: Axis, start: int | None, size: Any) -> Axis | None:
     """What lies along a piece of an axis: some of its slowest factor; None if it is none."""
-    first, *rest = _one_kind(found)
+    first, *rest = _one_kind(factors)
     inner = product(rest)
     if not rest:
         return axis(first.kind, size) if first.kind else None
@@ -158,7 +158,7 @@ def whole(parts: Sequence[Axis | None], size: Any) -> Axis | None:
     return (Factor(first.kind, size // inner), *rest) if fits else None
 
 
-def _one_kind(found: Axis) -> Axis:
+def _one_kind(factors: Axis) -> Axis:
     """The axis as one factor where all of them are of one kind (pixels in rows and columns)."""
-    kinds = {f.kind for f in found}
-    return found if len(kinds) > 1 else axis(found[0].kind, product(found))
+    kinds = {f.kind for f in factors}
+    return factors if len(kinds) > 1 else axis(factors[0].kind, product(factors))

@@ -71,14 +71,14 @@ class NamedAxes:
 
     def of(self, value: Node | str) -> tuple[Axis | None, ...]:
         """The axes of a node's value, or of a stored tensor by its name."""
-        held = owner(value) if isinstance(value, Node) else value
-        return tuple(self.found.get((held, k)) for k in range(len(self._sizes(held))))
+        source = owner(value) if isinstance(value, Node) else value
+        return tuple(self.found.get((source, k)) for k in range(len(self._sizes(source))))
 
     def words(self, value: Node | str) -> tuple[str, ...]:
         """The same as text: `("batch", "token", "head*width")`, `1` for axes of that size, and `?`
         where it is not known."""
-        held = owner(value) if isinstance(value, Node) else value
-        pairs = zip(self._sizes(held), self.of(value), strict=True)
+        source = owner(value) if isinstance(value, Node) else value
+        pairs = zip(self._sizes(source), self.of(value), strict=True)
         return tuple("1" if str(size) == "1" else word(along) for size, along in pairs)
 
     def place(self, value: Node | str, kind: Kind) -> int | None:
@@ -87,8 +87,8 @@ class NamedAxes:
         places = [k for k, text in enumerate(self.words(value)) if text == kind]
         return places[0] if len(places) == 1 else None
 
-    def _sizes(self, held: Node | str) -> tuple[Any, ...]:
-        return self.shapes[held] if isinstance(held, str) else sizes_of(held)
+    def _sizes(self, source: Node | str) -> tuple[Any, ...]:
+        return self.shapes[source] if isinstance(source, str) else sizes_of(source)
 
 
 def named_axes(program: State) -> NamedAxes:
@@ -121,11 +121,11 @@ class _Flow:
     def run(self) -> dict[Ref, Axis]:
         """What lies along every axis."""
         for source in self._inputs(), self._sites(), self._branches():
-            for ref, found in source:
-                self._put(ref, found)
+            for ref, factors in source:
+                self._put(ref, factors)
         self._spread()
-        for ref, found in self._stacked():
-            self._put(ref, found)
+        for ref, factors in self._stacked():
+            self._put(ref, factors)
         self._spread()
         for ref, kind in self._convolutions():
             if ref not in self.found:
@@ -142,11 +142,11 @@ class _Flow:
     def _size(self, ref: Ref) -> object:
         return size_at(ref, self.sizes)
 
-    def _put(self, ref: Ref, found: Axis | None) -> None:
-        if found is None or not known(found) or ref in self.refused:
+    def _put(self, ref: Ref, factors: Axis | None) -> None:
+        if factors is None or not known(factors) or ref in self.refused:
             return
         old = self.found.get(ref)
-        new = found if old is None else joined(old, found)
+        new = factors if old is None else joined(old, factors)
         if new == old:
             return
         if new is None:  # two things meet here: neither is what it is
@@ -176,25 +176,25 @@ class _Flow:
     def _product(self, step: Product) -> None:
         refs, sizes = [r for r, _ in step.parts], [s for _, s in step.parts]
         copies = [r in step.copies or r in self.copies for r in refs]
-        found = self.found.get(step.merged)
-        if found == axis("head", _total(sizes)) and copies == [False, True]:
+        merged_axis = self.found.get(step.merged)
+        if merged_axis == axis("head", _total(sizes)) and copies == [False, True]:
             # Heads that are copies of fewer are as many groups.
             self._put(refs[0], axis("group", sizes[0]))
             self._put(step.merged, (*axis("group", sizes[0]), *axis("head", sizes[1])))
-        elif found is not None:
-            for ref, part in zip(refs, split(found, sizes), strict=True):
+        elif merged_axis is not None:
+            for ref, part in zip(refs, split(merged_axis, sizes), strict=True):
                 self._put(ref, part)
         self._put(step.merged, merged([self.found.get(r) for r in refs], sizes))
 
     # Where it begins.
 
     def _inputs(self) -> Iterator[tuple[Ref, Axis]]:
-        spec, held = self.program.spec, placeholders(self.gm)
+        spec, nodes = self.program.spec, placeholders(self.gm)
         kinds = {n: kind for kind in ("batch", "token") for n in spec.of_kind(kind)}
         for item in spec.inputs:
             for place, size in enumerate(item.shape):
                 if isinstance(size, str) and size in kinds:
-                    ref = held[item.name], place
+                    ref = nodes[item.name], place
                     yield ref, axis(kinds[size], self._size(ref))
 
     def _branches(self) -> Iterator[tuple[Ref, Axis]]:
@@ -240,16 +240,16 @@ class _Flow:
         return []
 
     def _feed_forward(self, site: FeedForwardSite) -> list[tuple[Ref, Kind]]:
-        found: list[tuple[Ref, Kind]] = []
+        named: list[tuple[Ref, Kind]] = []
         down = self.program.sites[site.down]
         if isinstance(down, LinearSite) and not down.sliced:
-            found.append(((down.weight, 0 if down.in_out else 1), "channel"))
+            named.append(((down.weight, 0 if down.in_out else 1), "channel"))
         elif isinstance(down, ExpertsSite):
-            found.append(((down.weight, 1 if down.in_out else 2), "channel"))
+            named.append(((down.weight, 1 if down.in_out else 2), "channel"))
         router = self.program.sites[site.router] if site.router else None
         if isinstance(router, LinearSite):
-            found.append(((router.weight, 1 if router.in_out else 0), "expert"))
-        return found
+            named.append(((router.weight, 1 if router.in_out else 0), "expert"))
+        return named
 
     def _stacked(self) -> Iterator[tuple[Ref, Axis]]:
         """Attentions that have samples and heads on one axis."""

@@ -47,24 +47,24 @@ _BY_CHANNEL = overloads("group_norm", "batch_norm")
 
 def operator_steps(node: Node) -> list[Step]:
     """What one call of an operator says."""
-    found = _regrouped(node) if is_op(node, RESHAPES) else []
+    steps = _regrouped(node) if is_op(node, RESHAPES) else []
     for operators, rule in _RULES:
         if is_op(node, operators):
-            found += rule(node)
-    return found
+            steps += rule(node)
+    return steps
 
 
 def _keep(node: Node) -> list[Step]:
     """Whatever is mixed stays on its axis; weights lie along the last axes, or along axis 1."""
     given = named_arguments(node)
-    found = same(elementwise(node)) if not is_op(node, _BY_CHANNEL) else []
+    steps = same(elementwise(node)) if not is_op(node, _BY_CHANNEL) else []
     first = next(iter(tensors(node.args)), None)
     if first is not None:
-        found += like(first, node)
+        steps += like(first, node)
     if is_op(node, _BY_CHANNEL):
         weights = tensors([given.get(n) for n in ("weight", "bias")])
-        found += same([t for w in weights for t in aligned(w, 0, node, 1)])
-    return found
+        steps += same([t for w in weights for t in aligned(w, 0, node, 1)])
+    return steps
 
 
 def _conv(node: Node) -> list[Step]:
@@ -72,10 +72,10 @@ def _conv(node: Node) -> list[Step]:
     given = named_arguments(node)
     x, w = given["input"], given["weight"]
     turned = is_op(node, TRANSPOSED_CONVS) or bool(given.get("transposed", False))
-    found: list[Step] = [] if turned else same(aligned(w, 0, node, 1))
+    steps: list[Step] = [] if turned else same(aligned(w, 0, node, 1))
     for k in range(2, len(sizes_of(node))):
-        found += same(aligned(x, k, node, k)) or [made(x, k, node, k)]
-    return found
+        steps += same(aligned(x, k, node, k)) or [made(x, k, node, k)]
+    return steps
 
 
 def _created(node: Node) -> list[Step]:
@@ -83,10 +83,10 @@ def _created(node: Node) -> list[Step]:
     given = named_arguments(node)
     sizes = given.get("size", ())
     count = len(sizes_of(node))
-    found: list[Step] = []
+    steps: list[Step] = []
     for k, size in enumerate(sizes if isinstance(sizes, list | tuple) else ()):
-        found += _sized(size, node, k + count - len(sizes))
-    return found
+        steps += _sized(size, node, k + count - len(sizes))
+    return steps
 
 
 def _range(node: Node) -> list[Step]:
@@ -116,13 +116,13 @@ def _cat(node: Node) -> list[Step]:
     axis = int(named_arguments(node).get("dim", 0)) % len(sizes_of(node))
     refs = tuple((owner(s), axis) for s in sources if str(sizes_of(s)[axis]) not in ("0", "1"))
     begin: Any = 0
-    found: list[Step] = []
+    steps: list[Step] = []
     for source in sources:
         size = extent(sizes_of(source)[axis])
         start = begin if isinstance(begin, int) else None
-        found.append(Made((node, axis), (owner(source), axis), size, start))
+        steps.append(Made((node, axis), (owner(source), axis), size, start))
         begin = begin + size
-    return [*found, Row((node, axis), extent(sizes_of(node)[axis]), refs)] if refs else found
+    return [*steps, Row((node, axis), extent(sizes_of(node)[axis]), refs)] if refs else steps
 
 
 def _expand(node: Node) -> list[Step]:
@@ -158,13 +158,13 @@ def _resize(node: Node) -> list[Step]:
 def _regrouped(node: Node) -> list[Step]:
     """Several axes that a view makes several others of: both have one product."""
     source: Any = node.args[0]
-    found: list[Step] = []
+    steps: list[Step] = []
     for k, (old, new) in enumerate(runs(sizes_of(source), sizes_of(node))):
         if min(len(old), len(new)) > 1:
             for value, places in (source, old), (node, new):
                 parts = tuple(((owner(value), p), extent(sizes_of(value)[p])) for p in places)
-                found.append(Product((f"{node.name}.run", k), parts))
-    return found
+                steps.append(Product((f"{node.name}.run", k), parts))
+    return steps
 
 
 _RULES: tuple[tuple[frozenset[Any], Rule], ...] = (

@@ -53,8 +53,8 @@ Step = Same | Made | Row | Product
 
 def size_at(ref: Ref, sizes: dict[str, tuple[int, ...]]) -> Any:
     """The size of an axis, of a node's value or of a stored tensor."""
-    held, place = ref
-    return sizes[held][place] if isinstance(held, str) else extent(sizes_of(held)[place])
+    source, place = ref
+    return sizes[source][place] if isinstance(source, str) else extent(sizes_of(source)[place])
 
 
 def same(ties: list[Any]) -> list[Step]:
@@ -68,12 +68,12 @@ def made(a: Node, i: int, b: Node, j: int, start: int | None = None) -> Made:
 
 def like(source: Node, node: Node) -> list[Step]:
     """Every axis is the source's, index for index or with another size."""
-    found: list[Step] = []
+    steps: list[Step] = []
     if len(sizes_of(source)) != len(sizes_of(node)):
-        return found
+        return steps
     for k in range(len(sizes_of(node))):
-        found += same(aligned(source, k, node, k)) or [made(source, k, node, k)]
-    return found
+        steps += same(aligned(source, k, node, k)) or [made(source, k, node, k)]
+    return steps
 
 
 def repeated(a: Node, i: int, b: Node, j: int, times: Any) -> Product:

@@ -20,34 +20,34 @@ _SELECTIONS = overloads("topk", "sort", "max", "min", "median")
 
 def steps(gm: GraphModule, node: Node) -> list[Step]:
     """What one node says of the axes around it."""
-    found: list[Step] = []
+    order: list[Step] = []
     for relation in relations(gm, node):
         if isinstance(relation, Grid):
             parts = tuple((r, extent(s)) for r, s in relation.parts)
-            found.append(Product(relation.merged, parts))
+            order.append(Product(relation.merged, parts))
         elif isinstance(relation, Tie) and relation.index is None:
-            found.append(Same(relation.a, relation.b))
+            order.append(Same(relation.a, relation.b))
     module = submodule(gm, node)
     if isinstance(module, Attention):
-        return [*found, *_attention(node)]
+        return [*order, *_attention(node)]
     if module is not None:
-        return [*found, *_module(node, module)]
-    return [*found, *(_entry(gm, node) if is_op(node, GETITEM) else operator_steps(node))]
+        return [*order, *_module(node, module)]
+    return [*order, *(_entry(gm, node) if is_op(node, GETITEM) else operator_steps(node))]
 
 
 def _attention(node: Node) -> list[Step]:
     """Queries and keys are compared over a width, keys and values lie along the same tokens."""
     q, k, v = tensors(node.args[:3])
-    found = same([tie(q, -2, node, -2), tie(k, -2, v, -2), tie(q, -1, k, -1)])
+    order = same([tie(q, -2, node, -2), tie(k, -2, v, -2), tie(q, -1, k, -1)])
     for mask in tensors(node.args[3:4]):
-        found += same([*aligned(mask, -2, q, -2)] if sizes_of(mask)[-2:-1] else [])
-        found += same([*aligned(mask, -1, k, -2)])
+        order += same([*aligned(mask, -2, q, -2)] if sizes_of(mask)[-2:-1] else [])
+        order += same([*aligned(mask, -1, k, -2)])
     if len(sizes_of(q)) < 4:
-        return found
+        return order
     heads, groups = sizes_of(q)[1], sizes_of(k)[1]
     if isinstance(heads, int) and isinstance(groups, int) and 1 < groups < heads:
-        found.append(repeated(k, -3, q, -3, heads // groups))
-    return found
+        order.append(repeated(k, -3, q, -3, heads // groups))
+    return order
 
 
 def _module(node: Node, module: Any) -> list[Step]:
@@ -79,16 +79,16 @@ def _entry(gm: GraphModule, node: Node) -> list[Step]:
     shapes = [tuple(v.shape) for v in source.meta.get("val") or ()]
     before = [s[axis] for s in shapes[:number]]
     start = sum(before) if all(isinstance(s, int) for s in before) else None
-    found: list[Step] = [
+    order: list[Step] = [
         s for k in range(len(sizes_of(node))) if k != axis
         for s in same(aligned(whole, k, node, k))
     ]  # fmt: skip
-    found.append(made(whole, axis, node, axis, start))
+    order.append(made(whole, axis, node, axis, start))
     entries = {u.args[1]: u for u in source.users if is_op(u, GETITEM)}
     if number == 0 and len(entries) == len(shapes):
         refs = tuple((entries[k], axis) for k in range(len(shapes)))
-        found.append(Row((owner(whole), axis), extent(sizes_of(whole)[axis]), refs))
-    return found
+        order.append(Row((owner(whole), axis), extent(sizes_of(whole)[axis]), refs))
+    return order
 
 
 def _selection(call: Node, node: Node) -> list[Step]:

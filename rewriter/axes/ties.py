@@ -94,8 +94,8 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
 
 def _linear(node: Node) -> list[Relation]:
     x, w, *bias = tensors(node.args[:3])
-    found = [tie(x, -1, w, 1), tie(w, 0, node, -1), *leading(x, node, 1)]
-    return [*found, *(tie(b, 0, node, -1) for b in bias)]
+    relations = [tie(x, -1, w, 1), tie(w, 0, node, -1), *leading(x, node, 1)]
+    return [*relations, *(tie(b, 0, node, -1) for b in bias)]
 
 
 def _stored(node: Node, call: StoredCall) -> list[Relation]:
@@ -110,29 +110,29 @@ def _stored(node: Node, call: StoredCall) -> list[Relation]:
 
 def _addmm(node: Node) -> list[Relation]:
     bias, x, w = tensors(node.args[:3])
-    found = [tie(x, 1, w, 0), tie(w, 1, node, 1), *leading(bias, node, 0)]
-    return [*found, *aligned(x, 0, node, 0)]
+    relations = [tie(x, 1, w, 0), tie(w, 1, node, 1), *leading(bias, node, 0)]
+    return [*relations, *aligned(x, 0, node, 0)]
 
 
 def _matmul(node: Node) -> list[Relation]:
     x, w = tensors(node.args[-2:])
     if min(len(sizes_of(x)), len(sizes_of(w))) < 2:
         return []
-    found = [tie(x, -1, w, -2), tie(w, -1, node, -1), *aligned(x, -2, node, -2)]
-    return [*found, *leading(x, node, 2), *leading(w, node, 2)]
+    relations = [tie(x, -1, w, -2), tie(w, -1, node, -1), *aligned(x, -2, node, -2)]
+    return [*relations, *leading(x, node, 2), *leading(w, node, 2)]
 
 
 def _attention(node: Node) -> list[Relation]:
     """Heads; the width of queries and keys is none, because the scale depends on it."""
     q, k, v = tensors(node.args[:3])
-    found = [*leading(q, node, 2), *leading(k, v, 2), *aligned(v, -1, node, -1)]
+    relations = [*leading(q, node, 2), *leading(k, v, 2), *aligned(v, -1, node, -1)]
     for mask in tensors(node.args[3:4]):
-        found += leading(mask, node, 2)
+        relations += leading(mask, node, 2)
     heads, groups = sizes_of(q)[1], sizes_of(k)[1]
     if heads == groups:
-        return [*found, *aligned(k, 1, q, 1)]
+        return [*relations, *aligned(k, 1, q, 1)]
     index = torch.arange(heads) // (heads // groups)
-    return [*found, Tie((owner(k), 1), (owner(q), 1), index, groups)]
+    return [*relations, Tie((owner(k), 1), (owner(q), 1), index, groups)]
 
 
 def _normal(node: Node) -> list[Relation]:
@@ -162,18 +162,18 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     ends = _features(node, branch)
     inside = () if isinstance(branch.shape, EmbeddingShape) else (ends[branch.reads][1],)
     outside = [k for k in range(len(sizes_of(x))) if k not in inside]
-    found = [t for k in outside for t in aligned(x, k, node, k)]
-    held = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
+    relations = [t for k in outside for t in aligned(x, k, node, k)]
+    tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     for name in ("features", "own"):
-        held.pop(name, None)
+        tensors.pop(name, None)
     sizes = {n: shape(r) or () for n, r in node.kwargs.items()}
     read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights
-    ranks = {n: t.dim() for n, t in held.items()} | read
+    ranks = {n: t.dim() for n, t in tensors.items()} | read
     if any(len(branch.axes.get(n, ())) != rank for n, rank in ranks.items()):
-        return found
+        return relations
     if any({branch.reads, branch.writes}.intersection(branch.axes[n]) for n in read):
-        return found  # others may read that, too, so it cannot be cut with the channels
-    declared = [(n, k, a) for n in held for k, a in enumerate(branch.axes[n])]
+        return relations  # others may read that, too, so it cannot be cut with the channels
+    declared = [(n, k, a) for n in tensors for k, a in enumerate(branch.axes[n])]
     own = None if branch.features is None else branch.features.cpu() - 1
     kernel = isinstance(branch.shape, ConvolutionShape)
     for name, k, label in declared:
@@ -182,22 +182,22 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
         word = next((w for w in words if w in ends), None)
         if word is None:
             continue
-        (value, axis), size = ends[word], held[name].shape[k]
+        (value, axis), size = ends[word], tensors[name].shape[k]
         same = len(words) == 1 and sizes_of(value)[axis] == size
         if word == branch.writes and (same or (own is not None and len(words) == 1)):
-            found.append(Tie(ref, (owner(value), axis), own, size))
+            relations.append(Tie(ref, (owner(value), axis), own, size))
         elif same:
-            found.append(Tie((owner(value), axis), ref))
+            relations.append(Tie((owner(value), axis), ref))
         elif own is None and (len(words) == 2 or kernel):
-            found += _product(ref, size, words if len(words) == 2 else (word, ""), ends)
+            relations += _product(ref, size, words if len(words) == 2 else (word, ""), ends)
     if branch.reads == branch.writes and any(a == branch.reads for *_, a in declared):
         axis = ends[branch.reads][1]
-        found.append(Tie((owner(x), axis), (node, axis)))
+        relations.append(Tie((owner(x), axis), (node, axis)))
     if isinstance(branch, RowScale):
-        found += _rows(node, branch)
+        relations += _rows(node, branch)
     elif len(node.args) > 1:  # lowered: the linear is inside
-        found += _linear(node)
-    return found
+        relations += _linear(node)
+    return relations
 
 
 def _features(node: Node, branch: Branch) -> dict[str, tuple[Node, int]]:
@@ -240,7 +240,7 @@ def _key_value(node: Node, branch: KeyValue) -> list[Relation]:
     if len(sizes_of(x)) != 4:
         return []
     width = -2 if turned else -1
-    found = [t for k in (0, 1, width) for t in aligned(x, k, node, k)]
+    relations = [t for k in (0, 1, width) for t in aligned(x, k, node, k)]
     stored = [n for n, _ in branch.named_parameters() if branch.axes.get(n) == KEY_VALUE]
     shapes = {n: branch.get_parameter(n).shape for n in stored}
     if len(stored) != 2 or list(branch.axes)[number] not in shapes:
@@ -249,16 +249,16 @@ def _key_value(node: Node, branch: KeyValue) -> list[Relation]:
     ref, (_, groups, size) = f"{call.target}.{name}", shapes[name]
     heads = sizes_of(node)[1]
     index = None if heads == groups else torch.arange(heads) // (heads // groups)
-    found.append(Tie((ref, 1), (node, 1), index, groups))
-    return [*found, Tie((ref, 2), (node, width % 4), None, size)]
+    relations.append(Tie((ref, 1), (node, 1), index, groups))
+    return [*relations, Tie((ref, 2), (node, width % 4), None, size)]
 
 
 def _rows(node: Node, branch: RowScale) -> list[Relation]:
     """Rows of the weight that a row scale reads; its columns are none, because rows depend on
     all of them."""
     w, *bias = tensors(node.args[2:4])
-    found: list[Relation] = [tie(w, branch.shape.out_axis, node, branch.axis)]
-    return [*found, *(tie(b, 0, node, branch.axis) for b in bias)]
+    relations: list[Relation] = [tie(w, branch.shape.out_axis, node, branch.axis)]
+    return [*relations, *(tie(b, 0, node, branch.axis) for b in bias)]
 
 
 _RULES: tuple[tuple[frozenset[Any], Rule], ...] = (

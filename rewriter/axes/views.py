@@ -29,17 +29,17 @@ def _reshape(node: Node) -> list[Relation]:
     """Axes that a view keeps, merges or parts: those between two places up to which both shapes
     hold the same number of elements."""
     source: Any = node.args[0]
-    found: list[Relation] = []
+    relations: list[Relation] = []
     for old, new in runs(sizes_of(source), sizes_of(node)):
         if len(old) == len(new) == 1:
-            found += aligned(source, old[0], node, new[0])
+            relations += aligned(source, old[0], node, new[0])
         elif len(old) == 1 < len(new):
             parts = tuple(((owner(node), k), sizes_of(node)[k]) for k in new)
-            found.append(Grid((owner(source), old[0]), parts))
+            relations.append(Grid((owner(source), old[0]), parts))
         elif len(new) == 1 < len(old):
             parts = tuple(((owner(source), k), sizes_of(source)[k]) for k in old)
-            found.append(Grid((owner(node), new[0]), parts))
-    return found
+            relations.append(Grid((owner(node), new[0]), parts))
+    return relations
 
 
 def runs(old: Sequence[Any], new: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
@@ -94,15 +94,15 @@ def span(node: Node, size: int) -> range | None:
 def _slice(node: Node) -> list[Relation]:
     source: Any = node.args[0]
     axis = int(named_arguments(node).get("dim", 0)) % len(sizes_of(source))
-    found = [
+    relations = [
         t for k in range(len(sizes_of(node))) if k != axis for t in aligned(source, k, node, k)
     ]
     size = sizes_of(source)[axis]
     taken = span(node, size) if isinstance(size, int) else None
     if taken is not None:
         index = torch.tensor(list(taken), dtype=torch.long)
-        found.append(Tie((owner(source), axis), (node, axis), index, size))
-    return found
+        relations.append(Tie((owner(source), axis), (node, axis), index, size))
+    return relations
 
 
 def _select(node: Node) -> list[Relation]:
@@ -112,9 +112,9 @@ def _select(node: Node) -> list[Relation]:
 
 def pieces(division: Node) -> tuple[int, list[int]] | None:
     """The axis that a split, chunk or the like divides, and the sizes of its pieces."""
-    held: Any = division.meta.get("val")
+    values: Any = division.meta.get("val")
     axis = int(named_arguments(division).get("dim", 0))
-    shapes = [tuple(v.shape) for v in held or ()]
+    shapes = [tuple(v.shape) for v in values or ()]
     if not shapes or is_op(division, overloads("unbind")):
         return None
     axis %= len(shapes[0])
@@ -130,10 +130,10 @@ def piece(node: Node) -> list[Relation]:
     source = division.args[0]
     if is_op(division, overloads("unbind")):
         return without(source, node, {int(named_arguments(division).get("dim", 0))}, keep=False)
-    found = pieces(division)
-    if found is None:
+    extents = pieces(division)
+    if extents is None:
         return []
-    axis, sizes = found
+    axis, sizes = extents
     index = torch.arange(sizes[number]) + sum(sizes[:number])
     ties = [t for k in range(len(sizes_of(node))) if k != axis for t in aligned(source, k, node, k)]
     return [*ties, Tie((owner(source), axis), (node, axis), index, sum(sizes))]
@@ -142,7 +142,7 @@ def piece(node: Node) -> list[Relation]:
 def _cat(node: Node) -> list[Relation]:
     sources: Any = node.args[0]
     axis = int(named_arguments(node).get("dim", 0)) % len(sizes_of(node))
-    found: list[Relation] = []
+    relations: list[Relation] = []
     begin = 0
     for source in sources:
         size = sizes_of(source)[axis]
@@ -150,14 +150,14 @@ def _cat(node: Node) -> list[Relation]:
             begin = -1
         if begin >= 0:
             whole = sizes_of(node)[axis]
-            found.append(
+            relations.append(
                 Tie((node, axis), (owner(source), axis), torch.arange(size) + begin, whole)
             )
             begin += size
-        found += [
+        relations += [
             t for k in range(len(sizes_of(node))) if k != axis for t in aligned(source, k, node, k)
         ]
-    return found
+    return relations
 
 
 def _repeat(node: Node) -> list[Relation]:
@@ -167,12 +167,12 @@ def _repeat(node: Node) -> list[Relation]:
     if not isinstance(axis, int) or not isinstance(times, int):
         return []
     axis %= len(sizes_of(source))
-    found = without(source, node, {axis}, keep=True)
+    relations = without(source, node, {axis}, keep=True)
     size = sizes_of(source)[axis]
     if isinstance(size, int):
         index = torch.arange(size * times) // times
-        found.append(Tie((owner(source), axis), (node, axis), index, size))
-    return found
+        relations.append(Tie((owner(source), axis), (node, axis), index, size))
+    return relations
 
 
 def copies(node: Node) -> Iterator[Ref]:

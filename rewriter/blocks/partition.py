@@ -215,15 +215,15 @@ def _add_readers(
 ) -> None:
     """Takes into a layer what it needs that else reads its parameters (T5's biases of scores)."""
     owners = {i: k for k, s in sets.items() for i in s}
-    held: dict[str, list[int]] = {path: [] for path in paths.values()}
+    own: dict[str, list[int]] = {path: [] for path in paths.values()}
     for i, node in enumerate(flow.nodes):
         if _is_parameter(program.module, node):
             for path in _parents(str(node.target)):
-                held.get(path, []).append(i)
+                own.get(path, []).append(i)
     for label, path in paths.items():
         above = flow.above(sets[label])
         readers = {
-            j for i in held[path] for j in flow.after[i] if j not in owners and above >> j & 1
+            j for i in own[path] for j in flow.after[i] if j not in owners and above >> j & 1
         }
         if not readers:
             continue
@@ -282,10 +282,10 @@ def _is_random(node: Node) -> bool:
 
 
 def _ordered(
-    flow: Flow, found: Iterable[int], parts: Mapping[Part, int]
+    flow: Flow, inside: Iterable[int], parts: Mapping[Part, int]
 ) -> tuple[Part | Node, ...]:
     """Parts and other nodes, each as soon as what it needs is there, else in graph order."""
-    unit: dict[int, Part | Node] = {i: flow.nodes[i] for i in sorted(found)}
+    unit: dict[int, Part | Node] = {i: flow.nodes[i] for i in sorted(inside)}
     unit |= {flow.index[n]: part for part in parts for n in part.nodes}
     first = {one: i for i, one in unit.items()} | dict(parts)
     starts = {i: one for one, i in first.items()}

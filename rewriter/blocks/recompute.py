@@ -60,24 +60,24 @@ class Recompute:
         self.operators: list[Callable[..., Tensor]] = []
 
     def __call__(
-        self, made: Tensor, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, value: Tensor, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
-        """Keeps how `made` was computed instead of it.
+        """Keeps how `value` was computed instead of it.
 
         Args:
-            made: the value.
+            value: the value.
             place: of its operator in `operators`.
             args, kwargs: what the operator was given.
         """
-        if not (self.kept.entered and made.requires_grad):
+        if not (self.kept.entered and value.requires_grad):
             return
         sources = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        own = made.untyped_storage()._cdata
+        own = value.untyped_storage()._cdata
         if any(t.untyped_storage()._cdata == own for t in sources):
             return  # a cast that changes nothing
-        if any(t.nbytes > made.nbytes and not self.kept.replaces(t) for t in sources):
+        if any(t.nbytes > value.nbytes and not self.kept.replaces(t) for t in sources):
             return
-        self.kept.replace(made, Recipe(self.operators[place], args, kwargs))
+        self.kept.replace(value, Recipe(self.operators[place], args, kwargs))
 
     def told(self, graph: Graph) -> Graph:
         """The graph with a call behind each cheap value."""

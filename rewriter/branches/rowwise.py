@@ -134,8 +134,8 @@ def _constant(member: Branch) -> Branch:
     """A copy for inference, whose tensors are no part of a state: an artifact holds the member."""
     fixed = copy.deepcopy(member).eval()
     for module in fixed.modules():
-        held = {**module._parameters, **module._buffers}
-        for name, tensor in held.items():
+        tensors = {**module._parameters, **module._buffers}
+        for name, tensor in tensors.items():
             module._parameters.pop(name, None)
             module._buffers.pop(name, None)
             module.register_buffer(name, None if tensor is None else tensor.detach(), False)

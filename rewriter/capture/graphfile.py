@@ -269,12 +269,12 @@ def _read_constant(dtype: str, sizes: list[int], data: str) -> Tensor:
 
 
 @alone()
-def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str]) -> dict[str, Any]:
+def write_graph(gm: GraphModule, state: frozenset[str], packages: frozenset[str]) -> dict[str, Any]:
     """A captured graph as JSON.
 
     Args:
         gm: the graph, in canonical form.
-        held: names of the model's own parameters and buffers, which are not written.
+        state: names of the model's own parameters and buffers, which are not written.
         packages: libraries whose operators may be called beside ATen's.
 
     Raises:
@@ -296,7 +296,7 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
         target = _write_target(node, packages)
         if node.op == "call_module":
             modules[target] = _write_module(gm.get_submodule(target), packages)
-        elif node.op == "get_attr" and target not in held:
+        elif node.op == "get_attr" and target not in state:
             constants[target] = _write_constant(attribute(gm, target))
         trace = "\n".join(str(node.meta.get("stack_trace") or "").splitlines()[-2:])
         stack = [[k, list(v)] for k, v in (node.meta.get("nn_module_stack") or {}).items()]
@@ -319,14 +319,14 @@ def write_graph(gm: GraphModule, held: frozenset[str], packages: frozenset[str])
 
 @alone()
 def read_graph(
-    data: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
+    data: Mapping[str, Any], state: Mapping[str, tuple[Tensor, bool]], packages: frozenset[str],
     name: str, classes: Collection[str],
 ) -> CapturedModule:  # fmt: skip
     """Builds a graph that `write_graph` wrote, over a model's own tensors.
 
     Args:
         data: its JSON.
-        held: the model's parameters and buffers; True marks those in its state dict.
+        state: the model's parameters and buffers; True marks those in its state dict.
         packages: as when writing.
         name: class name of the result.
         classes: of outputs, which may be in it beside tuples, lists and dicts.
@@ -341,7 +341,7 @@ def read_graph(
     for op, title, text, args, kwargs, val, trace, stack in data["nodes"]:
         target = _read_target(op, text, packages)
         if op == "get_attr":
-            tensor, persistent = _stored(target, data["constants"], held)
+            tensor, persistent = _stored(target, data["constants"], state)
             set_attribute(root, target, tensor, not persistent)
         operands, named = decode(args, nodes), decode(kwargs, nodes)
         if not isinstance(operands, tuple) or not isinstance(named, dict):
@@ -378,11 +378,11 @@ def _read_modules(modules: Mapping[str, Any], packages: frozenset[str]) -> nn.Mo
 
 
 def _stored(
-    target: str, constants: Mapping[str, Any], held: Mapping[str, tuple[Tensor, bool]]
+    target: str, constants: Mapping[str, Any], state: Mapping[str, tuple[Tensor, bool]]
 ) -> tuple[Tensor, bool]:
     """A tensor of the model or, if it has none of the name, of the file."""
-    if target in held:
-        return held[target]
+    if target in state:
+        return state[target]
     return _read_constant(*constants[target]), True
 
 

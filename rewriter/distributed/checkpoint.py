@@ -311,8 +311,8 @@ def _random() -> Tensors:
     return states
 
 
-def _put_random(held: Tensors) -> None:
-    for name, state in held.items():
+def _put_random(states: Tensors) -> None:
+    for name, state in states.items():
         put = torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state
         put(state)
 

@@ -187,16 +187,16 @@ def gather(program: Program) -> Program:
     return base if program.origin is None else replace(_gathered(program, whole_by_id), origin=base)
 
 
-def _gathered(program: Program, made: dict[int, tuple[Any, Tensor]]) -> Program:
-    """`made`: by storage (as long as it lives), so that what programs share they go on sharing."""
+def _gathered(program: Program, wholes: dict[int, tuple[Any, Tensor]]) -> Program:
+    """`wholes`: by storage (while it lives), so that what programs share they go on sharing."""
     forked = program.fork()
     for name, parameter in list(forked.module.named_parameters(remove_duplicate=False)):
         if not is_sharded(parameter):
             continue
         sharded: Any = parameter.detach()
         part = sharded.to_local().untyped_storage()
-        if part._cdata not in made:
-            made[part._cdata] = part, whole(sharded)
-        complete = made[part._cdata][1]
+        if part._cdata not in wholes:
+            wholes[part._cdata] = part, whole(sharded)
+        complete = wholes[part._cdata][1]
         set_attribute(forked.module, name, nn.Parameter(complete, parameter.requires_grad))
     return replace(forked, origin=program.origin)

@@ -253,10 +253,10 @@ class Editor(Reading):
         branch = self.graph_module.get_submodule(path)
         remember(self.program, path)
         if isinstance(branch, KeyValue):
-            found = next(a for a in self.program.attachments if a.path == path)
-            core = self.node(self.program.sites[found.site].nodes[0])
+            attachment = next(a for a in self.program.attachments if a.path == path)
+            core = self.node(self.program.sites[attachment.site].nodes[0])
             remove_key_value(self.graph_module, core, path, branch.length)
-            rest = (a for a in self.program.attachments if a is not found)
+            rest = (a for a in self.program.attachments if a is not attachment)
             self.program.attachments = tuple(rest)
             self.graph_module.delete_submodule(path)
         else:

@@ -17,9 +17,9 @@ def clone(module: Any, memo: dict[int, Any]) -> Any:
         return memo.get(id(module))
     if not isinstance(module, nn.Module) or not _copied_plainly(type(module)):
         return copy.deepcopy(module, memo)
-    made: Any = object.__new__(type(module))
-    memo[id(module)] = made
-    own = made.__dict__
+    copied: Any = object.__new__(type(module))
+    memo[id(module)] = copied
+    own = copied.__dict__
     for name, item in vars(module).items():
         kind = type(item)
         if kind in _IMMUTABLE:
@@ -32,7 +32,7 @@ def clone(module: Any, memo: dict[int, Any]) -> Any:
             own[name] = set(item)
         else:
             own[name] = item if _is_constant(item) else copy.deepcopy(item, memo)
-    return made
+    return copied
 
 
 _IMMUTABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})

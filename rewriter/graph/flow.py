@@ -34,17 +34,17 @@ class Flow:
                 self.before[i].add(j)
                 self.after[j].add(i)
 
-    def computed(self, found: Iterable[int]) -> set[int]:
+    def computed(self, nodes: Iterable[int]) -> set[int]:
         """Without inputs, outputs and stored tensors."""
-        return {i for i in found if self.nodes[i].op not in _NOT_COMPUTED}
+        return {i for i in nodes if self.nodes[i].op not in _NOT_COMPUTED}
 
     @functools.cached_property
     def needs(self) -> list[int]:
         """By node, the places of all that it needs, itself included, as bits of a number."""
-        found: list[int] = []
+        masks: list[int] = []
         for i, before in enumerate(self.before):
-            found.append(functools.reduce(operator.or_, (found[j] for j in before), 1 << i))
-        return found
+            masks.append(functools.reduce(operator.or_, (masks[j] for j in before), 1 << i))
+        return masks
 
     def above(self, ends: Iterable[int]) -> int:
         """What any of `ends` needs, `ends` included, as bits."""
@@ -53,8 +53,8 @@ class Flow:
     def below(self, start: Iterable[int], ends: Iterable[int] | None = None) -> set[int]:
         """What needs any of `start`, `start` included; as far as any of `ends` needs it."""
         above = -1 if ends is None else self.above(ends)
-        found = {i for i in start if above >> i & 1}
-        return _reach(found, lambda i: (j for j in self.after[i] if above >> j & 1))
+        first = {i for i in start if above >> i & 1}
+        return _reach(first, lambda i: (j for j in self.after[i] if above >> j & 1))
 
     def carried(self, start: int, end: int) -> set[int]:
         """What needs more of `start` than its size, as far as `end` needs it."""
@@ -66,9 +66,9 @@ class Flow:
 
         return _reach({start}, step)
 
-    def closed(self, found: Collection[int]) -> set[int]:
-        """`found` and all that is computed on the way from one of it to another."""
-        return self.computed(self.below(found, found))
+    def closed(self, nodes: Collection[int]) -> set[int]:
+        """`nodes` and all that is computed on the way from one of it to another."""
+        return self.computed(self.below(nodes, nodes))
 
 
 def _reach(start: Iterable[int], step: Callable[[int], Iterable[int]]) -> set[int]:

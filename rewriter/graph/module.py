@@ -72,10 +72,10 @@ class CapturedModule(GraphModule):
 
     def get_submodule(self, target: str) -> nn.Module:
         """As torch's own, from the tables of children alone."""
-        found: nn.Module | None = self
+        module: nn.Module | None = self
         for part in target.split("."):
-            found = found._modules.get(part) if found is not None else None
-        return super().get_submodule(target) if found is None else found
+            module = module._modules.get(part) if module is not None else None
+        return super().get_submodule(target) if module is None else module
 
     @property
     def device(self) -> Any:
@@ -210,18 +210,18 @@ def fork_module(gm: GraphModule) -> CapturedModule:
 
 def _coded_like(source: CapturedModule, root: nn.Module) -> CapturedModule:
     """A module over a copy of a graph, and all that `root` holds, with the code that there is."""
-    made: Any = CapturedModule.__new__(CapturedModule)
-    made.__dict__.update(source.__getstate__())
-    made.__dict__.update(root.__dict__)
-    made.__dict__.update({k: type(v)() for k, v in vars(source).items() if k in _NOTES})
+    twin: Any = CapturedModule.__new__(CapturedModule)
+    twin.__dict__.update(source.__getstate__())
+    twin.__dict__.update(root.__dict__)
+    twin.__dict__.update({k: type(v)() for k, v in vars(source).items() if k in _NOTES})
     graph = copy_graph(source.graph)
-    graph.owning_module = made
-    made.__dict__["_graph"] = graph
-    kind, known = type(made), type(source)
+    graph.owning_module = twin
+    twin.__dict__["_graph"] = graph
+    kind, known = type(twin), type(source)
     kind.__name__, kind.forward, kind.__call__ = known.__name__, known.forward, known.__call__
     kind._wrapped_call = _WrappedCall(kind, None)
     _show_device(kind, root)
-    return made
+    return twin
 
 
 _NOTES = ("meta", "_replace_hooks", "_create_node_hooks", "_erase_node_hooks", "_deepcopy_hooks")
@@ -280,9 +280,9 @@ def all_read(gm: GraphModule) -> bool:
 def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str) -> CapturedModule:
     """A graph module with what a graph needs of `source`; `memo` says what stands for tensors."""
     root = _needed(source, original, memo)
-    made = CapturedModule(root, copy_graph(original), class_name=name)
-    copy_modes(source, made)
-    return made
+    rebuilt = CapturedModule(root, copy_graph(original), class_name=name)
+    copy_modes(source, rebuilt)
+    return rebuilt
 
 
 def _needed(source: nn.Module, original: Graph, memo: dict[int, Any]) -> nn.Module:
@@ -293,8 +293,8 @@ def _needed(source: nn.Module, original: Graph, memo: dict[int, Any]) -> nn.Modu
         if node.op == "call_module" and not _has(root, path):
             _place(root, path, clone(source.get_submodule(path), memo))
         elif node.op == "get_attr" and not _has(root, path):
-            held = attribute(source, path)
-            set_attribute(root, path, memo.get(id(held), held), path in transient)
+            tensor = attribute(source, path)
+            set_attribute(root, path, memo.get(id(tensor), tensor), path in transient)
     return root
 
 

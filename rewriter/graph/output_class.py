@@ -33,16 +33,16 @@ class Outputs(dict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else list(self.values())[key]
 
 
-def _flatten(held: Outputs) -> tuple[list[Any], list[str]]:
-    return list(held.values()), list(held)
+def _flatten(outputs: Outputs) -> tuple[list[Any], list[str]]:
+    return list(outputs.values()), list(outputs)
 
 
 def _unflatten(values: Iterable[Any], names: Any) -> Outputs:
     return Outputs(zip(names, values, strict=True))
 
 
-def _with_keys(held: Outputs) -> tuple[list[tuple[Any, Any]], list[str]]:
-    return [(pytree.MappingKey(k), v) for k, v in held.items()], list(held)
+def _with_keys(outputs: Outputs) -> tuple[list[tuple[Any, Any]], list[str]]:
+    return [(pytree.MappingKey(k), v) for k, v in outputs.items()], list(outputs)
 
 
 pytree.register_pytree_node(

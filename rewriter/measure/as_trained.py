@@ -56,8 +56,8 @@ def require_kept(
 
 def _kind(branch: nn.Module, call: Call, said: Collection[str]) -> Any:
     """Equal for calls of branches that run the same code; None where that cannot be told."""
-    held = {n: v for n, v in vars(branch).items() if "hook" not in n}  # those that look on
+    state = {n: v for n, v in vars(branch).items() if "hook" not in n}  # those that look on
     try:
-        return Likeness().of((type(branch), held, call.leaves, call.moving, sorted(said)))
+        return Likeness().of((type(branch), state, call.leaves, call.moving, sorted(said)))
     except IncomparableError:
         return None

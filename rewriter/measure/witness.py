@@ -83,9 +83,9 @@ class Witness:
     def _copy(self) -> _Copy:
         updated = state_tensors(self.program.module)
         gm = still(self.program, updated)
-        held = dict(gm.named_buffers()) | dict(gm.named_parameters())
-        state = {n: held[n].clone() for n in updated if n in held}
-        return _Copy(gm, held, state, has_shards(gm))
+        tensors = dict(gm.named_buffers()) | dict(gm.named_parameters())
+        state = {n: tensors[n].clone() for n in updated if n in tensors}
+        return _Copy(gm, tensors, state, has_shards(gm))
 
     @property
     def gm(self) -> CapturedModule:

@@ -31,19 +31,19 @@ def at_last_token(gm: CapturedModule, leaf: int) -> nn.Module:
     if not plain or watched or state_tensors(gm) or has_shards(gm):
         return gm
     outputs: Any = output_node(gm).args[0]
-    found = _head(gm, outputs[leaf]) if isinstance(outputs[leaf], Node) else None
-    if found is None:
+    head = _head(gm, outputs[leaf]) if isinstance(outputs[leaf], Node) else None
+    if head is None:
         return gm
-    made = sharing_module(gm, gm.graph, type(gm).__name__)
-    nodes = {n.name: n for n in made.graph.nodes}
-    inside, sources = ({nodes[n.name] for n in each} for each in found)
+    sharing = sharing_module(gm, gm.graph, type(gm).__name__)
+    nodes = {n.name: n for n in sharing.graph.nodes}
+    inside, sources = ({nodes[n.name] for n in each} for each in head)
     for source in sources:
-        with made.graph.inserting_after(source):
-            last = made.graph.call_function(ATEN.slice.Tensor, (source, 1, -1, sys.maxsize))
+        with sharing.graph.inserting_after(source):
+            last = sharing.graph.call_function(ATEN.slice.Tensor, (source, 1, -1, sys.maxsize))
         for reader in inside:
             reader.replace_input_with(source, last)
-    made.recompile()
-    return made
+    sharing.recompile()
+    return sharing
 
 
 def _head(gm: CapturedModule, logits: Node) -> tuple[set[Node], set[Node]] | None:

@@ -151,10 +151,10 @@ def _from_sizes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> in
     return 0
 
 
-def _broadcast(held: Sequence[Tensor]) -> int:
+def _broadcast(tensors: Sequence[Tensor]) -> int:
     """Elements of what a pointwise operator makes of tensors."""
-    shapes = [t.shape for t in held]
+    shapes = [t.shape for t in tensors]
     if all(shape == shapes[0] for shape in shapes):
-        return held[0].numel()
+        return tensors[0].numel()
     axes = itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
     return math.prod(max(sizes) for sizes in axes)

@@ -145,10 +145,10 @@ def _size(program: State) -> int:
 
 def _elements(program: State, site: LinearSite, weight: Weight, slope: Tensor | None) -> Tensor:
     """The importance of each element of a weight, laid out like the weight."""
-    found = adapted_weight(program, site, weight, scales=slope is None).double()
-    found = found.T if site.in_out and weight.is_dense else found
+    matrix = adapted_weight(program, site, weight, scales=slope is None).double()
+    matrix = matrix.T if site.in_out and weight.is_dense else matrix
     # dL/dW has the scales in it already: diag(o) V diag(i) * dL/d(that) = V * dL/dW.
-    return found**2 if slope is None else (found * slope).abs()
+    return matrix**2 if slope is None else (matrix * slope).abs()
 
 
 def _score(group: Channels, elements: Mapping[str, Tensor], normalise: bool) -> Tensor:
@@ -159,5 +159,5 @@ def _score(group: Channels, elements: Mapping[str, Tensor], normalise: bool) -> 
             if name in elements:
                 rows = elements[name].movedim(axis, 0).flatten(1).sum(1)
                 total.index_add_(0, labels % (group.count + 1), rows.cpu())
-    found = total[:-1][group.roots]
-    return found / found.mean() if normalise and float(found.mean()) else found
+    scores = total[:-1][group.roots]
+    return scores / scores.mean() if normalise and float(scores.mean()) else scores

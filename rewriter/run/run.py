@@ -97,9 +97,9 @@ def _step(
         started = time.perf_counter()
         with _sizes_named(program):
             plan = item.plan(program, data, sources)
-        made = apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
-        checks.end(made)
-        return made
+        result = apply_plan(program, item, plan, time.perf_counter() - started, checks=checks)
+        checks.end(result)
+        return result
     except Exception:
         checks.unmoved(item)
         raise

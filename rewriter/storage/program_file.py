@@ -262,12 +262,12 @@ def _assembled(manifest: dict[str, Any], graph: Any, tensors: dict[str, Tensor])
     )
 
 
-def _must_fit(gm: GraphModule, sites: Sites, held: dict[str, tuple[Tensor, bool]]) -> None:
+def _must_fit(gm: GraphModule, sites: Sites, state: dict[str, tuple[Tensor, bool]]) -> None:
     """ValueError unless tensors have the recorded shapes and sites name nodes of the graph."""
     names = {n.name for n in gm.graph.nodes}
-    stored = {n for n, (t, _) in held.items() if isinstance(t, nn.Parameter)}
+    stored = {n for n, (t, _) in state.items() if isinstance(t, nn.Parameter)}
     for site in sites:
-        if isinstance(site, LinearSite) and site.weight in set(held) - stored:
+        if isinstance(site, LinearSite) and site.weight in set(state) - stored:
             raise ValueError(f"the weight {site.weight} of a site is no parameter")
         if missing := [n for n in site.nodes if n not in names]:
             raise ValueError(f"the site {site.id} names the node {missing[0]}, which is missing")
@@ -276,5 +276,5 @@ def _must_fit(gm: GraphModule, sites: Sites, held: dict[str, tuple[Tensor, bool]
         if recorded is not None and tuple(attribute(gm, str(node.target)).shape) != recorded:
             raise ValueError(f"{node.target} has not the shape that the graph records")
     read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
-    if unread := sorted(set(held) - read):
+    if unread := sorted(set(state) - read):
         raise ValueError(f"the tensor {unread[0]} is read by nothing")

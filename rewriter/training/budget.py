@@ -64,18 +64,18 @@ class Sensitivity:
         self.spread: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, held: Mapping[str, Tensor]) -> None:
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
         """Takes in the gradients of one step; a parameter without one counts as unimportant.
 
         Raises:
             PassError: there are no gradients at all.
         """
-        if held and all(t.grad is None for t in held.values()):
+        if parameters and all(t.grad is None for t in parameters.values()):
             raise PassError(
                 f"{self.adapter} scores its parts by gradients, and there are none. Call "
                 "controllers.after_step(step) between optimizer.step() and optimizer.zero_grad()."
             )
-        for name, tensor in held.items():
+        for name, tensor in parameters.items():
             now = torch.zeros_like(tensor) if tensor.grad is None else (tensor * tensor.grad).abs()
             zero = torch.zeros_like(now)
             mean = self.beta1 * self.mean.get(name, zero) + (1 - self.beta1) * now
@@ -101,17 +101,17 @@ class Sensitivity:
         """What continuing needs."""
         return {"sensitivity": dict(self.mean), "uncertainty": dict(self.spread)}
 
-    def load_state_dict(self, state: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_dict` gave, for the parameters `held`.
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave, for `parameters`.
 
         Raises:
             PassError: it is of other parameters.
         """
-        given, shapes = (state["sensitivity"], state["uncertainty"]), _shapes(held)
+        given, shapes = (state["sensitivity"], state["uncertainty"]), _shapes(parameters)
         if any(g and _shapes(g) != shapes for g in given):
             raise PassError(f"{self.adapter}: the state is of other branches or ranks.")
         self.mean, self.spread = (
-            {n: t.detach().to(held[n].device, copy=True) for n, t in g.items()} for g in given
+            {n: t.detach().to(parameters[n].device, copy=True) for n, t in g.items()} for g in given
         )
 
 

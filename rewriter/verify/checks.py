@@ -119,45 +119,45 @@ class Checks:
         self.departures |= item.departures
         return measured
 
-    def _apart(self, made: Witness, item: Pass) -> tuple[Certificate, Skipped] | None:
+    def _apart(self, after: Witness, item: Pass) -> tuple[Certificate, Skipped] | None:
         """What is measured of a further adapter while the others rest, see `resting`; None where
         they may not, or where that does not show that the contract holds."""
-        paths = resting(self.program, made.program) if item.promise().kind == "identity" else []
+        paths = resting(self.program, after.program) if item.promise().kind == "identity" else []
         if self.witness is None or not paths:
             return None
-        inputs = sizes(made.program)[0]
-        if different(self.witness.outputs(inputs), made.outputs(inputs)):
+        inputs = sizes(after.program)[0]
+        if different(self.witness.outputs(inputs), after.outputs(inputs)):
             return None
         base = self.program.base
         bare = recalled(base, marks(base))
         try:
-            with silenced(made.gm, paths, only_added=True):
-                return self._measured(bare.witness, made.again(), item, paths)
+            with silenced(after.gm, paths, only_added=True):
+                return self._measured(bare.witness, after.again(), item, paths)
         except VerifyError:  # with all of them there may be more to say
             return None
         finally:
             keep(bare)
 
     def _measured(
-        self, before: Witness, made: Witness, item: Pass, rest: Collection[str] = ()
+        self, before: Witness, witness: Witness, item: Pass, rest: Collection[str] = ()
     ) -> tuple[Certificate, Skipped]:
         """The contract, and of an adapter gradients and what its initial values hide.
 
         Args:
             before: of the program that the pass was given, or of one that does the same.
-            made: of what the pass made.
+            witness: of what the pass made.
             rest: paths of the branches that rest meanwhile.
         """
-        after = made.program
+        after = witness.program
         paths = {a.path for a in after.attachments} - set(rest)
-        with watched(made, str(item), paths if rest else None):
-            certificate = certify(item.promise(), before, made)
+        with watched(witness, str(item), paths if rest else None):
+            certificate = certify(item.promise(), before, witness)
             if item.adapter is None:
                 return certificate, ()
             old = self.program.named_trainable_parameters()
             fresh = [n for n in after.named_trainable_parameters() if n not in old]
-            missing = _unreached(made, fresh, str(item))
-        with perturbed(made, fresh) as moved, watched(moved, str(item), paths if rest else None):
+            missing = _unreached(witness, fresh, str(item))
+        with perturbed(witness, fresh) as moved, watched(moved, str(item), paths if rest else None):
             added = [p for p in branches(moved, paths) if not self.program.inserts(f"{p}.")]
             said = dict.fromkeys(added, item.departures)
             inputs = sizes(after)[0]
@@ -165,15 +165,15 @@ class Checks:
         return certificate, missing
 
 
-def _unreached(made: Witness, fresh: Collection[str], what: str) -> Skipped:
+def _unreached(after: Witness, fresh: Collection[str], what: str) -> Skipped:
     """Which of the parameters that an adapter adds no gradient reaches, as (name, reason).
 
     Raises:
         VerifyError: the adapter's own doing, or nothing that it trains gets a gradient.
     """
-    if not whole_tensors(made.program):
+    if not whole_tensors(after.program):
         return ()
-    missing = unreached(made, fresh, sizes(made.program)[0], what)
+    missing = unreached(after, fresh, sizes(after.program)[0], what)
     fault = [n for n, reason in missing.items() if reason == "branch"]
     if fault:
         raise VerifyError(

@@ -177,13 +177,13 @@ def _written(
         exact = _Exact.of(old[rows])
         for action in steps:
             action(exact, rows)
-        made = after.weight[rows].detach().to(old, copy=True)
-        written.compare(made, exact.weight, exact.size, exact.slack)
+        rounded = after.weight[rows].detach().to(old, copy=True)
+        written.compare(rounded, exact.weight, exact.size, exact.slack)
         change = exact.weight - old[rows]
         learnt = learnt or bool((change.abs() > 32 * eps * exact.size).any())
-        made -= old[rows]
-        along += float((made * change).sum())
-        off += float((made - change).square().sum())
+        rounded -= old[rows]
+        along += float((rounded * change).sum())
+        off += float((rounded - change).square().sum())
         square += float(change.square().sum())
     written.require(name)
     return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
@@ -230,9 +230,9 @@ def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> V
     wide = torch.float32 if before.device.type == "mps" else torch.float64
     along = off = square = 0.0
     for rows in zip(*(t.split(_rows_of(before)) for t in (before, exact, written)), strict=True):
-        old, want, made = (t.to(wide) for t in rows)
-        along += float(((made - old) * (want - old)).sum())
-        off += float((made - want).square().sum())
+        old, want, rounded = (t.to(wide) for t in rows)
+        along += float(((rounded - old) * (want - old)).sum())
+        off += float((rounded - want).square().sum())
         square += float((want - old).square().sum())
     if off > square * (1 + 1e-5):
         raise VerifyError(

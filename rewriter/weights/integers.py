@@ -62,8 +62,8 @@ class Quantised(Format):
             options: `bits`, `group`, and `real_zeros` for zero points in floating point.
         """
         real_zeros = options.pop("real_zeros", False)
-        made = quantise(matrix, **options)
-        return cls(**vars(made._real() if real_zeros else made))
+        integers = quantise(matrix, **options)
+        return cls(**vars(integers._real() if real_zeros else integers))
 
     @property
     def said(self) -> str:
@@ -107,11 +107,11 @@ class Quantised(Format):
         return nearest(exact, replace(self, codes=pack(codes, self.bits)), fresh)
 
     def slice(self, axis: str, index: Tensor) -> Self:
-        made = super().slice(axis, index)
+        part = super().slice(axis, index)
         if axis == "out":
-            return made
-        made = replace(made, zero=self.zeros()[:, index[:: self.group] // self.group])
-        return made if self.zero.is_floating_point() else made._packed_zeros()
+            return part
+        part = replace(part, zero=self.zeros()[:, index[:: self.group] // self.group])
+        return part if self.zero.is_floating_point() else part._packed_zeros()
 
     def pack(self, layout: str) -> Self:
         """`matmulnbits` has groups of powers of two from 16 on. Other groups are cut into such
@@ -138,8 +138,8 @@ class Quantised(Format):
         scale = self.scale.repeat_interleave(repeat, 1)[:, :count].contiguous()
         zero = self.zeros().repeat_interleave(repeat, 1)[:, :count].contiguous()
         codes = pack(grouped(self.values(), group), self.bits)
-        made = replace(self, codes=codes, scale=scale, zero=zero, group=group)
-        return made if self.zero.is_floating_point() else made._packed_zeros()
+        integers = replace(self, codes=codes, scale=scale, zero=zero, group=group)
+        return integers if self.zero.is_floating_point() else integers._packed_zeros()
 
     def _real(self) -> Self:
         """With zero points in floating point."""

@@ -71,5 +71,5 @@ class OneBit(Format):
         return (signs * self.scale.unsqueeze(-1)).flatten(1)[:, : self.in_features]
 
     def replaced(self, exact: Tensor) -> Self:
-        made = type(self).packed(exact, group=self.group)
-        return replace(made, scale=made.scale.to(self.scale))
+        packed = type(self).packed(exact, group=self.group)
+        return replace(packed, scale=packed.scale.to(self.scale))

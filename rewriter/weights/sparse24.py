@@ -75,8 +75,8 @@ class Sparse24(Format):
         return whole.scatter(-1, self.places(), self.values).flatten(1)[:, : self.in_features]
 
     def replaced(self, exact: Tensor) -> Self:
-        made = type(self).packed(exact)
-        return replace(made, values=made.values.to(self.values.dtype))
+        packed = type(self).packed(exact)
+        return replace(packed, values=packed.values.to(self.values.dtype))
 
     def columns_scaled(self, factor: Tensor) -> Self:
         wide = torch.promote_types(self.values.dtype, torch.float32)
@@ -84,11 +84,11 @@ class Sparse24(Format):
         return replace(self, values=(self.values.to(wide) * each).to(self.values.dtype))
 
     def slice(self, axis: str, index: Tensor) -> Self:
-        made = super().slice(axis, index)
+        part = super().slice(axis, index)
         if axis == "out":
-            return made
+            return part
         return replace(
-            made, positions=_packed(self.places()[:, index[:: self.group] // self.group])
+            part, positions=_packed(self.places()[:, index[:: self.group] // self.group])
         )
 
 

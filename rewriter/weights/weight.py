@@ -111,11 +111,11 @@ class Weight:
         if not self.format.exact:
             said = self.format.said
             raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
-        made = replace(self, format=self.format.replaced(exact))
+        weight = replace(self, format=self.format.replaced(exact))
         lost = 0.0
         if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
-            lost = float((made.dense().to(exact.dtype) - exact).norm()) / norm
-        return made, lost
+            lost = float((weight.dense().to(exact.dtype) - exact).norm()) / norm
+        return weight, lost
 
     def with_rows(self, scale: Tensor) -> Weight:
         """Scales outputs: rows of the matrix and the bias by `scale [count * out]`."""

@@ -209,7 +209,7 @@ def _change_masks(product: Node, core: Node, change: Callable[[Node, float], Nod
 
 def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
     """Undoes `prepend_key_value`: takes the call of `path` out, and its keys out of the masks."""
-    found = _operands(gm, core)
+    attention = _operands(gm, core)
     both = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == path)
 
     def narrowed(mask: Node, _: float) -> Node:
@@ -217,18 +217,18 @@ def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> Non
         widened = isinstance(module, WidenMask) and module.length == length
         return inputs(mask)[0] if widened else mask
 
-    if found.fused:
-        query, key, held, mask, causal = operands(core)
+    if attention.fused:
+        query, key, value, mask, causal = operands(core)
         if isinstance(submodule(gm, mask), CausalMask):
             mask, causal = None, True
         elif isinstance(mask, Node):
             mask = narrowed(mask, 0.0)
-        core.args = (query, key, held, mask, causal)
+        core.args = (query, key, value, mask, causal)
     else:
-        _change_masks(found.product, core, narrowed)
+        _change_masks(attention.product, core, narrowed)
     for entry in users(both):
         entry.replace_all_uses_with(operands(both)[int(operands(entry)[1])])
         gm.graph.erase_node(entry)
     gm.graph.erase_node(both)
-    outdate(found.product)
+    outdate(attention.product)
     outdate(core)

@@ -96,12 +96,12 @@ def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
     return lost_share(old, old.to(wide) * factor.to(wide), after.dense())
 
 
-def lost_share(old: Tensor, exact: Tensor, made: Tensor) -> float:
+def lost_share(old: Tensor, exact: Tensor, rounded: Tensor) -> float:
     """The share of a tensor's change that rounding it lost; `exact` is in float32 at least."""
-    if made.dtype == exact.dtype:
+    if rounded.dtype == exact.dtype:
         return 0.0
     change = float((exact - old).norm())
-    return float((made - exact).norm()) / change if change else 0.0
+    return float((rounded - exact).norm()) / change if change else 0.0
 
 
 RULES: tuple[tuple[Pattern, Fold], ...] = (

@@ -247,10 +247,10 @@ class _Spread:
             elif bool((rows == rows[:, :1]).all()) and len(torch.unique(rows[:, 0])) > 1:
                 self._put(ref, rows[:, 0])
 
-    def _mixes(self, node: Node, found: Iterable[Relation]) -> str:
+    def _mixes(self, node: Node, relations: Iterable[Relation]) -> str:
         """Why a node does not keep the channels apart; '' if it does."""
         covered: set[Ref] = set()
-        for relation in found:
+        for relation in relations:
             if isinstance(relation, Tie):
                 covered |= {relation.a, relation.b}
                 continue

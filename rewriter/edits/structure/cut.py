@@ -267,8 +267,8 @@ def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str], packed: set[s
         return None if rows is None else int(rows.sum())
 
     if isinstance(site, SublayerSite):
-        rows = next((r for (held, _), r in left.items()
-                     if isinstance(held, Node) and held.name == site.nodes[1]), None)  # fmt: skip
+        rows = next((r for (node, _), r in left.items()
+                     if isinstance(node, Node) and node.name == site.nodes[1]), None)  # fmt: skip
         return site if rows is None else replace(site, width=int(rows.sum()))
     if getattr(site, "weight", None) not in names or isinstance(site, NormSite):
         return site
