@@ -23,6 +23,7 @@ from ..graph.aten import (
     LINEAR,
     is_op,
     named_arguments,
+    overloads,
     parameter_of,
     value,
 )
@@ -50,7 +51,8 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
     if isinstance(site, ExpertsSite):
         grouped = is_grouped(call)
-        operator = call.target if grouped and callable(call.target) else None
+        own = call.target if grouped and is_op(call, overloads("_grouped_mm")) else None
+        operator = own if callable(own) else None
         return ExpertsShape(site.experts, site.in_out, grouped, operator)
     padding = given.get("padding_idx", -1)
     padding = padding if isinstance(padding, int) and padding >= 0 else None
