@@ -3,6 +3,7 @@
     linear         y = W x                      one matrix
     embedding      y = W onehot(id)             one matrix [width, size]
     convolution    y = W patches(x)             one a group, [out / groups, in / groups * kernel]
+    transposed     y = scattered W x            the same, see `convolutions.py`
     experts        y_t = W_e(t) x_t             one an expert, [out, in]
 
 Branches see a weight as `[count * out, in]`, all matrices below one another. Their low-rank factors
@@ -15,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,8 @@ class Shape(ABC):
         return self
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random numbers, the same on every device."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
@@ -160,7 +161,7 @@ class LinearShape(Shape):
     def drawn(
         self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x = _normal((len(sizes), matrix.shape[1]), generator, sizes)
+        x = normal((len(sizes), matrix.shape[1]), generator, sizes)
         return (x * sizes[:, None]).to(matrix), {}
 
     def applied(self, x: Tensor, matrix: Tensor, **operands: Tensor) -> Tensor:
@@ -209,70 +210,6 @@ class EmbeddingShape(Shape):
 
     def widened(self, dtype: torch.dtype) -> Shape:
         return EmbeddingShape(dtype, self.padding, self.wraps)
-
-
-@dataclass(frozen=True)
-class ConvolutionShape(Shape):
-    """`x [..., in, *places]`; stored `[out, in / groups, *kernel]`.
-
-    The options are those of the call; a padding may be a word.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-
-    @property
-    def count(self) -> int:
-        return self.groups
-
-    def matrix(self, stored: Tensor) -> Tensor:
-        return stored.flatten(1)
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, *self.kernel)).contiguous()
-
-    @property
-    def _operator(self) -> Any:
-        return (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-
-    def _call(self, x: Tensor, weight: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return self._operator(x, weight.to(x.dtype), None, *options)
-
-    def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
-        """`rank` channels a group."""
-        return self._call(x, self.stored(a.flatten(0, -2)))
-
-    def widen(self, h: Tensor, b: Tensor, **operands: Tensor) -> Tensor:
-        """A convolution of kernel 1."""
-        weight = b.reshape(-1, b.shape[-1], *(1 for _ in self.kernel))
-        return self._operator(h, weight.to(h.dtype), groups=self.groups)
-
-    def along(self, vector: Tensor, values: Tensor, **operands: Tensor) -> Tensor:
-        return vector.view(-1, *(1 for _ in self.kernel))
-
-    def drawn(
-        self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        channels = matrix.shape[1] * self.groups
-        for size in self.kernel:
-            channels //= size
-        steps = zip(self.kernel, self.stride, self.dilation, strict=True)
-        places = (d * (k - 1) + s + 1 for k, s, d in steps)
-        x = _normal((len(sizes), channels, *places), generator, sizes)
-        return (x * sizes.view(-1, *(1 for _ in x.shape[1:]))).to(matrix), {}
-
-    def applied(self, x: Tensor, matrix: Tensor, **operands: Tensor) -> Tensor:
-        return self._call(x, self.stored(matrix))
-
-    def samples(self, y: Tensor) -> Tensor:
-        return y.flatten(1)
-
-    def in_groups(self, groups: int) -> ConvolutionShape:
-        return replace(self, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -343,7 +280,7 @@ class ExpertsShape(Shape):
     def drawn(
         self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x = _normal((self.experts, len(sizes), matrix.shape[1]), generator, sizes)
+        x = normal((self.experts, len(sizes), matrix.shape[1]), generator, sizes)
         x = (x * sizes[:, None]).to(matrix)
         if not self.grouped:
             return x, {}

@@ -80,8 +80,9 @@ GATHERS = overloads("index", "index_select", "gather")
 TOP = overloads("topk", "max", "argmax", "sort", "argsort")
 CONVS = overloads(
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d",
 )  # fmt: skip
-TRANSPOSED_CONVS = overloads("conv_transpose1d", "conv_transpose2d")
+TRANSPOSED_CONVS = overloads("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 SDPA = ATEN.scaled_dot_product_attention.default
 SOFTMAX = overloads("softmax", "_softmax", "_safe_softmax")
 MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATEN.baddbmm.default})

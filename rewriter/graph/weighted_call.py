@@ -13,7 +13,6 @@ from .aten import (
     CONVS,
     EMBEDDING,
     LINEAR,
-    TRANSPOSED_CONVS,
     is_op,
     named_arguments,
     operands,
@@ -22,7 +21,7 @@ from .aten import (
 )
 from .stored_call import StoredCall
 
-CONVOLUTIONS = (CONVS - TRANSPOSED_CONVS) - overloads("convolution")
+CONVOLUTIONS = CONVS - overloads("convolution")
 INDEX = overloads("index")
 
 

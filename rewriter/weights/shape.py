@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..branches.shapes import (
-    ConvolutionShape,
-    EmbeddingShape,
-    ExpertsShape,
-    LinearShape,
-    Shape,
-)
+from ..branches.convolutions import ConvolutionShape, TransposedShape
+from ..branches.shapes import EmbeddingShape, ExpertsShape, LinearShape, Shape
 from ..errors import PassError
 from ..graph.aten import (
     CASTS,
     EMBEDDING,
     LINEAR,
+    TRANSPOSED_CONVS,
     is_op,
     named_arguments,
     overloads,
@@ -48,7 +44,10 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         stride, dilation = (_each(given.get(n, 1), count) for n in ("stride", "dilation"))
         padding: Any = given.get("padding", 0)
         padding = padding if isinstance(padding, str) else _each(padding, count)
-        return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
+        options = (site.kernel, stride, padding, dilation, site.groups)
+        if not site.transposed:
+            return ConvolutionShape(*options)
+        return TransposedShape(*options, _each(given.get("output_padding", 0), count))
     if isinstance(site, ExpertsSite):
         grouped = is_grouped(call)
         own = call.target if grouped and is_op(call, overloads("_grouped_mm")) else None
@@ -79,7 +78,8 @@ def call_obstacle(site: WeightSite, calls: Sequence[Node]) -> str:
 
 def _options(call: Node) -> str:
     given: Mapping[str, Any] = named_arguments(call)
-    return str([given.get(n) for n in ("stride", "padding", "dilation", "groups")])
+    names = ("stride", "padding", "dilation", "groups", "output_padding")
+    return str([given.get(n) for n in names])
 
 
 def reads_as_stored(site: WeightSite, call: Node) -> bool:
@@ -97,9 +97,11 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
         if bool(data_index(call)) != site.left or (is_grouped(call) and not parts.operands):
             return False
         return turned(known[1]) is (site.in_out == site.left)
-    operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
-    operand: Any = value(parts.x)
-    plain = all(is_op(step, CASTS) for step in known[1])
-    if not (is_op(call, operators) and plain and isinstance(operand, Tensor)):
+    if not all(is_op(step, CASTS) for step in known[1]):
         return False
-    return isinstance(site, ConvSite) or operand.dtype in (torch.int64, torch.int32)
+    if isinstance(site, ConvSite):
+        transposed = is_op(call, TRANSPOSED_CONVS)
+        return is_op(call, CONVOLUTIONS) and transposed is site.transposed
+    ids: Any = value(parts.x)
+    is_lookup = is_op(call, INDEX | {EMBEDDING}) and isinstance(ids, Tensor)
+    return is_lookup and ids.dtype in (torch.int64, torch.int32)
