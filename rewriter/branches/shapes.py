@@ -48,6 +48,11 @@ class Shape(ABC):
         """The axis of the outputs in the stored tensor."""
         return 0
 
+    @property
+    def turned(self) -> bool:
+        """Whether formats store a row an input, so that calls can gather what they read."""
+        return False
+
     @abstractmethod
     def matrix(self, stored: Tensor) -> Tensor:
         """The stored tensor as `[count * out, in]`."""
@@ -181,6 +186,10 @@ class EmbeddingShape(Shape):
     dtype: torch.dtype
     padding: int | None = None
     wraps: bool = False
+
+    @property
+    def turned(self) -> bool:
+        return True
 
     @property
     def out_axis(self) -> int:

@@ -53,9 +53,11 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         own = call.target if grouped and is_op(call, overloads("_grouped_mm")) else None
         operator = own if callable(own) else None
         return ExpertsShape(site.experts, site.in_out, grouped, operator)
-    padding = given.get("padding_idx", -1)
-    padding = padding if isinstance(padding, int) and padding >= 0 else None
-    return EmbeddingShape(value(call).dtype, padding, wraps=not is_op(call, EMBEDDING))
+    known = value(call)
+    dtype = given["dtype"] if known is None else known.dtype
+    padding = given.get("padding_idx", None if is_op(call, INDEX) else -1)
+    id_ = padding if isinstance(padding, int) and padding >= 0 else None
+    return EmbeddingShape(dtype, id_, wraps=padding is None)
 
 
 def _each(number: Any, count: int) -> tuple[int, ...]:
