@@ -264,8 +264,14 @@ def _weight(program: Program, path: str, config: Config) -> str:
 def _site(program: Program, name: str, config: Config) -> WeightSite:
     stored = program.tensors.stored(name)
     for site in program.sites:
-        if isinstance(site, LinearSite | ConvSite) and site.weight == stored:
-            return site
+        if not isinstance(site, LinearSite | ConvSite) or site.weight != stored:
+            continue
+        if isinstance(site, ConvSite) and site.transposed:
+            raise ArtifactError(
+                f"{config.where}: {name} is of a transposed convolution, for which these files "
+                "have no form. Fold it, or use peftfx.save."
+            )
+        return site
     raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
 
 

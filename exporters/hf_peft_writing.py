@@ -152,6 +152,11 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
         b = b.permute(1, 2, 0).flatten(1)
         leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b}
     elif isinstance(site, ConvSite):
+        if site.transposed:
+            raise ArtifactError(
+                f"{part.target}: PEFT has no LoRA of transposed convolutions. Fold it, or save it "
+                "with peftfx.save."
+            )
         if a.dim() > 2:
             raise ArtifactError(
                 f"{part.target}: PEFT's factors read all groups of a convolution, and these one "

@@ -65,7 +65,9 @@ def _grouped_mm(
 def operators() -> Mapping[Any, Callable[..., Any]]:
     """A table for `torch.onnx.export(custom_translation_table=...)`, of the operators that this
     process knows."""
-    names = {"aten": "_grouped_mm", "transformers": "grouped_mm_fallback"}
+    names = {
+        "aten": "_grouped_mm", "transformers": "grouped_mm_fallback", "peftfx": "grouped_product",
+    }  # fmt: skip
     table: dict[Any, Callable[..., Any]] = {}
     for space, name in names.items():
         operator = getattr(getattr(torch.ops, space), name, None)

@@ -249,8 +249,14 @@ def _require_fit(fits: bool, where: str) -> None:
 def _site(program: Program, name: str, where: str) -> WeightSite:
     stored = program.tensors.stored(name)
     for site in program.sites:
-        if isinstance(site, LinearSite | ConvSite) and site.weight == stored:
-            return site
+        if not isinstance(site, LinearSite | ConvSite) or site.weight != stored:
+            continue
+        if isinstance(site, ConvSite) and site.transposed:
+            raise ArtifactError(
+                f"{where}: {name} is of a transposed convolution, for which these files have no "
+                "form. Fold it, or use peftfx.save."
+            )
+        return site
     raise ArtifactError(f"{where}: no call of this model multiplies by {name!r}.")
 
 

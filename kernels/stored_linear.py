@@ -1,6 +1,7 @@
 """What operators of linears over stored formats have in common: slices of rows, and registration.
 
     y = x W^T + bias,   operator(x, *parts, bias, *numbers),   dense(*parts, *numbers, size) = W
+    y = W[ids],         dense_rows(ids, *parts, *numbers, size, padding_idx, dtype)
 
 Rows of W are made a slice at a time, in forward and again in backward, so no dense weight exists as
 a whole and none is kept. Backward keeps x only if a part trains:
@@ -75,6 +76,11 @@ class StoredLinear:
         )
         _LIBRARY.define(f"{self.dense_name}({stored}, {numbers}, int size) -> Tensor")
         _LIBRARY.impl(self.dense_name, self.dense, "CompositeImplicitAutograd")
+        _LIBRARY.define(
+            f"{self.dense_name}_rows(Tensor ids, {stored}, {numbers}, int size, int? padding_idx, "
+            "ScalarType dtype) -> Tensor"
+        )
+        _LIBRARY.impl(f"{self.dense_name}_rows", self._lookup, "CompositeImplicitAutograd")
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(self.name, self._forward, key)
             _LIBRARY.impl(back, self._gradients, key)
@@ -137,6 +143,15 @@ class StoredLinear:
                 dx.addmm_(down[:, rows], self.rows(own, numbers, size, wide).to(dy.dtype))
         dbias = down.sum(0) if need_bias else dy.new_empty(0)
         return [dx.view(*dy.shape[:-1], size) if need_x else dx, *gradients, dbias]
+
+    def _lookup(self, ids: Tensor, *given: Any) -> Tensor:
+        """`[*ids, size]` of rows that are gathered as they are stored; `padding_idx` is that of
+        branches beside (none where ids may be negative, -1 for no such id)."""
+        parts = zip(self.parts, given, strict=False)
+        numbers, (size, _, dtype) = given[len(self.parts) : -3], given[-3:]
+        flat = ids.reshape(-1)
+        own = [part if name in self.shared else part[flat] for name, part in parts]
+        return self.dense(*own, *numbers, size).to(dtype).reshape(*ids.shape, size)
 
     def _forward_fake(self, x: Tensor, *given: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], given[0].shape[0]))

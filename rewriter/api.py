@@ -101,10 +101,12 @@ class Program(State):
         return export_state_dict(self, strict)
 
     def without(self, name: str) -> Self:
-        """The program without one adapter; every other adapter keeps its current values.
+        """The program without one adapter, or without the steps of a pass that inserts none (such
+        as `quantise`), rebuilt from the captured base; what is left keeps its current values.
 
         Raises:
-            PassError: there is no such adapter.
+            PassError: there is no such adapter or pass, or adapters have the shapes that the pass
+                gave them.
         """
         return without(self, name)
 

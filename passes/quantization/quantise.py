@@ -22,7 +22,7 @@ from ...kernels import codebook_linear, onebit_linear, quantised_linear, sparse2
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import LinearSite
+from ...rewriter.program.selector import select, words
 from ...rewriter.program.state import State
 
 _FORMATS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -35,6 +35,9 @@ _FORMATS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 }
 """Format -> its operator, and the usual options."""
 
+_NAMED = ("conv", "embedding", "experts")
+"""Kinds that are taken where the selector names them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Pass):
@@ -44,7 +47,9 @@ class Quantise(Pass):
         format: see above.
         group: inputs that share a scale, of whole bytes; by default 64 of a codebook, 32 of
             integers, a row of signs. Of fewer inputs, a row is one group.
-        where: which linears; of a fused weight, all parts.
+        where: which linears; of a fused weight, all parts. Convolutions, embeddings and experts
+            where it names them. Lookups gather codes; convolutions and experts multiply by the
+            dense weight, computed anew at each call.
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
@@ -70,11 +75,13 @@ class Quantise(Pass):
         return {"codebook": 4, "onebit": 1}.get(self.format, int(self.options.get("bits", 8)))
 
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
-        sites = program.sites.select(self.where, ("linear",))
-        return Plan({"sites": [site.id for site in sites]})
+        said = words(self.where)
+        kinds = ("linear", *(kind for kind in _NAMED if kind in said))
+        if not select(self.where, program.sites.items, kinds).taken:
+            kinds = ("linear", *_NAMED)
+        return Plan({"sites": [s.id for s in program.sites.select(self.where, kinds)]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         operator, _ = _FORMATS[self.format]
         for site in edit.whole(plan.decisions["sites"]):
-            if isinstance(site, LinearSite):
-                edit.quantise(site, operator, **self.options)
+            edit.quantise(site, operator, **self.options)

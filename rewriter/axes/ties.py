@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, KeyValue, RowScale
-from ..branches.shapes import ConvolutionShape, EmbeddingShape
+from ..branches.convolutions import ConvolutionShape
+from ..branches.shapes import EmbeddingShape
 from ..graph.aten import (
     ATEN,
     CASTS,

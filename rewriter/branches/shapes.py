@@ -3,6 +3,7 @@
     linear         y = W x                      one matrix
     embedding      y = W onehot(id)             one matrix [width, size]
     convolution    y = W patches(x)             one a group, [out / groups, in / groups * kernel]
+    transposed     y = scattered W x            the same, see `convolutions.py`
     experts        y_t = W_e(t) x_t             one an expert, [out, in]
 
 Branches see a weight as `[count * out, in]`, all matrices below one another. Their low-rank factors
@@ -15,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,11 @@ class Shape(ABC):
     def out_axis(self) -> int:
         """The axis of the outputs in the stored tensor."""
         return 0
+
+    @property
+    def turned(self) -> bool:
+        """Whether formats store a row an input, so that calls can gather what they read."""
+        return False
 
     @abstractmethod
     def matrix(self, stored: Tensor) -> Tensor:
@@ -131,7 +136,8 @@ class Shape(ABC):
         return self
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random numbers, the same on every device."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 
 
@@ -160,7 +166,7 @@ class LinearShape(Shape):
     def drawn(
         self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x = _normal((len(sizes), matrix.shape[1]), generator, sizes)
+        x = normal((len(sizes), matrix.shape[1]), generator, sizes)
         return (x * sizes[:, None]).to(matrix), {}
 
     def applied(self, x: Tensor, matrix: Tensor, **operands: Tensor) -> Tensor:
@@ -180,6 +186,10 @@ class EmbeddingShape(Shape):
     dtype: torch.dtype
     padding: int | None = None
     wraps: bool = False
+
+    @property
+    def turned(self) -> bool:
+        return True
 
     @property
     def out_axis(self) -> int:
@@ -212,70 +222,6 @@ class EmbeddingShape(Shape):
 
 
 @dataclass(frozen=True)
-class ConvolutionShape(Shape):
-    """`x [..., in, *places]`; stored `[out, in / groups, *kernel]`.
-
-    The options are those of the call; a padding may be a word.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    groups: int
-
-    @property
-    def count(self) -> int:
-        return self.groups
-
-    def matrix(self, stored: Tensor) -> Tensor:
-        return stored.flatten(1)
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, *self.kernel)).contiguous()
-
-    @property
-    def _operator(self) -> Any:
-        return (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-
-    def _call(self, x: Tensor, weight: Tensor) -> Tensor:
-        options = (self.stride, self.padding, self.dilation, self.groups)
-        return self._operator(x, weight.to(x.dtype), None, *options)
-
-    def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
-        """`rank` channels a group."""
-        return self._call(x, self.stored(a.flatten(0, -2)))
-
-    def widen(self, h: Tensor, b: Tensor, **operands: Tensor) -> Tensor:
-        """A convolution of kernel 1."""
-        weight = b.reshape(-1, b.shape[-1], *(1 for _ in self.kernel))
-        return self._operator(h, weight.to(h.dtype), groups=self.groups)
-
-    def along(self, vector: Tensor, values: Tensor, **operands: Tensor) -> Tensor:
-        return vector.view(-1, *(1 for _ in self.kernel))
-
-    def drawn(
-        self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        channels = matrix.shape[1] * self.groups
-        for size in self.kernel:
-            channels //= size
-        steps = zip(self.kernel, self.stride, self.dilation, strict=True)
-        places = (d * (k - 1) + s + 1 for k, s, d in steps)
-        x = _normal((len(sizes), channels, *places), generator, sizes)
-        return (x * sizes.view(-1, *(1 for _ in x.shape[1:]))).to(matrix), {}
-
-    def applied(self, x: Tensor, matrix: Tensor, **operands: Tensor) -> Tensor:
-        return self._call(x, self.stored(matrix))
-
-    def samples(self, y: Tensor) -> Tensor:
-        return y.flatten(1)
-
-    def in_groups(self, groups: int) -> ConvolutionShape:
-        return replace(self, groups=groups)
-
-
-@dataclass(frozen=True)
 class ExpertsShape(Shape):
     """A matrix an expert, stored `[experts, out, in]`, or `[experts, in, out]` with `in_out`.
 
@@ -284,9 +230,8 @@ class ExpertsShape(Shape):
     behind the last end are of no expert, and what a branch adds to them is zero.
 
     Attributes:
-        operator: the call's own `(x [rows, in], matrices [experts, in, out], ends)`, by which
-            branches multiply each row by the factors of its expert alone, where it computes in
-            their dtype; else rows meet the factors of all experts, and most of that is dropped.
+        operator: the call's own, where that is torch's, by which branches multiply on a GPU in
+            bfloat16. Elsewhere `peftfx::grouped_product` is as fast and takes every dtype.
     """
 
     experts: int
@@ -313,43 +258,21 @@ class ExpertsShape(Shape):
         stack = matrix.unflatten(0, (self.experts, -1))
         return (stack.mT if self.in_out else stack).contiguous()
 
-    def _chosen(self, rows: int, ends: Tensor) -> Tensor:
-        """Which rows are of which expert, bool `[rows, experts]`."""
-        row = torch.arange(rows, device=ends.device)[:, None]
-        starts = F.pad(ends, (1, 0))[:-1]
-        return (row >= starts) & (row < ends)
-
     def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
-        """`[rows, rank]`; without an operator for grouped rows `[rows, experts * rank]`, zero but
-        for their own, so that no size depends on the routing."""
-        if not self.grouped:
-            return x @ a.mT.to(x.dtype)
-        if self._multiplies(x):
-            return self._product(x, a, operands["ends"])
-        h = linear(x, a.flatten(0, 1)).unflatten(-1, (self.experts, -1))
-        return (h * self._chosen(x.shape[0], operands["ends"])[..., None]).flatten(-2)
+        return self._product(x, a, **operands)
 
     def widen(self, h: Tensor, b: Tensor, **operands: Tensor) -> Tensor:
-        if self.grouped and self._multiplies(h):
-            return self._product(h, b, operands["ends"])
-        return h @ b.mT.to(h.dtype) if not self.grouped else h @ b.mT.flatten(0, 1).to(h.dtype)
+        return self._product(h, b, **operands)
 
-    @property
-    def _torchs(self) -> bool:
-        """Whether the operator is torch's own, which is traced in bfloat16 only."""
-        return "_grouped_mm" in str(self.operator)
-
-    def _multiplies(self, x: Tensor) -> bool:
-        return self.operator is not None and (not self._torchs or x.dtype == torch.bfloat16)
-
-    def _product(self, x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    def _product(self, x: Tensor, matrices: Tensor, **operands: Tensor) -> Tensor:
         """Each row times the matrix `[out, in]` of its expert."""
-        if self.operator is None:
-            raise TypeError("there is no operator for grouped rows.")
-        out, size = matrices.shape[1:]
         matrices = matrices.to(x.dtype)
-        if not self._torchs:
-            return self.operator(x, matrices.mT, ends)
+        if not self.grouped:
+            return x @ matrices.mT
+        ends = operands["ends"]
+        if self.operator is None or not x.is_cuda or x.dtype != torch.bfloat16:
+            return torch.ops.peftfx.grouped_product(x, matrices.mT, ends)
+        out, size = matrices.shape[1:]
         step = 16 // x.dtype.itemsize  # it asks for rows of 16 bytes, and leaves others undefined
         own = torch.arange(x.shape[0], device=x.device)[:, None] < ends[-1]
         x = F.pad(torch.where(own, x, 0.0), (0, -size % step))
@@ -366,7 +289,7 @@ class ExpertsShape(Shape):
     def drawn(
         self, matrix: Tensor, sizes: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x = _normal((self.experts, len(sizes), matrix.shape[1]), generator, sizes)
+        x = normal((self.experts, len(sizes), matrix.shape[1]), generator, sizes)
         x = (x * sizes[:, None]).to(matrix)
         if not self.grouped:
             return x, {}

@@ -36,6 +36,7 @@ from ..program.tensors import Tensors
 from ..program.trained import chosen, train_only
 from ..sites.discover import discover
 from ..tracing.canonical import canonicalize
+from ..tracing.contraction import plain_products
 from ..tracing.guards import Sizes, read_sizes
 from ..tracing.tracing import check_model, export, unwrapped
 from ..tracing.training import draws, part_modes, writes
@@ -175,6 +176,7 @@ def _canonical(
     """A plain module with the exported graph in canonical form and its modes restored."""
     gm = exported.module(check_guards=False)
     canonicalize(gm, aliases)
+    plain_products(gm)
     restore_modes(gm)
     gm.graph._tracer_cls = None
     captured = CapturedModule(gm, gm.graph, class_name=name)

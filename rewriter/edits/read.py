@@ -21,6 +21,7 @@ from ..program.sites import (
     WeightSite,
 )
 from ..program.state import BRANCHES
+from ..weights.weight import stored_site
 from .attention.keyvalue import key_value_widths
 from .calls.attach import Attaching
 from .calls.call import Value, given, latest
@@ -40,7 +41,7 @@ class Reading(Attaching):
 
     _axes: NamedAxes | None = None
 
-    def whole(self, ids: Sequence[str]) -> list[LinearSite]:
+    def whole(self, ids: Sequence[str]) -> list[WeightSite]:
         """A site for each stored weight that the named sites have all of; reports the others."""
         return whole_weights(self, ids)
 
@@ -50,11 +51,12 @@ class Reading(Attaching):
 
     def table(self, site: EmbeddingSite) -> Tensor:
         """The embedding table of a site, `[size, width]`."""
-        return self.graph_module.get_parameter(site.weight)
+        return self.stored(site.weight)
 
     def stored(self, name: str) -> Tensor:
-        """A parameter of the base by name."""
-        return self.graph_module.get_parameter(name)
+        """A parameter of the base by name; of a weight in few bits what it stands for."""
+        packed = stored_site(self.program, name)
+        return self.weight(packed).tensor() if packed else self.graph_module.get_parameter(name)
 
     def is_parameter(self, name: str) -> bool:
         """Whether a tensor of the base is a floating-point parameter."""

@@ -80,8 +80,9 @@ GATHERS = overloads("index", "index_select", "gather")
 TOP = overloads("topk", "max", "argmax", "sort", "argsort")
 CONVS = overloads(
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d",
 )  # fmt: skip
-TRANSPOSED_CONVS = overloads("conv_transpose1d", "conv_transpose2d")
+TRANSPOSED_CONVS = overloads("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 SDPA = ATEN.scaled_dot_product_attention.default
 SOFTMAX = overloads("softmax", "_softmax", "_safe_softmax")
 MATMULS = frozenset({ATEN.matmul.default, ATEN.bmm.default, ATEN.mm.default, ATEN.baddbmm.default})
@@ -228,14 +229,20 @@ def expression_of(node: object) -> str | None:
     return node.meta.get("expression") if isinstance(node, Node) else None
 
 
+def dense_of(node: object) -> str | None:
+    """The stored tensor's path if `node` is that tensor, computed from parts that a format has."""
+    return node.meta.get("dense") if isinstance(node, Node) else None
+
+
 def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] | None:
     """Follows views, casts and slices from `node` to a stored tensor: its path and the ops.
 
-    An expression of a stored tensor counts as that tensor.
+    An expression of a stored tensor counts as that tensor, and so does one computed from parts.
     """
     steps: list[Node] = []
     while isinstance(node, Node) and depth:
-        path = str(node.target) if node.op == "get_attr" else expression_of(node)
+        path = expression_of(node) or dense_of(node)
+        path = str(node.target) if node.op == "get_attr" else path
         if path is not None:
             return path, tuple(reversed(steps))
         if not (is_op(node, VIEWS) or is_op(node, SLICES)):
@@ -247,8 +254,8 @@ def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] |
 
 
 def strip(node: Node, through: frozenset[Any]) -> Node:
-    """Walks up through single-input ops in `through`."""
-    while is_op(node, through) and isinstance(node.args[0], Node):
+    """Walks up through single-input ops in `through`, and into no stored tensor."""
+    while is_op(node, through) and isinstance(node.args[0], Node) and dense_of(node) is None:
         node = node.args[0]
     return node
 

@@ -13,16 +13,15 @@ from .aten import (
     CONVS,
     EMBEDDING,
     LINEAR,
-    TRANSPOSED_CONVS,
     is_op,
     named_arguments,
     operands,
     overloads,
     parameter_of,
 )
-from .stored_call import StoredCall
+from .stored_call import Lookup, Stored, StoredCall, Unpacked
 
-CONVOLUTIONS = (CONVS - TRANSPOSED_CONVS) - overloads("convolution")
+CONVOLUTIONS = CONVS - overloads("convolution")
 INDEX = overloads("index")
 
 
@@ -35,14 +34,14 @@ class WeightedCall:
         weight: what it multiplies by; of a stored format its first part.
         bias: or None.
         operands: what else its branches read, by name, see `branches/shapes.Shape`.
-        stored: the whole call where the weight is stored in a format of ours.
+        stored: what the call's own operator reads where that is one of a stored format.
     """
 
     x: Any
     weight: Any
     bias: Any = None
     operands: Mapping[str, Node] = field(default_factory=dict[str, Node])
-    stored: StoredCall | None = None
+    stored: Stored | None = None
 
     @staticmethod
     def of(node: Node) -> WeightedCall | None:
@@ -50,6 +49,8 @@ class WeightedCall:
         if (stored := StoredCall.of(node)) is not None:
             weight = next(iter(stored.parts.values()))
             return WeightedCall(stored.x, weight, stored.bias, stored=stored)
+        if (lookup := Lookup.of(node)) is not None:
+            return WeightedCall(lookup.ids, next(iter(lookup.parts.values())), stored=lookup)
         parts = linear_parts(node)
         if parts is not None:
             return WeightedCall(*parts)
@@ -70,6 +71,15 @@ class WeightedCall:
             known = {"ends": ends} if isinstance(ends, Node) else {}
             return WeightedCall(x, weight, given.get("bias"), known)
         return None
+
+
+def stored_of(call: Node | None) -> Stored | None:
+    """The stored format of what a call multiplies by, read by its operator or as a value; None
+    where that is a dense tensor."""
+    parts = None if call is None else WeightedCall.of(call)
+    if parts is None:
+        return None
+    return parts.stored or Unpacked.below(parts.weight)
 
 
 def is_grouped(node: object) -> bool:

@@ -25,6 +25,7 @@ from ..graph.aten import (
     users,
 )
 from ..graph.sharded import is_sharded
+from ..graph.stored_call import Unpacked
 
 if TYPE_CHECKING:
     from .state import State
@@ -43,8 +44,8 @@ class Reader:
     """A node that computes with a stored tensor.
 
     Attributes:
-        node: neither a view nor an expression of it.
-        through: the views, slices and expressions between the stored tensor and the node.
+        node: neither a view nor an expression of it, nor the dense value of a part.
+        through: the views, slices, values and expressions between the stored tensor and the node.
     """
 
     node: Node
@@ -117,7 +118,8 @@ def _below(stored: Node) -> list[Reader]:
     while stack:
         node, through = stack.pop()
         for user in users(node):
-            if is_op(user, VIEWS) or is_op(user, SLICES) or expression_of(user) is not None:
+            laid_out = is_op(user, VIEWS) or is_op(user, SLICES) or Unpacked.of(user) is not None
+            if laid_out or expression_of(user) is not None:
                 stack.append((user, (*through, user)))
             else:
                 below.append(Reader(user, through))

@@ -314,13 +314,10 @@ class ConvSite(WeightSite):
     def inputs(self) -> int:
         return self.channels[0]
 
-    @property
-    def obstacle(self) -> str:
-        return "a transposed convolution has no matrix by output channel" if self.transposed else ""
-
     def describe(self) -> str:
         size = "x".join(str(k) for k in self.kernel)
-        text = f"{self.channels[0]} -> {self.channels[1]}, kernel {size}"
+        kind = "transposed, " if self.transposed else ""
+        text = f"{kind}{self.channels[0]} -> {self.channels[1]}, kernel {size}"
         return text + (f", {self.groups} groups" if self.groups > 1 else "")
 
 

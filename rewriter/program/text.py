@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..graph.aten import attribute, submodule, value
-from ..graph.stored_call import StoredCall
+from ..graph.stored_call import Lookup, StoredCall, Unpacked
 from ..inputs.spec import short_type
 from .state import State
 
@@ -154,8 +154,12 @@ def _size(program: State) -> tuple[int, int]:
 
 def _stored_entries(gm: GraphModule) -> int:
     """How many numbers the weights have that are stored in formats of ours."""
-    calls = filter(None, map(StoredCall.of, gm.graph.nodes))
-    return sum({call.weight: call.entries for call in calls}.values())
+    entries: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        read = StoredCall.of(node) or Lookup.of(node) or Unpacked.of(node)
+        if read is not None:
+            entries[read.weight] = read.entries
+    return sum(entries.values())
 
 
 def diff_text(before: State, after: State) -> str:

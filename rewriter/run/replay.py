@@ -21,9 +21,18 @@ from .run import apply_plan, complete
 
 
 def replay_steps(
-    program: AnyProgram, adapters: Sequence[str] | None = None, kept: bool = True
+    program: AnyProgram,
+    adapters: Sequence[str] | None = None,
+    kept: bool = True,
+    left_out: str = "",
 ) -> Iterator[tuple[Record, AnyProgram, AnyProgram]]:
     """Rebuilds a program from its base, step by step, with its current values.
+
+    Args:
+        program: what to rebuild.
+        adapters: which ones; all by default.
+        kept: every step is a program of its own.
+        left_out: a pass that inserts no adapter, whose steps are not replayed.
 
     Yields (record, before, after); `after` of an inserting pass holds freshly initialised
     branches as far as its certificate goes, and the current values from the next step on.
@@ -31,7 +40,8 @@ def replay_steps(
     """
     names = program.adapters if adapters is None else tuple(adapters)
     current = _begin(program) if kept else _begin(program).fork()
-    kept_plans = ((i, r, _kept(r, names)) for i, r in enumerate(program.history))
+    records = [(i, r) for i, r in enumerate(program.history) if not _is_of(r, left_out)]
+    kept_plans = ((i, r, _kept(r, names)) for i, r in records)
     steps = [(i, r, plan) for i, r, plan in kept_plans if plan is not None]
     other = undone(program, [(i, plan) for i, _, plan in steps])
     for index, (place, record, plan) in enumerate(steps):
@@ -81,13 +91,18 @@ def _kept(record: Record, names: Sequence[str]) -> Plan | None:
     return replace(plan, decisions=decisions)
 
 
+def _is_of(record: Record, name: str) -> bool:
+    """Whether a step is one of a pass that inserts no adapter."""
+    return record.adapter is None and record.applied.text == name
+
+
 @outside_inference
-def replay(program: AnyProgram, adapters: Sequence[str]) -> AnyProgram:
+def replay(program: AnyProgram, adapters: Sequence[str], left_out: str = "") -> AnyProgram:
     """The program with only the given adapters, rebuilt from its base without random choices."""
     require_owned(program)
     require_unchanged(program)
     current = _begin(program).fork()
-    for _, _, after in replay_steps(program, adapters, kept=False):
+    for _, _, after in replay_steps(program, adapters, kept=False, left_out=left_out):
         current = after
     complete(current)
     copy_modes(program.module, current.module)
@@ -102,16 +117,33 @@ def only(program: AnyProgram, names: Sequence[str]) -> AnyProgram:
 
 def without(program: AnyProgram, name: str) -> AnyProgram:
     """See `Program.without`."""
-    _require_known(program, (name,))
+    if name not in program.adapters and any(_is_of(r, name) for r in program.history):
+        _require_no_other_shapes(program, name)
+        return replay(program, program.adapters, left_out=name)
+    _require_known(program, (name,), [r.applied.text for r in program.history if not r.adapter])
     return replay(program, [a for a in program.adapters if a != name])
 
 
-def _require_known(program: State, names: Sequence[str]) -> None:
+def _require_no_other_shapes(program: State, name: str) -> None:
+    """Raises PassError if adapters have the shapes that the steps of a pass gave them."""
+    steps = [i for i, r in enumerate(program.history) if _is_of(r, name)]
+    last = program.history[steps[-1]]
+    earlier = [r.adapter for r in program.history[: steps[-1]] if r.adapter is not None]
+    later = [r.adapter for r in program.history[steps[0] :] if r.adapter is not None]
+    if last.applied.reshapes and (adapters := list(dict.fromkeys([*earlier, *later]))):
+        raise PassError(
+            f"{last.text} gave other shapes to what {', '.join(adapters)} train, so their values "
+            "are none without it. Leave these adapters out first, or keep the program from before."
+        )
+
+
+def _require_known(program: State, names: Sequence[str], passes: Sequence[str] = ()) -> None:
     for name in names:
         if name not in program.adapters:
+            also = f" Other passes: {', '.join(dict.fromkeys(passes))}." if passes else ""
             raise PassError(
                 f"there is no adapter {name!r}. Adapters: {', '.join(program.adapters) or 'none'}; "
-                f"nearest: {nearest(name, program.adapters)}."
+                f"nearest: {nearest(name, [*program.adapters, *passes])}.{also}"
             )
 
 

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..branches.shapes import (
-    ConvolutionShape,
-    EmbeddingShape,
-    ExpertsShape,
-    LinearShape,
-    Shape,
-)
+from ..branches.convolutions import ConvolutionShape, TransposedShape
+from ..branches.shapes import EmbeddingShape, ExpertsShape, LinearShape, Shape
 from ..errors import PassError
 from ..graph.aten import (
     CASTS,
     EMBEDDING,
     LINEAR,
+    TRANSPOSED_CONVS,
     is_op,
     named_arguments,
+    overloads,
     parameter_of,
     value,
 )
@@ -47,14 +44,20 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         stride, dilation = (_each(given.get(n, 1), count) for n in ("stride", "dilation"))
         padding: Any = given.get("padding", 0)
         padding = padding if isinstance(padding, str) else _each(padding, count)
-        return ConvolutionShape(site.kernel, stride, padding, dilation, site.groups)
+        options = (site.kernel, stride, padding, dilation, site.groups)
+        if not site.transposed:
+            return ConvolutionShape(*options)
+        return TransposedShape(*options, _each(given.get("output_padding", 0), count))
     if isinstance(site, ExpertsSite):
         grouped = is_grouped(call)
-        operator = call.target if grouped and callable(call.target) else None
+        own = call.target if grouped and is_op(call, overloads("_grouped_mm")) else None
+        operator = own if callable(own) else None
         return ExpertsShape(site.experts, site.in_out, grouped, operator)
-    padding = given.get("padding_idx", -1)
-    padding = padding if isinstance(padding, int) and padding >= 0 else None
-    return EmbeddingShape(value(call).dtype, padding, wraps=not is_op(call, EMBEDDING))
+    known = value(call)
+    dtype = given["dtype"] if known is None else known.dtype
+    padding = given.get("padding_idx", None if is_op(call, INDEX) else -1)
+    id_ = padding if isinstance(padding, int) and padding >= 0 else None
+    return EmbeddingShape(dtype, id_, wraps=padding is None)
 
 
 def _each(number: Any, count: int) -> tuple[int, ...]:
@@ -77,7 +80,8 @@ def call_obstacle(site: WeightSite, calls: Sequence[Node]) -> str:
 
 def _options(call: Node) -> str:
     given: Mapping[str, Any] = named_arguments(call)
-    return str([given.get(n) for n in ("stride", "padding", "dilation", "groups")])
+    names = ("stride", "padding", "dilation", "groups", "output_padding")
+    return str([given.get(n) for n in names])
 
 
 def reads_as_stored(site: WeightSite, call: Node) -> bool:
@@ -95,9 +99,11 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
         if bool(data_index(call)) != site.left or (is_grouped(call) and not parts.operands):
             return False
         return turned(known[1]) is (site.in_out == site.left)
-    operators = CONVOLUTIONS if isinstance(site, ConvSite) else INDEX | {EMBEDDING}
-    operand: Any = value(parts.x)
-    plain = all(is_op(step, CASTS) for step in known[1])
-    if not (is_op(call, operators) and plain and isinstance(operand, Tensor)):
+    if not all(is_op(step, CASTS) for step in known[1]):
         return False
-    return isinstance(site, ConvSite) or operand.dtype in (torch.int64, torch.int32)
+    if isinstance(site, ConvSite):
+        transposed = is_op(call, TRANSPOSED_CONVS)
+        return is_op(call, CONVOLUTIONS) and transposed is site.transposed
+    ids: Any = value(parts.x)
+    is_lookup = is_op(call, INDEX | {EMBEDDING}) and isinstance(ids, Tensor)
+    return is_lookup and ids.dtype in (torch.int64, torch.int32)

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch, InputScale, OutputScale
+from ..branches.branch import Branch, Expression, InputScale, OutputScale
 from ..branches.shapes import Shape
 from ..errors import FoldError, MetaTensorError, NonFiniteError
 from ..graph.aten import attribute, set_attribute, value
 from ..graph.flow import site_nodes
 from ..graph.sharded import is_sharded, placed_like, whole
-from ..graph.stored_call import StoredCall
+from ..graph.weighted_call import stored_of
 from ..measure.compare import all_finite
-from ..program.sites import LinearSite, WeightSite
+from ..program.sites import EmbeddingSite, WeightSite
 from ..program.state import State
 from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
 from .certificate import Matrix
@@ -53,9 +54,14 @@ class Weight:
         return isinstance(self.format, Dense)
 
     @property
+    def turned(self) -> bool:
+        """Whether the format stores `[in, out]`."""
+        return self.shape.turned and not self.is_dense
+
+    @property
     def out_features(self) -> int:
         """Outputs of one matrix: rows of `dense()`, or a part of them where it is a stack."""
-        return self.format.rows // self.shape.count
+        return (self.format.columns if self.turned else self.format.rows) // self.shape.count
 
     @property
     def device(self) -> torch.device:
@@ -64,11 +70,29 @@ class Weight:
 
     def dense(self) -> Tensor:
         """The matrix as `[out, in]`, a stack of them as `[count * out, in]`."""
-        return self.format.dense().to(self.dtype)
+        return self._matrix().to(self.dtype)
+
+    def _matrix(self) -> Tensor:
+        dense = self.format.dense()
+        return dense.mT if self.turned else dense
+
+    def tensor(self) -> Tensor:
+        """The same laid out as the model does."""
+        return self.shape.stored(self.dense())
+
+    def in_format(self, kind: type[Format], **options: Any) -> Weight:
+        """The same matrix in another format.
+
+        Args:
+            options: the format's own, see its `packed`.
+        """
+        dense = self.dense()
+        packed = kind.packed(dense.mT if self.shape.turned else dense, **options)
+        return replace(self, format=packed)
 
     def matrix(self) -> Matrix:
         """What a check of folding compares."""
-        dense = self.format.dense()
+        dense = self._matrix()
         return Matrix(dense, self.bias, self.format.dtype, roundings=0 if self.is_dense else 2)
 
     @property
@@ -87,10 +111,16 @@ class Weight:
 
     def refuses(self, branch: Branch) -> str:
         """Why a branch cannot fold into this storage without loss; empty if it can."""
-        scales = isinstance(branch, OutputScale)
-        scales = scales or (isinstance(branch, InputScale) and self.format.own_columns)
+        by_row, by_column = (InputScale, OutputScale) if self.turned else (OutputScale, InputScale)
+        scales = isinstance(branch, by_row)
+        scales = scales or (isinstance(branch, by_column) and self.format.own_columns)
         if self.format.exact or scales:
             return ""
+        if isinstance(branch, Expression):
+            return (
+                f"the weight is stored in {self.format.said}, which hold no other value of single "
+                "entries. Keep the expression, or say fold{lossy=true}"
+            )
         return (
             f"the weight is stored in {self.format.said}, and rounding to them again would "
             "lose most of what the branch learnt. Keep the branch beside it, fold it before the "
@@ -111,25 +141,33 @@ class Weight:
         if not self.format.exact:
             said = self.format.said
             raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
-        weight = replace(self, format=self.format.replaced(exact))
+        weight = self.packed_again(exact)
         lost = 0.0
         if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
             lost = float((weight.dense().to(exact.dtype) - exact).norm()) / norm
         return weight, lost
 
+    def packed_again(self, exact: Tensor) -> Weight:
+        """Stores another matrix `[out, in]` in the same way, see `Format.replaced`."""
+        return replace(self, format=self.format.replaced(exact.mT if self.turned else exact))
+
     def with_rows(self, scale: Tensor) -> Weight:
         """Scales outputs: rows of the matrix and the bias by `scale [count * out]`."""
-        return replace(self, format=self.format.rows_scaled(scale), bias=self.scaled_bias(scale))
+        form = self.format
+        form = form.columns_scaled(scale[None]) if self.turned else form.rows_scaled(scale)
+        return replace(self, format=form, bias=self.scaled_bias(scale))
 
     def with_columns(self, scale: Tensor) -> Weight:
         """Scales inputs: columns of the matrix by a scale, see `Shape.columns`."""
+        if self.turned:
+            return replace(self, format=self.format.rows_scaled(scale))
         factor = self.shape.columns(scale, self.format.dense())
         return replace(self, format=self.format.columns_scaled(factor))
 
     def unpacked(self) -> Weight:
         """The same as one tensor, in which every branch folds; in float32 at least."""
         wide = torch.promote_types(self.format.dtype, torch.float32)
-        return replace(self, format=Dense(self.format.dense().to(wide)), dtype=wide)
+        return replace(self, format=Dense(self._matrix().to(wide)), dtype=wide)
 
     def scaled_bias(self, scale: Tensor) -> Tensor | None:
         """The bias times `scale [out]`, rounded once."""
@@ -195,13 +233,12 @@ def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weigh
         PassError: no branch can stand beside the call.
     """
     bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
-    shape, stored = shape_of(site, call), StoredCall.of(call)
-    if stored is not None and isinstance(site, LinearSite):
+    shape, stored = shape_of(site, call), stored_of(call)
+    if stored is not None:
         parts = {
             n: whole(attribute(module, str(p.target))).detach() for n, p in stored.parts.items()
         }
-        kind = format_of(stored.operator)
-        form = kind(**parts, **stored.numbers, in_features=site.in_features)  # pyright: ignore[reportCallIssue]
+        form = format_of(stored.operator)(**parts, **stored.numbers, in_features=columns_of(site))  # pyright: ignore[reportCallIssue]
         known = value(call)  # none while sizes change
         dtype = form.dtype if known is None else known.dtype
     else:
@@ -211,6 +248,12 @@ def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weigh
         module=module, name=site.weight, bias_name=site.bias, bias=bias, shape=shape, format=form,
         dtype=dtype,
     )  # fmt: skip
+
+
+def columns_of(site: WeightSite) -> int:
+    """How many columns a stored format of the site's matrices has."""
+    _, out, size = site.matrices
+    return out if isinstance(site, EmbeddingSite) else size
 
 
 def weights_at(program: State, sites: Iterable[WeightSite]) -> dict[str, Weight]:
@@ -224,19 +267,27 @@ def stored_calls(program: State) -> dict[str, Node]:
     nodes = site_nodes(program.module)
     calls: dict[str, Node] = {}
     for site in program.sites:
-        call = nodes.get(site.nodes[0])
-        if isinstance(site, LinearSite) and call is not None and StoredCall.of(call) is not None:
+        call = nodes.get(site.nodes[0]) if isinstance(site, WeightSite) else None
+        if isinstance(site, WeightSite) and call is not None and stored_of(call) is not None:
             calls[site.weight] = call
     return calls
+
+
+def stored_site(program: State, name: str) -> WeightSite | None:
+    """A site of a weight that is stored in a format of ours; None where it is a dense tensor."""
+    if name not in stored_calls(program):
+        return None
+    sites = (s for s in program.sites if isinstance(s, WeightSite))
+    return next((s for s in sites if s.weight == name), None)
 
 
 def stored_weights(program: State) -> dict[str, Weight]:
     """The weights that are stored in a format of ours, by name."""
     packed = stored_calls(program)
-    linears = (s for s in program.sites if isinstance(s, LinearSite))
-    return weights_at(program, [s for s in linears if s.weight in packed])
+    sites = (s for s in program.sites if isinstance(s, WeightSite) and s.weight in packed)
+    return weights_at(program, sites)
 
 
 def dense_weights(program: State) -> dict[str, Tensor]:
     """The weights stored in a format of ours as dense ones, laid out as the model does, by name."""
-    return {n: w.shape.stored(w.dense()) for n, w in stored_weights(program).items()}
+    return {n: w.tensor() for n, w in stored_weights(program).items()}

@@ -16,14 +16,14 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
-from ...graph.aten import erase_dead, parameter_of, set_attribute
+from ...graph.aten import dense_of, erase_dead, expression_of, parameter_of, set_attribute
 from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...measure.compare import all_finite
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers
-from ...program.sites import LinearSite, WeightSite
+from ...program.sites import WeightSite
 from ...program.state import State
 from ...weights.certificate import (
     Matrix,
@@ -120,8 +120,12 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     site = edit.program.sites[group[0].site]
     if not (
         result.lossy
-        and isinstance(site, LinearSite)
-        and any(edit.weight(site).refuses(branch) for branch in branches.values())
+        and isinstance(site, WeightSite)
+        and any(
+            edit.weight(site).refuses(branches[a.path])
+            for a in group
+            if _changes(edit, a, site.weight)
+        )
     ):
         _fold_exactly(edit, group, branches, tied, result)
         return
@@ -131,6 +135,12 @@ def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result:
     result.of(edit.program).refresh()
     if done is not None:
         result.packed_again(site.id, *done)
+
+
+def _changes(edit: Attaching, attachment: Attachment, weight: str) -> bool:
+    """Whether a branch of a site changes the weight: an expression may be of its bias."""
+    calls = edit.graph_module.graph.find_nodes(op="call_module", target=attachment.path)
+    return any(expression_of(call) in (None, weight) for call in calls)
 
 
 def _fold_exactly(
@@ -307,6 +317,9 @@ def _fold_expression(
     call = next(n for n in gm.graph.nodes if n.target == attachment.path)
     name = str(call.meta["expression"])
     source = call.args[0]
+    site = edit.program.sites[attachment.site]
+    if dense_of(source) == name and isinstance(site, WeightSite):
+        return f"not foldable: {edit.weight(site).refuses(branch)}"
     if not isinstance(source, Node) or source.op != "get_attr":
         return "another expression that does not fold stands between it and the stored tensor"
     old = gm.get_parameter(name)

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from ...graph.aten import attribute, set_attribute
-from ...program.sites import LinearSite
+from ...program.sites import WeightSite
 from ...weights.certificate import Verdict, check_packed
 from ..calls.attach import Attaching
 from ..linear.compose import compose
-from ..linear.quantise import store_as
+from ..linear.forms import store_as
 
 
 def while_unpacked(
-    edit: Attaching, site: LinearSite, fold: Callable[[], None], first: frozenset[str]
+    edit: Attaching, site: WeightSite, fold: Callable[[], None], first: frozenset[str]
 ) -> tuple[Verdict, str] | None:
     """Runs `fold` while the weight of a site is one dense tensor, so that the rules and checks are
     those of any weight, and stores the result in the format of before.
@@ -40,8 +40,8 @@ def while_unpacked(
     folded = edit.weight(site)
     exact = folded.dense()
     changed = not torch.equal(exact, before)
-    form = weight.format.replaced(exact) if changed else weight.format
-    store_as(edit, site, replace(folded, format=form, dtype=weight.dtype))
+    packed = weight.packed_again(exact) if changed else weight
+    store_as(edit, site, replace(folded, format=packed.format, dtype=weight.dtype))
     for name, old in stored.items():
         if not changed:
             set_attribute(gm, name, old, transient=False)
@@ -49,5 +49,5 @@ def while_unpacked(
             gm.get_parameter(name).requires_grad_(old.requires_grad)
     if not changed:
         return None
-    verdict = check_packed(site.id, before, exact, form.dense())
-    return verdict, verdict.said(form.said)
+    verdict = check_packed(site.id, before, exact, packed.dense())
+    return verdict, verdict.said(packed.format.said)

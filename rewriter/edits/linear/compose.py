@@ -24,12 +24,12 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.flow import site_nodes
-from ...graph.stored_call import StoredCall
+from ...graph.stored_call import Stored
 from ...graph.weighted_call import WeightedCall, redirect
 from ...program.history import Attachment
 from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
-from ...weights.weight import Weight
+from ...weights.weight import Weight, columns_of
 
 ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
 
@@ -164,12 +164,12 @@ class _Chain:
         name, args = f"{str(update.target).replace('.', '_')}_add", (tail, update)
         return self._emit("call_function", ATEN.add.Tensor, args, {}, name, (update, None), tail)
 
-    def dense(self, stored: StoredCall, site: Any) -> Node:
+    def dense(self, stored: Stored, site: Any) -> Node:
         """The dense weight of a call of a stored format, laid out as the model's own was."""
-        operator, args = stored.dense(site.in_features)
+        operator, args = stored.dense(columns_of(site))
         dense = self._function(operator, args, "dequantise", self.call)
         dense = self._function(ATEN.to.dtype, (dense, value(self.call).dtype), "dense", dense)
-        if not site.in_out:
+        if not isinstance(site, LinearSite) or not site.in_out:
             return dense
         return self._function(ATEN.t.default, (dense,), "dense_t", dense)
 

@@ -18,10 +18,11 @@ from ...graph.sharded import whole
 from ...graph.weighted_call import WeightedCall
 from ...program.sites import WeightSite
 from ...program.state import State
-from ...weights.weight import Weight
+from ...weights.weight import Weight, stored_site
 from ..calls.attach import Attaching, wide
 from ..calls.call import branch_call
 from .compose import compose
+from .forms import read_parts, read_value, values_of
 
 
 def express(
@@ -33,7 +34,9 @@ def express(
     needed.
     """
     graph = edit.graph_module.graph
-    stored = [n for n in graph.nodes if n.op == "get_attr" and n.target == name]
+    if (site := stored_site(edit.program, name)) is not None:
+        read_value(edit, site)
+    stored = values_of(graph, name)
     if not stored:
         raise PassError(f"the graph reads no stored tensor {name!r}, so none can be expressed.")
     current = stored[0]
@@ -77,7 +80,7 @@ def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
         node = node.args[0] if node.args else None
     if not chain:
         return _own_rows(weight.dense(), weight, site)
-    tensor = None if node is None else edit.graph_module.get_parameter(site.weight).detach()
+    tensor = None if node is None else weight.tensor()
     with torch.no_grad():
         for call in reversed(chain):
             if call.kwargs:
@@ -152,6 +155,8 @@ def remove(edit: Attaching, path: str) -> None:
         for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
+        if isinstance(site, WeightSite):
+            read_parts(edit, site)
     elif isinstance(site, WeightSite):
         for name in site.nodes:
             compose(edit.program, edit.node(name), site.weight)

@@ -1,8 +1,7 @@
-"""Weights in another format: what a format stores takes the place of one tensor, and back.
+"""Weights in another format: what a format stores takes the place of one tensor.
 
 The parameter `name` leaves the program; its parts (`name.codes`, `name.scale`, ...) take its place,
-and the linear's calls become the format's operator. Sites, branches and patterns see a linear as
-before.
+see `forms`. Sites, branches and patterns see a weight as before.
 """
 
 from __future__ import annotations
@@ -11,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from ...errors import ExportError, PassError
 from ...files.identity import merkle_root, tensor_digest
 from ...graph.aten import SLICES, VIEWS, is_op, shape, users
 from ...graph.stored_call import StoredCall
-from ...graph.weighted_call import WeightedCall, linear_call, linear_parts
+from ...graph.weighted_call import linear_call, linear_parts
 from ...measure.compare import all_finite
-from ...program.sites import LinearSite
+from ...program.sites import LinearSite, WeightSite
 from ...weights.format import Format, format_of
-from ...weights.weight import Weight, put_format
+from ...weights.weight import put_format
 from ..calls.attach import Attaching
 from .compose import compose
+from .forms import replace_call, store_as
 
 
 def repack(edit: Attaching, layout: str) -> bool:
@@ -50,7 +50,7 @@ def repack(edit: Attaching, layout: str) -> bool:
         with graph.inserting_before(call):
             dense = graph.call_function(*stored.dense(site.in_features))
             new = linear_call(graph, stored.x, dense, stored.bias)
-        _replace(graph, call, new)
+        replace_call(graph, call, new)
     edit.refresh()
     return any(form is not None for form in packed.values())
 
@@ -67,12 +67,12 @@ def _laid_out(edit: Attaching, site: LinearSite, layout: str) -> Format | None:
     return form
 
 
-def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
+def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[WeightSite]:
     """See `Editor.whole`."""
-    chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], LinearSite)}
-    sites: dict[str, LinearSite] = {}
+    chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], WeightSite)}
+    sites: dict[str, WeightSite] = {}
     for site in chosen.values():
-        same = [s for s in edit.program.sites if isinstance(s, LinearSite)]
+        same = [s for s in edit.program.sites if isinstance(s, WeightSite)]
         rest = [s.id for s in same if s.weight == site.weight and s.id not in chosen]
         if rest:
             edit.skip(site, f"{site.weight} also holds {', '.join(rest)}: select all or none of it")
@@ -82,9 +82,12 @@ def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[LinearSite]:
 
 
 def quantise_weight(
-    edit: Attaching, site: LinearSite, operator: Any, options: Mapping[str, Any]
+    edit: Attaching, site: WeightSite, operator: Any, options: Mapping[str, Any]
 ) -> bool:
     """See `Editor.quantise`."""
+    if reason := edit.obstacle(site):
+        edit.skip(site, reason)
+        return False
     weight = edit.weight(site)
     if not weight.is_dense:
         raise PassError(f"{site.id} is quantised already. Select other sites with where=.")
@@ -100,48 +103,13 @@ def quantise_weight(
     dense = weight.dense()
     if not dense.is_meta and not all_finite(dense):
         raise PassError(f"{site.weight} holds NaN or infinity; it cannot be quantised.")
-    form = format_of(operator._schema.name).packed(dense, **options)
-    _require_known(edit, site.weight, form)
-    for call in store_as(edit, site, replace(weight, format=form)):
+    stored = weight.in_format(format_of(operator._schema.name), **options)
+    _require_known(edit, site.weight, stored.format)
+    for call in store_as(edit, site, stored):
         compose(edit.program, call, site.weight)
     edit.refresh()
     edit.edited.append(site.id)
     return True
-
-
-def store_as(edit: Attaching, site: LinearSite, weight: Weight) -> list[Node]:
-    """Stores the weight of a site in the format that `weight` has, dense or not; returns the calls
-    that read that, around which branches are still composed as before."""
-    gm = edit.graph_module
-    calls = [edit.node(name) for name in site.nodes]
-    operands = [WeightedCall.of(call) for call in calls]
-    tensors = weight.tensors()
-    put_format(gm, site.weight, tensors)
-    made: list[Node] = []
-    for call, given in zip(calls, operands, strict=True):
-        if given is None:
-            raise PassError(f"{site.id}: {call.name} is not a linear.")
-        with gm.graph.inserting_before(call):
-            parts = [gm.graph.get_attr(name) for name in tensors]
-            if weight.is_dense:
-                new = linear_call(gm.graph, given.x, parts[0], given.bias, site.in_out)
-            else:
-                form = weight.format
-                named = dict(zip(form.parts, parts, strict=True))
-                stored = StoredCall(form.operator, given.x, named, given.bias, form.integers)
-                new = stored.create(gm.graph)
-        _replace(gm.graph, call, new)
-        made.append(new)
-    edit.refresh()
-    return made
-
-
-def _replace(graph: Graph, call: Node, new: Node) -> None:
-    """Puts a call in the place of one that computes the same."""
-    new.meta = {**call.meta, "call": call.meta.get("call", call.name)}
-    call.replace_all_uses_with(new)
-    graph.erase_node(call)
-    new.name = new.meta["call"]  # sites name it so, also in files
 
 
 def _require_known(edit: Attaching, name: str, form: Format) -> None:
@@ -158,13 +126,11 @@ def _require_known(edit: Attaching, name: str, form: Format) -> None:
         )
 
 
-def _obstacle(edit: Attaching, site: LinearSite, calls: Sequence[Node]) -> str:
+def _obstacle(edit: Attaching, site: WeightSite, calls: Sequence[Node]) -> str:
     """Why a site's weight cannot be stored in another format; empty if it can."""
-    if site.obstacle:
-        return site.obstacle
     if site.tied:
         return f"its weight is tied to {', '.join(site.tied)}"
-    if site.left:
+    if site.left and isinstance(site, LinearSite):
         return "its calls multiply from the left (W @ x)"
     keys = {call.meta.get("call") or call.name for call in calls}
     stack = list(edit.graph_module.graph.find_nodes(op="get_attr", target=site.weight))
@@ -174,7 +140,7 @@ def _obstacle(edit: Attaching, site: LinearSite, calls: Sequence[Node]) -> str:
                 stack.append(reader)
             elif reader not in calls and reader.meta.get("composed") not in keys:
                 return f"its weight is also read by {reader.name}"
-    for call in calls:
+    for call in calls if isinstance(site, LinearSite) else ():
         x, _, bias = linear_parts(call) or (None, None, None)
         flat = bias is None or len(shape(bias) or ()) == 1
         if x is None or not flat or set(call.kwargs) - {"bias"}:
