@@ -178,6 +178,7 @@ class Reading(Attaching):
     def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
         """A module evaluated once a forward, as soon as what it reads is known."""
         path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
+        self._require_free(path, f"there is a shared module {name!r}")
         module.train(self.graph_module.training)
         self.graph_module.add_submodule(path, module)
         self.program.shared = (*self.program.shared, path)

@@ -17,6 +17,7 @@ from ..graph.aten import (
     CASTS,
     SLICES,
     VIEWS,
+    expressed,
     expression_of,
     is_op,
     overloads,
@@ -116,10 +117,12 @@ def _below(stored: Node) -> list[Reader]:
     stack: list[tuple[Node, tuple[Node, ...]]] = [(stored, ())]
     while stack:
         node, through = stack.pop()
+        values = expressed(node)
+        stack += [(value, (*through, value)) for value in values]
         for user in users(node):
-            if is_op(user, VIEWS) or is_op(user, SLICES) or expression_of(user) is not None:
+            if is_op(user, VIEWS) or is_op(user, SLICES):
                 stack.append((user, (*through, user)))
-            else:
+            elif user not in values and "expressions" not in user.meta:
                 below.append(Reader(user, through))
     return below
 
