@@ -180,7 +180,8 @@ class Editor(Reading):
             self.skip(other, f"it gives its row {row} at the positions of the prompt")
         path = self._attach(site, branch, reads)
         embedding = self.node(site.nodes[0])
-        self.program = prepend_tokens(self.program, site, embedding, path, given(reads))
+        self.program = prepend_tokens(self.program, self.axes, site, embedding, path, given(reads))
+        self._axes = None  # the sizes are others now
         self.refresh()
 
     def wrap(
@@ -201,7 +202,7 @@ class Editor(Reading):
         """
         for site in sites:
             require_fit(self.method, "wrap", site, branch)
-        region = find_region(self.program, sites, self._nodes, causal, allow)
+        region = find_region(self.program, self.axes, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {**reads, "valid": valid})
         run_on_chosen(self.program, region, path, branch.reduction, valid, given(reads))
