@@ -510,7 +510,7 @@ def test_what_does_not_fit_is_said(captured: Any, stored: Any) -> None:
     program = peftfx.run(stored("sparse24"), "lora{rank=2};lower")
     assert all("quantised (2 of 4 entries)" in reason for _, reason in program.history[-1].skipped)
     sparse = randomise(peftfx.run(stored("codebook"), "diff_pruning{where=q}"), 0.1)
-    with pytest.raises(FoldError, match="which hold no other value of single entries.*lossy=true"):
+    with pytest.raises(FoldError, match=r"which hold no other value of single entries.*lossy=true"):
         peftfx.run(sparse, "fold{names=[diff_pruning]}")
 
 

@@ -120,7 +120,9 @@ class UniPELT(Method):
         if gate is None:
             return
         if isinstance(site, LinearSite):
-            edit.add(site, GatedDelta(lora.made(edit, site)), gate=gate)
+            rows = edit.samples(site)
+            if rows is not None:
+                edit.add(site, GatedDelta(lora.made(edit, site), rows), gate=gate)
         elif isinstance(site, AttentionSite):
             edit.prepend_kv(site, GatedKeyValue(prefix.made(edit, site)), gate=gate)
         else:

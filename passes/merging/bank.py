@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.rowwise import RowwiseKeyValue, rowwise, unlike
+from ...rewriter.branches.samples import Samples
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
@@ -40,7 +41,6 @@ from ...rewriter.program.history import Attachment, Contract, Plan
 from ...rewriter.program.state import State
 
 Factors = tuple[Tensor, Tensor, float]
-PLAIN = torch.contiguous_format
 
 
 class BankBranch(Delta):
@@ -58,12 +58,12 @@ class BankBranch(Delta):
     b: Tensor
     scale: Tensor
 
-    def __init__(self, members: Sequence[Factors | None], axis: int, rows: int = 1) -> None:
+    def __init__(self, members: Sequence[Factors | None], samples: Samples) -> None:
         super().__init__()
         present = [m for m in members if m is not None]
         rank = max(a.shape[0] for a, _, _ in present)
         a, b, _ = present[0]
-        self.batch_axis, self.rows = axis, rows
+        self.samples = samples
         # They follow from the members' own tensors, which an artifact holds already.
         self.register_buffer("a", a.new_zeros(len(members) + 1, rank, a.shape[1]), False)
         self.register_buffer("b", b.new_zeros(len(members) + 1, b.shape[0], rank), False)
@@ -73,19 +73,13 @@ class BankBranch(Delta):
                 a, b, self.scale[index] = member
                 self.a[index, : len(a)], self.b[index, :, : len(a)] = a, b
 
-    def branch(self, x: Tensor, ids: Tensor, apart: Tensor | None = None) -> Tensor:
-        """`ids [batch]`, int64; `apart [batch, tokens, in]` (or with `in` on several axes) where x
-        has both on one axis."""
-        # A fresh copy, because the strides of a merged axis cannot be split for all sizes alike.
-        laid = x
-        if apart is not None:
-            laid = x.clone(memory_format=PLAIN).view(*apart.shape[: self.rows], x.shape[-1])
-        rows = laid.movedim(self.batch_axis, 0)
+    def branch(self, x: Tensor, ids: Tensor) -> Tensor:
+        """`ids [batch]`, int64; x has samples where `samples` says."""
+        rows = self.samples.first(x, ids.shape[0])
         flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
         a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
         inner = flat @ a.mT * scale[:, None, None]
-        y = (inner @ b.mT).view(*rows.shape[:-1], -1).movedim(0, self.batch_axis)
-        return y if apart is None else y.flatten(0, -2)
+        return self.samples.back((inner @ b.mT).view(*rows.shape[:-1], -1))
 
     def describe(self) -> str:
         return f"{len(self.a) - 1} adapters, rank={self.a.shape[1]}"
@@ -211,8 +205,7 @@ def _add_low_rank(edit: Editor, site: Any, factors: Sequence[Factors | None], id
     samples = edit.samples(site)
     if samples is None:
         raise _unknown_rows(site.id, edit.skipped[-1][1])
-    branch = BankBranch(factors, samples.axis, samples.rows)
-    edit.add(site, branch, ids=ids, apart=samples.apart)
+    edit.add(site, BankBranch(factors, samples), ids=ids)
 
 
 def _unknown_rows(name: str, reason: str) -> PassError:

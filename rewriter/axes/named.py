@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch
+from ..branches.samples import Order
 from ..branches.shapes import ExpertsShape
 from ..graph.aten import (
     ARITHMETIC,
@@ -38,6 +38,8 @@ from ..graph.aten import (
     submodule,
 )
 from ..graph.modes import Attention
+from ..inputs.axes import KINDS as INPUT_KINDS
+from ..inputs.spec import InputSpec
 from ..program.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -57,22 +59,25 @@ from .views import copies
 _DECLARED: Mapping[str, Kind] = {"rank": "rank", "batch": "batch", "tokens": "token"}
 
 
-@dataclass(frozen=True)
+InputKinds = Mapping[str, Mapping[int, Kind]]
+"""Name of an input -> axis -> what lies along it."""
+
+
 class NamedAxes:
     """What lies along the axes of a program's values and stored tensors, as far as it is known.
 
-    Attributes:
-        found: axis -> what lies along it.
-        shapes: those of stored tensors, by name.
+    Values that an edit adds later are looked at when they are asked for; what was known before
+    stays.
     """
 
-    found: Mapping[Ref, Axis]
-    shapes: Mapping[str, tuple[int, ...]]
+    def __init__(self, flow: _Flow) -> None:
+        self._flow = flow
 
     def of(self, value: Node | str) -> tuple[Axis | None, ...]:
         """The axes of a node's value, or of a stored tensor by its name."""
         source = owner(value) if isinstance(value, Node) else value
-        return tuple(self.found.get((source, k)) for k in range(len(self._sizes(source))))
+        self._flow.look(source)
+        return tuple(self._flow.found.get((source, k)) for k in range(len(self._sizes(source))))
 
     def words(self, value: Node | str) -> tuple[str, ...]:
         """The same as text: `("batch", "token", "head*width")`, `1` for axes of that size, and `?`
@@ -87,21 +92,48 @@ class NamedAxes:
         places = [k for k, text in enumerate(self.words(value)) if text == kind]
         return places[0] if len(places) == 1 else None
 
+    def within(self, value: Node | str, kind: Kind) -> tuple[int, Order] | None:
+        """The only axis along which a kind lies, alone or in a product, and how; None if there is
+        none, there are several, or it is between other factors."""
+        kinds = [[f.kind for f in along or ()] for along in self.of(value)]
+        places = [k for k, of_axis in enumerate(kinds) if kind in of_axis]
+        if len(places) != 1 or kinds[places[0]].count(kind) != 1:
+            return None
+        place, of_axis = places[0], kinds[places[0]]
+        if len(of_axis) == 1:
+            return place, "alone"
+        if kind in (of_axis[0], of_axis[-1]):
+            return place, "slow" if of_axis[0] == kind else "fast"
+        return None
+
     def _sizes(self, source: Node | str) -> tuple[Any, ...]:
-        return self.shapes[source] if isinstance(source, str) else sizes_of(source)
+        return self._flow.sizes[source] if isinstance(source, str) else sizes_of(source)
 
 
-def named_axes(program: State) -> NamedAxes:
-    """What lies along the axes of a program's values."""
-    flow = _Flow(program)
-    return NamedAxes(flow.run(), flow.sizes)
+def named_axes(program: State, inputs: InputKinds | None = None) -> NamedAxes:
+    """What lies along the axes of a program's values.
+
+    Args:
+        program: only read.
+        inputs: what lies along the axes of its inputs; by default, what its spec calls them.
+    """
+    flow = _Flow(program, inputs)
+    flow.run()
+    return NamedAxes(flow)
+
+
+def kinds_of_inputs(spec: InputSpec) -> InputKinds:
+    """What a spec calls the dynamic axes of its inputs."""
+    kinds = {n: kind for kind in INPUT_KINDS for n in spec.of_kind(kind)}
+    named = {i.name: {k: s for k, s in enumerate(i.shape) if s in kinds} for i in spec.inputs}
+    return {n: {k: kinds[str(s)] for k, s in axes.items()} for n, axes in named.items()}
 
 
 class _Flow:
     """One run of the analysis."""
 
-    def __init__(self, program: State) -> None:
-        self.program = program
+    def __init__(self, program: State, inputs: InputKinds | None) -> None:
+        self.program, self.inputs = program, inputs
         self.gm = program.module
         self.found: dict[Ref, Axis] = {}
         self.refused: set[Ref] = set()
@@ -112,14 +144,35 @@ class _Flow:
         self.nodes = {n.name: n for n in self.gm.graph.nodes}
         stored = (*self.gm.named_parameters(), *self.gm.named_buffers())
         self.sizes = {n: tuple(t.shape) for n, t in stored}
+        self.seen: set[Node] = set()
         for node in self.gm.graph.nodes:
-            for step in steps(self.gm, node):
-                for ref in _refs(step):
-                    self.near.setdefault(ref, []).append(step)
-            self.copies.update(copies(node))
+            self._read(node)
 
-    def run(self) -> dict[Ref, Axis]:
-        """What lies along every axis."""
+    def _read(self, node: Node) -> list[Step]:
+        """What a node says, from now on."""
+        self.seen.add(node)
+        said = steps(self.gm, node)
+        for step in said:
+            for ref in _refs(step):
+                self.near.setdefault(ref, []).append(step)
+        self.copies.update(copies(node))
+        return said
+
+    def look(self, held: Node | str) -> None:
+        """Looks at a value that was not there when the analysis ran."""
+        stack = [held] if isinstance(held, Node) else []
+        fresh: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node not in self.seen and node not in fresh:
+                fresh.add(node)
+                stack += node.all_input_nodes
+        for node in sorted(fresh):
+            self.queue.extend(self._read(node))
+        self._spread()
+
+    def run(self) -> None:
+        """Finds what lies along every axis."""
         for source in self._inputs(), self._sites(), self._branches():
             for ref, factors in source:
                 self._put(ref, factors)
@@ -131,7 +184,6 @@ class _Flow:
             if ref not in self.found:
                 self._put(ref, axis(kind, self._size(ref)))
         self._spread()
-        return self.found
 
     def _spread(self) -> None:
         while self.queue:
@@ -189,13 +241,10 @@ class _Flow:
     # Where it begins.
 
     def _inputs(self) -> Iterator[tuple[Ref, Axis]]:
-        spec, nodes = self.program.spec, placeholders(self.gm)
-        kinds = {n: kind for kind in ("batch", "token") for n in spec.of_kind(kind)}
-        for item in spec.inputs:
-            for place, size in enumerate(item.shape):
-                if isinstance(size, str) and size in kinds:
-                    ref = nodes[item.name], place
-                    yield ref, axis(kinds[size], self._size(ref))
+        source = placeholders(self.gm)
+        for name, kinds in (self.inputs or kinds_of_inputs(self.program.spec)).items():
+            for place, kind in kinds.items():
+                yield (source[name], place), axis(kind, self._size((source[name], place)))
 
     def _branches(self) -> Iterator[tuple[Ref, Axis]]:
         for node in self.gm.graph.nodes:

@@ -276,12 +276,12 @@ class RowScale(Branch):
 
 
 class Expression(Branch):
-    """`w' = f(w)`: computes a stored tensor afresh on every forward."""
+    """`w' = f(w)`: computes a stored tensor, or several, afresh on every forward."""
 
     slot = "expression"
 
-    def forward(self, *w: Any, **reads: Any) -> Tensor:
-        """f(w, **reads), of the shape and dtype of w."""
+    def forward(self, *w: Any, **reads: Any) -> Any:
+        """f(*w, **reads), of the shape and dtype of w; one for each of several."""
         raise NotImplementedError
 
 

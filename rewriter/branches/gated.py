@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from torch import Tensor
 
 from .branch import Branch, Delta, KeyValue, Serial
+from .samples import FIRST, Samples
 
 Inner = TypeVar("Inner", bound=Branch)
 
@@ -38,17 +39,18 @@ class Gated(Branch, Generic[Inner]):
 class GatedDelta(Gated[Delta], Delta):
     """`y = base(x) + g f(x)`."""
 
-    def __init__(self, inner: Delta) -> None:
+    def __init__(self, inner: Delta, rows: Samples = FIRST) -> None:
         super().__init__(inner)
-        self.dropout = inner.dropout
+        self.dropout, self.samples = inner.dropout, rows
 
     def branch(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """`gate`: `[batch, 1 or tokens, 1]`, also where x has all tokens in one axis."""
+        """`gate`: `[batch, 1 or tokens, 1]` with its axes in any order, also where x has samples
+        and tokens on one axis, as `rows` says."""
         y = self.inner.branch(x)
         if gate is None:
             return y * self.constant
         if gate.dim() > y.dim():
-            gate = gate.expand(-1, y.shape[0] // gate.shape[0], -1).flatten(0, 1)
+            gate = self.samples.joined(gate, y.shape[self.samples.axis])
         return y * gate
 
     def delta(self) -> Tensor:

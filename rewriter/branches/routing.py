@@ -117,6 +117,8 @@ class TakeTokens(nn.Module):
     Axis `batch` is that of the samples, or has size 1; `rank` puts axes of size 1 in front first.
     """
 
+    keeps_axes = True
+
     def __init__(self, axes: tuple[int, ...], rank: int, batch: int = 0) -> None:
         super().__init__()
         self.axes, self.rank, self.batch = axes, rank, batch
@@ -164,6 +166,8 @@ class PutTokens(nn.Module):
 
     Values by token are `[batch, tokens, width]`, or with `tokens_first` `[tokens, batch, width]`.
     """
+
+    keeps_axes = True
 
     def __init__(self, tokens_first: bool = False) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ from ..program.sites import (
 from ..program.trained import chosen, train_only
 from .attention.keyvalue import prepend_key_value, remove_key_value
 from .calls.call import EMPTY, Value, given, latest
-from .calls.requirements import require_fit
+from .calls.requirements import require_fit, require_names
 from .linear.bias import add_bias
 from .linear.combine import combine_serial, hold, member_paths
 from .linear.compose import compose
@@ -180,7 +180,8 @@ class Editor(Reading):
             self.skip(other, f"it gives its row {row} at the positions of the prompt")
         path = self._attach(site, branch, reads)
         embedding = self.node(site.nodes[0])
-        self.program = prepend_tokens(self.program, site, embedding, path, given(reads))
+        self.program = prepend_tokens(self.program, self.axes, site, embedding, path, given(reads))
+        self._axes = None  # the sizes are others now
         self.refresh()
 
     def wrap(
@@ -201,7 +202,7 @@ class Editor(Reading):
         """
         for site in sites:
             require_fit(self.method, "wrap", site, branch)
-        region = find_region(self.program, sites, self._nodes, causal, allow)
+        region = find_region(self.program, self.axes, sites, self._nodes, causal, allow)
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {**reads, "valid": valid})
         run_on_chosen(self.program, region, path, branch.reduction, valid, given(reads))
@@ -263,11 +264,21 @@ class Editor(Reading):
             remove(self, path)
         self.refresh()
 
-    def express(self, site: Site, name: str, branch: Expression, **reads: Value | None) -> None:
-        """Feeds every reader of the stored tensor `name` of a site with an expression of it."""
+    def express(
+        self, site: Site, name: str | Sequence[str], branch: Expression, **reads: Value | None
+    ) -> None:
+        """Feeds every reader of the stored tensor `name` of a site with an expression of it, or
+        those of several tensors with what one branch computes of them all.
+
+        Raises:
+            PassError: the graph reads no such tensor, or one is named twice.
+        """
         require_fit(self.method, "express", site, branch)
-        path = self._attach(site, branch, reads, f"{name}.{branch.slot}")
-        self._nodes |= {n.name: n for n in [express(self, name, branch, path, given(reads))]}
+        names = (name,) if isinstance(name, str) else tuple(name)
+        require_names(self.method, site, names)
+        path = self._attach(site, branch, reads, f"{names[0]}.{branch.slot}")
+        call = express(self, names, branch, path, given(reads))
+        self._nodes |= {n.name: n for n in (call, *call.users)}
 
     def freeze(self) -> None:
         """Stops gradients to all parameters but the branches and what is trained on purpose, by

@@ -8,13 +8,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..axes.kinds import Kind
-from ..axes.named import NamedAxes, named_axes
+from ..branches.samples import Samples
 from ..graph.aten import erase_dead, users
 from ..program.sites import (
     AttentionSite,
     EmbeddingSite,
     FeedForwardSite,
-    LinearSite,
     NormSite,
     Site,
     SublayerSite,
@@ -25,13 +24,13 @@ from ..weights.weight import stored_site
 from .attention.keyvalue import key_value_widths
 from .calls.attach import Attaching
 from .calls.call import Value, given, latest
-from .calls.samples import sample_axis
+from .calls.samples import ShownAxes
 from .calls.signature import add_input, add_output, drop_input
 from .calls.values import input_of, item_of
 from .linear.compose import composed_value
 from .linear.expression import matrix_of
 from .linear.quantise import whole_weights
-from .stream.hidden import Hidden, Samples, behind_of, hidden_of, samples_of
+from .stream.hidden import Hidden, behind_of, hidden_of, samples_of
 from .stream.padding import valid_of
 from .structure.axes import Channels, channels
 
@@ -39,7 +38,14 @@ from .structure.axes import Channels, channels
 class Reading(Attaching):
     """The words that do not change what a program computes."""
 
-    _axes: NamedAxes | None = None
+    _axes: ShownAxes | None = None
+
+    @property
+    def axes(self) -> ShownAxes:
+        """What lies along the axes of values, by what was there at the first question."""
+        if self._axes is None:
+            self._axes = ShownAxes(self.program)
+        return self._axes
 
     def whole(self, ids: Sequence[str]) -> list[WeightSite]:
         """A site for each stored weight that the named sites have all of; reports the others."""
@@ -89,7 +95,7 @@ class Reading(Attaching):
 
     def valid(self, site: Site) -> Value | None:
         """Which tokens of a site's stream are real, bool `[batch, tokens]`; None if all are."""
-        return valid_of(self.program, self.node(site.nodes[0]))
+        return valid_of(self.program, self.axes, self.node(site.nodes[0]))
 
     def hidden(self, site: Site, value: Value | None = None) -> Hidden | None:
         """The hidden states that a site reads, with what tells samples and tokens apart.
@@ -98,7 +104,7 @@ class Reading(Attaching):
         that it adds to; or `value`, which lies in the site's stream. None where samples and tokens
         cannot be told, which is reported.
         """
-        hidden = hidden_of(self.program, site, self._nodes, value)
+        hidden = hidden_of(self.program, self.axes, site, self._nodes, value)
         if isinstance(hidden, Hidden):
             return hidden
         self.skip(site, hidden)
@@ -117,25 +123,24 @@ class Reading(Attaching):
 
     def place(self, site: Site, kind: Kind, output: bool = False) -> int | None:
         """The axis of what a site reads (or of its value, as it is now) along which just that kind
-        lies, the same at all of its calls; None where it is not known, by what was there at the
-        first question (see `axes/named.py`)."""
-        if self._axes is None:
-            self._axes = named_axes(self.program)
-        calls = [replace(site, nodes=(n, *site.nodes[1:])) for n in site.nodes[:1]]
-        if isinstance(site, WeightSite):
-            calls = [replace(site, nodes=(name,)) for name in site.nodes]
-        look = self.output if output else self.input
-        places = {self._axes.place(look(call), kind) for call in calls}
+        lies, the same at all of its calls; None where it is not known (see `axes/named.py`)."""
+        places = {self.axes.named.place(v, kind) for v in self._values(site, output)}
         return places.pop() if len(places) == 1 else None
 
-    def samples(self, site: LinearSite) -> Samples | None:
-        """Where samples lie in what a linear reads; None where that cannot be told, which is
-        reported."""
-        samples = samples_of(self.program, site, self._nodes)
+    def samples(self, site: Site, output: bool = False) -> Samples | None:
+        """Where samples lie in what a site reads, or in its value; None where that cannot be told,
+        which is reported."""
+        samples = samples_of(self.axes, self._values(site, output))
         if samples is None:
-            rows = "it cannot be told which rows of its operand are of which sample"
-            self.skip(site, sample_axis(self.program).reason or rows)
+            rows = "it cannot be told which of its rows are of which sample"
+            self.skip(site, self.axes.samples.reason or rows)
         return samples
+
+    def _values(self, site: Site, output: bool) -> list[Value]:
+        """What a site reads, or its values, at all of its calls."""
+        names = site.nodes if isinstance(site, WeightSite) else site.nodes[:1]
+        calls = [replace(site, nodes=(name, *site.nodes[1:])) for name in names]
+        return [self.output(call) if output else self.input(call) for call in calls]
 
     def add_input(
         self,
@@ -180,6 +185,7 @@ class Reading(Attaching):
     def share(self, name: str, module: nn.Module, **reads: Value | None) -> Value:
         """A module evaluated once a forward, as soon as what it reads is known."""
         path = f"{BRANCHES}.{self._owner()}.{self._folder}{name}"
+        self._require_free(path, f"there is a shared module {name!r}")
         module.train(self.graph_module.training)
         self.graph_module.add_submodule(path, module)
         self.program.shared = (*self.program.shared, path)

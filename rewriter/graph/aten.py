@@ -234,6 +234,18 @@ def dense_of(node: object) -> str | None:
     return node.meta.get("dense") if isinstance(node, Node) else None
 
 
+def expressed(node: Node) -> list[Node]:
+    """The expressions of the stored tensor that a node gives: calls, or entries of a call that
+    computes several tensors at once."""
+    values: list[Node] = []
+    for user in users(node):
+        if expression_of(user) is not None:
+            values.append(user)
+        elif "expressions" in user.meta:
+            values += [e for e in users(user) if user.args[e.args[1]] is node]  # pyright: ignore
+    return values
+
+
 def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] | None:
     """Follows views, casts and slices from `node` to a stored tensor: its path and the ops.
 

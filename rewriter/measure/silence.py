@@ -70,12 +70,17 @@ def _first(forward: Forward) -> Forward:
     return lambda x, *_, **__: x
 
 
+def _as_stored(forward: Forward) -> Forward:
+    del forward
+    return lambda *w, **_: w[0] if len(w) == 1 else w
+
+
 def _no_update(forward: Forward) -> Forward:
     del forward
     return lambda h, skip=True, **_: h if skip else torch.zeros_like(h)
 
 
 _NEUTRAL: tuple[tuple[type[nn.Module], Callable[[Forward], Forward]], ...] = (
-    (Delta, _no_delta), (RowScale, _no_rows), (Scale, _first), (Expression, _first),
+    (Delta, _no_delta), (RowScale, _no_rows), (Scale, _first), (Expression, _as_stored),
     (Serial, _no_update),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from ..graph.aten import (
     CASTS,
     SLICES,
     VIEWS,
+    expressed,
     expression_of,
     is_op,
     overloads,
@@ -117,11 +118,12 @@ def _below(stored: Node) -> list[Reader]:
     stack: list[tuple[Node, tuple[Node, ...]]] = [(stored, ())]
     while stack:
         node, through = stack.pop()
+        values = expressed(node)
+        stack += [(value, (*through, value)) for value in values]
         for user in users(node):
-            laid_out = is_op(user, VIEWS) or is_op(user, SLICES) or Unpacked.of(user) is not None
-            if laid_out or expression_of(user) is not None:
+            if is_op(user, VIEWS) or is_op(user, SLICES) or Unpacked.of(user) is not None:
                 stack.append((user, (*through, user)))
-            else:
+            elif user not in values and "expressions" not in user.meta:
                 below.append(Reader(user, through))
     return below
 

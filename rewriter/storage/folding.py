@@ -64,6 +64,12 @@ class ShardFolder:
                 "checkpoint has no place for integers. Export to ONNX instead, or take dense "
                 "weights from program.export_state_dict()."
             )
+        for node in program.module.graph.nodes:
+            if names := node.meta.get("expressions"):
+                raise FoldError(
+                    f"{node.target} computes {len(names)} weights together ({', '.join(names)}), "
+                    "and shards are folded one weight at a time. Load the weights and use fold."
+                )
         for attachment in program.attachments:
             site = program.sites[attachment.site]
             reason = getattr(program.branch(attachment), "not_foldable", "")

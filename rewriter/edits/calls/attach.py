@@ -146,6 +146,7 @@ class Attaching:
                 f"this program holds the tensors of an earlier adapter {adapter!r}; give this one "
                 "another name with name=."
             )
+        self._require_free(path, f"{site.id} has a {branch.slot} branch")
         branch.train(self.graph_module.training)
         self.graph_module.add_submodule(path, branch)
         names = {k: v.name for k, v in given(reads).items()}
@@ -153,6 +154,19 @@ class Attaching:
         self.program.attachments = (*self.program.attachments, attachment)
         self.edited.append(site.id)
         return path
+
+    def _require_free(self, path: str, what: str) -> None:
+        """Raises PassError where a module of this adapter has that path: its branch would be lost,
+        and calls of it would be calls of another."""
+        try:
+            self.graph_module.get_submodule(path)
+        except AttributeError:
+            return
+        raise PassError(
+            f"{self.method}: {what} of this adapter already ({path}), and a second one would take "
+            "its place. Use one branch for both, or insert it under a name of its own: "
+            'with edit.below("second").'
+        )
 
     def _call(
         self, path: str, args: tuple[Node, ...], reads: Mapping[str, Value | None] = EMPTY

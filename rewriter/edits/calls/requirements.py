@@ -87,6 +87,15 @@ def require_axes(method: str, site: Site, branch: Branch, reads: Collection[str]
             )
 
 
+def require_names(method: str, site: Site, names: Sequence[str]) -> None:
+    """Raises PassError unless `edit.express` is given one stored tensor, or different ones."""
+    if not names or len(set(names)) < len(names):
+        raise PassError(
+            f"{method}: edit.express at {site.id} is to compute {', '.join(names) or 'nothing'}. "
+            "Name one stored tensor, or several different ones."
+        )
+
+
 def require_order(program: State, method: str) -> None:
     """Raises PassError where a call reads a value that is computed only after it."""
     order = {node: place for place, node in enumerate(program.module.graph.nodes)}

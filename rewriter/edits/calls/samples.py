@@ -1,49 +1,85 @@
-"""Which axis of a program's values is that of the samples, as far as it is shown, not guessed."""
+"""Along which axes of a program's inputs samples lie, as far as it is shown, not guessed; and from
+there, by dataflow (`axes/named`), in every value."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.fx import Node
 
+from ...axes.kinds import Kind
+from ...axes.named import NamedAxes, kinds_of_inputs, named_axes
+from ...branches.samples import Order
 from ...graph.aten import shape
-from ...inputs.spec import InputSpec
+from ...inputs.spec import InputSpec, TensorInput
 from ...measure.independence import Values
 from ...program.state import State
 
 
 @dataclass(frozen=True)
 class SampleAxis:
-    """How to tell the axis of the samples.
+    """Where samples lie in the inputs.
 
     Attributes:
         names: the dynamic sizes that are numbers of samples.
         size: the number of samples where it is fixed, else None.
+        axis: of the inputs that have so many places there, where it is fixed.
         reason: why neither is known; '' if one is.
         remedy: how to capture a dynamic number of samples, a sentence; '' where there is one.
     """
 
     names: frozenset[str] = frozenset()
     size: int | None = None
+    axis: int = 0
     reason: str = ""
     remedy: str = ""
 
-    def of(self, program: State, states: Node) -> int | None:
-        """The axis of hidden states whose size depends on the number of samples alone."""
-        sizes = shape(states)
-        if sizes is None or len(sizes) < 2:
-            return None
-        if self.size is not None:
-            axes = [a for a, s in enumerate(sizes[:-1]) if type(s) is int and s == self.size]
-            return axes[0] if len(axes) == 1 or (axes and self.size == 1) else None
-        for axis, extent in enumerate(sizes[:-1]):
-            names = re.findall(r"[A-Za-z_]\w*", str(extent))
-            if names and all(program.symbols.get(n) in self.names for n in names):
-                return axis
-        return None
+
+class ShownAxes:
+    """What lies along the axes of a program's values, from where samples are shown to lie.
+
+    Attributes:
+        samples: what was shown of the inputs.
+        named: the axes of all values.
+    """
+
+    def __init__(self, program: State) -> None:
+        self.samples = sample_axis(program)
+        self.named: NamedAxes = named_axes(program, _shown(program, self.samples))
+
+    def batch(self, states: Node) -> int | None:
+        """The axis of a value along which samples alone lie, other than its last; None if it has
+        none. One sample lies along whichever axis of size 1 comes first."""
+        sizes = shape(states) or ()
+        if self.samples.size == 1:
+            return next((k for k, size in enumerate(sizes[:-1]) if size == 1), None)
+        place = self.named.place(states, "batch")
+        return None if place == len(sizes) - 1 else place
+
+    def rows(self, states: Node) -> tuple[int, Order] | None:
+        """The axis along which samples lie, and whether alone or beside what belongs to each."""
+        place = self.batch(states)
+        return self.named.within(states, "batch") if place is None else (place, "alone")
+
+
+def _shown(program: State, samples: SampleAxis) -> dict[str, dict[int, Kind]]:
+    """What lies along the axes of the inputs, where samples have been shown to lie."""
+    called = kinds_of_inputs(program.spec)
+    return {i.name: dict(_kinds(i, called[i.name], samples)) for i in program.spec.inputs}
+
+
+def _kinds(
+    item: TensorInput, called: Mapping[int, Kind], samples: SampleAxis
+) -> Iterator[tuple[int, Kind]]:
+    for axis, size in enumerate(item.shape):
+        fixed = samples.size not in (None, 1) and axis == samples.axis and size == samples.size
+        if fixed or size in samples.names:
+            yield axis, "batch"
+        elif called.get(axis) == "token":
+            yield axis, "token"
 
 
 _KNOWN: WeakKeyDictionary[Any, SampleAxis] = WeakKeyDictionary()
@@ -124,7 +160,8 @@ def _fixed(values: Values) -> SampleAxis:
             axis = 1
         case _:
             return unknown
-    return SampleAxis(size=int(first[axis]), remedy=_capture(values.spec, axis=axis))
+    remedy = _capture(values.spec, axis=axis)
+    return SampleAxis(size=int(first[axis]), axis=axis, remedy=remedy)
 
 
 def _mixes(values: Values, axis: int, size: int | str) -> bool | None:

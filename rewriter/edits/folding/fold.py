@@ -34,7 +34,7 @@ from ...weights.shape import reads_as_stored
 from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
-from ..linear.expression import remember
+from ..linear.expression import remember, unexpress
 from .packing import while_unpacked
 from .result import Folding
 from .rules import Fold, linear_of, lost_share, match_at
@@ -60,8 +60,14 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) 
     named = (a for a in edit.program.attachments if a.path in paths)
     result = Folding(constants=constant_reads(edit.program, named), lossy=lossy)
     fold_ready(edit.program, frozenset(paths))
-    for group in by_weight(edit.program, paths).values():
-        fold_weight(edit, group, tied, result)
+    joint = any("expressions" in node.meta for node in edit.graph_module.graph.nodes)
+    count = -1
+    while count < len(result.folded):
+        count = len(result.folded)
+        for group in by_weight(edit.program, paths).values():
+            fold_weight(edit, group, tied, result)
+        if not joint:  # what folds at one weight makes way at that alone
+            break
     done = set(result.folded)
     edit.program.attachments = tuple(a for a in edit.program.attachments if a.path not in done)
     fold_ready(edit.program)
@@ -315,36 +321,44 @@ def _fold_expression(
     """Stores the value of an expression under the parameter's name."""
     gm = edit.graph_module
     call = next(n for n in gm.graph.nodes if n.target == attachment.path)
-    name = str(call.meta["expression"])
-    source = call.args[0]
+    names = call.meta.get("expressions") or (str(call.meta["expression"]),)
     site = edit.program.sites[attachment.site]
-    if dense_of(source) == name and isinstance(site, WeightSite):
+    if any(dense_of(source) in names for source in call.args) and isinstance(site, WeightSite):
         return f"not foldable: {edit.weight(site).refuses(branch)}"
-    if not isinstance(source, Node) or source.op != "get_attr":
+    if any(not isinstance(source, Node) or source.op != "get_attr" for source in call.args):
         return "another expression that does not fold stands between it and the stored tensor"
-    old = gm.get_parameter(name)
-    if old.is_meta:
-        raise MetaTensorError(
-            f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
-        )
+    old = [gm.get_parameter(name) for name in names]
+    for name, tensor in zip(names, old, strict=True):
+        if tensor.is_meta:
+            raise MetaTensorError(
+                f"{name} is on the meta device. Load weights before folding (peftfx.load_weights)."
+            )
     with torch.no_grad():
-        before = whole(old.detach())
-        require_finite_base(name, before)
-        computed = branch.eval()(before, **branch.constants).clone()  # in training it may be random
-        if (wide := torch.promote_types(computed.dtype, torch.float32)) != computed.dtype:
-            exact = branch(before.to(wide), **branch.constants)
-            result.lost = max(result.lost, lost_share(before, exact, computed))
-    if not all_finite(computed):
-        raise NonFiniteError(
-            f"folding into {name} gives NaN or infinity in {str(computed.dtype)[6:]}. Look for "
-            "non-finite branch parameters, or keep the branch."
-        )
-    set_attribute(gm, name, nn.Parameter(placed_like(computed, old), old.requires_grad))
+        before = [whole(tensor.detach()) for tensor in old]
+        for name, tensor in zip(names, before, strict=True):
+            require_finite_base(name, tensor)
+        computed = _computed(branch.eval(), before)  # in training it may be random
+        wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in before]
+        if any(t.dtype != w.dtype for t, w in zip(before, wide, strict=True)):
+            lost = map(lost_share, before, _computed(branch, wide), computed)
+            result.lost = max(result.lost, *lost)
+    for name, tensor, stored in zip(names, computed, old, strict=True):
+        if not all_finite(tensor):
+            raise NonFiniteError(
+                f"folding into {name} gives NaN or infinity in {str(tensor.dtype)[6:]}. Look for "
+                "non-finite branch parameters, or keep the branch."
+            )
+        set_attribute(gm, name, nn.Parameter(placed_like(tensor, stored), stored.requires_grad))
     remember(edit.program, attachment.path)
-    call.replace_all_uses_with(source)
-    gm.graph.erase_node(call)
+    unexpress(call)
     gm.delete_submodule(attachment.path)
     return None
+
+
+def _computed(branch: Expression, stored: Sequence[Tensor]) -> list[Tensor]:
+    """What an expression makes of stored tensors, in memory of its own."""
+    values = branch(*stored, **branch.constants)
+    return [v.clone() for v in (values if len(stored) > 1 else (values,))]
 
 
 def _erase(edit: Attaching, match: Match) -> None:

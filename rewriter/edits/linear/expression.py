@@ -3,7 +3,8 @@ what training left of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,46 +14,75 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, Serial
 from ...errors import PassError
-from ...graph.aten import ATEN, VIEWS, expression_of, outdate, strip, value
+from ...graph.aten import ATEN, VIEWS, dense_of, expressed, expression_of, outdate, strip, value
 from ...graph.sharded import whole
 from ...graph.weighted_call import WeightedCall
 from ...program.sites import WeightSite
 from ...program.state import State
 from ...weights.weight import Weight, stored_site
 from ..calls.attach import Attaching, wide
-from ..calls.call import branch_call
+from ..calls.call import branch_call, move_before
 from .compose import compose
 from .forms import read_parts, read_value, values_of
 
 
 def express(
-    edit: Attaching, name: str, branch: Expression, path: str, reads: Mapping[str, Node]
+    edit: Attaching, names: Sequence[str], branch: Expression, path: str, reads: Mapping[str, Node]
 ) -> Node:
-    """See `Editor.express`; the call stands behind those that express the tensor already.
+    """See `Editor.express`; the call stands behind those that express the tensors already.
 
-    Otherwise it stands before its first reader: in the reader's block, and held no longer than
+    Otherwise it stands before the first reader: in the reader's block, and held no longer than
     needed.
     """
     graph = edit.graph_module.graph
+    chains = [_chain(edit, name) for name in names]
+    currents = [chain[-1] for chain in chains]
+    readers = [_readers(chain, name) for chain, name in zip(chains, names, strict=True)]
+    wanted = {reader for of_one in readers for reader in of_one}
+    first = next((n for n in graph.nodes if n in wanted), None)
+    late = first is not None and (len(names) > 1 or expression_of(currents[0]) is None)
+    for current in currents if late and first is not None else ():
+        move_before(current, first)
+    place = graph.inserting_before(first) if late else graph.inserting_after(max(currents))
+    with place:
+        call = branch_call(edit.graph_module, path, tuple(currents), reads)
+    values = [call] if len(names) == 1 else _entries(call, names)
+    for name, value_node, chain, of_one in zip(names, values, chains, readers, strict=True):
+        value_node.meta |= {"expression": name, "previous": value(chain[-1])}
+        for reader in of_one:
+            for source in chain:
+                reader.replace_input_with(source, value_node)
+    return call
+
+
+def _chain(edit: Attaching, name: str) -> list[Node]:
+    """The nodes that load a stored tensor, and the expressions of it one behind the other."""
     if (site := stored_site(edit.program, name)) is not None:
         read_value(edit, site)
-    stored = values_of(graph, name)
-    if not stored:
+    chain = values_of(edit.graph_module.graph, name)
+    if not chain:
         raise PassError(f"the graph reads no stored tensor {name!r}, so none can be expressed.")
-    current = stored[0]
-    while chained := [u for u in current.users if expression_of(u) == name]:
-        current = chained[0]
-    sources = dict.fromkeys((current, *stored))
-    readers = dict.fromkeys(r for s in sources for r in s.users if expression_of(r) != name)
-    first = next((n for n in graph.nodes if n in readers), None)
-    late = first is not None and current is stored[0]
-    with graph.inserting_before(first) if late else graph.inserting_after(current):
-        call = branch_call(edit.graph_module, path, (current,), reads)
-    call.meta |= {"expression": name, "previous": value(current)}
-    for reader in readers:
-        for source in sources:
-            reader.replace_input_with(source, call)
-    return call
+    current = chain[0]
+    while values := expressed(current):
+        current = values[0]
+    return [n for n in chain if n is not current] + [current]
+
+
+def _readers(chain: Sequence[Node], name: str) -> dict[Node, None]:
+    """What reads a stored tensor, expressions of it aside."""
+    every = dict.fromkeys(r for s in (chain[-1], *chain[:-1]) for r in s.users)
+    return {r: None for r in every
+            if expression_of(r) != name and name not in r.meta.get("expressions", ())}  # fmt: skip
+
+
+def _entries(call: Node, names: Sequence[str]) -> list[Node]:
+    """The values of a call that computes several stored tensors."""
+    call.meta["expressions"] = tuple(names)
+    values: list[Node] = []
+    for place in range(len(names)):
+        with call.graph.inserting_after(values[-1] if values else call):
+            values.append(call.graph.call_function(operator.getitem, (call, place)))
+    return values
 
 
 def widened(edit: Attaching, name: str) -> Tensor:
@@ -74,26 +104,29 @@ def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
     """See `Editor.matrix`."""
     parts, weight = WeightedCall.of(edit.node(site.nodes[0])), edit.weight(site)
     node = None if parts is None else strip(parts.weight, VIEWS)
-    chain: list[Node] = []
-    while isinstance(node, Node) and expression_of(node) is not None:
-        chain.append(node)
-        node = node.args[0] if node.args else None
-    if not chain:
+    if not isinstance(node, Node) or expression_of(node) is None:
         return _own_rows(weight.dense(), weight, site)
-    tensor = None if node is None else weight.tensor()
     with torch.no_grad():
-        for call in reversed(chain):
-            if call.kwargs:
-                raise PassError(
-                    f"{site.id}: its weight is computed from {', '.join(call.kwargs)} on every "
-                    "forward, so it has no value yet. Bake that adapter first, or select other "
-                    "sites with where=."
-                )
-            branch = edit.graph_module.get_submodule(str(call.target))
-            tensor = branch() if tensor is None else branch(tensor)
-    if tensor is None:
-        raise PassError(f"{site.id} has no stored weight.")
+        tensor = _evaluated(edit, site, node)
     return _own_rows(weight.shape.matrix(tensor), weight, site)
+
+
+def _evaluated(edit: Attaching, site: WeightSite, node: Any) -> Any:
+    """The value of a stored tensor, of an expression, or of one that computes several."""
+    if (name := dense_of(node)) is not None:
+        source = stored_site(edit.program, name) or site
+        return edit.weight(source).tensor()
+    if node.op == "get_attr":
+        return edit.graph_module.get_parameter(str(node.target)).detach()
+    values = [_evaluated(edit, site, i) for i in node.args if isinstance(i, Node)]
+    if node.op == "call_function":
+        return values[0][node.args[1]]
+    if node.kwargs:
+        raise PassError(
+            f"{site.id}: its weight is computed from {', '.join(node.kwargs)} on every forward, so "
+            "it has no value yet. Bake that adapter first, or select other sites with where=."
+        )
+    return edit.graph_module.get_submodule(str(node.target))(*values)
 
 
 def _own_rows(dense: Tensor, weight: Weight, site: WeightSite) -> Tensor:
@@ -130,6 +163,17 @@ def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
     edit.edited.append(attachment.site)
 
 
+def unexpress(call: Node) -> None:
+    """Takes a call out of the graph whose operands take the place of what it gives."""
+    entries = list(call.users) if "expressions" in call.meta else []
+    for entry in entries:
+        entry.replace_all_uses_with(call.args[entry.args[1]])  # pyright: ignore
+        call.graph.erase_node(entry)
+    if not entries:
+        call.replace_all_uses_with(call.all_input_nodes[0])
+    call.graph.erase_node(call)
+
+
 def remember(program: State, path: str) -> None:
     """Keeps the values of a branch that leaves the graph."""
     state = program.module.get_submodule(path).state_dict()
@@ -153,8 +197,7 @@ def remove(edit: Attaching, path: str) -> None:
     edit.program.attachments = tuple(a for a in edit.program.attachments if a is not gone)
     if passing:
         for node in [n for n in gm.graph.nodes if n.op == "call_module" and n.target == path]:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            gm.graph.erase_node(node)
+            unexpress(node)
         if isinstance(site, WeightSite):
             read_parts(edit, site)
     elif isinstance(site, WeightSite):

@@ -6,14 +6,15 @@ tokens are padding, and where attention is causal no token may learn of a later 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ...branches.samples import Samples
 from ...graph.aten import (
     ATEN,
     CASTS,
@@ -30,8 +31,9 @@ from ...graph.aten import (
 from ...program.sites import AttentionSite, LinearSite, MixerSite, Site
 from ...program.state import State
 from ..calls.call import Value, latest
-from ..calls.samples import sample_axis
+from ..calls.samples import ShownAxes
 from ..calls.values import input_of
+from .packed import packed_by
 from .padding import valid_of
 
 _TOKEN_NORMS = overloads("layer_norm", "rms_norm")
@@ -90,6 +92,7 @@ class Hidden:
         valid: which tokens are real, bool `[batch, tokens]`; None if all are.
         axes: where samples and tokens lie in them.
         causal: no token may learn of a later one.
+        rows: where samples lie in what the site reads, where that is laid out otherwise.
     """
 
     value: Value
@@ -97,6 +100,7 @@ class Hidden:
     valid: Value | None
     axes: Axes
     causal: bool
+    rows: Samples | None = None
 
     @property
     def reach(self) -> Reach:
@@ -105,7 +109,7 @@ class Hidden:
 
 
 def hidden_of(
-    program: State, site: Site, nodes: Mapping[str, Node], given: Value | None
+    program: State, axes: ShownAxes, site: Site, nodes: Mapping[str, Node], given: Value | None
 ) -> Hidden | str:
     """The hidden states that a site reads (or `given`), or why their tokens cannot be told."""
     at = site
@@ -113,64 +117,65 @@ def hidden_of(
         at = next((s for s in program.sites if s.id == site.q), site)
     if isinstance(at, LinearSite) and len(at.nodes) > 1:
         return f"{at.weight} multiplies hidden states at {len(at.nodes)} places"
-    source = states = input_of(at, nodes) if given is None else given
-    samples = sample_axis(program)
-    while (batch := samples.of(program, states)) is None and is_op(states, VIEWS):
-        states = inputs(states)[0]
-    size, width = shape(states) or (0,), (shape(source) or (0,))[-1]
+    source = input_of(at, nodes) if given is None else given
+    width = (shape(source) or (0,))[-1]
     wanted = at.in_features if isinstance(at, LinearSite) else getattr(at, "width", width)
-    if batch is None or {str(size[-1]), str(width)} != {str(wanted)}:
-        return samples.reason or "its hidden states are not [batch, tokens, width]"
-    tokens = tuple(i for i, s in enumerate(size[:-1]) if i != batch and str(s) != "1")
-    valid, causal = valid_of(program, states), is_causal(program, at)
+    states, rows = _apart(axes, source), samples_of(axes, [source])
+    if isinstance(site, AttentionSite) and rows is not None and rows.order != "alone":
+        return "its samples lie on one axis with what belongs to each"
+    if states is None or {str((shape(states) or (0,))[-1]), str(width)} != {str(wanted)}:
+        return axes.samples.reason or "its hidden states are not [batch, tokens, width]"
+    size, batch = shape(states) or (), axes.batch(states)
+    words = dict(enumerate(axes.named.words(states)[:-1]))
+    tokens = tuple(k for k, w in words.items() if k != batch and w != "1")
+    if batch is None or (others := {words[k] for k in tokens} - {"token", "?"}):
+        return f"its hidden states {list(size)} have an axis of {', '.join(others)} beside tokens"  # pyright: ignore
+    if pairs := packed_by(program, axes.named):
+        return f"its tokens are of several samples, which {pairs} tells apart: a mean mixes them"
+    valid, causal = valid_of(program, axes, states), is_causal(program, at)
     if len(tokens) > 1 and (causal or valid is not None):
         return "its tokens lie on several axes"
-    return Hidden(states, int(width), valid, Axes(batch, tokens), causal and bool(tokens))
+    return Hidden(states, int(width), valid, Axes(batch, tokens), causal and bool(tokens), rows)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Where samples lie in what a linear reads.
+def _apart(axes: ShownAxes, source: Node) -> Node | None:
+    """The same values with samples on an axis of their own; None where it is not known which are
+    of which sample."""
+    rows, states = axes.rows(source), source
+    while axes.batch(states) is None and is_op(states, VIEWS):
+        states = inputs(states)[0]
+    batch = axes.batch(states)
+    if rows is None or batch is None or rows[1] == "alone":
+        return None if batch is None else states
+    place, order = rows
+    laid = [str(s) for s in shape(source) or ()]
+    own = [str(s) for s in shape(states) or ()]
+    if len(own) == len(laid) + 1 and (own[:place], own[place + 2 :]) == (
+        laid[:place],
+        laid[place + 1 :],
+    ):
+        return states
+    graph, dense = source.graph, {"memory_format": torch.contiguous_format}
+    with graph.inserting_after(source):
+        count = graph.call_function(ATEN.sym_size.int, (states, batch))
+    count.meta["val"] = value(states).shape[batch]
+    sizes = [count, -1] if order == "slow" else [-1, count]
+    with graph.inserting_after(count):  # strides of a merged axis do not part for all sizes alike
+        laid_out = graph.call_function(ATEN.clone.default, (source,), dense)
+    with graph.inserting_after(laid_out):
+        parted = graph.call_function(ATEN.unflatten.int, (laid_out, place, sizes))
+    numbers = [s.meta["val"] if isinstance(s, Node) else s for s in sizes]
+    with value(source).fake_mode:
+        laid_out.meta["val"] = value(source).clone(**dense)
+        parted.meta["val"] = value(laid_out).unflatten(place, numbers)
+    return parted
 
-    Attributes:
-        axis: of the samples.
-        apart: the same values before samples and tokens were put on one axis, laid out as `axis`
-            says; None if they never were.
-        rows: how many axes of `apart` that one axis holds; the others are its width (heads).
-    """
 
-    axis: int
-    apart: Value | None
-    rows: int = 1
-
-
-def samples_of(program: State, site: LinearSite, nodes: Mapping[str, Node]) -> Samples | None:
-    """See `Editor.samples`; None also where the calls of one weight differ."""
-    samples = sample_axis(program)
-    candidates: set[Samples | None] = set()
-    for name in site.nodes:
-        states = input_of(replace(site, nodes=(name,)), nodes)
-        apart, axis, rows = None, samples.of(program, states), 1
-        if axis is None and len(shape(states) or ()) == 2 and is_op(states, VIEWS):
-            apart = inputs(states)[0]
-            axis, rows = samples.of(program, apart), _rows(apart, states)
-        known = axis is not None and (apart is None or axis < rows)
-        candidates.add(Samples(axis, apart, rows) if axis is not None and known else None)
-    return candidates.pop() if len(candidates) == 1 else None
-
-
-def _rows(apart: Node, states: Node) -> int:
-    """How many of the first axes of a value are the rows of a view of it, `[rows, width]`; 0
-    where its last axes do not make the width."""
-    sizes, width = list(shape(apart) or ()), (shape(states) or (0,))[-1]
-    while sizes and type(sizes[-1]) is int:
-        if sizes[-1] == width:
-            return len(sizes) - 1
-        inner = sizes.pop()
-        if not sizes or type(sizes[-1]) is not int:
-            return 0
-        sizes[-1] *= inner
-    return 0
+def samples_of(axes: ShownAxes, values: Iterable[Node]) -> Samples | None:
+    """Where samples lie in some values; None where they differ, or it is not known."""
+    rows = {axes.rows(value) for value in values}
+    one = rows.pop() if len(rows) == 1 else None
+    return None if one is None else Samples(*one)
 
 
 def is_causal(program: State, site: Site) -> bool:

@@ -6,15 +6,20 @@ import torch
 from torch.fx import Node
 
 from ...errors import PassError
-from ...graph.aten import ATEN, placeholders, shape, submodule, users, value
+from ...graph.aten import ATEN, is_op, placeholders, shape, submodule, users, value
 from ...program.state import State
 from ..calls.call import Value
-from ..calls.samples import sample_axis
-from .tokens import PadTokens, meaning_of
+from ..calls.samples import ShownAxes
+from .pads import PadTokens
+from .tokens import meaning_of
 
 
-def valid_of(program: State, states: Node) -> Value | None:
-    """Which tokens of hidden states are real, bool `[batch, tokens]`; None if none is padding."""
+def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:
+    """Which tokens of hidden states are real, bool `[batch, tokens]`; None if none is padding.
+
+    Raises:
+        PassError: there is a mask, and it is not known along which of its axes samples lie.
+    """
     gm = program.module
     size = shape(states)
     if size is None:
@@ -22,23 +27,47 @@ def valid_of(program: State, states: Node) -> Value | None:
     sizes = {program.symbols.get(str(s), str(s)) for s in size}
     for source in placeholders(gm).values():
         padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
-        given = shape(padded)
-        if given is None or len(given) != 2 or isinstance(given[1], int):
+        given = [program.symbols.get(str(s), str(s)) for s in shape(padded) or ()]
+        if len(given) != 2 or not sizes.intersection(given):
             continue
-        if program.symbols.get(str(given[1])) not in sizes or meaning_of(program, source) != "mask":
+        if meaning_of(program, source) != "mask":
             continue
-        if program.symbols[str(given[1])] in sample_axis(program).names:
+        batch = _batch(axes, padded)
+        if batch is None:
+            why = axes.samples.reason or "its axes are not those of samples and their tokens"
             raise PassError(
-                f"the padding mask {source.name!r} is [tokens, batch], which branches that average "
-                "over tokens do not read. Capture with a mask that is [batch, tokens]."
+                f"the padding mask {source.name!r} is [{', '.join(given)}]: {why}. "
+                f"{axes.samples.remedy or 'Capture with a mask that is [batch, tokens].'}"
             )
-        name = f"valid_{source.name}"
-        known = next((u for u in users(padded) if u.name.startswith(name)), None)
-        if known is None:
-            with gm.graph.inserting_after(padded):
-                args = (padded, 0)
-                known = gm.graph.create_node("call_function", ATEN.ne.Scalar, args, {}, name=name)
-            with value(padded).fake_mode:
-                known.meta["val"] = torch.ne(value(padded), 0)
-        return known
+        if given[1 - batch] in sizes:
+            return _real(source, padded, batch)
     return None
+
+
+def _batch(axes: ShownAxes, mask: Node) -> int | None:
+    """The axis of the samples in a mask of two axes."""
+    if axes.samples.size == 1:
+        return next((k for k, size in enumerate(shape(mask) or ()) if size == 1), None)
+    return axes.named.place(mask, "batch")
+
+
+def _real(source: Node, padded: Node, batch: int) -> Node:
+    """`padded != 0`, `[batch, tokens]`; one node however often it is asked for."""
+    name = f"valid_{source.name}"
+    known = next((u for u in users(padded) if u.name.startswith(name)), None)
+    if known is None:
+        known = _call(padded, ATEN.ne.Scalar, name)
+    if batch == 0:
+        return known
+    turned = next((u for u in users(known) if is_op(u, ATEN.transpose.int)), None)
+    return turned or _call(known, ATEN.transpose.int, f"{name}_by_sample")
+
+
+def _call(source: Node, operator: object, name: str) -> Node:
+    args = (source, 0) if operator is ATEN.ne.Scalar else (source, 0, 1)
+    with source.graph.inserting_after(source):
+        node = source.graph.create_node("call_function", operator, args, {}, name=name)  # pyright: ignore
+    with value(source).fake_mode:
+        held = value(source)
+        node.meta["val"] = torch.ne(held, 0) if operator is ATEN.ne.Scalar else held.mT
+    return node

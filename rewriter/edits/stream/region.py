@@ -39,7 +39,8 @@ from ...graph.aten import (
 from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, LinearSite, SublayerSite
 from ...program.state import State
-from ..calls.samples import sample_axis
+from ..calls.samples import ShownAxes
+from .packed import packed_by
 
 _ORDERED = CONVS | overloads(
     "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",
@@ -82,6 +83,7 @@ class Region:
 
 def find_region(
     program: State,
+    axes: ShownAxes,
     sites: Sequence[SublayerSite],
     nodes: Mapping[str, Node],
     causal: bool,
@@ -91,6 +93,7 @@ def find_region(
 
     Args:
         program: only read.
+        axes: of its values.
         sites: sublayers of one stream.
         nodes: graph nodes by the names that sites use.
         causal: allow attentions in which no token sees a later one.
@@ -116,11 +119,15 @@ def find_region(
             f"{first}: the stream is {size} before the region and {after} behind it, but tokens "
             "can be left out of [batch, tokens, width] only. Choose other blocks with where=."
         )
-    samples = sample_axis(program)
-    batch = samples.of(program, entry)
+    batch = axes.batch(entry)
     if batch is None:
-        why = samples.reason or f"no axis of its stream {size} is that of the samples"
+        why = axes.samples.reason or f"no axis of its stream {size} is that of the samples"
         raise PassError(f"{first}: {why}. Tokens can be left out of [batch, tokens, width] only.")
+    if packed := packed_by(program, axes.named):
+        raise PassError(
+            f"{first}: a row holds several samples, which {packed} tells apart, and tokens would "
+            "be chosen among them all. Give each sample a row of its own, or choose another method."
+        )
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -46,77 +46,16 @@ from ...program.state import State
 from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
 from ..calls.call import branch_call, latest, move_before
-from ..calls.samples import sample_axis
+from ..calls.samples import ShownAxes, sample_axis
 from ..linear.compose import composed_value
+from .packed import packed_by
+from .pads import PadPositions, PadTokens, StripTokens
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
 
 _LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 _WAVES = overloads("cos", "sin")
 _EQUALITIES = overloads("eq", "ne")
-
-
-class PadTokens(nn.Module):
-    """Adds `length` entries with a fixed value in front of an axis of `[batch, tokens]`, or of
-    `[tokens, batch]`."""
-
-    keeps_axes = True
-
-    def __init__(self, length: int, fill: float, axis: int = 1) -> None:
-        super().__init__()
-        self.length, self.fill, self.axis = length, fill, axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.axis == 0:
-            x = x.mT
-        left = torch.full_like(x[:, :1], self.fill).expand(-1, self.length)
-        longer = torch.cat([left, x], dim=1)
-        return longer.mT if self.axis == 0 else longer
-
-    def extra_repr(self) -> str:
-        return f"length={self.length}, fill={self.fill:g}{_first(self.axis)}"
-
-
-class PadPositions(nn.Module):
-    """Positions 0..length-1 for the prompt; the given ones move behind it."""
-
-    keeps_axes = True
-
-    def __init__(self, length: int, axis: int = 1) -> None:
-        super().__init__()
-        self.length, self.axis = length, axis
-
-    def forward(self, positions: Tensor) -> Tensor:
-        if self.axis == 0:
-            positions = positions.mT
-        own = torch.arange(self.length, dtype=positions.dtype, device=positions.device)
-        longer = torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
-        return longer.mT if self.axis == 0 else longer
-
-    def extra_repr(self) -> str:
-        return f"length={self.length}{_first(self.axis)}"
-
-
-def _first(axis: int) -> str:
-    return "" if axis else ", tokens first"
-
-
-class StripTokens(nn.Module):
-    """Removes the prompt's positions from the given axes."""
-
-    keeps_axes = True
-
-    def __init__(self, length: int, axes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.length, self.axes = length, axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        for axis in self.axes:
-            x = x.narrow(axis, self.length, x.shape[axis] - self.length)
-        return x
-
-    def extra_repr(self) -> str:
-        return f"length={self.length}, axes={self.axes}"
 
 
 def shift_positions(program: State, length: int) -> None:
@@ -250,15 +189,25 @@ def _looked_up(lookup: Node) -> Node:
 
 
 def prepend_tokens(
-    program: State, site: EmbeddingSite, embedding: Node, path: str, reads: Mapping[str, Node]
+    program: State,
+    axes: ShownAxes,
+    site: EmbeddingSite,
+    embedding: Node,
+    path: str,
+    reads: Mapping[str, Node],
 ) -> State:
     """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
     gm = program.module
     attachment = next(a for a in program.attachments if a.path == path)
     branch: Any = gm.get_submodule(path)
     length: int = branch.length
-    ids, symbol = _token_ids(program, site, embedding)
+    ids, symbol = _token_ids(program, axes, site, embedding)
     branch.tokens_first = str(value(embedding).shape[0]) == symbol
+    if packed := packed_by(program, axes.named):
+        raise PassError(
+            f"a row holds several samples, which {packed} tells apart, so a prompt in front of it "
+            "would be that of one sample alone. Choose prefix_tuning, which every sample sees."
+        )
     require_before(program, attachment, reads, embedding)
     own = own_reads(program, attachment, reads)
     label = program.symbols[symbol]
@@ -320,7 +269,9 @@ def prepend_tokens(
     return program
 
 
-def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> tuple[Node, str]:
+def _token_ids(
+    program: State, axes: ShownAxes, site: EmbeddingSite, embedding: Node
+) -> tuple[Node, str]:
     """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, and the
     size of its tokens."""
     ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
@@ -335,7 +286,7 @@ def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> tuple[No
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
         )
-    axis = 0 if program.symbols.get(str(size[1])) in sample_axis(program).names else 1
+    axis = 0 if axes.named.place(ids, "batch") == 1 else 1
     symbol = str(size[axis])
     if symbol not in program.symbols:
         why = program.spec.reasons.get(f"{ids.target}.{axis}", "it was captured so")

@@ -1,0 +1,69 @@
+"""What a prompt puts in front of a graph's inputs, and takes off its outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PadTokens(nn.Module):
+    """Adds `length` entries with a fixed value in front of an axis of `[batch, tokens]`, or of
+    `[tokens, batch]`."""
+
+    keeps_axes = True
+
+    def __init__(self, length: int, fill: float, axis: int = 1) -> None:
+        super().__init__()
+        self.length, self.fill, self.axis = length, fill, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis == 0:
+            x = x.mT
+        left = torch.full_like(x[:, :1], self.fill).expand(-1, self.length)
+        longer = torch.cat([left, x], dim=1)
+        return longer.mT if self.axis == 0 else longer
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, fill={self.fill:g}{_first(self.axis)}"
+
+
+class PadPositions(nn.Module):
+    """Positions 0..length-1 for the prompt; the given ones move behind it."""
+
+    keeps_axes = True
+
+    def __init__(self, length: int, axis: int = 1) -> None:
+        super().__init__()
+        self.length, self.axis = length, axis
+
+    def forward(self, positions: Tensor) -> Tensor:
+        if self.axis == 0:
+            positions = positions.mT
+        own = torch.arange(self.length, dtype=positions.dtype, device=positions.device)
+        longer = torch.cat([own.expand(positions.shape[0], -1), positions + self.length], dim=1)
+        return longer.mT if self.axis == 0 else longer
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}{_first(self.axis)}"
+
+
+def _first(axis: int) -> str:
+    return "" if axis else ", tokens first"
+
+
+class StripTokens(nn.Module):
+    """Removes the prompt's positions from the given axes."""
+
+    keeps_axes = True
+
+    def __init__(self, length: int, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.length, self.axes = length, axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in self.axes:
+            x = x.narrow(axis, self.length, x.shape[axis] - self.length)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}, axes={self.axes}"
