@@ -24,9 +24,9 @@ from ..measure.compare import all_finite
 from ..program.sites import LinearSite, WeightSite
 from ..program.state import State
 from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
-from .certificate import Matrix
 from .format import Dense, Format, format_of
 from .shape import shape_of
+from .verdict import Matrix, lost_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Weight:
     def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
         """Adds `delta [out, in]` in at least float32; see `replaced`."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        return self.replaced(self.dense().to(wide) + delta.to(wide))
+        return self.replaced(self.dense() + delta.to(wide))
 
     def replaced(self, exact: Tensor) -> tuple[Weight, float]:
         """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
@@ -112,10 +112,7 @@ class Weight:
             said = self.format.said
             raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
         made = replace(self, format=self.format.replaced(exact))
-        lost = 0.0
-        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
-            lost = float((made.dense().to(exact.dtype) - exact).norm()) / norm
-        return made, lost
+        return made, lost_share(self.dense(), exact, made.dense())
 
     def with_rows(self, scale: Tensor) -> Weight:
         """Scales outputs: rows of the matrix and the bias by `scale [count * out]`."""
