@@ -85,7 +85,7 @@ def test_a_wrong_matrix_is_refused_in_every_dtype(
 ) -> None:
     program = adapted("lora{rank=4,where=ffn.up}", dtype, by)
     good = peftfx.run(program, "fold").history[-1].certificate
-    assert 0 < good.measured["branch"] < 1e-12
+    assert 0 < good.measured["branch"] < 1e-6
     monkeypatch.setattr(LoRABranch, "delta", wrong)
     with pytest.raises(VerifyError, match=r"^up\.0\.weight: the branch peftfx\.lora\.up\.0\.delta"):
         peftfx.run(program, "fold")
@@ -146,7 +146,7 @@ def test_check_folded_by_hand() -> None:
     old = torch.randn(4, 3)
     good = Matrix(old + branch.delta().detach(), None, torch.float32)
     verdict = check_folded("w", Matrix(old, None, torch.float32), good, [("b", branch)])
-    assert verdict.gap < 1e-12 and not verdict.vanished
+    assert verdict.gap < 1e-6 and not verdict.vanished
     bad = Matrix(good.weight.clone(), None, torch.float32)
     bad.weight[2, 1] += 1e-5
     with pytest.raises(VerifyError, match=r"1 of 12 elements.*first in row 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -88,14 +89,14 @@ def test_layers_cost_no_evaluations(
     forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
     assert evaluations == ["LoRABranch", "add.Tensor", "LoRABranch", "add.Tensor"]  # up, down
-    # Of both: at three sizes, again, in training; of the base with its last sample, or token,
+    # Of both: at three sizes, in training; of the base again, with its last sample, or token,
     # changed, and before; of the adapter also with noise: twice, and with each of both changed.
-    assert forwards.count("program") == 5 + 3 + 5 + 4
-    branches = 2 * layers * (5 + 1 + 4)  # once more with gradients
+    assert forwards.count("program") == 4 + 1 + 3 + 4 + 4
+    branches = 2 * layers * (4 + 1 + 4)  # once more with gradients
     assert forwards.count("a2") == branches + 2 * 5  # alone: only one of each kind, up and down
     forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
-    assert forwards.count("program") == 1 + 5 + 4
+    assert forwards.count("program") == 1 + 4 + 4
 
 
 def test_the_eighth_adapter_costs_what_the_second_does(
@@ -115,6 +116,36 @@ def test_the_eighth_adapter_costs_what_the_second_does(
         assert count[f"a{index}"] == ran[1]["a2"]
         # Those before it run once: with all of them, the outputs stay what they were.
         assert all(count[f"a{older}"] == 4 for older in range(1, index))
+
+
+def outlining(program: peftfx.Program) -> int:
+    """Python calls that it takes to outline a program."""
+    count = 0
+
+    def seen(_: Any, event: str, __: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(seen)
+    try:
+        module = peftfx.outline(program)
+    finally:
+        sys.setprofile(None)
+    assert len(module.blocks) > 1
+    return count
+
+
+def test_outline_is_linear_in_layers() -> None:
+    small, middle, large = (outlining(captured(layers)) for layers in (12, 24, 48))
+    assert large - middle == pytest.approx(2 * (middle - small), rel=0.03)
+
+
+def test_outline_is_linear_in_adapters() -> None:
+    program, counts = captured(4), list[int]()
+    for index in range(1, 9):
+        program = peftfx.run(program, f"lora{{rank={index},where=linear,name=a{index}}}")
+        counts.append(outlining(program))
+    assert counts[7] - counts[3] == pytest.approx(2 * (counts[3] - counts[1]), rel=0.03)
 
 
 class Branch(nn.Module):

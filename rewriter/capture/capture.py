@@ -89,7 +89,7 @@ def capture(
     about = [spec.to_json(), {name: sorted(named.items()) for name, named in axes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
-    if entry and traced and not _agrees(Trial(model, traced.module, traced.spec, tensors)):
+    if entry and traced and not Trial(model, traced.module, traced.spec, tensors).agrees_wholly():
         traced = entry.outdated("the model computes something else than it did")
     if traced is None:
         with alone():
@@ -165,11 +165,6 @@ def _trace(
     return Traced(gm, spec, sites, symbols, frozenset(read))
 
 
-def _agrees(trial: Trial) -> bool:
-    """Whether nothing speaks against a graph of which nobody knows what it was traced with."""
-    return trial.agrees() and not trial.wrong_updates()
-
-
 def _canonical(
     exported: torch.export.ExportedProgram, aliases: Mapping[str, str], name: str = ""
 ) -> CapturedModule:
@@ -185,15 +180,14 @@ def _canonical(
 
 
 def _must_agree(model: nn.Module, trial: Trial) -> None:
-    wrong = trial.wrong_updates()
+    gap, wrong = trial.outcome()
     if wrong:
         raise CaptureError(
             f"{type(model).__name__} writes the tensor {wrong[0]!r} in one mode only, in a way "
             "that the trace cannot follow (an `out=` argument, for example). Write it with "
             "buffer.copy_(value)."
         )
-    gap = trial.gap()
-    if gap is not None and not trial.accepts(gap):
+    if not trial.accepts(gap):
         raise CaptureError(
             f"{type(model).__name__} computes something else in evaluation mode than the captured "
             f"graph (off by {gap:.3g} of the largest output). Its forward depends on state that is "

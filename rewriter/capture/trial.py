@@ -60,22 +60,39 @@ class Trial:
     def _gap(self, training: bool | None, sizes: Mapping[str, int]) -> float | None:
         if not self.possible:
             return None
+        return self._compared(training, sizes)[0]
+
+    def _compared(
+        self, training: bool | None, sizes: Mapping[str, int]
+    ) -> tuple[float | None, set[str]]:
+        """The gap in a mode, and the names of what only one of both writes."""
         inputs = self.spec.resize(self.sample, **sizes)
         try:
-            with undisturbed(self.model, self.state):
-                want = self._model(inputs, training)
+            want, theirs = self._run(self.model, self._model, inputs, training)
         except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
-            return None
+            return None, set()
         try:
-            with undisturbed(self.gm, self.state):
-                got = self._graph(inputs, training)
+            got, ours = self._run(self.gm, self._graph, inputs, training)
         except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
-            return float("inf")
-        return relative(want, got)
+            return float("inf"), set()
+        return relative(want, got), ours ^ theirs
 
     def agrees(self, **sizes: int) -> bool:
         """Whether nothing speaks against the graph at the given sizes."""
         return self.accepts(self.gap(**sizes))
+
+    def outcome(self) -> tuple[float | None, list[str]]:
+        """The gap at the sample, and `wrong_updates`, from one run in each mode."""
+        if not self.possible:
+            return None, []
+        gap, wrong = self._compared(False, {})
+        return gap, sorted({*wrong, *self.wrong_updates((True,))})
+
+    def agrees_wholly(self) -> bool:
+        """Whether nothing speaks against the graph at the sample: neither what it returns in
+        evaluation mode nor what it writes in both."""
+        gap, wrong = self.outcome()
+        return self.accepts(gap) and not wrong
 
     def accepts(self, gap: float | None) -> bool:
         """Whether a gap is none, or one of rounding."""
@@ -88,20 +105,22 @@ class Trial:
         if not self.possible or not (self.state or any(True for _ in self.model.buffers())):
             return []
         for training in modes:
-            try:
-                ours = self._written(self.gm, self._graph, training)
-                wrong |= ours ^ self._written(self.model, self._model, training)
-            except Exception:  # noqa: BLE001 - as in `gap`: no evidence
-                continue
+            wrong |= self._compared(training, {})[1]
         return sorted(wrong)
 
-    def _written(
-        self, module: nn.Module, run: Callable[..., Any], training: bool | None
-    ) -> set[str]:
-        with undisturbed(module, self.state) as kept:
-            run(self.sample, training)
+    def _run(
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        training: bool | None,
+    ) -> tuple[Any, set[str]]:
+        """What a module returns, and the names of the tensors that it writes meanwhile."""
+        with undisturbed(module, self.state) as before:
+            outputs = run(inputs, training)
             tensors = (*module.named_buffers(), *module.named_parameters())
-            return {n for n, b in tensors if n in kept and not torch.equal(b, kept[n])}
+            written = {n for n, b in tensors if n in before and not torch.equal(b, before[n])}
+            return outputs, written
 
     def _model(self, inputs: Mapping[str, Tensor], training: bool | None = False) -> list[Tensor]:
         args, kwargs = self.spec.arguments({n: t.clone() for n, t in inputs.items()})

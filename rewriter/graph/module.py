@@ -70,6 +70,32 @@ class CapturedModule(GraphModule):
             children = [(f"{start}{n}", m) for n, m in module._modules.items() if m is not None]
             stack += reversed(children)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's own, in one loop."""
+        if not recurse:
+            return super().named_parameters(prefix, recurse, remove_duplicate)
+        return self._members("_parameters", prefix, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As torch's own, in one loop."""
+        if not recurse:
+            return super().named_buffers(prefix, recurse, remove_duplicate)
+        return self._members("_buffers", prefix, remove_duplicate)
+
+    def _members(self, table: str, prefix: str, once: bool) -> Iterator[tuple[str, Any]]:
+        seen: set[Any] = set()
+        for path, module in self.named_modules(prefix=prefix, remove_duplicate=once):
+            for name, tensor in module.__dict__[table].items():
+                if tensor is None or tensor in seen:
+                    continue
+                if once:
+                    seen.add(tensor)
+                yield (f"{path}.{name}" if path else name), tensor
+
     def get_submodule(self, target: str) -> nn.Module:
         """As torch's own, from the tables of children alone."""
         module: nn.Module | None = self

@@ -161,6 +161,11 @@ def _said(x: Any, y: Any) -> str:
     return f"it changes from {short[0]} to {short[1]}"
 
 
+def equal_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same form; not where one is NaN."""
+    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
     return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
@@ -179,8 +184,8 @@ def _numbers(name: str, x: Tensor, y: Tensor) -> Gap:
     """The gap of two floating-point tensors of one shape."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, y = x.detach().to(wide), y.detach().to(wide)
-    if all_finite(x) and torch.equal(x, y):
-        return Gap(name, size=_square(x))
+    if all_finite(x) and all_finite(y):
+        return _finite(name, x, y)
     both = torch.isfinite(x) & torch.isfinite(y)
     apart = torch.where(both, x - y, 0.0).abs()
     largest, size = _largest(x), _square(torch.where(both, x, 0.0))
@@ -191,6 +196,15 @@ def _numbers(name: str, x: Tensor, y: Tensor) -> Gap:
     if values:
         relative = float("inf")
     return Gap(name, absolute, relative, error, size, values=values, spoilt=spoilt)
+
+
+def _finite(name: str, x: Tensor, y: Tensor) -> Gap:
+    if torch.equal(x, y):
+        return Gap(name, size=_square(x))
+    apart = (x - y).abs_()
+    absolute, largest = float(apart.amax()), float(torch.maximum(x.amax(), -x.amin()))
+    relative = absolute / largest if largest else absolute
+    return Gap(name, absolute, relative, _square(apart), _square(x))
 
 
 def _not_finite(x: Tensor, y: Tensor) -> tuple[str, str]:

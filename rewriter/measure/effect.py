@@ -24,7 +24,11 @@ SHARE = 0.1
 
 
 def effect(
-    before: Witness, after: Witness, inputs: Mapping[str, Tensor], silent: Collection[int] = ()
+    before: Witness,
+    after: Witness,
+    inputs: Mapping[str, Tensor],
+    silent: Collection[int] = (),
+    resting: Any = None,
 ) -> dict[str, float]:
     """What the branches that a pass has folded or rewritten contribute, and what is left of it.
 
@@ -32,6 +36,7 @@ def effect(
         before, after: the programs.
         inputs: that they are called with.
         silent: which outputs tell nothing.
+        resting: the outputs without these branches, where they are known already.
 
     Returns:
         `effect`, the norm of what the branches add to the outputs, and `error`, that of the
@@ -42,8 +47,10 @@ def effect(
     if not paths:
         return {}
     full, without = (_heard(w.outputs(inputs), silent) for w in (before, after))
-    with silenced(before.gm, paths):
-        bare = _heard(before.call(before.completed(inputs)), silent)
+    if resting is None:
+        with silenced(before.gm, paths):
+            resting = before.call(before.completed(inputs))
+    bare = _heard(resting, silent)
     square = error = product = 0.0
     for x, y, z in zip(full, without, bare, strict=True):
         a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in (x, y, z))

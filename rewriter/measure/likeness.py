@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from ..graph.aten import attribute
+from ..graph.module import same_view
+from .compare import equal_bits
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, range)
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -90,3 +95,26 @@ class Likeness:
             type(tensor), tensor.dtype, tensor.device, tensor.requires_grad,
             tuple(s if isinstance(s, int) else s.node.expr for s in sizes),
         )  # fmt: skip
+
+
+def runs_alike(one: GraphModule, other: GraphModule) -> bool:
+    """Whether two modules compute the same, because they run the same code over equal tensors.
+
+    False also where that cannot be told.
+    """
+    names = {str(n.target) for n in one.graph.nodes if n.op == "get_attr"}
+    called = {str(n.target) for n in one.graph.nodes if n.op == "call_module"}
+    if one.code != other.code:
+        return False
+    modules = [(one.get_submodule(path), other.get_submodule(path)) for path in sorted(called)]
+    try:
+        if any(_stores(m) or Likeness().of(m) != Likeness().of(o) for m, o in modules):
+            return False
+    except IncomparableError:
+        return False
+    tensors = ((attribute(one, name), attribute(other, name)) for name in sorted(names))
+    return all(same_view(x) == same_view(y) or equal_bits(x, y) for x, y in tensors)
+
+
+def _stores(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))

@@ -20,7 +20,8 @@ from ..graph.turns import alone
 from ..measure.compare import all_finite
 from ..measure.constants import constant_reads
 from ..program.sites import WeightSite
-from ..weights.certificate import Matrix, check_folded
+from ..weights.certificate import check_folded
+from ..weights.verdict import Matrix
 from ..weights.weight import stored_calls
 from .safetensors_checkpoint import Checkpoint
 

@@ -71,7 +71,7 @@ class Checks:
 
     def examine(self, item: Pass, before: State, after: State) -> Mapping[str, float]:
         """What a pass measures beside its contract, with the outputs that are known already."""
-        with sharing(*([] if self.before is None else [self.before])):
+        with sharing(*(w for w in (self.before, self.witness) if w is not None)):
             return item.examine(before, after)
 
     def unmoved(self, item: Pass) -> None:
@@ -151,7 +151,7 @@ class Checks:
         after = witness.program
         paths = {a.path for a in after.attachments} - set(rest)
         with watched(witness, str(item), paths if rest else None):
-            certificate = certify(item.promise(), before, witness)
+            certificate = certify(item.promise(), before, witness, item.adapter is not None)
             if item.adapter is None:
                 return certificate, ()
             old = self.program.named_trainable_parameters()

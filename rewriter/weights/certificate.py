@@ -8,73 +8,21 @@ allowance.
 
 from __future__ import annotations
 
-import copy
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
 from ..errors import NonFiniteError, VerifyError
 from ..measure.compare import all_finite
+from .added import clearly_added
+from .verdict import TOLERANCE, Matrix, Verdict, alone_in, drawn, largest_gap, rows_of
 
-TOLERANCE = 1e-5
-"""Largest relative difference between a branch's forward and its matrix, both in float64."""
-LOST = 0.9
-"""Rounding errors of more than this share of a change are worth a warning."""
-_MAGNITUDES = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
-"""Of the random inputs: what is linear is so at all of them."""
-_SAMPLES = 2
-"""Inputs of each magnitude."""
 _BLOCK = 1 << 16
 """Elements of a weight that are compared at a time: their temporaries stay in the cache."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight `[out, in]` with its bias, of a stack `[count * out, in]`.
-
-    Attributes:
-        dtype: what the weight is rounded to.
-        roundings: how often reading it rounds to that, beside the roundings of folding.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
-    roundings: int = 0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was measured at one weight.
-
-    Attributes:
-        gap: largest relative difference between a branch and its matrix.
-        lost: what rounding did to the change of the weight, relative to its size; may exceed 1.
-        left: how much of the change is left along its own direction, where elements that jump by
-            a whole step make up for those that stay.
-    """
-
-    gap: float
-    lost: float = 0.0
-    left: float = 1.0
-
-    @property
-    def vanished(self) -> bool:
-        """Whether nearly everything is lost: the change is gone, or drowns in rounding."""
-        return self.left < 0.01 or self.lost > LOST
-
-    def said(self, storage: str) -> str:
-        """What a report says of it where it has vanished, or was packed again."""
-        left = "nothing" if self.left < 0.01 else f"{self.left:.0%}"
-        off = "" if self.left < 0.01 else (
-            f" along its direction, and errors of {self.lost:.0%} of its size"
-        )  # fmt: skip
-        return f"rounding to {storage} left {left} of what was learnt{off}"
 
 
 @dataclass
@@ -129,6 +77,15 @@ def check_folded(
             written.
         NonFiniteError: the weight held NaN or infinity before.
     """
+    with _disable_current_modes():  # what was admitted to be written may be compared
+        verdict = clearly_added(before, after, branches)
+        return verdict or _compared(name, before, after, branches)
+
+
+def _compared(
+    name: str, before: Matrix, after: Matrix, branches: Sequence[tuple[str, Branch]]
+) -> Verdict:
+    """See `check_folded`: all in float64."""
     require_finite_base(name, before.weight)
     wide = torch.float32 if before.weight.device.type == "mps" else torch.float64
     old = before.weight.detach().to(wide)
@@ -142,11 +99,7 @@ def check_folded(
     gap = max(_gap(name, p, branch, old, bias, deltas.get(p)) for p, branch in alone.items())
     steps, exact_bias = _steps(alone, old, bias, deltas)
     rounds = len(branches) + before.roundings
-    only_deltas = all(isinstance(branch, Delta) for branch in alone.values())
-    if only_deltas and _clearly_added(old, [*deltas.values()], after, rounds):
-        verdict = Verdict(gap)
-    else:
-        verdict = _written(name, old, before.dtype, after, steps, rounds, gap)
+    verdict = _written(name, old, before.dtype, after, steps, rounds, gap)
     if exact_bias is not None and after.bias is not None:
         kept_bias = _Written(after.bias.dtype, rounds)
         none = torch.zeros_like(exact_bias)
@@ -172,7 +125,7 @@ def _written(
     written = _Written(after.dtype, rounds)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     learnt, along, off, square = False, 0.0, 0.0, 0.0
-    for start in range(0, old.shape[0], step := _rows_of(old)):
+    for start in range(0, old.shape[0], step := rows_of(old, _BLOCK)):
         rows = slice(start, start + step)
         exact = _Exact.of(old[rows])
         for action in steps:
@@ -189,38 +142,6 @@ def _written(
     return Verdict(gap, (off / square) ** 0.5, along / square) if learnt else Verdict(gap)
 
 
-def _rows_of(matrix: Tensor) -> int:
-    """How many rows are compared at a time."""
-    return max(1, _BLOCK // max(1, matrix.shape[1]))
-
-
-def _clearly_added(old: Tensor, deltas: Sequence[Tensor], after: Matrix, rounds: int) -> bool:
-    """Whether a weight is the old one with these deltas for certain, and far from losing them; told
-    in fewer passes than `_Written` and the shares of a verdict take.
-
-    The allowance is what is written times its rounding, which is at most that of `_Written`.
-    """
-    delta = functools.reduce(torch.add, deltas)
-    count = max(1, delta.numel())
-    slack = sum(_norm(d) for d in deltas) / math.sqrt(count)  # at most the largest element
-    relative = 0.51 * rounds * torch.finfo(after.dtype).eps
-    allowed = 32 * torch.finfo(torch.promote_types(after.dtype, torch.float32)).eps * slack
-    most = 0.0
-    for start in range(0, old.shape[0], step := _rows_of(old)):
-        rows = slice(start, start + step)
-        exact = old[rows] + delta[rows]
-        gap = (after.weight[rows].detach() - exact).abs_()
-        most = max(most, float(gap.amax()))
-        if not float(gap.sub_(exact.abs_(), alpha=relative).amax()) <= allowed:
-            return False
-    return most * math.sqrt(count) <= 0.1 * _norm(delta)
-
-
-def _norm(x: Tensor) -> float:
-    flat = x.reshape(-1)
-    return math.sqrt(float(torch.dot(flat, flat)))
-
-
 def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> Verdict:
     """What is left of the change of a weight `[out, in]` that was packed again.
 
@@ -229,7 +150,9 @@ def check_packed(name: str, before: Tensor, exact: Tensor, written: Tensor) -> V
     """
     wide = torch.float32 if before.device.type == "mps" else torch.float64
     along = off = square = 0.0
-    for rows in zip(*(t.split(_rows_of(before)) for t in (before, exact, written)), strict=True):
+    for rows in zip(
+        *(t.split(rows_of(before, _BLOCK)) for t in (before, exact, written)), strict=True
+    ):
         old, want, rounded = (t.to(wide) for t in rows)
         along += float(((rounded - old) * (want - old)).sum())
         off += float((rounded - want).square().sum())
@@ -276,13 +199,6 @@ def _steps(
     return [*steps, *columns], bias
 
 
-def alone_in(branch: Branch, dtype: torch.dtype) -> Branch:
-    """A copy of a branch in evaluation mode and in a dtype, with features on the last axis."""
-    alone = copy.deepcopy(branch).to(dtype).eval()
-    alone.axis, alone.lowered, alone.shape = -1, None, branch.shape.widened(dtype)
-    return alone
-
-
 def _as_stored(branch: RowScale, matrix: Tensor) -> Tensor:
     return branch.shape.stored(matrix)
 
@@ -300,8 +216,6 @@ def _gap(
     Raises:
         VerifyError: it is more than `TOLERANCE`.
     """
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.tensor(_MAGNITUDES, dtype=torch.float64).repeat(_SAMPLES)
     shape = branch.shape
 
     def call(matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -309,7 +223,7 @@ def _gap(
         return y if bias is None else y + shape.along(bias, y, **operands)
 
     with torch.no_grad():
-        x, operands = shape.drawn(old, sizes, generator)
+        x, operands = drawn(shape, old)
         if isinstance(branch, Delta) and delta is not None:
             got, want = branch(x, **operands), call(delta, None)
         elif isinstance(branch, RowScale) and delta is not None:
@@ -327,7 +241,7 @@ def _gap(
             want = call(old * rows[:, None], None if bias is None else bias * rows)
         else:
             raise VerifyError(f"{name}: {path} is no branch of a weight.")
-    gap = _largest_gap(shape.samples(want), shape.samples(got))
+    gap = largest_gap(shape.samples(want), shape.samples(got))
     if not gap <= TOLERANCE:
         raise VerifyError(
             f"{name}: the branch {path} computes something else than what it folds into the "
@@ -336,13 +250,6 @@ def _gap(
             "(delta, rows or scale) must agree."
         )
     return gap
-
-
-def _largest_gap(want: Tensor, got: Tensor) -> float:
-    """The largest relative difference of rows; a bias is as large as small rows, or larger."""
-    size = torch.maximum(want.norm(dim=1), got.norm(dim=1))
-    gaps = (got - want).norm(dim=1) / torch.where(size > 0, size, 1.0)
-    return float(gaps.nan_to_num(float("inf")).max())
 
 
 class _Written:

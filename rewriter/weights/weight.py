@@ -25,9 +25,9 @@ from ..measure.compare import all_finite
 from ..program.sites import EmbeddingSite, WeightSite
 from ..program.state import State
 from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
-from .certificate import Matrix
 from .format import Dense, Format, format_of
 from .shape import shape_of
+from .verdict import Matrix, lost_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Weight:
     def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
         """Adds `delta [out, in]` in at least float32; see `replaced`."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        return self.replaced(self.dense().to(wide) + delta.to(wide))
+        return self.replaced(self.dense() + delta.to(wide))
 
     def replaced(self, exact: Tensor) -> tuple[Weight, float]:
         """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
@@ -142,10 +142,7 @@ class Weight:
             said = self.format.said
             raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
         weight = self.packed_again(exact)
-        lost = 0.0
-        if self.dtype != exact.dtype and (norm := float((exact - self.dense()).norm())):
-            lost = float((weight.dense().to(exact.dtype) - exact).norm()) / norm
-        return weight, lost
+        return weight, lost_share(self.dense(), exact, weight.dense())
 
     def packed_again(self, exact: Tensor) -> Weight:
         """Stores another matrix `[out, in]` in the same way, see `Format.replaced`."""

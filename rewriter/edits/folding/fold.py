@@ -25,19 +25,16 @@ from ...program.history import Attachment
 from ...program.readers import Readers
 from ...program.sites import WeightSite
 from ...program.state import State
-from ...weights.certificate import (
-    Matrix,
-    check_folded,
-    require_finite_base,
-)
+from ...weights.certificate import check_folded, require_finite_base
 from ...weights.shape import reads_as_stored
+from ...weights.verdict import Matrix, lost_share
 from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember, unexpress
 from .packing import while_unpacked
 from .result import Folding
-from .rules import Fold, linear_of, lost_share, match_at
+from .rules import Fold, linear_of, match_at
 from .untie import untie
 
 
@@ -216,9 +213,13 @@ def _try(
     weight = edit.weight(shared)
     weight.require_values()
     _require_finite(weight, attachment.path, branch)
-    weight, lost = matches[0][1](weight, branch)
+    folded, lost = matches[0][1](weight, branch)
     result.lost = max(result.lost, lost)
-    weight.store()
+    try:
+        folded.store()
+    except NonFiniteError:
+        require_finite_base(weight.name, weight.dense())
+        raise
     remember(edit.program, attachment.path)
     for match, _ in matches:
         _erase(edit, match)
@@ -301,8 +302,10 @@ def _settle_sharing(
 
 
 def _require_finite(weight: Weight, path: str, branch: Branch) -> None:
-    """Raises NonFiniteError, naming the tensor, where the weight or the branch is broken."""
-    require_finite_base(weight.name, weight.dense())
+    """Raises NonFiniteError, naming the tensor, where the branch or the bias is broken, or a weight
+    whose format may hide that; a dense one is told of once its sum is not finite."""
+    if not weight.is_dense:
+        require_finite_base(weight.name, weight.dense())
     if weight.bias is not None:
         require_finite_base(weight.bias_name or weight.name, weight.bias)
     for name, tensor in branch.named_parameters():

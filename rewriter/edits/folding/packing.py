@@ -10,7 +10,8 @@ from torch import nn
 
 from ...graph.aten import attribute, set_attribute
 from ...program.sites import WeightSite
-from ...weights.certificate import Verdict, check_packed
+from ...weights.certificate import check_packed
+from ...weights.verdict import Verdict
 from ..calls.attach import Attaching
 from ..linear.compose import compose
 from ..linear.forms import store_as

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...program.readers import Readers
 from ...program.state import State
-from ...weights.certificate import Verdict
+from ...weights.verdict import Verdict
 
 
 @dataclass

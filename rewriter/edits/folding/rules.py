@@ -23,6 +23,7 @@ from ...errors import FoldError
 from ...graph.aten import VIEWS, expression_of, strip
 from ...graph.pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 from ...graph.weighted_call import WeightedCall
+from ...weights.verdict import lost_share
 from ...weights.weight import Weight
 
 
@@ -52,9 +53,13 @@ Fold = Callable[[Weight, Branch], tuple[Weight, float]]
 def _exact_delta(weight: Weight, branch: Delta | RowScale) -> Tensor:
     """What a branch adds, in at least float32: it is rounded once, with the sum."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if weight.dtype != wide:
+    if any(torch.promote_types(t.dtype, wide) != t.dtype for t in _numbers(branch)):
         branch = copy.deepcopy(branch).to(wide)
     return branch.full_delta().detach()
+
+
+def _numbers(branch: Branch) -> list[Tensor]:
+    return [t for t in (*branch.parameters(), *branch.buffers()) if t.is_floating_point()]
 
 
 def _fold_delta(weight: Weight, branch: Branch) -> tuple[Weight, float]:
@@ -94,14 +99,6 @@ def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
     old = before.dense()
     wide = torch.promote_types(old.dtype, torch.float32)
     return lost_share(old, old.to(wide) * factor.to(wide), after.dense())
-
-
-def lost_share(old: Tensor, exact: Tensor, rounded: Tensor) -> float:
-    """The share of a tensor's change that rounding it lost; `exact` is in float32 at least."""
-    if rounded.dtype == exact.dtype:
-        return 0.0
-    change = float((exact - old).norm())
-    return float((rounded - exact).norm()) / change if change else 0.0
 
 
 RULES: tuple[tuple[Pattern, Fold], ...] = (
