@@ -49,9 +49,10 @@ class Rewritten:
         """A copy of what `rewrite` made the first time, by the base's name and the recipe."""
         if (name, recipe) not in self.programs:
             program = rewrite()
-            self.programs[name, recipe] = program, {
-                n: t.clone() for n, t in tensors_of(program).items()
-            }
+            self.programs[name, recipe] = (
+                program,
+                {n: t.clone() for n, t in tensors_of(program).items()},
+            )
         program, before = self.programs[name, recipe]
         after = tensors_of(program)
         changed = [n for n, t in before.items() if not torch.equal(t, after[n])]

@@ -355,9 +355,7 @@ def test_feed_forwards_alone(captured: Any) -> None:
     ("name", "reductions"),
     [("encoder", (2, 4)), ("bert", (3,)), ("decoder", (2, 6)), ("llama", (3,))],
 )
-def test_flops_fall_by_the_reduction(
-    captured: Any, name: str, reductions: tuple[int, ...]
-) -> None:
+def test_flops_fall_by_the_reduction(captured: Any, name: str, reductions: tuple[int, ...]) -> None:
     """The frozen linears of the blocks; what is not routed and the adapter are counted apart."""
     model, base = captured[name]
 
