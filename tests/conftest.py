@@ -4,8 +4,10 @@ copies of what they may change; whatever else they change is an error at the nex
 from __future__ import annotations
 
 import functools
+import gc
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -37,13 +39,38 @@ def tensors_of(program: peftfx.Program) -> dict[str, Tensor]:
     return {n: t.detach() for n, t in (*module.named_parameters(), *module.named_buffers())}
 
 
+class Rewritten:
+    """What recipes made of programs, each run once a session; tests get copies."""
+
+    def __init__(self) -> None:
+        self.programs: dict[tuple[str, str], tuple[peftfx.Program, dict[str, Tensor]]] = {}
+
+    def get(self, name: str, recipe: str, rewrite: Callable[[], peftfx.Program]) -> peftfx.Program:
+        """A copy of what `rewrite` made the first time, by the base's name and the recipe."""
+        if (name, recipe) not in self.programs:
+            program = rewrite()
+            self.programs[name, recipe] = (
+                program,
+                {n: t.clone() for n, t in tensors_of(program).items()},
+            )
+        program, before = self.programs[name, recipe]
+        after = tensors_of(program)
+        changed = [n for n, t in before.items() if not torch.equal(t, after[n])]
+        assert not changed, f"a test changed tensors that others use, too: {changed}"
+        return program.fork()
+
+
 class Captured:
     """Models and their programs by name, captured on first use."""
 
     def __init__(self) -> None:
         self.made: dict[str, tuple[Any, peftfx.Program]] = {}
         self.started: dict[tuple[str, str], tuple[peftfx.Program, str]] = {}
-        self.recipes: dict[tuple[str, str], tuple[peftfx.Program, dict[str, Tensor]]] = {}
+        self.rewritten = Rewritten()
+
+    def adapted(self, name: str, recipe: str) -> peftfx.Program:
+        """A copy of a base after a recipe, which is run once a session."""
+        return self.rewritten.get(name, recipe, lambda: peftfx.run(self[name][1], recipe))
 
     def start(self, name: str, method: str) -> tuple[peftfx.Program, str]:
         """The program that a method's pass is run on, and that pass as text."""
@@ -53,15 +80,9 @@ class Captured:
 
     def placed(self, name: str, method: str) -> peftfx.Program:
         """A copy of a base with a method's small recipe, which is run once a session."""
-        if (name, method) not in self.recipes:
-            program = peftfx.run(*self.start(name, method))
-            copies = {n: t.clone() for n, t in tensors_of(program).items()}
-            self.recipes[name, method] = program, copies
-        program, before = self.recipes[name, method]
-        after = tensors_of(program)
-        changed = [n for n, t in before.items() if not torch.equal(t, after[n])]
-        assert not changed, f"a test changed tensors that others use, too: {changed}"
-        return program.fork()
+        return self.rewritten.get(
+            name, f"its small recipe: {method}", lambda: peftfx.run(*self.start(name, method))
+        )
 
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         if name not in self.made:
@@ -80,6 +101,11 @@ class Zoo:
     def __init__(self) -> None:
         self.made: dict[str, peftfx.Program] = {}
         self.models: dict[str, Any] = {}
+        self.rewritten = Rewritten()
+
+    def adapted(self, name: str, recipe: str) -> peftfx.Program:
+        """A copy of a program after a recipe, which is run once a session."""
+        return self.rewritten.get(name, recipe, lambda: peftfx.run(self[name], recipe))
 
     def model(self, name: str) -> Any:
         """The model that the program was captured from."""
@@ -104,6 +130,17 @@ def recalled(request: pytest.FixtureRequest) -> Iterator[None]:
             for module in (peftfx, cli):
                 patch.setattr(module, "capture", functools.partial(capture, cache=captures()))
         yield
+
+
+@pytest.fixture(autouse=True)
+def operators_read_once() -> None:
+    """`torch.onnx` reads all its translations from their source at each export: once is enough."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if registration is None:
+        return
+    apis: Any = registration.onnxscript_apis
+    if not hasattr(apis.get_torchlib_ops, "cache_info"):
+        apis.get_torchlib_ops = functools.cache(apis.get_torchlib_ops)
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +177,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--method-seconds", type=float, metavar="SECONDS",
         help=f"fail above so many CPU seconds for the registered tests of a method ({BUDGET:g})",
     )  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

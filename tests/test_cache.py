@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 import peftfx
-from peftfx.rewriter.capture import graphfile
+from peftfx.rewriter.capture import cache, graphfile
 from peftfx.rewriter.files.files import parse_json, write_json
 from peftfx.rewriter.graph.aten import shape, source_line
 from peftfx.rewriter.graph.symbols import Symbols
 
 from .models import Convolutional, Decoder, Encoder, batch, bert, first, llama, moved, randomise
+from .rooms import FILES, IMPORTS, room
 
 FRESH: dict[str, Callable[[], Any]] = {
     "decoder": lambda: Decoder(tied=True), "bert": bert, "convolutional": Convolutional,
@@ -297,6 +298,24 @@ def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> N
     assert recalls() == "recalled"
     model.config.before += 1
     assert recalls() == "stored"
+    model.config.options = {"_use_default_values": ["a", "b"], "a": 1}
+    assert recalls() == "stored"
+    model.config.options["_use_default_values"].reverse()  # diffusers lists a set
+    assert recalls() == "recalled"
+    model.config.options["a"] = 2
+    assert recalls() == "stored"
+
+
+def test_the_key_covers_the_code_that_captures() -> None:
+    """All that the files of `capture/` import, but for the program that is made of a capture."""
+    reached, waiting = set[str](), [n for n in FILES if room(n) == "capture"]
+    while waiting:
+        name = waiting.pop()
+        if name in FILES and name not in reached and name != "api":
+            reached.add(name)
+            waiting += IMPORTS[name]
+    assert len(reached) > 50
+    assert {name.partition("/")[0] for name in reached} == set(cache.ROOMS)
 
 
 def test_functions_of_one_line_and_what_classes_enclose(tmp_path: Path) -> None:

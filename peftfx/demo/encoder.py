@@ -75,8 +75,7 @@ def load_model() -> nn.Module:
         ) from error
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    loader = cast("Any", AutoModel)
-    model = loader.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return cast("nn.Module", model.eval())
 
 

@@ -47,6 +47,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FILE = re.compile(r'File "([^"]+)", line')
 _DRAWN = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """What `uuid` draws: the number of a session, another one in each process."""
+ROOMS = (
+    "errors", "graph", "inputs", "files", "program", "measure", "tracing", "sites", "capture",
+)  # fmt: skip
+"""What capturing is made of. The rest of the house may change, and captures stay what they are."""
+_UNORDERED = "_use_default_values"
+"""Of diffusers' configurations: the names of options that were left out, listed from a set, whose
+order differs from process to process. Their values stand beside it."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ def _key(
         "state": [str(torch.get_default_dtype()), torch.is_autocast_enabled()],
         "versions": {p: _version(p) for p in sorted(packages | {"torch", "peftfx"})},
         "code": dict(sorted(describe.files.items())),
-        "constants": dict(sorted(describe.constants.items())), "self": _own_digest(),
+        "constants": dict(sorted(describe.constants.items())), "self": own_digest(),
     }  # fmt: skip
     return hashlib.sha256(write_json(payload)).hexdigest()
 
@@ -233,10 +240,11 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _own_digest() -> str:
-    """A hash of this package's code: a newer one may see other sites."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+def own_digest() -> str:
+    """A hash of this package's code that captures: a newer one may see other sites."""
+    house = Path(__file__).parents[1]
+    files = [f for f in house.rglob("*.py") if f.relative_to(house).parts[0].split(".")[0] in ROOMS]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -292,7 +300,8 @@ class _Description:
             case set() | frozenset():
                 return ["set", *sorted(repr(self(i)) for i in item)]  # pyright: ignore[reportUnknownVariableType]
             case dict():
-                return ["dict", *([self(k), self(v)] for k, v in item.items())]  # pyright: ignore[reportUnknownVariableType]
+                items = ((k, v) for k, v in item.items() if k != _UNORDERED)  # pyright: ignore[reportUnknownVariableType]
+                return ["dict", *([self(k), self(v)] for k, v in items)]
             case _:
                 pass
         if callable(item) and hasattr(item, "__qualname__"):

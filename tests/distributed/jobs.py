@@ -68,8 +68,8 @@ def methods(folder: Path) -> Any:
     captured, found = base(), dict[str, Any]()
     for name in METHODS:
         before, text = start(captured, name)
-        alone, shards = (models.randomise(peftfx.run(before, text)).eval() for _ in range(2))
-        module = sharded(shards)
+        alone = models.randomise(peftfx.run(before, text)).eval()
+        module = sharded(alone.fork())
         parts = peftfx.inline(module)
         full = alone.spec.bind((), models.batch(job.ROWS))
         rows = {n: t if n not in models.batch() else job.mine({n: t})[n] for n, t in full.items()}

@@ -20,6 +20,7 @@ from peftfx.rewriter.measure.compare import floats
 from peftfx.rewriter.program.sites import LinearSite
 
 from .. import models
+from ..conftest import Rewritten
 from ..models import batch, first, moved, randomise
 from ..zoo import ZOO
 
@@ -76,6 +77,12 @@ class Pair:
 
     def __init__(self) -> None:
         self.made: dict[Any, Any] = {}
+        self.rewritten = Rewritten()
+
+    def adapted(self, name: str, dtype: torch.dtype = torch.float32) -> peftfx.Program:
+        """A copy of the program with the adapters, which are placed once a module."""
+        base = self(name, dtype)[1]
+        return self.rewritten.get(name, f"{ADAPTED} {dtype}", lambda: peftfx.run(base, ADAPTED))
 
     def __call__(self, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         if (name, dtype) not in self.made:
@@ -154,7 +161,7 @@ def check(model: Any, before: Any, after: Any, name: str, limit: float) -> None:
 def test_the_cut_program_is_the_masked_model(pair: Pair, name: str, adapted: bool) -> None:
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model, base = pair(name, dtype)
-        program = randomise(peftfx.run(base, ADAPTED), 0.2) if adapted else base
+        program = randomise(pair.adapted(name, dtype), 0.2) if adapted else base
         inputs = inputs_of(name, 2, 12)
         plain = masked(model, linears_of(program, {}), inputs)
         torch.testing.assert_close(  # the reference itself is right about the adapters
@@ -168,8 +175,8 @@ def test_the_cut_program_is_the_masked_model(pair: Pair, name: str, adapted: boo
 
 @pytest.mark.parametrize("name", NAMES)
 def test_folding_before_or_after_gives_the_same(pair: Pair, name: str) -> None:
-    model, base = pair(name, torch.float64)
-    program = randomise(peftfx.run(base, ADAPTED), 0.2)
+    model, _ = pair(name, torch.float64)
+    program = randomise(pair.adapted(name, torch.float64), 0.2)
     one = peftfx.run(program, f"{PRUNE};fold")
     two = peftfx.run(program, f"fold;{PRUNE}")
     (first_kept,) = (r.plan.decisions["kept"] for r in one.history if "kept" in r.plan.decisions)
@@ -187,7 +194,7 @@ def test_folding_before_or_after_gives_the_same(pair: Pair, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_coupled_shrinks(pair: Pair, name: str) -> None:
     _, base = pair(name)
-    program = peftfx.run(base, ADAPTED)
+    program = pair.adapted(name)
     pruned = peftfx.run(program, PRUNE)
     for site_id, keep in kept_of(pruned).items():
         block: Any = pruned.sites[site_id]
@@ -213,8 +220,7 @@ def test_everything_coupled_shrinks(pair: Pair, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["decoder", "phi3"])
 def test_training_goes_on(pair: Pair, name: str) -> None:
-    _, base = pair(name)
-    pruned = randomise(peftfx.run(base, f"{ADAPTED};{PRUNE}"), 0.05).train()
+    pruned = randomise(peftfx.run(pair.adapted(name), PRUNE), 0.05).train()
     frozen = {n: p.clone() for n, p in pruned.module.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW(pruned.trainable_parameters(), lr=1e-2)
     inputs = inputs_of(name)
@@ -287,8 +293,7 @@ def test_checkpoints(pair: Pair, tmp_path: Path) -> None:
 
 def test_onnx_is_smaller_and_agrees(pair: Pair, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    _, base = pair("decoder")
-    program = randomise(peftfx.run(base, ADAPTED), 0.2)
+    program = randomise(pair.adapted("decoder"), 0.2)
     pruned = peftfx.run(program, "channel_pruning{ratio=0.5}")
     sizes = {}
     for key, made in (("whole", program), ("cut", pruned), ("folded", peftfx.run(pruned, "fold"))):

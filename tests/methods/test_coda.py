@@ -117,9 +117,8 @@ REFERENCES: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
 
 
 def program_of(captured: Any, name: str, text: str = "", scale: float = 0.2) -> tuple[Any, Any]:
-    model, base = captured[name]
     text = text or (CODA if name in ("encoder", "bert") else PREFILL)
-    return model, randomise(peftfx.run(base, text), scale)
+    return captured[name][0], randomise(captured.adapted(name, text), scale)
 
 
 def rows(lengths: tuple[int, ...], seed: int = 3, left: bool = False) -> dict[str, Tensor]:
@@ -148,8 +147,7 @@ def test_equations(captured: Any, name: str, lengths: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("lengths", [(9, 9), (5, 11), (2, 3)])
 def test_t5_encoder_by_equations(zoo: Any, lengths: tuple[int, ...]) -> None:
     """Relative position biases lose both axes; the decoder stays dense."""
-    model, base = zoo.model("t5"), zoo["t5"]
-    program = randomise(peftfx.run(base, CODA), 0.2)
+    model, program = zoo.model("t5"), randomise(zoo.adapted("t5", CODA), 0.2)
     assert [a.site for a in program.attachments] == ["s0.layer0.attn", "s0.layer1.attn"]
     inputs = ZOO["t5"].inputs(len(lengths), max(lengths))
     for row, length in enumerate(lengths):
@@ -212,8 +210,7 @@ def test_unfused_attention_and_static_tokens(captured: Any, zoo: Any) -> None:
 
 def test_parameters(captured: Any) -> None:
     """2dr + r + d for the adapter and d for the router, a block."""
-    _, base = captured["encoder"]
-    program = peftfx.run(base, CODA)
+    program = captured.adapted("encoder", CODA)
     d, r = 32, 8
     count = sum(p.numel() for p in program.trainable_parameters())
     assert count == 2 * (2 * d * r + r + d + d)
@@ -221,8 +218,7 @@ def test_parameters(captured: Any) -> None:
 
 
 def test_training_moves_adapters_and_routers_only(captured: Any) -> None:
-    _, base = captured["encoder"]
-    program = peftfx.run(base, CODA).train()
+    program = captured.adapted("encoder", CODA).train()
     frozen = {n: p.clone() for n, p in program.module.named_parameters() if not p.requires_grad}
     start = {n: p.detach().clone() for n, p in program.named_trainable_parameters().items()}
     torch.manual_seed(0)
@@ -261,8 +257,7 @@ def test_gradients_against_the_equations(captured: Any) -> None:
 
 
 def test_save_load_replay_and_without(captured: Any, tmp_path: Path) -> None:
-    _, base = captured["encoder"]
-    program = randomise(peftfx.run(base, CODA), 0.2)
+    base, (_, program) = captured["encoder"][1], program_of(captured, "encoder")
     want = first(program(**batch(pad=4)))
     peftfx.save(program, tmp_path / "adapter")
     loaded = peftfx.load(base, tmp_path / "adapter")
@@ -278,7 +273,7 @@ def test_save_load_replay_and_without(captured: Any, tmp_path: Path) -> None:
      "prompt_tuning{length=3}", "bitfit"],
 )  # fmt: skip
 def test_order_among_methods_does_not_matter(captured: Any, other: str) -> None:
-    _, base = captured["decoder"]
+    _, base = captured["block"]
     outputs: list[Tensor] = []
     inputs = rows((5, 11))
     for text in (f"{other};{PREFILL}", f"{PREFILL};{other}"):
@@ -296,16 +291,16 @@ def test_order_among_methods_does_not_matter(captured: Any, other: str) -> None:
 
 def test_folding_and_the_causal_path(captured: Any) -> None:
     """What folds inside a routed block still folds; without padding masks become a flag."""
-    _, base = captured["decoder"]
+    _, base = captured["block"]
     program = randomise(peftfx.run(base, f"lora{{rank=4}};{PREFILL}"), 0.2)
     folded = peftfx.run(program, "fold")
-    assert [a.slot for a in folded.attachments] == ["routed", "routed"]
+    assert [a.slot for a in folded.attachments] == ["routed"]
     assert "depends on the input" in folded.history[-1].skipped[0][1]
     torch.testing.assert_close(
         first(folded(**batch())), first(program(**batch())), rtol=1e-4, atol=1e-5
     )
     flagged = peftfx.run(base, f"causal{{length=32}};{PREFILL}")
-    plain = peftfx.run(base, PREFILL)
+    plain = captured.adapted("block", PREFILL)
     assert "LiveKeys" not in flagged.text()
     got = first(flagged(input_ids=batch()["input_ids"]))
     torch.testing.assert_close(got, first(plain(**batch())), rtol=1e-4, atol=1e-5)
@@ -316,10 +311,10 @@ def test_refusals(captured: Any) -> None:
         peftfx.run(captured["decoder"][1], "coda")
     with pytest.raises(PassError, match="is causal"):
         peftfx.run(captured["decoder"][1], "coda{where=ffn or attn}")
-    for name, options in (("encoder", ""), ("decoder", ",causal=prefill")):
-        twice = f"coda{{name=a{options}}};coda{{name=b{options}}}"
+    for name, text in (("encoder", CODA), ("block", PREFILL)):
+        program = captured.adapted(name, text)
         with pytest.raises(PassError, match="runs on some tokens already"):
-            peftfx.run(captured[name][1], twice)
+            peftfx.run(program, text.replace("{", "{name=b,"))
     with pytest.raises(OptionError, match="reduction"):
         peftfx.run(captured["encoder"][1], "coda{reduction=0}")
 
@@ -356,8 +351,11 @@ def test_feed_forwards_alone(captured: Any) -> None:
     torch.testing.assert_close(got, x, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["encoder", "bert", "decoder", "llama"])
-def test_flops_fall_by_the_reduction(captured: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reductions"),
+    [("encoder", (2, 4)), ("bert", (3,)), ("decoder", (2, 6)), ("llama", (3,))],
+)
+def test_flops_fall_by_the_reduction(captured: Any, name: str, reductions: tuple[int, ...]) -> None:
     """The frozen linears of the blocks; what is not routed and the adapter are counted apart."""
     model, base = captured[name]
 
@@ -374,7 +372,7 @@ def test_flops_fall_by_the_reduction(captured: Any, name: str) -> None:
     dense = flops(base) - outside
     assert dense > 0
     causal = "" if name in ("encoder", "bert") else ",causal=prefill"
-    for reduction in (2, 3, 4, 6):
+    for reduction in reductions:
         program = peftfx.run(base, f"coda{{reduction={reduction},bottleneck=8{causal}}}")
         aside = 2 * 72 * 2 * (2 * 32 * 8)
         share = (flops(program) - outside - aside) / dense
@@ -384,7 +382,7 @@ def test_flops_fall_by_the_reduction(captured: Any, name: str) -> None:
 def test_onnx(captured: Any, tmp_path: Path) -> None:
     """A decoder with rotary values and grouped queries (the encoder is exported in test_onnx)."""
     pytest.importorskip("onnx")
-    _, program = program_of(captured, "decoder")
+    _, program = program_of(captured, "block")
     report = peftfx.export_onnx(program, tmp_path / "m.onnx")
     assert report.error <= 1e-5 and len(report.parity) == 3
 
