@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..passes.reparameterized.initial_factors import olora, pissa
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError
@@ -171,12 +172,9 @@ def _residual(config: Config, program: Program, part: LowRank, start: str) -> Lo
     dense = (weight.mT if sites[0].in_out else weight).float()
     rank = part.a.shape[0]
     if start == "pissa":
-        u, s, v = torch.linalg.svd(dense, full_matrices=False)
-        roots = (s[:rank] / part.scale).sqrt()
-        a, b = roots[:, None] * v[:rank], u[:, :rank] * roots
+        a, b = pissa(dense, rank, part.scale)
     elif start.lower() == "olora":
-        q, r = torch.linalg.qr(dense)
-        a, b = r[:rank], q[:, :rank]
+        a, b = olora(dense, rank)
     else:
         raise ArtifactError(
             f"{config.where}: with init_lora_weights={start!r} the adapter trained on another "
