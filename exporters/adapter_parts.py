@@ -17,6 +17,7 @@ from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
 from ..rewriter.branches.parts import (
     Change,
+    Invoked,
     LowRank,
     Part,
     Prefix,
@@ -54,7 +55,7 @@ def adapter_parts(program: Program, adapter: str = "") -> Parts:
             parts.append(_placed(program, attachment, part))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
-        elif isinstance(part, Rows) and isinstance(site, WeightSite):
+        elif isinstance(part, Rows | Invoked) and isinstance(site, WeightSite):
             parts.append(replace(part, target=_name(program, site)))
         else:
             parts.append(part)
@@ -82,10 +83,11 @@ def _part(program: Program, attachment: Attachment) -> Part:
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
     part: Part | None = None
-    if attachment.reads or attachment.members:
+    apart = not (attachment.reads or attachment.members)
+    if isinstance(branch, Branch):
+        part = branch.part() or (_by_slot(branch) if apart else None)
+    if not apart:
         reason = "it reads other values of the graph"
-    elif isinstance(branch, Branch):
-        part = branch.part() or _by_slot(branch)
     if part is None:
         raise ArtifactError(
             f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be "

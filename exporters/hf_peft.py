@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
-from ..rewriter.branches.parts import Part, Trained
+from ..rewriter.branches.parts import Invoked, Part, Trained
 from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
@@ -75,7 +75,9 @@ def load_peft(
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
     parts = read_peft(program, directory)
-    return run(program, Imported(name=name or name_of(directory)), sources=[parts])
+    invoked = any(isinstance(p, Invoked) for p in parts.parts)
+    item = Imported(name=name or name_of(directory), invoked=invoked)
+    return run(program, item, sources=[parts])
 
 
 def save_peft(
@@ -230,8 +232,13 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Program) -> list
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    exact = f"came in as its exact change: {config.type} is no method here"
-    return (exact,) if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT") else ()
+    notes: list[str] = []
+    if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT"):
+        notes.append(f"came in as its exact change: {config.type} is no method here")
+    for option in ("velora_config", "monteclora_config"):
+        if config.data.get(option):
+            notes.append(f"{option} is of training there; here the adapter trains on as LoRA")
+    return tuple(notes)
 
 
 def name_of(path: str | Path) -> str:

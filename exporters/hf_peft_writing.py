@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
-from ..rewriter.branches.parts import LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.branches.parts import Invoked, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import (
     ConvSite,
@@ -39,6 +40,8 @@ def written(program: Program, parts: Parts) -> Written:
     """
     kinds = {p.kind for p in parts.parts} - {"trained"}
     trained = [p for p in parts.parts if isinstance(p, Trained)]
+    if kinds == {"invoked"}:
+        return _invoked(program, parts)
     if "lowrank" in kinds and kinds <= {"lowrank", "rows"}:
         config, tensors = _lora(program, parts.parts, trained)
     elif kinds == {"scaling"}:
@@ -60,6 +63,14 @@ def written(program: Program, parts: Parts) -> Written:
     level = "base_model." if kinds & {"prompt", "prefix"} else PREFIX
     tensors |= {f"{level}{k}": t for k, t in keys.items()}
     return config | ({"modules_to_save": saved} if saved else {}), tensors
+
+
+def _invoked(program: Program, parts: Parts) -> Written:
+    invoked = [p for p in parts.parts if isinstance(p, Invoked)]
+    plain = (LowRank(p.target, p.a, p.b, p.scale, dropout=p.dropout) for p in invoked)
+    others = (p for p in parts.parts if not isinstance(p, Invoked))
+    config, tensors = written(program, replace(parts, parts=(*plain, *others)))
+    return config | {"alora_invocation_tokens": invoked[0].ids.tolist()}, tensors
 
 
 def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
@@ -108,11 +119,25 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
         config["trainable_token_indices"] = {n: p.ids.tolist() for n, p in rows.items()}
         leaf = "token_adapter.trainable_tokens_delta"
         tensors |= {f"{PREFIX}{n}.{leaf}": p.values for n, p in rows.items()}
-    biases = [t.target for t in trained if t.target.endswith(".bias")]
+    added = {t.target: t.values for t in trained if _is_added(program, t.target)}
+    if added:  # PEFT gives lora_B of all modules a bias, or of none
+        config["lora_bias"] = True
+        for part in low:
+            zero = part.b.new_zeros(part.b.shape[0])
+            bias = added.get(part.target.removesuffix("weight") + "bias", zero) / part.scale
+            tensors[f"{PREFIX}{part.target.removesuffix('weight')}lora_B.bias"] = bias
+    biases = [t.target for t in trained if t.target.endswith(".bias") and t.target not in added]
     if biases:
         own = {b.removesuffix(".bias") for b in biases} <= set(ranks)
         config["bias"] = "lora_only" if own else "all"
     return config, tensors
+
+
+def _is_added(program: Program, name: str) -> bool:
+    """Whether it is a bias that the model does not have."""
+    base = program.base.base_tensors()
+    weight = program.tensors.stored(f"{name.removesuffix('bias')}weight")
+    return name.endswith("bias") and name not in base and weight in base
 
 
 def _site(program: Program, part: LowRank) -> WeightSite:
@@ -294,7 +319,7 @@ def _modules_to_save(
     program: Program, trained: Iterable[Trained], config: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that are saved whole, and tensors by key; biases beside factors need no module."""
-    given = {t.target: t.values for t in trained}
+    given = {t.target: t.values for t in trained if not _is_added(program, t.target)}
     if config.get("bias", "none") != "none":
         keys: dict[str, Tensor] = {}
         for name in [n for n in given if n.endswith(".bias")]:
