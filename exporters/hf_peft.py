@@ -10,7 +10,7 @@ files is told by `peft_version`. A key or an option that is not understood is an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .adapter_parts import adapter_parts
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
-from .hf_peft_writing import VERSION, written
+from .hf_peft_writing import VERSION, with_head, written
 from .plain_lora import plain_lora
 
 Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
@@ -83,7 +83,7 @@ def load_peft(
 def save_peft(
     program: Program,
     directory: str | Path,
-    adapter: str = "",
+    adapter: str | Sequence[str] = "",
     *,
     base: str | None = None,
     task: str | None = None,
@@ -95,9 +95,10 @@ def save_peft(
     Args:
         program: which holds the adapter unfolded.
         directory: new, empty, or one with an `adapter_config.json` to replace.
-        adapter: its name; the only one by default.
+        adapter: its name, or several that PEFT has as one, see `adapter_parts`.
         base: name or path of the base model, for the config.
-        task: PEFT's `task_type`, such as CAUSAL_LM.
+        task: PEFT's `task_type`, such as CAUSAL_LM; of SEQ_CLS and its kind PEFT reads the head
+            from the file, so that goes along, trained or not.
         plain: as the one LoRA that serving engines take, see `plain_lora`.
         rank: of plain LoRA.
 
@@ -119,9 +120,10 @@ def save_peft(
         config, tensors = dict(read.config), dict(read.original)
     else:
         config, tensors = written(program, parts)
+    said: Mapping[str, Any] = {} if read is None else read.config
+    config, tensors = with_head(program, config, tensors, task or said.get("task_type"))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
-    said: Mapping[str, Any] = {} if read is None else read.config
     about = {
         "auto_mapping": said.get("auto_mapping"), "inference_mode": True,
         "base_model_name_or_path": base or said.get("base_model_name_or_path"),

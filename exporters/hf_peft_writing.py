@@ -28,6 +28,11 @@ from .hf_peft_lora import TWICE
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
+_HEADS = {
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 VERSION = "0.21.2"
 """Of PEFT, whose keys these are."""
 
@@ -126,11 +131,18 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
             zero = part.b.new_zeros(part.b.shape[0])
             bias = added.get(part.target.removesuffix("weight") + "bias", zero) / part.scale
             tensors[f"{PREFIX}{part.target.removesuffix('weight')}lora_B.bias"] = bias
-    biases = [t.target for t in trained if t.target.endswith(".bias") and t.target not in added]
+    biases = [n for n in _lone_biases(trained) if n not in added]
     if biases:
         own = {b.removesuffix(".bias") for b in biases} <= set(ranks)
         config["bias"] = "lora_only" if own else "all"
     return config, tensors
+
+
+def _lone_biases(trained: Iterable[Trained]) -> list[str]:
+    """The biases that train where the rest of their module does not."""
+    names = [t.target for t in trained]
+    whole = {n.rpartition(".")[0] for n in names if not n.endswith(".bias")}
+    return [n for n in names if n.endswith(".bias") and n.rpartition(".")[0] not in whole]
 
 
 def _is_added(program: Program, name: str) -> bool:
@@ -322,7 +334,7 @@ def _modules_to_save(
     given = {t.target: t.values for t in trained if not _is_added(program, t.target)}
     if config.get("bias", "none") != "none":
         keys: dict[str, Tensor] = {}
-        for name in [n for n in given if n.endswith(".bias")]:
+        for name in [n for n in _lone_biases(trained) if n in given]:
             path = name.removesuffix(".bias")
             inner = f"{path}.base_layer.bias" if _adapted(path, config) else name
             keys[inner] = given.pop(name)
@@ -335,6 +347,23 @@ def _modules_to_save(
             if name.rpartition(".")[0] == module:
                 keys[name] = given.get(name, tensor.detach())
     return modules, keys
+
+
+def with_head(
+    program: Program, config: dict[str, Any], tensors: dict[str, Tensor], task: str | None
+) -> Written:
+    """With the modules that PEFT looks for in the file of every adapter of a task."""
+    names = _HEADS.get(task or "", ())
+    saved = list(config.get("modules_to_save") or ())
+    missing: dict[str, Tensor] = {}
+    for name, tensor in program.base.base_tensors().items():
+        module = name.rpartition(".")[0]
+        if module.rpartition(".")[2] in names and not _adapted(module, config):
+            missing[f"{PREFIX}{name}"] = tensor.detach()
+            saved.append(module)
+    if not missing or config["peft_type"] not in ("LORA", "IA3"):
+        return config, tensors
+    return config | {"modules_to_save": sorted(set(saved))}, missing | tensors
 
 
 def _adapted(path: str, config: Mapping[str, Any]) -> bool:

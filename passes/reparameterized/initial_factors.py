@@ -192,14 +192,14 @@ def started(program: State, plan: Plan, options: Options, data: Any) -> Plan:
     sites: list[WeightSite] = [s for s in every if not s.obstacle]
     if options.init != "eva":
         factors = _factors(program, sites, options, data)
-        tensors = {f"{i}.{n}": t for i, ab in factors for n, t in zip("ab", ab, strict=True)}
-        return replace(plan, tensors=tensors)
+        named = {f"{i}.{n}": t for i, ab in factors for n, t in zip("ab", ab, strict=True)}
+        return replace(plan, tensors={n: t.contiguous() for n, t in named.items()})
     directions = _explaining(program, sites, options.rank, options.rho, _batches("eva", data))
     none = {i: "its inputs vary too little for a rank" for i, a in directions.items() if not len(a)}
     decisions = dict(plan.decisions) | {"sites": [s.id for s in every if s.id not in none]}
     if none:
         decisions["skipped"] = {**plan.decisions.get("skipped", {}), **none}
-    return Plan(decisions, {f"{i}.a": a for i, a in directions.items() if len(a)})
+    return Plan(decisions, {f"{i}.a": a.contiguous() for i, a in directions.items() if len(a)})
 
 
 def planned_branch(edit: Editor, site: WeightSite, options: Options) -> StartedBranch | None:

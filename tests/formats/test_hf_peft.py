@@ -108,6 +108,47 @@ def test_what_is_trained_here_is_loaded_there(recipe: str, tmp_path: Path) -> No
     near(output(read(**inputs(name))), output(alone(**inputs(name))))
 
 
+def together(task: str | None, recipe: str, path: Path, *adapters: str) -> Tensor:
+    """Writes what a recipe on the classifier trains; what it computes."""
+    made = randomise(peftfx.run(program("bert"), recipe), 0.3)
+    peftfx.save_peft(made, path, list(adapters), task=task)
+    left = set(made.adapters) - set(adapters) if adapters else set[str]()
+    alone = made.without(*left) if left else made
+    return output(alone(**inputs("bert")))
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_that_trained_goes_into_the_same_directory(task: str | None, tmp_path: Path) -> None:
+    import peft
+
+    recipe = "lora{rank=3};train{where=head};train_tokens{ids=[3,9]}"
+    want = together(task, recipe, tmp_path / "all")
+    theirs = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "all")).eval()
+    near(computed(theirs, "bert", ""), want)
+    config = json.loads((tmp_path / "all" / CONFIG).read_text())
+    assert config["modules_to_save"] == ["classifier"] and "bias" not in config
+    read = peftfx.load_peft(program("bert"), tmp_path / "all")
+    near(output(read(**inputs("bert"))), want)
+    peftfx.save_peft(randomise(read, 0.3), tmp_path / "on")
+    again = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "on")).eval()
+    near(computed(again, "bert", ""), output(read(**inputs("bert"))))
+
+
+def test_peft_finds_the_head_of_a_task_in_the_file(tmp_path: Path) -> None:
+    """Without, it raises a KeyError for its weight."""
+    import peft
+
+    recipe = "lora{rank=3};train{where=head}"
+    for names in (["lora"], ["train", "lora"]):
+        want = together("SEQ_CLS", recipe, tmp_path / "a", *names)
+        theirs = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "a")).eval()
+        near(computed(theirs, "bert", ""), want)
+    with pytest.raises(ArtifactError, match="nearest: lora"):
+        together(None, recipe, tmp_path / "b", "lora", "tran")
+    with pytest.raises(ArtifactError, match="say which"):
+        together(None, "lora{name=one};lora{name=two}", tmp_path / "c")
+
+
 def test_what_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
     """LoHa has no form once its whole change trained; LoRA does."""
     write("loha", tmp_path / "loha")
