@@ -17,6 +17,7 @@ from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
 from ..rewriter.branches.parts import (
     Change,
+    Invoked,
     LowRank,
     Part,
     Prefix,
@@ -34,18 +35,25 @@ AnyPart = TypeVar("AnyPart", bound=Part)
 Piece = tuple[WeightSite, AnyPart]
 
 
-def adapter_parts(program: Program, adapter: str = "") -> Parts:
-    """An adapter in parts.
+def adapter_parts(program: Program, adapter: str | Sequence[str] = "") -> Parts:
+    """An adapter in parts, or several as one.
 
     Args:
         program: which holds it unfolded.
-        adapter: its name; the only one by default.
+        adapter: its name, or several; by default the only one, with those that train whole
+            parameters or rows of tables (a head, new tokens), as other libraries have them.
 
     Raises:
         ArtifactError: there is no such adapter, or a branch of it has no form in files: it reads
             other values, or is not linear.
     """
-    name = _chosen(program, adapter)
+    given = [adapter] if isinstance(adapter, str) else list(adapter)
+    names = [_chosen(program, n) for n in given] if any(given) else _together(program)
+    each = [_parts_of(program, name) for name in names]
+    return Parts(tuple(p for parts in each for p in parts), names[0] if len(names) == 1 else "")
+
+
+def _parts_of(program: Program, name: str) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     parts: list[Part] = []
     for attachment in (a for a in program.attachments if a.adapter == name):
@@ -54,14 +62,29 @@ def adapter_parts(program: Program, adapter: str = "") -> Parts:
             parts.append(_placed(program, attachment, part))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
-        elif isinstance(part, Rows) and isinstance(site, WeightSite):
+        elif isinstance(part, Rows | Invoked) and isinstance(site, WeightSite):
             parts.append(replace(part, target=_name(program, site)))
         else:
             parts.append(part)
     parts += [_joined(program, each) for each in pieces.values()]
     own = program.tensors.owned.get(name, ())
     parts += [Trained(n, program.module.get_parameter(n).detach()) for n in own]
-    return Parts(tuple(parts), name)
+    return parts
+
+
+def _together(program: Program) -> list[str]:
+    """The adapters that are one in other libraries: at most one of them has more than rows."""
+    names = program.adapters
+    with_branches = [
+        n for n in names
+        if any(not isinstance(_own_part(program, a), Rows) for a in program.attached_by(n))
+    ]  # fmt: skip
+    return list(names) if names and len(with_branches) < 2 else [_chosen(program, "")]
+
+
+def _own_part(program: Program, attachment: Attachment) -> Part | None:
+    branch = program.branch(attachment)
+    return branch.part() if isinstance(branch, Branch) else None
 
 
 def _chosen(program: Program, adapter: str) -> str:
@@ -81,11 +104,11 @@ def _chosen(program: Program, adapter: str) -> str:
 def _part(program: Program, attachment: Attachment) -> Part:
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
-    part: Part | None = None
+    part = _own_part(program, attachment)
     if attachment.reads or attachment.members:
         reason = "it reads other values of the graph"
-    elif isinstance(branch, Branch):
-        part = branch.part() or _by_slot(branch)
+    elif part is None and isinstance(branch, Branch):
+        part = _by_slot(branch)
     if part is None:
         raise ArtifactError(
             f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be "

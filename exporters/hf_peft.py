@@ -10,7 +10,7 @@ files is told by `peft_version`. A key or an option that is not understood is an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
-from ..rewriter.branches.parts import Part, Trained
+from ..rewriter.branches.parts import Invoked, Part, Trained
 from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
@@ -32,7 +32,7 @@ from .adapter_parts import adapter_parts
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
-from .hf_peft_writing import VERSION, written
+from .hf_peft_writing import VERSION, with_head, written
 from .plain_lora import plain_lora
 
 Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
@@ -75,13 +75,15 @@ def load_peft(
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
     parts = read_peft(program, directory)
-    return run(program, Imported(name=name or name_of(directory)), sources=[parts])
+    invoked = any(isinstance(p, Invoked) for p in parts.parts)
+    item = Imported(name=name or name_of(directory), invoked=invoked)
+    return run(program, item, sources=[parts])
 
 
 def save_peft(
     program: Program,
     directory: str | Path,
-    adapter: str = "",
+    adapter: str | Sequence[str] = "",
     *,
     base: str | None = None,
     task: str | None = None,
@@ -93,9 +95,10 @@ def save_peft(
     Args:
         program: which holds the adapter unfolded.
         directory: new, empty, or one with an `adapter_config.json` to replace.
-        adapter: its name; the only one by default.
+        adapter: its name, or several that PEFT has as one, see `adapter_parts`.
         base: name or path of the base model, for the config.
-        task: PEFT's `task_type`, such as CAUSAL_LM.
+        task: PEFT's `task_type`, such as CAUSAL_LM; of SEQ_CLS and its kind PEFT reads the head
+            from the file, so that goes along, trained or not.
         plain: as the one LoRA that serving engines take, see `plain_lora`.
         rank: of plain LoRA.
 
@@ -117,9 +120,10 @@ def save_peft(
         config, tensors = dict(read.config), dict(read.original)
     else:
         config, tensors = written(program, parts)
+    said: Mapping[str, Any] = {} if read is None else read.config
+    config, tensors = with_head(program, config, tensors, task or said.get("task_type"))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
-    said: Mapping[str, Any] = {} if read is None else read.config
     about = {
         "auto_mapping": said.get("auto_mapping"), "inference_mode": True,
         "base_model_name_or_path": base or said.get("base_model_name_or_path"),
@@ -230,8 +234,13 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Program) -> list
 
 
 def _notes(config: Config) -> tuple[str, ...]:
-    exact = f"came in as its exact change: {config.type} is no method here"
-    return (exact,) if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT") else ()
+    notes: list[str] = []
+    if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT"):
+        notes.append(f"came in as its exact change: {config.type} is no method here")
+    for option in ("velora_config", "monteclora_config"):
+        if config.data.get(option):
+            notes.append(f"{option} is of training there; here the adapter trains on as LoRA")
+    return tuple(notes)
 
 
 def name_of(path: str | Path) -> str:

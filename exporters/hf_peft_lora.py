@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..passes.reparameterized.initial_factors import olora, pissa
 from ..rewriter.api import Program
-from ..rewriter.branches.parts import LowRank, Part, Trained
+from ..rewriter.branches.parts import Invoked, LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from .hf_peft_config import Config, by_module, resolved
@@ -19,8 +21,11 @@ from .hf_peft_config import Config, by_module, resolved
 LEAVES = (
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
     "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_A", "lora_B", "lora_E",
-    "lora_ranknum",
+    "lora_ranknum", "lora_diag", "lora_velora_embed",
+    *(f"lora_monteclora_sampler.{n}" for n in ("expert_weights", "expert_weights_prior",
+                                               "gaussian_var_prior", "std_prior")),
 )  # fmt: skip
+"""KaSA's diagonal; what VeLoRA and MonteCLoRA do in training alone is read, and used nowhere."""
 
 TWICE = 2
 """How often PEFT 0.21 adds the change of the output projection inside `nn.MultiheadAttention`, in
@@ -38,6 +43,10 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Program) -> 
     config.take("use_dora", False), config.take("bias", "none"), config.take("lora_bias", False)
     config.take("trainable_token_indices", None, list, dict)
     config.take("ensure_weight_tying", False)
+    config.take("velora_config", None, dict), config.take("monteclora_config", None, dict)
+    _same_depth(config)
+    truncated = config.take("kasa_config", None, dict) is not None
+    tokens = config.take("alora_invocation_tokens", None, list)
     parts: list[Part] = []
     layers = by_module(tensors, LEAVES)
     stacks = _stacked(program, layers, config)
@@ -51,9 +60,11 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Program) -> 
             part = _lookup(scales, path, name, leaves)
         else:
             part = _product(config, scales, path, name, leaves, site, dropout)
-        parts.append(part)
         if start not in _PLAIN:
-            parts[-1] = _residual(config, program, part, str(start))
+            part = _residual(config, program, part, str(start))
+        elif truncated:
+            part = _truncated(config, program, part, leaves)
+        parts.append(_invoked(config, part, tokens) if tokens else part)
         if (bias := leaves.get("lora_B.bias")) is not None:
             parts.append(_bias(program, name, bias.float() * part.scale))
     return parts
@@ -109,6 +120,8 @@ def _product(
         rank = a.shape[0] // site.experts
         a, b = _experts(config, path, a, b, site)
         return LowRank(name, a, b, scales.of(name, rank))  # told by parameter, not by module
+    if (blocks := config.take("use_bdlora", None, dict)) and isinstance(site, LinearSite):
+        a, b = _blocks(config, path, a, b, site, int(blocks.get("nblocks", 1)))
     rank = a.shape[0]
     a, b = a.flatten(1), b.flatten(1)
     if isinstance(site, ConvSite) and site.groups > 1:
@@ -157,26 +170,84 @@ def _adalora(
     return LowRank(name, a * e, b, float(alpha) / (start + 1e-5))
 
 
-def _residual(config: Config, program: Program, part: LowRank, start: str) -> LowRank:
-    """The change against the untouched base, of an adapter that trained on what its first factors
-    left of it: `s (B A - B0 A0)`, of twice the rank."""
-    weight = program.base.base_tensors()[program.tensors.stored(part.target)].detach()
+def _blocks(
+    config: Config, path: str, a: Tensor, b: Tensor, site: LinearSite, count: int
+) -> tuple[Tensor, Tensor]:
+    """Block-diagonal factors (BD-LoRA), stored block below block, as whole ones."""
+    if a.shape[1] * count == site.in_features and count > 1:
+        a = torch.block_diag(*a.chunk(count))
+    elif b.shape[1] * count == a.shape[0] and count > 1:
+        b = torch.block_diag(*b.chunk(count))
+    if a.shape[1] != site.in_features or b.shape[1] != a.shape[0]:
+        raise ArtifactError(
+            f"{config.where}: {path} has factors {list(a.shape)} and {list(b.shape)}, which are no "
+            f"{count} blocks. Save the adapter again."
+        )
+    return a, b
+
+
+def _same_depth(config: Config) -> None:
+    """Raises ArtifactError for adapters of a model whose layers PEFT repeats."""
+    if config.take("layer_replication", None, list):
+        raise ArtifactError(
+            f"{config.where}: layer_replication={config.data['layer_replication']} makes another, "
+            "deeper model of the base, whose layers' adapters these are. Build that model with its "
+            "layers repeated, capture it, and take the option out of the config."
+        )
+
+
+def _dense(config: Config, program: Program, part: LowRank, option: str) -> Tensor:
+    """The base's weight `[out, in]` in float32, of a plain adapter of a linear.
+
+    Raises:
+        ArtifactError: it is none.
+    """
     stored = program.tensors.stored(part.target)
     sites = [s for s in program.sites if isinstance(s, LinearSite) and s.weight == stored]
     if not sites or part.magnitude is not None:
         raise ArtifactError(
-            f"{config.where}: init_lora_weights={start!r} is read for plain factors of linears, "
-            f"and {part.target} has others. Convert it where it was trained."
+            f"{config.where}: {option} is read for plain factors of linears, and {part.target} has "
+            "others. Convert it where it was trained."
         )
-    dense = (weight.mT if sites[0].in_out else weight).float()
+    weight = program.base.base_tensors()[stored].detach()
+    return (weight.mT if sites[0].in_out else weight).float()
+
+
+def _truncated(
+    config: Config, program: Program, part: LowRank, leaves: Mapping[str, Tensor]
+) -> LowRank:
+    """KaSA: `s B diag(d) A` beside a base that lost its smallest singular triples, as many as the
+    rank: the change against the untouched base, of twice the rank."""
+    dense = _dense(config, program, part, "kasa_config")
+    u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    rank = part.a.shape[0]
+    if "lora_diag" not in leaves or rank >= len(s):
+        raise ArtifactError(f"{config.where}: {part.target} has no lora_diag, or too high a rank.")
+    a = torch.cat([part.a.float(), v[-rank:]])
+    b = torch.cat([part.b.float() * leaves["lora_diag"], -u[:, -rank:] * s[-rank:] / part.scale], 1)
+    return replace(part, a=a, b=b)
+
+
+def _invoked(config: Config, part: LowRank, tokens: list[Any]) -> Invoked:
+    """aLoRA: the adapter acts from the last place on where these tokens stand."""
+    if not all(type(t) is int for t in tokens) or part.magnitude is not None or part.lookup:
+        raise ArtifactError(
+            f"{config.where}: alora_invocation_tokens={tokens!r} are read as whole numbers, with "
+            f"plain factors of linears; {part.target} has others. Save it again with PEFT."
+        )
+    ids = torch.tensor(tokens)
+    return Invoked(part.target, part.a, part.b, part.scale, ids, part.dropout)
+
+
+def _residual(config: Config, program: Program, part: LowRank, start: str) -> LowRank:
+    """The change against the untouched base, of an adapter that trained on what its first factors
+    left of it: `s (B A - B0 A0)`, of twice the rank."""
+    dense = _dense(config, program, part, f"init_lora_weights={start!r}")
     rank = part.a.shape[0]
     if start == "pissa":
-        u, s, v = torch.linalg.svd(dense, full_matrices=False)
-        roots = (s[:rank] / part.scale).sqrt()
-        a, b = roots[:, None] * v[:rank], u[:, :rank] * roots
+        a, b = pissa(dense, rank, part.scale)
     elif start.lower() == "olora":
-        q, r = torch.linalg.qr(dense)
-        a, b = r[:rank], q[:, :rank]
+        a, b = olora(dense, rank)
     else:
         raise ArtifactError(
             f"{config.where}: with init_lora_weights={start!r} the adapter trained on another "
@@ -184,18 +255,14 @@ def _residual(config: Config, program: Program, part: LowRank, start: str) -> Lo
             "save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     own = torch.cat([part.a.float(), a]), torch.cat([part.b.float(), -b], 1)
-    return LowRank(part.target, *own, part.scale, part.magnitude, part.lookup, part.dropout)
+    return replace(part, a=own[0], b=own[1])
 
 
 def _bias(program: Program, weight: str, change: Tensor) -> Part:
-    """The layer's bias with that of `lora_B` added."""
+    """The layer's bias with that of `lora_B` added; it may have had none."""
     name = weight.removesuffix("weight") + "bias"
     own = program.base.base_tensors().get(name)
-    if own is None:
-        raise ArtifactError(
-            f"the adapter has a bias for {weight}, which has none of its own to add it to."
-        )
-    return Trained(name, own.detach().float() + change)
+    return Trained(name, change if own is None else own.detach().float() + change)
 
 
 def _stacked(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
-from ..rewriter.branches.parts import LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.branches.parts import Invoked, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import (
     ConvSite,
@@ -27,6 +28,11 @@ from .hf_peft_lora import TWICE
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
+_HEADS = {
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 VERSION = "0.21.2"
 """Of PEFT, whose keys these are."""
 
@@ -39,6 +45,8 @@ def written(program: Program, parts: Parts) -> Written:
     """
     kinds = {p.kind for p in parts.parts} - {"trained"}
     trained = [p for p in parts.parts if isinstance(p, Trained)]
+    if kinds == {"invoked"}:
+        return _invoked(program, parts)
     if "lowrank" in kinds and kinds <= {"lowrank", "rows"}:
         config, tensors = _lora(program, parts.parts, trained)
     elif kinds == {"scaling"}:
@@ -60,6 +68,14 @@ def written(program: Program, parts: Parts) -> Written:
     level = "base_model." if kinds & {"prompt", "prefix"} else PREFIX
     tensors |= {f"{level}{k}": t for k, t in keys.items()}
     return config | ({"modules_to_save": saved} if saved else {}), tensors
+
+
+def _invoked(program: Program, parts: Parts) -> Written:
+    invoked = [p for p in parts.parts if isinstance(p, Invoked)]
+    plain = (LowRank(p.target, p.a, p.b, p.scale, dropout=p.dropout) for p in invoked)
+    others = (p for p in parts.parts if not isinstance(p, Invoked))
+    config, tensors = written(program, replace(parts, parts=(*plain, *others)))
+    return config | {"alora_invocation_tokens": invoked[0].ids.tolist()}, tensors
 
 
 def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
@@ -108,11 +124,32 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
         config["trainable_token_indices"] = {n: p.ids.tolist() for n, p in rows.items()}
         leaf = "token_adapter.trainable_tokens_delta"
         tensors |= {f"{PREFIX}{n}.{leaf}": p.values for n, p in rows.items()}
-    biases = [t.target for t in trained if t.target.endswith(".bias")]
+    added = {t.target: t.values for t in trained if _is_added(program, t.target)}
+    if added:  # PEFT gives lora_B of all modules a bias, or of none
+        config["lora_bias"] = True
+        for part in low:
+            zero = part.b.new_zeros(part.b.shape[0])
+            bias = added.get(part.target.removesuffix("weight") + "bias", zero) / part.scale
+            tensors[f"{PREFIX}{part.target.removesuffix('weight')}lora_B.bias"] = bias
+    biases = [n for n in _lone_biases(trained) if n not in added]
     if biases:
         own = {b.removesuffix(".bias") for b in biases} <= set(ranks)
         config["bias"] = "lora_only" if own else "all"
     return config, tensors
+
+
+def _lone_biases(trained: Iterable[Trained]) -> list[str]:
+    """The biases that train where the rest of their module does not."""
+    names = [t.target for t in trained]
+    whole = {n.rpartition(".")[0] for n in names if not n.endswith(".bias")}
+    return [n for n in names if n.endswith(".bias") and n.rpartition(".")[0] not in whole]
+
+
+def _is_added(program: Program, name: str) -> bool:
+    """Whether it is a bias that the model does not have."""
+    base = program.base.base_tensors()
+    weight = program.tensors.stored(f"{name.removesuffix('bias')}weight")
+    return name.endswith("bias") and name not in base and weight in base
 
 
 def _site(program: Program, part: LowRank) -> WeightSite:
@@ -299,10 +336,10 @@ def _modules_to_save(
     program: Program, trained: Iterable[Trained], config: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that are saved whole, and tensors by key; biases beside factors need no module."""
-    given = {t.target: t.values for t in trained}
+    given = {t.target: t.values for t in trained if not _is_added(program, t.target)}
     if config.get("bias", "none") != "none":
         keys: dict[str, Tensor] = {}
-        for name in [n for n in given if n.endswith(".bias")]:
+        for name in [n for n in _lone_biases(trained) if n in given]:
             path = name.removesuffix(".bias")
             inner = f"{path}.base_layer.bias" if _adapted(path, config) else name
             keys[inner] = given.pop(name)
@@ -315,6 +352,23 @@ def _modules_to_save(
             if name.rpartition(".")[0] == module:
                 keys[name] = given.get(name, tensor.detach())
     return modules, keys
+
+
+def with_head(
+    program: Program, config: dict[str, Any], tensors: dict[str, Tensor], task: str | None
+) -> Written:
+    """With the modules that PEFT looks for in the file of every adapter of a task."""
+    names = _HEADS.get(task or "", ())
+    saved = list(config.get("modules_to_save") or ())
+    missing: dict[str, Tensor] = {}
+    for name, tensor in program.base.base_tensors().items():
+        module = name.rpartition(".")[0]
+        if module.rpartition(".")[2] in names and not _adapted(module, config):
+            missing[f"{PREFIX}{name}"] = tensor.detach()
+            saved.append(module)
+    if not missing or config["peft_type"] not in ("LORA", "IA3"):
+        return config, tensors
+    return config | {"modules_to_save": sorted(set(saved))}, missing | tensors
 
 
 def _adapted(path: str, config: Mapping[str, Any]) -> bool:

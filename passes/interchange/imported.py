@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import (
     Change,
+    Invoked,
     LowRank,
     Part,
     Prefix,
@@ -26,11 +27,18 @@ from ...rewriter.branches.parts import (
     Scaling,
     Trained,
 )
+from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import NAME, Pass
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import AttentionSite, ConvSite, EmbeddingSite, WeightSite
+from ...rewriter.program.sites import (
+    AttentionSite,
+    ConvSite,
+    EmbeddingSite,
+    LinearSite,
+    WeightSite,
+)
 from ...rewriter.program.state import State
 from ...rewriter.storage.parts import Parts, as_plan, of_plan
 from ..additive.ia3 import IA3Input, IA3Output
@@ -90,22 +98,71 @@ class AcrossGroups(Delta):
         return f"rank={len(self.a)}, scale={self.scale:g}"
 
 
+class Invocation(nn.Module):
+    """Which tokens stand behind the last invocation, bool `[batch, tokens]`, its own included.
+
+    Greenewald et al. 2025, arXiv:2504.12397.
+    """
+
+    def __init__(self, wanted: Sequence[int]) -> None:
+        super().__init__()
+        self.wanted = tuple(wanted)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`ids [batch, tokens]`."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        starts = (places <= ids.shape[1] - len(self.wanted)).expand(ids.shape)
+        for offset, token in enumerate(self.wanted):
+            starts = starts & (ids.roll(-offset, 1) == token)
+        last = torch.where(starts, places, -1).amax(1, keepdim=True)
+        return (last >= 0) & (places >= last)
+
+
+class InvokedBranch(LoRABranch):
+    """A LoRA that acts on some tokens: `active [batch, tokens]`."""
+
+    not_foldable = "on which tokens it acts depends on the input"
+    axes: ClassVar[Axes] = {**LoRABranch.axes, "active": ("batch", "token")}
+
+    def __init__(self, part: Invoked, like: Tensor) -> None:
+        factors = (t.to(like, copy=True) for t in (part.a, part.b))
+        super().__init__(*factors, part.scale, part.dropout)
+        self.ids = part.ids
+
+    def branch(self, x: Tensor, active: Tensor) -> Tensor:
+        y = super().branch(x)
+        return y * (active if y.dim() > 2 else active.flatten())[..., None].to(y.dtype)
+
+    def factors(self) -> None:
+        return None
+
+    def part(self) -> Part:
+        a, b = self.a.detach(), self.b.detach()
+        return Invoked("", a, b, self.scale, self.ids, self.dropout)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Imported(Pass):
     """Inserts an adapter from another library's file: peftfx.load_peft(program, directory).
 
     Attributes:
         name: of the adapter.
+        invoked: it acts from an invocation on, so that a later one counts for earlier tokens.
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
     sourced: ClassVar[bool] = True
 
     name: str = "imported"
+    invoked: bool = False
 
     @property
     def adapter(self) -> str:
         return self.name
+
+    @property
+    def departures(self) -> frozenset[str]:
+        return frozenset({"tokens"} if self.invoked else ())
 
     def check(self) -> None:
         self.require(bool(NAME.fullmatch(self.name)), "name", "letters, digits, _ and -")
@@ -121,14 +178,18 @@ class Imported(Pass):
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         parts = of_plan(plan)
+        active = _active(edit, parts.parts)
         for part in parts.parts:
-            insert(edit, part)
+            insert(edit, part, active)
         for line in (f"read from {parts.source}", *parts.notes):
             edit.note(line)
 
 
-def insert(edit: Editor, part: Part) -> None:
+def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
     """Puts one part into a program.
+
+    Args:
+        active: the tokens on which invoked parts act, bool `[batch, tokens]`.
 
     Raises:
         PassError: the program has no such weight, or its sizes are others.
@@ -137,6 +198,11 @@ def insert(edit: Editor, part: Part) -> None:
         case LowRank():
             for site in sites_of(edit.program, part.target, part.lookup):
                 _low_rank(edit, site, part)
+        case Invoked():
+            for site in sites_of(edit.program, part.target, False):
+                fits = part.a.shape[1:] == site.matrices[2:] and site.features is None
+                _require(fits and len(part.b) == site.matrices[1], site.weight, part.a)
+                edit.add(site, InvokedBranch(part, edit.like(site)), active=active)
         case Change():
             for site in sites_of(edit.program, part.target, False):
                 own = _own(site, part.delta, site.matrices[0])
@@ -217,6 +283,15 @@ def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     edit.rescale(site, DoRABranch(magnitude, branch, False))
 
 
+def _active(edit: Editor, parts: Sequence[Part]) -> Value | None:
+    """Where the invocation of an adapter is looked for, once for all of its parts."""
+    invoked = [p for p in parts if isinstance(p, Invoked)]
+    if not invoked:
+        return None
+    ids = edit.input(_entrance(edit.program))
+    return edit.share("invocation", Invocation(invoked[0].ids.tolist()), ids=ids)
+
+
 def _scaling(edit: Editor, part: Scaling) -> None:
     sites = sites_of(edit.program, part.target, False)
     if part.side == "in":
@@ -230,9 +305,11 @@ def _scaling(edit: Editor, part: Scaling) -> None:
 
 def _trained(edit: Editor, part: Trained) -> None:
     name = edit.program.tensors.stored(part.target)
-    if not edit.is_parameter(name):
+    if not edit.is_parameter(name) and (site := _without_bias(edit.program, part.target)):
+        name = edit.add_bias(site)
+    elif not edit.is_parameter(name):
         raise PassError(f"this model has no parameter {part.target!r} that could be trained.")
-    if name != part.target:
+    elif name != part.target:
         raise PassError(
             f"{part.target} is {name} by another name here, and the adapter has values for one of "
             "both. Untie them in the model before it is captured."
@@ -242,6 +319,13 @@ def _trained(edit: Editor, part: Trained) -> None:
     with torch.no_grad():
         edit.stored(name).copy_(part.values)
     edit.edited.append(name)
+
+
+def _without_bias(program: State, name: str) -> LinearSite | None:
+    """The linear whose bias would have this name, if it has none."""
+    weight = program.tensors.stored(f"{name.removesuffix('bias')}weight")
+    sites = (s for s in program.sites if isinstance(s, LinearSite) and s.weight == weight)
+    return next((s for s in sites if name.endswith("bias") and s.bias is None), None)
 
 
 def _entrance(program: State) -> EmbeddingSite:

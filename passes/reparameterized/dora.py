@@ -23,6 +23,7 @@ from ...rewriter.branches.branch import RowScale
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program.sites import WeightSite
+from .initial_factors import RANDOM
 from .lora import LoRA, LoRABranch
 
 
@@ -97,6 +98,11 @@ class DoRA(LoRA):
 
     through_norm: bool = False
     where: str = "q|k|v|ffn.up|ffn.down"
+
+    def check(self) -> None:
+        super().check()
+        remedy = "Choose lora for starts whose product is not zero."
+        self.require(self.init in RANDOM, "init", " or ".join(RANDOM), remedy)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
         m = root(squared_norms(edit.matrix(site)))

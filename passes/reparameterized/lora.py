@@ -3,13 +3,18 @@
 Hu et al., ICLR 2022, arXiv:2106.09685. `s = alpha / rank`, or `alpha / sqrt(rank)` for rank
 stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732). A is Kaiming uniform (a = sqrt 5), B zero,
 so step 0 is the base model. Folds exactly: `W + s B A`.
+
+With `init=` factors begin otherwise (`initial_factors`). Where their product `B0 A0` is not zero,
+it is what PiSSA and its kind subtract from W: the branch is `s (B A - B0 A0)`, W stays as it is,
+and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice the rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +23,10 @@ from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
+from ...rewriter.program.state import State
+from .initial_factors import RANDOM, START, planned_branch, start_obstacle, started
 
 
 class LoRABranch(Delta):
@@ -91,6 +99,9 @@ class LoRA(Method):
         alpha: numerator of the scale.
         dropout: probability on the branch's input, in training.
         rslora: scale by alpha / sqrt(rank).
+        init: `kaiming`, `gaussian` (A of deviation 1 / rank), `pissa` (`pissa_niter_4`: by that
+            many rounds), `olora`; and of batches (`data=`) `eva`, `corda`, `corda_kpm`, `lora_ga`.
+        rho: `eva` moves ranks between sites, up to so many times rank.
         where: the paper adapts queries and values.
     """
 
@@ -101,22 +112,42 @@ class LoRA(Method):
     alpha: float = 16.0
     dropout: float = 0.0
     rslora: bool = False
+    init: str = "kaiming"
+    rho: float = 2.0
     where: str = "q|v"
 
     def check(self) -> None:
         self.require(self.rank >= 1, "rank", "at least 1")
         self.require(math.isfinite(self.alpha), "alpha", "finite")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        words = "kaiming, gaussian, pissa, pissa_niter_4, olora, eva, corda, corda_kpm or lora_ga"
+        self.require(START.fullmatch(self.init) is not None, "init", words)
+        self.require(1 <= self.rho < math.inf, "rho", "at least 1")
+        roots = self.init.startswith(("pissa", "corda"))
+        self.require(self.alpha > 0 or not roots, "alpha", f"above 0 with init={self.init}")
 
     def obstacle(self, site: WeightSite) -> str:
-        return rank_obstacle(self.rank, self.dropout, site)
+        started = start_obstacle(self.init, self.rank, site)
+        return started or rank_obstacle(self.rank, self.dropout, site)
+
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        plan = super().plan(program, data, sources)
+        return plan if self.init in RANDOM else started(program, plan, self, data)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
-        edit.add(site, self.made(edit, site))
+        edit.add(site, planned_branch(edit, site, self) or self.made(edit, site))
+
+    def scale(self, rank: int) -> float:
+        """Of a branch of this rank: where `eva` moved ranks, alpha moved along."""
+        alpha = self.alpha * (rank / self.rank)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def made(self, edit: Editor, site: WeightSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""
         like = edit.like(site)
         a, b = low_rank_parameters(site, self.rank, edit.generator)
-        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-        return LoRABranch(a.to(like), b.to(like), scale, self.dropout)
+        if (planned := edit.tensors.get(f"{site.id}.a")) is not None:  # of a rank of its own
+            a, b = planned.clone(), b.new_zeros(len(b), len(planned))
+        elif self.init == "gaussian" and not isinstance(site, EmbeddingSite):
+            nn.init.normal_(a, std=1 / self.rank, generator=edit.generator)
+        return LoRABranch(a.to(like), b.to(like), self.scale(a.shape[-2]), self.dropout)

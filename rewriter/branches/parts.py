@@ -53,6 +53,21 @@ class LowRank(Part):
 
 
 @dataclass(frozen=True)
+class Invoked(Part):
+    """`LowRank`, for the tokens from the last place on where some ids stand one behind the other.
+
+    Attributes:
+        ids: int64 `[length]`.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    ids: Tensor
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Change(Part):
     """`W + delta`, with delta `[count * out, in]`: a form that no method here has."""
 

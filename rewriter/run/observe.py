@@ -6,7 +6,8 @@ and its outputs keep their form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 from ..edits.calls.values import input_of
 from ..edits.linear.compose import composed_value
+from ..edits.stream.padding import valid_of
 from ..errors import PassError, nearest
 from ..graph.flow import site_nodes
 from ..measure.still import stilled
-from ..program.sites import Site
+from ..program.sites import Site, WeightSite
 from ..program.state import State
 
 Reduce = Callable[[Tensor], Tensor]
@@ -95,15 +97,72 @@ def observe(
     program = stilled(program)
     tapped = tap(program, values, at)
     totals: dict[str, Tensor] = {}
-    taken = set(program.spec.names)
     count = 0
-    with torch.no_grad():
-        for batch in data:
-            bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
-            for name, value in tapped(**bound)[1].items():
-                reduced = (reduce[name] if isinstance(reduce, Mapping) else reduce)(value)
-                totals[name] = totals[name] + reduced if name in totals else reduced
-            count += 1
+    for seen in _run(program, tapped, data):
+        for name, value in seen.items():
+            reduced = (reduce[name] if isinstance(reduce, Mapping) else reduce)(value)
+            totals[name] = totals[name] + reduced if name in totals else reduced
+        count += 1
     if not count:
         raise PassError("there are no batches to observe: run(program, passes, data=[...]).")
     return {name: total / count for name, total in totals.items()}
+
+
+def observe_rows(
+    program: State,
+    data: Iterable[Mapping[str, Tensor]],
+    sites: Sequence[WeightSite],
+    reduce: Reduce,
+) -> Iterator[tuple[str, Tensor]]:
+    """(site id, mean over batches of a reduction of the rows that its calls read).
+
+    Args:
+        program, data: as for `observe`.
+        sites: linears.
+        reduce: rows `[n, in]`, without those of padding -> what to average.
+    """
+    program = stilled(program)
+    nodes = site_nodes(program.module)
+    operands: dict[tuple[Node, ...], list[WeightSite]] = {}
+    for site in sites:
+        calls = (replace(site, nodes=(name,)) for name in site.nodes)
+        operands.setdefault(tuple(input_of(c, nodes) for c in calls), []).append(site)
+    masks = {x: valid_of(program, x) for read in operands for x in read}
+    values = {n.name: n for pair in masks.items() for n in pair if n is not None}
+    totals: dict[tuple[Node, ...], Tensor] = {}
+    count = 0
+    for seen in _run(program, Tapped(program, values), data):
+        real = {x: None if m is None else seen[m.name] for x, m in masks.items()}
+        for read, (site, *_) in operands.items():
+            reduced = reduce(torch.cat([_rows(seen[x.name], real[x], site) for x in read]))
+            totals[read] = totals[read] + reduced if read in totals else reduced
+        count += 1
+    for read, shared in operands.items():
+        yield from ((site.id, totals[read] / count) for site in shared)
+
+
+def _run(
+    program: State, tapped: Tapped, data: Iterable[Mapping[str, Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """What each batch shows, without gradients; a batch may come with a loss (`gradients`)."""
+    taken = set(program.spec.names)
+    for given in data:
+        batch: Any = given[0] if isinstance(given, tuple | list) else given
+        if not isinstance(batch, Mapping):
+            raise PassError(
+                f"a batch must be a mapping of inputs, not {type(batch).__name__}. Give mappings: "
+                "run(program, passes, data=[{'input_ids': ids}, ...])."
+            )
+        bound = program.spec.bind((), {n: t for n, t in batch.items() if n in taken})
+        with torch.no_grad():
+            yield tapped(**bound)[1]
+
+
+def _rows(x: Tensor, valid: Tensor | None, site: WeightSite) -> Tensor:
+    """The rows `[n, in]` of an operand, without those of padding where it has tokens."""
+    x = x.movedim(-2, -1) if site.left else x
+    if valid is not None and x.shape[:2] == valid.shape:
+        x = x[valid]
+    elif valid is not None and x.dim() == 2 and len(x) == valid.numel():
+        x = x[valid.flatten()]
+    return x.reshape(-1, x.shape[-1])

@@ -148,7 +148,7 @@ def apply_plan(
     if not owned:
         complete(after)
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
-    decided = replace(plan, decisions=edit.decided, tensors={**plan.tensors, **edit.tensors})
+    decided = replace(plan, decisions=edit.decided, tensors=edit.tensors)
     if check:
         _require_room(program, after, item)
         checks = checks or Checks(program)
@@ -195,7 +195,8 @@ def _sizes_named(program: State) -> Generator[None]:
 
 def _edited(fork: State, item: Pass, plan: Plan, elements: int | None = None) -> Editor:
     """The editor after a planned pass has edited its fork."""
-    edit = Editor(fork, item.adapter, item.random_seed, plan.decisions, item.text)
+    about = plan.decisions, item.text, plan.tensors
+    edit = Editor(fork, item.adapter, item.random_seed, *about)
     if item.adapter is not None:
         edit.freeze()
     try:

@@ -22,7 +22,7 @@ from peftfx.rewriter.errors import (
 )
 
 from ..models import randomise
-from .peft_cases import CASES, base, computed, inputs, output, program, write
+from .peft_cases import CASES, IDS, base, computed, inputs, output, program, write
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -54,7 +54,10 @@ def test_read_and_written_as_peft_has_it(case: str, tmp_path: Path) -> None:
     near(computed(again, name, case), want)
 
 
-@pytest.mark.parametrize("case", ["patterns", "dora", "loha", "table", "prefix", "head saved"])
+@pytest.mark.parametrize(
+    "case",
+    ["patterns", "dora", "loha", "table", "prefix", "head saved", "kasa", "invocation"],
+)
 def test_an_imported_adapter_is_one_of_ours(case: str, tmp_path: Path) -> None:
     """Saved, loaded, verified, taken out, folded."""
     name, _ = CASES[case]
@@ -68,7 +71,7 @@ def test_an_imported_adapter_is_one_of_ours(case: str, tmp_path: Path) -> None:
     assert all(c.holds for c in again.verify())
     without = read.without("theirs")
     assert torch.equal(output(without(**inputs(name))), output(before(**inputs(name))))
-    if case not in ("prefix", "table"):
+    if case not in ("prefix", "table", "invocation"):
         folded = peftfx.run(read, "fold")
         assert not folded.attachments
         near(output(folded(**inputs(name))), output(read(**inputs(name))))
@@ -105,6 +108,47 @@ def test_what_is_trained_here_is_loaded_there(recipe: str, tmp_path: Path) -> No
     near(output(read(**inputs(name))), output(alone(**inputs(name))))
 
 
+def together(task: str | None, recipe: str, path: Path, *adapters: str) -> Tensor:
+    """Writes what a recipe on the classifier trains; what it computes."""
+    made = randomise(peftfx.run(program("bert"), recipe), 0.3)
+    peftfx.save_peft(made, path, list(adapters), task=task)
+    left = set(made.adapters) - set(adapters) if adapters else set[str]()
+    alone = made.without(*left) if left else made
+    return output(alone(**inputs("bert")))
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_that_trained_goes_into_the_same_directory(task: str | None, tmp_path: Path) -> None:
+    import peft
+
+    recipe = "lora{rank=3};train{where=head};train_tokens{ids=[3,9]}"
+    want = together(task, recipe, tmp_path / "all")
+    theirs = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "all")).eval()
+    near(computed(theirs, "bert", ""), want)
+    config = json.loads((tmp_path / "all" / CONFIG).read_text())
+    assert config["modules_to_save"] == ["classifier"] and "bias" not in config
+    read = peftfx.load_peft(program("bert"), tmp_path / "all")
+    near(output(read(**inputs("bert"))), want)
+    peftfx.save_peft(randomise(read, 0.3), tmp_path / "on")
+    again = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "on")).eval()
+    near(computed(again, "bert", ""), output(read(**inputs("bert"))))
+
+
+def test_peft_finds_the_head_of_a_task_in_the_file(tmp_path: Path) -> None:
+    """Without, it raises a KeyError for its weight."""
+    import peft
+
+    recipe = "lora{rank=3};train{where=head}"
+    for names in (["lora"], ["train", "lora"]):
+        want = together("SEQ_CLS", recipe, tmp_path / "a", *names)
+        theirs = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "a")).eval()
+        near(computed(theirs, "bert", ""), want)
+    with pytest.raises(ArtifactError, match="nearest: lora"):
+        together(None, recipe, tmp_path / "b", "lora", "tran")
+    with pytest.raises(ArtifactError, match="say which"):
+        together(None, "lora{name=one};lora{name=two}", tmp_path / "c")
+
+
 def test_what_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
     """LoHa has no form once its whole change trained; LoRA does."""
     write("loha", tmp_path / "loha")
@@ -116,6 +160,50 @@ def test_what_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
     peftfx.save_peft(moved, tmp_path / "c")
     again = peftfx.load_peft(program("llama"), tmp_path / "c")
     near(output(again(**inputs("llama"))), output(moved(**inputs("llama"))))
+
+
+def test_an_invocation_is_looked_for_in_every_call(tmp_path: Path) -> None:
+    """Its last place counts; rows without one, and tokens before it, are the base's."""
+    write("invocation", tmp_path / "a")
+    before = program("llama")
+    read = peftfx.load_peft(before, tmp_path / "a")
+    first, second = IDS[0, 2:4].tolist()
+    rows = [
+        [5, first, second, 9, first, 8],
+        [first, second, first, second, 7, 5],
+        [second, first, 5, 5, 5, first],
+        [9, 8, 7, 6, first, second],
+    ]
+    ids = torch.tensor(rows)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    moved = (output(read(**given)) != output(before(**given))).any(-1)
+    want = [
+        [False, *[True] * 5],
+        [False, False, *[True] * 4],
+        [False] * 6,
+        [*[False] * 4, *[True] * 2],
+    ]
+    assert moved.tolist() == want
+    short = {n: t[:, :1] for n, t in given.items()}
+    assert torch.equal(output(read(**short)), output(before(**short)))
+    folded = peftfx.run(read, "fold")
+    assert len(folded.attachments) == len(read.attachments)
+    assert "depends on the input" in str(folded.history[-1])
+    with pytest.raises(ArtifactError, match="invoked"):
+        peftfx.save_peft(read, tmp_path / "b", plain=True)
+    peftfx.save_peft(randomise(read), tmp_path / "c")
+    again = peftfx.load_peft(before, tmp_path / "c")
+    near(output(again(**given)), output(read(**given)))
+
+
+def test_biases_of_factors_are_written_where_the_layer_has_none(tmp_path: Path) -> None:
+    import peft
+
+    write("new biases", tmp_path / "a")
+    moved = randomise(peftfx.load_peft(program("llama"), tmp_path / "a"))
+    peftfx.save_peft(moved, tmp_path / "b")
+    theirs = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path / "b")).eval()
+    near(computed(theirs, "llama", ""), output(moved(**inputs("llama"))))
 
 
 def test_experts_of_an_old_peft_mean_the_transpose(tmp_path: Path) -> None:
@@ -183,7 +271,8 @@ BAD: dict[str, tuple[Change, type[RewriteError], str]] = {
     "no type": (_put("peft_type", None), ArtifactError, "no peft_type"),
     "new option": (_put("frobnicate", 3), ArtifactError, "frobnicate=3 of LORA is not understood"),
     "replicated layers": (_put("layer_replication", [[0, 2]]), ArtifactError, "layer_replication"),
-    "invocation": (_put("alora_invocation_tokens", [3]), ArtifactError, "alora_invocation_tokens"),
+    "invocation": (_put("alora_invocation_tokens", ["a"]), ArtifactError, "alora_invocation_tokens"),
+    "no diagonal": (_put("kasa_config", {"beta": 0.1}), ArtifactError, "has no lora_diag"),
     "other base": (_put("init_lora_weights", "pissa_niter_4"), ArtifactError, "another base"),
     "wrong kind": (_put("lora_alpha", "16"), ArtifactError, "lora_alpha must be int or float"),
     "pattern": (_put("rank_pattern", {"(": 3}), ArtifactError, "no regular expression"),

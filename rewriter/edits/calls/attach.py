@@ -37,8 +37,8 @@ class Attaching:
         edited, skipped: what the report will say.
         notes: further lines of the record.
         figures: measured by the pass itself, added to its certificate.
-        decided, tensors: the plan's decisions, and tensors for it; what only applying can tell is
-            added for replays.
+        decided, tensors: the plan's decisions and tensors; what only applying can tell is added for
+            replays.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Attaching:
         seed: int = 0,
         decisions: Mapping[str, Any] | None = None,
         method: str = "",
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.program = program
         self.adapter = adapter
@@ -57,7 +58,7 @@ class Attaching:
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
         self.figures: dict[str, float] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = dict(tensors or {})
         self.decided: dict[str, Any] = copy.deepcopy(dict(decisions or {}))
         self._folder = ""
         self._states: list[str] = []
