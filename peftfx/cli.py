@@ -209,7 +209,7 @@ def export(options: Any) -> Any:
     with progress(options, "exporting to ONNX and running it"):
         report = export_onnx(
             program, options.out, opset=options.opset, tolerance=options.tolerance,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            dtype=getattr(torch, options.dtype) if options.dtype else None, slots=options.slots,
         )  # fmt: skip
     _say(options, str(report))
     if report.data is not None:
@@ -363,6 +363,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")
     command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
     command.add_argument("--out", required=True, help="the ONNX file")
+    about = "the adapter's factors are inputs, for .onnx_adapter files"
+    command.add_argument("--slots", action="store_true", help=about)
     command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
     about = "difference allowed, of the largest output (default: 1e-5, more in half precision)"
     command.add_argument("--tolerance", type=float, help=about)
