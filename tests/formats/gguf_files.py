@@ -86,9 +86,9 @@ def write_base(
     writer.add_bos_token_id(1), writer.add_eos_token_id(2)
     if tokens:
         writer.add_tokenizer_model("gpt2")
-        alphabet = ["<unk>", "<s>", "</s>", "<|endoftext|>", *map(chr, range(33, 93))]
-        writer.add_token_list(alphabet[: config.vocab_size])
-        writer.add_token_merges(["a b"])
+        alphabet = ["<unk>", "<s>", "</s>", "<|endoftext|>", *map(chr, range(33, 92)), "AB"]
+        writer.add_token_list(alphabet)
+        writer.add_token_merges(["A B"])
     for key, value in (fields or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{architecture}.{key}", value)
