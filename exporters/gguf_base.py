@@ -241,9 +241,21 @@ def _config(path: Path, file: GgufFile) -> Any:
             f"{path}: transformers reads no configuration of architecture {file.architecture!r}: "
             f"{_first(error)}"
         ) from error
+    if file.architecture == "llama" and config.model_type != "llama":
+        config = _as_llama(config)
+    if file.architecture == "gpt2":
+        config.n_positions = config.n_ctx  # transformers reads the length into the latter alone
     if scaling := _rotation(file, config):
         config.rope_parameters = {**config.rope_parameters, **scaling}
     return config
+
+
+def _as_llama(config: Any) -> Any:
+    """A file that calls its model "mistral" gets another class of transformers than one of another
+    name, with an attention window that the file does not have."""
+    other = ("model_type", "architectures", "sliding_window", "transformers_version")
+    said = {k: v for k, v in config.to_dict().items() if k not in other}
+    return _transformers().LlamaConfig(**said)
 
 
 def _rotation(file: GgufFile, config: Any) -> dict[str, Any]:

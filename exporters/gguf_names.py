@@ -7,6 +7,7 @@ with its second. Architectures of which neither is known are refused.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Names:
     architecture: str
     files: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def models(self) -> dict[str, str]:
         """Name in files -> name in transformers."""
         return {file: name for name, file in self.files.items()}

@@ -58,6 +58,7 @@ def write_base(
     fields: Mapping[str, Any] | None = None,
     changes: Mapping[str, Tensor] | None = None,
     tokens: bool = True,
+    name: str = "tiny",
 ) -> Path:
     """A model as one file.
 
@@ -69,10 +70,11 @@ def write_base(
         fields: numbers and texts beside the usual.
         changes: name in the file -> what is added to its tensor, or the whole of a new one.
         tokens: with a vocabulary.
+        name: of the model, in the header.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
+    writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -83,7 +85,7 @@ def write_base(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_bos_token_id(1), writer.add_eos_token_id(2)
+    writer.add_bos_token_id(3), writer.add_eos_token_id(63)
     if tokens:
         writer.add_tokenizer_model("gpt2")
         alphabet = ["<unk>", "<s>", "</s>", "<|endoftext|>", *map(chr, range(33, 92)), "AB"]
@@ -95,16 +97,16 @@ def write_base(
     left = dict(changes or {})
     state = model.state_dict()
     tied = config.tie_word_embeddings
-    for name, tensor in state.items():
-        if tied and name == "lm_head.weight":
+    for key, tensor in state.items():
+        if tied and key == "lm_head.weight":
             continue
-        rows = laid(config, architecture, name, tensor.detach().float())
-        rows = rows + left.pop(in_file(name), torch.zeros(()))
-        kind = gguf.GGMLQuantizationType["F32" if rows.dim() == 1 else kinds(in_file(name))]
+        rows = laid(config, architecture, key, tensor.detach().float())
+        rows = rows + left.pop(in_file(key), torch.zeros(()))
+        kind = gguf.GGMLQuantizationType["F32" if rows.dim() == 1 else kinds(in_file(key))]
         data = gguf.quants.quantize(np.ascontiguousarray(rows.numpy()), kind)
-        writer.add_tensor(in_file(name), data, raw_dtype=kind)
-    for name, tensor in left.items():
-        writer.add_tensor(name, tensor.numpy())
+        writer.add_tensor(in_file(key), data, raw_dtype=kind)
+    for key, tensor in left.items():
+        writer.add_tensor(key, tensor.numpy())
     return written(writer, path)
 
 

@@ -17,13 +17,14 @@ import peftfx
 from peftfx.cli import main
 from peftfx.directories import to_directory
 from peftfx.exporters import gguf_base
+from peftfx.exporters.formats import save_adapter
 from peftfx.exporters.gguf_base import load_gguf, write_directory
 from peftfx.models import load_model
 from peftfx.rewriter.errors import ArtifactError, OptionError, RewriteError
 
 from ..damage import cuts
 from ..models import randomise
-from .gguf_files import load, write_base, write_lora
+from .gguf_files import load, write_base, write_lora, written
 from .peft_cases import base, inputs, output, write
 from .test_hf_peft import near
 
@@ -91,7 +92,8 @@ def test_a_file_is_the_directory_that_is_written_of_it(mixed: Path, tmp_path: Pa
     assert not torch.equal(logits(ours), logits(llama()))  # it was quantised
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and "quantization_config" not in config
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 2
+    for got in (ours, load_gguf(mixed)):
+        assert (got.generation_config.bos_token_id, got.generation_config.eos_token_id) == (3, 63)
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path)("AB!")["input_ids"] == [63, 4]
@@ -141,8 +143,6 @@ def test_k_quants(tmp_path: Path) -> None:
         at = {"Q4_K": 0, "Q5_K": 0, "Q6_K": size - 2, "Q2_K": size - 4}[name]
         blocks[:, at : at + 4] = halves[:, : size - at]
         writer.add_tensor(tensor.name, blocks.reshape(256, -1), raw_dtype=kind)
-    from .gguf_files import written
-
     path = written(writer, tmp_path / "model.gguf")
     write_directory(path, tmp_path / "out")
     theirs, ours = load(path).state_dict(), reload(tmp_path / "out").state_dict()
@@ -154,10 +154,10 @@ def test_what_transformers_turns_it_turns(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=64, n_embd=32, n_head=4, n_layer=1, bos_token_id=0, eos_token_id=1,
+        vocab_size=64, n_embd=32, n_head=4, n_layer=1, n_positions=32, bos_token_id=0, eos_token_id=1,
     )).eval()  # fmt: skip
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gpt2")
-    writer.add_context_length(1024), writer.add_embedding_length(32), writer.add_block_count(1)
+    writer.add_context_length(32), writer.add_embedding_length(32), writer.add_block_count(1)
     writer.add_head_count(4), writer.add_feed_forward_length(128), writer.add_vocab_size(64)
     writer.add_layer_norm_eps(1e-5), writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{i}>" for i in range(64)]), writer.add_token_merges([])
@@ -169,12 +169,41 @@ def test_what_transformers_turns_it_turns(tmp_path: Path) -> None:
             writer.add_tensor(
                 f"{names.get_name(module)}.{leaf}", np.ascontiguousarray(turned.numpy())
             )
-    from .gguf_files import written
-
     path = written(writer, tmp_path / "model.gguf")
     done = write_directory(path, tmp_path / "out")
     assert any("in memory as a whole" in note for note in done.notes)
     near(logits(reload(tmp_path / "out")), logits(model))
+
+
+def test_norms_that_are_stored_with_one_added(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2,
+    )).eval()  # fmt: skip
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma2")
+    writer.add_context_length(128), writer.add_embedding_length(32), writer.add_block_count(1)
+    writer.add_feed_forward_length(32), writer.add_head_count(4), writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6), writer.add_key_length(8), writer.add_value_length(8)
+    writer.add_vocab_size(64), writer.add_sliding_window(4096)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, 1)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            if name != "lm_head.weight":
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+                stored = tensor + 1 if "norm" in name else tensor
+                writer.add_tensor(f"{names.get_name(module)}.{leaf}", stored.numpy())
+    path = written(writer, tmp_path / "model.gguf")
+    done = write_directory(path, tmp_path / "out")
+    assert done.notes == ["no tokenizer: the file has none"]
+    ours, theirs = reload(tmp_path / "out").state_dict(), load(path).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ours[name], theirs[name]), name
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=3e-7)
 
 
 ROTATIONS: dict[str, dict[str, Any]] = {
@@ -222,6 +251,18 @@ def test_other_rotations_are_refused(tmp_path: Path) -> None:
         load_gguf(path)
 
 
+def test_a_name_decides_nothing(tmp_path: Path) -> None:
+    """transformers makes a Mistral with a window of a file that only has that name."""
+    from transformers import AutoConfig
+
+    path = write_base(tmp_path / "m.gguf", base("llama"), name="mistral")
+    assert AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf").sliding_window == 4096
+    write_directory(path, tmp_path / "out")
+    for got in (load_gguf(path), reload(tmp_path / "out")):
+        assert type(got).__name__ == "LlamaForCausalLM"
+        near(logits(got), logits(base("llama")))
+
+
 # An adapter in a base.
 
 
@@ -232,8 +273,6 @@ def test_an_adapter_is_folded_into_a_file(kind: str, mixed: Path, tmp_path: Path
     assert getattr(named.model.config, "quantization_config", None) is None
     made = randomise(peftfx.run(program, "lora{rank=2,where=q|ffn.down}"), 0.2)
     save = {"ours": "peftfx", "peft": "peft", "gguf": "gguf"}[kind]
-    from peftfx.exporters.formats import save_adapter
-
     save_adapter(made, tmp_path / "a", save)
     done = to_directory(mixed, tmp_path / "out", tmp_path / "a")
     assert len(done.changed) == 4 and not done.left_out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
@@ -26,6 +25,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUERY = "layers.0.q_proj"
 A, B = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight"
+
+
+def values_of(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, by ONNX Runtime (which lends the memory)."""
+    runtime: Any = ort
+    values = runtime.AdapterFormat.read_adapter(str(path)).get_parameters()
+    return {k: torch.from_numpy(v.numpy().copy()) for k, v in values.items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,7 @@ def test_ranks_that_differ_by_site(
     )
     for name in ("lora", "more"):
         save_adapter(made, tmp_path / name, "onnx_adapter", name)
-    values = {}
+    values: dict[str, Tensor] = {}
     for name in ("lora", "more"):
         values |= {
             k: v.numpy().copy()
@@ -103,9 +109,7 @@ def test_a_directory_of_peft_becomes_a_file(tmp_path: Path) -> None:
     near(
         output(load_adapter(program("llama"), tmp_path / "a.onnx_adapter")(**inputs("llama"))), want
     )
-    model = base("llama")
-    values = ort.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter")).get_parameters()
-    arrays = {k: torch.from_numpy(v.numpy().copy()) for k, v in values.items()}
+    model, arrays = base("llama"), values_of(tmp_path / "a.onnx_adapter")
     with torch.no_grad():
         for name, a in arrays.items():
             if name.endswith("lora_A.weight"):
@@ -190,7 +194,5 @@ def test_on_the_command_line(decoder: peftfx.Program, tmp_path: Path) -> None:
     assert main(["export", model, "--adapter", adapter, "--slots", "--out", str(graph)]) == 0
     near(computed(graph, file), first(made(**batch())))
     session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    bound = {k: v.numpy() for k, v in batch().items()}
-    values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
-    bound |= {k: np.array(v.numpy()) for k, v in values.items()}
+    bound = {k: v.numpy() for k, v in (batch() | values_of(file)).items()}
     near(torch.from_numpy(session.run(None, bound)[0]), first(made(**batch())))

@@ -10,27 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from peftfx.exporters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from peftfx.exporters.gguf_base import write_directory
 from peftfx.exporters.hf_peft import read_peft
+from peftfx.exporters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 from peftfx.passes.interchange.imported import Imported
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.run.run import apply_plan
 from peftfx.rewriter.storage.parts import Parts
 
 from ..mutants import Case, Mutation, applied
-from .gguf_files import lora_of, merged, write_lora
+from .gguf_files import in_file, laid, load, lora_of, merged, write_base, write_lora
 from .peft_cases import CASES, base, inputs, output, program, write
+from .test_onnx_adapter import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ADAPTER, NAMES = "exporters/gguf_adapter.py", "exporters/gguf_names.py"
+ONNX, BASE = "exporters/onnx_adapter.py", "exporters/gguf_base.py"
 
 CASES.update({
     "every kind": ("llama", ("LoraConfig", {
         "r": 4, "lora_alpha": 6, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"k_proj": 9},
         "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "embed_tokens"],
+    })),
+    "factors": ("llama", ("LoraConfig", {
+        "r": 4, "alpha_pattern": {"k_proj": 9}, "target_modules": ["q_proj", "k_proj", "up_proj"],
     })),
     "one alpha": ("llama", ("LoraConfig", {
         "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "embed_tokens"],
@@ -63,8 +71,6 @@ def writing() -> float:
     folder, want = stored("every kind")
     parts = read_peft(program("llama"), folder)
     write_gguf_adapter(program("llama"), folder / "b.gguf", parts)
-    from .gguf_files import in_file, laid
-
     model = base("llama")
     changes = merged(folder / "b.gguf")
     with torch.no_grad():
@@ -76,11 +82,44 @@ def writing() -> float:
         return far(output(model(**inputs("llama"))), want)
 
 
+def turning() -> float:
+    """A file of ONNX Runtime, by the products that its inputs are in."""
+    folder, want = stored("factors")
+    parts = read_peft(program("llama"), folder)
+    write_onnx_adapter(program("llama"), folder / "a.onnx_adapter", parts)
+    values, model = values_of(folder / "a.onnx_adapter"), base("llama")
+    with torch.no_grad():
+        for name in [n for n in values if n.endswith("lora_A.weight")]:
+            module = name.removesuffix(".lora_A.weight")
+            change = values[name] @ values[f"{module}.lora_B.weight"]
+            model.get_submodule(module).weight += change.T
+        ours = far(output(model(**inputs("llama"))), want)
+    back = computed(read_onnx_adapter(program("llama"), folder / "a.onnx_adapter"))
+    return max(ours, far(back, want))
+
+
+@functools.cache
+def small_base() -> tuple[Path, dict[str, Tensor]]:
+    path = write_base(Path(tempfile.mkdtemp(prefix="gguf-")) / "m.gguf", base("llama"))
+    return path, load(path).state_dict()
+
+
+def dequantising() -> float:
+    """A base's tensors, as transformers has them."""
+    path, theirs = small_base()
+    with tempfile.TemporaryDirectory() as folder:
+        write_directory(path, Path(folder))
+        ours = load_file(Path(folder) / "model.safetensors")
+    return max(float((ours[n] - t).abs().max()) for n, t in theirs.items())
+
+
 def far(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-WRONG = (
+Wrong = tuple[str, str, str, str, Callable[[], float]]
+
+WRONG: tuple[Wrong, ...] = (
     ("rows as they are", f"{NAMES}:paired", "architecture in PAIRED and", "False and", reading),
     ("values in pairs, too", f"{NAMES}:paired", "attn_[qk]", "attn_[qv]", reading),
     ("paired the other way", f"{NAMES}:to_halves", "(heads, -1, 2)", "(heads, 2, -1)", reading),
@@ -105,19 +144,32 @@ WRONG = (
     ("other scales forgotten", f"{ADAPTER}:_scaled", "own == alpha", "True", writing),
     ("alpha for the scale", f"{ADAPTER}:_scaled", "(part.scale * len(part.a) / alpha)", "part.scale",
      writing),
+    ("scale left out of a slot", f"{ONNX}:slots", "part.b.float() * part.scale", "part.b", turning),
+    ("a slot's factor as it is", f"{ONNX}:slots", "part.a.mT", "part.a", turning),
+    ("factors as they are", f"{ONNX}:read_onnx_adapter", "leaves[A].mT.contiguous()",
+     "leaves[A].contiguous()", turning),
+    ("scaled again", f"{ONNX}:read_onnx_adapter", "a, b, 1.0", "a, b, 1.0 / len(a)", turning),
+    ("base's rows as they are", f"{BASE}:_value", "if paired(file.architecture, key)", "if False",
+     dequantising),
+    ("base's heads exchanged", f"{BASE}:_value", '".attn_q." in key', '".attn_k." in key',
+     dequantising),
+    ("norms shifted everywhere", f"{BASE}:_value", "file.architecture in SHIFTED and ", "",
+     dequantising),
+    ("tensors in another order", f"{BASE}:_write_shard", "for name in tensors:",
+     "for name in reversed(tensors):", dequantising),
     ("table written as it is", f"{ADAPTER}:_factors", "part.a.mT if part.lookup else part.a",
      "part.a", writing),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [reading, writing])
+@pytest.mark.parametrize("probe", [reading, writing, turning, dequantising])
 def test_they_are_right(probe: Callable[[], float]) -> None:
     assert probe() < 1e-5
 
 
 @pytest.mark.parametrize("kind", [kind for kind, *_ in WRONG])
 def test_a_wrong_one_is_seen(kind: str) -> None:
-    where, old, new, probe = next(rest for k, *rest in WRONG if k == kind)
+    _, where, old, new, probe = next(w for w in WRONG if w[0] == kind)
 
     def none(_: Case) -> None:
         """The mutation's own is `probe`."""
