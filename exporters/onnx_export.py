@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from .onnx_precision import (
     in_dtype,
 )
 from .onnx_quantised import LAYOUT, translations
+from .onnx_slots import Slots, as_inputs, slotted
 from .onnx_translate import Exported, reexport, rename_sizes, silence, translate
 
 OPSETS = (24, 20)
@@ -120,6 +121,7 @@ class _Prepared:
         wide: the same program in float32, if it computes in half precision.
         tolerance: the difference allowed in any case.
         rounding: see `OnnxReport`.
+        slots: which of its parameters become inputs.
     """
 
     program: Program
@@ -130,6 +132,7 @@ class _Prepared:
     wide: Program | None
     tolerance: float
     rounding: float | None
+    slots: Slots | None = None
 
 
 def export_onnx(
@@ -140,6 +143,7 @@ def export_onnx(
     tolerance: float | None = None,
     dtype: torch.dtype | None = None,
     limit: int = LIMIT,
+    slots: str | bool = False,
 ) -> OnnxReport:
     """Writes a program, folded or not, as one ONNX file and verifies it in ONNX Runtime.
 
@@ -160,6 +164,8 @@ def export_onnx(
             with the program as far as its rounding goes.
         limit: bytes; larger weights go to `<name>.<hash>.data` beside the file, which refers to it
             by that name.
+        slots: the adapter (True: the only one) whose factors become inputs, for `.onnx_adapter`
+            files of any rank; without one, the model runs as if it had no adapter.
 
     Raises:
         ExportError: an operator has no translation, the checker or ONNX Runtime refuses the
@@ -180,7 +186,8 @@ def export_onnx(
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
     _check_opset(opset)
-    prepared = _prepare(program, dtype)
+    opened = slotted(program, "" if slots is True else slots) if slots else None
+    prepared = replace(_prepare(opened.program if opened else program, dtype), slots=opened)
     failures: dict[str, int] = {}
     last: ExportError | None = None
     for version in (opset,) if opset is not None else OPSETS:
@@ -273,6 +280,8 @@ def _attempt(
         model = translate(prepared.exported, opset, inputs, outputs, prepared.table)
     transposed = weights.store_as_read(model)
     weights.strip(model)
+    if prepared.slots:
+        transposed = as_inputs(model, prepared.slots.inputs, transposed)
     with _folder_beside(path) as folder:
         data = None
         if weights.size_of(model) > limit:
@@ -344,13 +353,14 @@ def _verify(
     except Exception as error:
         raise ExportError(f"the ONNX checker refuses the model: {error}") from error
     running = session(path)
-    program, names, masks = prepared.program, prepared.outputs, prepared.masks
+    names, masks = prepared.outputs, prepared.masks
     wanted = {i.name for i in running.get_inputs()}
     parity: dict[str, float] = {}
     limits: list[float] = []
-    for key, example in _feeds(program).items():
+    for key, program, example, factors in _runs(prepared):
         feed = padded(example, masks)
-        arrays = {n: t.cpu().numpy() for n, t in feed.items() if n in wanted}
+        given = {n: t for n, t in feed.items() if n in wanted} | factors
+        arrays = {n: t.cpu().numpy() for n, t in given.items()}
         try:
             outputs = running.run(None, arrays)
         except Exception as error:
@@ -368,6 +378,15 @@ def _verify(
                 f"allowed is {limits[-1]:.3g}."
             )
     return parity, max(limits)
+
+
+def _runs(prepared: _Prepared) -> Iterator[tuple[str, Program, dict[str, Tensor], Any]]:
+    """Sizes, what computes there, its inputs and the factors that are fed, if any."""
+    slots = prepared.slots
+    for key, example in _feeds(prepared.program).items():
+        yield key, prepared.program, example, slots.values if slots else {}
+        if slots:
+            yield f"{key}, no adapter", slots.bare, example, {}
 
 
 def _worst(

@@ -11,6 +11,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .directories import to_directory
 from .drawing import check_drawing, draw_sites
 from .exporters.formats import FORMATS, load_adapter, save_adapter
 from .exporters.plain_lora import worst
-from .methods import Entry, methods
-from .models import load_model
+from .methods import methods, rows
+from .models import is_gguf_model, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError, RewriteError
@@ -33,7 +35,6 @@ from .rewriter.pipeline.passes import REGISTRY
 from .rewriter.program.site_table import Sites
 from .rewriter.run.run import run
 from .rewriter.storage.artifact import save
-from .rewriter.storage.stream import fold_checkpoint
 
 ERR = Console(stderr=True)
 
@@ -173,25 +174,33 @@ def fold(options: Any) -> Any:
 def _fold_stream(options: Any) -> Any:
     """Shard by shard, for models that memory does not hold; the new directory is a model again."""
     source = options.weights or options.model
-    if not Path(source).is_dir():
+    if not Path(source).is_dir() and not is_gguf_model(source):
         raise OptionError(
             f"fold --stream reads the weights from a directory with safetensors files, which "
             f"{source!r} is not. Add --weights DIR: the checkpoint of the model that "
             f"{options.model} makes."
         )
-    with progress(options, f"capturing {options.model} without its weights"):
-        named = load_model(options.model, hollow=True)
-        program = capture(named.model, kwargs=named.example)
-    with progress(options, "folding shard by shard"):
-        done = fold_checkpoint(program, source, options.out, adapter=options.adapter)
+    return _directory(options, options.weights)
+
+
+def _directory(options: Any, weights: str | None = None) -> Any:
+    """A base and an adapter, if there is one, as a Hugging Face directory."""
+    with progress(options, f"writing {options.out} file by file"):
+        done = to_directory(options.model, options.out, options.adapter, weights=weights)
     _say(options, f"{len(done.changed)} tensors folded: {options.out}")
     for name in done.left_out:
         _say(options, f"not copied (other weights): {name}")
-    return {"changed": done.changed, "left_out": done.left_out, "out": options.out}
+    for note in done.notes:
+        _say(options, note)
+    return {**asdict(done), "out": options.out}
 
 
 def convert(options: Any) -> Any:
-    """`peftfx convert MODEL ADAPTER OUT --to FORMAT [--rank N]`"""
+    """`peftfx convert MODEL [ADAPTER] OUT --to FORMAT [--rank N]`"""
+    if options.to == "hf":
+        return _directory(options)
+    if options.adapter is None:
+        raise OptionError(f"{options.to} is a format of adapters. Give one: MODEL ADAPTER OUT.")
     program = _program(options)
     lost = save_adapter(program, options.out, options.to, rank=options.rank)
     _say(options, f"{options.adapter} as {options.to}: {options.out}")
@@ -209,7 +218,7 @@ def export(options: Any) -> Any:
     with progress(options, "exporting to ONNX and running it"):
         report = export_onnx(
             program, options.out, opset=options.opset, tolerance=options.tolerance,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            dtype=getattr(torch, options.dtype) if options.dtype else None, slots=options.slots,
         )  # fmt: skip
     _say(options, str(report))
     if report.data is not None:
@@ -248,7 +257,7 @@ def list_methods(options: Any) -> Any:
     with progress(options, "running every method"):
         entries = methods(program)
     if not options.json:
-        _print_table(_rows(entries, program is not None))
+        _print_table(rows(entries, program is not None))
         for entry in entries:
             if entry.refused:
                 print(f"{entry.name}: {entry.refused}")
@@ -264,30 +273,19 @@ def memory(options: Any) -> Any:
     return memory_report.to_json()
 
 
-def _rows(entries: list[Entry], counted: bool) -> list[tuple[str, ...]]:
-    """The cells of the table of methods, its head first."""
-    head = ("method", "class", "inserts", "folds", "paper", "trains")
-    rows = [(e.name, e.group, e.inserts, e.folds, e.paper, _count(e.trainable)) for e in entries]
-    return [row[: 5 + counted] for row in (head, *rows)]
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
+def _print_table(lines: list[tuple[str, ...]]) -> None:
     """Folds cells to the width of a terminal; anything else gets one full line a row."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for row in lines:
             print("  ".join(map(str.ljust, row, widths)).rstrip())
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in rows[0]:
+    for name in lines[0]:
         right = name == "trains"
         table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows[1:]:
+    for row in lines[1:]:
         table.add_row(*map(escape, row))
     console.print(table)
 
@@ -318,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document")
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", help="a Hugging Face model directory, or module:function")
+    model.add_argument("model", help="a Hugging Face directory, a GGUF file, or module:function")
     parser = argparse.ArgumentParser(
         prog="peftfx", description="Parameter-efficient fine-tuning as graph rewriting."
     )
@@ -354,15 +352,18 @@ def _parser() -> argparse.ArgumentParser:
     about = "with --stream: where the weights are, if MODEL is no directory"
     command.add_argument("--weights", metavar="DIR", help=about)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
-    command = add("convert", convert, "write an adapter in another library's format", model)
-    command.add_argument("adapter", help="a directory of any format that is read")
-    command.add_argument("out", help="the new directory")
-    command.add_argument("--to", required=True, choices=FORMATS)
+    about = "write an adapter in another library's format, or a whole model (hf)"
+    command = add("convert", convert, about, model)
+    command.add_argument("adapter", nargs="?", help="of any format; hf of a GGUF file needs none")
+    command.add_argument("out", help="the new directory or file")
+    command.add_argument("--to", required=True, choices=(*FORMATS, "hf"))
     command.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
     command = add("export", export, "write a verified ONNX file", model)
     command.add_argument("passes", nargs="?", help="pipeline text, such as fold")
     command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
     command.add_argument("--out", required=True, help="the ONNX file")
+    about = "the adapter's factors are inputs, for .onnx_adapter files"
+    command.add_argument("--slots", action="store_true", help=about)
     command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
     about = "difference allowed, of the largest output (default: 1e-5, more in half precision)"
     command.add_argument("--tolerance", type=float, help=about)

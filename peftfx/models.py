@@ -1,4 +1,4 @@
-"""Models named on the command line: a Hugging Face directory, or `module:function`."""
+"""Models named on the command line: a Hugging Face directory, a GGUF file, or `module:function`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .exporters.gguf_base import load_gguf
+from .exporters.gguf_file import is_gguf
 from .rewriter.errors import CaptureError
+from .rewriter.files.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ def load_model(name: str, hollow: bool = False) -> Named:
     """Loads what a command line names.
 
     Args:
-        name: a directory with `config.json` and weights (extra `hf`), or `module:function` whose
-            function returns `(model, example inputs)`, the inputs as a dict of keyword tensors.
+        name: a directory with `config.json` and weights (extra `hf`), a GGUF file (extras `hf` and
+            `gguf`), which is dequantised, or `module:function` whose function returns
+            `(model, example inputs)`, the inputs as a dict of keyword tensors.
         hollow: build a directory's model on the meta device, without its weights.
 
     Raises:
@@ -36,11 +40,13 @@ def load_model(name: str, hollow: bool = False) -> Named:
     """
     if Path(name).is_dir():
         return _from_directory(Path(name), hollow)
+    if is_gguf_model(name):
+        return _named(load_gguf(name, hollow), name)
     module, colon, function = name.partition(":")
     if not colon:
         raise CaptureError(
-            f"{name!r} is neither a model directory nor module:function. Examples: ./my-model, "
-            "my_package.models:tiny."
+            f"{name!r} is neither a model directory nor module:function nor a GGUF file. Examples: "
+            "./my-model, my_package.models:tiny, model.gguf."
         )
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -60,6 +66,15 @@ def load_model(name: str, hollow: bool = False) -> Named:
         names = list(_parameters(model))
         example = dict(zip(names, example, strict=False))
     return Named(model, dict(example))
+
+
+def is_gguf_model(name: str | Path) -> bool:
+    """Whether a name is that of a GGUF file."""
+    path = Path(name)
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return is_gguf(file.read(4))
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
@@ -90,10 +105,15 @@ def _from_directory(path: Path, hollow: bool) -> Named:
             model = loader.from_pretrained(path)
     except Exception as error:
         raise CaptureError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    vocabulary = getattr(config, "vocab_size", None)
+    return _named(model, path)
+
+
+def _named(model: Any, where: str | Path) -> Named:
+    """A model of transformers with ids as its example."""
+    vocabulary = getattr(model.config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise CaptureError(
-            f"{path}: inputs of {type(model).__name__} cannot be guessed (it has no vocabulary). "
+            f"{where}: inputs of {type(model).__name__} cannot be guessed (it has no vocabulary). "
             "Use module:function with example inputs."
         )
     ids = torch.arange(2 * 16).view(2, 16) % vocabulary

@@ -214,6 +214,8 @@ def original(program: Program, config: Any) -> Any:
             known, or the outputs differ.
     """
     kind, config = _class_of(program, config), copy.deepcopy(config)
+    if getattr(vars(config).get("quantization_config"), "quant_method", "") == "gguf":
+        del config.quantization_config  # of where tensors that are dense by now were read from
     cut = program.reshaped()
     if cut:
         _narrow(program, config, cut)

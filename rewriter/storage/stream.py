@@ -21,6 +21,7 @@ from ..api import Program
 from ..edits.folding.result import warn_of
 from ..errors import BaseMismatchError, FoldError, MetaTensorError
 from ..files.directory import new_directory
+from ..files.files import parse_json, write_json
 from ..files.identity import tensor_bytes, tensor_digest, tensor_prefix
 from ..graph.aten import set_attribute
 from ..graph.module import copy_modes, device_of, outside_inference
@@ -278,5 +279,18 @@ def _copy_others(checkpoint: Checkpoint, fresh: Path, result: FoldedCheckpoint) 
         elif path.is_dir():
             result.left_out.append(f"{path.name}/")
         else:
-            shutil.copyfile(path, fresh / path.name)
+            _copy_file(path, fresh / path.name)
             result.copied.append(path.name)
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    """A file as it is. A configuration that says its dense tensors were read from a GGUF file loses
+    that entry: transformers would neither save, halve nor train the model."""
+    if path.name == "config.json" and b'"gguf"' in (data := path.read_bytes()):
+        config = parse_json(data, str(path))
+        about = config.get("quantization_config") if isinstance(config, dict) else None
+        if isinstance(about, dict) and about.get("quant_method") == "gguf":
+            del config["quantization_config"]
+            target.write_bytes(write_json(config))
+            return
+    shutil.copyfile(path, target)

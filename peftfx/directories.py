@@ -1,0 +1,107 @@
+"""Whole Hugging Face directories, from a base (a directory or a GGUF file) and an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .exporters.formats import format_of, load_adapter
+from .exporters.gguf_base import Dequantised, write_directory
+from .models import is_gguf_model, load_model
+from .rewriter.capture.capture import capture
+from .rewriter.errors import OptionError
+from .rewriter.files.directory import new_directory
+from .rewriter.files.leftovers import clean, make_parents, real_path, temporary
+from .rewriter.storage.stream import FoldedCheckpoint, fold_checkpoint, load_weights
+
+
+@dataclass
+class Directory:
+    """What `to_directory` wrote.
+
+    Attributes:
+        changed: names of the tensors that folding wrote.
+        left_out: files of the base that were not copied: other weights.
+        notes: what to know about it.
+    """
+
+    changed: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+
+
+def to_directory(
+    base: str | Path,
+    target: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    weights: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Directory:
+    """Writes a directory that `from_pretrained` loads, with an adapter folded in.
+
+    Memory holds one tensor of the base at a time, beside what is mapped from files.
+
+    Args:
+        base: a Hugging Face directory, `module:function` with `weights`, or a GGUF file, which is
+            dequantised into float32.
+        target: new or empty; it appears complete, or not at all.
+        adapter: of any format that is read; only a GGUF file is written without.
+        weights: the directory with the safetensors files, if `base` is none.
+        progress: called with the name of each file before it is written.
+
+    Raises:
+        OptionError: there is nothing to fold.
+        RewriteError: of `load_adapter`, `write_directory` and `fold_checkpoint`.
+    """
+    if adapter is None:
+        if not is_gguf_model(base):
+            raise OptionError(
+                f"{base} is a directory already, and there is no adapter to fold into it. Give "
+                "one: peftfx convert MODEL ADAPTER OUT --to hf."
+            )
+        with new_directory(target, None) as fresh:
+            return Directory(notes=write_directory(base, fresh, progress=progress).notes)
+    with _checkpoint(base, weights, target, progress) as (source, read):
+        done = _fold(base, source, target, adapter, progress)
+    notes = [*read.notes, *(f"{site}: {about}" for site, about in done.notes)]
+    return Directory(done.changed, done.left_out, notes)
+
+
+@contextlib.contextmanager
+def _checkpoint(
+    base: str | Path,
+    weights: str | Path | None,
+    target: str | Path,
+    progress: Callable[[str], None] | None,
+) -> Iterator[tuple[Path, Dequantised]]:
+    """The base's safetensors files; those of a GGUF file are beside the target meanwhile."""
+    if not is_gguf_model(base):
+        yield Path(weights or base), Dequantised()
+        return
+    real = real_path(target)
+    make_parents(real)
+    clean(real.parent)
+    folder = temporary(real, "new")
+    try:
+        yield folder, write_directory(base, folder, progress=progress)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fold(
+    base: str | Path,
+    source: Path,
+    target: str | Path,
+    adapter: str | Path,
+    progress: Callable[[str], None] | None,
+) -> FoldedCheckpoint:
+    named = load_model(str(base), hollow=True)
+    program = capture(named.model, kwargs=named.example)
+    if format_of(adapter) == "peftfx":
+        return fold_checkpoint(program, source, target, adapter=adapter, progress=progress)
+    program = load_adapter(load_weights(program, source), adapter)  # some depend on the base
+    return fold_checkpoint(program, source, target, progress=progress)
