@@ -29,13 +29,14 @@ from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts, of_plan, same
 from .adapter_parts import adapter_parts
+from .base import Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
 from .hf_peft_writing import VERSION, written
 from .plain_lora import plain_lora
 
-Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
+Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
 
 _READERS: Mapping[str, tuple[Reader, ...]] = {
     "LORA": (lora_parts, token_rows),
@@ -107,7 +108,31 @@ def save_peft(
             stays. NonFiniteError: a tensor holds NaN or infinity.
     """
     parts = adapter_parts(program, adapter)
-    read = _unchanged(program, parts.source, parts)
+    read = _unchanged(program, parts)
+    return write_peft(
+        program, parts, directory, read, base=base, task=task, plain=plain, rank=rank
+    )
+
+
+def write_peft(
+    program: Base,
+    parts: Parts,
+    directory: str | Path,
+    read: Parts | None = None,
+    *,
+    base: str | None = None,
+    task: str | None = None,
+    plain: bool = False,
+    rank: int | None = None,
+) -> Mapping[str, float]:
+    """Writes parts as an adapter of PEFT; see `save_peft`.
+
+    Args:
+        program: the base that the parts are of, captured or in files.
+        parts: of an adapter.
+        directory: see `save_peft`, as are all further arguments but the next one.
+        read: the parts as they were read from a file, if they are still the same.
+    """
     lost: Mapping[str, float] = {}
     if plain:
         done = plain_lora(program, parts, rank)
@@ -137,8 +162,9 @@ def save_peft(
     return lost
 
 
-def read_peft(program: Program, directory: str | Path) -> Parts:
+def read_peft(program: Base, directory: str | Path) -> Parts:
     """An adapter of PEFT in parts; see `load_peft`."""
+    program = snapshot(program)
     data, tensors, where = reading(directory, f"a directory with a {CONFIG}", _files)
     config = Config(data, where)
     readers = _READERS.get(config.type)
@@ -158,7 +184,7 @@ def read_peft(program: Program, directory: str | Path) -> Parts:
     return read if _says_all(program, read, tensors) else replace(read, original=tensors)
 
 
-def _says_all(program: Program, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
+def _says_all(program: Base, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the parts are written as the tensors that they were read from."""
     try:
         _, again = written(program, parts)
@@ -169,16 +195,15 @@ def _says_all(program: Program, parts: Parts, tensors: Mapping[str, Tensor]) -> 
     )
 
 
-def _unchanged(program: Program, adapter: str, parts: Parts) -> Parts | None:
-    """What an adapter was read from, if it still is that."""
-    steps = [r for r in program.history if r.adapter == adapter and isinstance(r.applied, Imported)]
-    if not steps:
+def _unchanged(program: Program, parts: Parts) -> Parts | None:
+    """What the parts of an adapter were read from, if they still are that."""
+    record = next((r for r in program.history if r.adapter == parts.source), None)
+    if record is None or not isinstance(record.applied, Imported):
         return None
-    read = of_plan(steps[0].plan)
-    current = adapter_parts(program, adapter).parts
+    read = of_plan(record.plan)
     wanted = {_key(p): p for p in read.parts}
-    equal = len(current) == len(read.parts) and all(
-        (w := wanted.get(_key(p))) is not None and same(w, p) for p in current
+    equal = len(parts.parts) == len(read.parts) and all(
+        (w := wanted.get(_key(p))) is not None and same(w, p) for p in parts.parts
     )
     return read if equal else None
 
@@ -211,22 +236,29 @@ def _plain(key: str, where: str) -> str:
     )
 
 
-def _whole(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """Parameters that the file has whole (`modules_to_save`, biases, saved embeddings)."""
-    base = program.base.base_tensors()
+    base, known = program.base.base_tensors(), snapshot(program).knows != "sizes"
     parts: list[Part] = []
     for key, tensor in tensors.items():
         name = key.replace(".base_layer.", ".")
         stored = program.tensors.stored(name)
-        if stored not in base:
+        own = base.get(stored)
+        if own is None and known:
             raise ArtifactError(
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
                 f"parameter of this model. Nearest: {nearest(name, base)}."
             )
-        if base[stored].shape == tensor.shape and torch.equal(base[stored].to(tensor), tensor):
+        if own is not None and _same_values(own, tensor):
             continue  # as the base has it
         parts.append(Trained(name, tensor))
     return parts
+
+
+def _same_values(own: Tensor, tensor: Tensor) -> bool:
+    if own.is_meta or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.to(tensor), tensor)
 
 
 def _notes(config: Config) -> tuple[str, ...]:

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from .base import GIVE_BASE, Base
 from .hf_peft_config import Config, by_module, resolved
 
 Leaves = dict[str, Tensor]
 Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
 
 
-def scalings(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def scalings(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """IA3: `ia3_l [out, 1]` times the outputs, or `[1, in]` the inputs of feedforward modules."""
     inputs = config.take("feedforward_modules", [], list, str)
     parts: list[Part] = []
@@ -42,7 +42,7 @@ def _targeted(modules: list[str] | str, path: str) -> bool:
     return any(path == m or path.endswith(f".{m}") for m in modules)
 
 
-def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def prompts(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """PROMPT_TUNING and P_TUNING: `prompt_embeddings [length, width]`, the encoder's output.
     MULTITASK_PROMPT_TUNING: times a matrix a task, `sum over ranks of cols x rows`."""
     rows = _embeddings(config, tensors)
@@ -65,7 +65,7 @@ def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> lis
     return [Prompt("", rows)]
 
 
-def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer."""
     rows = _embeddings(config, tensors)
     if int(config.take("num_transformer_submodules", 1)) != 1:
@@ -91,7 +91,7 @@ def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:
     return rows
 
 
-def token_rows(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def token_rows(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """Trained rows of a table: `trainable_tokens_delta [count, width]`, no differences."""
     said = config.take("token_indices", None, list)
     said = said or config.take("trainable_token_indices", None, list, dict)
@@ -123,7 +123,7 @@ def _ids(said: Mapping[str, list[int]], path: str) -> list[int]:
     return next((i for k, i in said.items() if path == k or path.endswith(f".{k}")), [])
 
 
-def norms(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def norms(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """LN_TUNING: whole copies of what a normalisation learns."""
     parts: list[Part] = []
     for key in [k for k in tensors if ".ln_tuning_layers." in k]:
@@ -131,7 +131,7 @@ def norms(config: Config, tensors: dict[str, Tensor], program: Program) -> list[
     return parts
 
 
-def changes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """LOHA, LOKR, VERA, SHIRA, MISS, OFT: the exact change of each weight."""
     formula, leaves = _FORMULAS[config.type]
     shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
@@ -187,7 +187,7 @@ def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     rows, columns = own["shira_indices"].long()
     if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
         raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
-    delta = torch.zeros_like(matrix)
+    delta = torch.zeros(matrix.shape)
     return delta.index_put((rows, columns), own["shira_weight"], accumulate=True)
 
 
@@ -219,7 +219,7 @@ def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
         rotation = torch.linalg.solve(one + q, one - q, left=False)
     if config.take("block_share", False):
         rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
-    return matrix @ (torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1]))
+    return _numbers(config, path, matrix) @ (torch.block_diag(*rotation).mT - torch.eye(len(matrix.mT)))
 
 
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
@@ -250,7 +250,7 @@ _FORMULAS: dict[str, tuple[Formula, list[str]]] = {
 }  # fmt: skip
 
 
-def _weight(program: Program, path: str, config: Config) -> str:
+def _weight(program: Base, path: str, config: Config) -> str:
     plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     if f"{plain}.weight" not in names:
@@ -261,15 +261,23 @@ def _weight(program: Program, path: str, config: Config) -> str:
     return f"{plain}.weight"
 
 
-def _site(program: Program, name: str, config: Config) -> WeightSite:
+def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
+    if matrix.is_meta:
+        raise ArtifactError(
+            f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
+        )
+    return matrix.float()
+
+
+def _site(program: Base, name: str, config: Config) -> WeightSite:
     stored = program.tensors.stored(name)
-    for site in program.sites:
-        if isinstance(site, LinearSite | ConvSite) and site.weight == stored:
+    for site in program.sites.by_weight.get(stored, []):
+        if isinstance(site, LinearSite | ConvSite):
             return site
     raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
 
 
-def _matrix(program: Program, site: WeightSite) -> Tensor:
-    """The base's weight as `[out, in]`, float32."""
-    weight = program.base.base_tensors()[site.weight].detach().float()
+def _matrix(program: Base, site: WeightSite) -> Tensor:
+    """The base's weight as `[out, in]`; on meta, where only its size is known."""
+    weight = program.base.base_tensors()[site.weight]
     return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)

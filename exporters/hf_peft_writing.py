@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import (
@@ -22,6 +21,7 @@ from ..rewriter.program.sites import (
     WeightSite,
 )
 from ..rewriter.storage.parts import Parts
+from .base import Base, snapshot
 from .hf_peft_config import PREFIX, resolved
 from .hf_peft_lora import TWICE
 
@@ -31,7 +31,7 @@ VERSION = "0.21.2"
 """Of PEFT, whose keys these are."""
 
 
-def written(program: Program, parts: Parts) -> Written:
+def written(program: Base, parts: Parts) -> Written:
     """The config and the tensors by key.
 
     Raises:
@@ -62,7 +62,7 @@ def written(program: Program, parts: Parts) -> Written:
     return config | ({"modules_to_save": saved} if saved else {}), tensors
 
 
-def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
+def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
     low = [p for p in parts if isinstance(p, LowRank)]
     if len({p.magnitude is None for p in low}) > 1:
         raise ArtifactError(
@@ -115,10 +115,9 @@ def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -
     return config, tensors
 
 
-def _site(program: Program, part: LowRank) -> WeightSite:
+def _site(program: Base, part: LowRank) -> WeightSite:
     stored = program.tensors.stored(part.target)
-    sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
-    for site in sites:
+    for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, EmbeddingSite) == part.lookup:
             return site
     raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
@@ -132,7 +131,7 @@ def _path(name: str, attention: Collection[str]) -> str:
     return f"{owner}.base_layer.{last}" if last == "out_proj" and owner in attention else path
 
 
-def _nested(program: Program, names: Collection[str]) -> dict[str, str]:
+def _nested(program: Base, names: Collection[str]) -> dict[str, str]:
     """Parameter -> path of its wrapper: the first one of a module is innermost."""
     order = sorted(names, key=lambda n: n.endswith("down_proj"))
     paths: dict[str, str] = {}
@@ -200,10 +199,12 @@ def _alpha(scale: float, rank: int) -> float | int:
     return int(exact) if exact == int(exact) else exact
 
 
-def target_modules(program: Program, modules: Collection[str]) -> list[str] | str:
+def target_modules(program: Base, modules: Collection[str]) -> list[str] | str:
     """What makes PEFT adapt exactly these modules: last names, whole paths, or an expression."""
     every = {n.rpartition(".")[0] for n in program.base.base_tensors()} | set(modules)
     every |= {n.rpartition(".")[0] for n in program.tensors.aliases}
+    if snapshot(program).knows == "sizes":  # which other modules there are is not known
+        return sorted(modules)
     for names in (sorted({m.rpartition(".")[2] for m in modules}), sorted(modules)):
         taken = {m for m in every if any(m == n or m.endswith(f".{n}") for n in names)}
         if taken == set(modules):
@@ -211,7 +212,7 @@ def target_modules(program: Program, modules: Collection[str]) -> list[str] | st
     return "|".join(re.escape(m) for m in sorted(modules))
 
 
-def _ia3(program: Program, parts: Sequence[Part]) -> Written:
+def _ia3(program: Base, parts: Sequence[Part]) -> Written:
     tensors: dict[str, Tensor] = {}
     sides: dict[str, str] = {}
     for part in parts:
@@ -243,7 +244,7 @@ def _tokens(parts: Sequence[Part]) -> Written:
     return config, {f"{PREFIX}{path}.trainable_tokens_delta": part.values}
 
 
-def _norms(program: Program, trained: Sequence[Trained]) -> Written | None:
+def _norms(program: Base, trained: Sequence[Trained]) -> Written | None:
     """LN_TUNING, if all that trains are normalisations."""
     modules = {t.target.rpartition(".")[0] for t in trained}
     known = {s.weight.rpartition(".")[0] for s in program.sites if isinstance(s, NormSite)}
@@ -269,7 +270,7 @@ def _prompt(parts: Sequence[Part]) -> Written:
     return config, {"prompt_embeddings": part.values}
 
 
-def _prefix(program: Program, parts: Sequence[Part]) -> Written:
+def _prefix(program: Base, parts: Sequence[Part]) -> Written:
     rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
     shapes = {t.shape for p in rows for t in (p.key, p.value)}
     if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1:
@@ -291,7 +292,7 @@ def _prefix(program: Program, parts: Sequence[Part]) -> Written:
 
 
 def _modules_to_save(
-    program: Program, trained: Iterable[Trained], config: Mapping[str, Any]
+    program: Base, trained: Iterable[Trained], config: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that are saved whole, and tensors by key; biases beside factors need no module."""
     given = {t.target: t.values for t in trained}
