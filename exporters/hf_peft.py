@@ -25,13 +25,14 @@ from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
+from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
 from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts, of_plan, same
 from .adapter_parts import adapter_parts
 from .base import Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
-from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
+from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
 from .hf_peft_writing import VERSION, written
 from .plain_lora import plain_lora
@@ -62,7 +63,7 @@ def load_peft(
     Args:
         target: a program, or a model to capture (a transformers model with its `dummy_inputs`, any
             other with the arguments of `capture`).
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`, or `.bin`.
         name: of the adapter; by default the directory's name.
         captured: arguments of `capture` for a model.
 
@@ -217,9 +218,13 @@ def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     data = parse_json(folder.read(CONFIG, JSON_LIMIT), where)
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         raise ArtifactError(f"{where}: there is no peft_type; it is no config of PEFT.")
-    tensors = parse_tensors(folder.read(TENSORS), str(folder.path / TENSORS))
+    old = not folder.has(TENSORS) and folder.has(PICKLED)
+    file, parse, limit = (
+        (PICKLED, parse_torch_bin, LIMIT) if old else (TENSORS, parse_tensors, None)
+    )
+    tensors = parse(folder.read(file, limit), str(folder.path / file))
     for name, tensor in tensors.items():
-        require_finite(f"{folder.path / TENSORS}: {name}", tensor, "Save it again.")
+        require_finite(f"{folder.path / file}: {name}", tensor, "Save it again.")
     return data, tensors, where  # pyright: ignore[reportUnknownVariableType]
 
 
