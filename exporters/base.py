@@ -32,6 +32,9 @@ GIVE_BASE = "Give the base: --base with its directory, or base=checkpoint(direct
 CAPTURE = "Capture the model: --base MODEL --capture, or load the adapter onto a program."
 
 
+Shape = tuple[int, ...]
+
+
 class Base(Protocol):
     """A model, as far as its adapters' files are concerned."""
 
@@ -95,21 +98,19 @@ def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
     return Files(stored, Sites(tuple(_sites(stored, in_out))), table)
 
 
-def sizes(tensors: Mapping[str, Tensor], in_out: bool = False) -> Files:
+def sizes(shapes: Mapping[str, Shape], in_out: bool = False) -> Files:
     """The base as far as low-rank factors tell it: one meta tensor beside each pair.
 
     Args:
-        tensors: an adapter's, by key.
+        shapes: of an adapter's tensors, by key.
         in_out: see `checkpoint`.
     """
     stored: dict[str, Tensor] = {}
-    for key, narrow in tensors.items():
-        for leaf, partner in _PAIRS.items():
-            wide = tensors.get(f"{key.removesuffix(leaf)}{partner}")
-            if not key.endswith(f".{leaf}") or wide is None or min(narrow.dim(), wide.dim()) < 2:
-                continue
-            shape = _beside(leaf, narrow, wide)
-            shape = shape[::-1] if in_out and len(shape) == 2 else shape
+    for key, narrow in shapes.items():
+        leaf = next((n for n in _PAIRS if key.endswith(f".{n}")), "")
+        wide = shapes.get(f"{key.removesuffix(leaf)}{_PAIRS.get(leaf)}", ())
+        if len(narrow) > 1 and len(wide) > 1:
+            shape = _beside(leaf, narrow, wide, in_out)
             for path in _paths(key.removesuffix(f".{leaf}")):
                 stored[f"{path}.weight"] = torch.empty(shape, device="meta")
     return Files(stored, Sites(tuple(_sites(stored, in_out))), knows="sizes")
@@ -122,13 +123,13 @@ _PAIRS = {
 """Leaf of the factor that reads -> of the one that writes."""
 
 
-def _beside(leaf: str, narrow: Tensor, wide: Tensor) -> tuple[int, ...]:
+def _beside(leaf: str, narrow: Shape, wide: Shape, in_out: bool) -> Shape:
     """The shape of the weight beside two factors."""
     if leaf == "lora_a":  # transposed: [in, rank], [rank, out]
-        return wide.shape[1], narrow.shape[0]
-    if leaf == "lora_embedding_A":
-        return narrow.shape[1], wide.shape[0]
-    return wide.shape[0], *narrow.shape[1:]
+        return wide[1], narrow[0]
+    if leaf == "lora_embedding_A" or (in_out and len(narrow) == 2):
+        return narrow[1], wide[0]
+    return wide[0], *narrow[1:]
 
 
 def _paths(path: str) -> Iterator[str]:
@@ -183,10 +184,10 @@ def values(base: Base, name: str, where: str) -> Tensor:
     Raises:
         ArtifactError: only its size is known; `where` says what needs them.
     """
-    tensor = base.base.base_tensors()[base.tensors.stored(name)].detach()
-    if tensor.is_meta:
+    tensor = base.base.base_tensors().get(base.tensors.stored(name))
+    if tensor is None or tensor.is_meta:
         raise ArtifactError(f"{where} depends on the numbers of {name}. {GIVE_BASE}")
-    return tensor
+    return tensor.detach()
 
 
 def snapshot(base: Base) -> Files:
@@ -215,17 +216,18 @@ def require_fit(base: Base, parts: Parts, where: str) -> None:
             )
 
 
-def _fits(part: Part, shape: tuple[int, ...]) -> bool:
+def _fits(part: Part, shape: Shape) -> bool:
     match part:
         case LowRank(a=a, b=b, lookup=lookup):
+            if a.dim() > 2:
+                sides = (a.shape[2], b.shape[1])
+                return shape[0] == len(a) == len(b) and shape[1:] in (sides, sides[::-1])
             ends = (math.prod(b.shape[:-1]), a.shape[-1])
             return _is_matrix((ends[1], ends[0]) if lookup else ends, shape)
         case Change(delta=delta):
             return _is_matrix((delta.shape[0], delta.shape[1]), shape)
-        case Scaling(vector=vector, side=side):
-            return len(vector) in (shape[0], shape[1]) if side == "out" else (
-                len(vector) in shape[:2]
-            )  # fmt: skip
+        case Scaling(vector=vector):
+            return len(vector) in shape[:2]
         case Trained(values=own):
             return tuple(own.shape) == shape
         case Rows(ids=ids, values=own):
@@ -234,7 +236,7 @@ def _fits(part: Part, shape: tuple[int, ...]) -> bool:
             return True
 
 
-def _is_matrix(ends: tuple[int, int], shape: tuple[int, ...]) -> bool:
+def _is_matrix(ends: Shape, shape: Shape) -> bool:
     """Whether `[out, in]` is a weight's shape, either way round; `in` of all groups of a
     convolution."""
     if len(shape) == 2:

@@ -30,7 +30,7 @@ from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts, of_plan, same
 from .adapter_parts import adapter_parts
-from .base import Base, snapshot
+from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
@@ -110,9 +110,7 @@ def save_peft(
     """
     parts = adapter_parts(program, adapter)
     read = _unchanged(program, parts)
-    return write_peft(
-        program, parts, directory, read, base=base, task=task, plain=plain, rank=rank
-    )
+    return write_peft(program, parts, directory, read, base=base, task=task, plain=plain, rank=rank)
 
 
 def write_peft(
@@ -249,7 +247,12 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Pa
         name = key.replace(".base_layer.", ".")
         stored = program.tensors.stored(name)
         own = base.get(stored)
-        if own is None and known:
+        if not known:
+            raise ArtifactError(
+                f"{config.where}: whether {key!r} is as the base has it, depends on its numbers. "
+                f"{GIVE_BASE}"
+            )
+        if own is None:
             raise ArtifactError(
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
                 f"parameter of this model. Nearest: {nearest(name, base)}."

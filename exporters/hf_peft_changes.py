@@ -219,7 +219,8 @@ def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
         rotation = torch.linalg.solve(one + q, one - q, left=False)
     if config.take("block_share", False):
         rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
-    return _numbers(config, path, matrix) @ (torch.block_diag(*rotation).mT - torch.eye(len(matrix.mT)))
+    turned = torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1])
+    return _numbers(config, path, matrix) @ turned
 
 
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:

@@ -190,7 +190,7 @@ def _residual(config: Config, program: Base, part: LowRank, start: str) -> LowRa
 def _bias(program: Base, weight: str, change: Tensor) -> Part:
     """The layer's bias with that of `lora_B` added."""
     name = weight.removesuffix("weight") + "bias"
-    if name not in program.base.base_tensors():
+    if name not in program.base.base_tensors() and snapshot(program).knows != "sizes":
         raise ArtifactError(
             f"the adapter has a bias for {weight}, which has none of its own to add it to."
         )
@@ -212,9 +212,8 @@ def _stacked(
             f"{config.where}: it adapts parameters of experts or of nn.MultiheadAttention, whose "
             f"layout the files of a base do not say. {CAPTURE}"
         )
-    targets = [
-        n for n in program.base.base_tensors() if any(n == t or n.endswith(f".{t}") for t in targeted)
-    ]
+    stored = program.base.base_tensors()
+    targets = [n for n in stored if any(n == t or n.endswith(f".{t}") for t in targeted)]
     chosen: dict[str, tuple[str, WeightSite | None]] = {}
     for path, plain in plain_of.items():
         name = _parameter(plain, names)

@@ -25,7 +25,7 @@ from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, r
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
-from .base import Base
+from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_config import Config
 from .hf_peft_lora import lora_parts
 
@@ -137,6 +137,11 @@ def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: 
     for module, leaves in modules.items():
         found = flat.get(module, [])
         if len(found) != 1:
+            if snapshot(program).knows == "sizes":
+                raise ArtifactError(
+                    f"{where}: {prefix}{module} has underscores for dots; only the names of the "
+                    f"model's modules tell which. {GIVE_BASE}"
+                )
             why = (
                 f"fits {', '.join(found)}"
                 if found

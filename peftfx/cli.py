@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .drawing import check_drawing, draw_sites
-from .exporters.formats import FORMATS, load_adapter, save_adapter
+from .exporters.formats import FORMATS, format_of, load_adapter, save_adapter
+from .exporters.formats import convert as convert_files
 from .exporters.plain_lora import worst
-from .methods import Entry, methods
+from .method_table import print_methods
+from .methods import methods
 from .models import load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
@@ -91,7 +92,8 @@ def _program(options: Any, passes: str | None = None, hollow: bool = False) -> P
     adapter = getattr(options, "adapter", None)
     if adapter:
         with progress(options, f"loading {adapter}"):
-            program = load_adapter(program, adapter)
+            component = getattr(options, "component", "")
+            program = load_adapter(program, adapter, component=component)
     if passes:
         with progress(options, f"running {passes}"):
             program = run(program, passes)
@@ -191,14 +193,31 @@ def _fold_stream(options: Any) -> Any:
 
 
 def convert(options: Any) -> Any:
-    """`peftfx convert MODEL ADAPTER OUT --to FORMAT [--rank N]`"""
-    program = _program(options)
-    lost = save_adapter(program, options.out, options.to, rank=options.rank)
+    """`peftfx convert ADAPTER OUT --to FORMAT [--base MODEL [--capture]] [--rank N]`"""
+    ours = "peftfx" in (options.to, format_of(options.adapter))
+    if ours or options.capture or ":" in (options.base or ""):
+        lost = _convert_captured(options)
+    else:
+        lost = convert_files(
+            options.adapter, options.out, options.to, options.base, options.rank, options.component
+        )
     _say(options, f"{options.adapter} as {options.to}: {options.out}")
     if lost:
         most = ", ".join(f"{name} {share:.2g}" for name, share in worst(lost))
         _say(options, f"{len(lost)} changes lost a share of their norm, most of all {most}")
     return {"out": options.out, "to": options.to, "lost": dict(lost)}
+
+
+def _convert_captured(options: Any) -> Mapping[str, float]:
+    """With the model as a program, which our own format and stacks of experts need."""
+    if options.base is None:
+        raise OptionError(
+            f"converting {options.adapter} to {options.to} needs its model. Add --base MODEL: a "
+            "Hugging Face model directory, or module:function."
+        )
+    options.model = options.base
+    program = _program(options)
+    return save_adapter(program, options.out, options.to, rank=options.rank)
 
 
 def export(options: Any) -> Any:
@@ -248,7 +267,7 @@ def list_methods(options: Any) -> Any:
     with progress(options, "running every method"):
         entries = methods(program)
     if not options.json:
-        _print_table(_rows(entries, program is not None))
+        print_methods(entries, program is not None)
         for entry in entries:
             if entry.refused:
                 print(f"{entry.name}: {entry.refused}")
@@ -262,34 +281,6 @@ def memory(options: Any) -> Any:
     memory_report = program.memory(**sizes, optimizer=options.optimizer)
     _say(options, str(memory_report))
     return memory_report.to_json()
-
-
-def _rows(entries: list[Entry], counted: bool) -> list[tuple[str, ...]]:
-    """The cells of the table of methods, its head first."""
-    head = ("method", "class", "inserts", "folds", "paper", "trains")
-    rows = [(e.name, e.group, e.inserts, e.folds, e.paper, _count(e.trainable)) for e in entries]
-    return [row[: 5 + counted] for row in (head, *rows)]
-
-
-def _count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-    """Folds cells to the width of a terminal; anything else gets one full line a row."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        right = name == "trains"
-        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(escape, row))
-    console.print(table)
 
 
 def demo(options: Any) -> Any:
@@ -354,9 +345,14 @@ def _parser() -> argparse.ArgumentParser:
     about = "with --stream: where the weights are, if MODEL is no directory"
     command.add_argument("--weights", metavar="DIR", help=about)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
-    command = add("convert", convert, "write an adapter in another library's format", model)
-    command.add_argument("adapter", help="a directory of any format that is read")
-    command.add_argument("out", help="the new directory")
+    command = add("convert", convert, "write an adapter in another library's format")
+    command.add_argument("adapter", help="a directory or file of any format that is read")
+    command.add_argument("out", help="the new directory, or file")
+    about = "its model, where sizes or numbers of weights are needed: a directory, whose files are "
+    command.add_argument("--base", metavar="MODEL", help=f"{about}read, or module:function")
+    about = "build and capture it: for stacks of experts, and where its files use other names"
+    command.add_argument("--capture", action="store_true", help=about)
+    command.add_argument("--component", default="", help="which adapter of a file with several")
     command.add_argument("--to", required=True, choices=FORMATS)
     command.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
     command = add("export", export, "write a verified ONNX file", model)
