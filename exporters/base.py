@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rewriter.api import Program
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, CorruptFileError, nearest
 from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import ConvSite, EmbeddingSite, LinearSite, NormSite, Site
@@ -35,29 +36,6 @@ CAPTURE = "Capture the model: --base MODEL --capture, or load the adapter onto a
 Shape = tuple[int, ...]
 
 
-class Base(Protocol):
-    """A model, as far as its adapters' files are concerned."""
-
-    @property
-    def base(self) -> Base:
-        """The model without its adapters."""
-        ...
-
-    def base_tensors(self) -> Mapping[str, Tensor]:
-        """Its tensors by the names that they are stored under; without a file, on meta."""
-        ...
-
-    @property
-    def tensors(self) -> Tensors:
-        """Their other names."""
-        ...
-
-    @property
-    def sites(self) -> Sites:
-        """What calls read them."""
-        ...
-
-
 @dataclass(frozen=True)
 class Files:
     """A base made of files.
@@ -67,12 +45,16 @@ class Files:
         sites: what calls read them, or may.
         tensors: other names of tied ones.
         knows: `calls` of a captured model, its `tensors`, or the `sizes` of some.
+        model: the name of its class, '' if nothing says it.
+        head_dim: the width of an attention's heads, 0 if nothing says it.
     """
 
     stored: Mapping[str, Tensor]
     sites: Sites
     tensors: Tensors = field(default_factory=Tensors)
     knows: str = "tensors"
+    model: str = ""
+    head_dim: int = 0
 
     @property
     def base(self) -> Files:
@@ -80,6 +62,11 @@ class Files:
 
     def base_tensors(self) -> Mapping[str, Tensor]:
         return self.stored
+
+
+Base = Program | Files
+"""A model, as far as its adapters' files are concerned: `base.base_tensors()` is what it stores (on
+meta, where its values are not known), `tensors` has other names, `sites` the calls."""
 
 
 def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
@@ -94,8 +81,26 @@ def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
     """
     files = Checkpoint.read(directory)
     stored = {name: files.mapped(name) for name in sorted(files.entries)}
-    table = Tensors(aliases=_tied(Path(directory), stored))
-    return Files(stored, Sites(tuple(_sites(stored, in_out))), table)
+    config = _config(Path(directory))
+    table = Tensors(aliases=_tied(config, stored))
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    whole = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    head_dim = config.get("head_dim") or (width // heads if whole else 0)
+    classes = config.get("architectures") or [""]
+    return Files(
+        stored, Sites(tuple(_sites(stored, in_out))), table, model=str(classes[0]),
+        head_dim=head_dim if isinstance(head_dim, int) else 0,
+    )  # fmt: skip
+
+
+def _config(directory: Path) -> Mapping[str, Any]:
+    if not (directory / "config.json").is_file():
+        return {}
+    where = str(directory / "config.json")
+    config = parse_json(read_file(where, JSON_LIMIT), where)
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{where} is no JSON object. Save the model again.")
+    return config  # pyright: ignore[reportUnknownVariableType]
 
 
 def sizes(shapes: Mapping[str, Shape], in_out: bool = False) -> Files:
@@ -163,19 +168,14 @@ def _sites(stored: Mapping[str, Tensor], in_out: bool) -> Iterator[Site]:
             )
 
 
-def _tied(directory: Path, stored: Mapping[str, Tensor]) -> dict[str, str]:
+def _tied(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, str]:
     """The head's name where the config says that it is the table of tokens, which alone is stored:
     the only matrix with a row a token."""
-    if not (directory / "config.json").is_file():
-        return {}
-    where = str(directory / "config.json")
-    config = parse_json(read_file(where, JSON_LIMIT), where)
-    if not isinstance(config, dict) or not config.get("tie_word_embeddings", True):  # pyright: ignore
-        return {}
-    rows: Any = config.get("vocab_size")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    tables = [n for n, t in stored.items() if t.dim() == 2 and t.shape[0] == rows]
-    return {"lm_head.weight": tables[0]} if len(tables) == 1 and tables[0] != "lm_head.weight" \
-        else {}  # fmt: skip
+    tables = [n for n, t in stored.items() if t.dim() == 2 and len(t) == config.get("vocab_size")]
+    alone = len(tables) == 1 and "lm_head.weight" not in stored
+    return (
+        {"lm_head.weight": tables[0]} if alone and config.get("tie_word_embeddings", True) else {}
+    )
 
 
 def values(base: Base, name: str, where: str) -> Tensor:
@@ -194,7 +194,8 @@ def snapshot(base: Base) -> Files:
     """A program's base, looked up once (a program collects its tensors whenever it is asked)."""
     if isinstance(base, Files):
         return base
-    return Files(base.base.base_tensors(), base.sites, base.tensors, "calls")
+    model = type(base.module).__name__
+    return Files(base.base.base_tensors(), base.sites, base.tensors, "calls", model)
 
 
 def require_fit(base: Base, parts: Parts, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..passes.interchange.imported import Imported
@@ -10,6 +10,7 @@ from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.files.files import (
     JSON_LIMIT,
+    open_regular,
     parse_json,
     read_file,
     write_file,
@@ -22,15 +23,32 @@ from ..rewriter.storage.parts import Parts
 from ..rewriter.storage.safetensors_checkpoint import header
 from .adapter_parts import adapter_parts
 from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
+from .gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from .gguf_file import is_gguf
 from .hf_peft import name_of, read_peft, save_peft, write_peft
 from .hf_peft_config import CONFIG, TENSORS
 from .mlx import TENSORS as MLX_TENSORS
 from .mlx import is_mlx, read_mlx
+from .onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from .single_file import kohya_file, read_single_file
 
-FORMATS = ("peftfx", "peft", "plain-lora", "kohya")
+FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter")
 """What adapters are written as; beside these, diffusers', LyCORIS's and mlx-lm's are read."""
 
+
+_BY_START = {"gguf": is_gguf, "onnx_adapter": is_onnx_adapter}
+
+Reader = Callable[[Base, str | Path], Parts]
+Writer = Callable[[Base, str | Path, Parts, int | None], Mapping[str, float]]
+
+_READERS: Mapping[str, Reader] = {
+    "peft": read_peft, "mlx": read_mlx, "gguf": read_gguf_adapter,
+    "onnx_adapter": read_onnx_adapter,
+}  # fmt: skip
+
+_WRITERS: Mapping[str, Writer] = {"gguf": write_gguf_adapter, "onnx_adapter": write_onnx_adapter}
+_RANKED = ("plain-lora", *_WRITERS)
+"""Formats of factors alone, in which something may be lost."""
 
 _TENSORS = {"peft": TENSORS, "mlx": MLX_TENSORS}
 
@@ -43,7 +61,9 @@ def format_of(path: str | Path) -> str:
     """
     folder = Path(path)
     if folder.is_file():
-        return "single file"
+        with open_regular(folder) as file:
+            start = file.read(8)
+        return next((kind for kind, told in _BY_START.items() if told(start)), "single file")
     if (folder / CONFIG).is_file():
         config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
         return "mlx" if is_mlx(config) else "peft"
@@ -87,18 +107,14 @@ def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:
     kind = format_of(path)
     if component and kind != "single file":
         raise OptionError(f"component={component!r} goes with a single file, which {path} is not.")
-    match kind:
-        case "peft":
-            return read_peft(base, path)
-        case "mlx":
-            return read_mlx(base, path)
-        case "single file":
-            return read_single_file(base, path, component)
-        case _:
-            raise ArtifactError(
-                f"{path} was saved by peftfx: its recipe is run on a captured model. Use "
-                "peftfx.load(program, directory), or convert with --capture."
-            )
+    if kind == "single file":
+        return read_single_file(base, path, component)
+    if kind not in _READERS:
+        raise ArtifactError(
+            f"{path} was saved by peftfx: its recipe is run on a captured model. Use "
+            "peftfx.load(program, directory), or convert with --capture."
+        )
+    return _READERS[kind](base, path)
 
 
 def save_adapter(
@@ -108,13 +124,14 @@ def save_adapter(
 
     Args:
         program: which holds it.
-        path: new, empty, or an adapter of that format to replace; of kohya, a file.
+        path: new, empty, or an adapter of that format to replace; a file of kohya, gguf and
+            onnx_adapter.
         to: one of `FORMATS`.
         adapter: its name; the only one by default.
-        rank: of plain LoRA.
+        rank: of plain LoRA, and of what is not low-rank in gguf and onnx_adapter.
 
     Returns:
-        What was lost: parameter -> share of the change's norm (plain LoRA).
+        What was lost: parameter -> share of the change's norm (where there is a rank).
 
     Raises:
         OptionError: the format is unknown, or has no rank. ArtifactError: see the writers.
@@ -137,20 +154,20 @@ def write_adapter(
         ArtifactError: there is no such form, or `peftfx`, which is saved from a program.
     """
     _check(to, rank)
-    match to:
-        case "peft" | "plain-lora":
-            return write_peft(base, parts, path, parts, plain=to == "plain-lora", rank=rank)
-        case "kohya":
-            tensors, metadata = kohya_file(base, parts)
-            for name, tensor in tensors.items():
-                require_finite(name, tensor)
-            write_file(path, write_tensors(tensors, metadata))
-            return {}
-        case _:
-            raise ArtifactError(
-                "peftfx saves what a program holds, with hashes of its base. Load the adapter onto "
-                "a program and save that, or convert with --capture."
-            )
+    if to in _WRITERS:
+        return _WRITERS[to](base, path, parts, rank)
+    if to in ("peft", "plain-lora"):
+        return write_peft(base, parts, path, parts, plain=to == "plain-lora", rank=rank)
+    if to == "peftfx":
+        raise ArtifactError(
+            "peftfx saves what a program holds, with hashes of its base. Load the adapter onto "
+            "a program and save that, or convert with --capture."
+        )
+    tensors, metadata = kohya_file(base, parts)
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    write_file(path, write_tensors(tensors, metadata))
+    return {}
 
 
 def convert(
@@ -205,5 +222,5 @@ def _files(source: str | Path, kind: str, directory: str | Path | None) -> Files
 def _check(to: str, rank: int | None) -> None:
     if to not in FORMATS:
         raise OptionError(f"there is no format {to!r}. Choose one of {', '.join(FORMATS)}.")
-    if rank is not None and to != "plain-lora":
+    if rank is not None and to not in _RANKED:
         raise OptionError(f"rank={rank} goes with plain-lora, not with {to}.")

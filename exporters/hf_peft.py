@@ -10,6 +10,7 @@ files is told by `peft_version`. A key or an option that is not understood is an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -276,7 +277,7 @@ def _notes(config: Config) -> tuple[str, ...]:
 
 def name_of(path: str | Path) -> str:
     """What to call an adapter that was read from there."""
-    stem = Path(path).resolve().name.removesuffix(".safetensors")
+    stem = re.sub(r"\.(safetensors|gguf|onnx_adapter)$", "", Path(path).resolve().name)
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in stem)[:50]
     return stem if stem[:1].isalpha() else f"adapter_{stem}"
 

@@ -62,6 +62,13 @@ def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
     return Plain(replace(parts, parts=plain, original={}), lost)
 
 
+def factored(program: Base, parts: Parts, rank: int | None = None) -> Plain:
+    """The adapter as pairs of factors of any ranks and scales: as it is where it is nothing else
+    and no rank is asked for, else as plain LoRA."""
+    pairs = all(isinstance(p, LowRank) and p.magnitude is None for p in parts.parts)
+    return Plain(parts, {}) if pairs and rank is None else plain_lora(program, parts, rank)
+
+
 def _plain(program: Base, part: Part, rank: int, lost: dict[str, float]) -> LowRank:
     site = _site(program, part)
     if isinstance(part, LowRank) and part.magnitude is None and part.a.shape[-2] <= rank:

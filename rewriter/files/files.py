@@ -16,7 +16,7 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -123,19 +123,36 @@ def read_file(
         CorruptFileError: it is larger than `limit`.
     """
     where = where or str(path)
+    with open_regular(path, folder, where) as file:
+        try:
+            data = file.read() if limit is None else file.read(limit + 1)
+        except OSError as error:
+            raise ArtifactError(f"{where} cannot be read: {error.strerror}.") from error
+    if limit is not None and len(data) > limit:
+        raise CorruptFileError(f"{where} is larger than {limit} bytes.")
+    return data
+
+
+def open_regular(path: str | Path, folder: int | None = None, where: str = "") -> BinaryIO:
+    """Opens a regular file for reading; see `read_file`.
+
+    Raises:
+        ArtifactError: it is missing, unreadable or no regular file.
+    """
+    where = where or str(path)
     if "\0" in str(path):
         raise ArtifactError(f"{where!r} is no path: it holds a null character.")
     try:
         require_regular(where, os.stat(path, dir_fd=folder))
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), dir_fd=folder)
-        with open(handle, "rb") as file:
+        file = open(handle, "rb")  # noqa: SIM115 - whoever asked closes it
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(file)
             require_regular(where, os.fstat(file.fileno()))
-            data = file.read() if limit is None else file.read(limit + 1)
+            stack.pop_all()
     except OSError as error:
         raise ArtifactError(f"{where} cannot be read: {error.strerror}.") from error
-    if limit is not None and len(data) > limit:
-        raise CorruptFileError(f"{where} is larger than {limit} bytes.")
-    return data
+    return file
 
 
 def require_regular(where: object, status: os.stat_result) -> None:

@@ -228,3 +228,21 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     same(Path(where), Path(captured))
     assert main(["convert", source, str(tmp_path / "p"), "--to", "peftfx"]) == 2
     assert "needs its model. Add --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["gguf", "onnx_adapter"])
+def test_formats_of_runtimes(to: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf" if to == "gguf" else "onnxruntime")
+    (source, want), (name, _) = adapter("patterns"), CASES["patterns"]
+    convert(source, tmp_path / "a", to, directory(name))
+    save_adapter(load_adapter(program(name), source), tmp_path / "b", to)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    near(output(load_adapter(program(name), tmp_path / "a")(**inputs(name))), want)
+    convert(tmp_path / "a", tmp_path / "c", "plain-lora", directory(name))
+    near(output(load_adapter(program(name), tmp_path / "c")(**inputs(name))), want)
+    if to == "gguf":
+        with pytest.raises(ArtifactError, match="Give the base"):
+            convert(source, tmp_path / "d", to)
+        return
+    convert(source, tmp_path / "d", to)
+    assert (tmp_path / "d").read_bytes() == (tmp_path / "a").read_bytes()

@@ -1,0 +1,224 @@
+"""LoRA adapters as GGUF files: `blk.N.attn_q.weight.lora_a [rank, in]` and `.lora_b [out, rank]`.
+
+`adapter.lora.alpha` over each tensor's own rank scales; without it, or where it is 0, nothing does.
+Of the token table, `lora_a` is `[tokens, rank]`. Rows lie as those of the base's file do
+(`gguf_names`). There is one alpha and nothing else: all other scales are in `lora_b`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewriter.branches.parts import LowRank, Part, Trained
+from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.files.files import new_file
+from ..rewriter.storage.artifact import require_finite
+from ..rewriter.storage.parts import Parts
+from .base import GIVE_BASE, Base, snapshot
+from .gguf_file import GgufFile, opened, package
+from .gguf_names import (
+    Names,
+    architecture_of,
+    names_of,
+    rows_in_file,
+    rows_in_model,
+    weights_of,
+)
+from .plain_lora import factored
+
+TYPE, KIND, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
+INVOKED = "adapter.alora.invocation_tokens"
+A, B = ".lora_a", ".lora_b"
+TABLE = "token_embd.weight"
+
+
+def read_gguf_adapter(program: Base, path: str | Path) -> Parts:
+    """An adapter in parts.
+
+    Args:
+        program: which it belongs to.
+        path: of the file.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged, not understood, of another
+            architecture, or not of this model.
+    """
+    with opened(path) as file:
+        return _read(program, file)
+
+
+def _read(program: Base, file: GgufFile) -> Parts:
+    where = file.where
+    for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
+        if (said := file.fields.get(key)) != wanted:
+            raise ArtifactError(
+                f"{where}: {key} is {said!r}, not {wanted!r}. Give a file that llama.cpp's "
+                "convert_lora_to_gguf.py or peftfx wrote; a GGUF model goes in MODEL's place."
+            )
+    if INVOKED in file.fields:
+        raise ArtifactError(
+            f"{where}: {INVOKED} turns the adapter on behind some tokens only (aLoRA), which is "
+            "not understood. Use an adapter without."
+        )
+    own = architecture_of(snapshot(program).model)
+    if own and own != file.architecture:
+        raise ArtifactError(
+            f"{where} is of architecture {file.architecture}, and this model of {own}. Use the "
+            "base that the adapter was trained on."
+        )
+    names = names_of(weights_of(program), file.architecture, where)
+    alpha = float(file.number(ALPHA, 0.0))
+    pairs: dict[str, dict[str, Tensor]] = {}
+    parts: list[Part] = []
+    for key in file.tensors:
+        tensor = file.tensor(key)
+        require_finite(f"{where}: {key}", tensor, "Save it again.")
+        if key.endswith((A, B)):
+            pairs.setdefault(key[: -len(A)], {})[key[-len(A) :]] = tensor
+        elif key.endswith("_norm.weight") and not file.architecture.startswith("gemma"):
+            parts.append(Trained(_target(names, key, where), tensor))
+        else:
+            raise ArtifactError(f"{where}: the tensor {key!r} is not understood.")
+    for name, factors in pairs.items():
+        parts.append(_low_rank(program, names, name, factors, alpha, where))
+    if not parts:
+        raise ArtifactError(f"{where}: the adapter holds nothing.")
+    whole = ("its norms came in, too, which llama.cpp leaves out",)
+    notes = whole if any(isinstance(p, Trained) for p in parts) else ()
+    return Parts(tuple(parts), f"gguf {file.architecture} LoRA", notes)
+
+
+def _low_rank(
+    program: Base,
+    names: Names,
+    name: str,
+    factors: Mapping[str, Tensor],
+    alpha: float,
+    where: str,
+) -> LowRank:
+    if len(factors) < 2:
+        raise ArtifactError(f"{where}: {name} has {', '.join(factors)[1:]} alone. Save it again.")
+    target = _target(names, name, where)
+    a, b = factors[A], factors[B]
+    lookup = name == TABLE
+    a = a.mT.contiguous() if lookup else a
+    weight = program.base.base_tensors()[program.tensors.stored(target)]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise ArtifactError(
+            f"{where}: {name} has factors {list(factors[A].shape)} and {list(b.shape)}, whose "
+            "ranks do not agree, or which are stacks. Save it again."
+        )
+    if weight.numel() != a.shape[1] * b.shape[0]:
+        raise ArtifactError(
+            f"{where}: {name} is a change [{b.shape[0]}, {a.shape[1]}], and {target} has "
+            f"{list(weight.shape)}. Use the base that the adapter was trained on."
+        )
+    scale = alpha / a.shape[0] if alpha else 1.0
+    return LowRank(target, a, rows_in_model(program, names, target, b), scale, lookup=lookup)
+
+
+def _target(names: Names, file: str, where: str) -> str:
+    models = names.models
+    if file in models:
+        return models[file]
+    raise ArtifactError(
+        f"{where}: this model has no {file!r}. Nearest: {nearest(file, models)}. Use the base that "
+        "the adapter was trained on."
+    )
+
+
+def write_gguf_adapter(
+    program: Base, path: str | Path, parts: Parts, rank: int | None = None
+) -> Mapping[str, float]:
+    """Writes an adapter that llama.cpp loads.
+
+    Args:
+        program: whose base it belongs to.
+        path: of the file.
+        parts: of the adapter.
+        rank: of what is not low-rank, see `plain_lora` (default: the adapter's largest).
+
+    Returns:
+        What was lost: parameter -> share of the change's norm.
+
+    Raises:
+        ArtifactError: llama.cpp has no form for it, or the file cannot be written.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    if not snapshot(program).model:
+        raise ArtifactError(f"{path}: GGUF's names follow from the model's class. {GIVE_BASE}")
+    done = factored(program, parts, rank)
+    low = [_pair(p) for p in done.parts.parts]
+    (common, _), *_ = Counter(_alpha(p) for p in low).most_common(1)
+    alpha = common or 1.0  # 0 would mean that nothing scales
+    cls = snapshot(program).model
+    names = names_of(weights_of(program), architecture_of(cls) or cls, "this model")
+    tensors: dict[str, Tensor] = {}
+    for part in low:
+        tensors |= _factors(program, names, _scaled(part, alpha))
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    _write(path, names.architecture, alpha, tensors)
+    return done.lost
+
+
+def _pair(part: Part) -> LowRank:
+    if isinstance(part, LowRank) and part.a.dim() == 2:
+        return part
+    raise ArtifactError(f"{part.target}: files hold pairs of matrices, no stacks. Fold it.")
+
+
+def _alpha(part: LowRank) -> float:
+    """What over the rank is the scale, as far as float32 has it."""
+    return float(torch.tensor(part.scale * len(part.a), dtype=torch.float32))
+
+
+def _scaled(part: LowRank, alpha: float) -> LowRank:
+    """With the scale that alpha over its rank is."""
+    own = _alpha(part)
+    b = part.b if own == alpha else part.b.float() * (part.scale * len(part.a) / alpha)
+    return replace(part, b=b, scale=alpha / len(part.a))
+
+
+def _factors(program: Base, names: Names, part: LowRank) -> dict[str, Tensor]:
+    """The tensors of one weight, by what files call them."""
+    file = names.files.get(part.target)
+    if file is None:
+        raise ArtifactError(
+            f"{part.target}: files of architecture {names.architecture} have no name for it. Fold "
+            "it, or write PEFT's format."
+        )
+    tied = len(program.tensors.names(program.tensors.stored(part.target))) > 1
+    if tied or part.lookup != (file == TABLE):
+        raise ArtifactError(
+            f"{part.target}: GGUF files have one tensor for a table and a head that share it, and "
+            "no way to change one of both. Leave it out of the adapter, or fold it and untie."
+        )
+    b = rows_in_file(program, names, part.target, part.b)
+    return {f"{file}{A}": part.a.mT if part.lookup else part.a, f"{file}{B}": b}
+
+
+def _write(
+    path: str | Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor]
+) -> None:
+    gguf = package()
+    with new_file(path) as fresh:
+        writer: Any = gguf.GGUFWriter(fresh, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(KIND, "lora")
+        writer.add_float32(ALPHA, alpha)
+        for name, tensor in tensors.items():
+            half = tensor.dtype == torch.float16
+            values = tensor.detach().cpu().contiguous()
+            writer.add_tensor(name, (values if half else values.float()).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

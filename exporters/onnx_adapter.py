@@ -1,0 +1,176 @@
+"""LoRA adapters of ONNX Runtime: `.onnx_adapter` files, tensors for the inputs of a model.
+
+    MODULE.lora_A.weight [in, rank], MODULE.lora_B.weight [rank, out], all scales in B
+
+So Olive names and lays them out, and so `export_onnx(..., slots=True)` calls its inputs. The file
+has no other description. Of ONNX Runtime 1.32: `run_with_iobinding` takes no notice of an active
+adapter, two adapters for one input are no error, and a `LoraAdapter` must outlive its `RunOptions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rewriter.branches.parts import LowRank, Part
+from ..rewriter.errors import ArtifactError, CorruptFileError, ExportError, nearest
+from ..rewriter.files.files import new_file, open_regular
+from ..rewriter.storage.artifact import require_finite
+from ..rewriter.storage.parts import Parts
+from .base import Base
+from .hf_peft_config import PREFIX, by_module
+from .onnx_parity import require
+from .plain_lora import factored
+
+MARK = b"TORT"
+A, B = "lora_A.weight", "lora_B.weight"
+VERSION = 1
+"""Of adapters and models in the file's head; ONNX Runtime compares neither."""
+
+
+def is_onnx_adapter(start: bytes) -> bool:
+    """Whether a file that starts so is an adapter of ONNX Runtime."""
+    return start[4:8] == MARK
+
+
+def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
+    """An adapter in parts.
+
+    Args:
+        program: which it belongs to.
+        path: of the file.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged, not understood, or not of this
+            model; onnxruntime is not installed.
+    """
+    where = str(path)
+    tensors = {k.removeprefix(PREFIX): t for k, t in _tensors(path).items()}
+    names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
+    parts: list[Part] = []
+    for module, leaves in by_module(tensors, [A, B]).items():
+        for leaf in leaves:
+            del tensors[f"{module}.{leaf}"]
+        if len(leaves) < 2:
+            raise ArtifactError(f"{where}: {module} has {', '.join(leaves)} alone. Save it again.")
+        a, b, target = leaves[A].mT.contiguous(), leaves[B].mT.contiguous(), f"{module}.weight"
+        if target not in names:
+            raise ArtifactError(
+                f"{where}: this model has no {target!r}. Nearest: {nearest(target, names)}. Use "
+                "the base that the adapter was trained on."
+            )
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise ArtifactError(
+                f"{where}: {module} has factors {list(leaves[A].shape)} and "
+                f"{list(leaves[B].shape)}, whose ranks do not agree. Save it again."
+            )
+        parts.append(LowRank(target, a, b, 1.0))
+    if tensors or not parts:
+        first = next(iter(tensors), None)
+        what = f"the tensor {first!r} is not understood" if tensors else "the adapter holds nothing"
+        raise ArtifactError(f"{where}: {what}. Known are MODULE.{A} and MODULE.{B}.")
+    return Parts(tuple(parts), "onnxruntime LoRA")
+
+
+def _tensors(path: str | Path) -> dict[str, Tensor]:
+    """Copies of a file's tensors by name."""
+    with open_regular(path) as file:
+        if not is_onnx_adapter(file.read(8)):
+            raise ArtifactError(
+                f"{path} is no adapter of ONNX Runtime: it lacks the mark {MARK!r}."
+            )
+    ort = _runtime()
+    try:
+        adapter = ort.AdapterFormat.read_adapter(str(path))
+        values = adapter.get_parameters()
+        arrays = {name: value.numpy().copy() for name, value in values.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptFileError(
+            f"{path} is damaged, no adapter of ONNX Runtime: {reason[-200:]} Save it again."
+        ) from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ArtifactError(
+                f"{path}: {name} holds {str(tensor.dtype)[6:]}, codes of a quantised adapter, "
+                "which are not read. Write it without quantisation."
+            )
+        require_finite(f"{path}: {name}", tensor, "Save it again.")
+    return tensors
+
+
+def slots(part: Part) -> dict[str, Tensor]:
+    """The tensors of one weight, by the names of a model's inputs.
+
+    Raises:
+        ArtifactError: it is no plain pair of factors beside a product.
+    """
+    if (
+        not isinstance(part, LowRank)
+        or part.lookup
+        or part.a.dim() != 2
+        or part.magnitude is not None
+    ):
+        raise ArtifactError(
+            f"{part.target or part.kind}: inputs of ONNX models are factors beside products "
+            "alone. Leave all else out of the adapter, or export it folded."
+        )
+    module = part.target.removesuffix(".weight")
+    b = part.b if part.scale == 1 else part.b.float() * part.scale
+    return {f"{module}.{A}": part.a.mT, f"{module}.{B}": b.mT}
+
+
+def write_onnx_adapter(
+    program: Base, path: str | Path, parts: Parts, rank: int | None = None
+) -> Mapping[str, float]:
+    """Writes an adapter for a model that `export_onnx(..., slots=True)` wrote.
+
+    Args:
+        program: whose base it belongs to.
+        path: of the file.
+        parts: of the adapter.
+        rank: of what is not low-rank, see `plain_lora` (default: the adapter's largest).
+
+    Returns:
+        What was lost: parameter -> share of the change's norm.
+
+    Raises:
+        ArtifactError: such models have no input for it, or the file cannot be written.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    done = factored(program, parts, rank)
+    tensors: dict[str, Tensor] = {}
+    for part in done.parts.parts:
+        tensors |= slots(part)
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    save(path, tensors)
+    return done.lost
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes named tensors as an adapter file; bfloat16 becomes float32."""
+    ort = _runtime()
+    values: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        array = wide.detach().cpu().contiguous().numpy()
+        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+    adapter: Any = ort.AdapterFormat()
+    adapter.set_adapter_version(VERSION)
+    adapter.set_model_version(VERSION)
+    adapter.set_parameters(values)
+    with new_file(path) as fresh:
+        adapter.export_adapter(str(fresh))
+
+
+def _runtime() -> Any:
+    try:
+        return require("onnxruntime")
+    except ExportError as error:
+        raise ArtifactError(str(error)) from error
