@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.files.files import (
@@ -16,7 +15,6 @@ from ..rewriter.files.files import (
     write_file,
     write_tensors,
 )
-from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
 from ..rewriter.storage.parts import Parts
@@ -25,7 +23,7 @@ from .adapter_parts import adapter_parts
 from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
 from .gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from .gguf_file import is_gguf
-from .hf_peft import name_of, read_peft, save_peft, write_peft
+from .hf_peft import inserted, name_of, read_peft, save_peft, write_peft
 from .hf_peft_config import CONFIG, TENSORS
 from .mlx import TENSORS as MLX_TENSORS
 from .mlx import is_mlx, read_mlx
@@ -89,8 +87,7 @@ def load_adapter(
     """
     if format_of(path) == "peftfx" and not component:
         return load(program, path, name=name or None)
-    parts = read_adapter(program, path, component)
-    return run(program, Imported(name=name or name_of(path)), sources=[parts])
+    return inserted(program, read_adapter(program, path, component), name or name_of(path))
 
 
 def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:

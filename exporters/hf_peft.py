@@ -27,9 +27,12 @@ from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
-from ..rewriter.run.run import run
+from ..rewriter.program.history import Certificate
+from ..rewriter.program.unchanged import require_unchanged
+from ..rewriter.run.run import apply_plan
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts, of_plan, same
+from ..rewriter.verify.verify import check_graph
 from .adapter_parts import adapter_parts
 from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
@@ -53,6 +56,9 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT"), (changes,)),
 }
 
+UNMEASURED = "as read, not measured here"
+"""The certificate of an adapter from another library."""
+
 _PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
@@ -69,7 +75,7 @@ def load_peft(
         captured: arguments of `capture` for a model.
 
     Returns:
-        A new program; its record names what wrote the adapter.
+        A new program; its record names what wrote the adapter. `program.verify()` measures it.
 
     Raises:
         ArtifactError: (CorruptFileError, NonFiniteError) a file, key or option that is damaged, not
@@ -77,8 +83,23 @@ def load_peft(
         PassError: the program cannot hold a part of it.
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
-    parts = read_peft(program, directory)
-    return run(program, Imported(name=name or name_of(directory)), sources=[parts])
+    return inserted(program, read_peft(program, directory), name or name_of(directory))
+
+
+def inserted(program: Program, parts: Parts, name: str) -> Program:
+    """A program with an adapter that was read from a file.
+
+    As of saved adapters that are loaded, what it promises is not measured: `program.verify()` does.
+
+    Raises:
+        PassError: the program cannot hold a part of it.
+    """
+    require_unchanged(program)
+    item = Imported(name=name)
+    made = apply_plan(program, item, item.plan(program, sources=[parts]), check=False)
+    check_graph(made)
+    record = replace(made.history[-1], certificate=Certificate(UNMEASURED))
+    return replace(made, history=(*program.history, record))
 
 
 def save_peft(
