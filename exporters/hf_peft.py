@@ -53,7 +53,7 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     "PREFIX_TUNING": (prefixes,),
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT"), (changes,)),
+    **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT", "BOFT"), (changes,)),
 }
 
 UNMEASURED = "as read, not measured here"
@@ -293,7 +293,7 @@ def _same_values(own: Tensor, tensor: Tensor) -> bool:
 
 def _notes(config: Config) -> tuple[str, ...]:
     exact = f"came in as its exact change: {config.type} is no method here"
-    return (exact,) if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT") else ()
+    return (exact,) if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT", "BOFT") else ()
 
 
 def name_of(path: str | Path) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import ArtifactError, RewriteError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from .base import GIVE_BASE, Base
 from .hf_peft_config import Config, by_module, resolved
@@ -132,7 +132,7 @@ def norms(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Par
 
 
 def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
-    """LOHA, LOKR, VERA, SHIRA, MISS, OFT: the exact change of each weight."""
+    """LOHA, LOKR, VERA, SHIRA, MISS, OFT, BOFT: the exact change of each weight."""
     formula, leaves = _FORMULAS[config.type]
     shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
     parts: list[Part] = []
@@ -145,7 +145,7 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
         if config.type == "VERA":
             parts.append(_vera(config, name, own, shared, matrix))
             continue
-        delta = formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+        delta = _computed(formula, config, path, own, matrix)
         if delta.numel() != matrix.numel():
             raise ArtifactError(
                 f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
@@ -153,6 +153,25 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
             )
         parts.append(Change(name, delta.reshape(matrix.shape), config.type))
     return parts
+
+
+def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """The change of one weight, float32."""
+    try:
+        return formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+    except RewriteError:
+        raise
+    except KeyError as error:
+        raise ArtifactError(
+            f"{config.where}: {path}.{error.args[0]} is missing beside {', '.join(sorted(own))}. "
+            "The file is not whole; save the adapter again."
+        ) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
+        raise ArtifactError(
+            f"{config.where}: the tensors of {path} ({sizes}) make no change of a weight "
+            f"{list(matrix.shape)}. Use the base that the adapter was trained on, or save it again."
+        ) from error
 
 
 def _scale(config: Config, path: str) -> float:
@@ -223,6 +242,36 @@ def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     return _numbers(config, path, matrix) @ turned
 
 
+def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`diag(s) W M^T - W`, M the product of factors `P R P^T`: R block-diagonal, of rotations
+    `(1 - Q)(1 + Q)^-1` with Q the skew part of what is stored, P a permutation."""
+    blocks, scale = own["boft_R"], own["boft_s"].flatten()
+    config.take("bias", "none"), config.take("boft_n_butterfly_factor", 1)
+    factors, count, size, _ = blocks.shape
+    said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
+    if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
+        raise ArtifactError(
+            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, and "
+            f"the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files do not "
+            "belong together; save the adapter again."
+        )
+    q, one = (blocks - blocks.mT) / 2, torch.eye(size)
+    rotations = torch.linalg.solve(one + q, one - q, left=False)
+    turned = _numbers(config, path, matrix).mT
+    for index in range(factors):
+        order = torch.arange(count * size)
+        if index > 0:
+            order = _butterfly(order, size * 2**index, size // 2)
+        turned = (torch.block_diag(*rotations[index]) @ turned[order.argsort()])[order]
+    return scale[:, None] * turned.mT - matrix.float()
+
+
+def _butterfly(order: Tensor, width: int, step: int) -> Tensor:
+    """Of each `width` features, every other `step` first."""
+    pieces = order.view(-1, width // step, step)
+    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
+
+
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
     """`diag(b) B diag(d) A`, of which each weight has the first rows and columns."""
     config.take("r", 256)
@@ -231,6 +280,8 @@ def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor
             f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
             "no generator makes them again on every machine. Save it with save_projection=True."
         )
+    if len(own) != 2:
+        raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
     out, size = matrix.shape
     a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
     return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
@@ -248,6 +299,7 @@ _FORMULAS: dict[str, tuple[Formula, list[str]]] = {
     "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
     "MISS": (_miss, ["miss_block"]),
     "OFT": (_oft, ["oft_R.weight"]),
+    "BOFT": (_boft, ["boft_R", "boft_s"]),
 }  # fmt: skip
 
 
