@@ -251,9 +251,9 @@ def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
     if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
         raise ArtifactError(
-            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, and "
-            f"the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files do not "
-            "belong together; save the adapter again."
+            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, "
+            f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
+            "do not belong together; save the adapter again."
         )
     q, one = (blocks - blocks.mT) / 2, torch.eye(size)
     rotations = torch.linalg.solve(one + q, one - q, left=False)

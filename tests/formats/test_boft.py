@@ -75,7 +75,7 @@ def test_blocks_that_the_config_does_not_say(
     path = tmp_path / "a" / CONFIG
     path.write_text(path.read_text().replace('"boft_block_size": 2', '"boft_block_size": 4'))
     program = peftfx.capture(net.eval(), (torch.randn(3, 16),))
-    with pytest.raises(ArtifactError, match="8 blocks of 2 for 16 inputs.*boft_block_size=4"):
+    with pytest.raises(ArtifactError, match=r"8 blocks of 2 for 16 inputs.*boft_block_size=4"):
         peftfx.load_peft(program, tmp_path / "a")
     save_file({"base_model.model.inner.boft_R": torch.zeros(1, 8, 2, 2)}, tmp_path / "a" / WEIGHTS)
     with pytest.raises(ArtifactError, match=r"boft_s is missing"):
