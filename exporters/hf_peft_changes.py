@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..passes.interchange.imported import prefix_sites
 from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError, RewriteError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
@@ -66,13 +67,14 @@ def prompts(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
 
 
 def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
-    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer."""
+    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer.
+
+    Of an encoder-decoder PEFT 0.21 makes two copies, of which every other pair goes to the
+    decoder's own attention, the rest nowhere: layer l has pair `2 l` modulo the number of layers.
+    """
     rows = _embeddings(config, tensors)
-    if int(config.take("num_transformer_submodules", 1)) != 1:
-        raise ArtifactError(
-            f"{config.where}: the prefix is of an encoder-decoder, where PEFT puts it before the "
-            "decoder's own and cross attention alike. Prefixes of one stack are read."
-        )
+    decoder = int(config.take("num_transformer_submodules", 1)) == 2
+    sites, _ = prefix_sites(program.sites)
     length, layers = int(config.take("num_virtual_tokens", 0)), int(config.take("num_layers", 0))
     heads = int(config.data.get("num_attention_heads") or 0)
     if layers < 1 or heads < 1 or rows.shape[0] != length or rows.shape[1] % (2 * layers * heads):
@@ -81,7 +83,16 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
             f"tokens of {layers} layers and {heads} heads."
         )
     stack = rows.view(length, layers, 2, heads, -1)
-    return [Prefix("", stack[:, i, 0], stack[:, i, 1], i) for i in range(layers)]
+    if decoder and len(sites) > layers:
+        raise ArtifactError(
+            f"{config.where}: the prefix is of {layers} layers, and this model's decoder has "
+            f"{len(sites)}. Use the base that the adapter was trained on."
+        )
+    count = len(sites) or layers if decoder else layers
+    pairs = [2 * i % layers if decoder else i for i in range(count)]
+    return [
+        Prefix("", stack[:, p, 0], stack[:, p, 1], i, decoder=decoder) for i, p in enumerate(pairs)
+    ]
 
 
 def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def written(program: Base, parts: Parts) -> Written:
     elif kinds == {"prompt"} and len(parts.parts) == 1:
         config, tensors = _prompt(parts.parts)
     elif kinds == {"prefix"}:
-        config, tensors = _prefix(program, parts.parts)
+        config, tensors = _prefix(parts.parts)
     elif not kinds and (norms := _norms(program, trained)) is not None:
         return norms
     else:
@@ -270,7 +270,7 @@ def _prompt(parts: Sequence[Part]) -> Written:
     return config, {"prompt_embeddings": part.values}
 
 
-def _prefix(program: Base, parts: Sequence[Part]) -> Written:
+def _prefix(parts: Sequence[Part]) -> Written:
     rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
     shapes = {t.shape for p in rows for t in (p.key, p.value)}
     if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1:
@@ -283,10 +283,18 @@ def _prefix(program: Base, parts: Sequence[Part]) -> Written:
             "one was trained without. Insert it with prefix_tuning{shift_positions=true}."
         )
     (length, heads, width), *_ = shapes
-    stack = torch.stack([torch.stack([p.key, p.value], 1) for p in rows], 1)
+    pairs = [torch.stack([p.key, p.value], 1) for p in rows]
+    decoder = rows[0].decoder
+    if decoder:  # layer l reads pair 2 l modulo the number, which is one to one if that is odd
+        spare = [torch.zeros_like(pairs[0])] * (len(pairs) % 2 == 0)
+        layers = len(pairs) + len(spare)
+        placed = dict(zip((2 * i % layers for i in range(layers)), [*pairs, *spare], strict=True))
+        pairs = [placed[i] for i in range(layers)]
+    stack = torch.stack(pairs, 1)
     config = {
-        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(rows),
-        "num_attention_heads": heads, "token_dim": heads * width, "num_transformer_submodules": 1,
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(pairs),
+        "num_attention_heads": heads, "token_dim": heads * width,
+        "num_transformer_submodules": 1 + decoder,
     }  # fmt: skip
     return config, {"prompt_embeddings": stack.reshape(length, -1)}
 
