@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..passes.interchange.imported import prefix_sites
 from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
 from ..rewriter.branches.parts import (
@@ -28,7 +29,7 @@ from ..rewriter.branches.parts import (
 )
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.program.history import Attachment
-from ..rewriter.program.sites import AttentionSite, EmbeddingSite, WeightSite
+from ..rewriter.program.sites import EmbeddingSite, WeightSite
 from ..rewriter.storage.parts import Parts
 
 AnyPart = TypeVar("AnyPart", bound=Part)
@@ -214,9 +215,16 @@ def _magnitude(part: LowRank) -> Tensor:
 
 
 def _placed(program: Program, attachment: Attachment, part: Prefix) -> Prefix:
-    order = [s.id for s in program.sites if isinstance(s, AttentionSite) and not s.cross]
+    sites, decoder = prefix_sites(program.sites)
+    order = [s.id for s in sites]
+    if attachment.site not in order:
+        raise ArtifactError(
+            f"{attachment.site}: other libraries put no prefix there, but at attentions of tokens "
+            "with one another, of the decoder where there is one. Say where=... of prefix_tuning."
+        )
     record = next(r for r in program.history if r.adapter == attachment.adapter)
     listed: Any = record.plan.decisions.get("parts", ())
     shifted = all(p.get("shifted", True) for p in listed)
     shifted = getattr(record.applied, "shift_positions", shifted)
-    return replace(part, layer=order.index(attachment.site), shifted=shifted)
+    layer = order.index(attachment.site)
+    return replace(part, layer=layer, shifted=shifted, decoder=decoder)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.files.files import (
@@ -16,14 +15,17 @@ from ..rewriter.files.files import (
     write_file,
     write_tensors,
 )
-from ..rewriter.run.run import run
 from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
+from ..rewriter.storage.parts import Parts
+from ..rewriter.storage.safetensors_checkpoint import header
 from .adapter_parts import adapter_parts
+from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
 from .gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from .gguf_file import is_gguf
-from .hf_peft import load_peft, name_of, save_peft
-from .hf_peft_config import CONFIG
+from .hf_peft import inserted, name_of, read_peft, save_peft, write_peft
+from .hf_peft_config import CONFIG, TENSORS
+from .mlx import TENSORS as MLX_TENSORS
 from .mlx import is_mlx, read_mlx
 from .onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from .single_file import kohya_file, read_single_file
@@ -34,8 +36,19 @@ FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter")
 
 _BY_START = {"gguf": is_gguf, "onnx_adapter": is_onnx_adapter}
 
-_READERS = {"mlx": read_mlx, "gguf": read_gguf_adapter, "onnx_adapter": read_onnx_adapter}
-_WRITERS = {"gguf": write_gguf_adapter, "onnx_adapter": write_onnx_adapter}
+Reader = Callable[[Base, str | Path], Parts]
+Writer = Callable[[Base, str | Path, Parts, int | None], Mapping[str, float]]
+
+_READERS: Mapping[str, Reader] = {
+    "peft": read_peft, "mlx": read_mlx, "gguf": read_gguf_adapter,
+    "onnx_adapter": read_onnx_adapter,
+}  # fmt: skip
+
+_WRITERS: Mapping[str, Writer] = {"gguf": write_gguf_adapter, "onnx_adapter": write_onnx_adapter}
+_RANKED = ("plain-lora", *_WRITERS)
+"""Formats of factors alone, in which something may be lost."""
+
+_TENSORS = {"peft": TENSORS, "mlx": MLX_TENSORS}
 
 
 def format_of(path: str | Path) -> str:
@@ -72,16 +85,33 @@ def load_adapter(
         name: of the adapter; by default what the file has, or is called.
         component: which adapter of a file with several.
     """
+    if format_of(path) == "peftfx" and not component:
+        return load(program, path, name=name or None)
+    return inserted(program, read_adapter(program, path, component), name or name_of(path))
+
+
+def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:
+    """An adapter of another library, in parts.
+
+    Args:
+        base: the model that it belongs to, captured or in files.
+        path, component: see `load_adapter`.
+
+    Raises:
+        ArtifactError: damaged, not understood, or not of this base; or one of ours, whose recipe
+            needs a program.
+    """
     kind = format_of(path)
     if component and kind != "single file":
         raise OptionError(f"component={component!r} goes with a single file, which {path} is not.")
-    if kind == "peftfx":
-        return load(program, path, name=name or None)
-    if kind == "peft":
-        return load_peft(program, path, name)
-    reader = _READERS.get(kind)
-    parts = reader(program, path) if reader else read_single_file(program, path, component)
-    return run(program, Imported(name=name or name_of(path)), sources=[parts])
+    if kind == "single file":
+        return read_single_file(base, path, component)
+    if kind not in _READERS:
+        raise ArtifactError(
+            f"{path} was saved by peftfx: its recipe is run on a captured model. Use "
+            "peftfx.load(program, directory), or convert with --capture."
+        )
+    return _READERS[kind](base, path)
 
 
 def save_adapter(
@@ -103,19 +133,91 @@ def save_adapter(
     Raises:
         OptionError: the format is unknown, or has no rank. ArtifactError: see the writers.
     """
-    if to not in FORMATS:
-        raise OptionError(f"there is no format {to!r}. Choose one of {', '.join(FORMATS)}.")
-    if rank is not None and to not in ("plain-lora", *_WRITERS):
-        raise OptionError(f"rank={rank} goes with plain-lora, not with {to}.")
-    if writer := _WRITERS.get(to):
-        return writer(program, path, adapter_parts(program, adapter), rank)
-    if to == "kohya":
-        tensors, metadata = kohya_file(program, adapter_parts(program, adapter))
-        for name, tensor in tensors.items():
-            require_finite(name, tensor)
-        write_file(path, write_tensors(tensors, metadata))
-        return {}
+    _check(to, rank)
     if to == "peftfx":
         save(program, path, [adapter] if adapter else None)
         return {}
-    return save_peft(program, path, adapter, plain=to == "plain-lora", rank=rank)
+    if to in ("peft", "plain-lora"):
+        return save_peft(program, path, adapter, plain=to == "plain-lora", rank=rank)
+    return write_adapter(program, adapter_parts(program, adapter), path, to, rank)
+
+
+def write_adapter(
+    base: Base, parts: Parts, path: str | Path, to: str, rank: int | None = None
+) -> Mapping[str, float]:
+    """Writes parts in another library's format; see `save_adapter`.
+
+    Raises:
+        ArtifactError: there is no such form, or `peftfx`, which is saved from a program.
+    """
+    _check(to, rank)
+    if to in _WRITERS:
+        return _WRITERS[to](base, path, parts, rank)
+    if to in ("peft", "plain-lora"):
+        return write_peft(base, parts, path, parts, plain=to == "plain-lora", rank=rank)
+    if to == "peftfx":
+        raise ArtifactError(
+            "peftfx saves what a program holds, with hashes of its base. Load the adapter onto "
+            "a program and save that, or convert with --capture."
+        )
+    tensors, metadata = kohya_file(base, parts)
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    write_file(path, write_tensors(tensors, metadata))
+    return {}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    base: Base | str | Path | None = None,
+    rank: int | None = None,
+    component: str = "",
+) -> Mapping[str, float]:
+    """Writes an adapter in another format without building its model.
+
+    Args:
+        source: an adapter of another library.
+        target, to, rank: see `save_adapter`.
+        base: the directory of the model, whose headers tell names and shapes, and of which those
+            values are read that a formula needs; or a base. Without one, the adapter's own factors
+            tell what they can, and what needs more is an error.
+        component: which adapter of a file with several.
+
+    Returns:
+        What was lost, see `save_adapter`.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged, not understood, of another base,
+            or it has no such form. What was there is unchanged.
+    """
+    _check(to, rank)
+    kind = format_of(source)
+    if base is None or isinstance(base, str | Path):
+        base = _files(source, kind, base)
+    parts = read_adapter(base, source, component)
+    require_fit(base, parts, str(source))
+    return write_adapter(base, parts, target, to, rank)
+
+
+def _files(source: str | Path, kind: str, directory: str | Path | None) -> Files:
+    """The base of an adapter as files tell it."""
+    folder = Path(source)
+    in_out = False
+    if kind == "peft":
+        config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
+        in_out = isinstance(config, dict) and config.get("fan_in_fan_out") is True  # pyright: ignore
+    if directory is not None:
+        return checkpoint(directory, in_out)
+    file = folder / _TENSORS[kind] if kind in _TENSORS else folder
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing. {GIVE_BASE}")
+    return sizes({name: entry.shape for name, entry in header(file).items()}, in_out)
+
+
+def _check(to: str, rank: int | None) -> None:
+    if to not in FORMATS:
+        raise OptionError(f"there is no format {to!r}. Choose one of {', '.join(FORMATS)}.")
+    if rank is not None and to not in _RANKED:
+        raise OptionError(f"rank={rank} goes with plain-lora, not with {to}.")

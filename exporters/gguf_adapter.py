@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.files import new_file
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
+from .base import GIVE_BASE, Base, snapshot
 from .gguf_file import GgufFile, opened, package
 from .gguf_names import (
     Names,
@@ -39,7 +39,7 @@ A, B = ".lora_a", ".lora_b"
 TABLE = "token_embd.weight"
 
 
-def read_gguf_adapter(program: Program, path: str | Path) -> Parts:
+def read_gguf_adapter(program: Base, path: str | Path) -> Parts:
     """An adapter in parts.
 
     Args:
@@ -54,7 +54,7 @@ def read_gguf_adapter(program: Program, path: str | Path) -> Parts:
         return _read(program, file)
 
 
-def _read(program: Program, file: GgufFile) -> Parts:
+def _read(program: Base, file: GgufFile) -> Parts:
     where = file.where
     for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
         if (said := file.fields.get(key)) != wanted:
@@ -67,7 +67,7 @@ def _read(program: Program, file: GgufFile) -> Parts:
             f"{where}: {INVOKED} turns the adapter on behind some tokens only (aLoRA), which is "
             "not understood. Use an adapter without."
         )
-    own = architecture_of(type(program.module).__name__)
+    own = architecture_of(snapshot(program).model)
     if own and own != file.architecture:
         raise ArtifactError(
             f"{where} is of architecture {file.architecture}, and this model of {own}. Use the "
@@ -96,7 +96,7 @@ def _read(program: Program, file: GgufFile) -> Parts:
 
 
 def _low_rank(
-    program: Program,
+    program: Base,
     names: Names,
     name: str,
     factors: Mapping[str, Tensor],
@@ -135,7 +135,7 @@ def _target(names: Names, file: str, where: str) -> str:
 
 
 def write_gguf_adapter(
-    program: Program, path: str | Path, parts: Parts, rank: int | None = None
+    program: Base, path: str | Path, parts: Parts, rank: int | None = None
 ) -> Mapping[str, float]:
     """Writes an adapter that llama.cpp loads.
 
@@ -152,11 +152,13 @@ def write_gguf_adapter(
         ArtifactError: llama.cpp has no form for it, or the file cannot be written.
         NonFiniteError: a tensor holds NaN or infinity.
     """
+    if not snapshot(program).model:
+        raise ArtifactError(f"{path}: GGUF's names follow from the model's class. {GIVE_BASE}")
     done = factored(program, parts, rank)
     low = [_pair(p) for p in done.parts.parts]
     (common, _), *_ = Counter(_alpha(p) for p in low).most_common(1)
     alpha = common or 1.0  # 0 would mean that nothing scales
-    cls = type(program.module).__name__
+    cls = snapshot(program).model
     names = names_of(weights_of(program), architecture_of(cls) or cls, "this model")
     tensors: dict[str, Tensor] = {}
     for part in low:
@@ -185,7 +187,7 @@ def _scaled(part: LowRank, alpha: float) -> LowRank:
     return replace(part, b=b, scale=alpha / len(part.a))
 
 
-def _factors(program: Program, names: Names, part: LowRank) -> dict[str, Tensor]:
+def _factors(program: Base, names: Names, part: LowRank) -> dict[str, Tensor]:
     """The tensors of one weight, by what files call them."""
     file = names.files.get(part.target)
     if file is None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.program.sites import AttentionSite, LinearSite
+from .base import Base, snapshot
 from .gguf_file import package
 
 PAIRED = ("llama", "granite", "granitemoe")
@@ -120,13 +120,16 @@ def to_halves(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def heads_of(program: Program, weight: str) -> int:
+def heads_of(program: Base, weight: str) -> int:
     """The heads of the queries or keys that a weight makes.
 
     Raises:
         ArtifactError: no attention reads it alone.
     """
     stored = program.tensors.stored(weight)
+    width = snapshot(program).head_dim
+    if width:
+        return len(program.base.base_tensors()[stored]) // width
     ids = {s.id for s in program.sites if isinstance(s, LinearSite) and s.weight == stored}
     for site in program.sites:
         if isinstance(site, AttentionSite) and ids & {site.q, site.k}:
@@ -134,7 +137,7 @@ def heads_of(program: Program, weight: str) -> int:
     raise ArtifactError(f"no attention of this model has its queries or keys from {weight!r}.")
 
 
-def weights_of(program: Program) -> list[str]:
+def weights_of(program: Base) -> list[str]:
     """All names of a program's captured parameters."""
     names: dict[str, Any] = {**program.base.base_tensors(), **program.tensors.aliases}
     return sorted(names)
@@ -144,14 +147,14 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def rows_in_file(program: Program, names: Names, weight: str, rows: Tensor) -> Tensor:
+def rows_in_file(program: Base, names: Names, weight: str, rows: Tensor) -> Tensor:
     """Rows of a weight as files have them."""
     if not paired(names.architecture, names.files[weight]):
         return rows
     return to_pairs(rows, heads_of(program, weight)).contiguous()
 
 
-def rows_in_model(program: Program, names: Names, weight: str, rows: Tensor) -> Tensor:
+def rows_in_model(program: Base, names: Names, weight: str, rows: Tensor) -> Tensor:
     """Undoes `rows_in_file`."""
     if not paired(names.architecture, names.files[weight]):
         return rows

@@ -26,17 +26,22 @@ from ..rewriter.capture.capture import capture
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
-from ..rewriter.run.run import run
+from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
+from ..rewriter.program.history import Certificate
+from ..rewriter.program.unchanged import require_unchanged
+from ..rewriter.run.run import apply_plan
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts, of_plan, same
+from ..rewriter.verify.verify import check_graph
 from .adapter_parts import adapter_parts
+from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
-from .hf_peft_config import CONFIG, PREFIX, TENSORS, Config
+from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .hf_peft_lora import lora_parts
 from .hf_peft_writing import VERSION, with_head, written
 from .plain_lora import plain_lora
 
-Reader = Callable[[Config, dict[str, Tensor], Program], list[Part]]
+Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
 
 _READERS: Mapping[str, tuple[Reader, ...]] = {
     "LORA": (lora_parts, token_rows),
@@ -48,8 +53,11 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     "PREFIX_TUNING": (prefixes,),
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT"), (changes,)),
+    **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT", "BOFT"), (changes,)),
 }
+
+UNMEASURED = "as read, not measured here"
+"""The certificate of an adapter from another library."""
 
 _PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
@@ -62,12 +70,12 @@ def load_peft(
     Args:
         target: a program, or a model to capture (a transformers model with its `dummy_inputs`, any
             other with the arguments of `capture`).
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`, or `.bin`.
         name: of the adapter; by default the directory's name.
         captured: arguments of `capture` for a model.
 
     Returns:
-        A new program; its record names what wrote the adapter.
+        A new program; its record names what wrote the adapter. `program.verify()` measures it.
 
     Raises:
         ArtifactError: (CorruptFileError, NonFiniteError) a file, key or option that is damaged, not
@@ -75,10 +83,23 @@ def load_peft(
         PassError: the program cannot hold a part of it.
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
-    parts = read_peft(program, directory)
-    invoked = any(isinstance(p, Invoked) for p in parts.parts)
-    item = Imported(name=name or name_of(directory), invoked=invoked)
-    return run(program, item, sources=[parts])
+    return inserted(program, read_peft(program, directory), name or name_of(directory))
+
+
+def inserted(program: Program, parts: Parts, name: str) -> Program:
+    """A program with an adapter that was read from a file.
+
+    As of saved adapters that are loaded, what it promises is not measured: `program.verify()` does.
+
+    Raises:
+        PassError: the program cannot hold a part of it.
+    """
+    require_unchanged(program)
+    item = Imported(name=name, invoked=any(isinstance(p, Invoked) for p in parts.parts))
+    made = apply_plan(program, item, item.plan(program, sources=[parts]), check=False)
+    check_graph(made)
+    record = replace(made.history[-1], certificate=Certificate(UNMEASURED))
+    return replace(made, history=(*program.history, record))
 
 
 def save_peft(
@@ -111,7 +132,29 @@ def save_peft(
             stays. NonFiniteError: a tensor holds NaN or infinity.
     """
     parts = adapter_parts(program, adapter)
-    read = _unchanged(program, parts.source, parts)
+    read = _unchanged(program, parts)
+    return write_peft(program, parts, directory, read, base=base, task=task, plain=plain, rank=rank)
+
+
+def write_peft(
+    program: Base,
+    parts: Parts,
+    directory: str | Path,
+    read: Parts | None = None,
+    *,
+    base: str | None = None,
+    task: str | None = None,
+    plain: bool = False,
+    rank: int | None = None,
+) -> Mapping[str, float]:
+    """Writes parts as an adapter of PEFT; see `save_peft`.
+
+    Args:
+        program: the base that the parts are of, captured or in files.
+        parts: of an adapter.
+        directory: see `save_peft`, as are all further arguments but the next one.
+        read: the parts as they were read from a file, if they are still the same.
+    """
     lost: Mapping[str, float] = {}
     if plain:
         done = plain_lora(program, parts, rank)
@@ -142,8 +185,9 @@ def save_peft(
     return lost
 
 
-def read_peft(program: Program, directory: str | Path) -> Parts:
+def read_peft(program: Base, directory: str | Path) -> Parts:
     """An adapter of PEFT in parts; see `load_peft`."""
+    program = snapshot(program)
     data, tensors, where = reading(directory, f"a directory with a {CONFIG}", _files)
     config = Config(data, where)
     readers = _READERS.get(config.type)
@@ -163,7 +207,7 @@ def read_peft(program: Program, directory: str | Path) -> Parts:
     return read if _says_all(program, read, tensors) else replace(read, original=tensors)
 
 
-def _says_all(program: Program, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
+def _says_all(program: Base, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the parts are written as the tensors that they were read from."""
     try:
         _, again = written(program, parts)
@@ -174,16 +218,15 @@ def _says_all(program: Program, parts: Parts, tensors: Mapping[str, Tensor]) -> 
     )
 
 
-def _unchanged(program: Program, adapter: str, parts: Parts) -> Parts | None:
-    """What an adapter was read from, if it still is that."""
-    steps = [r for r in program.history if r.adapter == adapter and isinstance(r.applied, Imported)]
-    if not steps:
+def _unchanged(program: Program, parts: Parts) -> Parts | None:
+    """What the parts of an adapter were read from, if they still are that."""
+    record = next((r for r in program.history if r.adapter == parts.source), None)
+    if record is None or not isinstance(record.applied, Imported):
         return None
-    read = of_plan(steps[0].plan)
-    current = adapter_parts(program, adapter).parts
+    read = of_plan(record.plan)
     wanted = {_key(p): p for p in read.parts}
-    equal = len(current) == len(read.parts) and all(
-        (w := wanted.get(_key(p))) is not None and same(w, p) for p in current
+    equal = len(parts.parts) == len(read.parts) and all(
+        (w := wanted.get(_key(p))) is not None and same(w, p) for p in parts.parts
     )
     return read if equal else None
 
@@ -197,9 +240,13 @@ def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     data = parse_json(folder.read(CONFIG, JSON_LIMIT), where)
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         raise ArtifactError(f"{where}: there is no peft_type; it is no config of PEFT.")
-    tensors = parse_tensors(folder.read(TENSORS), str(folder.path / TENSORS))
+    old = not folder.has(TENSORS) and folder.has(PICKLED)
+    file, parse, limit = (
+        (PICKLED, parse_torch_bin, LIMIT) if old else (TENSORS, parse_tensors, None)
+    )
+    tensors = parse(folder.read(file, limit), str(folder.path / file))
     for name, tensor in tensors.items():
-        require_finite(f"{folder.path / TENSORS}: {name}", tensor, "Save it again.")
+        require_finite(f"{folder.path / file}: {name}", tensor, "Save it again.")
     return data, tensors, where  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -216,27 +263,39 @@ def _plain(key: str, where: str) -> str:
     )
 
 
-def _whole(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """Parameters that the file has whole (`modules_to_save`, biases, saved embeddings)."""
-    base = program.base.base_tensors()
+    base, known = program.base.base_tensors(), snapshot(program).knows != "sizes"
     parts: list[Part] = []
     for key, tensor in tensors.items():
         name = key.replace(".base_layer.", ".")
         stored = program.tensors.stored(name)
-        if stored not in base:
+        own = base.get(stored)
+        if not known:
+            raise ArtifactError(
+                f"{config.where}: whether {key!r} is as the base has it, depends on its numbers. "
+                f"{GIVE_BASE}"
+            )
+        if own is None:
             raise ArtifactError(
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
                 f"parameter of this model. Nearest: {nearest(name, base)}."
             )
-        if base[stored].shape == tensor.shape and torch.equal(base[stored].to(tensor), tensor):
+        if own is not None and _same_values(own, tensor):
             continue  # as the base has it
         parts.append(Trained(name, tensor))
     return parts
 
 
+def _same_values(own: Tensor, tensor: Tensor) -> bool:
+    if own.is_meta or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.to(tensor), tensor)
+
+
 def _notes(config: Config) -> tuple[str, ...]:
     notes: list[str] = []
-    if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT"):
+    if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT", "BOFT"):
         notes.append(f"came in as its exact change: {config.type} is no method here")
     for option in ("velora_config", "monteclora_config"):
         if config.data.get(option):

@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
+from ..passes.interchange.imported import prefix_sites
 from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import ArtifactError, RewriteError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from .base import GIVE_BASE, Base
 from .hf_peft_config import Config, by_module, resolved
 
 Leaves = dict[str, Tensor]
 Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
 
 
-def scalings(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def scalings(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """IA3: `ia3_l [out, 1]` times the outputs, or `[1, in]` the inputs of feedforward modules."""
     inputs = config.take("feedforward_modules", [], list, str)
     parts: list[Part] = []
@@ -42,7 +43,7 @@ def _targeted(modules: list[str] | str, path: str) -> bool:
     return any(path == m or path.endswith(f".{m}") for m in modules)
 
 
-def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def prompts(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """PROMPT_TUNING and P_TUNING: `prompt_embeddings [length, width]`, the encoder's output.
     MULTITASK_PROMPT_TUNING: times a matrix a task, `sum over ranks of cols x rows`."""
     rows = _embeddings(config, tensors)
@@ -65,14 +66,15 @@ def prompts(config: Config, tensors: dict[str, Tensor], program: Program) -> lis
     return [Prompt("", rows)]
 
 
-def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
-    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer."""
+def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
+    """PREFIX_TUNING: `[length, layers * 2 * kv_heads * width]`, keys, values by layer.
+
+    Of an encoder-decoder PEFT 0.21 makes two copies, of which every other pair goes to the
+    decoder's own attention, the rest nowhere: layer l has pair `2 l` modulo the number of layers.
+    """
     rows = _embeddings(config, tensors)
-    if int(config.take("num_transformer_submodules", 1)) != 1:
-        raise ArtifactError(
-            f"{config.where}: the prefix is of an encoder-decoder, where PEFT puts it before the "
-            "decoder's own and cross attention alike. Prefixes of one stack are read."
-        )
+    decoder = int(config.take("num_transformer_submodules", 1)) == 2
+    sites, _ = prefix_sites(program.sites)
     length, layers = int(config.take("num_virtual_tokens", 0)), int(config.take("num_layers", 0))
     heads = int(config.data.get("num_attention_heads") or 0)
     if layers < 1 or heads < 1 or rows.shape[0] != length or rows.shape[1] % (2 * layers * heads):
@@ -81,7 +83,16 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Program) -> li
             f"tokens of {layers} layers and {heads} heads."
         )
     stack = rows.view(length, layers, 2, heads, -1)
-    return [Prefix("", stack[:, i, 0], stack[:, i, 1], i) for i in range(layers)]
+    if decoder and len(sites) > layers:
+        raise ArtifactError(
+            f"{config.where}: the prefix is of {layers} layers, and this model's decoder has "
+            f"{len(sites)}. Use the base that the adapter was trained on."
+        )
+    count = len(sites) or layers if decoder else layers
+    pairs = [2 * i % layers if decoder else i for i in range(count)]
+    return [
+        Prefix("", stack[:, p, 0], stack[:, p, 1], i, decoder=decoder) for i, p in enumerate(pairs)
+    ]
 
 
 def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:
@@ -91,7 +102,7 @@ def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:
     return rows
 
 
-def token_rows(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def token_rows(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """Trained rows of a table: `trainable_tokens_delta [count, width]`, no differences."""
     said = config.take("token_indices", None, list)
     said = said or config.take("trainable_token_indices", None, list, dict)
@@ -123,7 +134,7 @@ def _ids(said: Mapping[str, list[int]], path: str) -> list[int]:
     return next((i for k, i in said.items() if path == k or path.endswith(f".{k}")), [])
 
 
-def norms(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def norms(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """LN_TUNING: whole copies of what a normalisation learns."""
     parts: list[Part] = []
     for key in [k for k in tensors if ".ln_tuning_layers." in k]:
@@ -131,8 +142,8 @@ def norms(config: Config, tensors: dict[str, Tensor], program: Program) -> list[
     return parts
 
 
-def changes(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
-    """LOHA, LOKR, VERA, SHIRA, MISS, OFT: the exact change of each weight."""
+def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
+    """LOHA, LOKR, VERA, SHIRA, MISS, OFT, BOFT: the exact change of each weight."""
     formula, leaves = _FORMULAS[config.type]
     shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
     parts: list[Part] = []
@@ -145,7 +156,7 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Program) -> lis
         if config.type == "VERA":
             parts.append(_vera(config, name, own, shared, matrix))
             continue
-        delta = formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+        delta = _computed(formula, config, path, own, matrix)
         if delta.numel() != matrix.numel():
             raise ArtifactError(
                 f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
@@ -153,6 +164,25 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Program) -> lis
             )
         parts.append(Change(name, delta.reshape(matrix.shape), config.type))
     return parts
+
+
+def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """The change of one weight, float32."""
+    try:
+        return formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+    except RewriteError:
+        raise
+    except KeyError as error:
+        raise ArtifactError(
+            f"{config.where}: {path}.{error.args[0]} is missing beside {', '.join(sorted(own))}. "
+            "The file is not whole; save the adapter again."
+        ) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
+        raise ArtifactError(
+            f"{config.where}: the tensors of {path} ({sizes}) make no change of a weight "
+            f"{list(matrix.shape)}. Use the base that the adapter was trained on, or save it again."
+        ) from error
 
 
 def _scale(config: Config, path: str) -> float:
@@ -187,7 +217,7 @@ def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     rows, columns = own["shira_indices"].long()
     if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
         raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
-    delta = torch.zeros_like(matrix)
+    delta = torch.zeros(matrix.shape)
     return delta.index_put((rows, columns), own["shira_weight"], accumulate=True)
 
 
@@ -219,7 +249,38 @@ def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
         rotation = torch.linalg.solve(one + q, one - q, left=False)
     if config.take("block_share", False):
         rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
-    return matrix @ (torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1]))
+    turned = torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1])
+    return _numbers(config, path, matrix) @ turned
+
+
+def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`diag(s) W M^T - W`, M the product of factors `P R P^T`: R block-diagonal, of rotations
+    `(1 - Q)(1 + Q)^-1` with Q the skew part of what is stored, P a permutation."""
+    blocks, scale = own["boft_R"], own["boft_s"].flatten()
+    config.take("bias", "none"), config.take("boft_n_butterfly_factor", 1)
+    factors, count, size, _ = blocks.shape
+    said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
+    if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
+        raise ArtifactError(
+            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, "
+            f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
+            "do not belong together; save the adapter again."
+        )
+    q, one = (blocks - blocks.mT) / 2, torch.eye(size)
+    rotations = torch.linalg.solve(one + q, one - q, left=False)
+    turned = _numbers(config, path, matrix).mT
+    for index in range(factors):
+        order = torch.arange(count * size)
+        if index > 0:
+            order = _butterfly(order, size * 2**index, size // 2)
+        turned = (torch.block_diag(*rotations[index]) @ turned[order.argsort()])[order]
+    return scale[:, None] * turned.mT - matrix.float()
+
+
+def _butterfly(order: Tensor, width: int, step: int) -> Tensor:
+    """Of each `width` features, every other `step` first."""
+    pieces = order.view(-1, width // step, step)
+    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
 
 
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
@@ -230,6 +291,8 @@ def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor
             f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
             "no generator makes them again on every machine. Save it with save_projection=True."
         )
+    if len(own) != 2:
+        raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
     out, size = matrix.shape
     a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
     return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
@@ -247,10 +310,11 @@ _FORMULAS: dict[str, tuple[Formula, list[str]]] = {
     "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
     "MISS": (_miss, ["miss_block"]),
     "OFT": (_oft, ["oft_R.weight"]),
+    "BOFT": (_boft, ["boft_R", "boft_s"]),
 }  # fmt: skip
 
 
-def _weight(program: Program, path: str, config: Config) -> str:
+def _weight(program: Base, path: str, config: Config) -> str:
     plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     if f"{plain}.weight" not in names:
@@ -261,21 +325,28 @@ def _weight(program: Program, path: str, config: Config) -> str:
     return f"{plain}.weight"
 
 
-def _site(program: Program, name: str, config: Config) -> WeightSite:
+def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
+    if matrix.is_meta:
+        raise ArtifactError(
+            f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
+        )
+    return matrix.float()
+
+
+def _site(program: Base, name: str, config: Config) -> WeightSite:
     stored = program.tensors.stored(name)
-    for site in program.sites:
-        if not isinstance(site, LinearSite | ConvSite) or site.weight != stored:
-            continue
+    for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, ConvSite) and site.transposed:
             raise ArtifactError(
                 f"{config.where}: {name} is of a transposed convolution, for which these files "
                 "have no form. Fold it, or use peftfx.save."
             )
-        return site
+        if isinstance(site, LinearSite | ConvSite):
+            return site
     raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
 
 
-def _matrix(program: Program, site: WeightSite) -> Tensor:
-    """The base's weight as `[out, in]`, float32."""
-    weight = program.base.base_tensors()[site.weight].detach().float()
+def _matrix(program: Base, site: WeightSite) -> Tensor:
+    """The base's weight as `[out, in]`; on meta, where only its size is known."""
+    weight = program.base.base_tensors()[site.weight]
     return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)

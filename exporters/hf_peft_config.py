@@ -15,6 +15,9 @@ from torch import Tensor
 from ..rewriter.errors import ArtifactError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+"""What PEFT writes in its place with `safe_serialization=False`."""
+
 PREFIX = "base_model.model."
 
 ABOUT = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..passes.reparameterized.initial_factors import olora, pissa
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import Invoked, LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
+from .base import CAPTURE, Base, snapshot, values
 from .hf_peft_config import Config, by_module, resolved
 
 LEAVES = (
@@ -35,7 +35,7 @@ _PLAIN = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base as it is."""
 
 
-def lora_parts(config: Config, tensors: dict[str, Tensor], program: Program) -> list[Part]:
+def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """Takes the tensors of LORA or ADALORA; what is left belongs to no adapter layer."""
     scales = _Scales(config)
     start = config.take("init_lora_weights", True, bool, str)
@@ -196,25 +196,25 @@ def _same_depth(config: Config) -> None:
         )
 
 
-def _dense(config: Config, program: Program, part: LowRank, option: str) -> Tensor:
+def _dense(config: Config, program: Base, part: LowRank, option: str) -> Tensor:
     """The base's weight `[out, in]` in float32, of a plain adapter of a linear.
 
     Raises:
         ArtifactError: it is none.
     """
+    weight = values(program, part.target, f"{config.where}: {option}")
     stored = program.tensors.stored(part.target)
-    sites = [s for s in program.sites if isinstance(s, LinearSite) and s.weight == stored]
+    sites = [s for s in program.sites.by_weight.get(stored, []) if isinstance(s, LinearSite)]
     if not sites or part.magnitude is not None:
         raise ArtifactError(
             f"{config.where}: {option} is read for plain factors of linears, and {part.target} has "
             "others. Convert it where it was trained."
         )
-    weight = program.base.base_tensors()[stored].detach()
     return (weight.mT if sites[0].in_out else weight).float()
 
 
 def _truncated(
-    config: Config, program: Program, part: LowRank, leaves: Mapping[str, Tensor]
+    config: Config, program: Base, part: LowRank, leaves: Mapping[str, Tensor]
 ) -> LowRank:
     """KaSA: `s B diag(d) A` beside a base that lost its smallest singular triples, as many as the
     rank: the change against the untouched base, of twice the rank."""
@@ -239,7 +239,7 @@ def _invoked(config: Config, part: LowRank, tokens: list[Any]) -> Invoked:
     return Invoked(part.target, part.a, part.b, part.scale, ids, part.dropout)
 
 
-def _residual(config: Config, program: Program, part: LowRank, start: str) -> LowRank:
+def _residual(config: Config, program: Base, part: LowRank, start: str) -> LowRank:
     """The change against the untouched base, of an adapter that trained on what its first factors
     left of it: `s (B A - B0 A0)`, of twice the rank."""
     dense = _dense(config, program, part, f"init_lora_weights={start!r}")
@@ -258,36 +258,45 @@ def _residual(config: Config, program: Program, part: LowRank, start: str) -> Lo
     return replace(part, a=own[0], b=own[1])
 
 
-def _bias(program: Program, weight: str, change: Tensor) -> Part:
+def _bias(program: Base, weight: str, change: Tensor) -> Part:
     """The layer's bias with that of `lora_B` added; it may have had none."""
     name = weight.removesuffix("weight") + "bias"
-    own = program.base.base_tensors().get(name)
-    return Trained(name, change if own is None else own.detach().float() + change)
+    if name not in program.base.base_tensors() and snapshot(program).knows != "sizes":
+        return Trained(name, change)
+    own = values(program, name, f"the bias of {weight}")
+    return Trained(name, own.float() + change)
 
 
 def _stacked(
-    program: Program, layers: Mapping[str, Any], config: Config
+    program: Base, layers: Mapping[str, Any], config: Config
 ) -> dict[str, tuple[str, WeightSite | None]]:
     """Module path -> (parameter, one of its sites). Several parameters of one module
     (`target_parameters`) are wrapped in their order, the first innermost (`base_layer`)."""
-    sites = {s.weight: s for s in program.sites if isinstance(s, WeightSite)}
-    names = set(program.base.base_tensors()) | set(program.tensors.aliases)
+    names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     targeted = config.take("target_parameters", [], list)
+    plain_of = {path: re.sub(r"(^|\.)base_layer(?=\.|$)", "", path) for path in layers}
+    nested = targeted or any(path != plain for path, plain in plain_of.items())
+    if nested and snapshot(program).knows != "calls":
+        raise ArtifactError(
+            f"{config.where}: it adapts parameters of experts or of nn.MultiheadAttention, whose "
+            f"layout the files of a base do not say. {CAPTURE}"
+        )
+    stored = program.base.base_tensors()
+    targets = [n for n in stored if any(n == t or n.endswith(f".{t}") for t in targeted)]
     chosen: dict[str, tuple[str, WeightSite | None]] = {}
-    for path in layers:
-        plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
+    for path, plain in plain_of.items():
         name = _parameter(plain, names)
-        own = [n for n in program.base.base_tensors() if n.rpartition(".")[0] == plain]
-        wrapped = [n for n in own if any(n == t or n.endswith(f".{t}") for t in targeted)]
+        wrapped = [n for n in targets if n.rpartition(".")[0] == plain]
         if wrapped:
-            same = [p for p in layers if re.sub(r"(^|\.)base_layer(?=\.|$)", "", p) == plain]
+            same = [p for p, inner in plain_of.items() if inner == plain]
             name = _wrapped(config, plain, wrapped, sorted(same, key=len, reverse=True), path)
         if name is None:
             raise ArtifactError(
                 f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
                 "with a weight. Use the base that it was trained on."
             )
-        chosen[path] = name, sites.get(program.tensors.stored(name))
+        sites = program.sites.by_weight.get(program.tensors.stored(name), [None])
+        chosen[path] = name, sites[-1]
     return chosen
 
 
@@ -306,7 +315,7 @@ def _wrapped(config: Config, module: str, names: list[str], paths: list[str], pa
     return sorted(names, key=lambda n: n.endswith("down_proj"))[paths.index(path)]
 
 
-def _parameter(path: str, names: set[str]) -> str | None:
+def _parameter(path: str, names: Collection[str]) -> str | None:
     """The weight of a module; of `nn.MultiheadAttention` that of its three projections."""
     tried = (f"{path}.weight", f"{path}.in_proj_weight", path)
     return next((n for n in tried if n in names), None)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import Invoked, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import (
@@ -23,6 +22,7 @@ from ..rewriter.program.sites import (
     WeightSite,
 )
 from ..rewriter.storage.parts import Parts
+from .base import Base, snapshot
 from .hf_peft_config import PREFIX, resolved
 from .hf_peft_lora import TWICE
 
@@ -37,7 +37,7 @@ VERSION = "0.21.2"
 """Of PEFT, whose keys these are."""
 
 
-def written(program: Program, parts: Parts) -> Written:
+def written(program: Base, parts: Parts) -> Written:
     """The config and the tensors by key.
 
     Raises:
@@ -56,7 +56,7 @@ def written(program: Program, parts: Parts) -> Written:
     elif kinds == {"prompt"} and len(parts.parts) == 1:
         config, tensors = _prompt(parts.parts)
     elif kinds == {"prefix"}:
-        config, tensors = _prefix(program, parts.parts)
+        config, tensors = _prefix(parts.parts)
     elif not kinds and (norms := _norms(program, trained)) is not None:
         return norms
     else:
@@ -70,7 +70,7 @@ def written(program: Program, parts: Parts) -> Written:
     return config | ({"modules_to_save": saved} if saved else {}), tensors
 
 
-def _invoked(program: Program, parts: Parts) -> Written:
+def _invoked(program: Base, parts: Parts) -> Written:
     invoked = [p for p in parts.parts if isinstance(p, Invoked)]
     plain = (LowRank(p.target, p.a, p.b, p.scale, dropout=p.dropout) for p in invoked)
     others = (p for p in parts.parts if not isinstance(p, Invoked))
@@ -78,7 +78,7 @@ def _invoked(program: Program, parts: Parts) -> Written:
     return config | {"alora_invocation_tokens": invoked[0].ids.tolist()}, tensors
 
 
-def _lora(program: Program, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
+def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
     low = [p for p in parts if isinstance(p, LowRank)]
     if len({p.magnitude is None for p in low}) > 1:
         raise ArtifactError(
@@ -145,17 +145,16 @@ def _lone_biases(trained: Iterable[Trained]) -> list[str]:
     return [n for n in names if n.endswith(".bias") and n.rpartition(".")[0] not in whole]
 
 
-def _is_added(program: Program, name: str) -> bool:
+def _is_added(program: Base, name: str) -> bool:
     """Whether it is a bias that the model does not have."""
     base = program.base.base_tensors()
     weight = program.tensors.stored(f"{name.removesuffix('bias')}weight")
     return name.endswith("bias") and name not in base and weight in base
 
 
-def _site(program: Program, part: LowRank) -> WeightSite:
+def _site(program: Base, part: LowRank) -> WeightSite:
     stored = program.tensors.stored(part.target)
-    sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
-    for site in sites:
+    for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, EmbeddingSite) == part.lookup:
             return site
     raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
@@ -169,7 +168,7 @@ def _path(name: str, attention: Collection[str]) -> str:
     return f"{owner}.base_layer.{last}" if last == "out_proj" and owner in attention else path
 
 
-def _nested(program: Program, names: Collection[str]) -> dict[str, str]:
+def _nested(program: Base, names: Collection[str]) -> dict[str, str]:
     """Parameter -> path of its wrapper: the first one of a module is innermost."""
     order = sorted(names, key=lambda n: n.endswith("down_proj"))
     paths: dict[str, str] = {}
@@ -242,10 +241,12 @@ def _alpha(scale: float, rank: int) -> float | int:
     return int(exact) if exact == int(exact) else exact
 
 
-def target_modules(program: Program, modules: Collection[str]) -> list[str] | str:
+def target_modules(program: Base, modules: Collection[str]) -> list[str] | str:
     """What makes PEFT adapt exactly these modules: last names, whole paths, or an expression."""
     every = {n.rpartition(".")[0] for n in program.base.base_tensors()} | set(modules)
     every |= {n.rpartition(".")[0] for n in program.tensors.aliases}
+    if snapshot(program).knows == "sizes":  # which other modules there are is not known
+        return sorted(modules)
     for names in (sorted({m.rpartition(".")[2] for m in modules}), sorted(modules)):
         taken = {m for m in every if any(m == n or m.endswith(f".{n}") for n in names)}
         if taken == set(modules):
@@ -253,7 +254,7 @@ def target_modules(program: Program, modules: Collection[str]) -> list[str] | st
     return "|".join(re.escape(m) for m in sorted(modules))
 
 
-def _ia3(program: Program, parts: Sequence[Part]) -> Written:
+def _ia3(program: Base, parts: Sequence[Part]) -> Written:
     tensors: dict[str, Tensor] = {}
     sides: dict[str, str] = {}
     for part in parts:
@@ -285,7 +286,7 @@ def _tokens(parts: Sequence[Part]) -> Written:
     return config, {f"{PREFIX}{path}.trainable_tokens_delta": part.values}
 
 
-def _norms(program: Program, trained: Sequence[Trained]) -> Written | None:
+def _norms(program: Base, trained: Sequence[Trained]) -> Written | None:
     """LN_TUNING, if all that trains are normalisations."""
     modules = {t.target.rpartition(".")[0] for t in trained}
     known = {s.weight.rpartition(".")[0] for s in program.sites if isinstance(s, NormSite)}
@@ -311,7 +312,7 @@ def _prompt(parts: Sequence[Part]) -> Written:
     return config, {"prompt_embeddings": part.values}
 
 
-def _prefix(program: Program, parts: Sequence[Part]) -> Written:
+def _prefix(parts: Sequence[Part]) -> Written:
     rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
     shapes = {t.shape for p in rows for t in (p.key, p.value)}
     if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1:
@@ -324,16 +325,24 @@ def _prefix(program: Program, parts: Sequence[Part]) -> Written:
             "one was trained without. Insert it with prefix_tuning{shift_positions=true}."
         )
     (length, heads, width), *_ = shapes
-    stack = torch.stack([torch.stack([p.key, p.value], 1) for p in rows], 1)
+    pairs = [torch.stack([p.key, p.value], 1) for p in rows]
+    decoder = rows[0].decoder
+    if decoder:  # layer l reads pair 2 l modulo the number, which is one to one if that is odd
+        spare = [torch.zeros_like(pairs[0])] * (len(pairs) % 2 == 0)
+        layers = len(pairs) + len(spare)
+        placed = dict(zip((2 * i % layers for i in range(layers)), [*pairs, *spare], strict=True))
+        pairs = [placed[i] for i in range(layers)]
+    stack = torch.stack(pairs, 1)
     config = {
-        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(rows),
-        "num_attention_heads": heads, "token_dim": heads * width, "num_transformer_submodules": 1,
+        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(pairs),
+        "num_attention_heads": heads, "token_dim": heads * width,
+        "num_transformer_submodules": 1 + decoder,
     }  # fmt: skip
     return config, {"prompt_embeddings": stack.reshape(length, -1)}
 
 
 def _modules_to_save(
-    program: Program, trained: Iterable[Trained], config: Mapping[str, Any]
+    program: Base, trained: Iterable[Trained], config: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Tensor]]:
     """Modules that are saved whole, and tensors by key; biases beside factors need no module."""
     given = {t.target: t.values for t in trained if not _is_added(program, t.target)}
@@ -355,7 +364,7 @@ def _modules_to_save(
 
 
 def with_head(
-    program: Program, config: dict[str, Any], tensors: dict[str, Tensor], task: str | None
+    program: Base, config: dict[str, Any], tensors: dict[str, Tensor], task: str | None
 ) -> Written:
     """With the modules that PEFT looks for in the file of every adapter of a task."""
     names = _HEADS.get(task or "", ())

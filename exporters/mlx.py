@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.directory import Folder, reading
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
+from .base import Base
 from .hf_peft_config import CONFIG, by_module
 
 TENSORS = "adapters.safetensors"
@@ -27,7 +27,7 @@ TYPE = "fine_tune_type"
 _SCALE = 20.0
 
 
-def read_mlx(program: Program, directory: str | Path) -> Parts:
+def read_mlx(program: Base, directory: str | Path) -> Parts:
     """An adapter of mlx-lm in parts.
 
     Raises:
@@ -37,7 +37,7 @@ def read_mlx(program: Program, directory: str | Path) -> Parts:
     return reading(directory, f"a directory with a {CONFIG}", lambda f: _read(program, f))
 
 
-def _read(program: Program, folder: Folder) -> Parts:
+def _read(program: Base, folder: Folder) -> Parts:
     where = str(folder.path / CONFIG)
     config = parse_json(folder.read(CONFIG, JSON_LIMIT), where)
     kind = config.get(TYPE, "lora")

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import LowRank, Part
 from ..rewriter.errors import ArtifactError, CorruptFileError, ExportError, nearest
 from ..rewriter.files.files import new_file, open_regular
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
+from .base import Base
 from .hf_peft_config import PREFIX, by_module
 from .onnx_parity import require
 from .plain_lora import factored
@@ -37,7 +37,7 @@ def is_onnx_adapter(start: bytes) -> bool:
     return start[4:8] == MARK
 
 
-def read_onnx_adapter(program: Program, path: str | Path) -> Parts:
+def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
     """An adapter in parts.
 
     Args:
@@ -126,7 +126,7 @@ def slots(part: Part) -> dict[str, Tensor]:
 
 
 def write_onnx_adapter(
-    program: Program, path: str | Path, parts: Parts, rank: int | None = None
+    program: Base, path: str | Path, parts: Parts, rank: int | None = None
 ) -> Mapping[str, float]:
     """Writes an adapter for a model that `export_onnx(..., slots=True)` wrote.
 

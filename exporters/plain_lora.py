@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import Change, LowRank, Part
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ..rewriter.storage.parts import Parts
+from .base import Base, values
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plain:
     lost: Mapping[str, float]
 
 
-def plain_lora(program: Program, parts: Parts, rank: int | None = None) -> Plain:
+def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
     """The adapter as plain LoRA.
 
     Args:
@@ -62,14 +62,14 @@ def plain_lora(program: Program, parts: Parts, rank: int | None = None) -> Plain
     return Plain(replace(parts, parts=plain, original={}), lost)
 
 
-def factored(program: Program, parts: Parts, rank: int | None = None) -> Plain:
+def factored(program: Base, parts: Parts, rank: int | None = None) -> Plain:
     """The adapter as pairs of factors of any ranks and scales: as it is where it is nothing else
     and no rank is asked for, else as plain LoRA."""
     pairs = all(isinstance(p, LowRank) and p.magnitude is None for p in parts.parts)
     return Plain(parts, {}) if pairs and rank is None else plain_lora(program, parts, rank)
 
 
-def _plain(program: Program, part: Part, rank: int, lost: dict[str, float]) -> LowRank:
+def _plain(program: Base, part: Part, rank: int, lost: dict[str, float]) -> LowRank:
     site = _site(program, part)
     if isinstance(part, LowRank) and part.magnitude is None and part.a.shape[-2] <= rank:
         if part.a.dim() > 2:
@@ -98,7 +98,7 @@ def _filled(part: LowRank, rank: int) -> LowRank:
     return replace(part, a=a, b=b, scale=1.0, magnitude=None, dropout=0.0)
 
 
-def _delta(program: Program, part: Part, site: LinearSite) -> Tensor:
+def _delta(program: Base, part: Part, site: LinearSite) -> Tensor:
     """The change `[out, in]` of a weight."""
     if isinstance(part, Change):
         return part.delta.float()
@@ -107,15 +107,15 @@ def _delta(program: Program, part: Part, site: LinearSite) -> Tensor:
     change = part.scale * part.b.double() @ part.a.double()
     if part.magnitude is None:
         return change
-    weight = program.base.base_tensors()[site.weight].detach().double()
+    weight = values(program, site.weight, f"the magnitude of {part.target}").double()
     weight = weight.mT if site.in_out else weight
     moved = weight + change
     return part.magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
 
 
-def _site(program: Program, part: Part) -> WeightSite:
+def _site(program: Base, part: Part) -> WeightSite:
     stored = program.tensors.stored(part.target)
-    sites = [s for s in program.sites if isinstance(s, WeightSite) and s.weight == stored]
+    sites = program.sites.by_weight.get(stored, [])
     lookup = isinstance(part, LowRank) and part.lookup
     site = next((s for s in sites if isinstance(s, EmbeddingSite) == lookup), None)
     if site is None:

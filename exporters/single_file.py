@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
 from ..rewriter.branches.parts import Change, LowRank, Part
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, read_file
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
+from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_config import Config
 from .hf_peft_lora import lora_parts
 
@@ -42,7 +42,7 @@ _LEAVES = (
 Leaves = dict[str, Tensor]
 
 
-def read_single_file(program: Program, path: str | Path, component: str = "") -> Parts:
+def read_single_file(program: Base, path: str | Path, component: str = "") -> Parts:
     """An adapter in one file, in parts.
 
     Args:
@@ -72,7 +72,7 @@ def read_single_file(program: Program, path: str | Path, component: str = "") ->
 
 
 def _diffusers(
-    program: Program,
+    program: Base,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     where: str,
@@ -122,7 +122,7 @@ def _component(
     return f"{there[0]}{separator}" if there else ""
 
 
-def _kohya(program: Program, tensors: Mapping[str, Tensor], where: str, component: str) -> Parts:
+def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: str) -> Parts:
     prefix = _component(tensors, FLAT, "_", where, component)
     flat = _flat_names(program)
     modules: dict[str, Leaves] = {}
@@ -137,6 +137,11 @@ def _kohya(program: Program, tensors: Mapping[str, Tensor], where: str, componen
     for module, leaves in modules.items():
         sites = flat.get(module, [])
         if len(sites) != 1:
+            if snapshot(program).knows == "sizes":
+                raise ArtifactError(
+                    f"{where}: {prefix}{module} has underscores for dots; only the names of the "
+                    f"model's modules tell which. {GIVE_BASE}"
+                )
             why = (
                 f"fits {', '.join(sites)}"
                 if sites
@@ -152,7 +157,7 @@ def _kohya(program: Program, tensors: Mapping[str, Tensor], where: str, componen
     return Parts(tuple(parts), f"kohya {'/'.join(sorted(kinds))}")
 
 
-def _flat_names(program: Program) -> dict[str, list[str]]:
+def _flat_names(program: Base) -> dict[str, list[str]]:
     """Module path with underscores -> the modules of that name."""
     flat: dict[str, list[str]] = {}
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
@@ -161,9 +166,9 @@ def _flat_names(program: Program) -> dict[str, list[str]]:
     return flat
 
 
-def _part(program: Program, name: str, leaves: Leaves, where: str) -> tuple[str, Part]:
+def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Part]:
     site = _site(program, name, where)
-    weight = program.base.base_tensors()[site.weight].detach()
+    weight = program.base.base_tensors()[site.weight]
     matrix = weight.mT if getattr(site, "in_out", False) else weight.flatten(1)
     alpha = leaves.pop("alpha", None)
     magnitude = leaves.pop("dora_scale", None)
@@ -246,22 +251,21 @@ def _require_fit(fits: bool, where: str) -> None:
         )
 
 
-def _site(program: Program, name: str, where: str) -> WeightSite:
+def _site(program: Base, name: str, where: str) -> WeightSite:
     stored = program.tensors.stored(name)
-    for site in program.sites:
-        if not isinstance(site, LinearSite | ConvSite) or site.weight != stored:
-            continue
+    for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, ConvSite) and site.transposed:
             raise ArtifactError(
                 f"{where}: {name} is of a transposed convolution, for which these files have no "
                 "form. Fold it, or use peftfx.save."
             )
-        return site
+        if isinstance(site, LinearSite | ConvSite):
+            return site
     raise ArtifactError(f"{where}: no call of this model multiplies by {name!r}.")
 
 
 def kohya_file(
-    program: Program, parts: Parts, prefix: str = "lora_unet"
+    program: Base, parts: Parts, prefix: str = "lora_unet"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parts as kohya's scripts write them: tensors by key, and the header's metadata.
 

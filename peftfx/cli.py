@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .directories import to_directory
 from .drawing import check_drawing, draw_sites
-from .exporters.formats import FORMATS, load_adapter, save_adapter
+from .exporters.formats import FORMATS, format_of, load_adapter, save_adapter
+from .exporters.formats import convert as convert_files
 from .exporters.plain_lora import worst
-from .methods import methods, rows
+from .method_table import print_methods
+from .methods import methods
 from .models import is_gguf_model, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
@@ -92,7 +93,8 @@ def _program(options: Any, passes: str | None = None, hollow: bool = False) -> P
     adapter = getattr(options, "adapter", None)
     if adapter:
         with progress(options, f"loading {adapter}"):
-            program = load_adapter(program, adapter)
+            component = getattr(options, "component", "")
+            program = load_adapter(program, adapter, component=component)
     if passes:
         with progress(options, f"running {passes}"):
             program = run(program, passes)
@@ -196,18 +198,46 @@ def _directory(options: Any, weights: str | None = None) -> Any:
 
 
 def convert(options: Any) -> Any:
-    """`peftfx convert MODEL [ADAPTER] OUT --to FORMAT [--rank N]`"""
+    """`peftfx convert ADAPTER OUT --to FORMAT [--base MODEL [--capture]] [--rank N]`"""
     if options.to == "hf":
-        return _directory(options)
-    if options.adapter is None:
-        raise OptionError(f"{options.to} is a format of adapters. Give one: MODEL ADAPTER OUT.")
-    program = _program(options)
-    lost = save_adapter(program, options.out, options.to, rank=options.rank)
+        return _whole_model(options)
+    ours = "peftfx" in (options.to, format_of(options.adapter))
+    if ours or options.capture or ":" in (options.base or ""):
+        lost = _convert_captured(options)
+    else:
+        lost = convert_files(
+            options.adapter, options.out, options.to, options.base, options.rank, options.component
+        )
     _say(options, f"{options.adapter} as {options.to}: {options.out}")
     if lost:
         most = ", ".join(f"{name} {share:.2g}" for name, share in worst(lost))
         _say(options, f"{len(lost)} changes lost a share of their norm, most of all {most}")
     return {"out": options.out, "to": options.to, "lost": dict(lost)}
+
+
+def _whole_model(options: Any) -> Any:
+    """The adapter folded into its base, or a GGUF model, as a Hugging Face directory."""
+    if options.base is None and not is_gguf_model(options.adapter):
+        raise OptionError(
+            f"--to hf writes a whole model, and {options.adapter} is an adapter. Add --base MODEL: "
+            "the model that it is folded into."
+        )
+    whole = options.base is None
+    options.model = options.adapter if whole else options.base
+    options.adapter = None if whole else options.adapter
+    return _directory(options)
+
+
+def _convert_captured(options: Any) -> Mapping[str, float]:
+    """With the model as a program, which our own format and stacks of experts need."""
+    if options.base is None:
+        raise OptionError(
+            f"converting {options.adapter} to {options.to} needs its model. Add --base MODEL: a "
+            "Hugging Face model directory, or module:function."
+        )
+    options.model = options.base
+    program = _program(options)
+    return save_adapter(program, options.out, options.to, rank=options.rank)
 
 
 def export(options: Any) -> Any:
@@ -257,7 +287,7 @@ def list_methods(options: Any) -> Any:
     with progress(options, "running every method"):
         entries = methods(program)
     if not options.json:
-        _print_table(rows(entries, program is not None))
+        print_methods(entries, program is not None)
         for entry in entries:
             if entry.refused:
                 print(f"{entry.name}: {entry.refused}")
@@ -271,23 +301,6 @@ def memory(options: Any) -> Any:
     memory_report = program.memory(**sizes, optimizer=options.optimizer)
     _say(options, str(memory_report))
     return memory_report.to_json()
-
-
-def _print_table(lines: list[tuple[str, ...]]) -> None:
-    """Folds cells to the width of a terminal; anything else gets one full line a row."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for row in lines:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in lines[0]:
-        right = name == "trains"
-        table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in lines[1:]:
-        table.add_row(*map(escape, row))
-    console.print(table)
 
 
 def demo(options: Any) -> Any:
@@ -353,9 +366,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", metavar="DIR", help=about)
     command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
     about = "write an adapter in another library's format, or a whole model (hf)"
-    command = add("convert", convert, about, model)
-    command.add_argument("adapter", nargs="?", help="of any format; hf of a GGUF file needs none")
-    command.add_argument("out", help="the new directory or file")
+    command = add("convert", convert, about)
+    command.add_argument("adapter", help="of any format that is read; for hf, or a GGUF model")
+    command.add_argument("out", help="the new directory, or file")
+    about = "its model, where sizes or numbers of weights are needed: a directory, whose files are "
+    command.add_argument("--base", metavar="MODEL", help=f"{about}read, or module:function")
+    about = "build and capture it: for stacks of experts, and where its files use other names"
+    command.add_argument("--capture", action="store_true", help=about)
+    command.add_argument("--component", default="", help="which adapter of a file with several")
     command.add_argument("--to", required=True, choices=(*FORMATS, "hf"))
     command.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
     command = add("export", export, "write a verified ONNX file", model)

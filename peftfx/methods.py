@@ -75,13 +75,3 @@ def split_docstring(text: str) -> tuple[str, str]:
     title = " ".join(head.split()).partition(": ")[2].rstrip(".")
     match = re.match(r"(.*?arXiv:\d{4}\.\d{4,5})", " ".join(rest.split()))
     return title, match[1] if match else ""
-
-
-def rows(entries: list[Entry], counted: bool) -> list[tuple[str, ...]]:
-    """The cells of the table of methods, its head first; `counted`: with what they train."""
-    head = ("method", "class", "inserts", "folds", "paper", "trains")
-    cells = [
-        (e.name, e.group, e.inserts, e.folds, e.paper,
-         "-" if e.trainable is None else f"{e.trainable:,}") for e in entries
-    ]  # fmt: skip
-    return [row[: 5 + counted] for row in (head, *cells)]

@@ -8,7 +8,7 @@ taken out again like an adapter that was inserted here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from ...rewriter.program.sites import (
     ConvSite,
     EmbeddingSite,
     LinearSite,
+    Site,
     WeightSite,
 )
 from ...rewriter.program.state import State
@@ -181,6 +182,9 @@ class Imported(Pass):
         active = _active(edit, parts.parts)
         for part in parts.parts:
             insert(edit, part, active)
+        shifted = [p for p in parts.parts if isinstance(p, Prefix) and p.shifted]
+        if shifted:
+            edit.shift_positions(len(shifted[0].key))
         for line in (f"read from {parts.source}", *parts.notes):
             edit.note(line)
 
@@ -337,11 +341,23 @@ def _entrance(program: State) -> EmbeddingSite:
     return tables[0]
 
 
+def prefix_sites(sites: Iterable[Site]) -> tuple[list[AttentionSite], bool]:
+    """The attentions that PEFT's prefixes stand at, and whether they are a decoder's beside an
+    encoder: those of its tokens with one another."""
+    every = [s for s in sites if isinstance(s, AttentionSite)]
+    decoders = {s.stream for s in every if s.cross}
+    own = [s for s in every if not s.cross and (not decoders or s.stream in decoders)]
+    return own, bool(decoders)
+
+
 def _prefix(edit: Editor, part: Prefix) -> None:
-    sites = [s for s in edit.program.sites if isinstance(s, AttentionSite) and not s.cross]
-    if part.layer >= len(sites):
+    sites, decoder = prefix_sites(edit.program.sites)
+    if part.layer >= len(sites) or part.decoder != decoder:
+        kind = "a decoder beside an encoder" if part.decoder else "one stack of layers"
         raise PassError(
-            f"the adapter has a prefix for attention {part.layer}, and this model has {len(sites)}."
+            f"the adapter has a prefix for attention {part.layer} of {kind}, and this model has "
+            f"{len(sites)} in {'a decoder beside an encoder' if decoder else 'one stack'}. Use the "
+            "base that the adapter was trained on."
         )
     site = sites[part.layer]
     widths = edit.key_value_widths(site)
@@ -349,5 +365,3 @@ def _prefix(edit: Editor, part: Prefix) -> None:
         _require(rows.shape[1:] == (site.kv_heads, width), site.id, rows)
     key, value = (t.to(edit.like(site), copy=True) for t in (part.key, part.value))
     edit.prepend_kv(site, PrefixBranch(key, value))
-    if part.shifted and part.layer == 0:
-        edit.shift_positions(len(part.key))

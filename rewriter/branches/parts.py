@@ -122,9 +122,11 @@ class Prefix(Part):
     Attributes:
         layer: ordinal of the attention, in graph order.
         shifted: the tokens' positions count from behind the rows.
+        decoder: of an encoder-decoder, whose encoder has none.
     """
 
     key: Tensor
     value: Tensor
     layer: int
     shifted: bool = True
+    decoder: bool = False

@@ -46,9 +46,10 @@ from .linear.compose import compose
 from .linear.expression import express, remember, remove, settle, widened
 from .linear.quantise import quantise_weight
 from .read import Reading
+from .stream.positions import shift_positions
 from .stream.region import find_region
 from .stream.route import run_on_chosen
-from .stream.tokens import beside, prepend_tokens, shift_positions
+from .stream.tokens import beside, prepend_tokens
 from .structure.axes import Channels
 from .structure.cut import cut_channels
 
@@ -160,7 +161,7 @@ class Editor(Reading):
         self.refresh()
 
     def shift_positions(self, length: int) -> None:
-        """Adds `length` to every token's position."""
+        """Counts tokens from `length` on, where attentions have rows in front by now."""
         shift_positions(self.program, length)
 
     def prepend_tokens(self, site: EmbeddingSite, branch: Tokens, **reads: Value | None) -> None:

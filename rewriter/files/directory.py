@@ -52,6 +52,17 @@ class Folder:
             return read_file(self.path / name, limit)
         return read_file(name, limit, folder=self.handle, where=str(self.path / name))
 
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name."""
+        try:
+            if self.handle is None:
+                os.stat(self.path / name)
+            else:
+                os.stat(name, dir_fd=self.handle)
+        except OSError:
+            return False
+        return True
+
     def replaced(self) -> bool:
         """Whether another directory is at the path by now, or none."""
         if self.handle is None:

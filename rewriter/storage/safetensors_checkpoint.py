@@ -73,7 +73,7 @@ class Checkpoint:
         shards: dict[str, tuple[str, ...]] = {}
         entries: dict[str, Entry] = {}
         for file in files:
-            in_file = _header(path / file)
+            in_file = header(path / file)
             for name in in_file:
                 if name in entries:
                     raise CorruptFileError(f"{path}: {name!r} is in {entries[name].file}, {file}.")
@@ -231,7 +231,12 @@ def header_size(path: Path) -> int:
     return 8 + int(struct.unpack("<Q", start)[0])
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def header(path: Path) -> dict[str, Entry]:
+    """Where each tensor of a safetensors file is.
+
+    Raises:
+        CorruptFileError: it is missing, truncated or malformed.
+    """
     begin = header_size(path)
     total = path.stat().st_size
     if begin > min(HEADER_LIMIT, total):

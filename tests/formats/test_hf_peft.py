@@ -324,3 +324,37 @@ def test_what_has_no_form_there_is_refused(tmp_path: Path) -> None:
         peftfx.save_peft(made, tmp_path / "a")
     with pytest.raises(ArtifactError, match="nearest: one"):
         peftfx.save_peft(made, tmp_path / "a", "ones")
+
+
+@pytest.mark.parametrize("case", ["prefix of t5", "prefix of bart"])
+def test_prefixes_of_decoders_train_on(case: str, tmp_path: Path) -> None:
+    """PEFT's two layers share one pair of rows; trained here, each has its own, which PEFT loads."""
+    import peft
+
+    name, _ = CASES[case]
+    write(case, tmp_path / "a")
+    before = program(name)
+    moved = randomise(peftfx.load_peft(before, tmp_path / "a"), 0.3)
+    got = output(moved(**inputs(name)))
+    peftfx.save_peft(moved, tmp_path / "b", task="SEQ_2_SEQ_LM")
+    theirs = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "b")).eval()
+    near(computed(theirs, name, case), got)
+    again = peftfx.load_peft(before, tmp_path / "b")
+    near(output(again(**inputs(name))), got)
+    longer = {n: torch.cat([t, t], 1) for n, t in inputs(name).items()}
+    with torch.no_grad():
+        near(output(moved(**longer)), output(theirs(**longer)))
+    without = moved.without(*moved.adapters)
+    assert torch.equal(output(without(**inputs(name))), output(before(**inputs(name))))
+    assert all(c.holds for c in again.verify())
+
+
+def test_a_prefix_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    write("prefix of t5", tmp_path / "a")
+    with pytest.raises(PassError, match="of a decoder beside an encoder, and this model has 2"):
+        peftfx.load_peft(program("llama"), tmp_path / "a")
+    write("prefix", tmp_path / "b")
+    with pytest.raises(PassError, match="of one stack of layers, and this model has"):
+        peftfx.load_peft(program("t5 of 2"), tmp_path / "b")
+    with pytest.raises(ArtifactError, match="is of 2 layers, and this model's decoder has 3"):
+        peftfx.load_peft(program("bart"), tmp_path / "a")

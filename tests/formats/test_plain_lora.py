@@ -86,13 +86,14 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write("dora", tmp_path / "a")
-    model = base("llama")
-    model.save_pretrained(tmp_path / "model")
+    base("llama").save_pretrained(tmp_path / "model")
     found = str(tmp_path / "model"), str(tmp_path / "a")
-    assert main(["convert", *found, str(tmp_path / "b"), "--to", "plain-lora", "--rank", "2"]) == 0
+    model, adapter = found
+    command = ["convert", adapter, "--base", model]
+    assert main([*command, str(tmp_path / "b"), "--to", "plain-lora", "--rank", "2"]) == 0
     said = capsys.readouterr().out
     assert "as plain-lora" in said and "lost a share of their norm" in said
-    assert main(["convert", *found, str(tmp_path / "c"), "--to", "peftfx"]) == 0
+    assert main([*command, str(tmp_path / "c"), "--to", "peftfx"]) == 0
     assert format_of(tmp_path / "c") == "peftfx"
     merged = str(tmp_path / "merged.safetensors")
     assert main(["fold", *found, "--out", merged]) == 0

@@ -19,15 +19,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from ...branches.branch import Branch
 from ...errors import PassError
 from ...graph.aten import (
-    ADDS,
-    ATEN,
-    CASTS,
     EMBEDDING,
-    MATMULS,
     SOFTMAX,
     VIEWS,
     ancestors,
-    is_float,
     is_op,
     output_node,
     overloads,
@@ -46,7 +41,7 @@ from ...program.state import State
 from ...sites.landmarks import ids_of
 from ..attention.keyvalue import add_call
 from ..calls.call import branch_call, latest, move_before
-from ..calls.samples import ShownAxes, sample_axis
+from ..calls.samples import ShownAxes
 from ..linear.compose import composed_value
 from .packed import packed_by
 from .pads import PadPositions, PadTokens, StripTokens
@@ -58,51 +53,7 @@ _WAVES = overloads("cos", "sin")
 _EQUALITIES = overloads("eq", "ne")
 
 
-def shift_positions(program: State, length: int) -> None:
-    """Adds `length` to every absolute position: learnt tables and rotary angles alike."""
-    gm = program.module
-    targets: list[tuple[Node, int]] = []
-    learnt: set[str] = set()
-    for site in program.sites:
-        if site.kind == "embedding" and site.role == "position":
-            node = next(n for n in gm.graph.nodes if n.name == site.nodes[0])
-            targets.append((node, 1))
-            learnt |= {
-                program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols
-            }
-    seen: set[Node] = set()
-    for wave in gm.graph.nodes:
-        if not is_op(wave, _WAVES):
-            continue
-        for node in ancestors(wave, block=lambda n: is_op(n, MATMULS | overloads("outer"))):
-            two = [a for a in node.args[:2] if isinstance(a, Node)]
-            products = MATMULS | overloads("outer", "mul")
-            if node in seen or not is_op(node, products) or len(two) != 2:
-                continue
-            seen.add(node)
-            targets += [(node, i) for i, a in enumerate(two) if _counts(a)]
-    if not targets:
-        raise PassError("the model has no absolute positions to shift; use shift_positions=false.")
-    for node, index in targets:
-        position: Any = node.args[index]
-        rows = isinstance(position, list | tuple)  # `table[positions]` instead of a lookup
-        with gm.graph.inserting_before(node):
-            start = position[0] if rows else position
-            moved = gm.graph.call_function(ATEN.add.Tensor, (start, length))
-        node.update_arg(index, [moved] if rows else moved)
-    for label in sorted(n for n in learnt - sample_axis(program).names if n):
-        program.spec = _shorter(program, label, length)
-
-
-def _counts(node: Node) -> bool:
-    """Whether a value is a position: cast from a range, a running sum or an integer input."""
-    source = strip(node, VIEWS | CASTS | ADDS)
-    if source.op == "placeholder":
-        return not is_float(source)
-    return is_op(source, overloads("arange", "cumsum", "sub"))
-
-
-def _shorter(program: State, label: str, length: int) -> InputSpec:
+def shorter(program: State, label: str, length: int) -> InputSpec:
     """The input spec with `length` less of the size named `label`, which the graph adds itself."""
     spec = program.spec
     low, high = spec.ranges[label]
@@ -264,7 +215,7 @@ def prepend_tokens(
     for leaf, axes in outputs.items():
         with gm.graph.inserting_before(end):
             end.replace_input_with(leaf, strip_prompt(leaf, axes))
-    program.spec = _shorter(program, label, length)
+    program.spec = shorter(program, label, length)
     program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
     return program
 
