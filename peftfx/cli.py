@@ -6,7 +6,6 @@ instead of tables, for machines.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
@@ -20,10 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from .arguments import parser
 from .directories import to_directory
 from .drawing import check_drawing, draw_sites
-from .exporters.formats import FORMATS, format_of, load_adapter, save_adapter
 from .exporters.formats import convert as convert_files
+from .exporters.formats import format_of, load_adapter, save_adapter
 from .exporters.plain_lora import worst
 from .method_table import print_methods
 from .methods import methods
@@ -42,7 +42,7 @@ ERR = Console(stderr=True)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = parser(ACTIONS).parse_args(argv)
     try:
         result = options.command(options)
     except RewriteError as error:
@@ -325,85 +325,12 @@ def search(options: Any) -> Any:
     return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON document")
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", help="a Hugging Face directory, a GGUF file, or module:function")
-    parser = argparse.ArgumentParser(
-        prog="peftfx", description="Parameter-efficient fine-tuning as graph rewriting."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, action: Any, about: str, *parents: Any) -> argparse.ArgumentParser:
-        parser_of = commands.add_parser(
-            name, help=about, description=about, parents=[common, *parents]
-        )
-        parser_of.set_defaults(command=action)
-        return parser_of
-
-    listing = add("sites", sites, "list the places that passes can rewrite", model)
-    listing.add_argument("--where", help="a selector, such as '(q|v) and layer>=6'")
-    listing.add_argument("--draw", metavar="FILE", help="draw them too: a name in .svg or .png")
-    for name, action, about in (
-        ("print", show, "print the graph, after passes if given"),
-        ("diff", diff, "show what passes change in the graph"),
-        ("verify", verify, "measure every promise of passes or an adapter again"),
-    ):
-        command = add(name, action, about, model)
-        command.add_argument("passes", nargs="?", help="pipeline text or a .yaml recipe")
-        command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
-    command = add("run", run_passes, "apply passes and save the adapter", model)
-    command.add_argument("passes", help="pipeline text or a .yaml recipe")
-    command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
-    command.add_argument("--out", help="directory for the adapter")
-    command = add("fold", fold, "merge a saved adapter into the model's weights", model)
-    command.add_argument("adapter", help="a saved adapter")
-    command.add_argument("--out", required=True, help="safetensors file for the merged weights")
-    streaming = "fold shard by shard; --out is then a new model directory"
-    command.add_argument("--stream", action="store_true", help=streaming)
-    about = "with --stream: where the weights are, if MODEL is no directory"
-    command.add_argument("--weights", metavar="DIR", help=about)
-    command.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
-    about = "write an adapter in another library's format, or a whole model (hf)"
-    command = add("convert", convert, about)
-    command.add_argument("adapter", help="of any format that is read; for hf, or a GGUF model")
-    command.add_argument("out", help="the new directory, or file")
-    about = "its model, where sizes or numbers of weights are needed: a directory, whose files are "
-    command.add_argument("--base", metavar="MODEL", help=f"{about}read, or module:function")
-    about = "build and capture it: for stacks of experts, and where its files use other names"
-    command.add_argument("--capture", action="store_true", help=about)
-    command.add_argument("--component", default="", help="which adapter of a file with several")
-    command.add_argument("--to", required=True, choices=(*FORMATS, "hf"))
-    command.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
-    command = add("export", export, "write a verified ONNX file", model)
-    command.add_argument("passes", nargs="?", help="pipeline text, such as fold")
-    command.add_argument("--adapter", help="an adapter to load first: saved here, or by PEFT")
-    command.add_argument("--out", required=True, help="the ONNX file")
-    about = "the adapter's factors are inputs, for .onnx_adapter files"
-    command.add_argument("--slots", action="store_true", help=about)
-    command.add_argument("--opset", type=int, help="operator set (default: newest that passes)")
-    about = "difference allowed, of the largest output (default: 1e-5, more in half precision)"
-    command.add_argument("--tolerance", type=float, help=about)
-    about = "what half precision in the model becomes (bfloat16 runs in no CPU runtime)"
-    command.add_argument("--dtype", choices=["float32", "float16"], help=about)
-    add("passes", passes, "list the passes")
-    command = add("methods", list_methods, "list the methods, with what they train on a model")
-    command.add_argument("model", nargs="?", help="a model directory, or module:function")
-    command = add("memory", memory, "what training keeps, without weights or a run", model)
-    command.add_argument("passes", nargs="?", help="pipeline text or a .yaml recipe")
-    command.add_argument("--batch", type=int, help="rows, where the model leaves that open")
-    command.add_argument("--seq", type=int, help="tokens, where the model leaves that open")
-    command.add_argument("--optimizer", default="adamw", help="adamw, sgd, momentum, ...")
-    command = add("demo", demo, "adapt a real embedding model to a code base for search")
-    command.add_argument("--source", help="a Python source tree (default: the standard library)")
-    command.add_argument("--all", action="store_true", help="compare all methods")
-    command.add_argument("--out", default="demo-output", help="directory for report and model")
-    command = add("search", search, "search with the model that the demo exported")
-    command.add_argument("query", help="what the function does, in words")
-    command.add_argument("--out", default="demo-output", help="the demo's directory")
-    command.add_argument("--count", type=int, default=5, help="number of answers")
-    return parser
+ACTIONS = {
+    "sites": sites, "print": show, "diff": diff, "verify": verify, "run": run_passes, "fold": fold,
+    "convert": convert, "export": export, "passes": passes, "methods": list_methods,
+    "memory": memory, "demo": demo, "search": search,
+}  # fmt: skip
+"""What runs each command."""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from peftfx.cli import _parser
+from peftfx.arguments import parser
+from peftfx.cli import ACTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +32,7 @@ def test_the_readme_runs(
 
 def test_the_readme_names_real_commands() -> None:
     text = (ROOT / "README.md").read_text()
-    known = _parser().format_help()
+    known = parser(ACTIONS).format_help()
     for command in set(re.findall(r"peftfx ([a-z]+) ", text)):
         assert f"    {command}" in known, command
 
