@@ -84,10 +84,6 @@ def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> W
         raise ArtifactError(
             "PEFT has magnitudes at all modules of an adapter or at none; this has both."
         )
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    scales: dict[str, float] = {}
-    wrapped: list[str] = []
     sites = [_site(program, p) for p in low]
     stacks = _nested(
         program, [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
@@ -95,35 +91,54 @@ def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> W
     attention = {
         p.target[: -len(".in_proj_weight")] for p in low if p.target.endswith(".in_proj_weight")
     }
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
     for part, site in zip(low, sites, strict=True):
         path = stacks.get(part.target) or _path(part.target, attention)
         tensors |= {f"{PREFIX}{path}.{leaf}": t for leaf, t in _leaves(part, site).items()}
-        plain = (
-            re.sub(r"\.base_layer(?=\.|$)", "", path) if part.target not in stacks else part.target
-        )
+        wrapped = part.target in stacks
+        plain = part.target if wrapped else re.sub(r"\.base_layer(?=\.|$)", "", path)
         ranks[plain] = part.a.shape[-2]
         scales[plain] = part.scale / (TWICE if path.endswith(".base_layer.out_proj") else 1)
-        if part.target in stacks:
-            wrapped.append(part.target)
-    modules = [m for m in ranks if m not in wrapped]
-    modules = [
-        m for m in modules if m.rpartition(".out_proj")[0] not in attention or m in attention
-    ]
+    modules = [m for m in ranks if m not in stacks and not _inside(m, attention)]
     config: dict[str, Any] = {
         "peft_type": "LORA", "target_modules": target_modules(program, modules),
         "lora_dropout": max(p.dropout for p in low), "use_dora": low[0].magnitude is not None,
         **patterns(ranks, scales),
     }  # fmt: skip
-    if wrapped:
-        config["target_parameters"] = sorted(wrapped)
+    if stacks:
+        config["target_parameters"] = sorted(stacks)
         config["target_modules"] = config["target_modules"] or []
     if all(isinstance(s, LinearSite) and s.in_out for s in sites):
         config["fan_in_fan_out"] = True
+    for more in (_token_rows(parts), _biases(program, low, trained, ranks)):
+        config |= more[0]
+        tensors |= more[1]
+    return config, tensors
+
+
+def _inside(module: str, attention: Collection[str]) -> bool:
+    """Whether it is the output of an attention that an adapter wraps as a whole."""
+    return module not in attention and module.rpartition(".out_proj")[0] in attention
+
+
+def _token_rows(parts: Sequence[Part]) -> Written:
+    """Rows of embeddings that train."""
     rows = {p.target.removesuffix(".weight"): p for p in parts if isinstance(p, Rows)}
-    if rows:
-        config["trainable_token_indices"] = {n: p.ids.tolist() for n, p in rows.items()}
-        leaf = "token_adapter.trainable_tokens_delta"
-        tensors |= {f"{PREFIX}{n}.{leaf}": p.values for n, p in rows.items()}
+    if not rows:
+        return {}, {}
+    leaf = "token_adapter.trainable_tokens_delta"
+    config = {"trainable_token_indices": {n: p.ids.tolist() for n, p in rows.items()}}
+    return config, {f"{PREFIX}{n}.{leaf}": p.values for n, p in rows.items()}
+
+
+def _biases(
+    program: Base, low: Sequence[LowRank], trained: Sequence[Trained], ranks: Collection[str]
+) -> Written:
+    """Biases beside the factors: those that the model lacks are those of `lora_B`."""
+    config: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     added = {t.target: t.values for t in trained if _is_added(program, t.target)}
     if added:  # PEFT gives lora_B of all modules a bias, or of none
         config["lora_bias"] = True

@@ -43,9 +43,43 @@ def add_input(
         PassError: there is an input of that name, or no such dynamic size, or `example` is empty
             or too large.
     """
+    _require_new(program, name, example, per_sample)
+    if per_sample:
+        example, sizes = example.flatten()[:1], {0: _samples(program)}
+    dynamic = {axis: (label, *_place(program, label)) for axis, label in (sizes or {}).items()}
+    if wrong := [axis for axis in dynamic if tuple(example.shape)[axis : axis + 1] != (1,)]:
+        raise PassError(
+            f"the example of the input {name!r} is {tuple(example.shape)}, but axis {wrong[0]} is "
+            f"{dynamic[wrong[0]][0]}. Give an example of size 1 there."
+        )
     gm = program.module
     inputs = placeholders(gm)
-    if name in inputs or name in program.spec.names:
+    last = list(inputs.values())[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    beside = value(last)
+    node.meta["val"] = beside.fake_mode.from_tensor(example.to(beside.device), static_shapes=True)
+    numbers = example.flatten().tolist()
+    start = None if all(n == numbers[0] for n in numbers) else tuple(numbers)
+    shape: list[Any] = list(example.shape)
+    symbols, sample = list(shape), list(shape)
+    for axis, (label, source, place) in dynamic.items():
+        shape[axis], sample[axis] = label, program.sample[source].shape[place]
+        symbols[axis] = value(inputs[source]).shape[place]
+    if dynamic:
+        with beside.fake_mode:
+            node.meta["val"] = node.meta["val"].expand(symbols)
+    example = example.expand(sample)
+    added = TensorInput(name, tuple(shape), example.dtype, numbers[0], True, values, start)
+    program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
+    program.sample = {**program.sample, name: example}
+    _sign(gm, lambda names: [*names, name])
+    return node
+
+
+def _require_new(program: State, name: str, example: Tensor, per_sample: bool) -> None:
+    """Raises PassError unless there can be such an input."""
+    if name in placeholders(program.module) or name in program.spec.names:
         raise PassError(
             f"the program has an input {name!r} already. Give the new one another name; the "
             f"inputs are {program.spec}."
@@ -61,37 +95,6 @@ def add_input(
             f"the input {name!r} is one number for each sample, but its example holds several. "
             "Give one number, and the others in the calls."
         )
-    if per_sample:
-        example, sizes = example.flatten()[:1], {0: _samples(program)}
-    dynamic = {axis: (label, *_place(program, label)) for axis, label in (sizes or {}).items()}
-    if wrong := [axis for axis in dynamic if tuple(example.shape)[axis : axis + 1] != (1,)]:
-        raise PassError(
-            f"the example of the input {name!r} is {tuple(example.shape)}, but axis {wrong[0]} is "
-            f"{dynamic[wrong[0]][0]}. Give an example of size 1 there."
-        )
-    last = list(inputs.values())[-1]
-    with gm.graph.inserting_after(last):
-        node = gm.graph.placeholder(name)
-    beside = value(last)
-    on_device = example.to(beside.device)
-    held_numbers = example.flatten().tolist()
-    fill = held_numbers[0]
-    start = None if all(n == fill for n in held_numbers) else tuple(held_numbers)
-    shape: list[Any] = list(example.shape)
-    symbols, numbers = list(shape), list(shape)
-    for axis, (label, source, place) in dynamic.items():
-        shape[axis], numbers[axis] = label, program.sample[source].shape[place]
-        symbols[axis] = value(inputs[source]).shape[place]
-    node.meta["val"] = beside.fake_mode.from_tensor(on_device, static_shapes=True)
-    if dynamic:
-        with beside.fake_mode:
-            node.meta["val"] = node.meta["val"].expand(symbols)
-    example = example.expand(numbers)
-    added = TensorInput(name, tuple(shape), example.dtype, fill, True, values, start)
-    program.spec = replace(program.spec, inputs=(*program.spec.inputs, added))
-    program.sample = {**program.sample, name: example}
-    _sign(gm, lambda names: [*names, name])
-    return node
 
 
 def _place(program: State, label: str) -> tuple[str, int]:

@@ -167,25 +167,10 @@ def prepend_tokens(
     size = fresh_size(value(ids).fake_mode, label)
     for node, arguments in moves.items():
         node.args = arguments
-    fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
     for source in placeholders(gm).values():
-        dims = shape(source)
-        if dims is None or symbol not in [str(d) for d in dims]:
+        if symbol not in [str(d) for d in shape(source) or ()]:
             continue
-        if len(dims) != 2:
-            raise PassError(
-                f"input {source.name!r} is {list(dims)}, not one number for each token, so nothing "
-                "can be put in front of the tokens. Capture without it, or choose prefix_tuning."
-            )
-        meaning = "ids" if source is ids else meaning_of(program, source)
-        if meaning is None:
-            raise PassError(
-                f"input {source.name!r} has a token axis, but where its values go does not show "
-                "how a prompt continues it. Capture without it, or prepend at another embedding "
-                f"than {site.id}."
-            )
-        axis, places = [str(d) for d in dims].index(symbol), meaning == "positions"
-        pad = PadPositions(length, axis) if places else PadTokens(length, fills[meaning], axis)
+        pad = _pad(program, site, source, ids, symbol, length)
         with gm.graph.inserting_after(source):
             padded = add_call(gm, "pad_tokens", pad, (source,))
         source.replace_all_uses_with(
@@ -218,6 +203,35 @@ def prepend_tokens(
     program.spec = shorter(program, label, length)
     program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
     return program
+
+
+def _pad(
+    program: State, site: EmbeddingSite, source: Node, ids: Node, symbol: str, length: int
+) -> PadTokens | PadPositions:
+    """What continues an input of one number for each token in front of them.
+
+    Raises:
+        PassError: it has more, or nothing tells what it is.
+    """
+    dims = [str(d) for d in shape(source) or ()]
+    if len(dims) != 2:
+        raise PassError(
+            f"input {source.name!r} is [{', '.join(dims)}], not one number for each token, so "
+            "nothing can be put in front of the tokens. Capture without it, or choose "
+            "prefix_tuning."
+        )
+    meaning = "ids" if source is ids else meaning_of(program, source)
+    if meaning is None:
+        raise PassError(
+            f"input {source.name!r} has a token axis, but where its values go does not show "
+            "how a prompt continues it. Capture without it, or prepend at another embedding "
+            f"than {site.id}."
+        )
+    axis = dims.index(symbol)
+    if meaning == "positions":
+        return PadPositions(length, axis)
+    fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
+    return PadTokens(length, fills[meaning], axis)
 
 
 def _token_ids(
