@@ -40,7 +40,7 @@ from .onnx_precision import (
     floor_of,
     in_dtype,
 )
-from .onnx_quantised import LAYOUT, translations
+from .onnx_quantised import LAYOUTS, flatten_codes, left_dense, translations
 from .onnx_slots import Slots, as_inputs, slotted
 from .onnx_translate import Exported, reexport, rename_sizes, silence, translate
 
@@ -78,7 +78,8 @@ class OnnxReport:
             itself, relative to the largest output.
         limits: what the program's spec says of sizes: ranges, relations and fixed ones; the file
             has them as its metadata `peftfx.limits`.
-        notes: sizes that were left out of `parity`, and why; what ONNX Runtime's quantiser needs.
+        notes: sizes that were left out of `parity`, and why; what ONNX Runtime's quantiser needs;
+            weights in few bits that the file makes dense.
     """
 
     path: Path
@@ -120,7 +121,7 @@ class _Prepared:
         table: translations that torch.onnx lacks.
         wide: the same program in float32, if it computes in half precision.
         tolerance: the difference allowed in any case.
-        rounding: see `OnnxReport`.
+        rounding, notes: see `OnnxReport`.
         slots: which of its parameters become inputs.
     """
 
@@ -132,6 +133,7 @@ class _Prepared:
     wide: Program | None
     tolerance: float
     rounding: float | None
+    notes: tuple[str, ...]
     slots: Slots | None = None
 
 
@@ -211,7 +213,7 @@ def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
     with alone():
         plain = Editor(fork)
         restore_deltas(plain)
-        quantised = repack(plain, LAYOUT)
+        layouts, left = repack(plain, LAYOUTS)
         plain.finish()
     dtypes = dtypes_of(fork)
     check_target(dtypes, dtype)
@@ -226,9 +228,11 @@ def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
         exported = reexport(fork, next(iter(_feeds(fork).values())))
     from .onnx_operators import operators  # needs onnxscript
 
-    table = {**operators(), **(translations() if quantised else {})}
+    table = {**operators(), **(translations() if layouts else {})}
     masks = masks_of(fork, exported)
-    return _Prepared(fork, exported, names, masks, table, wide, floor_of(dtypes), rounding)
+    return _Prepared(
+        fork, exported, names, masks, table, wide, floor_of(dtypes), rounding, left_dense(left)
+    )
 
 
 def _conversion(
@@ -278,6 +282,7 @@ def _attempt(
     inputs, outputs = prepared.program.spec.names, prepared.outputs
     with alone(), silence():
         model = translate(prepared.exported, opset, inputs, outputs, prepared.table)
+    flatten_codes(model)
     transposed = weights.store_as_read(model)
     weights.strip(model)
     if prepared.slots:
@@ -297,7 +302,8 @@ def _attempt(
         weights.place(folder, path)
     nodes = proto.graph.node
     attention = any(n.op_type == "Attention" and not n.domain for n in nodes)
-    notes = (*left_out(prepared.program), *((ATTENTION,) if attention else ()))
+    attention_notes = (ATTENTION,) if attention else ()
+    notes = (*left_out(prepared.program), *prepared.notes, *attention_notes)
     return OnnxReport(
         path, opset, len(nodes), size, inputs, outputs, parity, allowed, transposed, data,
         prepared.rounding, limits, notes,

@@ -462,7 +462,35 @@ def test_every_format_exports(captured: Any, tmp_path: Path) -> None:
     report = peftfx.export_onnx(randomise(program), tmp_path / "m.onnx")
     assert report.error < 1e-5
     kinds = [n.op_type for n in onnx.load(str(report.path)).graph.node]
-    assert kinds.count("MatMulNBits") == 3  # the other runtime has no such codes, signs and pairs
+    assert kinds.count("MatMulNBits") == 3 and kinds.count("MatMulBnb4") == 1
+    assert sum("dense while the file runs" in note for note in report.notes) == 2  # signs, pairs
+
+
+def test_codes_of_nf4_are_stored_as_onnx_runtime_reads_them(captured: Any, tmp_path: Path) -> None:
+    """Bytes and scales are those of the program; another table or group stays ours."""
+    onnx = pytest.importorskip("onnx")
+    program = peftfx.run(captured["block"][1], "quantise{group=16,where=ffn.up|ffn.down}")
+    report = peftfx.export_onnx(program, tmp_path / "m.onnx")
+    assert report.error < 1e-5 and not any("dense" in note for note in report.notes)
+    file = onnx.load(str(report.path))
+    calls = [n for n in file.graph.node if n.op_type == "MatMulBnb4"]
+    assert len(calls) == 2 and all(n.domain == "com.microsoft" for n in calls)
+    given = {t.name: onnx.numpy_helper.to_array(t) for t in file.graph.initializer}
+    sizes: set[tuple[int, int]] = set()
+    for call in calls:
+        numbers = {a.name: a.i for a in call.attribute}
+        codes, scales = (torch.from_numpy(given[n].copy()).flatten() for n in call.input[1:3])
+        values = torch.stack([codes >> 4, codes & 15], 1).flatten().long()
+        groups = torch.tensor(NF4)[values].view(-1, numbers["block_size"]) * scales[:, None]
+        dense = groups.view(numbers["N"], numbers["K"])
+        sizes.add((numbers["N"], numbers["K"]))
+        known = program.export_state_dict().values()
+        assert any(t.shape == dense.shape and torch.equal(t, dense) for t in known)
+        assert (numbers["block_size"], numbers["quant_type"]) == (16, 1)
+    assert sizes == {(64, 32), (32, 64)}
+    other = peftfx.run(captured["block"][1], "quantise{group=24,where=ffn.up}")
+    report = peftfx.export_onnx(other, tmp_path / "other.onnx")
+    assert report.error < 1e-5 and "NF4 in groups of 16" in str(report)
 
 
 def test_weights_may_come_later(captured: Any, tmp_path: Path) -> None:
@@ -510,7 +538,7 @@ def test_what_does_not_fit_is_said(captured: Any, stored: Any) -> None:
     program = peftfx.run(stored("sparse24"), "lora{rank=2};lower")
     assert all("quantised (2 of 4 entries)" in reason for _, reason in program.history[-1].skipped)
     sparse = randomise(peftfx.run(stored("codebook"), "diff_pruning{where=q}"), 0.1)
-    with pytest.raises(FoldError, match=r"which hold no other value of single entries.*lossy=true"):
+    with pytest.raises(FoldError, match=r"hold no other value of single entries.*lossy=true"):
         peftfx.run(sparse, "fold{names=[diff_pruning]}")
 
 

@@ -112,7 +112,6 @@ def test_methods_stand_beside_and_fold_with_what_is_left(
         folded = peftfx.run(program, "fold{lossy=true}")
     assert not folded.attachments
     exact = method == "ia3" and kind == "sparse24"  # columns and rows of their own
-    close(folded(IDS), plain(folded.fork())(IDS)) if exact else None
     assert exact == ("delta_left" not in folded.history[-1].certificate.measured)
     if exact:
         close(folded(IDS), program(IDS))
@@ -143,20 +142,15 @@ def test_sparse_changes_stand_beside_few_bits(stored: Any, kind: str, tmp_path: 
             count += len(branch.values)
             flat[branch.indices.long()] += branch.values.detach()
             state[name] = flat.view(state[name].shape)
-    assert count == pytest.approx(
-        0.1 * sum(t.numel() for n, t in state.items() if "norm" not in n), abs=2
-    )
+    entries = sum(t.numel() for n, t in state.items() if "norm" not in n and "bias" not in n)
+    assert count == round(0.1 * entries)
     for attachment in baked.attachments:
         if attachment.slot != "expression":
             own = {n: p.detach() for n, p in baked.branch(attachment).named_parameters()}
             name = attachment.site
-            stack = (
-                matrices(name, state[name])
-                if "block.r" not in name and name != "head.weight"
-                else state[name][None]
-            )
+            linear = name in ("block.router.weight", "head.weight")
+            stack = state[name][None] if linear else matrices(name, state[name])
             made = FORMULAS["dora"](stack, own, 1.5)
-            linear = "block.r" in name or name == "head.weight"
             state[name] = made[0] if linear else put_back(name, made, state[name])
     other.load_state_dict(state)
     close(baked(IDS), other(IDS))
@@ -172,7 +166,6 @@ def test_sparse_changes_stand_beside_few_bits(stored: Any, kind: str, tmp_path: 
     folded = peftfx.run(baked, "fold{lossy=true}")
     left = folded.history[-1].certificate.measured["delta_left"]
     assert not folded.attachments and 0 < left <= 1.2
-    close(folded(IDS), plain(folded)(IDS)) if False else None
     close(folded.without("quantise")(IDS), baked.without("quantise")(IDS))
 
 
@@ -182,7 +175,7 @@ def test_what_settles_to_nothing_gives_the_operator_back(stored: Any) -> None:
     program = peftfx.run(before, "diff_pruning{density=0.001,where=embedding|linear}")
     with torch.no_grad():
         for name, p in program.named_trainable_parameters().items():
-            p.fill_(1.0 if "head.weight" in name and name.endswith(".w") else 0.0)
+            p.fill_(5.0 if "head.weight" in name else 0.0)
     assert "quantised_linear" not in program.text() and "dequantise_rows" not in program.text()
     baked = peftfx.run(program, "bake")
     assert [a.site for a in baked.attachments] == ["head.weight"]
@@ -214,10 +207,12 @@ def test_lookups_gather_codes_and_take_any_ids(stored: Any) -> None:
     torch.testing.assert_close(program(ids), want)
     table = state["table"] + 1.5 * (own["b"] @ own["a"]).T
     torch.testing.assert_close(adapted(ids), table[ids].cumsum(1))
-    token = peftfx.run(stored("codebook"), "lora{rank=2,where=embedding.token}")
+    token = randomise(peftfx.run(stored("codebook"), "lora{rank=2,where=embedding.token}"), 0.2)
     token(IDS)[0].pow(2).sum().backward()
-    gradient = token.named_trainable_parameters()["peftfx.lora.token.delta.b"].grad
-    assert gradient is not None and gradient.abs().sum() > 0
+    gradient = token.named_trainable_parameters()["peftfx.lora.token.delta.a"].grad
+    assert gradient is not None  # of all ids but that of padding
+    read = {int(i) for i in IDS.flatten() if i}
+    assert set(gradient.abs().sum(0).nonzero().flatten().tolist()) == read
 
 
 def test_grouped_rows_multiply_by_stored_experts(zoo: Any, tmp_path: Path) -> None:
@@ -241,8 +236,9 @@ def test_grouped_rows_multiply_by_stored_experts(zoo: Any, tmp_path: Path) -> No
     torch.testing.assert_close(first(program(**inputs)), want, rtol=1e-4, atol=1e-5)
     adapted = randomise(peftfx.run(program, "lora{rank=2,where=experts}"), 0.1)
     got = first(adapted(**inputs))
-    peftfx.save_program(adapted, tmp_path / "p")
-    torch.testing.assert_close(first(peftfx.load_program(tmp_path / "p")(**inputs)), got)
+    peftfx.save(adapted, tmp_path / "a")
+    torch.testing.assert_close(first(peftfx.load(base, tmp_path / "a")(**inputs)), got)
+    assert moved(got, want) > 0.001
     skipped = peftfx.run(base, "quantise{where=name:gate_up_proj and ffn.up}").history[-1].skipped
     assert all("select all or none of it" in reason for _, reason in skipped) and skipped
 

@@ -82,6 +82,7 @@ class Quantise(Pass):
         return Plan({"sites": [s.id for s in program.sites.select(self.where, kinds)]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:
+        edit.freeze()  # what is stored so trains no more, so the rest would seem to be chosen
         operator, _ = _FORMATS[self.format]
         for site in edit.whole(plan.decisions["sites"]):
             edit.quantise(site, operator, **self.options)

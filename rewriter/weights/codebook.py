@@ -26,6 +26,9 @@ NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 
+BLOCKS = (16, 32, 64, 128, 256)
+"""Groups that ONNX Runtime's MatMulBnb4 has."""
+
 
 @dataclass(frozen=True)
 class Codebook(Format):
@@ -86,6 +89,16 @@ class Codebook(Format):
     def dense(self) -> Tensor:
         of = torch.arange(self.in_features, device=self.codes.device) // self.group
         return self.table.to(self.scale.dtype)[self.values().long()] * self.scale[:, of]
+
+    def pack(self, layout: str) -> Self | None:
+        """`matmulbnb4` has the table `NF4`, and groups that divide a row; whoever writes the file
+        puts the first code of a byte into its high bits, as no operator of ours reads it."""
+        if layout != "matmulbnb4":
+            return super().pack(layout)
+        known = self.table.float().tolist() == torch.tensor(NF4).tolist()
+        if not known or self.group not in BLOCKS or self.in_features % self.group:
+            return None
+        return self
 
     def replaced(self, exact: Tensor) -> Self:
         """With the old scales or fresh ones, whichever is nearer in a row."""

@@ -149,7 +149,7 @@ class Format(ABC):
         """The same matrix as another runtime takes it, None if it has no such thing.
 
         Args:
-            layout: such as `matmulnbits`, ONNX Runtime's.
+            layout: such as `matmulnbits`, that of an operator of ONNX Runtime.
 
         Raises:
             ExportError: the layout is unknown, or cannot hold these sizes.
@@ -159,7 +159,7 @@ class Format(ABC):
         return None
 
 
-LAYOUTS = ("matmulnbits",)
+LAYOUTS = ("matmulnbits", "matmulbnb4")
 
 
 def nearest(exact: Tensor, one: F, other: F) -> F:

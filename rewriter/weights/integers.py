@@ -113,14 +113,15 @@ class Quantised(Format):
         part = replace(part, zero=self.zeros()[:, index[:: self.group] // self.group])
         return part if self.zero.is_floating_point() else part._packed_zeros()
 
-    def pack(self, layout: str) -> Self:
+    def pack(self, layout: str) -> Self | None:
         """`matmulnbits` has groups of powers of two from 16 on. Other groups are cut into such
         ones, which repeat the scale; the matrix is the same.
 
         Raises:
             ExportError: the layout is unknown, or cannot hold groups of this size.
         """
-        super().pack(layout)
+        if layout != "matmulnbits":
+            return super().pack(layout)
         block = self.group & -self.group
         if block < 16 and self.codes.shape[1] == 1:  # padding completes a group of a row
             block = max(16, 1 << (self.group - 1).bit_length())

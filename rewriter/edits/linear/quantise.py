@@ -26,9 +26,12 @@ from .compose import compose
 from .forms import replace_call, store_as
 
 
-def repack(edit: Attaching, layout: str) -> bool:
-    """Stores every weight as another runtime takes it, and lets the calls of formats that it does
-    not have multiply by the dense weight, computed anew; returns whether one has the layout.
+def repack(edit: Attaching, layouts: Sequence[str]) -> tuple[set[str], dict[str, list[str]]]:
+    """Stores every weight as another runtime takes it, and lets the linears of formats that it does
+    not have multiply by the dense weight, computed anew.
+
+    Returns:
+        The layouts that are there, and the weights that have none, by what their format is.
 
     Raises:
         ExportError: see `Format.pack`.
@@ -36,35 +39,42 @@ def repack(edit: Attaching, layout: str) -> bool:
     graph = edit.graph_module.graph
     linears = [s for s in edit.program.sites if isinstance(s, LinearSite)]
     named = {name: site for site in linears for name in site.nodes}
-    packed: dict[str, Format | None] = {}
+    packed: dict[str, tuple[str, Format]] = {}
+    left: dict[str, list[str]] = {}
     for name, site in named.items():
         call = edit.node(name)
         stored = StoredCall.of(call)
         if stored is None:
             continue
         if site.weight not in packed:
-            packed[site.weight] = _laid_out(edit, site, layout)
-        if (form := packed[site.weight]) is not None:
+            packed[site.weight] = _laid_out(edit, site, layouts)
+        layout, form = packed[site.weight]
+        if layout:
             stored.with_numbers(form.integers).write(call)
             continue
+        left.setdefault(form.said, []).append(site.weight)
         with graph.inserting_before(call):
             dense = graph.call_function(*stored.dense(site.in_features))
             new = linear_call(graph, stored.x, dense, stored.bias)
         replace_call(graph, call, new)
     edit.refresh()
-    return any(form is not None for form in packed.values())
+    return {layout for layout, _ in packed.values() if layout}, left
 
 
-def _laid_out(edit: Attaching, site: LinearSite, layout: str) -> Format | None:
-    """Stores one weight in a layout, if its format has that."""
+def _laid_out(edit: Attaching, site: LinearSite, layouts: Sequence[str]) -> tuple[str, Format]:
+    """Stores one weight in the first of some layouts that its format has; which one, '' for none,
+    and the format then."""
     weight = edit.weight(site)
-    try:
-        form = weight.format.pack(layout)
-    except ExportError as error:
-        raise ExportError(f"{site.weight}: {error}") from error
-    if form is not None:
-        put_format(edit.graph_module, site.weight, replace(weight, format=form).tensors())
-    return form
+    for layout in layouts:
+        try:
+            form = weight.format.pack(layout)
+        except ExportError as error:
+            raise ExportError(f"{site.weight}: {error}") from error
+        if form is not None:
+            tensors = replace(weight, format=form).tensors()
+            put_format(edit.graph_module, site.weight, tensors)
+            return layout, form
+    return "", weight.format
 
 
 def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[WeightSite]:
@@ -72,7 +82,7 @@ def whole_weights(edit: Attaching, ids: Sequence[str]) -> list[WeightSite]:
     chosen = {i: s for i in ids if isinstance(s := edit.program.sites[i], WeightSite)}
     sites: dict[str, WeightSite] = {}
     for site in chosen.values():
-        same = [s for s in edit.program.sites if isinstance(s, WeightSite)]
+        same = [s for s in edit.program.sites.of(site.kind) if isinstance(s, WeightSite)]
         rest = [s.id for s in same if s.weight == site.weight and s.id not in chosen]
         if rest:
             edit.skip(site, f"{site.weight} also holds {', '.join(rest)}: select all or none of it")
