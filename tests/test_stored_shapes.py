@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import PassError
 
-from .models import moved, randomise
+from .models import batch, first, moved, randomise
 from .test_weight_shapes import FORMULAS, IDS, Mixed, branches, close, matrices, put_back
 
 PLACES = "linear|conv|embedding|experts"
@@ -142,7 +142,7 @@ def test_sparse_changes_stand_beside_few_bits(stored: Any, kind: str, tmp_path: 
             count += len(branch.values)
             flat[branch.indices.long()] += branch.values.detach()
             state[name] = flat.view(state[name].shape)
-    entries = sum(t.numel() for n, t in state.items() if "norm" not in n and "bias" not in n)
+    entries = sum(t.numel() for n, t in state.items() if "norm" not in n)
     assert count == round(0.1 * entries)
     for attachment in baked.attachments:
         if attachment.slot != "expression":
@@ -217,8 +217,6 @@ def test_lookups_gather_codes_and_take_any_ids(stored: Any) -> None:
 
 def test_grouped_rows_multiply_by_stored_experts(zoo: Any, tmp_path: Path) -> None:
     """Mixtral's, whose stack holds gates and ups: all or nothing of it."""
-    from .models import batch, first
-
     base, model = zoo["mixtral"], zoo.model("mixtral")
     program = peftfx.run(base, "quantise{where=experts}")
     inputs = batch(3, 7, pad=2)
@@ -253,6 +251,24 @@ def test_compiled_and_in_half_precision(model: Mixed) -> None:
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
     state = program.module.state_dict()
     assert {t.dtype for n, t in state.items() if n.endswith(".scale")} == {torch.float32}
+
+
+def test_a_prompt_stands_in_front_of_a_stored_table(captured: Any) -> None:
+    """Whatever comes first; rows of the table that tokens train on stand on top of it."""
+    _, base = captured["block"]
+    inputs, prompt = batch(3, 7), "prompt_tuning{length=2}"
+    one = randomise(peftfx.run(base, f"quantise{{where=embedding}};{prompt}"), 0.2)
+    two = peftfx.run(base, f"{prompt};quantise{{where=embedding}}")
+    values = one.named_trainable_parameters()
+    with torch.no_grad():
+        for name, parameter in two.named_trainable_parameters().items():
+            parameter.copy_(values[name])
+    torch.testing.assert_close(first(one(**inputs)), first(two(**inputs)))
+    assert moved(first(base(**inputs)), first(one(**inputs))) > 0.01
+    rows = peftfx.run(base, "quantise{where=embedding};train_tokens{ids=[3,5]}")
+    assert torch.equal(first(rows(**inputs)), first(rows.without("train_tokens")(**inputs)))
+    with pytest.raises(PassError, match="peftfx.codebook_dense_rows.default mixes them"):
+        peftfx.run(rows.without("train_tokens"), "width_pruning{ratio=0.25}")
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -63,15 +63,16 @@ class Editor(Reading):
     are keyword arguments.
     """
 
-    def quantise(self, site: LinearSite, operator: Callable[..., Tensor], **options: Any) -> bool:
-        """Stores a linear's weight in the format of an operator of `kernels/`, in parts below its
+    def quantise(self, site: WeightSite, operator: Callable[..., Tensor], **options: Any) -> bool:
+        """Stores the weight of a site in the format of an operator of `kernels/`, in parts below its
         name such as the parameter `{weight}.scale`.
 
         The digest of the integers goes into the plan, and a replay has to find the same.
 
         Args:
             site: of the weight, all of which is packed.
-            operator: what the calls become; its format is registered in `rewriter/weights/`.
+            operator: what the calls of linears become (lookups gather parts, others multiply by
+                the dense weight, computed anew); its format is registered in `rewriter/weights/`.
             options: the format's own, see its `packed`.
 
         Returns:

@@ -73,6 +73,14 @@ class WeightedCall:
         return None
 
 
+def looked_up(node: Node) -> Node | None:
+    """The ids by which a node looks up an embedding, dense or of stored rows; None if it does
+    not."""
+    lookup = Lookup.of(node)
+    ids: Any = node.args[1] if is_op(node, EMBEDDING) else lookup.ids if lookup else None
+    return ids if isinstance(ids, Node) else None
+
+
 def stored_of(call: Node | None) -> Stored | None:
     """The stored format of what a call multiplies by, read by its operator or as a value; None
     where that is a dense tensor."""

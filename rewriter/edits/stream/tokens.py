@@ -19,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from ...branches.branch import Branch
 from ...errors import PassError
 from ...graph.aten import (
-    EMBEDDING,
     SOFTMAX,
     VIEWS,
     ancestors,
@@ -35,6 +34,7 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ...graph.weighted_call import looked_up
 from ...inputs.spec import InputSpec
 from ...program.sites import AttentionSite, EmbeddingSite, Site
 from ...program.state import State
@@ -79,7 +79,8 @@ def meaning_of(program: State, source: Node) -> str | None:
 
     def stop(node: Node) -> bool:
         return (
-            is_op(node, _LOSSES | SOFTMAX | _WAVES | {EMBEDDING})
+            is_op(node, _LOSSES | SOFTMAX | _WAVES)
+            or looked_up(node) is not None
             or isinstance(submodule(gm, node), Attention)
         )  # fmt: skip
 
@@ -90,7 +91,7 @@ def meaning_of(program: State, source: Node) -> str | None:
     for node in reaches(source, stop, block):
         if is_op(node, _LOSSES):
             return "labels"
-        if is_op(node, EMBEDDING):
+        if looked_up(node) is not None:
             return "positions" if roles.get(node.name) == "position" else "types"
         return "positions" if is_op(node, _WAVES) else "mask"
     return None
@@ -239,7 +240,8 @@ def _token_ids(
 ) -> tuple[Node, str]:
     """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, and the
     size of its tokens."""
-    ids: Any = strip(embedding.args[1], VIEWS)  # pyright: ignore[reportArgumentType]
+    known = looked_up(embedding)
+    ids: Any = None if known is None else strip(known, VIEWS)
     size = shape(ids)
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
         raise PassError(
