@@ -22,7 +22,6 @@ from ...kernels import codebook_linear, onebit_linear, quantised_linear, sparse2
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import LinearSite
 from ...rewriter.program.state import State
 
 _FORMATS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
@@ -76,5 +75,4 @@ class Quantise(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         operator, _ = _FORMATS[self.format]
         for site in edit.whole(plan.decisions["sites"]):
-            if isinstance(site, LinearSite):
-                edit.quantise(site, operator, **self.options)
+            edit.quantise(site, operator, **self.options)

@@ -190,7 +190,8 @@ class _Flow:
 
     def _inputs(self) -> Iterator[tuple[Ref, Axis]]:
         spec, held = self.program.spec, placeholders(self.gm)
-        kinds = {n: kind for kind in ("batch", "token") for n in spec.of_kind(kind)}
+        both: tuple[Kind, ...] = ("batch", "token")
+        kinds = {n: kind for kind in both for n in spec.of_kind(kind)}
         for item in spec.inputs:
             for place, size in enumerate(item.shape):
                 if isinstance(size, str) and size in kinds:
@@ -275,6 +276,7 @@ class _Flow:
 def _declared(label: str | tuple[str, ...], size: int, branch: Branch) -> Axis:
     """What a branch says of an axis; beside a stack of matrices, it has one part for each."""
     words = (label,) if isinstance(label, str) else label
+    kinds: list[Kind | None]
     kinds = [_DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words]
     count = branch.shape.count
     joint = isinstance(branch.shape, ExpertsShape) and kinds != ["expert"] and len(kinds) == 1

@@ -23,7 +23,7 @@ from ..graph.stored_call import StoredCall
 from ..measure.compare import all_finite
 from ..program.sites import LinearSite, WeightSite
 from ..program.state import State
-from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
+from . import codebook, integers, onebit, sparse24  # noqa: F401 # pyright: ignore[reportUnusedImport] - the formats that there are
 from .certificate import Matrix
 from .format import Dense, Format, format_of
 from .shape import shape_of
