@@ -191,7 +191,7 @@ class _Flow:
     def _inputs(self) -> Iterator[tuple[Ref, Axis]]:
         spec, held = self.program.spec, placeholders(self.gm)
         both: tuple[Kind, ...] = ("batch", "token")
-        kinds = {n: kind for kind in both for n in spec.of_kind(kind)}
+        kinds: dict[str, Kind] = {n: kind for kind in both for n in spec.of_kind(kind)}
         for item in spec.inputs:
             for place, size in enumerate(item.shape):
                 if isinstance(size, str) and size in kinds:

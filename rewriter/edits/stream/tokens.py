@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ...branches.branch import Branch
 from ...errors import PassError
@@ -40,6 +39,7 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ...graph.symbols import fresh_size
 from ...inputs.spec import InputSpec
 from ...program.sites import AttentionSite, EmbeddingSite, Site
 from ...program.state import State
@@ -264,7 +264,7 @@ def prepend_tokens(
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
-    size = fresh_size(value(ids).fake_mode, label)
+    size = fresh_size(gm, value(ids).fake_mode, label)
     for node, arguments in moves.items():
         node.args = arguments
     fills = {"ids": _neutral(ids), "types": 0, "mask": 1, "labels": -100}
@@ -351,16 +351,6 @@ def _token_ids(program: State, site: EmbeddingSite, embedding: Node) -> tuple[No
             "[sequence, batch, width], so no tokens can be put in front. Choose prefix_tuning."
         )
     return ids, symbol
-
-
-def fresh_size(mode: Any, label: str) -> Any:
-    """A new symbolic size, 2 at least, which nothing relates to the others."""
-    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
-
-    names = len(mode.shape_env.var_to_range)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
-    source = ConstantSource(f"{label}_{names}")
-    return mode.from_tensor(torch.empty(8), symbolic_context=context, source=source).shape[0]
 
 
 def _resized(node: Node, symbol: str, size: Any) -> Tensor:
