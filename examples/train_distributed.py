@@ -84,7 +84,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     model = build(options.model).eval().to(device)
     example = batch_of(0, options.rows, device)
-    program = peftfx.run(peftfx.capture(model, kwargs=example), options.recipe).train()
+    captured = peftfx.capture(model, kwargs=example, cache=True)  # restarts recall it
+    program = peftfx.run(captured, options.recipe).train()
     module: Any = program.module
     if distributed.world() > 1 and options.engine == "ddp":
         module = DistributedDataParallel(module)

@@ -84,15 +84,24 @@ class Captured:
             name, f"its small recipe: {method}", lambda: peftfx.run(*self.start(name, method))
         )
 
+    def double(self, name: str) -> peftfx.Program:
+        """The program in float64, for what has to be exact."""
+        key = f"{name} in float64"
+        if key not in self.made:
+            self.made[key] = self._capture(name, torch.float64)
+        return self.made[key][1]
+
     def __getitem__(self, name: str) -> tuple[Any, peftfx.Program]:
         if name not in self.made:
-            with shared():
-                model = models.build(name)
-                inputs = models.batch()
-                if name == "fused":
-                    del inputs["attention_mask"]
-                self.made[name] = model, peftfx.capture(model, kwargs=inputs, cache=captures())
+            self.made[name] = self._capture(name)
         return self.made[name]
+
+    def _capture(self, name: str, dtype: torch.dtype | None = None) -> tuple[Any, peftfx.Program]:
+        with shared():
+            model, inputs = models.build(name), models.batch()
+            if name == "fused":
+                del inputs["attention_mask"]
+            return model, peftfx.capture(model, kwargs=inputs, dtype=dtype, cache=captures())
 
 
 class Zoo:

@@ -298,9 +298,10 @@ def test_constants_of_modules_and_classes(tmp_path: Path, monkeypatch: Any) -> N
     assert recalls() == "recalled"
     model.config.before += 1
     assert recalls() == "stored"
-    model.config.options = {"_use_default_values": ["a", "b"], "a": 1}
+    unset = ["a", "b"]
+    model.config.options = {"_use_default_values": unset, "a": 1}
     assert recalls() == "stored"
-    model.config.options["_use_default_values"].reverse()  # diffusers lists a set
+    unset.reverse()  # diffusers lists a set
     assert recalls() == "recalled"
     model.config.options["a"] = 2
     assert recalls() == "stored"

@@ -21,6 +21,8 @@ from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.tracing.memo import Memo
 from peftfx.rewriter.tracing.propagate import _Fakes
 
+from . import models
+
 
 class Layer(nn.Module):
     """A residual feed-forward."""
@@ -189,6 +191,27 @@ class Faked:
 def double(module: Any, x: Tensor) -> Tensor:
     del module
     return x * 2
+
+
+def test_sizes_that_passes_choose_are_those_of_the_program_before(evaluations: list[str]) -> None:
+    """So that what the layers give for the tokens chosen is known the second time."""
+    recipe = "coda{bottleneck=4,where=layer in [0]}"
+    base = peftfx.capture(models.build("encoder"), kwargs=models.batch())
+    evaluations.clear()
+    one = peftfx.run(base, recipe)
+    first = len(evaluations)
+    evaluations.clear()
+    two = peftfx.run(base, recipe)
+    assert "linear.default" not in evaluations and len(evaluations) < 0.7 * first
+    assert one.symbols == two.symbols != base.symbols
+
+
+def test_two_passes_that_choose_sizes_have_two() -> None:
+    base = peftfx.capture(models.build("encoder"), kwargs=models.batch())
+    text = "coda{{bottleneck=4,name=a{0},where=layer in [{0}]}}"
+    one = peftfx.run(base, text.format(0))
+    both = peftfx.run(one, text.format(1))
+    assert len(both.symbols) == len(one.symbols) + 1 == len(base.symbols) + 2
 
 
 def test_an_equal_evaluation_is_recalled_with_its_symbols() -> None:

@@ -130,7 +130,7 @@ def test_each_branch_is_its_delta(captured: Any, method: str, base_name: str) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_program_files(captured: Any, method: str, tmp_path: Path) -> None:
-    program = randomise(captured.placed("block", method))
+    program = randomise(captured.placed("tiny", method))
     inputs = batch(2, 7, pad=2)
     want = first(program(**inputs))
     peftfx.save_program(program, tmp_path / "p")

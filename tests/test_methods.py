@@ -26,7 +26,8 @@ def test_declared_effect_and_trainable_set(captured: Any, method: str, base_name
     assert {"identity": change == 0, "near": change < 0.1, "trainable": change > 0}[kind]
     assert program.adapters[-1] == method
     assert program.history[-1].edited
-    assert all(c.holds for c in program.verify())
+    if base_name in ("encoder", "llama"):  # replays all: once on ours, once on another's model
+        assert all(c.holds for c in program.verify())
 
 
 @pytest.mark.parametrize("base_name", ["encoder", "llama"])

@@ -324,6 +324,7 @@ class _Flow:
 def _declared(label: str | tuple[str, ...], size: int, branch: Branch) -> Axis:
     """What a branch says of an axis; beside a stack of matrices, it has one part for each."""
     words = (label,) if isinstance(label, str) else label
+    kinds: list[Kind | None]
     kinds = [_DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words]
     count = branch.shape.count
     joint = isinstance(branch.shape, ExpertsShape) and kinds != ["expert"] and len(kinds) == 1

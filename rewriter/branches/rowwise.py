@@ -80,9 +80,9 @@ class RowwiseOutputScale(RowwiseInputScale, OutputScale):
 class RowwiseSerial(Rowwise, Serial):
     """Each sample's own branch behind a sublayer."""
 
-    def forward(self, h: Tensor, skip: bool = True, *, ids: Tensor) -> Tensor:
+    def forward(self, h: Tensor, skip: bool = True, *, ids: Tensor, **reads: Tensor) -> Tensor:
         """`h` with samples on an axis of their own; `ids [batch]`, int64."""
-        return self.chosen(h if skip else torch.zeros_like(h), ids, h, skip)
+        return self.chosen(h if skip else torch.zeros_like(h), ids, h, skip, **reads)
 
 
 class RowwiseKeyValue(KeyValue):

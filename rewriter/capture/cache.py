@@ -321,7 +321,7 @@ class _Description:
             if base.__module__ in self.files:
                 self._constants(f"{base.__module__}.{base.__qualname__}", vars(base))
                 for name, item in vars(base).items():
-                    names = getattr(getattr(item, "__code__", None), "co_freevars", ())
+                    names: Any = getattr(getattr(item, "__code__", None), "co_freevars", ())
                     cells = zip(names, getattr(item, "__closure__", None) or (), strict=False)
                     read = {n: _content(cell) for n, cell in cells}
                     self._constants(f"{base.__module__}.{base.__qualname__}.{name}", read)

@@ -64,8 +64,8 @@ class Editor(Reading):
     """
 
     def quantise(self, site: WeightSite, operator: Callable[..., Tensor], **options: Any) -> bool:
-        """Stores the weight of a site in the format of an operator of `kernels/`, in parts below its
-        name such as the parameter `{weight}.scale`.
+        """Stores the weight of a site in the format of an operator of `kernels/`, in parts below
+        its name such as the parameter `{weight}.scale`.
 
         The digest of the integers goes into the plan, and a replay has to find the same.
 

@@ -48,7 +48,7 @@ class CapturedModule(GraphModule):
             relocate(self, before, after)
         return self
 
-    def named_modules(
+    def named_modules(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's says no type
         self,
         memo: set[nn.Module] | None = None,
         prefix: str = "",

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import operator
 import re
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 from torch.utils._sympy.numbers import int_oo
@@ -36,7 +37,7 @@ _FUNCTIONS: dict[str, Any] = {
               "PowByNatural")
     if hasattr(functions, n)
 }  # fmt: skip
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+_BINARY: dict[type[ast.operator], Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.Pow: operator.pow, ast.FloorDiv: functions.FloorDiv,
     ast.BitOr: sympy.Or, ast.BitAnd: sympy.And,
@@ -48,6 +49,9 @@ _COMPARE: dict[type[ast.cmpop], Any] = {
     ast.Lt: sympy.Lt, ast.LtE: sympy.Le, ast.Gt: sympy.Gt, ast.GtE: sympy.Ge,
 }  # fmt: skip
 _LIMIT = 2**62
+_FRESH_HINT = 8
+_FRESH: weakref.WeakKeyDictionary[Any, dict[str, list[Any]]] = weakref.WeakKeyDictionary()
+"""Symbols of `fresh_size`, by mode and label."""
 _TEXT = 4096
 _DEPTH = 250
 """Longest expression that is read, in characters."""
@@ -81,6 +85,27 @@ def symbols_in(values: Iterable[Any]) -> set[Any]:
             if isinstance(size, torch.SymInt):
                 symbols |= size.node.expr.free_symbols
     return symbols
+
+
+def fresh_size(gm: GraphModule, mode: Any, label: str) -> Any:
+    """A symbolic size, 2 at least, that nothing in the graph has and nothing relates to others.
+
+    Another program of the same mode may have it: then what was evaluated for that one (`memo`) is
+    known for this one.
+    """
+    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
+
+    environment = mode.shape_env
+    used = symbols_in(n.meta.get("val") for n in gm.graph.nodes)
+    made = _FRESH.setdefault(mode, {}).setdefault(label, [])
+    for symbol in made:
+        if symbol not in used:
+            return environment.create_symintnode(symbol, hint=_FRESH_HINT)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
+    source = ConstantSource(f"{label}_{len(environment.var_to_range)}")
+    like = mode.from_tensor(torch.empty(_FRESH_HINT), symbolic_context=context, source=source)
+    made.append(like.shape[0].node.expr)
+    return like.shape[0]
 
 
 def write_environment(environment: Any, used: Collection[Any]) -> dict[str, Any]:

@@ -131,8 +131,8 @@ def program_text(program: State, axes: Callable[[Node | str], Sequence[str]] | N
         along = axes(node) if axes is not None else ()
         lines.append(f"{shown}  # {', '.join(along)}" if along else shown)
     lines.append("}")
-    for name in sorted(used) if axes is not None else ():
-        lines.append(f"# @{name}: {', '.join(axes(name))}")
+    if axes is not None:
+        lines += [f"# @{name}: {', '.join(axes(name))}" for name in sorted(used)]
     trained = [n for n, t in used.items() if isinstance(t, nn.Parameter) and t.requires_grad]
     frozen = sum(1 for t in used.values() if isinstance(t, nn.Parameter)) - len(trained)
     lines.append(f"# parameters of the base: {frozen} frozen, {len(trained)} trained")

@@ -36,8 +36,9 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
     """
     if isinstance(site, LinearSite):
         return LinearShape(site.in_out)
-    if call is None or (reason := call_obstacle(site, [call])):
-        raise PassError(f"{site.id}: {reason if call is not None else 'its call is gone'}.")
+    reason = "its call is gone" if call is None else call_obstacle(site, [call])
+    if call is None or reason:
+        raise PassError(f"{site.id}: {reason}.")
     given = named_arguments(call)
     if isinstance(site, ConvSite):
         count = len(site.kernel)

@@ -24,7 +24,7 @@ from ..graph.weighted_call import stored_of
 from ..measure.compare import all_finite
 from ..program.sites import EmbeddingSite, WeightSite
 from ..program.state import State
-from . import codebook, integers, onebit, sparse24  # noqa: F401 - the formats that there are
+from . import codebook, integers, onebit, sparse24  # noqa: F401 # pyright: ignore[reportUnusedImport] - the formats that there are
 from .format import Dense, Format, format_of
 from .shape import shape_of
 from .verdict import Matrix, lost_share

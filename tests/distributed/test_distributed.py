@@ -20,6 +20,7 @@ import peftfx.distributed as pd
 from peftfx.rewriter.errors import CorruptFileError, RanksError
 from peftfx.rewriter.pipeline.controller import Controller
 
+from ..captures import captures
 from ..recipes import METHODS, method_class
 from .job import RECIPE, base, launch, optimizer_of, prepared, train
 
@@ -200,7 +201,9 @@ def test_one_process_needs_no_group() -> None:
 
 def test_the_example_goes_on_with_another_engine_and_launcher(tmp_path: Path) -> None:
     binaries, root = Path(sys.executable).parent, Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(captures()),
+    }  # fmt: skip
     script = [str(root / "examples" / "train_distributed.py"), "--folder", str(tmp_path)]
     torchrun = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "2", *script]
     accelerate = [

@@ -320,6 +320,9 @@ def test_what_has_no_form_there_is_refused(tmp_path: Path) -> None:
     made = peftfx.run(program("llama"), "lora{name=one};serial_adapter{bottleneck=4}")
     with pytest.raises(ArtifactError, match="no other library has a form"):
         peftfx.save_peft(made, tmp_path / "a", "serial_adapter")
+    gated = peftfx.run(program("llama"), "diff_pruning{where=q}")
+    with pytest.raises(ArtifactError, match=r"GatedDelta at .*: no other library has a form"):
+        peftfx.save_peft(gated, tmp_path / "a")
     with pytest.raises(ArtifactError, match="say which"):
         peftfx.save_peft(made, tmp_path / "a")
     with pytest.raises(ArtifactError, match="nearest: one"):

@@ -16,7 +16,7 @@ import peftfx
 from peftfx.passes.reparameterized.adalora import AdaLoRABranch, RankController
 from peftfx.rewriter.errors import OptionError, PassError
 
-from ..models import batch, bert, build, first, llama, moved, randomise
+from ..models import batch, bert, first, llama, moved, randomise
 from .common import Tensors, check, copied, hooked, tensors
 
 TEXT = "adalora{rank=4,target=2,alpha=6,where=q|v}"
@@ -85,10 +85,10 @@ def test_adalora_equals_its_reference(hand: Any) -> None:
     check(program, base, reference(model, tensors(program), inputs, 1.5), inputs)
 
 
-def test_the_fold_is_exact() -> None:
+def test_the_fold_is_exact(captured: Any) -> None:
     for name in ("encoder", "fused"):
         inputs = batch() if name == "encoder" else {"input_ids": batch()["input_ids"]}
-        base = peftfx.capture(build(name), kwargs=inputs, dtype=torch.float64)
+        base = captured.double(name)
         program = randomise(peftfx.run(base, TEXT), 0.3)
         folded = peftfx.run(program, "fold")
         want = first(program(**inputs))
@@ -393,9 +393,9 @@ OTHERS = ("lora{rank=4}", "ia3", "serial_adapter{bottleneck=6}", "prefix_tuning{
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_stacked_with_other_methods(other: str) -> None:
+def test_stacked_with_other_methods(captured: Any, other: str) -> None:
     """Both orders are one graph, and it folds exactly."""
-    base = peftfx.capture(build("decoder"), kwargs=batch(), dtype=torch.float64)
+    base = captured.double("block")
     one = randomise(peftfx.run(base, f"{TEXT};{other}"), 0.3)
     two = peftfx.run(base, f"{other};{TEXT}")
     assert one.text() == two.text()

@@ -53,9 +53,9 @@ def test_dora_equals_its_reference(hand: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "fused"])
-def test_the_fold_is_exact(name: str) -> None:
+def test_the_fold_is_exact(captured: Any, name: str) -> None:
     inputs = batch() if name != "fused" else {"input_ids": batch()["input_ids"]}
-    base = peftfx.capture(build(name), kwargs=inputs, dtype=torch.float64)
+    base = captured.double(name)
     program = randomise(peftfx.run(base, EVERYWHERE))
     folded = peftfx.run(program, "fold")
     assert not folded.attachments
@@ -349,9 +349,9 @@ OTHERS = ("lora{rank=4}", "ia3", "serial_adapter{bottleneck=6}", "prefix_tuning{
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_stacked_with_other_methods(other: str) -> None:
+def test_stacked_with_other_methods(captured: Any, other: str) -> None:
     """Both orders are one graph, and it folds exactly."""
-    base = peftfx.capture(build("decoder"), kwargs=batch(), dtype=torch.float64)
+    base = captured.double("block")
     one = randomise(peftfx.run(base, f"dora{{rank=4,where=linear and not head}};{other}"), 0.3)
     two = peftfx.run(base, f"{other};dora{{rank=4,where=linear and not head}}")
     assert one.text() == two.text()

@@ -127,7 +127,7 @@ class DenseDelta(Expression):
 
     def __init__(self, part: Part, stored: Tensor) -> None:
         super().__init__()
-        self.part = part
+        self.piece = part
         rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
         self.register_buffer("rows", rows, persistent=False)
 
@@ -146,7 +146,7 @@ class DenseDelta(Expression):
         delta = self.delta(random)
         if self.rows is None:
             return (w + delta).to(w.dtype)
-        return w.index_add(self.part.axis, self.rows, delta.to(w.dtype))
+        return w.index_add(self.piece.axis, self.rows, delta.to(w.dtype))
 
     def settled(self, **decided: Any) -> SparseDelta | None:
         """What the flat `indices` into the whole tensor keep of it; None if they are none."""
@@ -155,7 +155,7 @@ class DenseDelta(Expression):
             return None
         with torch.no_grad():
             like = self.delta(False)
-            whole = self._added(like.new_zeros(self.part.shape), False)
+            whole = self._added(like.new_zeros(self.piece.shape), False)
             values = whole.flatten()[indices.to(whole.device, torch.int64)]
         return SparseDelta(indices if whole.is_meta else indices.to(whole.device), values)
 
@@ -237,7 +237,7 @@ def keep_largest(
     kept = largest(scores, max(1, round(density * sum(s.numel() for s in scores.values()))))
     masks: dict[str, dict[str, Tensor]] = {}
     for path, branch in branches.items():
-        small = math.prod(branch.part.shape) <= torch.iinfo(torch.int32).max
-        index = branch.part.whole(kept[path])
+        small = math.prod(branch.piece.shape) <= torch.iinfo(torch.int32).max
+        index = branch.piece.whole(kept[path])
         masks[path] = {"indices": index.to(torch.int32) if small else index}
     return masks

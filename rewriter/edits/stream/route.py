@@ -32,13 +32,13 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ...graph.symbols import fresh_size
 from ...program.sites import AttentionSite
 from ...program.state import State
 from ..attention.keyvalue import WidenMask, add_call
 from ..calls.call import branch_call, given, latest
 from ..calls.requirements import cycle
 from .region import Region
-from .tokens import fresh_size
 
 _SIZED = overloads("view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat")
 
@@ -122,7 +122,7 @@ class _Rewrite:
         if size is None:
             label = self.program.symbols.get(str(tokens), str(tokens))
             label = f"{label}/{reduction}"
-            size = fresh_size(x.fake_mode, label)
+            size = fresh_size(self.gm, x.fake_mode, label)
             self.program.symbols = {**self.program.symbols, str(size): label}
         with x.fake_mode:
             like = x.new_empty([x.shape[self.region.batch], size])

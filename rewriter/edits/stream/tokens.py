@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ...branches.branch import Branch
 from ...errors import PassError
@@ -34,6 +32,7 @@ from ...graph.aten import (
     value,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ...graph.symbols import fresh_size
 from ...graph.weighted_call import looked_up
 from ...inputs.spec import InputSpec
 from ...program.sites import AttentionSite, EmbeddingSite, Site
@@ -165,7 +164,7 @@ def prepend_tokens(
     label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
-    size = fresh_size(value(ids).fake_mode, label)
+    size = fresh_size(gm, value(ids).fake_mode, label)
     for node, arguments in moves.items():
         node.args = arguments
     for source in placeholders(gm).values():
@@ -269,16 +268,6 @@ def _token_ids(
             "[sequence, batch, width], so no tokens can be put in front. Choose prefix_tuning."
         )
     return ids, symbol
-
-
-def fresh_size(mode: Any, label: str) -> Any:
-    """A new symbolic size, 2 at least, which nothing relates to the others."""
-    from torch._dynamo.source import ConstantSource  # slow to import, and rarely needed
-
-    names = len(mode.shape_env.var_to_range)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
-    source = ConstantSource(f"{label}_{names}")
-    return mode.from_tensor(torch.empty(8), symbolic_context=context, source=source).shape[0]
 
 
 def _resized(node: Node, symbol: str, size: Any) -> Tensor:
