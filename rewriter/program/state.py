@@ -179,6 +179,10 @@ class State:
         """The id of the site of the branch at a path; empty if there is none."""
         return self._index.of(self.attachments, self.shared).site(path)
 
+    def combined(self, path: str) -> Attachment | None:
+        """The attachment that the branch at a path is a member of, if any."""
+        return self._index.of(self.attachments, self.shared).combined(path)
+
     @property
     def folders(self) -> set[str]:
         """Names of the adapters that branches and shared modules are stored below."""
