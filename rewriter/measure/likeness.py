@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from ..graph.aten import attribute
-from ..graph.module import same_view
+from ..graph.module import CapturedModule, renew, same_view
 from .compare import equal_bits
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, range)
@@ -102,13 +101,15 @@ class Likeness:
         )  # fmt: skip
 
 
-def runs_alike(one: GraphModule, other: GraphModule) -> bool:
+def runs_alike(one: CapturedModule, other: CapturedModule) -> bool:
     """Whether two modules compute the same, because they run the same code over equal tensors.
 
     False also where that cannot be told.
     """
     names = {str(n.target) for n in one.graph.nodes if n.op == "get_attr"}
     called = {str(n.target) for n in one.graph.nodes if n.op == "call_module"}
+    for module in (one, other):
+        renew(module)
     if one.code != other.code:
         return False
     mine, theirs = Likeness(), Likeness()
