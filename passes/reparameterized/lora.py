@@ -43,7 +43,7 @@ class LoRABranch(Delta):
         return self.shape.low_rank(self.dropped(x), self.a, self.b, self.scale, **operands)
 
     def delta(self) -> Tensor:
-        return self.shape.product(self.b, self.a) * self.scale
+        return self.shape.product(self.b * self.scale, self.a)
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         return (self.a, self.b, self.scale) if self.at_linear else None

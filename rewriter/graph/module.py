@@ -20,12 +20,13 @@ from ..errors import CaptureError
 from .aten import attribute, set_attribute, submodule, written
 from .clone import clone
 from .placement import relocate
+from .walks import Walked
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class CapturedModule(GraphModule):
+class CapturedModule(Walked, GraphModule):
     """A graph module that moves between devices as a whole and refuses another dtype."""
 
     def __init__(self, root: nn.Module, graph: Graph, class_name: str = "GraphModule") -> None:
@@ -47,61 +48,6 @@ class CapturedModule(GraphModule):
         if (after := device_of(self)) != before:
             relocate(self, before, after)
         return self
-
-    def named_modules(  # pyright: ignore[reportIncompatibleMethodOverride] - torch's says no type
-        self,
-        memo: set[nn.Module] | None = None,
-        prefix: str = "",
-        remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """As torch's own, without a generator for every level: all other walks use it."""
-        memo = set() if memo is None else memo
-        stack: list[tuple[str, nn.Module]] = [(prefix, self)]
-        while stack:
-            path, module = stack.pop()
-            if remove_duplicate and module in memo:
-                continue
-            if type(module).named_modules not in (nn.Module.named_modules, _NAMED):
-                yield from module.named_modules(memo, path, remove_duplicate)
-                continue
-            memo.add(module)
-            yield path, module
-            start = f"{path}." if path else ""
-            children = [(f"{start}{n}", m) for n, m in module._modules.items() if m is not None]
-            stack += reversed(children)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's own, in one loop."""
-        if not recurse:
-            return super().named_parameters(prefix, recurse, remove_duplicate)
-        return self._members("_parameters", prefix, remove_duplicate)
-
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, Tensor]]:
-        """As torch's own, in one loop."""
-        if not recurse:
-            return super().named_buffers(prefix, recurse, remove_duplicate)
-        return self._members("_buffers", prefix, remove_duplicate)
-
-    def _members(self, table: str, prefix: str, once: bool) -> Iterator[tuple[str, Any]]:
-        seen: set[Any] = set()
-        for path, module in self.named_modules(prefix=prefix, remove_duplicate=once):
-            for name, tensor in module.__dict__[table].items():
-                if tensor is None or tensor in seen:
-                    continue
-                if once:
-                    seen.add(tensor)
-                yield (f"{path}.{name}" if path else name), tensor
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """As torch's own, from the tables of children alone."""
-        module: nn.Module | None = self
-        for part in target.split("."):
-            module = module._modules.get(part) if module is not None else None
-        return super().get_submodule(target) if module is None else module
 
     @property
     def device(self) -> Any:
@@ -129,9 +75,6 @@ def renew(gm: CapturedModule) -> None:
 def _compiled_first(gm: CapturedModule, *args: Any, **kwargs: Any) -> Any:
     renew(gm)
     return gm.forward(*args, **kwargs)
-
-
-_NAMED = CapturedModule.named_modules
 
 
 def _show_device(kind: Any, root: nn.Module) -> None:

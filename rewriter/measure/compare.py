@@ -3,6 +3,7 @@ is no floating-point number has to be equal."""
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def equal_bits(x: Tensor, y: Tensor) -> bool:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; one pass without a temporary where that is so."""
-    return bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+    return cmath.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _square(x: Tensor) -> float:

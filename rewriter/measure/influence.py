@@ -12,7 +12,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from ..program.state import State
 from .compare import Gap, compare, keyed_leaves
 from .independence import altered
 from .witness import Witness
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLES, TOKENS = "samples", "tokens"
 

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from ..graph.aten import attribute
-from ..graph.module import same_view
+from ..graph.module import CapturedModule, renew, same_view
 from .compare import equal_bits
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, range)
@@ -37,10 +36,14 @@ class IncomparableError(Exception):
 
 
 class Likeness:
-    """Makes keys; what was met before is known by its place, so what is shared is part of them."""
+    """Makes keys; what was met before is known by its place, so what is shared is part of them.
+
+    `tensors` are those met so far.
+    """
 
     def __init__(self) -> None:
         self.met: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
 
     def of(self, item: Any) -> Any:
         """A hashable that is equal for what evaluates in the same way.
@@ -59,6 +62,7 @@ class Likeness:
             return Likeness, self.met[id(item)]
         self.met[id(item)] = len(self.met)
         if isinstance(item, Tensor):
+            self.tensors.append(item)
             return self._tensor(item)
         if isinstance(item, nn.Module):
             return kind, self._mapping(vars(item))
@@ -97,24 +101,24 @@ class Likeness:
         )  # fmt: skip
 
 
-def runs_alike(one: GraphModule, other: GraphModule) -> bool:
+def runs_alike(one: CapturedModule, other: CapturedModule) -> bool:
     """Whether two modules compute the same, because they run the same code over equal tensors.
 
     False also where that cannot be told.
     """
     names = {str(n.target) for n in one.graph.nodes if n.op == "get_attr"}
     called = {str(n.target) for n in one.graph.nodes if n.op == "call_module"}
+    for module in (one, other):
+        renew(module)
     if one.code != other.code:
         return False
-    modules = [(one.get_submodule(path), other.get_submodule(path)) for path in sorted(called)]
+    mine, theirs = Likeness(), Likeness()
     try:
-        if any(_stores(m) or Likeness().of(m) != Likeness().of(o) for m, o in modules):
-            return False
+        for path in sorted(called):
+            if mine.of(one.get_submodule(path)) != theirs.of(other.get_submodule(path)):
+                return False
     except IncomparableError:
         return False
-    tensors = ((attribute(one, name), attribute(other, name)) for name in sorted(names))
+    tensors = list(zip(mine.tensors, theirs.tensors, strict=True))
+    tensors += ((attribute(one, name), attribute(other, name)) for name in sorted(names))
     return all(same_view(x) == same_view(y) or equal_bits(x, y) for x, y in tensors)
-
-
-def _stores(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))

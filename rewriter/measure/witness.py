@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.output_class import shortened
 from ..graph.sharded import has_shards, is_sharded, outputs
+from ..graph.walks import stored
 from ..program.state import State
 from .compare import compare
 from .likeness import runs_alike
@@ -86,7 +87,7 @@ class Witness:
     def _copy(self) -> _Copy:
         updated = state_tensors(self.program.module)
         gm = still(self.program, updated)
-        tensors = dict(gm.named_buffers()) | dict(gm.named_parameters())
+        tensors = dict(stored(gm))
         state = {n: tensors[n].clone() for n in updated if n in tensors}
         return _Copy(gm, tensors, state, has_shards(gm))
 

@@ -134,6 +134,7 @@ class Index:
         self._shared: tuple[str, ...] = ()
         self._sites: dict[str, list[Attachment]] = {}
         self._paths: dict[str, str] = {}
+        self._combined: dict[str, Attachment] = {}
         self.folders: set[str] = set()
         """What the second parts of all paths are: names of adapters."""
 
@@ -144,10 +145,12 @@ class Index:
         known = len(self._attachments)
         if shared != self._shared or attachments[:known] != self._attachments:
             self._sites, self._paths, known = {}, dict.fromkeys(shared, ""), 0
+            self._combined = {}
             self.folders = {path.split(".")[1] for path in shared}
         for attachment in attachments[known:]:
             self._sites.setdefault(attachment.site, []).append(attachment)
             self._paths[attachment.path] = attachment.site
+            self._combined |= dict.fromkeys(attachment.members, attachment)
             self.folders.add(attachment.path.split(".")[1])
         self._attachments, self._shared = attachments, shared
         return self
@@ -159,6 +162,10 @@ class Index:
     def site(self, path: str) -> str:
         """The site of the branch at a path; empty if there is none."""
         return self._paths.get(path, "")
+
+    def combined(self, path: str) -> Attachment | None:
+        """The attachment that the branch at a path is a member of."""
+        return self._combined.get(path)
 
     def holds(self, name: str) -> bool:
         """Whether a tensor or module is part of what passes inserted."""

@@ -13,6 +13,7 @@ from ..errors import CaptureError
 from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
 from ..graph.sharded import equal, reshard
+from ..graph.walks import stored
 from ..inputs.spec import InputSpec
 from .fingerprint import Fingerprints, is_at, printed
 from .history import ITSELF, Attachment, Index, Record
@@ -179,6 +180,10 @@ class State:
         """The id of the site of the branch at a path; empty if there is none."""
         return self._index.of(self.attachments, self.shared).site(path)
 
+    def combined(self, path: str) -> Attachment | None:
+        """The attachment that the branch at a path is a member of, if any."""
+        return self._index.of(self.attachments, self.shared).combined(path)
+
     @property
     def folders(self) -> set[str]:
         """Names of the adapters that branches and shared modules are stored below."""
@@ -216,8 +221,7 @@ class State:
 
     def _stored(self) -> Iterator[tuple[str, Tensor]]:
         reshard(self.module)
-        yield from self.module.named_parameters()
-        yield from self.module.named_buffers()
+        yield from stored(self.module)
 
     def reshaped(self) -> list[str]:
         """Names of the captured program's tensors that have another shape now."""

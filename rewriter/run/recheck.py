@@ -9,27 +9,33 @@ from ..graph.module import state_tensors
 from ..measure.as_trained import require_kept
 from ..measure.steady import perturbed
 from ..measure.trials import sizes
-from ..measure.witness import Witness, repeats
+from ..measure.witness import Witness, repeats, sharing
 from ..program.history import Certificate
 from ..program.state import State
 from ..program.unchanged import require_unchanged
 from ..verify.intact import (
     close,
+    marks,
     require_numbers,
     require_recorded,
     require_values,
     tensors,
     unsaved,
 )
+from ..verify.known import keep, recalled
 from ..verify.verify import bound, certify, check_graph, is_meta, measure
 from .replay import replay, replay_steps
 
 
-def _require_kept(program: State) -> None:
+def _draws(base: Witness, program: State) -> bool:
+    return repeats(base, sizes(program)[0]).startswith("random")
+
+
+def _require_kept(program: State, base: Witness) -> None:
     """Raises VerifyError for what initial values of branches hide, see `as_trained`."""
     said = {r.adapter: r.applied.departures for r in program.history if r.adapter is not None}
     paths = {a.path: said.get(a.adapter, frozenset[str]()) for a in program.attachments}
-    random = repeats(Witness(program.base), sizes(program)[0]).startswith("random")
+    random = base.expected or (not base.settled and _draws(base, program))
     with perturbed(Witness(program), program.named_trainable_parameters()) as moved:
         require_kept(moved, sizes(program)[0], paths, random, "the program")
 
@@ -46,16 +52,22 @@ def verify_program(program: State) -> list[Certificate]:
     if is_meta(program):
         steps = enumerate(program.history, 1)
         return [Certificate("unmeasured", step=f"{n} {r.text}") for n, r in steps]
-    last = program.base
+    last, left = program.base, {a.path for a in program.attachments}
+    base = recalled(last, marks(last))
     for number, (record, before, after) in enumerate(replay_steps(program), 1):
-        certificate = certify(record.applied.promise(), Witness(before), Witness(after))
+        seen = base.witness if before is program.base else Witness(before)
+        inserted = {a.path for a in after.attached_by(record.adapter or "")}
+        again = bool(inserted) and inserted <= left  # see `_require_kept`
+        certificate = certify(record.applied.promise(), seen, Witness(after), again)
         certificates.append(replace(certificate, step=f"{number} {record.text}"))
         record.applied.examine(before, after)
         last = after
+    keep(base)
     if program.history:
         require_recorded(last, program)
-        _require_kept(program)
-        measured = measure(last, program)
+        _require_kept(program, base.witness)
+        with sharing(Witness(last)):
+            measured = measure(last, program)
         allowed = bound(program, measured)
         if measured["max_rel"] > allowed:
             raise VerifyError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import VerifyError
 from ..graph.module import same_view, state_tensors, transient_buffers
 from ..graph.sharded import is_sharded
+from ..graph.walks import stored
 from ..pipeline.passes import Pass
 from ..program.state import State
 
@@ -35,7 +36,7 @@ def marks(program: State) -> dict[str, Mark]:
     by_name: dict[str, Mark] = {}
     for each in {id(p): p for p in (program, program.base)}.values():
         gm = each.module
-        tensors = [*gm.named_parameters(), *gm.named_buffers(), *each.extras.items()]
+        tensors = [*stored(gm), *each.extras.items()]
         tensors += [*each.sample.items(), *each.removed.items()]
         # Forwards of another thread may update these.
         moving = state_tensors(gm) if gm.training else set[str]()
@@ -91,7 +92,7 @@ def require_names(before: State, after: State, what: str) -> None:
     own = {n for n, _ in (*gm.named_parameters(), *gm.named_buffers())} | set(after.extras)
     stems = {n.rpartition(".")[0] for n in own}
 
-    def stored(name: str) -> bool:
+    def exists(name: str) -> bool:
         source = after.tensors.stored(name)
         return source in own or name in own or source in stems
 
@@ -102,7 +103,7 @@ def require_names(before: State, after: State, what: str) -> None:
     lost = {
         "alias": [n for n, c in before.aliases.items() if after.aliases.get(n) != c],
         "name of the original model": [n for n in before.state_names if n not in after.state_names],
-        "stored tensor": [n for n in after.state_names if not stored(n)],
+        "stored tensor": [n for n in after.state_names if not exists(n)],
         "input": [
             n for n in before.spec.names
             if n not in after.spec.names and n not in after.spec.reasons
@@ -279,8 +280,7 @@ def require_recorded(replayed: State, program: State) -> None:
 
 
 def tensors(program: State) -> dict[str, Tensor]:
-    gm = program.module
-    return dict([*gm.named_parameters(), *gm.named_buffers(), *_plain(program).items()])
+    return dict([*stored(program.module), *_plain(program).items()])
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -82,6 +82,8 @@ def measure(before: State, after: State) -> dict[str, float]:
         VerifyError: number, type, dtype or shape of the outputs differ.
     """
     one, other = witness_of(before), witness_of(after)
+    if one is other:
+        return figures([])
     with comparable(one, other):
         if not (one.settled and other.settled):
             quieten(one, other, sizes(after))

@@ -73,16 +73,18 @@ class Verdict:
 
 def rows_of(matrix: Tensor, block: int) -> int:
     """How many rows of a matrix are compared at a time, with so many elements."""
-    return max(1, block // max(1, matrix.shape[-1]))
+    return max(1, block * matrix.shape[0] // max(1, matrix.numel()))
 
 
 def lost_share(old: Tensor, exact: Tensor, made: Tensor) -> float:
     """The share of a tensor's change that rounding it lost; `exact` is in float32 at least, of the
-    shape of both others, `[rows, ...]`."""
+    shape of both others."""
     if made.dtype == exact.dtype:
         return 0.0
     change = lost = 0.0
-    for x, y, z in zip(*(t.split(rows_of(exact, _BLOCK)) for t in (old, exact, made)), strict=True):
+    tensors = [torch.atleast_1d(t) for t in (old, exact, made)]
+    step = rows_of(tensors[0], _BLOCK)
+    for x, y, z in zip(*(t.split(step) for t in tensors), strict=True):
         change += square(y - x)
         lost += square(y - z)
     return math.sqrt(lost / change) if change else 0.0

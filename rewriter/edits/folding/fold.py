@@ -231,7 +231,7 @@ def _obstacle(program: State, attachment: Attachment, branch: Branch) -> str:
     """Why a branch cannot be folded whatever is around it; empty if it can."""
     if branch.not_foldable:
         return f"not foldable: {branch.not_foldable}"
-    combined = next((a for a in program.attachments if attachment.path in a.members), None)
+    combined = program.combined(attachment.path)
     if combined is not None:
         return f"not foldable: {combined.adapter} weighs what it adds against other branches"
     if varying := [name for name in attachment.reads if name not in branch.constants]:
