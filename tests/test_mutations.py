@@ -19,7 +19,7 @@ CHOSEN = (
     ("ia3.py:IA3Output.scale", "2 - self.l"),
     ("shapes.py:linear", "float16"),
     ("branch.py:KeyValue._join", "[x, "),
-    ("bank.py:BankBranch.branch", "ids.flip(0)"),
+    ("rowwise.py:RowwiseLowRank.branch", "ids.flip(0)"),
     ("rules.py:_fold_delta", "weight, 0.0"),
     ("format.py:Format.rows_scaled", ", -1)"),
     ("replay.py:load_values", "pass"),

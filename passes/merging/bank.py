@@ -9,9 +9,15 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
     program = peftfx.run(program, "lora{name=a};lora{name=b,rank=4};bank")
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
 
-Adapters of other kinds are a bank, too: scales, branches behind sublayers, deltas of embeddings and
-convolutions, each of which is computed for all rows, of which every one takes its own; and rows in
-front of keys and values, of one length, which every row of a batch then has (ids 0 to n - 1).
+Adapters of other kinds are a bank, too: scales, of which every row takes its vector; row scales of
+linears (DoRA), whose magnitudes all follow from the weight as it is; branches behind sublayers, and
+deltas of embeddings and convolutions, each of which is computed for all rows; and, of one length,
+rows in front of keys and values and prompts, which every row of a batch then has (ids 0 to n - 1).
+
+Members are the program's adapters, or saved ones, given as sources. Those need not fit beside one
+another in one program, as prompts and DoRAs do not:
+
+    program = peftfx.run(program, "bank{names=[a,b]}", sources=["dora_a", "dora_b"])
 
 An id counts from 0 in the order of the members; n or -1 gives the model without any adapter (what
 was folded into its weights is no adapter), and a call with any other id is refused. So a program
@@ -23,66 +29,32 @@ back, one beside the other, to train on. Not foldable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.rowwise import RowwiseKeyValue, rowwise, unlike
-from ...rewriter.branches.samples import Samples
+from ...rewriter.branches.rowwise import (
+    RowwiseKeyValue,
+    RowwiseLowRank,
+    RowwiseTokens,
+    constant_factors,
+    rowwise,
+    unlike,
+)
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
 from ...rewriter.pipeline.passes import Pass
+from ...rewriter.pipeline.syntax import parse
 from ...rewriter.program.history import Attachment, Contract, Plan
-from ...rewriter.program.state import State
+from ...rewriter.program.state import BRANCHES, State
+from ...rewriter.run.replay import load_values
+from ...rewriter.storage.composed import adapters_of
 
-Factors = tuple[Tensor, Tensor, float]
-
-
-class BankBranch(Delta):
-    """`a [n + 1, rank, in]`, `b [n + 1, out, rank]`, `scale [n + 1]`; the last entry is zero."""
-
-    not_foldable = "which adapter acts is an input"
-    axes: ClassVar[Axes] = {
-        "a": ("adapter", "rank", "in"),
-        "b": ("adapter", "out", "rank"),
-        "scale": ("adapter",),
-        "ids": ("batch",),
-    }
-
-    a: Tensor
-    b: Tensor
-    scale: Tensor
-
-    def __init__(self, members: Sequence[Factors | None], samples: Samples) -> None:
-        super().__init__()
-        present = [m for m in members if m is not None]
-        rank = max(a.shape[0] for a, _, _ in present)
-        a, b, _ = present[0]
-        self.samples = samples
-        # They follow from the members' own tensors, which an artifact holds already.
-        self.register_buffer("a", a.new_zeros(len(members) + 1, rank, a.shape[1]), False)
-        self.register_buffer("b", b.new_zeros(len(members) + 1, b.shape[0], rank), False)
-        self.register_buffer("scale", a.new_zeros(len(members) + 1), False)
-        for index, member in enumerate(members):
-            if member is not None:
-                a, b, self.scale[index] = member
-                self.a[index, : len(a)], self.b[index, :, : len(a)] = a, b
-
-    def branch(self, x: Tensor, ids: Tensor) -> Tensor:
-        """`ids [batch]`, int64; x has samples where `samples` says."""
-        rows = self.samples.first(x, ids.shape[0])
-        flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
-        a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
-        inner = flat @ a.mT * scale[:, None, None]
-        return self.samples.back((inner @ b.mT).view(*rows.shape[:-1], -1))
-
-    def describe(self) -> str:
-        return f"{len(self.a) - 1} adapters, rank={self.a.shape[1]}"
+Branches = dict[tuple[str, str], dict[str, Any]]
+"""(site, slot) -> member -> its branch there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +63,8 @@ class Bank(Pass):
 
     Attributes:
         names: the members, in the order of their ids; by default all adapters that are low-rank
-            at all of their sites, or where none is, all that can be members.
+            at all of their sites, or where none is, all that can be members. With sources: what
+            to call their adapters, in order; their own names by default.
         input: name of the new input, int64 `[batch]`.
         others: adapters that are no members act on all rows, also on those without an adapter:
             `refuse` that, or `keep` them.
@@ -118,6 +91,8 @@ class Bank(Pass):
                 f"the program has a bank already. Take it apart first (program.without("
                 f"{self.adapter!r})), then make one of all members."
             )
+        if sources:
+            return self._adopting(program, sources)
         there = dict.fromkeys(a.adapter for a in program.attachments)
         reasons = {name: _obstacle(program, name) for name in there}
         fitting = [name for name, reason in reasons.items() if not reason]
@@ -140,42 +115,68 @@ class Bank(Pass):
             )
         low_rank = [name for name in fitting if _low_rank(program, name)]
         members = list(self.names or low_rank or fitting)
-        others = _others(program, members)
-        if others and self.others == "refuse":
-            other = others[0]
-            reason = _obstacle(program, other)
-            folding = f"fold it into the base (fold{{names=[{other}]}}), " if other in there else ""
-            raise PassError(
-                f"bank: the adapter {other!r} is no member ({reason or 'it is not in names'}), so "
-                "it would act on all rows, also on those without an adapter. Leave it out ("
-                f"program.without({other!r})), {folding}or say bank{{others=keep}}."
-            )
-        for slot, attachments in _slots(program, members).items():
-            _check_alike(program, slot, attachments, members)
+        self._refuse_others(program, members, there)
+        branches = _branches(program, members)
+        for slot, own in branches.items():
+            _check_alike(slot, own, members)
         return Plan({"members": members})
+
+    def _adopting(self, program: State, sources: Sequence[Any]) -> Plan:
+        """A bank of saved adapters, whose tensors are in the plan."""
+        saved = adapters_of(program, sources)
+        names = list(self.names or [s.name for s in saved])
+        if len(names) != len(saved) or len(set(names)) < len(names):
+            raise PassError(
+                f"bank: the sources hold {', '.join(s.name for s in saved)}, and the members are "
+                f"called {', '.join(names)}. Say names=[...], one of its own for each."
+            )
+        self._refuse_others(program, [], {})
+        adopted = {
+            name: {"pass": s.text, "decisions": dict(s.decisions), "digest": s.digest}
+            for name, s in zip(names, saved, strict=True)
+        }
+        tensors = {f"{n}.{k}": t for n, s in zip(names, saved, strict=True)
+                   for k, t in s.tensors.items()}  # fmt: skip
+        plan = Plan({"members": names, "adopted": adopted}, tensors)
+        for slot, held in _saved_branches(program, plan).items():
+            _check_alike(slot, held, names)
+        return plan
+
+    def _refuse_others(self, program: State, members: Sequence[str], there: Container[str]) -> None:
+        """Raises PassError where adapters act that are no members, unless those are kept."""
+        others = _others(program, members)
+        if not others or self.others == "keep":
+            return
+        other = others[0]
+        reason = _obstacle(program, other)
+        folding = f"fold it into the base (fold{{names=[{other}]}}), " if other in there else ""
+        raise PassError(
+            f"bank: the adapter {other!r} is no member ({reason or 'it is not in names'}), so "
+            "it would act on all rows, also on those without an adapter. Leave it out ("
+            f"program.without({other!r})), {folding}or say bank{{others=keep}}."
+        )
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         names: list[str] = plan.decisions["members"]
-        slots = _slots(edit.program, names)
-        if missing := set(names) - {name for of_site in slots.values() for name in of_site}:
+        adopted = plan.decisions.get("adopted", {})
+        slots = {} if adopted else _slots(edit.program, names)
+        held = _saved_branches(edit.program, plan) if adopted else _branches(edit.program, names)
+        if missing := set(names) - {name for of_site in held.values() for name in of_site}:
             raise PassError(
                 f"the bank is made of the adapter {min(missing)!r}, which is not here. Keep it, or "
                 "take the bank apart first: program.without('bank')."
             )
-        branches = {
-            key: [edit.program.branch(of_site[n]) if n in of_site else None for n in names]
-            for key, of_site in slots.items()
-        }
+        branches = {key: [of_site.get(n) for n in names] for key, of_site in held.items()}
         words = {k: _word(edit, k, members) for k, members in branches.items()}  # before any edit
-        rows = any(slot == "key_value" for _, slot in slots)
+        rows = any(slot in ("key_value", "tokens") for _, slot in branches)
         first = torch.zeros((), dtype=torch.long)
         ends = (0, len(names) - 1) if rows else (-1, len(names))
         ids = edit.add_input(self.input, first, per_sample=True, values=ends)
-        for key, of_site in slots.items():
-            for attachment in of_site.values():
+        for key, word in words.items():
+            for attachment in slots.get(key, {}).values():
                 edit.remove(attachment.path)
-            words[key](ids)
-        for name in _others(edit.program, names):
+            word(ids)
+        for name in _others(edit.program, [] if adopted else names):
             reason = f"the adapter {name!r} is no member: it acts on all rows, whatever their ids"
             edit.skipped.append((name, reason))
 
@@ -188,31 +189,22 @@ def _word(edit: Editor, at: tuple[str, str], members: Sequence[Any]) -> Callable
     """
     name, slot = at
     site: Any = edit.program.sites[name]
-    factors = [None if m is None else _factors(m) for m in members]
-    if slot == "delta" and sum(map(bool, factors)) == sum(m is not None for m in members):
-        return lambda ids: _add_low_rank(edit, site, factors, ids)
     if slot == "key_value":
         return lambda ids: edit.prepend_kv(site, RowwiseKeyValue(members), ids=ids)
-    place = edit.place(site, "batch", output=slot in ("output_scale", "serial"))
-    if place is None:
-        raise _unknown_rows(name, "it cannot be told which of its rows are of which sample")
-    chosen: Any = rowwise(members, place)
-    word: Any = {"delta": edit.add, "serial": edit.after}.get(slot, edit.scale)
-    return lambda ids: word(site, chosen, ids=ids)
-
-
-def _add_low_rank(edit: Editor, site: Any, factors: Sequence[Factors | None], ids: Value) -> None:
-    samples = edit.samples(site)
+    if slot == "tokens":
+        return lambda ids: edit.prepend_tokens(site, RowwiseTokens(members), ids=ids)
+    samples = edit.samples(site, output=slot in ("output_scale", "serial"))
     if samples is None:
-        raise _unknown_rows(site.id, edit.skipped[-1][1])
-    edit.add(site, BankBranch(factors, samples), ids=ids)
-
-
-def _unknown_rows(name: str, reason: str) -> PassError:
-    return PassError(
-        f"bank: {name}: {reason}. Leave out the adapters that are there (names=[...]), or insert "
-        "them elsewhere."
-    )
+        raise PassError(
+            f"bank: {name}: {edit.skipped[-1][1]}. Leave out the adapters that are there "
+            "(names=[...]), or insert them elsewhere."
+        )
+    factors = [None if m is None else constant_factors(m) for m in members]
+    low_rank = slot == "delta" and all(f for f, m in zip(factors, members, strict=True) if m)
+    branch: Any = RowwiseLowRank(factors, samples) if low_rank else rowwise(members, samples)
+    words = {"delta": edit.add, "serial": edit.after, "row_scale": edit.rescale}
+    word: Any = words.get(slot, edit.scale)
+    return lambda ids: word(site, branch, ids=ids)
 
 
 def _slots(program: State, members: Sequence[str]) -> dict[tuple[str, str], dict[str, Attachment]]:
@@ -225,22 +217,44 @@ def _slots(program: State, members: Sequence[str]) -> dict[tuple[str, str], dict
     return slots
 
 
-def _check_alike(
-    program: State, at: tuple[str, str], beside: Mapping[str, Attachment], members: Sequence[str]
-) -> None:
+def _branches(program: State, members: Sequence[str]) -> Branches:
+    """(site, slot) -> member of the program -> its branch there."""
+    slots = _slots(program, members)
+    return {at: {n: program.branch(a) for n, a in own.items()} for at, own in slots.items()}
+
+
+def _saved_branches(program: State, plan: Plan) -> Branches:
+    """The same of saved members: each is inserted into a copy of the base alone."""
+    branches: Branches = {}
+    for name, step in plan.decisions["adopted"].items():
+        (item,) = parse(step["pass"])
+        alone = Editor(program.base.fork(), item.adapter, item.random_seed, step["decisions"])
+        item.apply(alone, Plan(step["decisions"]))
+        own = {n.removeprefix(f"{name}."): t for n, t in plan.tensors.items()
+               if n.startswith(f"{name}.")}  # fmt: skip
+        load_values(alone.program, {f"{BRANCHES}.{item.adapter}.{n}": t for n, t in own.items()})
+        if reason := _obstacle(alone.program, str(item.adapter), saved=True):
+            raise PassError(f"bank: the adapter {name!r} cannot be a member: {reason}.")
+        for attachment in alone.program.attachments:
+            key = attachment.site, attachment.slot
+            branches.setdefault(key, {})[name] = alone.program.branch(attachment)
+    return branches
+
+
+def _check_alike(at: tuple[str, str], held: Mapping[str, Any], members: Sequence[str]) -> None:
     site, slot = at
-    branches = {n: program.branch(a) for n, a in beside.items()}
-    if slot == "key_value" and (missing := [n for n in members if n not in beside]):
+    everywhere = {"key_value": "rows in front of the keys", "tokens": "a prompt"}
+    if slot in everywhere and (missing := [n for n in members if n not in held]):
         raise PassError(
-            f"bank: {missing[0]!r} has no rows in front of the keys at {site}, where "
-            f"{next(iter(beside))!r} has some, and rows of a batch cannot have different numbers "
-            "of them. Make two banks with names=[...]."
+            f"bank: {missing[0]!r} has no {everywhere[slot].removeprefix('a ')} at {site}, where "
+            f"{next(iter(held))!r} has some, and rows of a batch cannot have different numbers of "
+            "them. Make two banks with names=[...]."
         )
-    if slot == "delta" and all(_factors(b) is not None for b in branches.values()):
+    if slot == "delta" and all(constant_factors(b) is not None for b in held.values()):
         return
-    (first, one), *others = branches.items()
+    (first, one), *others = held.items()
     for name, other in others:
-        if reason := unlike(one, other):  # pyright: ignore[reportArgumentType]
+        if reason := unlike(one, other):
             raise PassError(
                 f"bank: the adapters {first!r} and {name!r} cannot be members of one bank: at "
                 f"{site} {reason}. Insert them with equal options, or choose others with "
@@ -255,17 +269,12 @@ def _others(program: State, members: Sequence[str]) -> list[str]:
     return [n for n in acting if n not in members and n != Bank.text]
 
 
-def _factors(branch: Any) -> Factors | None:
-    factors = branch.factors() if isinstance(branch, Delta) else None
-    return factors and (factors[0].detach(), factors[1].detach(), factors[2])
-
-
 def _low_rank(program: State, name: str) -> bool:
     """Whether all branches of an adapter are low-rank."""
-    return all(_factors(program.branch(a)) for a in program.attached_by(name))
+    return all(constant_factors(program.branch(a)) for a in program.attached_by(name))
 
 
-def _obstacle(program: State, name: str) -> str:
+def _obstacle(program: State, name: str, saved: bool = False) -> str:
     """Why an adapter cannot be a member; empty if it can."""
     if owned := program.owned.get(name):
         return f"it trains {len(owned)} tensors of the base (first: {owned[0]})"
@@ -273,6 +282,11 @@ def _obstacle(program: State, name: str) -> str:
         branch: Any = program.branch(attachment)
         if reason := unlike(branch, branch):
             return f"at {attachment.site} {reason}"
+        if attachment.slot == "tokens" and not saved:
+            return (
+                f"at {attachment.site} its prompt cannot be taken out of the graph. Save it, and "
+                "give it and the others as sources"
+            )
         if attachment.reads:
             return f"at {attachment.site} it reads {', '.join(attachment.reads)}"
         if owner := next((a for a in program.attachments if attachment.path in a.members), None):

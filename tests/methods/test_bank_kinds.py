@@ -129,9 +129,88 @@ def test_compiled_outlined_and_exported(captured: Any, tmp_path: Path) -> None:
         ("prefix_tuning{length=2,name=a};prefix_tuning{length=3,name=b};bank",
          "its length is 3, that of the first 2"),
         ("prefix_tuning{length=2,name=a};ia3{name=b};bank", "'b' has no rows in front of the keys"),
-        ("prompt_tuning{length=2,name=a};bank", "a tokens branch cannot be chosen by sample"),
+        ("prompt_tuning{length=2,name=a};bank", "its prompt cannot be taken out of the graph. Save it"),
     ],
 )  # fmt: skip
 def test_what_is_no_bank(captured: Any, text: str, message: str) -> None:
     with pytest.raises(PassError, match=message):
         peftfx.run(captured["encoder"][1], text)
+
+
+def saved(base: Any, texts: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """Each adapter alone, trained at random and saved, by its name."""
+    alone = {n: randomise(peftfx.run(base, t), 0.4) for n, t in texts.items()}
+    for name, program in alone.items():
+        peftfx.save(program, tmp_path / name)
+    return alone
+
+
+def check_saved(base: Any, bank: Any, alone: dict[str, Any], ids: Tensor, inputs: Any) -> None:
+    want = [first(p(**inputs)) for p in (*alone.values(), base)]
+    got = first(bank(**inputs, adapter=ids))
+    for row, k in enumerate(ids.tolist()):
+        torch.testing.assert_close(got[row], want[k][row], rtol=1e-4, atol=1e-5)
+        assert moved(want[k - 1][row], got[row]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_row_scales_of_saved_adapters(captured: Any, tmp_path: Path, name: str) -> None:
+    """DoRAs, of which one weight takes one: at the same sites, of other ranks, and of some."""
+    model, base = captured[name]
+    texts = {"a": "dora{rank=2}", "b": "dora{rank=3,seed=1,where=q|ffn.down}"}
+    alone = saved(base, texts, tmp_path)
+    bank = peftfx.run(base, "bank{names=[a,b]}", sources=[tmp_path / n for n in "ab"])
+    inputs = batch(4, 11, pad=2)
+    check_saved(base, bank, alone, torch.tensor([1, 0, 2, -1]), inputs)
+    assert all(c.holds for c in bank.verify()) and not bank.trainable_parameters()
+    peftfx.save(bank, tmp_path / "bank")
+    for n in "ab":  # the bank needs them no more
+        (tmp_path / n).rename(tmp_path / f"gone_{n}")
+    loaded = peftfx.load(model, tmp_path / "bank")
+    given = {**inputs, "adapter": torch.tensor([1, 0, 2, -1])}
+    assert torch.equal(first(loaded(**given)), first(bank(**given)))
+    assert torch.equal(first(bank.without("bank")(**inputs)), first(base(**inputs)))
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_prompts_of_saved_adapters(captured: Any, tmp_path: Path, name: str) -> None:
+    base = captured[name][1]
+    texts = {"a": "prompt_tuning{length=3}", "b": "prompt_tuning{length=3,seed=1}"}
+    alone = saved(base, texts, tmp_path)
+    bank = peftfx.run(base, "bank{names=[a,b]}", sources=[tmp_path / n for n in "ab"])
+    inputs = batch(4, 11, pad=2)
+    check_saved(base, bank, alone, torch.tensor([1, 0, 0, 1]), inputs)
+    with pytest.raises(InputError, match="'adapter' holds -1; it takes 0 to 1"):
+        bank(**inputs, adapter=torch.tensor([-1, 0, 0, 1]))
+    saved(base, {"c": "prompt_tuning{length=2}"}, tmp_path)
+    with pytest.raises(PassError, match="its length is 2, that of the first 3"):
+        peftfx.run(base, "bank{names=[a,c]}", sources=[tmp_path / n for n in "ac"])
+    with pytest.raises(PassError, match=r"the sources hold .* Say names=\[...\]"):
+        peftfx.run(base, "bank{names=[a]}", sources=[tmp_path / n for n in "ab"])
+
+
+def test_scales_are_gathered(captured: Any, tmp_path: Path) -> None:
+    """No member computes for rows that are not its own; compiled and exported alike."""
+    program = randomise(peftfx.run(captured["tiny"][1], "ia3{name=a};ia3{name=b}"), 0.3)
+    bank = peftfx.run(program, "bank{names=[a,b]}")
+    assert all(not bank.branch(a).members for a in bank.attached_by("bank"))
+    given = {**batch(4, 8), "adapter": torch.tensor([0, 1, 2, -1])}
+    compiled: Any = torch.compile(bank.module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(first(compiled(**given)), first(bank(**given)), rtol=1e-4, atol=1e-5)
+    assert peftfx.export_onnx(bank, tmp_path / "bank.onnx").error < 1e-5
+
+
+def test_tokens_first_with_merged_axes() -> None:
+    """Scales and DoRAs where samples and tokens share an axis (`out_proj`)."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    base = peftfx.capture(model, (torch.randn(7, 3, 16),))
+    text = "ia3{name=a,where=o|ffn.down};ia3{name=b,where=o|v}"
+    program = randomise(peftfx.run(base, text), 0.5)
+    bank = peftfx.run(program, "bank")
+    x = torch.randn(5, 3, 16)
+    got = bank(x, adapter=torch.tensor([1, -1, 0]))
+    for sample, alone in enumerate((program.only(("b",)), base, program.only(("a",)))):
+        torch.testing.assert_close(got[:, sample], alone(x)[:, sample], rtol=1e-4, atol=1e-5)
+        assert moved(got[:, sample], (base if sample != 1 else program)(x)[:, sample]) > 1e-3
