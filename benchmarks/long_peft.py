@@ -53,6 +53,10 @@ def plain_base(source: Path, target: Path) -> Any:
     return AutoTokenizer.from_pretrained(source, **options)
 
 
+def name_of(source: Path) -> str:
+    return next((f.stem for f in sorted(source.glob("*.gguf"))), source.name)
+
+
 def model_at(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -213,7 +217,7 @@ def main() -> None:
         given = work / "base", work, data, held_out
         figures = {
             "machine": f"{platform.machine()}, {platform.system()}, torch {torch.__version__}",
-            "model": f"{options.model.name}, LoRA rank {RANK} on all linears but the head, "
+            "model": f"{name_of(options.model)}, LoRA rank {RANK} on all linears but the head, "
             f"{options.steps} steps of {options.batch} examples",
             "trained by PEFT": from_peft(*given),
             "trained by peftfx": to_peft(*given),

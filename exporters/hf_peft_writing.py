@@ -383,7 +383,7 @@ def with_head(
 ) -> Written:
     """With the modules that PEFT looks for in the file of every adapter of a task."""
     names = _HEADS.get(task or "", ())
-    saved = list(config.get("modules_to_save") or ())
+    saved: list[str] = list(config.get("modules_to_save") or ())
     missing: dict[str, Tensor] = {}
     for name, tensor in program.base.base_tensors().items():
         module = name.rpartition(".")[0]

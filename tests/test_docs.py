@@ -20,13 +20,15 @@ def test_the_readme_runs(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for block, most in zip(blocks, (17, 13, 5, 6), strict=True):
+    for block, most in zip(blocks, (17, 13, 5, 6, 10), strict=True):
         assert len([line for line in block.splitlines() if line.strip()]) <= most
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "sites edited; bounded" in printed and "MiB" in printed
     assert len(names["done"].losses) == 8
     assert (tmp_path / "plain" / "adapter_model.safetensors").is_file()
+    written = (tmp_path / "classifier" / "adapter_config.json").read_text()
+    assert '"classifier"' in written and '"trainable_token_indices"' in written
     assert names["program"].history[-1].text == "bake{names=[adalora]}"
 
 

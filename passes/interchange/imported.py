@@ -126,12 +126,12 @@ class InvokedBranch(LoRABranch):
     axes: ClassVar[Axes] = {**LoRABranch.axes, "active": ("batch", "token")}
 
     def __init__(self, part: Invoked, like: Tensor) -> None:
-        factors = (t.to(like, copy=True) for t in (part.a, part.b))
-        super().__init__(*factors, part.scale, part.dropout)
+        a, b = part.a.to(like, copy=True), part.b.to(like, copy=True)
+        super().__init__(a, b, part.scale, part.dropout)
         self.ids = part.ids
 
-    def branch(self, x: Tensor, active: Tensor) -> Tensor:
-        y = super().branch(x)
+    def branch(self, x: Tensor, **reads: Tensor) -> Tensor:
+        y, active = super().branch(x), reads["active"]
         return y * (active if y.dim() > 2 else active.flatten())[..., None].to(y.dtype)
 
     def factors(self) -> None:

@@ -29,7 +29,7 @@ from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.read import Reading
-from ...rewriter.errors import MetaTensorError, OptionError
+from ...rewriter.errors import MetaTensorError, OptionError, PassError
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ...rewriter.program.state import State
@@ -203,9 +203,20 @@ def started(program: State, plan: Plan, options: Options, data: Any) -> Plan:
 
 
 def planned_branch(edit: Editor, site: WeightSite, options: Options) -> StartedBranch | None:
-    """The branch that begins where the plan says; None where B is zero."""
+    """The branch that begins where the plan says; None where B is zero, or no branch can stand.
+
+    Raises:
+        PassError: the plan does not say it.
+    """
+    if options.init in RANDOM or edit.obstacle(site):
+        return None
     a, b = (edit.tensors.get(f"{site.id}.{n}") for n in "ab")
-    if a is None or b is None:
+    if a is None or (b is None) != (options.init == "eva"):
+        raise PassError(
+            f"lora: the plan has no factors for {site.id} to begin with. It was altered: save the "
+            "adapter again."
+        )
+    if b is None:
         return None
     like = edit.like(site)
     return StartedBranch(a.to(like), b.to(like), options.scale(options.rank), options.dropout)

@@ -141,9 +141,7 @@ def observe_rows(
         yield from ((site.id, totals[read] / count) for site in shared)
 
 
-def _run(
-    program: State, tapped: Tapped, data: Iterable[Mapping[str, Tensor]]
-) -> Iterator[dict[str, Tensor]]:
+def _run(program: State, tapped: Tapped, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
     """What each batch shows, without gradients; a batch may come with a loss (`gradients`)."""
     taken = set(program.spec.names)
     for given in data:

@@ -143,7 +143,7 @@ def test_peft_finds_the_head_of_a_task_in_the_file(tmp_path: Path) -> None:
         want = together("SEQ_CLS", recipe, tmp_path / "a", *names)
         theirs = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "a")).eval()
         near(computed(theirs, "bert", ""), want)
-    with pytest.raises(ArtifactError, match="nearest: lora"):
+    with pytest.raises(ArtifactError, match="nearest: train"):
         together(None, recipe, tmp_path / "b", "lora", "tran")
     with pytest.raises(ArtifactError, match="say which"):
         together(None, "lora{name=one};lora{name=two}", tmp_path / "c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.passes.reparameterized.initial_factors import StartedBranch, principal
 from peftfx.rewriter.errors import MetaTensorError, OptionError, PassError
+from peftfx.rewriter.run.run import apply_plan
 
 from ..formats.peft_cases import base, inputs, output, program
 from ..models import batch, first, randomise
@@ -421,6 +423,19 @@ def test_it_is_saved_with_where_it_started(tmp_path: Path, monkeypatch: pytest.M
     assert all(isinstance(again.branch(a), StartedBranch) for a in again.attachments)
     renamed = peftfx.load(program("llama"), tmp_path / "a", name="other")
     assert torch.equal(output(renamed(**inputs("llama"))), want)
+    peftfx.save_program(made, tmp_path / "whole")
+    whole = peftfx.load_program(tmp_path / "whole")
+    assert torch.equal(output(whole(**inputs("llama"))), want)
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_a_plan_without_its_factors_is_refused(captured: Any, init: str) -> None:
+    _, before = captured["llama"]
+    made = peftfx.run(before, f"lora{{rank=4,init={init}}}", data=samples())
+    assert all(p.is_contiguous() for p in made.trainable_parameters())  # safetensors asks for it
+    record = made.history[-1]
+    with pytest.raises(PassError, match="the plan has no factors"):
+        apply_plan(before, record.applied, replace(record.plan, tensors={}))
 
 
 def test_it_is_lowered_banked_and_cut(captured: Any) -> None:
