@@ -91,13 +91,8 @@ def test_ranks_that_differ_by_site(
         save_adapter(made, tmp_path / name, "onnx_adapter", name)
     values: dict[str, Tensor] = {}
     for name in ("lora", "more"):
-        values |= {
-            k: v.numpy().copy()
-            for k, v in ort.AdapterFormat.read_adapter(str(tmp_path / name))
-            .get_parameters()
-            .items()
-        }
-    save(tmp_path / "both.onnx_adapter", {k: torch.from_numpy(v) for k, v in values.items()})
+        values |= values_of(tmp_path / name)
+    save(tmp_path / "both.onnx_adapter", values)
     near(computed(slotted[0], tmp_path / "both.onnx_adapter"), first(made(**batch())))
 
 
