@@ -125,9 +125,7 @@ class GgufFile:
         step = max(1, _CHUNK // stored.shape[-1])
         try:
             for at in range(0, len(rows), step):
-                values[at : at + step] = torch.from_numpy(
-                    _decoded(rows[at : at + step], stored.kind)
-                )
+                values[at : at + step] = _decoded(rows[at : at + step], stored.kind)
         except NotImplementedError as error:
             raise ArtifactError(
                 f"{self.where}: the package gguf cannot decode {stored.kind}, the type of "
