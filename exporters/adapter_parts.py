@@ -64,7 +64,7 @@ def _parts_of(program: Program, name: str) -> list[Part]:
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
         elif isinstance(part, Rows | Invoked) and isinstance(site, WeightSite):
-            parts.append(replace(part, target=_name(program, site)))
+            parts.append(replace(part, target=weight_name(program, site)))
         else:
             parts.append(part)
     parts += [_joined(program, each) for each in pieces.values()]
@@ -134,7 +134,7 @@ def _by_slot(branch: Branch) -> Part | None:
             return None
 
 
-def _name(program: Program, site: WeightSite) -> str:
+def weight_name(program: Program, site: WeightSite) -> str:
     """What the original model calls the weight, by the name that the site's module reads it."""
     names = program.tensors.names(site.weight)
     if len(names) == 1 or isinstance(site, EmbeddingSite):
@@ -145,7 +145,7 @@ def _name(program: Program, site: WeightSite) -> str:
 
 def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
     """One part for all that an adapter has at a weight."""
-    (site, first), name = pieces[0], _name(program, pieces[0][0])
+    (site, first), name = pieces[0], weight_name(program, pieces[0][0])
     lookup = isinstance(site, EmbeddingSite)
     if len(pieces) == 1 and site.features is None:
         more = {"lookup": lookup} if isinstance(first, LowRank) else {}

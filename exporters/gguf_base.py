@@ -77,12 +77,18 @@ def load_gguf(path: str | Path, hollow: bool = False) -> Any:
         if hollow:
             with torch.device("meta"):
                 return auto.from_config(config, dtype=torch.float32).eval()
-        model = auto.from_pretrained(
+        model, about = auto.from_pretrained(
             path.parent, gguf_file=path.name, config=config, dtype=torch.float32,
             quantization_config=_transformers().GgufConfig(dequantize=True),
+            output_loading_info=True,
         )  # fmt: skip
     except Exception as error:
         raise ArtifactError(f"{path} cannot be loaded: {_first(error)}") from error
+    if about["missing_keys"]:  # which transformers draws at random
+        raise WeightsError(
+            f"{path} lacks the model's {min(about['missing_keys'])}. It is incomplete, or of "
+            "another model than it says."
+        )
     vars(model.config).pop("quantization_config", None)
     return model.eval()
 
@@ -143,21 +149,17 @@ def _write_tensors(
     wanted = {n: t for n, t in state.items() if n not in tied}
     names = names_of(wanted, file.architecture, file.where)
     _require_all(file, names, wanted)
-    shards = _shards({n: t.numel() * 4 for n, t in wanted.items()}, shard)
-    for number, held in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    files = _files({n: t.numel() * 4 for n, t in wanted.items()}, shard)
+    for name, held in files.items():
         if progress is not None:
             progress(name)
-        _write_shard(
+        _write_file(
             folder / name, {n: wanted[n] for n in held}, lambda n: _value(file, model, names, n)
         )
-    if len(shards) > 1:
-        numbered = {n: f"model-{i:05}-of-{len(shards):05}.safetensors"
-                    for i, held in enumerate(shards, 1) for n in held}  # fmt: skip
+    if len(files) > 1:
         about = {"total_size": sum(t.numel() * 4 for t in wanted.values())}
-        index = write_json({"metadata": about, "weight_map": numbered})
+        listed = {n: name for name, held in files.items() for n in held}
+        index = write_json({"metadata": about, "weight_map": listed})
         (folder / f"model{INDEX}").write_bytes(index)
     return len(wanted)
 
@@ -198,8 +200,8 @@ def _value(file: GgufFile, model: Any, names: Names, name: str) -> Tensor:
     return value - 1 if shifted else value
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in files of at most so many bytes, or of one tensor."""
+def _files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, at most so many bytes of them, or one."""
     shards: list[list[str]] = [[]]
     left = most
     for name, size in sizes.items():
@@ -208,10 +210,12 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
             left = most
         shards[-1].append(name)
         left -= size
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
-def _write_shard(path: Path, tensors: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
     """One safetensors file of float32, tensor by tensor."""
     code = next(c for c, dtype in DTYPES.items() if dtype == torch.float32)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

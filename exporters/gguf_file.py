@@ -35,6 +35,9 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _AXES = 4
+_CHUNK = 2**21
+"""Numbers that are decoded at a time: decoders need several times their memory."""
+
 _LEAST = 13
 """Bytes that each key and each tensor takes at least."""
 
@@ -117,20 +120,29 @@ class GgufFile:
             raise CorruptFileError(f"{self.where} is truncated within {name!r}.")
         if stored.kind in _FLOATS:
             return torch.from_numpy(data).view(_FLOATS[stored.kind]).view(stored.shape)
-        gguf = package()
-        kind = gguf.GGMLQuantizationType[stored.kind]
+        rows = data.reshape(math.prod(stored.shape[:-1]), -1)
+        values = torch.empty(len(rows), stored.shape[-1])
+        step = max(1, _CHUNK // stored.shape[-1])
         try:
-            values = gguf.quants.dequantize(data.reshape(*stored.shape[:-1], -1), kind)
+            for at in range(0, len(rows), step):
+                values[at : at + step] = _decoded(rows[at : at + step], stored.kind)
         except NotImplementedError as error:
             raise ArtifactError(
                 f"{self.where}: the package gguf cannot decode {stored.kind}, the type of "
                 f"{name!r}. Use a file of another type."
             ) from error
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(stored.shape)
+        return values.view(stored.shape)
 
     def _at(self, offset: int) -> BinaryIO:
         self._handle.seek(offset)
         return self._handle
+
+
+def _decoded(rows: Any, kind: str) -> Tensor:
+    """Bytes `[rows, bytes of a row]` as float32 `[rows, columns]`."""
+    gguf = package()
+    values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
 
 @contextlib.contextmanager

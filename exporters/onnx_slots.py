@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..rewriter.branches.parts import LowRank
 from ..rewriter.errors import ArtifactError, ExportError
 from ..rewriter.program.sites import WeightSite
 from ..rewriter.run.run import run
-from .adapter_parts import adapter_parts
+from .adapter_parts import adapter_parts, weight_name
 from .onnx_adapter import A, B, slots
 from .onnx_parity import require
 
@@ -88,8 +88,8 @@ def _inputs(program: Program, adapter: str) -> dict[str, str]:
     inputs: dict[str, str] = {}
     for attachment in (a for a in program.attachments if a.adapter == adapter):
         branch: Any = program.branch(attachment)
-        part, site = branch.part(), program.sites[attachment.site]
-        module = getattr(site, "weight", "").removesuffix(".weight")
+        part, site = branch.part(), cast(WeightSite, program.sites[attachment.site])
+        module = weight_name(program, site).removesuffix(".weight")
         for leaf, tensor in ((A, part.a), (B, part.b)):
             own = _name(branch, tensor)
             inputs[f"{attachment.path}.{own}"] = f"{module}.{leaf}"

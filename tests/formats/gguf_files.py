@@ -92,7 +92,7 @@ def write_base(
         writer.add_token_list(alphabet)
         writer.add_token_merges(["A B"])
     for key, value in (fields or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add: Any = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{architecture}.{key}", value)
     left = dict(changes or {})
     state = model.state_dict()

@@ -376,6 +376,8 @@ def test_files_of_other_tensors_are_refused(tmp_path: Path) -> None:
         path = bad_config(write_base(tmp_path / f"{name}.gguf", model), **change)
         with pytest.raises(ArtifactError, match=text):
             write_directory(path, tmp_path / name)
+        with pytest.raises(ArtifactError, match="lacks the model's model"):
+            load_gguf(path)
     path = write_base(tmp_path / "more.gguf", model, changes={"blk.0.extra.weight": torch.ones(3)})
     with pytest.raises(ArtifactError, match=r"no place for 'blk.0.extra.weight'"):
         write_directory(path, tmp_path / "more")

@@ -155,7 +155,7 @@ WRONG: tuple[Wrong, ...] = (
      dequantising),
     ("norms shifted everywhere", f"{BASE}:_value", "file.architecture in SHIFTED and ", "",
      dequantising),
-    ("tensors in another order", f"{BASE}:_write_shard", "for name in tensors:",
+    ("tensors in another order", f"{BASE}:_write_file", "for name in tensors:",
      "for name in reversed(tensors):", dequantising),
     ("table written as it is", f"{ADAPTER}:_factors", "part.a.mT if part.lookup else part.a",
      "part.a", writing),
