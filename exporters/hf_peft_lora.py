@@ -97,8 +97,8 @@ def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) 
     narrow, wide = leaves[a], leaves[b]
     if min(narrow.dim(), wide.dim()) < 2 or narrow.shape[0] != wide.shape[1]:
         raise ArtifactError(
-            f"{config}: {path} has {a} {list(narrow.shape)} and {b} {list(wide.shape)}, which are no "
-            "matrices of one rank. Save the adapter again."
+            f"{config}: {path} has {a} {list(narrow.shape)} and {b} {list(wide.shape)}, which are "
+            "no matrices of one rank. Save the adapter again."
         )
     if not (narrow.is_floating_point() and wide.is_floating_point()):
         raise ArtifactError(

@@ -192,7 +192,7 @@ def test_paths_outside_the_directory(tmp_path: Path) -> None:
     (away / WEIGHTS).mkdir()
     refused(away, ArtifactError, rf"{WEIGHTS} .*directory, not a regular file")
     for name in ("a\0b", str(tmp_path / "nowhere" / "..." / "x")):
-        with pytest.raises(ArtifactError, match="null character|does not exist"):
+        with pytest.raises(ArtifactError, match=r"null character|does not exist"):
             format_of(name)
 
 
