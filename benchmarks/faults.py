@@ -267,7 +267,8 @@ def fuzz(seconds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]
 
 
 _READERS = (
-    r"peftfx\.(rewriter\.(storage|capture|running\.syntax|sites\.selector)|training)"
+    r"peftfx\.(rewriter\.(storage|capture|files|pipeline\.syntax|program\.selector)"
+    r"|exporters|training)"
     r"|yaml\.(scanner|parser|composer|constructor)"
 )
 

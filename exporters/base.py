@@ -219,7 +219,10 @@ def require_fit(base: Base, parts: Parts, where: str) -> None:
 
 def _fits(part: Part, shape: Shape) -> bool:
     match part:
-        case LowRank(a=a, b=b, lookup=lookup):
+        case LowRank(a=a, b=b, lookup=lookup, magnitude=magnitude):
+            rows = math.prod(b.shape[:-1]) if magnitude is None else magnitude.numel()
+            if rows != math.prod(b.shape[:-1]):
+                return False
             if a.dim() > 2:
                 sides = (a.shape[2], b.shape[1])
                 return shape[0] == len(a) == len(b) and shape[1:] in (sides, sides[::-1])

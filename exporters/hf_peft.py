@@ -23,7 +23,7 @@ from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import Invoked, Part, Trained
 from ..rewriter.capture.capture import capture
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, RewriteError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
@@ -197,7 +197,7 @@ def read_peft(program: Base, directory: str | Path) -> Parts:
             f"{nearest(config.type, _READERS)}. Merge it with PEFT, or convert it to LORA there."
         )
     plain = {_plain(k, where): t for k, t in tensors.items()}
-    parts = [part for reader in readers for part in reader(config, plain, program)]
+    parts = [part for reader in readers for part in _parts(reader, config, plain, program)]
     parts += _whole(config, plain, program)
     config.finish()
     if not parts:
@@ -205,6 +205,19 @@ def read_peft(program: Base, directory: str | Path) -> Parts:
     source = f"peft {data.get('peft_version') or 'of unknown version'} {config.type}"
     read = Parts(tuple(parts), source, _notes(config), data)
     return read if _says_all(program, read, tensors) else replace(read, original=tensors)
+
+
+def _parts(reader: Reader, config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
+    """What a reader takes; shapes that no formula fits are an error of the file."""
+    try:
+        return reader(config, tensors, program)
+    except RewriteError:
+        raise
+    except (RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
+        raise ArtifactError(
+            f"{config.where}: its tensors or options are not those of {config.type} "
+            f"({str(error).splitlines()[0][:200]}). Save the adapter again with PEFT."
+        ) from error
 
 
 def _says_all(program: Base, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:

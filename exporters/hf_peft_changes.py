@@ -178,11 +178,20 @@ def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: 
             "The file is not whole; save the adapter again."
         ) from error
     except (RuntimeError, ValueError, IndexError) as error:
-        sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
-        raise ArtifactError(
-            f"{config.where}: the tensors of {path} ({sizes}) make no change of a weight "
-            f"{list(matrix.shape)}. Use the base that the adapter was trained on, or save it again."
-        ) from error
+        raise _misfit(config, path, own) from error
+
+
+def _require(fits: bool, config: Config, path: str, own: Leaves) -> None:
+    if not fits:
+        raise _misfit(config, path, own)
+
+
+def _misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
+    sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
+    return ArtifactError(
+        f"{config.where}: the tensors of {path} ({sizes}) do not belong together, or to this base. "
+        "Use the base that the adapter was trained on, or save it again."
+    )
 
 
 def _scale(config: Config, path: str) -> float:
@@ -215,6 +224,7 @@ def _lokr(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
 def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     config.take("r", 32)
     rows, columns = own["shira_indices"].long()
+    _require(len(rows) == own["shira_weight"].numel(), config, path, own)
     if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
         raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
     delta = torch.zeros(matrix.shape)
@@ -266,6 +276,7 @@ def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
             f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
             "do not belong together; save the adapter again."
         )
+    _require(len(scale) == len(matrix), config, path, own)
     q, one = (blocks - blocks.mT) / 2, torch.eye(size)
     rotations = torch.linalg.solve(one + q, one - q, left=False)
     turned = _numbers(config, path, matrix).mT
@@ -294,6 +305,8 @@ def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor
     if len(own) != 2:
         raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
     out, size = matrix.shape
+    sides = own["vera_lambda_d"].numel(), own["vera_lambda_b"].numel()
+    _require(sides == (len(shared["vera_A"]), out), config, name, own)
     a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
     return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
 

@@ -101,8 +101,22 @@ class _Scales:
 def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) -> list[Tensor]:
     if a not in leaves or b not in leaves:
         lost = b if a in leaves else a
-        raise ArtifactError(f"{config}: {path}.{lost} is missing beside {sorted(leaves)}.")
-    return [leaves[a], leaves[b]]
+        raise ArtifactError(
+            f"{config}: {path}.{lost} is missing beside {sorted(leaves)}. The file is not whole; "
+            "save the adapter again."
+        )
+    narrow, wide = leaves[a], leaves[b]
+    if min(narrow.dim(), wide.dim()) < 2 or narrow.shape[0] != wide.shape[1]:
+        raise ArtifactError(
+            f"{config}: {path} has {a} {list(narrow.shape)} and {b} {list(wide.shape)}, which are "
+            "no matrices of one rank. Save the adapter again."
+        )
+    if not (narrow.is_floating_point() and wide.is_floating_point()):
+        raise ArtifactError(
+            f"{config}: {path} has factors of {str(narrow.dtype)[6:]} and {str(wide.dtype)[6:]}, "
+            "which are no real numbers. Save the adapter again in float32."
+        )
+    return [narrow, wide]
 
 
 def _product(
@@ -163,8 +177,11 @@ def _adalora(
     that divides is the one that training began with."""
     a, b = _pair(config.where, path, leaves, "lora_A", "lora_B")
     e = leaves.get("lora_E")
-    if e is None:
-        raise ArtifactError(f"{config.where}: {path}.lora_E is missing.")
+    if e is None or e.shape != (len(a), 1):
+        raise ArtifactError(
+            f"{config.where}: {path}.lora_E is missing, or has not one number a rank. Save the "
+            "adapter again."
+        )
     start = config.take("init_r", 12)
     alpha = resolved(scales.alphas, path, scales.alpha, config.where)
     return LowRank(name, a * e, b, float(alpha) / (start + 1e-5))

@@ -58,21 +58,24 @@ def _read(program: Base, folder: Folder) -> Parts:
             del tensors[f"{path}.{leaf}"]
         if "lora_a" not in leaves or "lora_b" not in leaves:
             raise ArtifactError(f"{where}: {path} has {', '.join(leaves)} alone.")
-        a, b = leaves["lora_a"].mT, leaves["lora_b"].mT
-        if a.dim() != 2:
+        a, b = leaves["lora_a"], leaves["lora_b"]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
             raise ArtifactError(
-                f"{where}: LoRA of stacks of experts ({path}) is not read from mlx."
+                f"{where}: {path} has factors {list(a.shape)} and {list(b.shape)}: only matrices "
+                "of one rank are read, no stacks of experts. Save it again, or use PEFT's format."
             )
-        parts.append(LowRank(_known(f"{path}.weight", names, where), a, b, scale, leaves.get("m")))
+        parts.append(
+            LowRank(_known(f"{path}.weight", names, where), a.mT, b.mT, scale, leaves.get("m"))
+        )
     if tensors:
         raise ArtifactError(f"{where}: the key {next(iter(tensors))!r} is not understood.")
     return Parts(tuple(parts), f"mlx {kind}")
 
 
 def _scale(config: Mapping[str, Any], where: str) -> float:
-    parameters = config.get("lora_parameters", {})
-    scale = parameters.get("scale", _SCALE)
-    if "alpha" in parameters or not isinstance(scale, int | float):
+    parameters: Any = config.get("lora_parameters", {})
+    scale: Any = parameters.get("scale", _SCALE) if isinstance(parameters, dict) else None  # pyright: ignore
+    if type(scale) not in (int, float) or "alpha" in parameters:
         raise ArtifactError(
             f"{where}: lora_parameters has no number `scale` (mlx-lm knows no alpha). Say the "
             "scale that multiplies: alpha / rank."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, RewriteError, nearest
 from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, read_file
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
@@ -151,7 +151,7 @@ def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: 
                 f"{where}: of this model's modules, {prefix}{module} {why}. Use the base that the "
                 "adapter was trained on."
             )
-        kind, part = _part(program, f"{sites[0]}.weight", leaves, f"{where}: {prefix}{module}")
+        kind, part = _read(program, f"{sites[0]}.weight", leaves, f"{where}: {prefix}{module}")
         kinds.add(kind)
         parts.append(part)
     return Parts(tuple(parts), f"kohya {'/'.join(sorted(kinds))}")
@@ -164,6 +164,19 @@ def _flat_names(program: Base) -> dict[str, list[str]]:
     for name in sorted(n.removesuffix(".weight") for n in names if n.endswith(".weight")):
         flat.setdefault(name.replace(".", "_"), []).append(name)
     return flat
+
+
+def _read(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Part]:
+    """The form and the part of one module; shapes that no formula fits are an error of the file."""
+    sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in leaves.items())
+    try:
+        return _part(program, name, leaves, where)
+    except RewriteError:
+        raise
+    except (RuntimeError, LookupError, ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{where}: its tensors ({sizes}) do not belong together. Save it again."
+        ) from error
 
 
 def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Part]:
@@ -185,7 +198,7 @@ def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Pa
     if magnitude is not None:
         raise ArtifactError(f"{where}: dora_scale is read beside LoRA only. Fold it there.")
     if "hada_w1_a" in wide:
-        rank = wide["hada_w1_b"].shape[0]
+        rank = _needed(wide, "hada_w1_b", where).shape[0]
         one, two = (_through(wide, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b", where)
                     for i in (1, 2))  # fmt: skip
         delta, kind = one * two * _scale(alpha, rank, where), "LoHa"

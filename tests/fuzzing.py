@@ -28,7 +28,7 @@ from peftfx.rewriter.storage import artifact, loading, program_file
 from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state
 
-from . import writers
+from . import fuzzing_adapters, writers
 from .writers import WRITERS
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -172,6 +172,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         "pipeline": _text(parse), "recipe": _text(parse_yaml), "selector": _text(_choose),
         "structure": _part(read_structure), "symbols": _part(Symbols), "relation": _text(_relation),
         "spec": _part(read_spec),
+        **{n: functools.partial(fuzzing_adapters.read, n) for n in fuzzing_adapters.TARGETS},
     }.items()
 }  # fmt: skip
 

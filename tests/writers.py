@@ -6,6 +6,7 @@ Used by the tests of damage and by `benchmarks/faults.py`, which kills, fills di
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.exporters.formats import convert
+from peftfx.exporters.hf_peft import read_peft
+from peftfx.rewriter.branches.parts import LowRank
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
 from peftfx.rewriter.storage.artifact import read as read_artifact
@@ -243,6 +247,26 @@ def _read_controllers(folder: Path) -> int:
     return _number([state["scale"], torch.tensor([state["step"]])])
 
 
+@functools.cache
+def _adapter(number: int) -> Path:
+    """An adapter in PEFT's form, which says the number in both of its files."""
+    place = Path(tempfile.mkdtemp(prefix="peftfx-adapter-"))
+    peftfx.save_peft(_filled(number), place / "a", base=str(number))
+    return place / "a"
+
+
+def _convert(folder: Path, number: int) -> None:
+    convert(_adapter(number), folder / "c", "peft")
+
+
+def _read_converted(folder: Path) -> int:
+    read = read_peft(base(), folder / "c")
+    number = _number(t for p in read.parts if isinstance(p, LowRank) for t in (p.a, p.b))
+    if read.config["base_model_name_or_path"] != str(number):
+        raise AssertionError("mixed: the config is of another adapter")
+    return number
+
+
 WRITERS = {
     "save": Writer(_save, _read_save, _state_save, ("a/manifest.json", "a/tensors.safetensors")),
     "save_program": Writer(
@@ -259,6 +283,7 @@ WRITERS = {
         ("step-00000001/manifest.json", "step-00000001/shard-00001-model-00001-of-00001.safetensors"),
     ),
     "cache": Writer(_store, _read_cache, _state_cache, ("entry.json",), numbered=False),
+    "convert": Writer(_convert, _read_converted, lambda f: str(_read_converted(f)), ()),
     "controllers": Writer(
         _controllers, _read_controllers, _state_controllers, ("state.safetensors",)
     ),

@@ -183,3 +183,15 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorruptFileError):
         load_adapter(program("unet"), path)
+
+
+@pytest.mark.parametrize("leaf", ["hada_w1_b", "hada_w2_a"])
+def test_shapes_that_no_formula_fits(leaf: str, tmp_path: Path) -> None:
+    out, size = shape_of(QUERY)
+    tensors = {"hada_w1_a": (out, 2), "hada_w1_b": (2, size), "hada_w2_a": (out, 2),
+               "hada_w2_b": (2, size)}  # fmt: skip
+    for shape in ((3,), (), (5, 7)):
+        changed = {f"{flat(QUERY)}.{n}": draw(*s) for n, s in (tensors | {leaf: shape}).items()}
+        save_file(changed, tmp_path / "a.safetensors")
+        with pytest.raises(ArtifactError, match=rf"to_q: its tensors \(.*{leaf}.*Save it again"):
+            load_adapter(program("unet"), tmp_path / "a.safetensors")

@@ -1,0 +1,149 @@
+"""Readers of other libraries' adapters as functions of bytes: a JSON document with the config and the
+header of the tensors, whose numbers are all alike.
+
+    python -m tests.fuzzing_adapters    writes the corpus, with the libraries themselves
+
+A reader of another format is one more line in `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftfx.exporters.base import require_fit
+from peftfx.exporters.formats import read_adapter
+from peftfx.exporters.hf_peft_config import CONFIG, TENSORS
+from peftfx.exporters.hf_peft_writing import written
+from peftfx.exporters.mlx import TENSORS as MLX_TENSORS
+from peftfx.exporters.plain_lora import plain_lora
+from peftfx.rewriter.errors import RewriteError
+from peftfx.rewriter.files.files import parse_json
+
+from . import writers
+
+CORPUS = Path(__file__).parent / "corpus"
+LARGEST = 2**20
+"""Bytes of tensors that a document may ask for."""
+
+Document = Mapping[str, Any]
+
+
+@functools.cache
+def _place() -> Path:
+    shared = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None, prefix="peftfx-fuzz-"))
+
+
+def _tensors(header: Any) -> bytes:
+    """A safetensors file of that header, whose float32 numbers are 0.747."""
+    about = header.values() if isinstance(header, dict) else ()  # pyright: ignore
+    ends = [e for a in about if isinstance(a, dict) and isinstance(o := a.get("data_offsets"), list)
+            for e in o if isinstance(e, int)]  # fmt: skip
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"?" * min(max([0, *ends]), LARGEST)
+
+
+def _directory(document: Document, tensors: str) -> Path:
+    (_place() / CONFIG).write_text(json.dumps(document.get("config")))
+    (_place() / tensors).write_bytes(_tensors(document.get("header")))
+    return _place()
+
+
+def _single_file(document: Document) -> Path:
+    path = _place() / "a.safetensors"
+    path.write_bytes(_tensors(document.get("header")))
+    return path
+
+
+TARGETS: dict[str, Callable[[Document], Path]] = {
+    "peft": lambda document: _directory(document, TENSORS),
+    "mlx": lambda document: _directory(document, MLX_TENSORS),
+    "single_file": _single_file,
+}
+"""Name -> what writes a document as an adapter of that format."""
+
+
+def read(name: str, data: bytes) -> None:
+    """Reads an adapter as far as conversion does, but for writing it."""
+    document = parse_json(data, "it")
+    if not isinstance(document, dict):
+        return
+    base = writers.base()
+    parts = read_adapter(base, TARGETS[name](document))  # pyright: ignore[reportUnknownArgumentType]
+    require_fit(base, parts, "it")
+    for write in (written, plain_lora):
+        try:
+            write(base, parts)
+        except RewriteError:
+            continue
+
+
+def _document(folder: Path, tensors: str) -> bytes:
+    """The config and the header of an adapter, in short: options that are off are left out."""
+    raw = (folder / tensors).read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+    config = {k: v for k, v in config.items() if v not in (None, False, {}, [])}
+    return json.dumps({"config": config, "header": json.loads(raw[8 : 8 + size])}).encode()
+
+
+def _write() -> None:
+    import peft
+    from safetensors.torch import save_file
+
+    both: dict[str, Any] = {"target_modules": ["up", "down"]}
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "lora": ("Lora", {"r": 2, "rank_pattern": {"up": 1}, "bias": "all"}),
+        "dora": ("Lora", {"r": 2, "use_dora": True, "use_rslora": True}),
+        "pissa": ("Lora", {"r": 2, "init_lora_weights": "pissa"}),
+        "adalora": ("AdaLora", {"init_r": 2, "target_r": 1, "total_step": 9}),
+        "ia3": ("IA3", {"feedforward_modules": ["down"]}),
+        "loha": ("LoHa", {"r": 2}), "lokr": ("LoKr", {"r": 2}), "vera": ("Vera", {"r": 2}),
+        "shira": ("Shira", {"r": 1}), "miss": ("Miss", {"r": 2}),
+        "oft": ("OFT", {"oft_block_size": 4}), "boft": ("BOFT", {"boft_block_size": 4}),
+    }  # fmt: skip
+    documents: dict[tuple[str, str], bytes] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, (kind, options) in configs.items():
+            config = getattr(peft, f"{kind}Config")(**both, **options)
+            peft.get_peft_model(writers.Net(), config).save_pretrained(place)  # pyright: ignore
+            documents["peft", name] = _document(folder, TENSORS)
+        for name in ("lora", "dora", "full"):
+            factors = {"up.lora_a": torch.ones(16, 2), "up.lora_b": torch.ones(2, 48)}
+            factors |= {"up.m": torch.ones(48)} if name == "dora" else {}
+            factors = {"up.weight": torch.ones(48, 16)} if name == "full" else factors
+            (folder / CONFIG).write_text(
+                json.dumps({"fine_tune_type": name, "lora_parameters": {"scale": 2.0, "rank": 2}})
+            )
+            save_file(factors, folder / MLX_TENSORS)
+            documents["mlx", name] = _document(folder, MLX_TENSORS)
+        (folder / CONFIG).unlink()
+        forms: dict[str, dict[str, tuple[int, ...]]] = {
+            "diffusers": {"unet.up.lora_A.weight": (2, 16), "unet.up.lora_B.weight": (48, 2)},
+            "kohya": {"lora_unet_up.lora_down.weight": (2, 16), "lora_unet_up.alpha": (),
+                      "lora_unet_up.lora_up.weight": (48, 2), "lora_unet_up.dora_scale": (48, 1)},
+            "loha": {"lycoris_up.hada_w1_a": (48, 2), "lycoris_up.hada_w1_b": (2, 16),
+                     "lycoris_up.hada_w2_a": (48, 2), "lycoris_up.hada_w2_b": (2, 16)},
+            "lokr": {"lycoris_up.lokr_w1": (6, 4), "lycoris_up.lokr_w2_a": (8, 2),
+                     "lycoris_up.lokr_w2_b": (2, 4), "lycoris_up.alpha": ()},
+            "whole": {"lora_unet_up.diff": (48, 16)},
+        }  # fmt: skip
+        for name, shapes in forms.items():
+            save_file({k: torch.ones(s) for k, s in shapes.items()}, folder / "a")
+            documents["single_file", name] = _document(folder, "a")
+    for (target, name), text in documents.items():
+        (CORPUS / target).mkdir(exist_ok=True)
+        (CORPUS / target / name).write_bytes(text + b"\n")
+
+
+if __name__ == "__main__":
+    _write()
