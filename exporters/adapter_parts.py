@@ -6,18 +6,21 @@ ranks side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from ..passes.interchange.imported import prefix_sites
+from ..passes.interchange.imported import Imported, prefix_sites
 from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
 from ..rewriter.branches.parts import (
+    Bottleneck,
     Change,
+    Fusion,
     Invoked,
     LowRank,
     Part,
@@ -29,20 +32,30 @@ from ..rewriter.branches.parts import (
 )
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.program.history import Attachment
-from ..rewriter.program.sites import EmbeddingSite, WeightSite
-from ..rewriter.storage.parts import Parts
+from ..rewriter.program.sites import (
+    EmbeddingSite,
+    LinearSite,
+    Site,
+    WeightSite,
+)
+from ..rewriter.storage.parts import Parts, of_plan, same
 
 AnyPart = TypeVar("AnyPart", bound=Part)
 Piece = tuple[WeightSite, AnyPart]
+PLACES = ("stack", "decoder", "own", "cross")
+"""Where a format may put prefixes, see `Prefix.place`; the last two with `beside`."""
 
 
-def adapter_parts(program: Program, adapter: str | Sequence[str] = "") -> Parts:
+def adapter_parts(
+    program: Program, adapter: str | Sequence[str] = "", beside: bool = False
+) -> Parts:
     """An adapter in parts, or several as one.
 
     Args:
         program: which holds it unfolded.
         adapter: its name, or several; by default the only one, with those that train whole
             parameters or rows of tables (a head, new tokens), as other libraries have them.
+        beside: whether the format has gates, and branches that read the stream, or combine others.
 
     Raises:
         ArtifactError: there is no such adapter, or a branch of it has no form in files: it reads
@@ -50,21 +63,23 @@ def adapter_parts(program: Program, adapter: str | Sequence[str] = "") -> Parts:
     """
     given = [adapter] if isinstance(adapter, str) else list(adapter)
     names = [_chosen(program, n) for n in given] if any(given) else _together(program)
-    each = [_parts_of(program, name) for name in names]
+    each = [_parts_of(program, name, beside) for name in names]
     return Parts(tuple(p for parts in each for p in parts), names[0] if len(names) == 1 else "")
 
 
-def _parts_of(program: Program, name: str) -> list[Part]:
+def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     parts: list[Part] = []
     for attachment in (a for a in program.attachments if a.adapter == name):
-        site, part = program.sites[attachment.site], _part(program, attachment)
+        site, part = program.sites[attachment.site], _part(program, attachment, beside)
         if isinstance(part, Prefix):
-            parts.append(_placed(program, attachment, part))
+            parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
         elif isinstance(part, Rows | Invoked) and isinstance(site, WeightSite):
             parts.append(replace(part, target=weight_name(program, site)))
+        elif isinstance(part, Bottleneck | Fusion):
+            parts.append(replace(part, target=_last_product(program, site)))
         else:
             parts.append(part)
     parts += [_joined(program, each) for each in pieces.values()]
@@ -102,20 +117,63 @@ def _chosen(program: Program, adapter: str) -> str:
     )
 
 
-def _part(program: Program, attachment: Attachment) -> Part:
+def _part(program: Program, attachment: Attachment, beside: bool) -> Part:
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
     part = _own_part(program, attachment)
-    if attachment.reads or attachment.members:
-        reason = "it reads other values of the graph"
-    elif part is None and isinstance(branch, Branch):
-        part = _by_slot(branch)
+    if (attachment.reads or attachment.members) and not beside:
+        part = part if isinstance(part, Invoked) else None
+        reason = "it reads other values of the graph, which this format has no form for"
+    elif isinstance(branch, Branch) and not attachment.reads.keys() - {"gate", "seen"}:
+        part = _beside(program, attachment, part or _by_slot(branch))
     if part is None:
         raise ArtifactError(
             f"{attachment.adapter}: the {type(branch).__name__} at {attachment.site} cannot be "
             f"written: {reason}. Save it with peftfx.save, or fold it and write the weights."
         )
     return part
+
+
+def _beside(program: Program, attachment: Attachment, part: Part | None) -> Part | None:
+    """A part with what its branch reads: a gate's tensors, and which value it sees."""
+    nodes = {n.name: n for n in program.module.graph.nodes}
+    if isinstance(part, Bottleneck | Fusion) and "seen" in attachment.reads:
+        part = replace(part, reads=_seen(program, attachment, nodes))
+    if isinstance(part, Fusion):
+        owners = {a.path: a.adapter for a in program.attachments}
+        part = replace(part, members=",".join(owners[m] for m in attachment.members))
+    if "gate" not in attachment.reads:
+        return part
+    call = nodes[attachment.reads["gate"]]
+    gate = dict(program.module.get_submodule(str(call.target)).named_parameters())
+    plain = gate.keys() == {"weight", "bias"} and call.kwargs.keys() == {"hidden"}
+    if not plain or not isinstance(part, Bottleneck | LowRank | Prefix):
+        return None  # padding does not count in it, or it is no linear of hidden states
+    return replace(part, gate=gate["weight"].detach(), gate_bias=gate["bias"].detach())
+
+
+def _seen(program: Program, attachment: Attachment, nodes: Mapping[str, Node]) -> str:
+    """What a branch on a sublayer's output reads beside it, as `Bottleneck` calls it."""
+    seen, site = nodes[attachment.reads["seen"]], program.sites[attachment.site]
+    calls = [n for n in nodes.values() if n.op == "call_module" and n.target == attachment.path]
+    if seen in (calls[0].args[0], nodes[site.nodes[0]]):
+        return "output"
+    return "residual" if seen in nodes[site.nodes[1]].all_input_nodes else "stream"
+
+
+def _last_product(program: Program, site: Site) -> str:
+    """The weight whose product is the last one of a sublayer."""
+    role = "o" if site.role == "attn" else "ffn.down"
+    place = site.stream, site.layer, getattr(site, "cross", False)
+    for each in program.sites:
+        if isinstance(each, LinearSite) and each.role == role and place == (
+            each.stream, each.layer, each.cross
+        ):  # fmt: skip
+            return each.weight
+    raise ArtifactError(
+        f"{site.id} ends with no linear of its own, by which files would name it. Save the adapter "
+        "with peftfx.save."
+    )
 
 
 def _by_slot(branch: Branch) -> Part | None:
@@ -150,6 +208,10 @@ def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
     if len(pieces) == 1 and site.features is None:
         more = {"lookup": lookup} if isinstance(first, LowRank) else {}
         return replace(first, target=name, **more)
+    if getattr(first, "gate", None) is not None:
+        raise ArtifactError(
+            f"{name}: parts of a fused weight have gates, each of its own. Fold it."
+        )
     out = _outputs(program, site)
     if isinstance(first, LowRank):
         return replace(_low_rank(pieces, out), target=name, lookup=lookup)
@@ -214,17 +276,40 @@ def _magnitude(part: LowRank) -> Tensor:
     return part.magnitude
 
 
-def _placed(program: Program, attachment: Attachment, part: Prefix) -> Prefix:
-    sites, decoder = prefix_sites(program.sites)
-    order = [s.id for s in sites]
-    if attachment.site not in order:
+def _placed(
+    program: Program, attachment: Attachment, part: Prefix, places: Sequence[str]
+) -> Prefix:
+    """A prefix with its place among the attentions that a format tells apart."""
+    own: Any = program.sites[attachment.site]
+    sites = prefix_sites(program.sites)
+    place = next((n for n in places if own in sites[n]), None)
+    if place is None:
         raise ArtifactError(
             f"{attachment.site}: other libraries put no prefix there, but at attentions of tokens "
             "with one another, of the decoder where there is one. Say where=... of prefix_tuning."
         )
     record = next(r for r in program.history if r.adapter == attachment.adapter)
     listed: Any = record.plan.decisions.get("parts", ())
-    shifted = all(p.get("shifted", True) for p in listed)
+    shifted = bool(listed) and all(p.get("shifted", True) for p in listed)
     shifted = getattr(record.applied, "shift_positions", shifted)
-    layer = order.index(attachment.site)
-    return replace(part, layer=layer, shifted=shifted, decoder=decoder)
+    layer = sites[place].index(own)
+    return replace(part, layer=layer, shifted=shifted, place=place)
+
+
+def unchanged(program: Program, parts: Parts) -> Parts | None:
+    """What an adapter was read from, if it still is that."""
+    steps = [r for r in program.history if r.adapter == parts.source]
+    steps = [r for r in steps if isinstance(r.applied, Imported)]
+    if not steps:
+        return None
+    read = of_plan(steps[0].plan)
+    wanted = {_key(p): p for p in read.parts}
+    equal = len(parts.parts) == len(read.parts) and all(
+        (w := wanted.get(_key(p))) is not None and same(w, p) for p in parts.parts
+    )
+    return read if equal else None
+
+
+def _key(part: Part) -> tuple[Any, ...]:
+    names = ("layer", "lookup", "place")
+    return part.kind, part.target, *(getattr(part, n, None) for n in names)

@@ -20,6 +20,8 @@ from ..rewriter.storage.loading import load
 from ..rewriter.storage.parts import Parts
 from ..rewriter.storage.safetensors_checkpoint import header
 from .adapter_parts import adapter_parts
+from .adapterhub import is_adapterhub, load_adapterhub, save_adapterhub
+from .adapterhub_fusion import is_setup
 from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
 from .gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from .gguf_file import is_gguf
@@ -30,7 +32,7 @@ from .mlx import is_mlx, read_mlx
 from .onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from .single_file import kohya_file, read_single_file
 
-FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter")
+FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter", "adapterhub")
 """What adapters are written as; beside these, diffusers', LyCORIS's and mlx-lm's are read."""
 
 
@@ -48,6 +50,13 @@ _WRITERS: Mapping[str, Writer] = {"gguf": write_gguf_adapter, "onnx_adapter": wr
 _RANKED = ("plain-lora", *_WRITERS)
 """Formats of factors alone, in which something may be lost."""
 
+_NEEDS_PROGRAM = {
+    "peftfx": "{path} was saved by peftfx: its recipe is run on a captured model. Use "
+    "peftfx.load(program, directory), or convert with --capture.",
+    "adapterhub": "{path} is of AdapterHub, whose files name the places of a captured model. Use "
+    "peftfx.load_adapter(program, directory), or convert with --capture.",
+}
+
 _TENSORS = {"peft": TENSORS, "mlx": MLX_TENSORS}
 
 
@@ -64,7 +73,11 @@ def format_of(path: str | Path) -> str:
         return next((kind for kind, told in _BY_START.items() if told(start)), "single file")
     if (folder / CONFIG).is_file():
         config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
-        return "mlx" if is_mlx(config) else "peft"
+        if is_mlx(config):
+            return "mlx"
+        return "adapterhub" if is_adapterhub(config) else "peft"
+    if is_setup(folder):
+        return "adapterhub"
     if (folder / MANIFEST).is_file():
         return "peftfx"
     what = "does not exist" if not folder.exists() else "is no adapter that is known"
@@ -85,8 +98,11 @@ def load_adapter(
         name: of the adapter; by default what the file has, or is called.
         component: which adapter of a file with several.
     """
-    if format_of(path) == "peftfx" and not component:
+    kind = format_of(path)
+    if kind == "peftfx" and not component:
         return load(program, path, name=name or None)
+    if kind == "adapterhub" and not component:
+        return load_adapterhub(program, path, name)
     return inserted(program, read_adapter(program, path, component), name or name_of(path))
 
 
@@ -98,8 +114,8 @@ def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:
         path, component: see `load_adapter`.
 
     Raises:
-        ArtifactError: damaged, not understood, or not of this base; or one of ours, whose recipe
-            needs a program.
+        ArtifactError: damaged, not understood, or not of this base; or of a format that needs a
+            program (ours, and AdapterHub's).
     """
     kind = format_of(path)
     if component and kind != "single file":
@@ -107,10 +123,7 @@ def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:
     if kind == "single file":
         return read_single_file(base, path, component)
     if kind not in _READERS:
-        raise ArtifactError(
-            f"{path} was saved by peftfx: its recipe is run on a captured model. Use "
-            "peftfx.load(program, directory), or convert with --capture."
-        )
+        raise ArtifactError(_NEEDS_PROGRAM[kind].format(path=path))
     return _READERS[kind](base, path)
 
 
@@ -137,6 +150,9 @@ def save_adapter(
     if to == "peftfx":
         save(program, path, [adapter] if adapter else None)
         return {}
+    if to == "adapterhub":
+        save_adapterhub(program, path, adapter)
+        return {}
     if to in ("peft", "plain-lora"):
         return save_peft(program, path, adapter, plain=to == "plain-lora", rank=rank)
     return write_adapter(program, adapter_parts(program, adapter), path, to, rank)
@@ -155,6 +171,11 @@ def write_adapter(
         return _WRITERS[to](base, path, parts, rank)
     if to in ("peft", "plain-lora"):
         return write_peft(base, parts, path, parts, plain=to == "plain-lora", rank=rank)
+    if to == "adapterhub":
+        raise ArtifactError(
+            "AdapterHub's files name the places of a captured model. Load the adapter onto a "
+            "program and save that, or convert with --capture."
+        )
     if to == "peftfx":
         raise ArtifactError(
             "peftfx saves what a program holds, with hashes of its base. Load the adapter onto "

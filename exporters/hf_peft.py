@@ -31,9 +31,9 @@ from ..rewriter.program.history import Certificate
 from ..rewriter.program.unchanged import require_unchanged
 from ..rewriter.run.run import apply_plan
 from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Parts, of_plan, same
+from ..rewriter.storage.parts import Parts
 from ..rewriter.verify.verify import check_graph
-from .adapter_parts import adapter_parts
+from .adapter_parts import adapter_parts, unchanged
 from .base import GIVE_BASE, Base, snapshot
 from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
@@ -132,7 +132,7 @@ def save_peft(
             stays. NonFiniteError: a tensor holds NaN or infinity.
     """
     parts = adapter_parts(program, adapter)
-    read = _unchanged(program, parts)
+    read = unchanged(program, parts)
     return write_peft(program, parts, directory, read, base=base, task=task, plain=plain, rank=rank)
 
 
@@ -229,23 +229,6 @@ def _says_all(program: Base, parts: Parts, tensors: Mapping[str, Tensor]) -> boo
     return again.keys() == tensors.keys() and all(
         again[k].dtype == t.dtype and torch.equal(again[k], t) for k, t in tensors.items()
     )
-
-
-def _unchanged(program: Program, parts: Parts) -> Parts | None:
-    """What the parts of an adapter were read from, if they still are that."""
-    record = next((r for r in program.history if r.adapter == parts.source), None)
-    if record is None or not isinstance(record.applied, Imported):
-        return None
-    read = of_plan(record.plan)
-    wanted = {_key(p): p for p in read.parts}
-    equal = len(parts.parts) == len(read.parts) and all(
-        (w := wanted.get(_key(p))) is not None and same(w, p) for p in parts.parts
-    )
-    return read if equal else None
-
-
-def _key(part: Part) -> tuple[Any, ...]:
-    return part.kind, part.target, getattr(part, "layer", None), getattr(part, "lookup", None)
 
 
 def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:

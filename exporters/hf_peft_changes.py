@@ -74,7 +74,8 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
     """
     rows = _embeddings(config, tensors)
     decoder = int(config.take("num_transformer_submodules", 1)) == 2
-    sites, _ = prefix_sites(program.sites)
+    place = "decoder" if decoder else "stack"
+    sites = prefix_sites(program.sites)[place]
     length, layers = int(config.take("num_virtual_tokens", 0)), int(config.take("num_layers", 0))
     heads = int(config.data.get("num_attention_heads") or 0)
     if layers < 1 or heads < 1 or rows.shape[0] != length or rows.shape[1] % (2 * layers * heads):
@@ -90,9 +91,7 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
         )
     count = len(sites) or layers if decoder else layers
     pairs = [2 * i % layers if decoder else i for i in range(count)]
-    return [
-        Prefix("", stack[:, p, 0], stack[:, p, 1], i, decoder=decoder) for i, p in enumerate(pairs)
-    ]
+    return [Prefix("", stack[:, p, 0], stack[:, p, 1], i, place=place) for i, p in enumerate(pairs)]
 
 
 def _embeddings(config: Config, tensors: dict[str, Tensor]) -> Tensor:

@@ -85,12 +85,10 @@ def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> W
             "PEFT has magnitudes at all modules of an adapter or at none; this has both."
         )
     sites = [_site(program, p) for p in low]
-    stacks = _nested(
-        program, [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
-    )
-    attention = {
-        p.target[: -len(".in_proj_weight")] for p in low if p.target.endswith(".in_proj_weight")
-    }
+    experts = [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
+    stacks = _nested(program, experts)
+    packed = ".in_proj_weight"
+    attention = {p.target.removesuffix(packed) for p in low if p.target.endswith(packed)}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
@@ -222,9 +220,8 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
     else:
         leaves = {"lora_A.weight": a, "lora_B.weight": b}
     if part.magnitude is not None:
-        conv = isinstance(site, ConvSite)
         shape = (1, -1, *(1 for _ in site.kernel)) if isinstance(site, ConvSite) else (-1,)
-        leaves["lora_magnitude_vector"] = part.magnitude.view(shape) if conv else part.magnitude
+        leaves["lora_magnitude_vector"] = part.magnitude.reshape(shape)
     return leaves
 
 
@@ -330,7 +327,8 @@ def _prompt(parts: Sequence[Part]) -> Written:
 def _prefix(parts: Sequence[Part]) -> Written:
     rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
     shapes = {t.shape for p in rows for t in (p.key, p.value)}
-    if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1:
+    usual = not any(p.cross or p.gate is not None for p in rows)
+    if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1 or not usual:
         raise ArtifactError(
             "PEFT's prefixes have rows of one shape at every attention; this one has not."
         )
@@ -341,7 +339,7 @@ def _prefix(parts: Sequence[Part]) -> Written:
         )
     (length, heads, width), *_ = shapes
     pairs = [torch.stack([p.key, p.value], 1) for p in rows]
-    decoder = rows[0].decoder
+    decoder = rows[0].place == "decoder"
     if decoder:  # layer l reads pair 2 l modulo the number, which is one to one if that is odd
         spare = [torch.zeros_like(pairs[0])] * (len(pairs) % 2 == 0)
         layers = len(pairs) + len(spare)

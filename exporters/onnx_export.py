@@ -229,10 +229,8 @@ def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
     from .onnx_operators import operators  # needs onnxscript
 
     table = {**operators(), **(translations() if layouts else {})}
-    masks = masks_of(fork, exported)
-    return _Prepared(
-        fork, exported, names, masks, table, wide, floor_of(dtypes), rounding, left_dense(left)
-    )
+    masks, least, notes = masks_of(fork, exported), floor_of(dtypes), left_dense(left)
+    return _Prepared(fork, exported, names, masks, table, wide, least, rounding, notes)
 
 
 def _conversion(
@@ -396,8 +394,7 @@ def _runs(prepared: _Prepared) -> Iterator[tuple[str, Program, dict[str, Tensor]
 
 
 def _worst(
-    names: Sequence[str], want: Sequence[Tensor], got: Sequence[Any],
-    padding: Sequence[Tensor | None],
-) -> float:  # fmt: skip
-    items = zip(names, want, got, padding, strict=True)
+    names: Sequence[str], want: Sequence[Tensor], got: Sequence[Any], pads: Sequence[Tensor | None]
+) -> float:
+    items = zip(names, want, got, pads, strict=True)
     return max((gap(*item) for item in items), default=0.0)

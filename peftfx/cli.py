@@ -201,8 +201,8 @@ def convert(options: Any) -> Any:
     """`peftfx convert ADAPTER OUT --to FORMAT [--base MODEL [--capture]] [--rank N]`"""
     if options.to == "hf":
         return _whole_model(options)
-    ours = "peftfx" in (options.to, format_of(options.adapter))
-    if ours or options.capture or ":" in (options.base or ""):
+    whole = {"peftfx", "adapterhub"} & {options.to, format_of(options.adapter)}
+    if whole or options.capture or ":" in (options.base or ""):
         lost = _convert_captured(options)
     else:
         lost = convert_files(

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Combine
+from ...rewriter.branches.parts import Fusion, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
@@ -44,9 +45,10 @@ class AdapterFusionBranch(Combine):
         self.query_bias, self.key_bias = (nn.Parameter(torch.zeros_like(query[0])) for _ in "qk")
         self.temperature, self.dropout = temperature, dropout
 
-    def combine(self, h: Tensor, *updates: Tensor) -> Tensor:
+    def combine(self, h: Tensor, *updates: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`seen`: what the query reads instead of h, of its shape."""
         u = torch.stack(updates, -2)  # [..., members, d]
-        q, shift = linear(h, self.query, self.query_bias), 0.0
+        q, shift = linear(h if seen is None else seen, self.query, self.query_bias), 0.0
         if self.key is not None and self.key_bias is not None:
             # q . (K u + b) = (K^T q) . u + q . b: one product, not one a member
             q, shift = linear(q, self.key.mT), linear(q, self.key_bias[None])
@@ -54,6 +56,11 @@ class AdapterFusionBranch(Combine):
         scores = F.dropout(scores, self.dropout, self.training)
         p = (scores / self.temperature).softmax(-1)
         return linear((p[..., None] * u).sum(-2), self.value)
+
+    def part(self) -> Part | None:
+        if self.key is None or self.temperature != 1:
+            return None
+        return Fusion("", "", **{n: p.detach() for n, p in self.named_parameters()})
 
     def distance(self) -> Tensor:
         """`|I - V|^2`."""

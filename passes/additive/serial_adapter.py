@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Serial
+from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
@@ -43,6 +44,10 @@ class SerialAdapterBranch(Serial):
         inner = linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
         return linear(inner, self.up, self.up_bias)
+
+    def part(self) -> Part:
+        own = {n: p.detach() for n, p in self.named_parameters()}
+        return Bottleneck("", **own, activation=self.activation)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"

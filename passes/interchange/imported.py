@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.gated import GatedDelta, GatedKeyValue
 from ...rewriter.branches.parts import (
+    Bottleneck,
     Change,
+    Fusion,
     Invoked,
     LowRank,
     Part,
@@ -29,7 +32,7 @@ from ...rewriter.branches.parts import (
 )
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError, nearest
+from ...rewriter.errors import PassError
 from ...rewriter.pipeline.passes import NAME, Pass
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import (
@@ -48,6 +51,7 @@ from ..additive.prompt_tuning import PromptBranch
 from ..reparameterized.dora import DoRABranch
 from ..reparameterized.lora import LoRABranch
 from ..selective.train_tokens import RowsExpression
+from .sublayer_parts import gate_of, insert_bottleneck, insert_fusion, require_size, sites_of
 
 
 class ChangeBranch(Delta):
@@ -205,7 +209,7 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
         case Invoked():
             for site in sites_of(edit.program, part.target, False):
                 fits = part.a.shape[1:] == site.matrices[2:] and site.features is None
-                _require(fits and len(part.b) == site.matrices[1], site.weight, part.a)
+                require_size(fits and len(part.b) == site.matrices[1], site.weight, part.a)
                 edit.add(site, InvokedBranch(part, edit.like(site)), active=active)
         case Change():
             for site in sites_of(edit.program, part.target, False):
@@ -217,53 +221,30 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
             _trained(edit, part)
         case Rows():
             site = sites_of(edit.program, part.target, True)[0]
-            _require(part.values.shape[1:] == (site.matrices[1],), part.target, part.values)
+            require_size(part.values.shape[1:] == (site.matrices[1],), part.target, part.values)
             branch = RowsExpression(part.ids, part.values.to(edit.like(site), copy=True))
             edit.express(site, site.weight, branch)
         case Prompt():
             site = _entrance(edit.program)
-            _require(part.values.shape[1:] == (site.width,), site.weight, part.values)
+            require_size(part.values.shape[1:] == (site.width,), site.weight, part.values)
             edit.prepend_tokens(site, PromptBranch(part.values.to(edit.like(site), copy=True)))
         case Prefix():
             _prefix(edit, part)
+        case Bottleneck():
+            insert_bottleneck(edit, part)
+        case Fusion():
+            insert_fusion(edit, part)
         case _:
             raise PassError(f"no program can hold a part of kind {part.kind!r}.")
-
-
-def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
-    """The sites of a weight by any of its names: its lookups, or its products.
-
-    Raises:
-        PassError: there is none.
-    """
-    stored = program.tensors.stored(name)
-    every = [s for s in program.sites if isinstance(s, WeightSite)]
-    sites = [s for s in every if s.weight == stored and isinstance(s, EmbeddingSite) == lookup]
-    if not sites:
-        what = "looks up" if lookup else "multiplies by"
-        raise PassError(
-            f"no call of this model {what} {name!r}. Nearest: "
-            f"{nearest(name, {s.weight for s in every})}. Use the base that the adapter was "
-            "trained on."
-        )
-    return sites
-
-
-def _require(fits: bool, name: str, tensor: Tensor) -> None:
-    if not fits:
-        raise PassError(
-            f"the adapter has {list(tensor.shape)} for {name}, which does not fit this model. Use "
-            "the base that the adapter was trained on."
-        )
 
 
 def _own(site: WeightSite, rows: Tensor, count: int) -> Tensor:
     """What a site has of values `[count * out, ...]` of the whole weight."""
     if site.features is None:
-        _require(len(rows) == count * site.matrices[1], site.weight, rows)
+        require_size(len(rows) == count * site.matrices[1], site.weight, rows)
         return rows.clone()
     stack = rows.unflatten(0, (count, -1))
-    _require(max(site.features) < stack.shape[1], site.weight, rows)
+    require_size(max(site.features) < stack.shape[1], site.weight, rows)
     return stack[:, list(site.features)].flatten(0, 1)
 
 
@@ -271,17 +252,18 @@ def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     count, _, size = site.matrices
     like = edit.like(site)
     if isinstance(site, ConvSite) and count > 1 and part.a.dim() == 2 and part.magnitude is None:
-        _require(part.a.shape[1] == size * count, site.weight, part.a)
+        require_size(part.a.shape[1] == size * count, site.weight, part.a)
         a, b = part.a.to(like, copy=True), part.b.to(like, copy=True)
         edit.add(site, AcrossGroups(a, b, part.scale, part.dropout))
         return
-    _require(part.a.shape[-1] == size and part.a.dim() == 2 + (count > 1), site.weight, part.a)
+    require_size(part.a.shape[-1] == size and part.a.dim() == 2 + (count > 1), site.weight, part.a)
     b = part.b if count == 1 else part.b.flatten(0, 1)
     b = _own(site, b, count)
     b = b if count == 1 else b.unflatten(0, (count, -1))
     branch = LoRABranch(part.a.to(like, copy=True), b.to(like), part.scale, part.dropout)
     if part.magnitude is None:
-        edit.add(site, branch)
+        gate = gate_of(edit, site, part)
+        edit.add(site, branch if gate is None else GatedDelta(branch), gate=gate)
         return
     magnitude = _own(site, part.magnitude, count).to(like)
     edit.rescale(site, DoRABranch(magnitude, branch, False))
@@ -299,7 +281,7 @@ def _active(edit: Editor, parts: Sequence[Part]) -> Value | None:
 def _scaling(edit: Editor, part: Scaling) -> None:
     sites = sites_of(edit.program, part.target, False)
     if part.side == "in":
-        _require(len(part.vector) == sites[0].inputs, part.target, part.vector)
+        require_size(len(part.vector) == sites[0].inputs, part.target, part.vector)
         edit.scale(sites[0], IA3Input(part.vector.to(edit.like(sites[0]), copy=True)))
         return
     for site in sites:
@@ -318,7 +300,7 @@ def _trained(edit: Editor, part: Trained) -> None:
             f"{part.target} is {name} by another name here, and the adapter has values for one of "
             "both. Untie them in the model before it is captured."
         )
-    _require(edit.stored(name).shape == part.values.shape, name, part.values)
+    require_size(edit.stored(name).shape == part.values.shape, name, part.values)
     edit.train(name)
     with torch.no_grad():
         edit.stored(name).copy_(part.values)
@@ -341,27 +323,41 @@ def _entrance(program: State) -> EmbeddingSite:
     return tables[0]
 
 
-def prefix_sites(sites: Iterable[Site]) -> tuple[list[AttentionSite], bool]:
-    """The attentions that PEFT's prefixes stand at, and whether they are a decoder's beside an
-    encoder: those of its tokens with one another."""
+def prefix_sites(sites: Iterable[Site]) -> dict[str, list[AttentionSite]]:
+    """The attentions of each `Prefix.place`, in graph order."""
     every = [s for s in sites if isinstance(s, AttentionSite)]
+    own = [s for s in every if not s.cross]
     decoders = {s.stream for s in every if s.cross}
-    own = [s for s in every if not s.cross and (not decoders or s.stream in decoders)]
-    return own, bool(decoders)
+    return {
+        "stack": [] if decoders else own,
+        "decoder": [s for s in own if s.stream in decoders],
+        "own": own,
+        "cross": [s for s in every if s.cross],
+    }
+
+
+_PLACES = {
+    "stack": "of one stack of layers",
+    "decoder": "of a decoder beside an encoder",
+    "own": "of tokens with one another",
+    "cross": "of a decoder with its encoder",
+}
 
 
 def _prefix(edit: Editor, part: Prefix) -> None:
-    sites, decoder = prefix_sites(edit.program.sites)
-    if part.layer >= len(sites) or part.decoder != decoder:
-        kind = "a decoder beside an encoder" if part.decoder else "one stack of layers"
+    sites = prefix_sites(edit.program.sites)
+    here = sites[part.place]
+    if part.layer >= len(here):
+        kind = _PLACES[part.place]
         raise PassError(
-            f"the adapter has a prefix for attention {part.layer} of {kind}, and this model has "
-            f"{len(sites)} in {'a decoder beside an encoder' if decoder else 'one stack'}. Use the "
-            "base that the adapter was trained on."
+            f"the adapter has a prefix for attention {part.layer} {kind}, and this model has "
+            f"{len(here)} there. Use the base that the adapter was trained on."
         )
-    site = sites[part.layer]
+    site = here[part.layer]
     widths = edit.key_value_widths(site)
     for rows, width in zip((part.key, part.value), widths, strict=True):
-        _require(rows.shape[1:] == (site.kv_heads, width), site.id, rows)
+        require_size(rows.shape[1:] == (site.kv_heads, width), site.id, rows)
     key, value = (t.to(edit.like(site), copy=True) for t in (part.key, part.value))
-    edit.prepend_kv(site, PrefixBranch(key, value))
+    gate = gate_of(edit, site, part)
+    branch = PrefixBranch(key, value)
+    edit.prepend_kv(site, branch if gate is None else GatedKeyValue(branch), gate=gate)

@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from torch import Tensor
 
 from .branch import Branch, Delta, KeyValue, Serial
+from .parts import Part
 from .samples import FIRST, Samples
 
 Inner = TypeVar("Inner", bound=Branch)
@@ -30,6 +31,10 @@ class Gated(Branch, Generic[Inner]):
         twin = type(self)(self.inner)
         twin.constant = float(decided["gate"])
         return twin
+
+    def part(self) -> Part | None:
+        """The inner branch's; whoever writes it adds the gate that is read."""
+        return self.inner.part() if self.constant == 1 else None
 
     def describe(self) -> str:
         inner = self.inner.describe()

@@ -42,6 +42,7 @@ class LowRank(Part):
         magnitude: `[count * out]`, or None.
         lookup: of the rows that ids look up, not of the product with the same table.
         dropout: probability on what `a` reads, in training.
+        gate, gate_bias: see `Bottleneck`.
     """
 
     a: Tensor
@@ -50,6 +51,8 @@ class LowRank(Part):
     magnitude: Tensor | None = None
     lookup: bool = False
     dropout: float = 0.0
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,79 @@ class Prefix(Part):
     """Rows in front of the keys and values of an attention, `[length, kv_heads, width]`.
 
     Attributes:
-        layer: ordinal of the attention, in graph order.
+        layer: ordinal of the attention among those of its place, in graph order.
         shifted: the tokens' positions count from behind the rows.
-        decoder: of an encoder-decoder, whose encoder has none.
+        place: which attentions are counted: `stack` (those of tokens with one another, of a model
+            that has no others), `decoder` (the same, of a decoder beside an encoder), `own` (the
+            same, of both), `cross`.
+        gate, gate_bias: see `Bottleneck`.
     """
 
     key: Tensor
     value: Tensor
     layer: int
     shifted: bool = True
-    decoder: bool = False
+    place: str = "stack"
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Bottleneck(Part):
+    """`h <- r + s U sigma(D z + b_D) + b_U` on the output h of a sublayer.
+
+    z, and the skip r, are h itself (`output`), the stream behind the sublayer (`stream`: its sum
+    with h, normed in post-norm models), or the stream that h is added to (`residual`).
+
+    Attributes:
+        target: the weight whose product is the sublayer's last one.
+        down, up: `[rank, width]`, `[width, rank]`.
+        down_bias, up_bias: `[rank]`, `[width]`.
+        activation: sigma, by the name that transformers gives it.
+        scale: s, or a learnt one in `factor`, `[1]` or `[width]`.
+        reads, skips: what z and r are; r is `output` or `stream`.
+        before_weight, before_bias: of a layer norm on z.
+        after_weight, after_bias: of a layer norm on the update, or (`inside`) on its sum with r.
+        gate, gate_bias: `[1, width]`, `[1]`: the update times a sigmoid of z's product with it,
+            the mean over all tokens of the sample.
+        dropout: probability on the update, in training.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str = "relu"
+    scale: float = 1.0
+    factor: Tensor | None = None
+    reads: str = "output"
+    skips: str = "output"
+    before_weight: Tensor | None = None
+    before_bias: Tensor | None = None
+    after_weight: Tensor | None = None
+    after_bias: Tensor | None = None
+    inside: bool = False
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fusion(Part):
+    """Attention over what other adapters would add to the output h of a sublayer.
+
+    Attributes:
+        target: as of `Bottleneck`.
+        members: names of the adapters, separated by commas.
+        query, key, value: `[width, width]`.
+        query_bias, key_bias: `[width]`.
+        reads: what the query reads, as of `Bottleneck`.
+    """
+
+    members: str
+    query: Tensor
+    query_bias: Tensor
+    key: Tensor
+    key_bias: Tensor
+    value: Tensor
+    reads: str = "output"

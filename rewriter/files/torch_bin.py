@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, CorruptFileError
+from ..graph.sharded import whole
 
 LIMIT = 16 * 2**30
 """Largest file that is read, in bytes."""
@@ -113,3 +115,12 @@ def _oddity(tensor: Tensor) -> str:
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         return "is a view that repeats its numbers"
     return ""
+
+
+def write_torch_bin(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors by name as `torch.save` writes them, each with storage of its own."""
+    buffer = io.BytesIO()
+    torch.save(
+        {n: whole(t).detach().cpu().contiguous().clone() for n, t in tensors.items()}, buffer
+    )
+    return buffer.getvalue()

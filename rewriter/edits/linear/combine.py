@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.fx import Node
 
 from ...branches.branch import Serial
 from ...errors import PassError
-from ...graph.aten import ATEN, value
+from ...graph.aten import ATEN, ancestors, value
 from ...program.history import Attachment
 from ...program.sites import Site
 from ...program.state import BRANCHES
 from ..calls.attach import Attaching
-from ..calls.call import branch_call
+from ..calls.call import branch_call, move_before
 
 
 def member_paths(edit: Attaching, site: Site, members: Sequence[str]) -> tuple[str, ...]:
@@ -54,16 +55,22 @@ def combine_serial(
 ) -> None:
     """Puts a combining call where the first of the members stands; see `Editor.combine`.
 
-    All members then read what the first of them read; branches between and behind them stay
-    behind.
+    All members then read what the first of them read, and so does what they and the combining
+    branch read beside it; branches between and behind them stay behind.
     """
     graph = edit.graph_module.graph
     calls = {str(n.target): n for n in graph.nodes if n.op == "call_module" and n.target in members}
     first, *rest = calls.values()
-    h = first.args[0]
+    h: Any = first.args[0]
     for call in rest:
         call.replace_all_uses_with(call.args[0])  # pyright: ignore[reportArgumentType]
+    beside = {v for c in rest for v in c.kwargs.values() if isinstance(v, Node)} | {*reads.values()}
+    above = {n for read in beside for n in ancestors(read)}
+    for reader in [u for u in first.users if u in above]:
+        reader.replace_input_with(first, h)
     readers = list(first.users)
+    for value_read in beside:
+        move_before(value_read, first)
     last = first
     for call in rest:
         last.append(call)

@@ -202,9 +202,8 @@ def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
             path[node] = None
     del path[output]
     moves = [n for n in path if is_op(n, ATEN.permute.default)]
-    after = users(add)
-    if len(after) == 1 and is_op(after[0], _TOKEN_NORMS) and _normed(add):
-        path[after[0]] = None
+    if post_norm(add):
+        path[users(add)[0]] = None
     outer = {i.name: i for n in path for i in n.all_input_nodes if i not in path}
     place = latest(gm, outer)
     copies: dict[Node, Node] = {}
@@ -226,7 +225,9 @@ def _permuted(gm: GraphModule, states: Node, order: list[int]) -> Node:
     return permuted
 
 
-def _normed(add: Node) -> bool:
-    """Whether the stream that a sublayer adds to is normed itself, as in post-norm models (the
-    norm behind the last block of a pre-norm model alone reads the sum, too)."""
-    return any(is_op(strip(i, CASTS), _TOKEN_NORMS) for i in inputs(add))
+def post_norm(add: Node) -> bool:
+    """Whether the norm behind a sum is that of a post-norm block: alone, and of a stream that is
+    normed itself (the norm behind the last block of a pre-norm model alone reads the sum, too)."""
+    after = users(add)
+    alone = len(after) == 1 and is_op(after[0], _TOKEN_NORMS)
+    return alone and any(is_op(strip(i, CASTS), _TOKEN_NORMS) for i in inputs(add))

@@ -1,0 +1,103 @@
+"""Readers of AdapterHub's files with one wrong line each: what the library computed tells."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftfx.exporters.adapterhub_files import read_adapterhub
+from peftfx.passes.interchange.imported import Imported
+from peftfx.rewriter.errors import RewriteError
+from peftfx.rewriter.run.run import apply_plan
+
+from ..mutants import Case, Mutation, applied
+from .adapterhub_models import output
+from .test_adapterhub import HERE, program, said
+
+READING, LORA = "exporters/adapterhub_reading.py", "exporters/adapterhub_lora.py"
+PLACES, CONFIG = "exporters/adapterhub_places.py", "exporters/adapterhub_config.py"
+BRANCH, INSERT = "rewriter/branches/bottleneck.py", "passes/interchange/sublayer_parts.py"
+
+LIMIT = 1e-5
+"""What the right readers stay below: `test_read_as_the_library_has_it`."""
+
+WRONG = (
+    ("non-linearity ignored", f"{READING}:_plan", "options.take_activation()", '"linear"',
+     "bert-seq_bn"),
+    ("another gelu", f"{CONFIG}:Options.take_activation", "return name",
+     'return name.removesuffix("_new")', "bert-normed_inside"),
+    ("read before the norm", f"{READING}:_values", 'return ("stream" if normed else "output")',
+     'return ("output" if normed else "output")', "bert-seq_bn"),
+    ("read behind the norm", f"{READING}:_values", 'return ("stream" if normed else "output")',
+     'return ("stream" if normed else "stream")', "bert-double_seq_bn"),
+    ("residual before the norm", f"{READING}:_values", "normed and not residual", "False",
+     "bert-residual_after"),
+    ("residual behind the norm", f"{READING}:_values", "normed and not residual", "normed",
+     "bert-seq_bn"),
+    ("parallel reads the output", f"{READING}:_values", '"residual", "output"',
+     '"output", "output"', "bert-par_bn"),
+    ("scale of parallel forgotten", f"{READING}:_plan", "else float(scale)", "else 1.0",
+     "bert-par_bn"),
+    ("learnt scale forgotten", f"{BRANCH}:BottleneckBranch.update", "if self.factor is None",
+     "if True", "bert-scaled_par_bn"),
+    ("down for up", f"{READING}:_with_tensors", '("up", "adapter_up")', '("up", "adapter_down.0")',
+     "bert-seq_bn"),
+    ("norm before forgotten", f"{BRANCH}:BottleneckBranch.update",
+     "self.before_weight is not None", "False", "bert-normed"),
+    ("norm outside", f"{BRANCH}:BottleneckBranch.transform", 'self.options["inside"]', "False",
+     "bert-normed_inside"),
+    ("gate ignored", f"{INSERT}:gate_of", "part.gate is None or", "True or", "bert-unipelt"),
+    ("gate without bias", f"{INSERT}:gate_of", "copy_(part.gate_bias)", "zero_()", "bert-unipelt"),
+    ("gate beside the scale", f"{LORA}:_product", 'where), 1.0', 'where), scale',
+     "bert-unipelt"),
+    ("kron the other way", f"{READING}:_hypercomplex", "torch.kron(a, w)", "torch.kron(w, a)",
+     "bert-compacter"),
+    ("rules of the next", f"{READING}:_hypercomplex", "zip(rule.float(),",
+     "zip(rule.float().flip(0),", "bert-phm_whole"),
+    ("rules transposed", f"{READING}:_hypercomplex", "zip(rule.float(),", "zip(rule.float().mT,",
+     "bert-compacter"),
+    ("up's matrices for down's", f"{READING}:_hypercomplex", 'f"W_{name}"',
+     """f"W_{'up' if name == 'down' else 'down'}\"""", "bert-phm_shared"),
+    ("alpha for the scale", f"{LORA}:_product", "float)) / rank", "float)) / 1", "bert-lora"),
+    ("groups interleaved", f"{LORA}:_product", "*b.chunk(groups)",
+     "*b.unflatten(0, (-1, groups)).unbind(1)", "gpt2-lora"),
+    ("k for v", f"{LORA}:_enabled", "if kind in chosen", "if kind in (*chosen,)[:1] or kind == 'k'",
+     "gpt2-lora"),
+    ("norm with the scale", f"{LORA}:_magnitudes", "if part.scale != 1", "if False",
+     "llama-dora_scaled"),
+    ("bias of the paper", f"{LORA}:_magnitudes", "if site.bias is None", "if True", "bert-dora"),
+    ("values for keys", f"{READING}:prefixes", "stack[:, i, 0], stack[:, i, 1]",
+     "stack[:, i, 1], stack[:, i, 0]", "bert-prefix_flat"),
+    ("layers backwards", f"{READING}:prefixes", "stack[:, i, 0], stack[:, i, 1]",
+     "stack[:, -1 - i, 0], stack[:, -1 - i, 1]", "bert-prefix"),
+    ("positions behind", f"{READING}:prefixes", "False, place", "True, place",
+     "bert-prefix_flat"),
+    ("first layers for left out", f"{PLACES}:Places.located", "not in left_out", "!= 1",
+     "bert-prefix_left_out"),
+    ("self for cross", f"{PLACES}:Places.located", '"cross_prefix": [s for s in every if s.cross]',
+     '"cross_prefix": [s for s in every if not s.cross][-1:]', "bart-prefix"),
+    ("no activation", f"{READING}:_rows", "activation(F.linear(", "(F.linear(", "bert-prefix"),
+    ("today's alpha", f"{CONFIG}:_today", "if old and", "if False and", "bert-lora_old"),
+    ("today's gelu", f"{CONFIG}:_today", "if not version and", "if False and", "bert-gelu_old"),
+)  # fmt: skip
+
+
+def gap(case: str) -> float:
+    """The largest difference to the library, of its largest output; infinite where we refuse."""
+    name, item = case.partition("-")[0], Imported(name="theirs")
+    try:
+        plan = item.plan(program(name), sources=[read_adapterhub(program(name), HERE / case)])
+        read = apply_plan(program(name), item, plan, check=False)
+    except (RewriteError, RuntimeError):
+        return float("inf")
+    return float((output(read, name) - said(case)).abs().max() / said(case).abs().max())
+
+
+@pytest.mark.parametrize("kind", [kind for kind, *_ in WRONG])
+def test_a_wrong_reader_is_seen(kind: str) -> None:
+    where, old, new, case = next(rest for k, *rest in WRONG if k == kind)
+
+    def probe(_: Case) -> None:
+        """The mutation's own is `gap`."""
+
+    with applied(Mutation(kind, where, old, new, probe)):
+        assert gap(case) > 2 * LIMIT
