@@ -242,8 +242,14 @@ def expressed(node: Node) -> list[Node]:
         if expression_of(user) is not None:
             values.append(user)
         elif "expressions" in user.meta:
-            values += [e for e in users(user) if user.args[e.args[1]] is node]  # pyright: ignore
+            values += [e for e in users(user) if user.args[entry_of(e)] is node]
     return values
+
+
+def entry_of(node: Node) -> int:
+    """Which of several values a `getitem` gives."""
+    place: Any = node.args[1]
+    return place
 
 
 def parameter_of(node: object, depth: int = 6) -> tuple[str, tuple[Node, ...]] | None:

@@ -14,7 +14,17 @@ from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, Serial
 from ...errors import PassError
-from ...graph.aten import ATEN, VIEWS, dense_of, expressed, expression_of, outdate, strip, value
+from ...graph.aten import (
+    ATEN,
+    VIEWS,
+    dense_of,
+    entry_of,
+    expressed,
+    expression_of,
+    outdate,
+    strip,
+    value,
+)
 from ...graph.sharded import whole
 from ...graph.weighted_call import WeightedCall
 from ...program.sites import WeightSite
@@ -120,7 +130,7 @@ def _evaluated(edit: Attaching, site: WeightSite, node: Any) -> Any:
         return edit.graph_module.get_parameter(str(node.target)).detach()
     values = [_evaluated(edit, site, i) for i in node.args if isinstance(i, Node)]
     if node.op == "call_function":
-        return values[0][node.args[1]]
+        return values[0][entry_of(node)]
     if node.kwargs:
         raise PassError(
             f"{site.id}: its weight is computed from {', '.join(node.kwargs)} on every forward, so "
@@ -167,7 +177,8 @@ def unexpress(call: Node) -> None:
     """Takes a call out of the graph whose operands take the place of what it gives."""
     entries = list(call.users) if "expressions" in call.meta else []
     for entry in entries:
-        entry.replace_all_uses_with(call.args[entry.args[1]])  # pyright: ignore
+        source: Any = call.args[entry_of(entry)]
+        entry.replace_all_uses_with(source)
         call.graph.erase_node(entry)
     if not entries:
         call.replace_all_uses_with(call.all_input_nodes[0])

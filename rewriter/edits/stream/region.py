@@ -40,7 +40,7 @@ from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, LinearSite, SublayerSite
 from ...program.state import State
 from ..calls.samples import ShownAxes
-from .packed import packed_by
+from .packed_rows import packed_by
 
 _ORDERED = CONVS | overloads(
     "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",

@@ -42,7 +42,7 @@ from ..attention.keyvalue import add_call
 from ..calls.call import branch_call, latest, move_before
 from ..calls.samples import ShownAxes
 from ..linear.compose import composed_value
-from .packed import packed_by
+from .packed_rows import packed_by
 from .pads import PadPositions, PadTokens, StripTokens
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
