@@ -267,7 +267,7 @@ def test_a_prompt_stands_in_front_of_a_stored_table(captured: Any) -> None:
     assert moved(first(base(**inputs)), first(one(**inputs))) > 0.01
     rows = peftfx.run(base, "quantise{where=embedding};train_tokens{ids=[3,5]}")
     assert torch.equal(first(rows(**inputs)), first(rows.without("train_tokens")(**inputs)))
-    with pytest.raises(PassError, match=r"peftfx.codebook_dense_rows.default mixes them"):
+    with pytest.raises(PassError, match=r"codebook_dense_rows\.default mixes them"):
         peftfx.run(rows.without("train_tokens"), "width_pruning{ratio=0.25}")
 
 

@@ -16,7 +16,7 @@ from ...errors import MetaTensorError, NonFiniteError
 from ...graph.aten import attribute
 from ...program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite, Site
 from ...program.state import State
-from ...weights.weight import dense_weights
+from ...weights.weight import stored_weights
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,11 @@ def parts_of(
             spans.setdefault(name, []).append((site, axis, features))
     parts: list[Part] = []
     left: list[tuple[Site, str]] = []
-    packed = dense_weights(program)
+    packed = stored_weights(program)
     for name, owners in spans.items():
         chosen, axis = tuple(site for site, _, _ in owners), owners[0][1]
-        tensor = nn.Parameter(packed[name]) if name in packed else attribute(program.module, name)
+        few = packed.get(name)
+        tensor = nn.Parameter(few.tensor()) if few else attribute(program.module, name)
         if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
             left.append((chosen[0], f"{name} is not a floating-point parameter"))
             continue
