@@ -187,7 +187,7 @@ def test_a_bias_that_two_linears_read_does_not_hinder_deltas(tmp_path: Path) -> 
     torch.testing.assert_close(reloaded(model, state)(X), program(X), rtol=1e-4, atol=1e-5)
     done = peftfx.fold_checkpoint(program, files(model, tmp_path / "base"), tmp_path / "out")
     assert len(done.changed) == 4 and all(n.endswith(".weight") for n in done.changed)
-    assert 0 < done.gap < 1e-12
+    assert 0 < done.gap < 1e-6
 
 
 @pytest.mark.parametrize("head_first", [False, True])

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.graph.clone import clone
+from peftfx.rewriter.measure.likeness import runs_alike
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.tracing.memo import Memo
 from peftfx.rewriter.tracing.propagate import _Fakes
@@ -118,6 +119,38 @@ def test_the_eighth_adapter_costs_what_the_second_does(
         assert count[f"a{index}"] == ran[1]["a2"]
         # Those before it run once: with all of them, the outputs stay what they were.
         assert all(count[f"a{older}"] == 4 for older in range(1, index))
+
+
+def test_a_fold_runs_nothing_that_is_known(forwards: list[str]) -> None:
+    program = peftfx.run(captured(2), "lora{rank=2,where=linear}")
+    with torch.no_grad():
+        for parameter in program.trainable_parameters():
+            parameter.add_(0.1)
+    forwards.clear()
+    folded = peftfx.run(program, "fold")
+    # Of both: at three sizes, again, in training. What is left without branches is known of the
+    # captured program, and what the exported tensors give, of the folded one.
+    assert forwards.count("program") == 5 + 5
+    assert folded.history[-1].certificate.measured["exported"] > 0
+
+
+def test_programs_are_alike_by_code_and_tensors() -> None:
+    base = captured(2)
+    one = peftfx.run(base, "lora{rank=2,where=linear}")
+    assert runs_alike(one.module, one.fork().module)
+    assert runs_alike(base.module, base.fork().module)
+    assert not runs_alike(one.module, base.module)
+    for name in ("0.up.weight", "peftfx.lora.1.down.delta.b"):
+        other = one.fork()
+        with torch.no_grad():
+            changed = other.module.get_parameter(name).detach().clone()
+            changed[0, 0] += 1e-3
+        owner, _, leaf = name.rpartition(".")
+        other.module.get_submodule(owner)._parameters[leaf] = nn.Parameter(changed)
+        assert not runs_alike(one.module, other.module)
+    other = one.fork()
+    other.module.get_submodule("peftfx.lora.1.down.delta").scale = 3.0  # pyright: ignore
+    assert not runs_alike(one.module, other.module)
 
 
 def outlining(program: peftfx.Program) -> int:

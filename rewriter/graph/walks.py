@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class Walked(nn.Module):
         memo: set[nn.Module] | None = None,
         prefix: str = "",
         remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """As torch's own, without a generator for every level: all other walks use it."""
         memo = set() if memo is None else memo
         stack: list[tuple[str, nn.Module]] = [(prefix, self)]

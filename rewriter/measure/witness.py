@@ -77,11 +77,11 @@ class Witness:
 
     program: State
     known: Outputs = field(default_factory=Outputs)
-    settled: bool = False
-    """Whether a second call has given the same."""
     ignored: int = 0
     """How many of the outputs that passes have added are left out, from the last on, because the
     program that it is compared with has none."""
+    settled: bool = False
+    """Whether a second call has given the same."""
 
     @functools.cached_property
     def _copy(self) -> _Copy:
