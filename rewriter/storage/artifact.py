@@ -32,6 +32,7 @@ from ..files.sealed import checked, compare_versions, sealed, unsealed, version_
 from ..graph.sharded import has_shards, whole
 from ..inputs.spec import InputSpec
 from ..inputs.specfile import read_spec
+from ..measure.compare import all_finite
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import parse
 from ..program.history import ITSELF, Plan, Record
@@ -166,7 +167,7 @@ def require_finite(name: str, tensor: Tensor, remedy: str = "Go back to earlier 
             f"{name} is on the meta device and has no values; load the model's weights first: "
             "peftfx.load_weights(program, directory)."
         )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not all_finite(tensor):
         index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise NonFiniteError(f"{name} holds NaN or infinity, first at {index}. {remedy}")
 
