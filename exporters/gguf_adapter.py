@@ -86,8 +86,11 @@ def _read(program: Base, file: GgufFile) -> Parts:
             parts.append(Trained(_target(names, key, where), tensor))
         else:
             raise ArtifactError(f"{where}: the tensor {key!r} is not understood.")
+    base = program.base.base_tensors()
     for name, factors in pairs.items():
-        parts.append(_low_rank(program, names, name, factors, alpha, where))
+        part = _low_rank(names, name, factors, alpha, where)
+        _require_fit(part, base[program.tensors.stored(part.target)], where)
+        parts.append(replace(part, b=rows_in_model(program, names, part.target, part.b)))
     if not parts:
         raise ArtifactError(f"{where}: the adapter holds nothing.")
     whole = ("its norms came in, too, which llama.cpp leaves out",)
@@ -96,32 +99,30 @@ def _read(program: Base, file: GgufFile) -> Parts:
 
 
 def _low_rank(
-    program: Base,
-    names: Names,
-    name: str,
-    factors: Mapping[str, Tensor],
-    alpha: float,
-    where: str,
+    names: Names, name: str, factors: Mapping[str, Tensor], alpha: float, where: str
 ) -> LowRank:
+    """A pair of factors, its rows as the file has them."""
     if len(factors) < 2:
         raise ArtifactError(f"{where}: {name} has {', '.join(factors)[1:]} alone. Save it again.")
     target = _target(names, name, where)
     a, b = factors[A], factors[B]
     lookup = name == TABLE
     a = a.mT.contiguous() if lookup else a
-    weight = program.base.base_tensors()[program.tensors.stored(target)]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise ArtifactError(
             f"{where}: {name} has factors {list(factors[A].shape)} and {list(b.shape)}, whose "
             "ranks do not agree, or which are stacks. Save it again."
         )
-    if weight.numel() != a.shape[1] * b.shape[0]:
-        raise ArtifactError(
-            f"{where}: {name} is a change [{b.shape[0]}, {a.shape[1]}], and {target} has "
-            f"{list(weight.shape)}. Use the base that the adapter was trained on."
-        )
     scale = alpha / a.shape[0] if alpha else 1.0
-    return LowRank(target, a, rows_in_model(program, names, target, b), scale, lookup=lookup)
+    return LowRank(target, a, b, scale, lookup=lookup)
+
+
+def _require_fit(part: LowRank, weight: Tensor, where: str) -> None:
+    if weight.numel() != part.a.shape[1] * part.b.shape[0]:
+        raise ArtifactError(
+            f"{where}: the change of {part.target} is [{part.b.shape[0]}, {part.a.shape[1]}], and "
+            f"it has {list(weight.shape)}. Use the base that the adapter was trained on."
+        )
 
 
 def _target(names: Names, file: str, where: str) -> str:

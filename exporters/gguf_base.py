@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..rewriter.errors import ArtifactError, WeightsError, nearest
 from ..rewriter.files.files import write_json
-from ..rewriter.files.identity import tensor_bytes
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.safetensors_checkpoint import DTYPES, INDEX
 from .gguf_file import GgufFile, opened
@@ -228,7 +227,7 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], value: Callable[[str]
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in tensors:
-            out.write(tensor_bytes(value(name)))
+            out.write(memoryview(value(name).contiguous().numpy()).cast("B"))  # no copy
 
 
 def _config(path: Path, file: GgufFile) -> Any:
