@@ -165,7 +165,8 @@ def write_peft(
     else:
         config, tensors = written(program, parts)
     said: Mapping[str, Any] = {} if read is None else read.config
-    config, tensors = with_head(program, config, tensors, task or said.get("task_type"))
+    if not plain:
+        config, tensors = with_head(program, config, tensors, task or said.get("task_type"))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     about = {

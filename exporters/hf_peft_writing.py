@@ -384,9 +384,10 @@ def with_head(
     saved: list[str] = list(config.get("modules_to_save") or ())
     missing: dict[str, Tensor] = {}
     for name, tensor in program.base.base_tensors().items():
-        module = name.rpartition(".")[0]
-        if module.rpartition(".")[2] in names and not _adapted(module, config):
-            missing[f"{PREFIX}{name}"] = tensor.detach()
+        module, key = name.rpartition(".")[0], f"{PREFIX}{name}"
+        wanted = module.rpartition(".")[2] in names and not _adapted(module, config)
+        if wanted and key not in tensors:
+            missing[key] = tensor.detach()
             saved.append(module)
     if not missing or config["peft_type"] not in ("LORA", "IA3"):
         return config, tensors

@@ -33,7 +33,9 @@ def require_plain(folder: Path, rank: int) -> None:
         assert tensor.shape["lora_B" in key] == rank
 
 
-@pytest.mark.parametrize("case", ["patterns", "rslora", "pissa", "adalora", "vera", "fused"])
+@pytest.mark.parametrize(
+    "case", ["patterns", "rslora", "pissa", "adalora", "vera", "fused", "kasa", "blocks"]
+)
 def test_low_rank_forms_lose_nothing(case: str, tmp_path: Path) -> None:
     name, _ = CASES[case]
     want = write(case, tmp_path / "a")
