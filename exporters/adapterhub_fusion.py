@@ -7,7 +7,6 @@ NAME,NAME/                      the fusion: `...adapter_fusion_layer.NAME,NAME.q
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,10 @@ _FUSED = {
 """The options of the fusion that is read, beside those of training."""
 
 
+_TENSORS = ("query.weight", "query.bias", "key.weight", "key.bias", "value.weight")
+"""Of one sublayer, in the order of `Fusion`."""
+
+
 def _fusion(program: Program, folder: Folder) -> Parts:
     where = str(folder.path / FUSION_CONFIG)
     data = json_in(folder, FUSION_CONFIG)
@@ -111,17 +114,14 @@ def _fusion(program: Program, folder: Folder) -> Parts:
     paths = [p.removesuffix(".attention_adapters").removesuffix(".output_adapters") for p in groups]
     places = Places(program, paths, where)
     parts: list[Part] = []
+    read = _query_value(program, name.split(","), where)
     for path, leaves in groups.items():
-        expected = {"query.weight", "query.bias", "key.weight", "key.bias", "value.weight"}
-        if leaves.keys() != expected:
-            odd = sorted(leaves.keys() ^ expected)
+        if odd := sorted(leaves.keys() ^ {*_TENSORS}):
             raise ArtifactError(
                 f"{where}: {path} lacks or has too much of {odd[0]!r}. Save it again."
             )
-        own = {k.removesuffix(".weight").replace(".", "_"): t for k, t in leaves.items()}
-        parts.append(Fusion(places.sublayer(path), name, **own))
-    read = _query_value(program, name.split(","), where)
-    parts = [replace(p, reads=read) for p in parts]  # pyright: ignore[reportCallIssue]
+        weights = (leaves[k] for k in _TENSORS)
+        parts.append(Fusion(places.sublayer(path), name, *weights, read))
     source = f"adapterhub {data.get('version') or 'of unknown version'} fusion"
     return Parts(tuple(parts), source, (), {"fusion": data})
 
@@ -193,9 +193,6 @@ def _fusion_tensors(program: Program, fusions: list[Fusion]) -> dict[str, Tensor
     for part in fusions:
         path = sublayer_path(program, part.target).removesuffix(".adapters")
         start = f"{path}.adapter_fusion_layer.{part.members}"
-        tensors |= {
-            f"{start}.query.weight": part.query, f"{start}.query.bias": part.query_bias,
-            f"{start}.key.weight": part.key, f"{start}.key.bias": part.key_bias,
-            f"{start}.value.weight": part.value,
-        }  # fmt: skip
+        weights = (part.query, part.query_bias, part.key, part.key_bias, part.value)
+        tensors |= {f"{start}.{k}": t for k, t in zip(_TENSORS, weights, strict=True)}
     return tensors

@@ -58,9 +58,10 @@ class AdapterFusionBranch(Combine):
         return linear((p[..., None] * u).sum(-2), self.value)
 
     def part(self) -> Part | None:
-        if self.key is None or self.temperature != 1:
+        if self.key is None or self.key_bias is None or self.temperature != 1:
             return None
-        return Fusion("", "", **{n: p.detach() for n, p in self.named_parameters()})
+        own = (self.query, self.query_bias, self.key, self.key_bias, self.value)
+        return Fusion("", "", *(p.detach() for p in own))
 
     def distance(self) -> Tensor:
         """`|I - V|^2`."""

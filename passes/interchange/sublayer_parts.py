@@ -74,10 +74,11 @@ def sublayer_of(program: State, name: str) -> SublayerSite:
     """
     linear = sites_of(program, name, False)[0]
     role = {"o": "attn", "ffn.down": "ffn"}.get(linear.role)
+    wanted = role, linear.stream, linear.layer, getattr(linear, "cross", False)
     for site in program.sites:
-        alike = isinstance(site, SublayerSite) and site.role == role
-        place = site.stream, site.layer, getattr(site, "cross", False)
-        if alike and place == (linear.stream, linear.layer, getattr(linear, "cross", False)):
+        if not isinstance(site, SublayerSite):
+            continue
+        if (site.role, site.stream, site.layer, site.cross) == wanted:
             return site
     raise PassError(f"{name} is no last product of a sublayer of this model.")
 

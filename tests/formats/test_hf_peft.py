@@ -318,7 +318,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_what_has_no_form_there_is_refused(tmp_path: Path) -> None:
     made = peftfx.run(program("llama"), "lora{name=one};serial_adapter{bottleneck=4}")
-    with pytest.raises(ArtifactError, match="no other library has a form"):
+    with pytest.raises(ArtifactError, match="no type of PEFT holds bottleneck"):
         peftfx.save_peft(made, tmp_path / "a", "serial_adapter")
     gated = peftfx.run(program("llama"), "diff_pruning{where=q}")
     with pytest.raises(ArtifactError, match=r"GatedDelta at .*: no other library has a form"):
