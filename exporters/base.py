@@ -80,7 +80,7 @@ def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
         ArtifactError: (CorruptFileError) there is no checkpoint, or it is damaged.
     """
     files = Checkpoint.read(directory)
-    stored = {name: files.mapped(name) for name in sorted(files.entries)}
+    stored = files.all_mapped()
     config = _config(Path(directory))
     table = Tensors(aliases=_tied(config, stored))
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")

@@ -95,6 +95,8 @@ def inserted(program: Program, parts: Parts, name: str) -> Program:
         PassError: the program cannot hold a part of it.
     """
     require_unchanged(program)
+    if parts.original and _says_all(program, parts):
+        parts = replace(parts, original={})
     item = Imported(name=name, invoked=any(isinstance(p, Invoked) for p in parts.parts))
     made = apply_plan(program, item, item.plan(program, sources=[parts]), check=False)
     check_graph(made)
@@ -204,8 +206,7 @@ def read_peft(program: Base, directory: str | Path) -> Parts:
     if not parts:
         raise ArtifactError(f"{where}: the adapter holds nothing.")
     source = f"peft {data.get('peft_version') or 'of unknown version'} {config.type}"
-    read = Parts(tuple(parts), source, _notes(config), data)
-    return read if _says_all(program, read, tensors) else replace(read, original=tensors)
+    return Parts(tuple(parts), source, _notes(config), data, tensors)
 
 
 def _parts(reader: Reader, config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
@@ -221,8 +222,9 @@ def _parts(reader: Reader, config: Config, tensors: dict[str, Tensor], program: 
         ) from error
 
 
-def _says_all(program: Base, parts: Parts, tensors: Mapping[str, Tensor]) -> bool:
+def _says_all(program: Program, parts: Parts) -> bool:
     """Whether the parts are written as the tensors that they were read from."""
+    tensors = parts.original
     try:
         _, again = written(program, parts)
     except ArtifactError:
@@ -241,9 +243,10 @@ def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     file, parse, limit = (
         (PICKLED, parse_torch_bin, LIMIT) if old else (TENSORS, parse_tensors, None)
     )
-    tensors = parse(folder.read(file, limit), str(folder.path / file))
+    path = str(folder.path / file)
+    tensors = parse(folder.read(file, limit), path)
     for name, tensor in tensors.items():
-        require_finite(f"{folder.path / file}: {name}", tensor, "Save it again.")
+        require_finite(f"{path}: {name}", tensor, "Save it again.")
     return data, tensors, where  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -106,7 +106,7 @@ def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) 
             "save the adapter again."
         )
     narrow, wide = leaves[a], leaves[b]
-    if min(narrow.dim(), wide.dim()) < 2 or narrow.shape[0] != wide.shape[1]:
+    if min(narrow.dim(), wide.dim()) < 2 or not _one_rank(narrow, wide):
         raise ArtifactError(
             f"{config}: {path} has {a} {list(narrow.shape)} and {b} {list(wide.shape)}, which are "
             "no matrices of one rank. Save the adapter again."
@@ -117,6 +117,12 @@ def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) 
             "which are no real numbers. Save the adapter again in float32."
         )
     return [narrow, wide]
+
+
+def _one_rank(narrow: Tensor, wide: Tensor) -> bool:
+    """Whether two factors meet; of a convolution in groups, the second has the ranks of a group."""
+    read, written = narrow.shape[0], wide.shape[1]
+    return read == written or (narrow.dim() > 2 and written > 0 and read % written == 0)
 
 
 def _product(

@@ -93,8 +93,10 @@ def _plain(program: Base, part: Part, rank: int, lost: dict[str, float]) -> LowR
 def _filled(part: LowRank, rank: int) -> LowRank:
     """With scale 1 and zeros up to a rank."""
     missing = rank - part.a.shape[0]
-    a = torch.cat([part.a, part.a.new_zeros(missing, part.a.shape[1])])
-    b = torch.cat([part.b * part.scale, part.b.new_zeros(part.b.shape[0], missing)], 1)
+    a, b = part.a, part.b * part.scale
+    if missing:
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], 1)
     return replace(part, a=a, b=b, scale=1.0, magnitude=None, dropout=0.0)
 
 

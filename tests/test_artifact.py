@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -327,3 +328,19 @@ def test_loading_and_removing_fork_once_whatever_the_adapters(
     assert less.text() == want.text() and "a3" not in less.adapters
     assert torch.equal(less(**batch())[0], want(**batch())[0])
     less.verify()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_tensors_are_written_as_safetensors_writes_them(metadata: dict[str, str] | None) -> None:
+    """Byte for byte, of every dtype, of no numbers, of one, and of a transposed view."""
+    dtypes = [*files._DTYPES, torch.complex64]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{len(shape)}.{dtype}.ü": torch.randint(0, 2, shape, generator=generator).to(dtype)
+        for dtype in dtypes for shape in ((3, 5), (), (0, 2), (7,))
+    }  # fmt: skip
+    for some in (tensors, {n: t for n, t in tensors.items() if not t.is_complex()}):
+        want = safetensors.torch.save({n: t.clone() for n, t in sorted(some.items())}, metadata)
+        assert files.write_tensors(some, metadata) == want
+    view = torch.arange(6.0).view(2, 3).mT
+    assert torch.equal(files.parse_tensors(files.write_tensors({"x": view}), "it")["x"], view)

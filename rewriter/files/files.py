@@ -14,12 +14,14 @@ import os
 import re
 import stat
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, CorruptFileError
@@ -34,6 +36,16 @@ HEADER_LIMIT = 8 * 2**20
 """Largest safetensors header that is read, in bytes."""
 
 DEPTH_LIMIT = 32
+
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64",
+    torch.int64: "I64",
+}  # fmt: skip
+"""Those that are written here, by name; files hold the last ones first."""
+
+_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
 _DIGITS = 40
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -101,10 +113,23 @@ def write_json(data: Any) -> bytes:
 def write_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The tensors as one safetensors file."""
-    whole_ones = {name: whole(t).detach() for name, t in sorted(tensors.items())}
-    plain = {name: t.cpu().contiguous().clone() for name, t in whole_ones.items()}
-    return safetensors.torch.save(plain, dict(metadata) if metadata else None)
+    """The tensors as one safetensors file, byte for byte as its library writes it."""
+    plain = {name: whole(t).detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    if sys.byteorder != "little" or any(t.dtype not in _DTYPES for t in plain.values()):
+        plain = {name: t.clone() for name, t in plain.items()}
+        return safetensors.torch.save(plain, dict(metadata) if metadata else None)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    pieces: list[memoryview] = []
+    begin = 0
+    for name, tensor in sorted(plain.items(), key=lambda i: -_ORDER[i[1].dtype]):
+        end = begin + tensor.nbytes
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
 
 
 def read_file(

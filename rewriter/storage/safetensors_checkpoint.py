@@ -91,10 +91,16 @@ class Checkpoint:
         entry = self.entries[name]
         if entry.begin % entry.dtype.itemsize or entry.begin == entry.end:
             return self.tensor(name)
-        storage: Any = _map(self.directory / entry.file)
-        data: Any = torch.empty(0, dtype=torch.uint8)
-        data.set_(storage, entry.begin, (entry.end - entry.begin,))
-        return data.view(entry.dtype).view(entry.shape)
+        return _part(_map(self.directory / entry.file), entry)
+
+    def all_mapped(self) -> dict[str, Tensor]:
+        """All tensors, see `mapped`, by name."""
+        storages = {file: _map(self.directory / file) for file in self.shards}
+        tensors: dict[str, Tensor] = {}
+        for name, entry in sorted(self.entries.items()):
+            aligned = entry.begin % entry.dtype.itemsize == 0 and entry.begin != entry.end
+            tensors[name] = _part(storages[entry.file], entry) if aligned else self.tensor(name)
+        return tensors
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in memory of its own."""
@@ -189,6 +195,12 @@ def _mapping(path: Path, size: int, changed: int) -> Any:
 def _map(path: Path) -> Any:
     status = path.stat()
     return _mapping(path, status.st_size, status.st_mtime_ns)
+
+
+def _part(storage: Any, entry: Entry) -> Tensor:
+    data: Any = torch.empty(0, dtype=torch.uint8)
+    data.set_(storage, entry.begin, (entry.end - entry.begin,))
+    return data.view(entry.dtype).view(entry.shape)
 
 
 def _files(path: Path) -> tuple[str | None, dict[str, str], list[str]]:
