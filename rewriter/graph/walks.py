@@ -68,15 +68,17 @@ class Walked(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As torch's own; modules that have one of their own are asked."""
-        self.training = mode
-        stack = [*self.children()]
+        own: dict[str, Any] = self.__dict__
+        own["training"] = mode
+        stack = [m for m in self._modules.values() if m is not None]
         while stack:
             module = stack.pop()
             if type(module).train not in (nn.Module.train, Walked.train):
                 module.train(mode)
                 continue
-            module.training = mode
-            stack += module.children()
+            own = module.__dict__
+            own["training"] = mode
+            stack += [m for m in module._modules.values() if m is not None]
         return self
 
 
