@@ -293,7 +293,7 @@ def test_checkpoints(pair: Pair, tmp_path: Path) -> None:
 
 def test_onnx_is_smaller_and_agrees(pair: Pair, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    program = randomise(pair.adapted("decoder"), 0.2)
+    program = randomise(pair.adapted("block"), 0.2)
     pruned = peftfx.run(program, "channel_pruning{ratio=0.5}")
     sizes = {}
     for key, made in (("whole", program), ("cut", pruned), ("folded", peftfx.run(pruned, "fold"))):
