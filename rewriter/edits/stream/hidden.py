@@ -145,8 +145,10 @@ def _apart(axes: ShownAxes, source: Node) -> Node | None:
     while axes.batch(states) is None and is_op(states, VIEWS):
         states = inputs(states)[0]
     batch = axes.batch(states)
-    if rows is None or batch is None or rows[1] == "alone":
-        return None if batch is None else states
+    if rows is None or batch is None:
+        return None
+    if rows[1] == "alone":
+        return states
     place, order = rows
     laid = [str(s) for s in shape(source) or ()]
     own = [str(s) for s in shape(states) or ()]
