@@ -124,9 +124,8 @@ def named_axes(program: State, inputs: InputKinds | None = None) -> NamedAxes:
 
 def kinds_of_inputs(spec: InputSpec) -> InputKinds:
     """What a spec calls the dynamic axes of its inputs."""
-    kinds = {n: kind for kind in INPUT_KINDS for n in spec.of_kind(kind)}
-    named = {i.name: {k: s for k, s in enumerate(i.shape) if s in kinds} for i in spec.inputs}
-    return {n: {k: kinds[str(s)] for k, s in axes.items()} for n, axes in named.items()}
+    kinds: dict[int | str, Kind] = {n: kind for kind in INPUT_KINDS for n in spec.of_kind(kind)}
+    return {i.name: {k: kinds[s] for k, s in enumerate(i.shape) if s in kinds} for i in spec.inputs}
 
 
 class _Flow:
@@ -324,7 +323,9 @@ class _Flow:
 def _declared(label: str | tuple[str, ...], size: int, branch: Branch) -> Axis:
     """What a branch says of an axis; beside a stack of matrices, it has one part for each."""
     words = (label,) if isinstance(label, str) else label
-    kinds = [_DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words]
+    kinds: list[Kind | None] = [
+        _DECLARED.get(w) or next((k for k in KINDS if k == w), None) for w in words
+    ]
     count = branch.shape.count
     joint = isinstance(branch.shape, ExpertsShape) and kinds != ["expert"] and len(kinds) == 1
     if joint and kinds[0] is None and size % count == 0:

@@ -196,8 +196,9 @@ class RowwiseRowScale(RowScale):
 class RowwiseSerial(Rowwise, Serial):
     """Each sample's own branch behind a sublayer."""
 
-    def forward(self, h: Tensor, skip: bool = True, *, ids: Tensor) -> Tensor:
-        """`h` with samples as `samples` says; `ids [batch]`, int64."""
+    def forward(self, h: Tensor, skip: bool = True, **reads: Tensor) -> Tensor:
+        """`h` with samples as `samples` says; reads `ids [batch]`, int64."""
+        ids = reads["ids"]
         return self.chosen(h if skip else torch.zeros_like(h), ids, h, skip)
 
 
