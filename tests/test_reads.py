@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.branches.branch import Expression, InputScale, OutputScale, RowScale, Tokens
+from peftfx.rewriter.branches.branch import (
+    Expression,
+    InputScale,
+    OutputScale,
+    RowScale,
+    Serial,
+    Tokens,
+)
 from peftfx.rewriter.branches.routing import Routed
 from peftfx.rewriter.errors import FoldError, PassError
 from peftfx.rewriter.pipeline.method import Method
@@ -156,6 +163,11 @@ def test_words_take_values(captured: Any, toy: Toy, case: str) -> None:
             peftfx.run(program, "fold{names=[toy]}")
 
 
+class Behind(Parameter, Serial):
+    def update(self, h: Tensor, strength: Tensor) -> Tensor:
+        return h * self.t * strength.mean()
+
+
 class Read(Tokens):
     def __init__(self) -> None:
         super().__init__(3)
@@ -190,6 +202,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "q and layer==0",
         {"insert": lambda self, edit, site: edit.scale(site, Out(32), strength=later(edit))},
         "reads strength = .* a cycle",
+    ),
+    "after": (
+        "attn and sublayer and layer==0",
+        {"kinds": ("sublayer",), "insert": lambda self, edit, site: edit.after(
+            site, Behind(32), strength=later(edit))},
+        "the branch Behind at s0.layer0.attn reads strength = .* a cycle",
     ),
     "rescale": (
         "q and layer==0",

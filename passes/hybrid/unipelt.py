@@ -120,9 +120,7 @@ class UniPELT(Method):
         if gate is None:
             return
         if isinstance(site, LinearSite):
-            rows = edit.samples(site)
-            if rows is not None:
-                edit.add(site, GatedDelta(lora.made(edit, site), rows), gate=gate)
+            edit.add(site, GatedDelta(lora.made(edit, site), edit.samples(site)), gate=gate)
         elif isinstance(site, AttentionSite):
             edit.prepend_kv(site, GatedKeyValue(prefix.made(edit, site)), gate=gate)
         else:

@@ -124,9 +124,8 @@ def named_axes(program: State, inputs: InputKinds | None = None) -> NamedAxes:
 
 def kinds_of_inputs(spec: InputSpec) -> InputKinds:
     """What a spec calls the dynamic axes of its inputs."""
-    kinds = {n: kind for kind in INPUT_KINDS for n in spec.of_kind(kind)}
-    named = {i.name: {k: s for k, s in enumerate(i.shape) if s in kinds} for i in spec.inputs}
-    return {n: {k: kinds[str(s)] for k, s in axes.items()} for n, axes in named.items()}
+    kinds: dict[int | str, Kind] = {n: kind for kind in INPUT_KINDS for n in spec.of_kind(kind)}
+    return {i.name: {k: kinds[s] for k, s in enumerate(i.shape) if s in kinds} for i in spec.inputs}
 
 
 class _Flow:

@@ -47,7 +47,7 @@ from .relation import (
     tie,
     without,
 )
-from .views import DIVISIONS, VIEW_RULES, Rule, piece
+from .views import DIVISIONS, VIEW_RULES, Rule, copies, piece
 
 GETITEM = frozenset({operator.getitem})
 
@@ -90,7 +90,8 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
         if is_op(node, operators):
             return rule(node)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return elementwise(node) if pointwise or is_op(node, COPIES | EXPANSIONS) else []
+    found = elementwise(node) if pointwise or is_op(node, COPIES | EXPANSIONS) else []
+    return [*found, *(Tie(ref, ref) for ref in copies(node))]  # so many as are read
 
 
 def _linear(node: Node) -> list[Relation]:

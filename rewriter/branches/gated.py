@@ -44,9 +44,9 @@ class Gated(Branch, Generic[Inner]):
 class GatedDelta(Gated[Delta], Delta):
     """`y = base(x) + g f(x)`."""
 
-    def __init__(self, inner: Delta, rows: Samples = FIRST) -> None:
+    def __init__(self, inner: Delta, rows: Samples | None = None) -> None:
         super().__init__(inner)
-        self.dropout, self.samples = inner.dropout, rows
+        self.dropout, self.samples = inner.dropout, rows or FIRST
 
     def branch(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`gate`: `[batch, 1 or tokens, 1]` with its axes in any order, also where x has samples

@@ -196,9 +196,10 @@ class RowwiseRowScale(RowScale):
 class RowwiseSerial(Rowwise, Serial):
     """Each sample's own branch behind a sublayer."""
 
-    def forward(self, h: Tensor, skip: bool = True, *, ids: Tensor, **reads: Tensor) -> Tensor:
-        """`h` with samples as `samples` says; `ids [batch]`, int64."""
-        return self.chosen(h if skip else torch.zeros_like(h), ids, h, skip, **reads)
+    def forward(self, h: Tensor, skip: bool = True, **reads: Tensor) -> Tensor:
+        """`h` with samples as `samples` says; reads `ids [batch]`, int64."""
+        ids = reads["ids"]
+        return self.chosen(h if skip else torch.zeros_like(h), ids, h, skip)
 
 
 class RowwiseKeyValue(KeyValue):

@@ -52,6 +52,7 @@ from .stream.route import run_on_chosen
 from .stream.tokens import beside, prepend_tokens
 from .structure.axes import Channels
 from .structure.cut import cut_channels
+from .structure.groups import part_groups
 
 Linear = Delta | InputScale | OutputScale | RowScale | Combine
 
@@ -324,6 +325,12 @@ class Editor(Reading):
         name = add_bias(self, site)
         self.refresh()
         return name
+
+    def part_groups(self, site: AttentionSite) -> None:
+        """Repeats each head of keys and values for itself, so that `channels` of the attention are
+        its query heads one by one, where several share keys; computes what it computed."""
+        part_groups(self.program, site)
+        self.refresh()
 
     def cut(self, group: Channels, keep: Sequence[int]) -> None:
         """Shrinks weights, biases, branches and sizes to the channels that are kept."""

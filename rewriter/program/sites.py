@@ -175,6 +175,8 @@ class AttentionSite(Site):
         causal: no query sees a later key, by the operator or by an explicit mask.
         fused: one scaled-dot-product node (else matmul, softmax, matmul).
         repeated: keys and values arrive repeated for grouped queries.
+        parted: each of their heads is repeated for itself, some maybe for more queries than others
+            (`kv_heads` is `heads` then: so many arrive).
     """
 
     q: str = ""
@@ -188,6 +190,7 @@ class AttentionSite(Site):
     causal: bool = False
     fused: bool = True
     repeated: bool = False
+    parted: bool = False
 
     @property
     def tags(self) -> frozenset[str]:

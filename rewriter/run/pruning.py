@@ -61,15 +61,33 @@ class Pruning(Pass, abstract=True):
         """The sites that may lose something, see `Editor.channels`."""
         raise NotImplementedError
 
+    def shown(self, program: State) -> State:
+        """The program in which the parts that go are looked for."""
+        return program
+
+    def remove(self, edit: Editor, site_id: str, kept: Sequence[int]) -> str:
+        """Cuts a place to the channels that are kept; why nothing went, or empty."""
+        group = edit.channels(edit.program.sites[site_id])  # pyright: ignore[reportArgumentType]
+        if len(kept) == group.count:
+            return f"all of its {self.unit} are kept"
+        edit.cut(group, kept)
+        return ""
+
+    def remedy(self, site: Site) -> str:
+        """What else could be chosen for a place that cannot be cut."""
+        del site
+        return ""
+
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         groups: dict[str, Channels] = {}
         skipped: dict[str, str] = {}
         taken: dict[str, str] = {}
-        for site in self.places(program):
+        shown = self.shown(program)
+        for site in self.places(shown):
             try:
-                group = channels(program, site)  # pyright: ignore[reportArgumentType]
+                group = channels(shown, site)  # pyright: ignore[reportArgumentType]
             except PassError as error:
-                skipped[site.id] = str(error).removeprefix(f"{site.id}: ")
+                skipped[site.id] = str(error).removeprefix(f"{site.id}: ") + self.remedy(site)
                 continue
             other = next((taken[n] for n in group.stored if n in taken), None)
             if other is not None:
@@ -86,12 +104,10 @@ class Pruning(Pass, abstract=True):
         edit.skipped += list(plan.decisions["skipped"].items())
         before = _size(edit.program)
         for site_id, kept in plan.decisions["kept"].items():
-            group = edit.channels(edit.program.sites[site_id])  # pyright: ignore[reportArgumentType]
-            if len(kept) == group.count:
-                edit.skipped.append((site_id, f"all of its {self.unit} are kept"))
-                continue
-            edit.cut(group, kept)
-            edit.edited.append(site_id)
+            if reason := self.remove(edit, site_id, kept):
+                edit.skipped.append((site_id, reason))
+            else:
+                edit.edited.append(site_id)
         edit.figures["removed"] = 1 - _size(edit.program) / before
 
     def _scores(

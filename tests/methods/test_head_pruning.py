@@ -14,6 +14,7 @@ from peftfx.rewriter.errors import PassError
 from peftfx.rewriter.program.sites import AttentionSite, LinearSite
 
 from ..models import batch, first, moved, randomise
+from ..test_named_axes import Grouped
 from ..zoo import ZOO
 
 PRUNE = "head_pruning{ratio=0.5}"
@@ -130,3 +131,84 @@ def test_heads_that_share_biases_of_scores_go_together(zoo: Any) -> None:
 def test_what_shares_an_axis_with_samples_is_refused(zoo: Any) -> None:
     with pytest.raises(PassError, match="no block can be cut"):
         peftfx.run(zoo["bloom"], PRUNE)
+
+
+@pytest.mark.parametrize("name", ["decoder", "llama", "llama_eager"])
+def test_queries_of_a_group_go_one_by_one(captured: Any, zoo: Any, name: str) -> None:
+    """Uneven groups, and one group alone; with adapters, and prefixes that come afterwards."""
+    model, program, inputs = made(captured, zoo, name)
+    pruned = peftfx.run(program, "head_pruning{ratio=0.25,groups=parted}")
+    kept = kept_of(pruned)
+    assert kept and all(len(k) == 3 for k in kept.values()), pruned.history[-1].skipped
+    silent = silenced(model, program, kept)
+    with torch.no_grad():
+        want, got, before = (first(m(**inputs)) for m in (silent, pruned, model))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert moved(before, want) > 1e-3, "the heads did nothing"
+    assert all(c.holds for c in pruned.verify())
+    adapted = randomise(peftfx.run(pruned, "lora{rank=2,where=attn};prefix_tuning{length=2}"))
+    assert moved(got, first(adapted(**inputs))) > 1e-3
+    again = peftfx.run(adapted, "head_pruning{ratio=0.5,groups=parted}")
+    assert all(len(k) == 2 for k in kept_of(again).values())
+
+
+def test_whole_groups_go_first(captured: Any) -> None:
+    """A head of keys that no query is left of goes, too."""
+    model, _ = captured["decoder"]
+    with torch.no_grad():
+        quiet = copy.deepcopy(model)
+        for name, weight in quiet.named_parameters():
+            if "o_proj" in name:
+                weight[:, :16] *= 1e-3  # the first group
+            if "q_proj" in name:
+                weight[:16] *= 1e-3
+    base = peftfx.capture(quiet, kwargs=batch())
+    pruned = peftfx.run(base, "head_pruning{ratio=0.75,groups=parted}")
+    for site_id, keep in kept_of(pruned).items():
+        core = pruned.sites[site_id]
+        assert len(keep) == 1 and keep[0] > 1 and isinstance(core, AttentionSite)
+        assert pruned.sites[core.k].out_features == core.head_dim  # pyright: ignore
+    want = first(silenced(quiet, base, kept_of(pruned))(**batch()))
+    torch.testing.assert_close(first(pruned(**batch())), want, rtol=1e-4, atol=1e-5)
+
+
+class OneKey(nn.Module):
+    """Multi-query attention, whose operator repeats the one head of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.k, self.v = nn.Linear(32, 8), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("build", [OneKey, lambda: Grouped(1, 4, 8, 32)])
+@pytest.mark.parametrize("groups", ["whole", "parted"])
+def test_one_head_of_keys_for_all_queries(build: Any, groups: str) -> None:
+    """Queries go alone where the one head is expanded, and elsewhere once it is said so."""
+    torch.manual_seed(0)
+    model = build().eval()
+    x = torch.randn(2, 7, 32)
+    base = peftfx.capture(model, (x,))
+    text = f"head_pruning{{ratio=0.5,groups={groups}}}"
+    if build is OneKey and groups == "whole":
+        with pytest.raises(PassError, match="Or choose groups=parted: its query heads share keys"):
+            peftfx.run(base, text)
+        return
+    pruned = peftfx.run(base, text)
+    (keep,) = kept_of(pruned).values()
+    silent = silenced(model, base, kept_of(pruned))
+    torch.testing.assert_close(pruned(x), silent(x), rtol=1e-4, atol=1e-5)
+    assert len(keep) == 2 and moved(model(x), pruned(x)) > 1e-3
+    assert pruned.export_state_dict(strict=False)["k.weight"].shape == (8, 32)
+    assert pruned.export_state_dict(strict=False)["q.weight"].shape == (16, 32)
+
+
+def test_prefixes_in_front_are_refused(captured: Any) -> None:
+    program = peftfx.run(captured["decoder"][1], "prefix_tuning{length=2}")
+    with pytest.raises(PassError, match=r"rows stand in front of its keys.*groups=whole"):
+        peftfx.run(program, "head_pruning{ratio=0.25,groups=parted}")

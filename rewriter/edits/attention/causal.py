@@ -142,7 +142,7 @@ def _go_causal(node: Node) -> bool:
     """Rewrites one attention; True if its keys and values need no repeating any more."""
     kwargs = {k: v for k, v in node.kwargs.items() if k not in ("mask", "is_causal")}
     query, key, value = node.args[:3]
-    own = _unrepeated(key), _unrepeated(value)
+    own = unrepeated(key), unrepeated(value)
     grouped = own[0] is not None and own[1] is not None and not kwargs.get("enable_gqa")
     if grouped:
         key, value = own
@@ -152,7 +152,7 @@ def _go_causal(node: Node) -> bool:
     return grouped
 
 
-def _unrepeated(node: Any) -> Node | None:
+def unrepeated(node: Any) -> Node | None:
     """`x` of `x[:, :, None].expand(...).reshape(...)`, which repeats heads in groups."""
     if not is_op(node, _RESHAPES):
         return None

@@ -108,7 +108,7 @@ class _Operands:
     fused: bool
 
 
-def _operands(gm: GraphModule, core: Node) -> _Operands:
+def core_operands(gm: GraphModule, core: Node) -> _Operands:
     fused = isinstance(submodule(gm, core), Attention)
     product = core if fused else _scores(core)
     if product is None:
@@ -123,45 +123,41 @@ def _operands(gm: GraphModule, core: Node) -> _Operands:
 
 def key_value_widths(gm: GraphModule, core: Node) -> tuple[int, int]:
     """Width of one head's keys and of its values; they differ in latent attention."""
-    core_operands = _operands(gm, core)
-    key, value_shape = shape(core_operands.key), shape(core_operands.value)
+    attention = core_operands(gm, core)
+    key, value_shape = shape(attention.key), shape(attention.value)
     if key is None or value_shape is None:
         raise PassError(f"the attention at {core.name} has no recorded shapes.")
-    return int(key[-1 if core_operands.fused else -2]), int(value_shape[-1])
+    return int(key[-1 if attention.fused else -2]), int(value_shape[-1])
 
 
 def prepend_key_value(
     gm: GraphModule, core: Node, path: str, length: int, reads: Mapping[str, Node]
 ) -> None:
     """Feeds keys and values of one attention through the branch at `path`."""
-    core_operands = _operands(gm, core)
-    product, graph = core_operands.product, gm.graph
-    if not core_operands.fused:
+    attention = core_operands(gm, core)
+    product, graph = attention.product, gm.graph
+    if not attention.fused:
         _change_masks(product, core, lambda mask, fill: _widened(gm, mask, length, fill))
     with graph.inserting_before(product):
-        if not core_operands.fused:
-            move_before(core_operands.value, product)
-        both = branch_call(
-            gm, path, (core_operands.key, core_operands.value, not core_operands.fused), reads
-        )
+        if not attention.fused:
+            move_before(attention.value, product)
+        both = branch_call(gm, path, (attention.key, attention.value, not attention.fused), reads)
         new_key, new_value = (
             graph.create_node(
                 "call_function", operator.getitem, (both, i), {}, name=f"{both.name}_{n}"
             )
             for i, n in enumerate(("key", "value"))
         )
-        if core_operands.fused:
+        if attention.fused:
             below: Any = operands(core)
             mask = below[3] if len(below) > 3 else None
             if len(below) > 4 and below[4]:
-                mask = add_call(
-                    gm, "causal_mask", CausalMask(length), (below[0], core_operands.key)
-                )
+                mask = add_call(gm, "causal_mask", CausalMask(length), (below[0], attention.key))
             elif isinstance(mask, Node):
                 mask = _widened(gm, mask, length, 1.0 if not is_float(mask) else 0.0)
             core.args = (below[0], new_key, new_value, mask, False)
-    if not core_operands.fused:
-        product.update_arg(core_operands.index, new_key)
+    if not attention.fused:
+        product.update_arg(attention.index, new_key)
         core.update_arg(1, new_value)
 
 
@@ -209,7 +205,7 @@ def _change_masks(product: Node, core: Node, change: Callable[[Node, float], Nod
 
 def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
     """Undoes `prepend_key_value`: takes the call of `path` out, and its keys out of the masks."""
-    attention = _operands(gm, core)
+    attention = core_operands(gm, core)
     both = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == path)
 
     def narrowed(mask: Node, _: float) -> Node:

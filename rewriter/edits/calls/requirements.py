@@ -106,6 +106,11 @@ def require_order(program: State, method: str) -> None:
 
 
 def _too_late(program: State, node: Node, late: Node) -> str:
+    if not caller(program, node) and caller(program, late):  # what it reads is behind its own value
+        for name, read in late.kwargs.items():
+            if isinstance(read, Node) and node in set(ancestors(read)):
+                value = f"{name} = {read.name}"
+                return cycle(caller(program, late), value, "values of earlier sites")
     names = [name for name, read in node.kwargs.items() if read is late]
     value = f"{names[0]} = {late.name}" if names else late.name
     what = caller(program, node) or f"the call {node.name}"

@@ -62,7 +62,9 @@ class ShownAxes:
     def rows(self, states: Node) -> tuple[int, Order] | None:
         """The axis along which samples lie, and whether alone or beside what belongs to each."""
         place = self.batch(states)
-        return self.named.within(states, "batch") if place is None else (place, "alone")
+        if place is not None:
+            return place, "alone"
+        return (0, "slow") if self.samples.size == 1 else self.named.within(states, "batch")
 
 
 def _shown(program: State, samples: SampleAxis) -> dict[str, dict[int, Kind]]:

@@ -51,8 +51,9 @@ def express(
     wanted = {reader for of_one in readers for reader in of_one}
     first = next((n for n in graph.nodes if n in wanted), None)
     late = first is not None and (len(names) > 1 or expression_of(currents[0]) is None)
-    for current in currents if late and first is not None else ():
-        move_before(current, first)
+    if late and first is not None:
+        for current in currents:
+            move_before(current, first)
     place = graph.inserting_before(first) if late else graph.inserting_after(max(currents))
     with place:
         call = branch_call(edit.graph_module, path, tuple(currents), reads)

@@ -145,8 +145,10 @@ def _apart(axes: ShownAxes, source: Node) -> Node | None:
     while axes.batch(states) is None and is_op(states, VIEWS):
         states = inputs(states)[0]
     batch = axes.batch(states)
-    if rows is None or batch is None or rows[1] == "alone":
-        return None if batch is None else states
+    if rows is None or batch is None:
+        return None
+    if rows[1] == "alone":
+        return states
     place, order = rows
     laid = [str(s) for s in shape(source) or ()]
     own = [str(s) for s in shape(states) or ()]
@@ -155,18 +157,18 @@ def _apart(axes: ShownAxes, source: Node) -> Node | None:
         laid[place + 1 :],
     ):
         return states
-    graph, dense = source.graph, {"memory_format": torch.contiguous_format}
+    graph, dense = source.graph, torch.contiguous_format
     with graph.inserting_after(source):
         count = graph.call_function(ATEN.sym_size.int, (states, batch))
     count.meta["val"] = value(states).shape[batch]
     sizes = [count, -1] if order == "slow" else [-1, count]
     with graph.inserting_after(count):  # strides of a merged axis do not part for all sizes alike
-        laid_out = graph.call_function(ATEN.clone.default, (source,), dense)
+        laid_out = graph.call_function(ATEN.clone.default, (source,), {"memory_format": dense})
     with graph.inserting_after(laid_out):
         parted = graph.call_function(ATEN.unflatten.int, (laid_out, place, sizes))
     numbers = [s.meta["val"] if isinstance(s, Node) else s for s in sizes]
     with value(source).fake_mode:
-        laid_out.meta["val"] = value(source).clone(**dense)
+        laid_out.meta["val"] = value(source).clone(memory_format=dense)
         parted.meta["val"] = value(laid_out).unflatten(place, numbers)
     return parted
 

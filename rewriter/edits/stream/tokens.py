@@ -197,9 +197,9 @@ def prepend_tokens(
     if prompt.users:
         move_before(prompt, first_of(gm, prompt.users))
     end = output_node(gm)
-    for leaf, axes in outputs.items():
+    for leaf, token_axes in outputs.items():
         with gm.graph.inserting_before(end):
-            end.replace_input_with(leaf, strip_prompt(leaf, axes))
+            end.replace_input_with(leaf, strip_prompt(leaf, token_axes))
     program.spec = shorter(program, label, length)
     program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
     return program

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ...axes.gathers import each
 from ...axes.relation import Ref, owner
-from ...axes.ties import divides
+from ...axes.ties import EXPANSIONS, divides
 from ...axes.views import DIVISIONS, pieces, span
 from ...branches.branch import Branch, RowScale
 from ...errors import PassError
@@ -209,6 +209,8 @@ def _count(left: Mapping[Ref, Tensor], ref: Ref, size: Any) -> Any:
 
 def _resize_span(node: Node, left: Mapping[Ref, Tensor]) -> None:
     source: Any = node.args[0]
+    if "val" not in source.meta:  # an earlier cut was here
+        return
     given = named_arguments(node)
     axis = int(given.get("dim", 0)) % source.meta["val"].dim()
     rows = left.get((owner(source), axis))
@@ -218,9 +220,9 @@ def _resize_span(node: Node, left: Mapping[Ref, Tensor]) -> None:
     place = rows.cumsum(0) - 1
     index = torch.tensor(list(taken), dtype=torch.long)
     want = place[index[rows[index]]].tolist()
-    if not want:
+    if not want and not all(is_op(u, EXPANSIONS) for u in node.users):
         raise PassError(f"the cut leaves nothing of {node.name}.")
-    begin, end = want[0], want[-1] + 1
+    begin, end = (want[0], want[-1] + 1) if want else (0, 0)
     step = taken.step
     if want != list(range(begin, end, step)):
         raise PassError(f"what is left of {node.name} is no slice any more.")
@@ -258,7 +260,7 @@ def _heads(site: Site, sites: Sites, names: set[str]) -> Site:
     if not isinstance(q, LinearSite) or not isinstance(k, LinearSite) or q.weight not in names:
         return site
     heads, kv_heads = (s.out_features // site.head_dim for s in (q, k))
-    return replace(site, heads=heads, kv_heads=kv_heads)
+    return replace(site, heads=heads, kv_heads=heads if site.parted else kv_heads)
 
 
 def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str], packed: set[str]) -> Site:
