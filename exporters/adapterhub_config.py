@@ -140,9 +140,9 @@ def options_of(data: Mapping[str, Any], where: str) -> list[Options]:
             f"{where}: `config` is {config!r}, and must hold the options. Save the adapter with a "
             "version of the library that writes them."
         )
-    whole: dict[str, Any] = dict(config)  # pyright: ignore[reportUnknownArgumentType]
+    whole: dict[str, Any] = dict(config)
     each: Any = whole.get("configs") if whole.get("architecture") == "union" else [whole]
-    if not isinstance(each, list) or not all(isinstance(one, dict) for one in each):  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(each, list) or not all(isinstance(one, dict) for one in each):
         raise ArtifactError(f"{where}: `configs` must be a list of objects. Save it again.")
     options = [Options(_today(data, one), where) for one in each]
     for one in options:

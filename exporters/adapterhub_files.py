@@ -163,7 +163,7 @@ def json_in(folder: Folder, name: str) -> dict[str, Any]:
     data = parse_json(folder.read(name, JSON_LIMIT), where)
     if not isinstance(data, dict):
         raise ArtifactError(f"{where} holds no object. Save it again.")
-    return data  # pyright: ignore[reportUnknownVariableType]
+    return data
 
 
 def tensors_in(folder: Folder, safe: str, pickled: str) -> dict[str, Tensor]:

@@ -100,9 +100,9 @@ def _fusion(program: Program, folder: Folder) -> Parts:
     if not isinstance(config, dict):
         raise ArtifactError(f"{where}: `config` is {config!r}, and must hold the options.")
     inert = {"dropout_prob", "regularization", "value_initialized"}
-    for key, value in config.items():  # pyright: ignore[reportUnknownVariableType]
+    for key, value in config.items():
         free = key in inert or (key == "value_before_softmax" and isinstance(value, bool))
-        if not free and _FUSED.get(str(key)) is not value:  # pyright: ignore[reportUnknownArgumentType]
+        if not free and _FUSED.get(str(key)) is not value:
             raise ArtifactError(
                 f"{where}: {key}={value!r} is not read: the fusion here has a query, keys and "
                 "values, and its temperature is 1. Use it with the library."

@@ -94,10 +94,10 @@ def _plain(content: Any, size: int, where: str) -> dict[str, Tensor]:
             "state_dict()."
         )
     tensors: dict[str, Tensor] = {}
-    for key, tensor in content.items():  # pyright: ignore[reportUnknownVariableType]
-        if not isinstance(key, str) or type(tensor) not in (Tensor, nn.Parameter):  # pyright: ignore[reportUnknownArgumentType]
+    for key, tensor in content.items():
+        if not isinstance(key, str) or type(tensor) not in (Tensor, nn.Parameter):
             raise ArtifactError(
-                f"{where}: {key!r} is a {type(tensor).__name__}, no plain tensor under a name. "  # pyright: ignore[reportUnknownArgumentType]
+                f"{where}: {key!r} is a {type(tensor).__name__}, no plain tensor under a name. "
                 "Save the tensors alone."
             )
         tensors[key] = tensor.detach()
