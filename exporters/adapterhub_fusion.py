@@ -120,8 +120,8 @@ def _fusion(program: Program, folder: Folder) -> Parts:
             raise ArtifactError(
                 f"{where}: {path} lacks or has too much of {odd[0]!r}. Save it again."
             )
-        weights = (leaves[k] for k in _TENSORS)
-        parts.append(Fusion(places.sublayer(path), name, *weights, read))
+        q, q_bias, k, k_bias, v = (leaves[n] for n in _TENSORS)
+        parts.append(Fusion(places.sublayer(path), name, q, q_bias, k, k_bias, v, read))
     source = f"adapterhub {data.get('version') or 'of unknown version'} fusion"
     return Parts(tuple(parts), source, (), {"fusion": data})
 

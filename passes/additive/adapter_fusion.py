@@ -61,7 +61,8 @@ class AdapterFusionBranch(Combine):
         if self.key is None or self.key_bias is None or self.temperature != 1:
             return None
         own = (self.query, self.query_bias, self.key, self.key_bias, self.value)
-        return Fusion("", "", *(p.detach() for p in own))
+        q, q_bias, k, k_bias, v = (p.detach() for p in own)
+        return Fusion("", "", q, q_bias, k, k_bias, v)
 
     def distance(self) -> Tensor:
         """`|I - V|^2`."""
