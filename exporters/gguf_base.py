@@ -149,15 +149,15 @@ def _write_tensors(
     names = names_of(wanted, file.architecture, file.where)
     _require_all(file, names, wanted)
     files = _files({n: t.numel() * 4 for n, t in wanted.items()}, shard)
-    for name, held in files.items():
+    for name, members in files.items():
         if progress is not None:
             progress(name)
         _write_file(
-            folder / name, {n: wanted[n] for n in held}, lambda n: _value(file, model, names, n)
+            folder / name, {n: wanted[n] for n in members}, lambda n: _value(file, model, names, n)
         )
     if len(files) > 1:
         about = {"total_size": sum(t.numel() * 4 for t in wanted.values())}
-        listed = {n: name for name, held in files.items() for n in held}
+        listed = {n: name for name, members in files.items() for n in members}
         index = write_json({"metadata": about, "weight_map": listed})
         (folder / f"model{INDEX}").write_bytes(index)
     return len(wanted)
