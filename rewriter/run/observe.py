@@ -119,7 +119,8 @@ def observe_rows(
     Args:
         program, data: as for `observe`.
         sites: linears.
-        reduce: rows `[n, in]`, without those of padding -> what to average.
+        reduce: rows `[n, in]` -> what to average. Those of padding are left out where samples
+            and tokens are the first two axes of what is read.
     """
     program = stilled(program)
     nodes = site_nodes(program.module)
@@ -157,10 +158,8 @@ def _run(program: State, tapped: Tapped, data: Iterable[Any]) -> Iterator[dict[s
 
 
 def _rows(x: Tensor, valid: Tensor | None, site: WeightSite) -> Tensor:
-    """The rows `[n, in]` of an operand, without those of padding where it has tokens."""
+    """The rows `[n, in]` of an operand."""
     x = x.movedim(-2, -1) if site.left else x
     if valid is not None and x.shape[:2] == valid.shape:
         x = x[valid]
-    elif valid is not None and x.dim() == 2 and len(x) == valid.numel():
-        x = x[valid.flatten()]
     return x.reshape(-1, x.shape[-1])

@@ -219,6 +219,28 @@ def test_a_site_whose_inputs_say_least_gets_no_rank() -> None:
     assert ("flat.weight", "its inputs vary too little for a rank") in made.history[-1].skipped
 
 
+def test_inputs_of_products_from_the_left_are_read_by_column() -> None:
+    """`W x` with features on the last axis but one; two calls of one weight are read together."""
+
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 8))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.weight @ x.mT + self.weight @ y.mT
+
+    generator = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(3, 7, 8, generator=generator) for n in "xy"}
+    before = peftfx.capture(Left(), kwargs=given)
+    made = peftfx.run(before, "lora{rank=2,where=linear,init=eva,rho=1.0}", data=[given])
+    assert made.sites[made.attachments[0].site].left  # pyright: ignore
+    rows = torch.cat([given["x"], given["y"]]).flatten(0, 1).double()
+    v = torch.linalg.svd(rows - rows.mean(0)).Vh[:2]
+    a: Any = made.branch(made.attachments[0]).a
+    close((a.double() * v).sum(1).abs(), torch.ones(2, dtype=torch.float64))
+
+
 def test_principal_directions_of_constant_inputs_are_finite() -> None:
     directions, shares = principal(torch.ones(5, 5, dtype=torch.float64), 2)
     assert torch.isfinite(directions).all() and not shares.any()
