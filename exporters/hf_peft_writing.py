@@ -81,9 +81,8 @@ def _invoked(program: Base, parts: Parts) -> Written:
 def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
     low = [p for p in parts if isinstance(p, LowRank)]
     if len({p.magnitude is None for p in low}) > 1:
-        raise ArtifactError(
-            "PEFT has magnitudes at all modules of an adapter or at none; this has both."
-        )
+        said = "PEFT has magnitudes at all modules of an adapter or at none; this has both."
+        raise ArtifactError(said)
     sites = [_site(program, p) for p in low]
     experts = [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
     stacks = _nested(program, experts)

@@ -24,12 +24,9 @@ SHARE = 0.1
 
 
 def effect(
-    before: Witness,
-    after: Witness,
-    inputs: Mapping[str, Tensor],
-    silent: Collection[int] = (),
-    resting: Any = None,
-) -> dict[str, float]:
+    before: Witness, after: Witness, inputs: Mapping[str, Tensor],
+    silent: Collection[int] = (), resting: Any = None,
+) -> dict[str, float]:  # fmt: skip
     """What the branches that a pass has folded or rewritten contribute, and what is left of it.
 
     Args:

@@ -65,10 +65,7 @@ def _smallest(rounds: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
 
 
 def require_steady(
-    before: Witness,
-    after: Witness,
-    rounds: Sequence[Mapping[str, Tensor]],
-    again: bool = False,
+    before: Witness, after: Witness, rounds: Sequence[Mapping[str, Tensor]], again: bool = False
 ) -> str:
     """Raises VerifyError unless a second call gives the same, as far as it did in the captured
     model: what an earlier branch does excuses nothing.
