@@ -84,8 +84,9 @@ def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
     config = _config(Path(directory))
     table = Tensors(aliases=_tied(config, stored))
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    whole = isinstance(width, int) and isinstance(heads, int) and heads > 0
-    head_dim = config.get("head_dim") or (width // heads if whole else 0)
+    head_dim = config.get("head_dim")
+    if not head_dim and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        head_dim = width // heads
     classes = config.get("architectures") or [""]
     return Files(
         stored, Sites(tuple(_sites(stored, in_out))), table, model=str(classes[0]),

@@ -231,6 +231,8 @@ def _files(source: str | Path, kind: str, directory: str | Path | None) -> Files
         in_out = isinstance(config, dict) and config.get("fan_in_fan_out") is True  # pyright: ignore
     if directory is not None:
         return checkpoint(directory, in_out)
+    if kind in _BY_START:
+        raise ArtifactError(f"{source} names weights as its own format does. {GIVE_BASE}")
     file = folder / _TENSORS[kind] if kind in _TENSORS else folder
     if not file.is_file():
         raise ArtifactError(f"{file} is missing. {GIVE_BASE}")

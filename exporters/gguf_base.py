@@ -227,7 +227,8 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor], value: Callable[[str]
     with open(path, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for name in tensors:
-            out.write(memoryview(value(name).contiguous().numpy()).cast("B"))  # no copy
+            numbers: Any = value(name).contiguous().numpy()
+            out.write(memoryview(numbers).cast("B"))  # no copy
 
 
 def _config(path: Path, file: GgufFile) -> Any:

@@ -281,7 +281,7 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Pa
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
                 f"parameter of this model. Nearest: {nearest(name, base)}."
             )
-        if own is not None and _same_values(own, tensor):
+        if _same_values(own, tensor):
             continue  # as the base has it
         parts.append(Trained(name, tensor))
     return parts

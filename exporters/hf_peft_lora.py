@@ -98,7 +98,10 @@ class _Scales:
         return float(alpha) / (math.sqrt(rank) if self.root else rank)
 
 
-def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) -> list[Tensor]:
+def _pair(
+    config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str, whole: bool = True
+) -> list[Tensor]:
+    """Two factors; `whole`, not stored block below block."""
     if a not in leaves or b not in leaves:
         lost = b if a in leaves else a
         raise ArtifactError(
@@ -106,7 +109,7 @@ def _pair(config: str, path: str, leaves: Mapping[str, Tensor], a: str, b: str) 
             "save the adapter again."
         )
     narrow, wide = leaves[a], leaves[b]
-    if min(narrow.dim(), wide.dim()) < 2 or not _one_rank(narrow, wide):
+    if min(narrow.dim(), wide.dim()) < 2 or (whole and not _one_rank(narrow, wide)):
         raise ArtifactError(
             f"{config}: {path} has {a} {list(narrow.shape)} and {b} {list(wide.shape)}, which are "
             "no matrices of one rank. Save the adapter again."
@@ -134,13 +137,14 @@ def _product(
     site: WeightSite | None,
     dropout: float,
 ) -> LowRank:
-    a, b = _pair(config.where, path, leaves, "lora_A.weight", "lora_B.weight")
+    blocks = config.take("use_bdlora", None, dict)
+    a, b = _pair(config.where, path, leaves, "lora_A.weight", "lora_B.weight", not blocks)
     magnitude = leaves.get("lora_magnitude_vector", leaves.get("lora_magnitude_vector.weight"))
     if isinstance(site, ExpertsSite):
         rank = a.shape[0] // site.experts
         a, b = _experts(config, path, a, b, site)
         return LowRank(name, a, b, scales.of(name, rank))  # told by parameter, not by module
-    if (blocks := config.take("use_bdlora", None, dict)) and isinstance(site, LinearSite):
+    if blocks and isinstance(site, LinearSite):
         a, b = _blocks(config, path, a, b, site, int(blocks.get("nblocks", 1)))
     rank = a.shape[0]
     a, b = a.flatten(1), b.flatten(1)

@@ -326,7 +326,7 @@ def _prompt(parts: Sequence[Part]) -> Written:
 def _prefix(parts: Sequence[Part]) -> Written:
     rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
     shapes = {t.shape for p in rows for t in (p.key, p.value)}
-    usual = not any(p.cross or p.gate is not None for p in rows)
+    usual = all(p.place in ("stack", "decoder") and p.gate is None for p in rows)
     if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1 or not usual:
         raise ArtifactError(
             "PEFT's prefixes have rows of one shape at every attention; this one has not."

@@ -46,8 +46,8 @@ class SerialAdapterBranch(Serial):
         return linear(inner, self.up, self.up_bias)
 
     def part(self) -> Part:
-        own = {n: p.detach() for n, p in self.named_parameters()}
-        return Bottleneck("", **own, activation=self.activation)
+        own = (self.down, self.up, self.down_bias, self.up_bias)
+        return Bottleneck("", *(p.detach() for p in own), self.activation)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"

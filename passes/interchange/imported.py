@@ -348,10 +348,10 @@ def _prefix(edit: Editor, part: Prefix) -> None:
     sites = prefix_sites(edit.program.sites)
     here = sites[part.place]
     if part.layer >= len(here):
-        kind = _PLACES[part.place]
+        have = ", ".join(f"{len(s)} {_PLACES[n]}" for n, s in sites.items() if s)
         raise PassError(
-            f"the adapter has a prefix for attention {part.layer} {kind}, and this model has "
-            f"{len(here)} there. Use the base that the adapter was trained on."
+            f"the adapter has a prefix for attention {part.layer} {_PLACES[part.place]}, and this "
+            f"model has {have or 'none'}. Use the base that the adapter was trained on."
         )
     site = here[part.layer]
     widths = edit.key_value_widths(site)

@@ -266,6 +266,8 @@ class _Flow:
             if nodes:
                 seeds += self._at(site, nodes)
         for ref, kind in seeds:
+            if isinstance(ref[0], str) and ref[0] not in self.sizes:
+                continue  # stored in parts
             size = self._size(ref)
             if size != 1:
                 yield ref, axis(kind, size)
@@ -276,7 +278,8 @@ class _Flow:
         if isinstance(site, AttentionSite):
             return _attention(node, self.gm)
         if isinstance(site, EmbeddingSite) and site.role != "relative":
-            return [((site.weight, 1), "width")]
+            table = site.weight if site.weight in self.sizes else node  # or it is stored in parts
+            return [((table, len(sizes_of(node)) - 1 if table is node else 1), "width")]
         if isinstance(site, SublayerSite):
             place, kind = (1, "channel") if site.role == "conv" else (-1, "width")
             rank = len(sizes_of(node))

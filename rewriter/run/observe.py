@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from ..edits.calls.samples import ShownAxes
 from ..edits.calls.values import input_of
 from ..edits.linear.compose import composed_value
 from ..edits.stream.padding import valid_of
@@ -128,7 +129,8 @@ def observe_rows(
     for site in sites:
         calls = (replace(site, nodes=(name,)) for name in site.nodes)
         operands.setdefault(tuple(input_of(c, nodes) for c in calls), []).append(site)
-    masks = {x: valid_of(program, x) for read in operands for x in read}
+    axes = ShownAxes(program)
+    masks = {x: valid_of(program, axes, x) for read in operands for x in read}
     values = {n.name: n for pair in masks.items() for n in pair if n is not None}
     totals: dict[tuple[Node, ...], Tensor] = {}
     count = 0

@@ -116,5 +116,5 @@ class Codebook(Format):
         if matrix.is_meta:
             codes = torch.empty_like(shares, dtype=torch.uint8)
         else:
-            codes = torch.bucketize(shares, borders).to(torch.uint8)
+            codes = torch.bucketize(shares.contiguous(), borders).to(torch.uint8)
         return replace(self, codes=pack(codes, self.bits))

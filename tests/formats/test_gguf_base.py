@@ -346,10 +346,10 @@ def test_on_the_command_line(
     assert "2 of" in capsys.readouterr().out
     near(logits(reload(tmp_path / "hf")), logits(load(mixed)))
     for args, text in (
-        (["convert", str(mixed), str(tmp_path / "x"), "--to", "gguf"], "a format of adapters"),
+        (["convert", str(mixed), str(tmp_path / "x"), "--to", "gguf"], "Give the base"),
         (
             ["convert", str(tmp_path / "hf"), str(tmp_path / "x"), "--to", "hf"],
-            "no adapter to fold",
+            "writes a whole model",
         ),
     ):
         assert main(args) == 2

@@ -188,7 +188,7 @@ def test_on_the_command_line(decoder: peftfx.Program, tmp_path: Path) -> None:
     peftfx.save(made, tmp_path / "adapter")
     file, graph = tmp_path / "a.onnx_adapter", tmp_path / "a.onnx"
     adapter = str(tmp_path / "adapter")
-    assert main(["convert", model, adapter, str(file), "--to", "onnx_adapter"]) == 0
+    assert main(["convert", adapter, str(file), "--to", "onnx_adapter", "--base", model]) == 0
     assert main(["export", model, "--adapter", adapter, "--slots", "--out", str(graph)]) == 0
     near(computed(graph, file), first(made(**batch())))
     session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
