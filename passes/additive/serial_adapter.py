@@ -47,7 +47,8 @@ class SerialAdapterBranch(Serial):
 
     def part(self) -> Part:
         own = (self.down, self.up, self.down_bias, self.up_bias)
-        return Bottleneck("", *(p.detach() for p in own), self.activation)
+        down, up, down_bias, up_bias = (p.detach() for p in own)
+        return Bottleneck("", down, up, down_bias, up_bias, self.activation)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"
