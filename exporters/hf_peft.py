@@ -98,10 +98,10 @@ def inserted(program: Program, parts: Parts, name: str) -> Program:
     if parts.original and _says_all(program, parts):
         parts = replace(parts, original={})
     item = Imported(name=name, invoked=any(isinstance(p, Invoked) for p in parts.parts))
-    made = apply_plan(program, item, item.plan(program, sources=[parts]), check=False)
-    check_graph(made)
-    record = replace(made.history[-1], certificate=Certificate(UNMEASURED))
-    return replace(made, history=(*program.history, record))
+    result = apply_plan(program, item, item.plan(program, sources=[parts]), check=False)
+    check_graph(result)
+    record = replace(result.history[-1], certificate=Certificate(UNMEASURED))
+    return replace(result, history=(*program.history, record))
 
 
 def save_peft(

@@ -138,8 +138,8 @@ class Bank(Pass):
         tensors = {f"{n}.{k}": t for n, s in zip(names, saved, strict=True)
                    for k, t in s.tensors.items()}  # fmt: skip
         plan = Plan({"members": names, "adopted": adopted}, tensors)
-        for slot, held in _saved_branches(program, plan).items():
-            _check_alike(slot, held, names)
+        for slot, own in _saved_branches(program, plan).items():
+            _check_alike(slot, own, names)
         return plan
 
     def _refuse_others(self, program: State, members: Sequence[str], there: Container[str]) -> None:
@@ -241,18 +241,18 @@ def _saved_branches(program: State, plan: Plan) -> Branches:
     return branches
 
 
-def _check_alike(at: tuple[str, str], held: Mapping[str, Any], members: Sequence[str]) -> None:
+def _check_alike(at: tuple[str, str], branches: Mapping[str, Any], members: Sequence[str]) -> None:
     site, slot = at
     everywhere = {"key_value": "rows in front of the keys", "tokens": "a prompt"}
-    if slot in everywhere and (missing := [n for n in members if n not in held]):
+    if slot in everywhere and (missing := [n for n in members if n not in branches]):
         raise PassError(
             f"bank: {missing[0]!r} has no {everywhere[slot].removeprefix('a ')} at {site}, where "
-            f"{next(iter(held))!r} has some, and rows of a batch cannot have different numbers of "
-            "them. Make two banks with names=[...]."
+            f"{next(iter(branches))!r} has some, and rows of a batch cannot have different numbers "
+            "of them. Make two banks with names=[...]."
         )
-    if slot == "delta" and all(constant_factors(b) is not None for b in held.values()):
+    if slot == "delta" and all(constant_factors(b) is not None for b in branches.values()):
         return
-    (first, one), *others = held.items()
+    (first, one), *others = branches.items()
     for name, other in others:
         if reason := unlike(one, other):
             raise PassError(

@@ -307,16 +307,16 @@ def _moments(
     program: State, sites: Sequence[WeightSite], batches: Sequence[Any], centred: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(site id, moment of what its calls read), see `corda` and `principal`."""
-    held: list[WeightSite] = []
+    group: list[WeightSite] = []
     room = _ROOM
     for site in sites:
         size = 8 * (site.matrices[2] + 1) ** 2
-        if held and size > room:
-            yield from observe_rows(program, batches, held, _augmented if centred else _scaled)
-            held, room = [], _ROOM
-        held.append(site)
+        if group and size > room:
+            yield from observe_rows(program, batches, group, _augmented if centred else _scaled)
+            group, room = [], _ROOM
+        group.append(site)
         room -= size
-    yield from observe_rows(program, batches, held, _augmented if centred else _scaled)
+    yield from observe_rows(program, batches, group, _augmented if centred else _scaled)
 
 
 def _augmented(rows: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ class _Flow:
         self.copies.update(copies(node))
         return said
 
-    def look(self, held: Node | str) -> None:
+    def look(self, source: Node | str) -> None:
         """Looks at a value that was not there when the analysis ran."""
-        stack = [held] if isinstance(held, Node) else []
+        stack = [source] if isinstance(source, Node) else []
         fresh: set[Node] = set()
         while stack:
             node = stack.pop()

@@ -90,8 +90,8 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
         if is_op(node, operators):
             return rule(node)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    found = elementwise(node) if pointwise or is_op(node, COPIES | EXPANSIONS) else []
-    return [*found, *(Tie(ref, ref) for ref in copies(node))]  # so many as are read
+    every = elementwise(node) if pointwise or is_op(node, COPIES | EXPANSIONS) else []
+    return [*every, *(Tie(ref, ref) for ref in copies(node))]  # so many as are read
 
 
 def _linear(node: Node) -> list[Relation]:

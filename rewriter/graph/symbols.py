@@ -97,14 +97,14 @@ def fresh_size(gm: GraphModule, mode: Any, label: str) -> Any:
 
     environment = mode.shape_env
     used = symbols_in(n.meta.get("val") for n in gm.graph.nodes)
-    made = _FRESH.setdefault(mode, {}).setdefault(label, [])
-    for symbol in made:
+    fresh = _FRESH.setdefault(mode, {}).setdefault(label, [])
+    for symbol in fresh:
         if symbol not in used:
             return environment.create_symintnode(symbol, hint=_FRESH_HINT)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
     source = ConstantSource(f"{label}_{len(environment.var_to_range)}")
     like = mode.from_tensor(torch.empty(_FRESH_HINT), symbolic_context=context, source=source)
-    made.append(like.shape[0].node.expr)
+    fresh.append(like.shape[0].node.expr)
     return like.shape[0]
 
 

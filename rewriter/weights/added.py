@@ -80,12 +80,12 @@ def _verdict(
     off = along = 0.0
     for start in range(0, old.shape[0], step := rows_of(old, _BLOCK)):
         rows = slice(start, start + step)
-        made, change = new[rows].to(delta), delta[rows]
-        moved = made - old[rows]
+        rounded, change = new[rows].to(delta), delta[rows]
+        moved = rounded - old[rows]
         along += product(moved, change)
         error = moved.sub_(change).abs_()
         off += square(error)
-        if not float(error.sub_(made.abs(), alpha=relative).amax()) <= allowed:
+        if not float(error.sub_(rounded.abs(), alpha=relative).amax()) <= allowed:
             return None
     size = square(delta)
     if not size:

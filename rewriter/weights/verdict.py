@@ -76,13 +76,13 @@ def rows_of(matrix: Tensor, block: int) -> int:
     return max(1, block * matrix.shape[0] // max(1, matrix.numel()))
 
 
-def lost_share(old: Tensor, exact: Tensor, made: Tensor) -> float:
+def lost_share(old: Tensor, exact: Tensor, rounded: Tensor) -> float:
     """The share of a tensor's change that rounding it lost; `exact` is in float32 at least, of the
     shape of both others."""
-    if made.dtype == exact.dtype:
+    if rounded.dtype == exact.dtype:
         return 0.0
     change = lost = 0.0
-    tensors = [torch.atleast_1d(t) for t in (old, exact, made)]
+    tensors = [torch.atleast_1d(t) for t in (old, exact, rounded)]
     step = rows_of(tensors[0], _BLOCK)
     for x, y, z in zip(*(t.split(step) for t in tensors), strict=True):
         change += square(y - x)

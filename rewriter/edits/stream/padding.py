@@ -68,6 +68,6 @@ def _call(source: Node, operator: object, name: str) -> Node:
     with source.graph.inserting_after(source):
         node = source.graph.create_node("call_function", operator, args, {}, name=name)  # pyright: ignore
     with value(source).fake_mode:
-        held = value(source)
-        node.meta["val"] = torch.ne(held, 0) if operator is ATEN.ne.Scalar else held.mT
+        mask = value(source)
+        node.meta["val"] = torch.ne(mask, 0) if operator is ATEN.ne.Scalar else mask.mT
     return node

@@ -89,8 +89,8 @@ def _written(source: Node, site: AttentionSite) -> Node:
             place = graph.call_function(operator, args)
         first = args[0]
         with value(source).fake_mode:
-            held = [value(n) for n in first] if isinstance(first, list) else value(first)
-            place.meta["val"] = operator(held, *args[1:])
+            operand = [value(n) for n in first] if isinstance(first, list) else value(first)
+            place.meta["val"] = operator(operand, *args[1:])
         return place
 
     for head in range(site.kv_heads):
