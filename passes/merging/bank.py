@@ -195,10 +195,9 @@ def _word(edit: Editor, at: tuple[str, str], members: Sequence[Any]) -> Callable
         return lambda ids: edit.prepend_tokens(site, RowwiseTokens(members), ids=ids)
     samples = edit.samples(site, output=slot in ("output_scale", "serial"))
     if samples is None:
-        raise PassError(
-            f"bank: {name}: {edit.skipped[-1][1]}. Leave out the adapters that are there "
-            "(names=[...]), or insert them elsewhere."
-        )
+        elsewhere = "Leave out the adapters that are there (names=[...]), or insert them elsewhere."
+        remedy = edit.axes.samples.remedy or elsewhere
+        raise PassError(f"bank: {name}: {edit.skipped[-1][1]}. {remedy}")
     factors = [None if m is None else constant_factors(m) for m in members]
     low_rank = slot == "delta" and all(f for f, m in zip(factors, members, strict=True) if m)
     branch: Any = RowwiseLowRank(factors, samples) if low_rank else rowwise(members, samples)

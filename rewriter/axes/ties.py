@@ -168,7 +168,8 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     for name in ("features", "own"):
         tensors.pop(name, None)
-    sizes = {n: shape(r) or () for n, r in node.kwargs.items()}
+    values = {n: r for n, r in node.kwargs.items() if isinstance(r, Node)}
+    sizes = {n: shape(r) or () for n, r in values.items()}
     read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights
     ranks = {n: t.dim() for n, t in tensors.items()} | read
     if any(len(branch.axes.get(n, ())) != rank for n, rank in ranks.items()):

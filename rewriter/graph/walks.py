@@ -39,7 +39,7 @@ class Walked(nn.Module):
         """As torch's own, in one loop."""
         if not recurse:
             return super().named_parameters(prefix, recurse, remove_duplicate)
-        return self._members("_parameters", prefix, remove_duplicate)
+        return _members(self, "_parameters", prefix, remove_duplicate)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -47,17 +47,7 @@ class Walked(nn.Module):
         """As torch's own, in one loop."""
         if not recurse:
             return super().named_buffers(prefix, recurse, remove_duplicate)
-        return self._members("_buffers", prefix, remove_duplicate)
-
-    def _members(self, table: str, prefix: str, once: bool) -> Iterator[tuple[str, Any]]:
-        seen: set[Any] = set()
-        for path, module in self.named_modules(prefix=prefix, remove_duplicate=once):
-            for name, tensor in getattr(module, table).items():
-                if tensor is None or tensor in seen:
-                    continue
-                if once:
-                    seen.add(tensor)
-                yield (f"{path}.{name}" if path else name), tensor
+        return _members(self, "_buffers", prefix, remove_duplicate)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As torch's own, from the tables of children alone."""
@@ -83,6 +73,17 @@ class Walked(nn.Module):
 
 
 _NAMED = Walked.named_modules
+
+
+def _members(root: nn.Module, table: str, prefix: str, once: bool) -> Iterator[tuple[str, Any]]:
+    seen: set[Any] = set()
+    for path, module in root.named_modules(prefix=prefix, remove_duplicate=once):
+        for name, tensor in getattr(module, table).items():
+            if tensor is None or tensor in seen:
+                continue
+            if once:
+                seen.add(tensor)
+            yield (f"{path}.{name}" if path else name), tensor
 
 
 def stored(module: nn.Module) -> list[tuple[str, Tensor]]:
