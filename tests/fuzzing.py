@@ -172,7 +172,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         "pipeline": _text(parse), "recipe": _text(parse_yaml), "selector": _text(_choose),
         "structure": _part(read_structure), "symbols": _part(Symbols), "relation": _text(_relation),
         "spec": _part(read_spec),
-        **{n: functools.partial(fuzzing_adapters.read, n) for n in fuzzing_adapters.TARGETS},
+        **fuzzing_adapters.TARGETS,
     }.items()
 }  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""Readers of other libraries' adapters as functions of bytes: a JSON document with the config and the
-header of the tensors, whose numbers are all alike.
+"""Readers of other libraries' adapters as functions of bytes: of a JSON document with the config and
+the header of the tensors, whose numbers are all alike, or of the file itself.
 
     python -m tests.fuzzing_adapters    writes the corpus, with the libraries themselves
 
-A reader of another format is one more line in `TARGETS`.
+A reader of another format is one more line in `TARGETS`. Not here: `.onnx_adapter`, whose bytes ONNX
+Runtime's own native reader takes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from typing import Any
 
 import torch
 
-from peftfx.exporters.base import require_fit
+from peftfx.exporters.adapterhub_config import SAFE
+from peftfx.exporters.adapterhub_files import read_adapterhub
+from peftfx.exporters.base import Files, checkpoint, require_fit
 from peftfx.exporters.formats import read_adapter
+from peftfx.exporters.gguf_adapter import read_gguf_adapter
 from peftfx.exporters.hf_peft_config import CONFIG, TENSORS
 from peftfx.exporters.hf_peft_writing import written
 from peftfx.exporters.mlx import TENSORS as MLX_TENSORS
 from peftfx.exporters.plain_lora import plain_lora
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.files.files import parse_json
+from peftfx.rewriter.files.files import parse_json, write_tensors
+from peftfx.rewriter.files.torch_bin import parse_torch_bin, write_torch_bin
 
 from . import writers
 
@@ -63,27 +68,73 @@ def _single_file(document: Document) -> Path:
     return path
 
 
-TARGETS: dict[str, Callable[[Document], Path]] = {
+_DOCUMENTS: dict[str, Callable[[Document], Path]] = {
     "peft": lambda document: _directory(document, TENSORS),
     "mlx": lambda document: _directory(document, MLX_TENSORS),
     "single_file": _single_file,
+    "adapterhub": lambda document: _directory(document, SAFE),
 }
 """Name -> what writes a document as an adapter of that format."""
 
 
-def read(name: str, data: bytes) -> None:
+def _document_of(name: str, data: bytes) -> None:
     """Reads an adapter as far as conversion does, but for writing it."""
     document = parse_json(data, "it")
     if not isinstance(document, dict):
         return
+    path = _DOCUMENTS[name](document)  # pyright: ignore[reportUnknownArgumentType]
+    if name == "adapterhub":
+        read_adapterhub(_bert(), path)
+        return
     base = writers.base()
-    parts = read_adapter(base, TARGETS[name](document))  # pyright: ignore[reportUnknownArgumentType]
+    parts = read_adapter(base, path)
     require_fit(base, parts, "it")
     for write in (written, plain_lora):
         try:
             write(base, parts)
         except RewriteError:
             continue
+
+
+def _gguf(data: bytes) -> None:
+    path = _place() / "a.gguf"
+    path.write_bytes(data)
+    parts = read_gguf_adapter(_llama(), path)
+    require_fit(_llama(), parts, "it")
+
+
+TARGETS: dict[str, Callable[[bytes], Any]] = {
+    **{name: functools.partial(_document_of, name) for name in _DOCUMENTS},
+    "gguf": _gguf,
+    "torch_bin": lambda data: parse_torch_bin(data, "it"),
+}
+"""Name -> what reads bytes."""
+
+
+@functools.cache
+def _bert() -> Any:
+    from .formats.write_with_peftfx import program
+
+    return program("bert")
+
+
+@functools.cache
+def _llama() -> Files:
+    """A layer of Llama as its files' headers tell it."""
+    shapes = {"model.embed_tokens": (64, 32), "model.norm": (32,), "lm_head": (64, 32)}
+    layer = {
+        "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
+        "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
+        "mlp.down_proj": (32, 48), "input_layernorm": (32,), "post_attention_layernorm": (32,),
+    }  # fmt: skip
+    shapes |= {f"model.layers.0.{n}": s for n, s in layer.items()}
+    folder = _place() / "llama"
+    folder.mkdir(exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {f"{n}.weight": torch.zeros(s) for n, s in shapes.items()}
+    (folder / "model.safetensors").write_bytes(write_tensors(tensors))
+    return checkpoint(folder)
 
 
 def _document(folder: Path, tensors: str) -> bytes:
@@ -140,9 +191,33 @@ def _write() -> None:
         for name, shapes in forms.items():
             save_file({k: torch.ones(s) for k, s in shapes.items()}, folder / "a")
             documents["single_file", name] = _document(folder, "a")
+        documents |= _more(folder)
     for (target, name), text in documents.items():
         (CORPUS / target).mkdir(exist_ok=True)
-        (CORPUS / target / name).write_bytes(text + b"\n")
+        (CORPUS / target / name).write_bytes(text + b"\n" * (target in _DOCUMENTS))
+
+
+def _more(folder: Path) -> dict[tuple[str, str], bytes]:
+    """Adapters of a BERT by AdapterHub, of a Llama in GGUF, and a file of `torch.save`."""
+    from safetensors.torch import save_file
+
+    from .formats.gguf_files import write_lora
+
+    documents: dict[tuple[str, str], bytes] = {}
+    for source in ("seq_bn", "lora", "ia3", "prefix_flat", "unipelt"):
+        case = Path(__file__).parent / "formats" / "adapterhub" / f"bert-{source}"
+        if not case.is_dir():
+            continue
+        tensors = torch.load(case / "pytorch_adapter.bin", weights_only=True)
+        save_file({n: t.clone() for n, t in tensors.items()}, folder / SAFE)
+        (folder / CONFIG).write_bytes((case / CONFIG).read_bytes())
+        documents["adapterhub", source] = _document(folder, SAFE)
+    query = {"blk.0.attn_q.weight.lora_a": torch.ones(2, 32)}
+    query["blk.0.attn_q.weight.lora_b"] = torch.ones(32, 2)
+    for name, alpha in (("alpha", 4.0), ("plain", None)):
+        documents["gguf", name] = write_lora(folder / "a.gguf", query, alpha).read_bytes()
+    documents["torch_bin", "two"] = write_torch_bin({"a": torch.ones(2, 3), "b": torch.ones(1)})
+    return documents
 
 
 if __name__ == "__main__":
