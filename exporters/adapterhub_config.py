@@ -172,9 +172,10 @@ def _today(data: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """A config with the names and numbers that today's version would give it."""
     own: dict[str, Any] = dict(config)
     version = str(data.get("version") or "")
-    if not version and own.get("non_linearity") in _RENAMED:
-        own["non_linearity"] = _RENAMED[own["non_linearity"]]
-    said = re.match(r"adapters\.(\d+)\.(\d+)", version)
+    activation = own.get("non_linearity")
+    if not version and isinstance(activation, str):
+        own["non_linearity"] = _RENAMED.get(activation, activation)
+    said = re.match(r"adapters\.(\d{1,6})\.(\d{1,6})", version)
     old = said is not None and tuple(map(int, said.groups())) < (1, 1)
     if old and data["config"].get("architecture") == LORA:
         own["alpha"] = own.get("r")  # they scaled by 1, whatever alpha was
