@@ -239,11 +239,20 @@ def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
 
 
+_TERMS = 100
+"""Most terms of a series in OFT: PEFT takes 5, and more add nothing long before that."""
+
+
 def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
     terms of its series, which are no exact rotation."""
     config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
     terms = config.take("num_cayley_neumann_terms", 5)
+    if not 2 <= terms <= _TERMS:
+        raise ArtifactError(
+            f"{config.where}: num_cayley_neumann_terms={terms}, and 2 to {_TERMS} are read. Save "
+            "the adapter again, with use_cayley_neumann=false."
+        )
     vector = own["oft_R.weight"]
     size = round((1 + (1 + 8 * vector.shape[1]) ** 0.5) / 2)
     upper = torch.triu_indices(size, size, 1)
