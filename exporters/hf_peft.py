@@ -215,7 +215,7 @@ def _parts(reader: Reader, config: Config, tensors: dict[str, Tensor], program: 
         return reader(config, tensors, program)
     except RewriteError:
         raise
-    except (RuntimeError, LookupError, ValueError, TypeError, OverflowError) as error:
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise ArtifactError(
             f"{config.where}: its tensors or options are not those of {config.type} "
             f"({str(error).splitlines()[0][:200]}). Save the adapter again with PEFT."

@@ -176,7 +176,7 @@ def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: 
             f"{config.where}: {path}.{error.args[0]} is missing beside {', '.join(sorted(own))}. "
             "The file is not whole; save the adapter again."
         ) from error
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
         raise _misfit(config, path, own) from error
 
 
@@ -195,6 +195,8 @@ def _misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
 
 def _scale(config: Config, path: str) -> float:
     rank = resolved(config.take("rank_pattern", {}), path, config.take("r", 8), config.where)
+    if not isinstance(rank, int) or rank < 1:
+        raise ArtifactError(f"{config.where}: the rank of {path} is {rank!r}. Save it again.")
     alphas = config.take("alpha_pattern", {})
     return float(resolved(alphas, path, config.take("alpha", 8, int, float), config.where)) / rank
 

@@ -8,6 +8,7 @@ archive whose sizes were checked before.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,13 @@ _SHARED = 4
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80"
 """How files of torch before 1.6 start: the pickle of their magic number."""
+
+
+_DAMAGE = (
+    zipfile.BadZipFile, struct.error, ArithmeticError, EOFError, LookupError, OSError,
+    RuntimeError, ValueError,
+)  # fmt: skip
+"""What `zipfile` raises for archives whose numbers are wrong."""
 
 
 def parse_torch_bin(data: bytes, where: str) -> dict[str, Tensor]:
@@ -67,7 +75,7 @@ def _check_archive(data: bytes, where: str) -> None:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             broken = archive.testzip() if _stored(entries, len(data)) else ""
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise CorruptFileError(f"{where} is damaged, no file of torch.save: {error}.") from error
     if broken is not None:
         what = f"its record {broken} was altered" if broken else "its records claim other sizes"
