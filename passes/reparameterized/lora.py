@@ -12,7 +12,7 @@ and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,11 +22,21 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, same
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
 from .initial_factors import RANDOM, START, planned_branch, start_obstacle, started
+
+
+def _start(value: Any) -> dict[str, Any] | str:
+    """`init` for PEFT's `init_lora_weights`."""
+    if value is True or value is None:
+        return {"init": "kaiming"}
+    if value is False:
+        return "the adapter would change the model before it trains. Choose another init="
+    return {"init": value}
 
 
 class LoRABranch(Delta):
@@ -107,6 +117,18 @@ class LoRA(Method):
 
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **PLACES,
+        "r": same("rank"),
+        "lora_alpha": same("alpha"),
+        "lora_dropout": same("dropout"),
+        "use_rslora": same("rslora"),
+        "init_lora_weights": _start,
+        "use_dora": instead("write dora{...} in place of lora{...}"),
+        "rank_pattern": instead("add a pass for each rank: lora{rank=...,where=...,name=...}"),
+        "alpha_pattern": instead("add a pass for each alpha: lora{alpha=...,where=...,name=...}"),
+        "lora_bias": instead("the factors have no bias; add bitfit{where=...} to the recipe"),
+    }
 
     rank: int = 8
     alpha: float = 16.0
