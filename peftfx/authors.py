@@ -26,7 +26,7 @@ from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value
 from .rewriter.edits.edit import Editor
 from .rewriter.errors import OptionError, PassError
-from .rewriter.pipeline.aliases import Alias, instead, same
+from .rewriter.pipeline.aliases import Alias, instead, renamed
 from .rewriter.pipeline.controller import Controller
 from .rewriter.pipeline.method import Method
 from .rewriter.pipeline.passes import Pass
@@ -87,5 +87,5 @@ __all__ = [
     "WeightSite",
     "instead",
     "linear",
-    "same",
+    "renamed",
 ]

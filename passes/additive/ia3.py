@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import WeightSite
 
@@ -62,9 +62,7 @@ class IA3(Method):
         "feedforward_modules": instead(
             "inputs are scaled at ffn.down, outputs elsewhere; leave it out"
         ),
-        "init_ia3_weights": lambda value: (
-            {} if value is True else "vectors start as one; leave it out"
-        ),
+        "init_ia3_weights": started_by(),
     }
 
     where: str = "k|v|ffn.down"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import Alias, instead, same
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite
@@ -80,7 +80,7 @@ class PrefixTuning(Method):
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     contract: ClassVar[Contract] = Contract("trainable")
     aliases: ClassVar[Mapping[str, Alias]] = {
-        "num_virtual_tokens": same("length"),
+        **renamed(num_virtual_tokens="length"),
         "prefix_projection": instead(
             "write projection=WIDTH, which every attention has its own of"
         ),

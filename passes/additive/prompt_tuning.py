@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import entrances, separate
-from ...rewriter.pipeline.aliases import Alias, instead, same
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import EmbeddingSite, Site
@@ -69,7 +69,7 @@ class PromptTuning(Method):
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
     contract: ClassVar[Contract] = Contract("trainable")
     aliases: ClassVar[Mapping[str, Alias]] = {
-        "num_virtual_tokens": same("length"),
+        **renamed(num_virtual_tokens="length"),
         "prompt_tuning_init": _start,
         "prompt_tuning_init_text": instead("prompts start as any rows of the table; leave it out"),
     }

@@ -20,7 +20,7 @@ from ...rewriter.branches.branch import Axes, Serial
 from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import Alias, instead, same
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
@@ -73,7 +73,7 @@ class SerialAdapter(Method):
     contract: ClassVar[Contract] = Contract("near", 0.1)
     aliases: ClassVar[Mapping[str, Alias]] = {
         "reduction_factor": instead("bottleneck= is the inner width itself: hidden size / factor"),
-        "non_linearity": same("activation"),
+        **renamed(non_linearity="activation"),
     }
 
     bottleneck: int = 64

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, same
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.sites import WeightSite
@@ -110,19 +110,11 @@ class AdaLoRA(Budgeted):
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
     aliases: ClassVar[Mapping[str, Alias]] = {
         **PLACES,
-        "init_r": same("rank"),
-        "target_r": same("target"),
+        **renamed(init_r="rank", target_r="target", lora_alpha="alpha", lora_dropout="dropout"),
+        **renamed(orth_reg_weight="gamma", tinit="warmup", tfinal="final", deltaT="interval"),
         "r": instead("PEFT ignores it, too; init_r is rank=, target_r is target="),
-        "lora_alpha": same("alpha"),
-        "lora_dropout": same("dropout"),
-        "orth_reg_weight": same("gamma"),
-        "tinit": same("warmup"),
-        "tfinal": same("final"),
-        "deltaT": same("interval"),
         "total_step": lambda value: {},  # whoever trains says it
-        "init_lora_weights": lambda value: (
-            {} if value is True else "e starts as zero; leave it out"
-        ),
+        "init_lora_weights": started_by(),
     }
 
     rank: int = 12

@@ -22,21 +22,12 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, same
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
 from .initial_factors import RANDOM, START, planned_branch, start_obstacle, started
-
-
-def _start(value: Any) -> dict[str, Any] | str:
-    """`init` for PEFT's `init_lora_weights`."""
-    if value is True or value is None:
-        return {"init": "kaiming"}
-    if value is False:
-        return "the adapter would change the model before it trains. Choose another init="
-    return {"init": value}
 
 
 class LoRABranch(Delta):
@@ -117,17 +108,10 @@ class LoRA(Method):
 
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
-    aliases: ClassVar[Mapping[str, Alias]] = {
-        **PLACES,
-        "r": same("rank"),
-        "lora_alpha": same("alpha"),
-        "lora_dropout": same("dropout"),
-        "use_rslora": same("rslora"),
-        "init_lora_weights": _start,
+    aliases: ClassVar[Mapping[str, Alias]] = PLACES | {
+        **renamed(r="rank", lora_alpha="alpha", lora_dropout="dropout", use_rslora="rslora"),
+        "init_lora_weights": started_by("init", "kaiming"),
         "use_dora": instead("write dora{...} in place of lora{...}"),
-        "rank_pattern": instead("add a pass for each rank: lora{rank=...,where=...,name=...}"),
-        "alpha_pattern": instead("add a pass for each alpha: lora{alpha=...,where=...,name=...}"),
-        "lora_bias": instead("the factors have no bias; add bitfit{where=...} to the recipe"),
     }
 
     rank: int = 8

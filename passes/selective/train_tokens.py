@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Expression
 from ...rewriter.branches.parts import Part, Rows
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, same
+from ...rewriter.pipeline.aliases import PLACES, Alias, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite
@@ -55,7 +55,7 @@ class TrainTokens(Method):
     folds: ClassVar[str] = "exactly"
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
     aliases: ClassVar[Mapping[str, Alias]] = {
-        "token_indices": same("ids"), "target_modules": PLACES["target_modules"],
+        **renamed(token_indices="ids"), "target_modules": PLACES["target_modules"],
     }  # fmt: skip
 
     ids: tuple[int, ...] = (0,)

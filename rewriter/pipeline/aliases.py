@@ -19,9 +19,31 @@ Alias = Callable[[Any], Mapping[str, Any] | str]
 """Options of a pass for a foreign value, or what to write instead."""
 
 
-def same(option: str) -> Alias:
-    """An option of the same meaning."""
+def _same(option: str) -> Alias:
     return lambda value: {option: value}
+
+
+def renamed(**words: str) -> dict[str, Alias]:
+    """Foreign words for options of the same meaning."""
+    return {word: _same(option) for word, option in words.items()}
+
+
+def started_by(option: str = "", usual: str = "") -> Alias:
+    """A word that is true for the usual start of an adapter, or names another one.
+
+    Args:
+        option: of the pass, that names starts; none if it has one alone.
+        usual: its value for true.
+    """
+
+    def start(value: Any) -> Mapping[str, Any] | str:
+        if value is False:
+            return "the adapter would change the model before it trains; leave it out"
+        if value in (None, True):
+            return {option: usual} if option else {}
+        return {option: value} if option else "there is one start here; leave it out"
+
+    return start
 
 
 def instead(advice: str, *fine: Any) -> Alias:
@@ -70,7 +92,7 @@ def _layers(value: Any) -> Mapping[str, Any] | str:
     return {AND: f"layer in [{','.join(map(str, layers))}]"}
 
 
-PLACES: Mapping[str, Alias] = {
+PLACES: dict[str, Alias] = {
     "target_modules": _targets,
     "exclude_modules": _excluded,
     "layers_to_transform": _layers,
@@ -78,6 +100,9 @@ PLACES: Mapping[str, Alias] = {
     "fan_in_fan_out": lambda value: {},  # the graph says how a weight lies
     "target_parameters": instead("stacks of experts are where=experts"),
     "modules_to_save": instead("that is a pass of its own: add train{where=head} to the recipe"),
+    "lora_bias": instead("factors have no bias; add bitfit{where=...} to the recipe"),
+    "rank_pattern": instead("add a pass for each rank, with where= and name="),
+    "alpha_pattern": instead("add a pass for each alpha, with where= and name="),
     "trainable_token_indices": instead(
         "that is a pass of its own: add train_tokens{ids=[...]} to the recipe"
     ),

@@ -28,7 +28,8 @@ class Method(Pass, abstract=True):
 
     Class attributes:
         kinds: the kinds of sites that it works on.
-        named: further kinds, taken only where the selector, or a name in it, is of one alone.
+        named: further kinds, taken only where the selector names one, or a `name:` in it is of
+            one alone, or it matches nothing else.
         controller: what it needs while it trains.
         folds: what becomes of it after training, in a few words (`exactly`, `no: not linear`).
 

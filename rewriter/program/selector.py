@@ -240,14 +240,14 @@ def words(text: str) -> frozenset[str]:
 
 
 def named_alone(text: str, sites: Sequence[Site], kinds: Sequence[str]) -> frozenset[str]:
-    """The kinds of the sites of each part of a selector that names none of `kinds`.
+    """The kinds of the sites of each `name:` in a selector that is of none of `kinds`.
 
     Raises:
         SelectorError: malformed.
     """
     found: set[str] = set()
     for token, atom in _Parser(text).atoms:
-        own = {s.kind for s in sites if atom(s)} if token not in WORDS else {*kinds}
+        own = {s.kind for s in sites if atom(s)} if token.startswith("name:") else set[str]()
         if not own & {*kinds}:
             found |= own
     return frozenset(found)
