@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
+from ...rewriter.pipeline.aliases import Alias, renamed
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.sites import WeightSite
@@ -108,14 +108,9 @@ class AdaLoRA(Budgeted):
     controller: ClassVar[type[Controller]] = RankController
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
-    aliases: ClassVar[Mapping[str, Alias]] = {
-        **PLACES,
-        **renamed(init_r="rank", target_r="target", lora_alpha="alpha", lora_dropout="dropout"),
-        **renamed(orth_reg_weight="gamma", tinit="warmup", tfinal="final", deltaT="interval"),
-        "r": instead("PEFT ignores it, too; init_r is rank=, target_r is target="),
-        "total_step": lambda value: {},  # whoever trains says it
-        "init_lora_weights": started_by(),
-    }
+    aliases: ClassVar[Mapping[str, Alias]] = Budgeted.aliases | renamed(
+        init_r="rank", target_r="target", lora_dropout="dropout", orth_reg_weight="gamma"
+    )
 
     rank: int = 12
     target: int | None = None
@@ -145,8 +140,7 @@ class AdaLoRA(Budgeted):
         return rank_obstacle(self.rank, self.dropout, site)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
-        like = edit.like(site)
-        _, out, size = site.matrices
+        like, (_, out, size) = edit.like(site), site.matrices
         shapes = (out, self.rank), (self.rank, size)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
         e = torch.zeros(self.rank)

@@ -144,7 +144,7 @@ def test_words_of_the_same_meaning(text: str, same: str) -> None:
         ("lora{target_modules=[]}", "selects nothing"),
         ("lora{layers_to_transform=[one]}", "a number or a list"),
         ("lora{init_lora_weights=false}", "change the model before it trains"),
-        ("adalora{r=3}", "init_r is rank="),
+        ("adalora{r=3}", "no option 'r'. Nearest: rank"),
         ("prefix_tuning{prefix_projection=true}", "projection=WIDTH"),
         ("prompt_tuning{prompt_tuning_init=TEXT}", "init=vocabulary"),
         ("serial_adapter{reduction_factor=16}", "inner width itself"),
