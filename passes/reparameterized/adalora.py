@@ -108,7 +108,7 @@ class AdaLoRA(Budgeted):
     controller: ClassVar[type[Controller]] = RankController
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
-    aliases: ClassVar[Mapping[str, Alias]] = Budgeted.aliases | renamed(
+    aliases: ClassVar[dict[str, Alias]] = Budgeted.aliases | renamed(
         init_r="rank", target_r="target", lora_dropout="dropout", orth_reg_weight="gamma"
     )
 
