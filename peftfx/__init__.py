@@ -15,6 +15,7 @@ from typing import Any
 
 from .drawing import draw_sites
 from .exporters.hf_peft import load_peft, save_peft
+from .exporters.hf_peft_recipe import from_peft_config
 from .registry import load_passes
 from .rewriter.api import Program
 from .rewriter.blocks.outline import inline, outline
@@ -67,6 +68,7 @@ __all__ = [
     "export_onnx",
     "fit",
     "fold_checkpoint",
+    "from_peft_config",
     "inline",
     "lightning_callback",
     "load",

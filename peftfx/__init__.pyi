@@ -2,6 +2,7 @@
 from .drawing import draw_sites as draw_sites
 from .exporters.hf_peft import load_peft as load_peft
 from .exporters.hf_peft import save_peft as save_peft
+from .exporters.hf_peft_recipe import from_peft_config as from_peft_config
 from .exporters.onnx_export import export_onnx as export_onnx
 from .passes.additive.adapter_fusion import AdapterFusion as AdapterFusion
 from .passes.additive.coda import CoDA as CoDA

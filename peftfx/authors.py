@@ -26,6 +26,7 @@ from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value
 from .rewriter.edits.edit import Editor
 from .rewriter.errors import OptionError, PassError
+from .rewriter.pipeline.aliases import Alias, instead, renamed
 from .rewriter.pipeline.controller import Controller
 from .rewriter.pipeline.method import Method
 from .rewriter.pipeline.passes import Pass
@@ -46,6 +47,7 @@ from .rewriter.program.sites import (
 from .rewriter.program.state import State
 
 __all__ = [
+    "Alias",
     "AttentionSite",
     "Axes",
     "Branch",
@@ -83,5 +85,7 @@ __all__ = [
     "Tokens",
     "Value",
     "WeightSite",
+    "instead",
     "linear",
+    "renamed",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,6 +13,7 @@ from .program.generate import generate
 from .program.history import Certificate
 from .program.state import State
 from .program.stored import Stored, stored
+from .program.summary import summary
 from .program.text import diff_text, program_text
 from .run.recheck import verify_program
 from .run.replay import only, without
@@ -41,7 +43,12 @@ class Program(State):
         return diff_text(other or self.origin or self, self)
 
     def __str__(self) -> str:
-        return self.text()
+        """The program in a few lines; `text()` is the graph."""
+        return summary(self)
+
+    def _repr_html_(self) -> str:
+        """The same, for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def stored(self, name: str) -> Stored:
         """What is known of a stored tensor beside its values: who reads it, by which names, who

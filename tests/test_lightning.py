@@ -156,3 +156,14 @@ def test_misuse_is_named(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(PassError, match="no end"):
         fit(tuning(program), None, max_steps=-1, max_epochs=-1)
     assert not program.module._forward_hooks and not program.module._load_state_dict_pre_hooks
+
+
+def test_decay_of_multipliers_is_refused(captured: Any) -> None:
+    class Plain(Tuning):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.model.parameters(), lr=0.02)
+
+    program = peftfx.run(captured["decoder"][1], "ia3").train()
+    made = Plain(program, peftfx.lightning_callback(peftfx.controllers(program)))
+    with pytest.raises(PassError, match=r"to zero: .*configure_optimizers: .*param_groups"):
+        fit(made, None, max_steps=1)

@@ -374,3 +374,34 @@ def test_resuming_needs_the_same_recipe_and_base(tied: Any, labelled: Any, tmp_p
     with pytest.raises(BaseMismatchError, match="other base weights"):
         controlled(moved, tmp_path, "tokens")[0].train(resume_from_checkpoint=True)
     same(peftfx.load(labelled, tmp_path / "checkpoint-4" / ADAPTER), first_run)
+
+
+@pytest.mark.parametrize("text", ["ia3", "dora{rank=2,where=q}", "train{where=norm}"])
+def test_decay_of_multipliers_is_refused(labelled: Any, text: str, tmp_path: Path) -> None:
+    """`Trainer`'s own optimizer decays all but biases and layer norms, by their names."""
+    program = peftfx.run(labelled, text)
+    controllers = peftfx.controllers(program)
+    callback = peftfx.trainer_callback(controllers)
+    usual: dict[str, Any] = {"save_strategy": "no", "max_steps": 1}
+    made = make(program.module, tmp_path, "tokens", [callback], **usual)
+    line = r"to zero: .*optimizers=\(torch.optim.AdamW\(controllers.param_groups"
+    if text != "train{where=norm}":  # their names say norm
+        with pytest.raises(PassError, match=line):
+            made.train()
+    undecayed = make(program.module, tmp_path, "tokens", [callback], weight_decay=0.0, **usual)
+    undecayed.train()
+    everything = torch.optim.AdamW(program.trainable_parameters(), weight_decay=0.1)
+    names = controllers.decayed(everything)
+    assert names and all(program.module.get_parameter(n).dim() < 2 for n in names)
+    own = torch.optim.AdamW(controllers.param_groups(lr=1.0, weight_decay=0.1))
+    assert not controllers.decayed(own)
+
+
+def test_what_the_user_trains_decays_like_the_rest() -> None:
+    """A norm or bias that the model itself trains is no matrix either."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    program = peftfx.capture(model, (torch.randn(3, 4),))
+    groups = peftfx.controllers(program).param_groups(1e-3, 0.1)
+    decayed = [n for g in groups if g["weight_decay"] for n in g["names"]]
+    assert decayed == ["2.weight"] and sum(len(g["names"]) for g in groups) == 4

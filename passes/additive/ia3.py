@@ -8,6 +8,7 @@ and bias, input scales into columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import WeightSite
 
@@ -55,6 +57,13 @@ class IA3(Method):
 
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **PLACES,
+        "feedforward_modules": instead(
+            "inputs are scaled at ffn.down, outputs elsewhere; leave it out"
+        ),
+        "init_ia3_weights": started_by(),
+    }
 
     where: str = "k|v|ffn.down"
 

@@ -8,6 +8,7 @@ softmax mass (a zero prefix changes outputs, too).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite
@@ -77,6 +79,13 @@ class PrefixTuning(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     contract: ClassVar[Contract] = Contract("trainable")
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **renamed(num_virtual_tokens="length"),
+        "prefix_projection": instead(
+            "write projection=WIDTH, which every attention has its own of"
+        ),
+        "encoder_hidden_size": instead("that is projection="),
+    }
 
     length: int = 20
     projection: int | None = None

@@ -7,8 +7,9 @@ paper's vocabulary initialisation), or uniform in +-0.5 with `init=uniform`. Not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import entrances, separate
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import EmbeddingSite, Site
@@ -38,13 +40,24 @@ class PromptBranch(Tokens):
         return f"length={self.length}"
 
 
+def _start(value: Any) -> dict[str, Any] | str:
+    """`init` for PEFT's `prompt_tuning_init`."""
+    word = str(getattr(value, "value", value)).upper()
+    starts: dict[str, dict[str, Any]] = {
+        "RANDOM": {"init": "normal"},
+        "SAMPLE_VOCAB": {"init": "vocabulary", "common": 2**31},
+    }
+    return starts.get(word, "write init=vocabulary, uniform or normal")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Method):
     """Prepends trainable prompt vectors at the token embedding.
 
     Attributes:
         length: number of prompt tokens.
-        init: `vocabulary` (rows of the table, drawn from the first `common` ids) or `uniform`.
+        init: `vocabulary` (rows of the table, drawn from the first `common` ids), `uniform`, or
+            `normal` (of deviation 1, as in PEFT).
         common: how many of the table's first rows to draw from.
 
     Without `where`, an encoder-decoder takes its prompt in the encoder. Other tables that the same
@@ -55,9 +68,14 @@ class PromptTuning(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
     contract: ClassVar[Contract] = Contract("trainable")
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **renamed(num_virtual_tokens="length"),
+        "prompt_tuning_init": _start,
+        "prompt_tuning_init_text": instead("prompts start as any rows of the table; leave it out"),
+    }
 
     length: int = 20
-    init: Literal["vocabulary", "uniform"] = "vocabulary"
+    init: Literal["vocabulary", "uniform", "normal"] = "vocabulary"
     common: int = 5000
     where: str = "embedding.token"
 
@@ -73,9 +91,11 @@ class PromptTuning(Method):
 
     def insert(self, edit: Editor, site: EmbeddingSite) -> None:
         table = edit.table(site)
+        shape = self.length, site.width
         if self.init == "uniform":
-            prompt = torch.rand(self.length, site.width, generator=edit.generator) - 0.5
-            prompt = prompt.to(edit.like(site))
+            prompt = (torch.rand(shape, generator=edit.generator) - 0.5).to(edit.like(site))
+        elif self.init == "normal":
+            prompt = torch.randn(shape, generator=edit.generator).to(edit.like(site))
         else:
             limit = min(self.common, site.size)
             ids = torch.randint(0, limit, (self.length,), generator=edit.generator)

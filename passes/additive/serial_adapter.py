@@ -8,6 +8,7 @@ all layer norms. Not foldable, because of the non-linearity.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -19,6 +20,7 @@ from ...rewriter.branches.branch import Axes, Serial
 from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
@@ -69,6 +71,10 @@ class SerialAdapter(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
     contract: ClassVar[Contract] = Contract("near", 0.1)
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        "reduction_factor": instead("bottleneck= is the inner width itself: hidden size / factor"),
+        **renamed(non_linearity="activation"),
+    }
 
     bottleneck: int = 64
     activation: Literal["gelu", "relu", "silu"] = "gelu"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import Alias, renamed
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.sites import WeightSite
@@ -107,6 +108,9 @@ class AdaLoRA(Budgeted):
     controller: ClassVar[type[Controller]] = RankController
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
+    aliases: ClassVar[dict[str, Alias]] = Budgeted.aliases | renamed(
+        init_r="rank", target_r="target", lora_dropout="dropout", orth_reg_weight="gamma"
+    )
 
     rank: int = 12
     target: int | None = None
@@ -136,8 +140,7 @@ class AdaLoRA(Budgeted):
         return rank_obstacle(self.rank, self.dropout, site)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
-        like = edit.like(site)
-        _, out, size = site.matrices
+        like, (_, out, size) = edit.like(site), site.matrices
         shapes = (out, self.rank), (self.rank, size)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
         e = torch.zeros(self.rank)

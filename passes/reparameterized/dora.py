@@ -12,9 +12,10 @@ Folds exactly: `diag(c) (W + s B A)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import RowScale
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import Alias
 from ...rewriter.program.sites import WeightSite
 from .initial_factors import RANDOM
 from .lora import LoRA, LoRABranch
@@ -95,6 +97,11 @@ class DoRA(LoRA):
         through_norm: let the gradient through the norm, too, at the cost of its backward.
         where: the paper adapts queries, keys, values and the feed-forward's up and down.
     """
+
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **LoRA.aliases,
+        "use_dora": lambda value: {} if value else "write lora{...} in place of dora{...}",
+    }
 
     through_norm: bool = False
     where: str = "q|k|v|ffn.up|ffn.down"

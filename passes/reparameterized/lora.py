@@ -12,7 +12,7 @@ and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
@@ -107,6 +108,11 @@ class LoRA(Method):
 
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
+    aliases: ClassVar[Mapping[str, Alias]] = PLACES | {
+        **renamed(r="rank", lora_alpha="alpha", lora_dropout="dropout", use_rslora="rslora"),
+        "init_lora_weights": started_by("init", "kaiming"),
+        "use_dora": instead("write dora{...} in place of lora{...}"),
+    }
 
     rank: int = 8
     alpha: float = 16.0

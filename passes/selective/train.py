@@ -7,10 +7,12 @@ says. Beside adapters it keeps a new classifier trained, which they would freeze
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import PLACES, Alias
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite
 
@@ -25,6 +27,9 @@ class Train(Method):
 
     folds: ClassVar[str] = "nothing to fold"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "experts", "embedding", "norm")
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        "target_modules": PLACES["target_modules"], "exclude_modules": PLACES["exclude_modules"],
+    }  # fmt: skip
 
     bias: bool = True
     where: str = "head|norm"

@@ -7,7 +7,7 @@ head's, too. They start as the table's own, so step 0 is the base model. Folds e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes, Expression
 from ...rewriter.branches.parts import Part, Rows
 from ...rewriter.edits.edit import Editor
+from ...rewriter.pipeline.aliases import PLACES, Alias, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite
@@ -53,6 +54,9 @@ class TrainTokens(Method):
 
     folds: ClassVar[str] = "exactly"
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
+    aliases: ClassVar[Mapping[str, Alias]] = {
+        **renamed(token_indices="ids"), "target_modules": PLACES["target_modules"],
+    }  # fmt: skip
 
     ids: tuple[int, ...] = (0,)
     where: str = "embedding.token"

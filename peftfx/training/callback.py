@@ -37,6 +37,9 @@ class ControllersCallback:
         added: whether the last forward's loss has the controllers' terms already.
     """
 
+    groups = ""
+    """How the optimizer gets the controllers' groups."""
+
     how = ""
     """How whoever computes the loss adds the controllers' terms."""
 
@@ -56,7 +59,12 @@ class ControllersCallback:
     def begin(
         self, model: nn.Module, optimizer: Any, total_steps: int, state: Mapping[str, Any] | None
     ) -> None:
-        """Starts the controllers, with the state of a checkpoint if there is one."""
+        """Starts the controllers, with the state of a checkpoint if there is one.
+
+        Raises:
+            PassError: the optimizer's weight decay would pull multipliers to zero.
+        """
+        self._require_undecayed(optimizer)
         self.batch = None
         self.controllers.start(optimizer, total_steps)
         if state is not None:
@@ -67,6 +75,16 @@ class ControllersCallback:
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             module.register_forward_hook(self._after_forward),
         ]
+
+    def _require_undecayed(self, optimizer: Any) -> None:
+        names = self.controllers.decayed(optimizer) if optimizer is not None else []
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise PassError(
+                f"the optimizer's weight decay pulls {', '.join(names[:3])}{more} to zero: scales, "
+                "magnitudes, norms and biases must not decay. Give it the controllers' groups: "
+                f"{self.groups}"
+            )
 
     def end(self) -> None:
         """Stops listening to the program."""

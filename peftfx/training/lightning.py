@@ -34,6 +34,10 @@ from .partial import fill_in, frozen_base
 class ForLightning(ControllersCallback):
     """The hooks of `lightning.pytorch.Callback`; see `lightning_callback`."""
 
+    groups = (
+        "configure_optimizers: torch.optim.AdamW(controllers.param_groups(lr=..., "
+        "weight_decay=...))."
+    )
     how = "Add callback.term(outputs) to the loss in training_step."
 
     def __init__(self, controllers: Controllers, base: bool) -> None:
@@ -98,8 +102,9 @@ def lightning_callback(controllers: Controllers, base: bool = False) -> Any:
         base: write the frozen base into every checkpoint, too.
 
     Raises:
-        PassError: when training starts without a number of steps, or takes a step without the
-            program or without the controllers' terms.
+        PassError: when training starts without a number of steps, or with an optimizer whose weight
+            decay pulls multipliers to zero, or takes a step without the program or without the
+            controllers' terms.
     """
     from lightning.pytorch import Callback  # pyright: ignore
 

@@ -45,6 +45,10 @@ TaskLoss = Callable[..., Tensor]
 class ForTrainer(ControllersCallback):
     """The hooks of `transformers.TrainerCallback`; see `trainer_callback`."""
 
+    groups = (
+        "Trainer(..., optimizers=(torch.optim.AdamW(controllers.param_groups(lr=args.learning_rate,"
+        " weight_decay=args.weight_decay)), None))."
+    )
     how = "Give Trainer compute_loss_func=callback.compute_loss(task_loss)."
 
     def __init__(self, controllers: Controllers, resume: str | Path | None, base: bool) -> None:
@@ -161,8 +165,9 @@ def trainer_callback(
         base: write the frozen base into every checkpoint, too.
 
     Raises:
-        PassError: when training goes on without the state of its controllers or with another
-            recipe, or takes a step without the program or without the controllers' terms.
+        PassError: when training begins with an optimizer whose weight decay pulls multipliers to
+            zero (`Trainer`'s own does), goes on without the state of its controllers or with
+            another recipe, or takes a step without the program or without the controllers' terms.
         BaseMismatchError: when it goes on with other base weights.
     """
     from transformers import TrainerCallback

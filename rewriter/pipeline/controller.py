@@ -14,6 +14,11 @@ from .passes import Pass
 Forward = Callable[..., Any]
 
 
+def usual(parameter: nn.Parameter) -> Mapping[str, Any]:
+    """Optimiser options of a parameter that no method knows better: matrices alone decay."""
+    return {"weight_decay": 0.0} if parameter.dim() < 2 else {}
+
+
 class Controller:
     """The controller of one adapter. The base class is that of a method that needs nothing.
 
@@ -42,7 +47,7 @@ class Controller:
         `lr_scale` multiplies the rate. Vectors and scalars get no weight decay by default.
         """
         del name
-        return {"weight_decay": 0.0} if parameter.dim() < 2 else {}
+        return usual(parameter)
 
     def start(self) -> None:
         """Called once before the first step; `optimizer` and `total_steps` are known."""

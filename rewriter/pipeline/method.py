@@ -14,7 +14,7 @@ from torch import nn
 from ..edits.edit import Editor
 from ..errors import OptionError, PassError, SelectorError
 from ..program.history import Contract, Plan
-from ..program.selector import Selection, meaning, select, words
+from ..program.selector import Selection, meaning, named_alone, select, words
 from ..program.sites import LinearSite, Site, listed
 from ..program.state import State
 from .controller import Controller
@@ -28,7 +28,8 @@ class Method(Pass, abstract=True):
 
     Class attributes:
         kinds: the kinds of sites that it works on.
-        named: further kinds, taken only where the selector names one, or matches nothing else.
+        named: further kinds, taken only where the selector names one, or a `name:` in it is of
+            one alone, or it matches nothing else.
         controller: what it needs while it trains.
         folds: what becomes of it after training, in a few words (`exactly`, `no: not linear`).
 
@@ -105,7 +106,7 @@ class Method(Pass, abstract=True):
                 f"{self.text}{{where={example_word(program, self.kinds)}}}."
             )
         if self.placed:
-            said = words(self.where)
+            said = words(self.where) | named_alone(self.where, every, self.kinds)
             kinds = (*self.kinds, *(k for k in self.named if k in said))
             selection = select(self.where, every, kinds)
             if not selection.taken and self.named:

@@ -16,6 +16,7 @@ from ..edits.edit import Editor
 from ..errors import OptionError, nearest
 from ..program.history import Contract, Plan
 from ..program.state import State
+from .aliases import Alias, translated
 from .options import adapt, fits, type_name, write_value
 
 REGISTRY: dict[str, type[Pass]] = {}
@@ -39,6 +40,7 @@ class Pass(ABC):
             load their values behind it.
         sharded: works on weights that are sharded over ranks, on all ranks together.
         sourced: it needs sources, so that its text alone runs nowhere.
+        aliases: what other libraries call its options, see `aliases.py`.
         typed: options that text gave this pass, which its own text keeps, also where they are the
             defaults.
     """
@@ -47,6 +49,7 @@ class Pass(ABC):
     reshapes: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
     sourced: ClassVar[bool] = False
+    aliases: ClassVar[Mapping[str, Alias]] = {}
     typed: ClassVar[frozenset[str]] = frozenset()
     text: ClassVar[str] = ""
     contract: ClassVar[Contract] = Contract("exact")
@@ -167,11 +170,12 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     known = [f.name for f in fields(cls)]
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
-    for option, item in options.items():
+    given = translated(name, cls.aliases, options, getattr(cls, "where", ""))
+    for option, item in given.items():
         if option not in known:
+            close = nearest(option, (*known, *cls.aliases))
             raise OptionError(
-                f"{name} has no option {option!r}. Nearest: {nearest(option, known)}. "
-                f"Options: {', '.join(known)}."
+                f"{name} has no option {option!r}. Nearest: {close}. Options: {', '.join(known)}."
             )
         values[option] = adapt(item, hints[option])
     new = cls(**values)

@@ -239,6 +239,20 @@ def words(text: str) -> frozenset[str]:
     return frozenset({*atoms, *(token.partition(".")[0] for token in atoms)})
 
 
+def named_alone(text: str, sites: Sequence[Site], kinds: Sequence[str]) -> frozenset[str]:
+    """The kinds of the sites of each `name:` in a selector that is of none of `kinds`.
+
+    Raises:
+        SelectorError: malformed.
+    """
+    found: set[str] = set()
+    for token, atom in _Parser(text).atoms:
+        own = {s.kind for s in sites if atom(s)} if token.startswith("name:") else set[str]()
+        if not own & {*kinds}:
+            found |= own
+    return frozenset(found)
+
+
 def choose(text: str, sites: Sequence[Site]) -> list[Site]:
     """The sites that match, in order: linears alone where each part matches some of them.
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import PassError
+from ..pipeline.aliases import PLACES, Alias, renamed, started_by
 from ..pipeline.controller import Controller
 from ..pipeline.method import Method
 from ..program.state import State
@@ -139,6 +140,13 @@ class Budgeted(Method, abstract=True):
         interval: steps between two prunings (after pruning, and at the last step, every step).
         beta1, beta2: of the moving averages of importance and of its uncertainty.
     """
+
+    aliases: ClassVar[dict[str, Alias]] = {
+        **PLACES,
+        **renamed(tinit="warmup", tfinal="final", deltaT="interval", lora_alpha="alpha"),
+        "total_step": lambda value: {},  # whoever trains says it
+        "init_lora_weights": started_by(),
+    }
 
     warmup: float = 0.1
     final: float = 0.3

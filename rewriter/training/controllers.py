@@ -21,9 +21,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import PassError
-from ..pipeline.controller import Controller, Forward
+from ..pipeline.controller import Controller, Forward, usual
 from ..pipeline.method import Method
 from ..pipeline.syntax import Pipeline
 from ..program.state import State
@@ -45,7 +46,8 @@ class Controllers:
 
         Args:
             lr: the learning rate; methods scale it for parameters that need another.
-            weight_decay: for matrices; vectors and scalars get none.
+            weight_decay: for matrices. Vectors and scalars get none, and neither does what a
+                method keeps from it: what multiplies would be pulled to zero.
 
         Raises:
             PassError: nothing trains.
@@ -53,8 +55,7 @@ class Controllers:
         groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
         for name, parameter in self.program.named_trainable_parameters().items():
             options = {"lr_scale": 1.0, "weight_decay": weight_decay}
-            owner = self._owner(name)
-            options |= owner.group(name, parameter) if owner is not None else {}
+            options |= self._group(name, parameter)
             options["lr"] = lr * options.pop("lr_scale")
             key = tuple(sorted(options.items()))
             group = groups.setdefault(key, {"params": [], "names": [], **options})
@@ -63,6 +64,22 @@ class Controllers:
         if not groups:
             raise PassError("nothing trains. Insert an adapter first: run(program, 'lora').")
         return list(groups.values())
+
+    def decayed(self, optimizer: Any) -> list[str]:
+        """Names of parameters that an optimizer pulls to zero and `param_groups` would not: scales,
+        magnitudes, norms, biases and whatever a method keeps from it."""
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        pulled = {id(p) for g in groups if g.get("weight_decay") for p in g["params"]}
+        return [
+            name
+            for name, parameter in self.program.named_trainable_parameters().items()
+            if id(parameter) in pulled and self._group(name, parameter).get("weight_decay") == 0
+        ]
+
+    def _group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The options of a parameter that differ from the usual ones."""
+        owner = self._owner(name)
+        return usual(parameter) if owner is None else owner.group(name, parameter)
 
     def _owner(self, name: str) -> Controller | None:
         parts = name.split(".")
