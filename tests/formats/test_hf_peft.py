@@ -320,7 +320,7 @@ def test_other_bases_are_refused_with_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=f"'{start}' the adapter trained.*{text}"):
             peftfx.load_peft(program("llama"), folder)
     folder = altered("lora", tmp_path / "arrow", arrow_config={"top_k": 1})
-    with pytest.raises(ArtifactError, match="arrow_config chooses among LoRAs.*one by one"):
+    with pytest.raises(ArtifactError, match=r"arrow_config chooses among LoRAs.*one by one"):
         peftfx.load_peft(program("llama"), folder)
 
 
@@ -356,7 +356,7 @@ def test_means_of_groups_are_read_as_what_all_columns_read(
     read = peftfx.load_peft(program("llama"), folder)
     near(output(read(**inputs("llama"))), want)
     near(output(peftfx.run(read, "fold")(**inputs("llama"))), want)
-    with pytest.raises(ArtifactError, match="use_qalora pools.*Give the base"):
+    with pytest.raises(ArtifactError, match=r"use_qalora pools.*Give the base"):
         convert(folder, tmp_path / "b", "peft")
     wrong = altered("pooled", tmp_path / "c", qalora_group_size=3)
     (wrong / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
