@@ -35,15 +35,19 @@ from ..rewriter.storage.parts import Parts
 from ..rewriter.verify.verify import check_graph
 from .adapter_parts import adapter_parts, unchanged
 from .base import GIVE_BASE, Base, snapshot
-from .hf_peft_changes import changes, norms, prefixes, prompts, scalings, token_rows
+from .hf_peft_changes import biases, norms, prefixes, prompts, scalings, token_rows
 from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
+from .hf_peft_formulas import changes
 from .hf_peft_lora import lora_parts
 from .hf_peft_writing import VERSION, with_head, written
 from .plain_lora import plain_lora
 
 Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
 
-_READERS: Mapping[str, tuple[Reader, ...]] = {
+_CHANGES = ("LOHA", "LOKR", "SHIRA", "MISS", "OFT", "BOFT", "HIRA", "HRA", "C3A")
+"""Types that come in as their exact change."""
+
+READERS: Mapping[str, tuple[Reader, ...]] = {
     "LORA": (lora_parts, token_rows),
     "ADALORA": (lora_parts, token_rows),
     "IA3": (scalings,),
@@ -51,15 +55,36 @@ _READERS: Mapping[str, tuple[Reader, ...]] = {
     "P_TUNING": (prompts,),
     "MULTITASK_PROMPT_TUNING": (prompts,),
     "PREFIX_TUNING": (prefixes,),
+    "CARTRIDGE": (prefixes,),
+    "BEFT": (biases,),
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
-    **dict.fromkeys(("LOHA", "LOKR", "VERA", "SHIRA", "MISS", "OFT", "BOFT"), (changes,)),
+    **dict.fromkeys(("VERA", "DELORA", *_CHANGES), (changes,)),
 }
+
+_MERGE = "no formula of it is known here. Merge it there (merge_and_unload), and take that model"
+_STAYS = "{}, so no file of weights holds it. Use it with PEFT, or train one of the others"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "ADAMSS", "DEFT", "FOURIERFT", "FROD", "GLORA", "GRALORA", "OSF", "PEANUT", "PSOFT",
+            "PVERA", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
+        ), _MERGE,
+    ),
+    "ADAPTION_PROMPT": _STAYS.format("its layers attend to rows of their own behind a gate"),
+    "CPT": _STAYS.format("it wraps each input in tokens of a context"),
+    "LILY": _STAYS.format("a router mixes its factors for each input"),
+    "POLY": _STAYS.format("a router mixes its factors by an id that each call gives"),
+    "SHADOW": _STAYS.format("a small model of its own runs beside the layers"),
+    "XLORA": _STAYS.format("the input says how much of each of its LoRAs is used")
+    + "; its LoRAs are read one by one",
+}  # fmt: skip
+"""Types that are not read -> why, and what to do instead."""
 
 UNMEASURED = "as read, not measured here"
 """The certificate of an adapter from another library."""
 
-_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 
 
 def load_peft(
@@ -193,11 +218,14 @@ def read_peft(program: Base, directory: str | Path) -> Parts:
     program = snapshot(program)
     data, tensors, where = reading(directory, f"a directory with a {CONFIG}", _files)
     config = Config(data, where)
-    readers = _READERS.get(config.type)
+    readers = READERS.get(config.type)
     if readers is None:
+        if config.type in REFUSED:
+            why = REFUSED[config.type]
+            raise ArtifactError(f"{where}: adapters of type {config.type} are not read: {why}.")
         raise ArtifactError(
             f"{where}: adapters of type {config.type} are not read. Nearest that are: "
-            f"{nearest(config.type, _READERS)}. Merge it with PEFT, or convert it to LORA there."
+            f"{nearest(config.type, READERS)}. Merge it with PEFT, or convert it to LORA there."
         )
     plain = {_plain(k, where): t for k, t in tensors.items()}
     parts = [part for reader in readers for part in _parts(reader, config, plain, program)]
@@ -295,7 +323,7 @@ def _same_values(own: Tensor, tensor: Tensor) -> bool:
 
 def _notes(config: Config) -> tuple[str, ...]:
     notes: list[str] = []
-    if config.type in ("LOHA", "LOKR", "SHIRA", "MISS", "OFT", "BOFT"):
+    if config.type in _CHANGES:
         notes.append(f"came in as its exact change: {config.type} is no method here")
     for option in ("velora_config", "monteclora_config"):
         if config.data.get(option):

@@ -1,23 +1,18 @@
-"""Parts of PEFT's other tensors: scalings, prompts, prefixes, whole parameters, and the exact
-change of what no method here computes."""
+"""Parts of PEFT's other tensors: scalings, prompts, prefixes, rows, biases, whole parameters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from ..passes.interchange.imported import prefix_sites
-from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError, RewriteError
-from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
-from .base import GIVE_BASE, Base
-from .hf_peft_config import Config, by_module, resolved
-
-Leaves = dict[str, Tensor]
-Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
+from ..rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
+from ..rewriter.errors import ArtifactError
+from .base import Base, snapshot, values
+from .hf_peft_config import Config, by_module
 
 
 def scalings(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
@@ -31,7 +26,7 @@ def scalings(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
         if vector.numel() == 1:
             at_input = _targeted(inputs, path)
         parts.append(
-            Scaling(_weight(program, path, config), vector.flatten(), ("out", "in")[at_input])
+            Scaling(weight_of(program, path, config), vector.flatten(), ("out", "in")[at_input])
         )
     return parts
 
@@ -116,7 +111,7 @@ def token_rows(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
                 f"{config.where}: {path} has {len(rows)} trained rows, and the config names "
                 f"{len(ids or ())} tokens."
             )
-        name = _weight(program, path, config)
+        name = weight_of(program, path, config)
         stored = program.tensors.stored(name)
         known = next((p for p in parts if p.target == stored), None)
         if isinstance(known, Rows):
@@ -141,235 +136,51 @@ def norms(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Par
     return parts
 
 
-def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
-    """LOHA, LOKR, VERA, SHIRA, MISS, OFT, BOFT: the exact change of each weight."""
-    formula, leaves = _FORMULAS[config.type]
-    shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
+def biases(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
+    """BEFT: `beft_bias [1, out]` added to what a layer gives, whose bias it joins."""
     parts: list[Part] = []
-    for path, own in by_module(tensors, leaves).items():
-        for leaf in own:
-            del tensors[f"{path}.{leaf}"]
-        name = _weight(program, path, config)
-        site = _site(program, name, config)
-        matrix = _matrix(program, site)
-        if config.type == "VERA":
-            parts.append(_vera(config, name, own, shared, matrix))
-            continue
-        delta = _computed(formula, config, path, own, matrix)
-        if delta.numel() != matrix.numel():
-            raise ArtifactError(
-                f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
-                f"{matrix.numel()}. Use the base that the adapter was trained on."
-            )
-        parts.append(Change(name, delta.reshape(matrix.shape), config.type))
+    for path, leaves in by_module(tensors, ["beft_bias"]).items():
+        del tensors[f"{path}.beft_bias"]
+        weight, vector = weight_of(program, path, config), leaves["beft_bias"].flatten()
+        parts.append(bias_with(program, weight, vector.float()))
     return parts
 
 
-def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """The change of one weight, float32."""
-    try:
-        return formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
-    except RewriteError:
-        raise
-    except KeyError as error:
-        raise ArtifactError(
-            f"{config.where}: {path}.{error.args[0]} is missing beside {', '.join(sorted(own))}. "
-            "The file is not whole; save the adapter again."
-        ) from error
-    except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
-        raise _misfit(config, path, own) from error
+def bias_with(program: Base, weight: str, change: Tensor) -> Part:
+    """The layer's bias with that of `lora_B` added; it may have had none."""
+    name = weight.removesuffix("weight") + "bias"
+    if name not in program.base.base_tensors() and snapshot(program).knows != "sizes":
+        return Trained(name, change)
+    own = values(program, name, f"the bias of {weight}")
+    return Trained(name, own.float() + change)
 
 
-def _require(fits: bool, config: Config, path: str, own: Leaves) -> None:
-    if not fits:
-        raise _misfit(config, path, own)
+def weight_of(program: Base, path: str, config: Config) -> str:
+    """The weight of a module that an adapter's key names.
 
-
-def _misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
-    sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
-    return ArtifactError(
-        f"{config.where}: the tensors of {path} ({sizes}) do not belong together, or to this base. "
-        "Use the base that the adapter was trained on, or save it again."
-    )
-
-
-def _scale(config: Config, path: str) -> float:
-    rank = resolved(config.take("rank_pattern", {}), path, config.take("r", 8), config.where)
-    if not isinstance(rank, int) or rank < 1:
-        raise ArtifactError(f"{config.where}: the rank of {path} is {rank!r}. Save it again.")
-    alphas = config.take("alpha_pattern", {})
-    return float(resolved(alphas, path, config.take("alpha", 8, int, float), config.where)) / rank
-
-
-def _through(tensor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`a b`, or of a convolution's core tensor `[rank, rank, *kernel]`."""
-    return a @ b if tensor is None else torch.einsum("ijkl,ip,jr->prkl", tensor, a, b)
-
-
-def _loha(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    one, two = (
-        _through(own.get(f"hada_t{i}"), own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in (1, 2)
-    )
-    return one * two * _scale(config, path)
-
-
-def _lokr(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    w1 = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-    w2 = own["lokr_w2"] if "lokr_w2" in own else _through(
-        own.get("lokr_t2"), own["lokr_w2_a"], own["lokr_w2_b"]
-    )  # fmt: skip
-    w1 = w1[..., None, None] if w2.dim() == 4 else w1
-    return torch.kron(w1, w2.contiguous()) * _scale(config, path)
-
-
-def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    config.take("r", 32)
-    rows, columns = own["shira_indices"].long()
-    _require(len(rows) == own["shira_weight"].numel(), config, path, own)
-    if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
-        raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
-    delta = torch.zeros(matrix.shape)
-    return delta.index_put((rows, columns), own["shira_weight"], accumulate=True)
-
-
-def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    config.take("r", 64), config.take("mini_r", 1)
-    start = config.data.get("init_weights", True)
-    if start not in (True, False):
-        raise ArtifactError(f"{config.where}: MISS with init_weights={start!r} is not read.")
-    block = own["miss_block"]
-    return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
-
-
-_TERMS = 100
-"""Most terms of a series in OFT: PEFT takes 5, and more add nothing long before that."""
-
-
-def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
-    terms of its series, which are no exact rotation."""
-    config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
-    terms = config.take("num_cayley_neumann_terms", 5)
-    if not 2 <= terms <= _TERMS:
-        raise ArtifactError(
-            f"{config.where}: num_cayley_neumann_terms={terms}, and 2 to {_TERMS} are read. Save "
-            "the adapter again, with use_cayley_neumann=false."
-        )
-    vector = own["oft_R.weight"]
-    size = round((1 + (1 + 8 * vector.shape[1]) ** 0.5) / 2)
-    upper = torch.triu_indices(size, size, 1)
-    q = torch.zeros(len(vector), size, size)
-    q[:, upper[0], upper[1]] = vector
-    q = q - q.mT
-    one = torch.eye(size)
-    if config.take("use_cayley_neumann", True):
-        powers = [torch.linalg.matrix_power(q, i) for i in range(1, terms)]
-        rotation = one + 2 * sum(powers[:-1], torch.zeros(1)) + powers[-1]
-    else:
-        rotation = torch.linalg.solve(one + q, one - q, left=False)
-    if config.take("block_share", False):
-        rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
-    turned = torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1])
-    return _numbers(config, path, matrix) @ turned
-
-
-def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """`diag(s) W M^T - W`, M the product of factors `P R P^T`: R block-diagonal, of rotations
-    `(1 - Q)(1 + Q)^-1` with Q the skew part of what is stored, P a permutation."""
-    blocks, scale = own["boft_R"], own["boft_s"].flatten()
-    config.take("bias", "none"), config.take("boft_n_butterfly_factor", 1)
-    factors, count, size, _ = blocks.shape
-    said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
-    if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
-        raise ArtifactError(
-            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, "
-            f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
-            "do not belong together; save the adapter again."
-        )
-    _require(len(scale) == len(matrix), config, path, own)
-    q, one = (blocks - blocks.mT) / 2, torch.eye(size)
-    rotations = torch.linalg.solve(one + q, one - q, left=False)
-    turned = _numbers(config, path, matrix).mT
-    for index in range(factors):
-        order = torch.arange(count * size)
-        if index > 0:
-            order = _butterfly(order, size * 2**index, size // 2)
-        turned = (torch.block_diag(*rotations[index]) @ turned[order.argsort()])[order]
-    return scale[:, None] * turned.mT - matrix.float()
-
-
-def _butterfly(order: Tensor, width: int, step: int) -> Tensor:
-    """Of each `width` features, every other `step` first."""
-    pieces = order.view(-1, width // step, step)
-    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
-
-
-def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
-    """`diag(b) B diag(d) A`, of which each weight has the first rows and columns."""
-    config.take("r", 256)
-    if len(shared) != 2:
-        raise ArtifactError(
-            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
-            "no generator makes them again on every machine. Save it with save_projection=True."
-        )
-    if len(own) != 2:
-        raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
-    out, size = matrix.shape
-    sides = own["vera_lambda_d"].numel(), own["vera_lambda_b"].numel()
-    _require(sides == (len(shared["vera_A"]), out), config, name, own)
-    a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
-    return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
-
-
-def _none(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    raise ArtifactError(f"{config.where}: {path} has no formula.")
-
-
-_FORMULAS: dict[str, tuple[Formula, list[str]]] = {
-    "LOHA": (_loha, ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]),
-    "LOKR": (_lokr, ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
-                     "lokr_t2"]),
-    "VERA": (_none, ["vera_lambda_b", "vera_lambda_d"]),
-    "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
-    "MISS": (_miss, ["miss_block"]),
-    "OFT": (_oft, ["oft_R.weight"]),
-    "BOFT": (_boft, ["boft_R", "boft_s"]),
-}  # fmt: skip
-
-
-def _weight(program: Base, path: str, config: Config) -> str:
+    Raises:
+        ArtifactError: this model has none.
+    """
     plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     if f"{plain}.weight" not in names:
-        raise ArtifactError(
-            f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
-            "with a weight. Use the base that it was trained on."
-        )
+        raise no_module(config, plain, names)
     return f"{plain}.weight"
 
 
-def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
-    if matrix.is_meta:
-        raise ArtifactError(
-            f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
+def no_module(config: Config, module: str, names: Collection[str]) -> ArtifactError:
+    """The error for a module that the model has not, with what is in its place: the adapter may be
+    of a version of the architecture whose projections are fused, or apart."""
+    parent = module.rpartition(".")[0]
+    beside = {n.removeprefix(f"{parent}.").partition(".")[0] for n in names
+              if parent and n.startswith(f"{parent}.")}  # fmt: skip
+    there = ""
+    if beside:
+        there = (
+            f"; {parent} has {', '.join(sorted(beside)[:8])}, and where those are the same "
+            "projections fused or apart, it is another version of the architecture"
         )
-    return matrix.float()
-
-
-def _site(program: Base, name: str, config: Config) -> WeightSite:
-    stored = program.tensors.stored(name)
-    for site in program.sites.by_weight.get(stored, []):
-        if isinstance(site, ConvSite) and site.transposed:
-            raise ArtifactError(
-                f"{config.where}: {name} is of a transposed convolution, for which these files "
-                "have no form. Fold it, or use peftfx.save."
-            )
-        if isinstance(site, LinearSite | ConvSite):
-            return site
-    raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
-
-
-def _matrix(program: Base, site: WeightSite) -> Tensor:
-    """The base's weight as `[out, in]`; on meta, where only its size is known."""
-    weight = program.base.base_tensors()[site.weight]
-    return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)
+    return ArtifactError(
+        f"{config.where}: the adapter changes {module!r}, and this model has no such module with a "
+        f"weight{there}. Use the base that it was trained on."
+    )

@@ -44,7 +44,7 @@ INERT = {
     "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
     "encoder_dropout", "prefix_projection", "token_dim", "num_attention_heads", "num_layers",
     "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task", "num_ranks",
-    "fan_in_fan_out", "nvfp4_merge_aware",
+    "fan_in_fan_out", "nvfp4_merge_aware", "hira_dropout", "num_frozen_tokens",
 }  # fmt: skip
 """Options of training, of what the tensors say themselves, or of how the base is stored (names and
 shapes of ours are those of the product, whatever the storage)."""

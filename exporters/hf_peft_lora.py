@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..passes.reparameterized.initial_factors import olora, pissa
-from ..rewriter.branches.parts import Invoked, LowRank, Part, Trained
+from ..rewriter.branches.parts import Invoked, LowRank, Part
 from ..rewriter.errors import ArtifactError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
-from .base import CAPTURE, Base, snapshot, values
+from .base import CAPTURE, GIVE_BASE, Base, snapshot, values
+from .hf_peft_changes import bias_with, no_module
 from .hf_peft_config import Config, by_module, resolved
 
 LEAVES = (
@@ -45,6 +46,14 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
     config.take("ensure_weight_tying", False)
     config.take("velora_config", None, dict), config.take("monteclora_config", None, dict)
     _same_depth(config)
+    if config.take("use_qalora", False) and snapshot(program).knows == "sizes":
+        raise ArtifactError(f"{config.where}: use_qalora pools what the base has. {GIVE_BASE}")
+    if config.take("arrow_config", None, dict):
+        raise ArtifactError(
+            f"{config.where}: arrow_config chooses among LoRAs for each token, and holds none. "
+            "Convert those LoRAs one by one, or combine them into one with PEFT's "
+            "add_weighted_adapter."
+        )
     truncated = config.take("kasa_config", None, dict) is not None
     tokens = config.take("alora_invocation_tokens", None, list)
     parts: list[Part] = []
@@ -66,7 +75,7 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
             part = _truncated(config, program, part, leaves)
         parts.append(_invoked(config, part, tokens) if tokens else part)
         if (bias := leaves.get("lora_B.bias")) is not None:
-            parts.append(_bias(program, name, bias.float() * part.scale))
+            parts.append(bias_with(program, name, bias.float() * part.scale))
     return parts
 
 
@@ -139,6 +148,8 @@ def _product(
 ) -> LowRank:
     blocks = config.take("use_bdlora", None, dict)
     a, b = _pair(config.where, path, leaves, "lora_A.weight", "lora_B.weight", not blocks)
+    if config.take("use_qalora", False):
+        a = _pooled(config, path, a, site)
     magnitude = leaves.get("lora_magnitude_vector", leaves.get("lora_magnitude_vector.weight"))
     if isinstance(site, ExpertsSite):
         rank = a.shape[0] // site.experts
@@ -195,6 +206,20 @@ def _adalora(
     start = config.take("init_r", 12)
     alpha = resolved(scales.alphas, path, scales.alpha, config.where)
     return LowRank(name, a * e, b, float(alpha) / (start + 1e-5))
+
+
+def _pooled(config: Config, path: str, a: Tensor, site: WeightSite | None) -> Tensor:
+    """QA-LoRA's `A [rank, in / group]` on what all columns read: of means of groups, times their
+    number. Beside a float layer PEFT leaves the option out, and has a plain A."""
+    size = config.take("qalora_group_size", 16)
+    if isinstance(site, LinearSite) and a.shape[1] == site.in_features:
+        return a
+    if not isinstance(site, LinearSite) or a.shape[1] * size != site.in_features:
+        raise ArtifactError(
+            f"{config.where}: {path} has lora_A {list(a.shape)}, which does not read its inputs in "
+            f"groups of qalora_group_size={size}. Use the base that the adapter was trained on."
+        )
+    return a.repeat_interleave(size, 1) * (a.shape[1] / size)
 
 
 def _blocks(
@@ -266,6 +291,12 @@ def _invoked(config: Config, part: LowRank, tokens: list[Any]) -> Invoked:
     return Invoked(part.target, part.a, part.b, part.scale, ids, part.dropout)
 
 
+_OTHER_BASES = {
+    "pissa": " (of a decomposition by random vectors)", "corda": " (by its own calibration data)",
+    "lora_ga": " (by its own gradients)", "loftq": " (the base quantised, by its own settings)",
+}  # fmt: skip
+
+
 def _residual(config: Config, program: Base, part: LowRank, start: str) -> LowRank:
     """The change against the untouched base, of an adapter that trained on what its first factors
     left of it: `s (B A - B0 A0)`, of twice the rank."""
@@ -276,22 +307,16 @@ def _residual(config: Config, program: Base, part: LowRank, start: str) -> LowRa
     elif start.lower() == "olora":
         a, b = olora(dense, rank)
     else:
+        remedy = "Merge it there, and save the whole model"
+        if start != "loftq":
+            remedy = "Convert it there: save_pretrained(path_initial_model_for_weight_conversion=)"
         raise ArtifactError(
             f"{config.where}: with init_lora_weights={start!r} the adapter trained on another "
-            "base, and the file does not say which. Convert it where it was trained: "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"base{_OTHER_BASES.get(start.partition('_niter')[0], '')}, which the file does not "
+            f"hold. {remedy}."
         )
     own = torch.cat([part.a.float(), a]), torch.cat([part.b.float(), -b], 1)
     return replace(part, a=own[0], b=own[1])
-
-
-def _bias(program: Base, weight: str, change: Tensor) -> Part:
-    """The layer's bias with that of `lora_B` added; it may have had none."""
-    name = weight.removesuffix("weight") + "bias"
-    if name not in program.base.base_tensors() and snapshot(program).knows != "sizes":
-        return Trained(name, change)
-    own = values(program, name, f"the bias of {weight}")
-    return Trained(name, own.float() + change)
 
 
 def _stacked(
@@ -318,10 +343,7 @@ def _stacked(
             same = [p for p, inner in plain_of.items() if inner == plain]
             name = _wrapped(config, plain, wrapped, sorted(same, key=len, reverse=True), path)
         if name is None:
-            raise ArtifactError(
-                f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
-                "with a weight. Use the base that it was trained on."
-            )
+            raise no_module(config, plain, names)
         sites = program.sites.by_weight.get(program.tensors.stored(name), [None])
         chosen[path] = name, sites[-1]
     return chosen

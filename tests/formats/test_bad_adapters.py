@@ -138,8 +138,17 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_fused_adapter_on_an_unfused_model(tmp_path: Path) -> None:
     """GPT-2's three projections in one, on a model that has them apart, and the other way round."""
-    refused(copied("fused", tmp_path / "a"), ArtifactError, "c_attn.*no such module.*Use the base")
+    refused(copied("fused", tmp_path / "a"), ArtifactError,
+            rf"{CONFIG}: the adapter changes '.*c_attn'.*no such module.*Use the base")  # fmt: skip
     refused(copied("lora", tmp_path / "b"), ArtifactError, "q_proj.*no such module", "gpt2")
+    folder = copied("lora", tmp_path / "c")
+    tensors = load_file(folder / WEIGHTS)
+    key = f"{PREFIX}model.layers.0.self_attn.qkv_proj.lora_"
+    fused = {f"{key}A.weight": torch.ones(4, 32), f"{key}B.weight": torch.ones(64, 4)}
+    save_file(tensors | fused, folder / WEIGHTS)
+    refused(folder, ArtifactError,
+            rf"{CONFIG}: the adapter changes 'model\.layers\.0\.self_attn\.qkv_proj'.*self_attn has "
+            r"k_proj, o_proj, q_proj, v_proj.*fused or apart.*Use the base")  # fmt: skip
 
 
 def doubled(path: Path, start: str, line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftfx
+from peftfx.exporters.formats import convert
+from peftfx.exporters.hf_peft import READERS as READ
+from peftfx.exporters.hf_peft import REFUSED
 from peftfx.rewriter.errors import (
     ArtifactError,
     CorruptFileError,
@@ -25,6 +29,7 @@ from ..models import randomise
 from .peft_cases import CASES, IDS, base, computed, inputs, output, program, write
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -294,6 +299,71 @@ def test_a_bad_adapter_is_refused(fault: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=text):
         peftfx.load_peft(before, tmp_path / "a")
     assert not before.adapters and not before.attachments
+
+
+STARTS = {
+    "pissa_niter_4": r"random vectors.*Convert it there", "corda": "calibration.*Convert it there",
+    "lora_ga": "gradients.*Convert it there", "loftq": "quantised.*Merge it there",
+}  # fmt: skip
+
+
+def altered(case: str, folder: Path, **options: Any) -> Path:
+    write(case, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | options))
+    return folder
+
+
+def test_other_bases_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    for start, text in STARTS.items():
+        folder = altered("lora", tmp_path / start, init_lora_weights=start)
+        with pytest.raises(ArtifactError, match=f"'{start}' the adapter trained.*{text}"):
+            peftfx.load_peft(program("llama"), folder)
+    folder = altered("lora", tmp_path / "arrow", arrow_config={"top_k": 1})
+    with pytest.raises(ArtifactError, match=r"arrow_config chooses among LoRAs.*one by one"):
+        peftfx.load_peft(program("llama"), folder)
+
+
+def test_every_type_of_peft_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    """And stands in the table that users look into."""
+    import peft
+
+    table = (Path(__file__).parents[2] / "docs" / "peft-types.md").read_text()
+    types = table.partition("| options")[0].splitlines()
+    rows = [line.split(" | ") for line in types if line.startswith("| `")]
+    said = {name: kind for names, kind, *_ in rows for name in re.findall(r"`(\w+)`", names)}
+    known = {t.value for t in peft.PeftType}
+    assert said.keys() == known == READ.keys() | REFUSED.keys()
+    assert {n for n, kind in said.items() if kind == "refused"} == REFUSED.keys()
+    for number, (name, why) in enumerate(REFUSED.items()):
+        folder = altered("lora", tmp_path / str(number), peft_type=name)
+        with pytest.raises(ArtifactError, match=f"type {name} are not read: {re.escape(why)}"):
+            peftfx.load_peft(program("llama"), folder)
+
+
+def test_means_of_groups_are_read_as_what_all_columns_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QA-LoRA, which PEFT has beside GPTQ's layers alone: its own formula, beside a float one."""
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    folder = tmp_path / "a"
+    with monkeypatch.context() as patched:
+        patched.setattr(Linear, "resolve_lora_variant", lambda *_, **__: QALoraLinearVariant())
+        want = write("pooled", folder)
+    assert load_file(folder / WEIGHTS)[f"{QUERY}.lora_A.weight"].shape == (4, 8)
+    read = peftfx.load_peft(program("llama"), folder)
+    near(output(read(**inputs("llama"))), want)
+    near(output(peftfx.run(read, "fold")(**inputs("llama"))), want)
+    with pytest.raises(ArtifactError, match=r"use_qalora pools.*Give the base"):
+        convert(folder, tmp_path / "b", "peft")
+    wrong = altered("pooled", tmp_path / "c", qalora_group_size=3)
+    (wrong / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    with pytest.raises(ArtifactError, match="in groups of qalora_group_size=3"):
+        peftfx.load_peft(program("llama"), wrong)
+    near(output(peftfx.load_peft(program("llama"), altered("pooled", tmp_path / "d"))
+                (**inputs("llama"))), write("pooled", tmp_path / "d"))  # fmt: skip
 
 
 @pytest.mark.parametrize("file", [CONFIG, WEIGHTS])

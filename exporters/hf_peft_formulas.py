@@ -1,0 +1,292 @@
+"""The changes of weights by the formulas of PEFT's types that no method here computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..rewriter.branches.parts import Change, LowRank, Part
+from ..rewriter.errors import ArtifactError, RewriteError
+from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from .base import GIVE_BASE, Base
+from .hf_peft_changes import weight_of
+from .hf_peft_config import Config, by_module, resolved
+
+Leaves = dict[str, Tensor]
+Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
+
+
+def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
+    """The exact change of each weight; VERA and DELORA are low-rank."""
+    formula, leaves = _FORMULAS[config.type]
+    shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
+    parts: list[Part] = []
+    for path, own in by_module(tensors, leaves).items():
+        for leaf in own:
+            del tensors[f"{path}.{leaf}"]
+        name = weight_of(program, path, config)
+        site = _site(program, name, config)
+        matrix = _matrix(program, site)
+        if config.type == "VERA":
+            parts.append(_vera(config, name, own, shared, matrix))
+            continue
+        if config.type == "DELORA":
+            parts.append(_delora(config, path, name, own, matrix))
+            continue
+        delta = _computed(formula, config, path, own, matrix)
+        if delta.numel() != matrix.numel():
+            raise ArtifactError(
+                f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
+                f"{matrix.numel()}. Use the base that the adapter was trained on."
+            )
+        parts.append(Change(name, delta.reshape(matrix.shape), config.type))
+    return parts
+
+
+def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """The change of one weight, float32."""
+    try:
+        return formula(config, path, {k: t.float() for k, t in own.items()}, matrix)
+    except RewriteError:
+        raise
+    except KeyError as error:
+        raise ArtifactError(
+            f"{config.where}: {path}.{error.args[0]} is missing beside {', '.join(sorted(own))}. "
+            "The file is not whole; save the adapter again."
+        ) from error
+    except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
+        raise _misfit(config, path, own) from error
+
+
+def _require(fits: bool, config: Config, path: str, own: Leaves) -> None:
+    if not fits:
+        raise _misfit(config, path, own)
+
+
+def _misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
+    sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
+    return ArtifactError(
+        f"{config.where}: the tensors of {path} ({sizes}) do not belong together, or to this base. "
+        "Use the base that the adapter was trained on, or save it again."
+    )
+
+
+def _scale(config: Config, path: str) -> float:
+    rank = resolved(config.take("rank_pattern", {}), path, config.take("r", 8), config.where)
+    if not isinstance(rank, int) or rank < 1:
+        raise ArtifactError(f"{config.where}: the rank of {path} is {rank!r}. Save it again.")
+    alphas = config.take("alpha_pattern", {})
+    return float(resolved(alphas, path, config.take("alpha", 8, int, float), config.where)) / rank
+
+
+def _through(tensor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`a b`, or of a convolution's core tensor `[rank, rank, *kernel]`."""
+    return a @ b if tensor is None else torch.einsum("ijkl,ip,jr->prkl", tensor, a, b)
+
+
+def _loha(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    one, two = (
+        _through(own.get(f"hada_t{i}"), own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in (1, 2)
+    )
+    return one * two * _scale(config, path)
+
+
+def _lokr(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    w1 = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
+    w2 = own["lokr_w2"] if "lokr_w2" in own else _through(
+        own.get("lokr_t2"), own["lokr_w2_a"], own["lokr_w2_b"]
+    )  # fmt: skip
+    w1 = w1[..., None, None] if w2.dim() == 4 else w1
+    return torch.kron(w1, w2.contiguous()) * _scale(config, path)
+
+
+def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    config.take("r", 32)
+    rows, columns = own["shira_indices"].long()
+    _require(len(rows) == own["shira_weight"].numel(), config, path, own)
+    if len(rows) and (int(rows.max()) >= matrix.shape[0] or int(columns.max()) >= matrix.shape[1]):
+        raise ArtifactError(f"{config.where}: an index of {path} is beyond its weight.")
+    delta = torch.zeros(matrix.shape)
+    return delta.index_put((rows, columns), own["shira_weight"], accumulate=True)
+
+
+def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    config.take("r", 64), config.take("mini_r", 1)
+    start = config.data.get("init_weights", True)
+    if start not in (True, False):
+        raise ArtifactError(f"{config.where}: MISS with init_weights={start!r} is not read.")
+    block = own["miss_block"]
+    return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
+
+
+_TERMS = 100
+"""Most terms of a series in OFT: PEFT takes 5, and more add nothing long before that."""
+
+
+def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
+    terms of its series, which are no exact rotation."""
+    config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
+    terms = config.take("num_cayley_neumann_terms", 5)
+    if not 2 <= terms <= _TERMS:
+        raise ArtifactError(
+            f"{config.where}: num_cayley_neumann_terms={terms}, and 2 to {_TERMS} are read. Save "
+            "the adapter again, with use_cayley_neumann=false."
+        )
+    vector = own["oft_R.weight"]
+    size = round((1 + (1 + 8 * vector.shape[1]) ** 0.5) / 2)
+    upper = torch.triu_indices(size, size, 1)
+    q = torch.zeros(len(vector), size, size)
+    q[:, upper[0], upper[1]] = vector
+    q = q - q.mT
+    one = torch.eye(size)
+    if config.take("use_cayley_neumann", True):
+        powers = [torch.linalg.matrix_power(q, i) for i in range(1, terms)]
+        rotation = one + 2 * sum(powers[:-1], torch.zeros(1)) + powers[-1]
+    else:
+        rotation = torch.linalg.solve(one + q, one - q, left=False)
+    if config.take("block_share", False):
+        rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
+    turned = torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1])
+    return _numbers(config, path, matrix) @ turned
+
+
+def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`diag(s) W M^T - W`, M the product of factors `P R P^T`: R block-diagonal, of rotations
+    `(1 - Q)(1 + Q)^-1` with Q the skew part of what is stored, P a permutation."""
+    blocks, scale = own["boft_R"], own["boft_s"].flatten()
+    config.take("bias", "none"), config.take("boft_n_butterfly_factor", 1)
+    factors, count, size, _ = blocks.shape
+    said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
+    if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
+        raise ArtifactError(
+            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, "
+            f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
+            "do not belong together; save the adapter again."
+        )
+    _require(len(scale) == len(matrix), config, path, own)
+    q, one = (blocks - blocks.mT) / 2, torch.eye(size)
+    rotations = torch.linalg.solve(one + q, one - q, left=False)
+    turned = _numbers(config, path, matrix).mT
+    for index in range(factors):
+        order = torch.arange(count * size)
+        if index > 0:
+            order = _butterfly(order, size * 2**index, size // 2)
+        turned = (torch.block_diag(*rotations[index]) @ turned[order.argsort()])[order]
+    return scale[:, None] * turned.mT - matrix.float()
+
+
+def _butterfly(order: Tensor, width: int, step: int) -> Tensor:
+    """Of each `width` features, every other `step` first."""
+    pieces = order.view(-1, width // step, step)
+    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
+
+
+def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
+    """`diag(b) B diag(d) A`, of which each weight has the first rows and columns."""
+    config.take("r", 256)
+    if len(shared) != 2:
+        raise ArtifactError(
+            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
+            "no generator makes them again on every machine. Save it with save_projection=True."
+        )
+    if len(own) != 2:
+        raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
+    out, size = matrix.shape
+    sides = own["vera_lambda_d"].numel(), own["vera_lambda_b"].numel()
+    _require(sides == (len(shared["vera_A"]), out), config, name, own)
+    a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
+    return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
+
+
+def _delora(config: Config, path: str, name: str, own: Leaves, matrix: Tensor) -> Part:
+    """`B diag(lambda / (r |a_i| |b_i|)) A diag(w)`, w the norms of the base's columns."""
+    config.take("r", 8), config.take("rank_pattern", {})
+    config.take("delora_lambda", 15, int, float), config.take("lambda_pattern", {})
+    _require(len(own) == len(_FORMULAS["DELORA"][1]), config, path, own)
+    a, b, columns = own["delora_A"].float(), own["delora_B"].float(), own["delora_w_norm"]
+    fits = a.shape[::-1] == (matrix.shape[1], b.shape[1]) and columns.numel() == matrix.shape[1]
+    _require(fits and own["delora_lambda"].numel() == 1, config, path, own)
+    sizes = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+    return LowRank(name, a * columns, b * (own["delora_lambda"] / (len(a) * sizes)), 1.0)
+
+
+def _hira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`W o (B A)`, entry by entry."""
+    config.take("r", 32), config.take("rank_pattern", {})
+    return _numbers(config, path, matrix) * (own["hira_B"] @ own["hira_A"])
+
+
+def _hra(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """`W (H_1 ... H_r - 1)` of Householder reflections; of one basis of all their vectors where
+    training made them orthogonal (`apply_GS`)."""
+    config.take("r", 8), config.take("bias", "none")
+    vectors, turned = own["hra_u"], _numbers(config, path, matrix)
+    if config.take("apply_GS", False):
+        basis = torch.linalg.qr(vectors).Q
+        return -2 * turned @ basis @ basis.mT
+    for column in (vectors / vectors.norm(dim=0)).mT:
+        turned = turned - 2 * torch.outer(turned @ column, column)
+    return turned - matrix.float()
+
+
+def _c3a(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    """Circulant blocks: entry `[k, j]` of one is its kernel's at `j - k`, over the inputs."""
+    (
+        config.take("block_size", 256),
+        config.take("block_size_pattern", {}),
+        config.take("bias", "none"),
+    )
+    kernel = own["c3a_kernel"]
+    places = torch.arange(kernel.shape[2])
+    blocks = kernel[:, :, (places - places[:, None]) % kernel.shape[2]]
+    return blocks.transpose(1, 2).reshape(matrix.shape) / matrix.shape[1]
+
+
+def _none(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
+    raise ArtifactError(f"{config.where}: {path} has no formula.")
+
+
+_FORMULAS: dict[str, tuple[Formula, list[str]]] = {
+    "LOHA": (_loha, ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]),
+    "LOKR": (_lokr, ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+                     "lokr_t2"]),
+    "VERA": (_none, ["vera_lambda_b", "vera_lambda_d"]),
+    "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
+    "MISS": (_miss, ["miss_block"]),
+    "OFT": (_oft, ["oft_R.weight"]),
+    "BOFT": (_boft, ["boft_R", "boft_s"]),
+    "DELORA": (_none, ["delora_A", "delora_B", "delora_lambda", "delora_w_norm"]),
+    "HIRA": (_hira, ["hira_A", "hira_B"]),
+    "HRA": (_hra, ["hra_u"]),
+    "C3A": (_c3a, ["c3a_kernel"]),
+}  # fmt: skip
+
+
+def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
+    if matrix.is_meta:
+        raise ArtifactError(
+            f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
+        )
+    return matrix.float()
+
+
+def _site(program: Base, name: str, config: Config) -> WeightSite:
+    stored = program.tensors.stored(name)
+    for site in program.sites.by_weight.get(stored, []):
+        if isinstance(site, ConvSite) and site.transposed:
+            raise ArtifactError(
+                f"{config.where}: {name} is of a transposed convolution, for which these files "
+                "have no form. Fold it, or use peftfx.save."
+            )
+        if isinstance(site, LinearSite | ConvSite):
+            return site
+    raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
+
+
+def _matrix(program: Base, site: WeightSite) -> Tensor:
+    """The base's weight as `[out, in]`; on meta, where only its size is known."""
+    weight = program.base.base_tensors()[site.weight]
+    return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)
