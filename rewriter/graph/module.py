@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _WrappedCall
+from torch.fx.node import map_arg
 
 from ..errors import CaptureError
 from .aten import attribute, set_attribute, submodule, written
 from .clone import clone
 from .placement import relocate
-from .walks import Walked
+from .walks import Walked, fact, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -142,6 +143,10 @@ def state_tensors(gm: GraphModule) -> set[str]:
 
     A module's `updates_state` says which of its arguments it writes, by position, or True for all.
     """
+    return fact(gm, "state", lambda: _state_tensors(gm))
+
+
+def _state_tensors(gm: GraphModule) -> set[str]:
     names: set[str] = set()
     for node in gm.graph.nodes:
         if places := getattr(submodule(gm, node), "updates_state", False):
@@ -159,8 +164,11 @@ def state_buffers(gm: GraphModule) -> set[str]:
 
 def fork_module(gm: GraphModule) -> CapturedModule:
     """Copies graph and modules; shares frozen tensors, copies trainable and updated ones."""
-    memo: dict[int, Any] = {}
-    updated = state_tensors(gm)
+    with settled(gm):
+        return _forked(gm, state_tensors(gm), {})
+
+
+def _forked(gm: GraphModule, updated: set[str], memo: dict[int, Any]) -> CapturedModule:
     for name, parameter in gm.named_parameters():
         data = parameter.detach()
         memo[id(parameter)] = nn.Parameter(
@@ -172,6 +180,8 @@ def fork_module(gm: GraphModule) -> CapturedModule:
     if not (isinstance(gm, CapturedModule) and type(gm).__bases__ == (CapturedModule,)):
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)  # a unit of `fully_shard`
     renew(gm)
+    if all_read(gm):
+        return _coded_like(gm, _whole(gm, memo))
     forked = _coded_like(gm, _needed(gm, gm.graph, memo))
     copy_modes(gm, forked)
     return forked
@@ -254,6 +264,16 @@ def _rebuild(source: nn.Module, original: Graph, memo: dict[int, Any], name: str
     return rebuilt
 
 
+def _whole(source: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A module with copies of all that `source` holds."""
+    root, tables = nn.Module(), vars(source)
+    root.training = source.training
+    root._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+    for name in ("_parameters", "_buffers", "_modules"):
+        root.__dict__[name] = {k: clone(v, memo) for k, v in tables[name].items()}
+    return root
+
+
 def _needed(source: nn.Module, original: Graph, memo: dict[int, Any]) -> nn.Module:
     """A module with what a graph reads and calls of `source`."""
     root, transient = nn.Module(), transient_buffers(source)
@@ -303,10 +323,24 @@ def copy_graph(original: Graph) -> Graph:
     graph = Graph()
     graph.set_codegen(original._codegen)
     copied: dict[Node, Node] = {}
-    result: Any = graph.graph_copy(original, copied, return_output_node=True)
-    values, output = result
-    graph.output(values, output.type).meta = dict(output.meta)
+    for node in original.nodes:
+        args = map_arg(node.args, copied.__getitem__)
+        kwargs = map_arg(node.kwargs, copied.__getitem__) if node.kwargs else node.kwargs
+        copied[node] = _inserted(graph, node, args, kwargs)
     return graph
+
+
+def _inserted(graph: Graph, node: Node, args: Any, kwargs: Any) -> Node:
+    """As `Graph.node_copy` at the end of a graph, without looking at what was looked at before."""
+    space = graph._graph_namespace
+    name = space.create_name(node.name, None)
+    copied = Node(graph, name, node.op, node.target, args, kwargs, node.type)
+    copied.meta.update(node.meta)
+    space.associate_name_with_obj(name, copied)
+    graph._insert(copied)
+    graph._find_nodes_lookup_table.insert(copied)
+    graph._len += 1
+    return copied
 
 
 def transient_buffers(gm: nn.Module) -> set[str]:

@@ -7,6 +7,7 @@ Gathering is a collective: every rank has to get there, in the same order. Nothi
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import PassError
 from .aten import placeholders
+from .walks import fact
 
 
 def is_sharded(tensor: object) -> bool:
@@ -41,10 +43,13 @@ def require_whole(module: nn.Module, what: str) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Lets the units of `fully_shard` drop what they gathered, so that parameters are shards."""
-    for unit in module.modules():
-        give_back: Any = getattr(unit, "reshard", None)
-        if give_back is not None and hasattr(unit, "unshard"):
-            give_back()
+    for unit in fact(module, "units", lambda: [m for m in module.modules() if _is_unit(type(m))]):
+        unit.reshard()
+
+
+@functools.cache
+def _is_unit(kind: Any) -> bool:
+    return hasattr(kind, "reshard") and hasattr(kind, "unshard")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,10 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any, Self
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Walk:
+    """What walks over a module find, as long as it holds what it does now."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = list(root.named_modules())
+        self.by_path = dict(self.modules)
+        self.facts: dict[str, Any] = {}
+
+    @functools.cached_property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """As `named_parameters`."""
+        return list(_tensors(self.modules, "_parameters", True))
+
+    @functools.cached_property
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """As `named_buffers`."""
+        return list(_tensors(self.modules, "_buffers", True))
+
+
+_SETTLED: ContextVar[dict[nn.Module, Walk]] = ContextVar("_SETTLED")
+
+
+@contextlib.contextmanager
+def settled(*roots: nn.Module) -> Generator[None]:
+    """Walks over these modules only once while it lasts: nobody adds or removes modules, tensors or
+    nodes meanwhile (values, flags and modes may change)."""
+    known = _SETTLED.get({})
+    token = _SETTLED.set(known | {r: Walk(r) for r in roots if r not in known})
+    try:
+        yield
+    finally:
+        _SETTLED.reset(token)
+
+
+def settle(root: nn.Module) -> None:
+    """`settled` for a module that was made just now, as long as that of others lasts."""
+    if (known := _SETTLED.get({})) and root not in known:
+        known[root] = Walk(root)
+
+
+def _walk(root: nn.Module) -> Walk | None:
+    known = _SETTLED.get({})
+    return known.get(root) if known else None
+
+
+def fact(root: nn.Module, name: str, compute: Callable[[], T]) -> T:
+    """What is computed of a module, or of its graph: only once where that is `settled`."""
+    walk = _walk(root)
+    if walk is None:
+        return compute()
+    if name not in walk.facts:
+        walk.facts[name] = compute()
+    return walk.facts[name]
 
 
 class Walked(nn.Module):
@@ -16,9 +76,16 @@ class Walked(nn.Module):
         memo: set[nn.Module] | None = None,
         prefix: str = "",
         remove_duplicate: bool = True,
-    ) -> Generator[tuple[str, nn.Module], None, None]:
+    ) -> Iterator[tuple[str, nn.Module]]:
         """As torch's own, without a generator for every level: all other walks use it."""
-        memo = set() if memo is None else memo
+        walk = _walk(self) if memo is None and not prefix and remove_duplicate else None
+        if walk is not None:
+            return iter(walk.modules)
+        return self._walked(set() if memo is None else memo, prefix, remove_duplicate)
+
+    def _walked(
+        self, memo: set[nn.Module], prefix: str, remove_duplicate: bool
+    ) -> Iterator[tuple[str, nn.Module]]:
         stack: list[tuple[str, nn.Module]] = [(prefix, self)]
         while stack:
             path, module = stack.pop()
@@ -39,6 +106,9 @@ class Walked(nn.Module):
         """As torch's own, in one loop."""
         if not recurse:
             return super().named_parameters(prefix, recurse, remove_duplicate)
+        walk = _walk(self) if not prefix and remove_duplicate else None
+        if walk is not None:
+            return iter(walk.parameters)
         return _members(self, "_parameters", prefix, remove_duplicate)
 
     def named_buffers(
@@ -47,10 +117,16 @@ class Walked(nn.Module):
         """As torch's own, in one loop."""
         if not recurse:
             return super().named_buffers(prefix, recurse, remove_duplicate)
+        walk = _walk(self) if not prefix and remove_duplicate else None
+        if walk is not None:
+            return iter(walk.buffers)
         return _members(self, "_buffers", prefix, remove_duplicate)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As torch's own, from the tables of children alone."""
+        walk = _walk(self)
+        if walk is not None and target in walk.by_path:
+            return walk.by_path[target]
         child: nn.Module | None = self
         for part in target.split("."):
             child = child._modules.get(part) if child is not None else None
@@ -58,27 +134,40 @@ class Walked(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As torch's own; modules that have one of their own are asked."""
-        own: dict[str, Any] = self.__dict__
-        own["training"] = mode
+        plain, other = fact(self, "train", self._by_train)
+        for own in plain:
+            own["training"] = mode
+        for module in other:
+            module.train(mode)
+        return self
+
+    def _by_train(self) -> tuple[list[dict[str, Any]], list[nn.Module]]:
+        """The attributes of the modules with torch's `train`, and the topmost others."""
+        plain, other = [self.__dict__], list[nn.Module]()
         stack = [m for m in self._modules.values() if m is not None]
         while stack:
             module = stack.pop()
             if type(module).train not in (nn.Module.train, Walked.train):
-                module.train(mode)
+                other.append(module)
                 continue
-            own = module.__dict__
-            own["training"] = mode
+            plain.append(module.__dict__)
             stack += [m for m in module._modules.values() if m is not None]
-        return self
+        return plain, other
 
 
 _NAMED = Walked.named_modules
 
 
 def _members(root: nn.Module, table: str, prefix: str, once: bool) -> Iterator[tuple[str, Any]]:
+    return _tensors(root.named_modules(prefix=prefix, remove_duplicate=once), table, once)
+
+
+def _tensors(
+    modules: Iterable[tuple[str, nn.Module]], table: str, once: bool
+) -> Iterator[tuple[str, Any]]:
     seen: set[Any] = set()
-    for path, module in root.named_modules(prefix=prefix, remove_duplicate=once):
-        for name, tensor in getattr(module, table).items():
+    for path, module in modules:
+        for name, tensor in module.__dict__[table].items():
             if tensor is None or tensor in seen:
                 continue
             if once:
@@ -87,13 +176,9 @@ def _members(root: nn.Module, table: str, prefix: str, once: bool) -> Iterator[t
 
 
 def stored(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """`named_parameters`, then `named_buffers`, of one walk."""
-    parameters: dict[Tensor, str] = {}
-    buffers: dict[Tensor, str] = {}
-    for path, each in module.named_modules():
-        start = f"{path}." if path else ""
-        for names, table in ((parameters, each._parameters), (buffers, each._buffers)):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    names.setdefault(tensor, f"{start}{name}")
-    return [(name, tensor) for names in (parameters, buffers) for tensor, name in names.items()]
+    """`named_parameters`, then `named_buffers`."""
+    walk = _walk(module)
+    if walk is not None:
+        return [*walk.parameters, *walk.buffers]
+    modules = list(module.named_modules())
+    return [*_tensors(modules, "_parameters", True), *_tensors(modules, "_buffers", True)]

@@ -9,18 +9,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 
 from ..branches.branch import Delta, Expression, RowScale, Scale, Serial
+from ..graph.aten import ATEN, is_op
+from ..graph.direct import Direct
+from ..graph.module import CapturedModule
 
 
 @contextlib.contextmanager
-def silenced(gm: nn.Module, paths: Collection[str], only_added: bool = False) -> Iterator[None]:
+def silenced(gm: CapturedModule, paths: Collection[str], only_added: bool = False) -> Iterator[None]:
     """Lets the branches at these paths do nothing, where their slot has a word for that.
 
     Args:
-        only_added: all that reads what a delta returns adds it, so that one zero is enough.
+        only_added: all that reads what a delta returns adds it, so that one zero is enough; where
+            the graph shows that, they are not called at all.
     """
     silent: list[Any] = []
+    whole: Any = gm
+    if only_added and (instead := _instead(gm, frozenset(paths))) is not None:
+        whole.forward = Direct(gm, instead)
+        silent.append(whole)
     try:
         for path in paths:
             module: Any = gm.get_submodule(path)
@@ -36,6 +45,37 @@ def silenced(gm: nn.Module, paths: Collection[str], only_added: bool = False) ->
 
 
 Forward = Callable[..., Any]
+
+
+def _instead(gm: CapturedModule, paths: Collection[str]) -> dict[Node, Node | None] | None:
+    """The nodes that do nothing while these branches rest, with what their readers read instead;
+    None where there is more to it."""
+    instead: dict[Node, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or node.target not in paths:
+            continue
+        module = gm.get_submodule(str(node.target))
+        if getattr(module, "lowered", None) is not None:
+            return None
+        if isinstance(module, Delta):
+            sums = [u for u in node.users if _adds(u, node)]
+            if len(sums) != len(node.users):
+                return None
+            instead |= {u: u.args[0] for u in sums} | {node: None}
+        elif isinstance(module, RowScale | Scale) or (
+            isinstance(module, Serial) and len(node.args) == 1 and "skip" not in node.kwargs
+        ):
+            instead[node] = node.args[0]
+        else:
+            return None
+    return instead
+
+
+def _adds(node: Node, update: Node) -> bool:
+    if not is_op(node, ATEN.add.Tensor) or node.kwargs or len(node.args) != 2:
+        return False
+    value, added = node.args
+    return added is update and isinstance(value, Node) and value is not update
 
 
 def _zero(forward: Forward) -> Forward:

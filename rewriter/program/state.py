@@ -13,7 +13,7 @@ from ..errors import CaptureError
 from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
 from ..graph.sharded import equal, reshard
-from ..graph.walks import stored
+from ..graph.walks import settled, stored
 from ..inputs.spec import InputSpec
 from .fingerprint import Fingerprints, is_at, printed
 from .history import ITSELF, Attachment, Index, Record
@@ -279,8 +279,9 @@ class State:
         Args:
             printed: with fingerprints of its own; without for what is edited before it is used.
         """
-        reshard(self.module)
-        forked = replace(self, module=fork_module(self.module), origin=self.base)
+        with settled(self.module):
+            reshard(self.module)
+            forked = replace(self, module=fork_module(self.module), origin=self.base)
         if printed:
             forked.prints = forked.fingerprints()
         return forked

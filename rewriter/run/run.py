@@ -17,6 +17,7 @@ from ..errors import PassError, RewriteError
 from ..graph.module import all_read, outside_inference, renew
 from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
+from ..graph.walks import settled
 from ..measure.trials import left_out
 from ..pipeline.passes import Pass
 from ..pipeline.syntax import Passes, as_pipeline
@@ -63,9 +64,10 @@ def run(
         raise PassError(
             f"run takes a Program, not {type(program).__name__}; capture the model first."
         )
-    require_owned(program)
-    require_unchanged(program)
-    require_numbers(program)
+    with settled(program.module, program.base.module):
+        require_owned(program)
+        require_unchanged(program)
+        require_numbers(program)
     if program.training:  # another thread may move what trains meanwhile, and batch statistics
         program = program.fork()
     done: list[str] = []
@@ -142,20 +144,21 @@ def apply_plan(
     clock.append(time.perf_counter())
     with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)
-        clock.append(time.perf_counter())
-        after = edit.program
-        propagate(after, item.text, partial(failing_branch, after))
-    if not owned:
-        complete(after)
+    clock.append(time.perf_counter())
+    after, decided = edit.program, replace(plan, decisions=edit.decided, tensors=edit.tensors)
     certificate, left, notes = Certificate("unchecked"), Skipped(), [*edit.notes]
-    decided = replace(plan, decisions=edit.decided, tensors=edit.tensors)
-    if check:
-        _require_room(program, after, item)
-        checks = checks or Checks(program)
-        certificate, left = checks.finish(after, item, decided, _edited)
-        figures = {**edit.figures, **checks.examine(item, program, after)}
-        certificate = replace(certificate, measured={**certificate.measured, **figures})
-        notes += () if is_meta(after) else left_out(after)
+    with contextlib.nullcontext() if owned else settled(after.module):
+        with alone(), _sizes_named(fork):
+            propagate(after, item.text, partial(failing_branch, after))
+        if not owned:
+            complete(after)
+        if check:
+            _require_room(program, after, item)
+            checks = checks or Checks(program)
+            certificate, left = checks.finish(after, item, decided, _edited)
+            figures = {**edit.figures, **checks.examine(item, program, after)}
+            certificate = replace(certificate, measured={**certificate.measured, **figures})
+            notes += () if is_meta(after) else left_out(after)
     clock.append(time.perf_counter())
     spans = (b - a for a, b in itertools.pairwise(clock))
     seconds = dict(zip(("fork", "edit", "check"), spans, strict=True)) | {"plan": planned}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ..edits.edit import Editor
 from ..errors import VerifyError
 from ..graph.turns import alone
+from ..graph.walks import settled
 from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
 from ..measure.silence import silenced
@@ -96,6 +97,13 @@ class Checks:
         """
         before = self.program
         self.unmoved(item)
+        with settled(before.module, before.base.module, after.module):
+            return self._finished(after, item, plan, redo)
+
+    def _finished(
+        self, after: State, item: Pass, plan: Plan, redo: Redo
+    ) -> tuple[Certificate, Skipped]:
+        before = self.program
         check_graph(after)
         require_names(before, after, str(item))
         if self.witness is None:
