@@ -15,6 +15,7 @@ from .step import Product, Row, Same, Step, like, made, repeated, same
 from .ties import GETITEM, relations
 from .views import DIVISIONS
 
+_BAGS = overloads("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 _SELECTIONS = overloads("topk", "sort", "max", "min", "median")
 
 
@@ -72,6 +73,9 @@ def _entry(gm: GraphModule, node: Node) -> list[Step]:
         return _selection(source, node)
     if is_op(source, NORMS) and number == 0:
         return like(source.args[0], node)
+    if is_op(source, _BAGS) and number == 0:
+        table, _, starts = tensors(source.args[:3])
+        return same([*aligned(starts, 0, node, 0), *aligned(table, 1, node, 1)])
     if not is_op(source, DIVISIONS) or is_op(source, overloads("unbind")):
         return []
     whole: Any = source.args[0]

@@ -74,6 +74,34 @@ def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
             first = known.setdefault(label, extent)
             if first.node.hint == extent.node.hint and first is not extent:
                 bool(first == extent)
+    for node in list(gm.graph.nodes):
+        if "val" not in node.meta:
+            continue
+        node.meta["val"] = pytree.tree_map(_settled, node.meta["val"])
+        if type(node.meta["val"]) is int and node.op == "call_function":
+            node.replace_all_uses_with(node.meta["val"])  # pyright: ignore[reportArgumentType]
+            gm.graph.erase_node(node)
+
+
+def _settled(val: Any) -> Any:
+    """A fake value whose sizes say what they have been found to be: numbers, or other symbols.
+
+    Torch computes the bytes of a tensor once, with the symbols of that time, and compares them
+    with sizes of today, which looks like a guard.
+    """
+    if isinstance(val, torch.SymInt):
+        return int(val.node.expr) if val.node.expr.is_Integer else val
+    if not isinstance(val, FakeTensor) or not _is_stale(val):
+        return val
+    sizes, steps = map(_settled, val.shape), map(_settled, val.stride())
+    meta = torch.empty_strided(tuple(sizes), tuple(steps), dtype=val.dtype, device="meta")
+    return FakeTensor(val.fake_mode, meta, val.device)
+
+
+def _is_stale(val: FakeTensor) -> bool:
+    sizes = [s.node for s in (*val.shape, *val.stride()) if isinstance(s, torch.SymInt)]
+    own = symbols_in([val.untyped_storage().nbytes()])
+    return any(s._expr != s.expr for s in sizes) or not own <= symbols_in([val])
 
 
 def symbols_in(values: Iterable[Any]) -> set[Any]:

@@ -8,7 +8,7 @@ all sites and outputs. Where there are no values, the attentions say along which
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,7 +65,9 @@ class Values:
         axes = {n: self._axes(node, label) for n, node in self.nodes.items()}
         given = {i.name: [a for a, s in enumerate(i.shape) if s == label] for i in self.spec.inputs}
         moved = self._moved(inputs, given, axes, sizes[label])
-        return self._attended(label) if moved is None else moved
+        if moved is None:
+            return self._attended(label)
+        return moved or bool(self._attended(label, computed=True))
 
     def mixes_fixed(self, axis: int, size: int) -> bool | None:
         """The same for an axis of all inputs whose size is a number, two at least."""
@@ -82,13 +84,20 @@ class Values:
     def _axes(self, node: Node, label: str) -> list[int]:
         return [a for a, s in enumerate(shape(node) or ()) if self.symbols.get(str(s)) == label]
 
-    def _attended(self, label: str) -> bool | None:
-        """Whether an attention, `[..., tokens, width]`, has that size as its tokens."""
+    def _labels(self, size: str) -> set[str | None]:
+        """The names of the sizes that a size is computed from."""
+        return {self.symbols.get(word) for word in re.findall(r"\w+", size)}
+
+    def _attended(self, label: str, computed: bool = False) -> bool | None:
+        """Whether an attention, `[..., tokens, width]`, has that size as its tokens, or a size that
+        is `computed` from it (groups of tokens): no value has then shown what they do."""
         cores = [s for s in self.sites if isinstance(s, AttentionSite)]
         for core in cores:
             for operand in self.nodes[core.nodes[0]].all_input_nodes[:2]:
                 size = shape(operand) or ()
-                if len(size) > 1 and self.symbols.get(str(size[-2])) == label:
+                own = str(size[-2]) if len(size) > 1 else ""
+                pure = self.symbols.get(own) == label
+                if (pure and not computed) or (not pure and label in self._labels(own)):
                     return True
         mixers = any(isinstance(s, MixerSite) for s in self.sites)
         return False if cores and not mixers else None
@@ -98,9 +107,17 @@ class Values:
         axes: Mapping[str, Sequence[int]], size: int,
     ) -> bool | None:  # fmt: skip
         before = self._run(inputs)
+        tried = (self._compared(before, inputs, given, axes, size, c) for c in (altered, levelled))
+        return next((verdict for verdict in tried if verdict is not None), None)
+
+    def _compared(
+        self, before: Mapping[str, Tensor] | None, inputs: Mapping[str, Tensor],
+        given: Mapping[str, Sequence[int]], axes: Mapping[str, Sequence[int]], size: int,
+        change: Callable[[Tensor, Sequence[int], int], Tensor],
+    ) -> bool | None:  # fmt: skip
         seen = False
         for place in (size // 2,) if size > 2 else (0, 1):
-            changed = {n: altered(t, given[n], place) for n, t in inputs.items()}
+            changed = {n: change(t, given[n], place) for n, t in inputs.items()}
             if all(t is inputs[n] for n, t in changed.items()):
                 return None
             after = self._run(changed)
@@ -166,6 +183,18 @@ def altered(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
         if torch.equal(rolled, part) and most > 1:
             rolled = (part + 1) % (most + 1)
         part.copy_(rolled)
+    return tensor if torch.equal(moved, tensor) else moved
+
+
+def levelled(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
+    """The first number everywhere at one place of the given axes: what a sum over ids in another
+    order does not show."""
+    if not axes or tensor.dtype == torch.bool:
+        return tensor
+    moved = tensor.clone()
+    for axis in axes:
+        part = moved.select(axis, place)
+        part.copy_(part.flatten()[0].clone().expand_as(part))
     return tensor if torch.equal(moved, tensor) else moved
 
 

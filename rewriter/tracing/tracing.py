@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.functional import embedding_bag
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CaptureError
@@ -243,7 +244,7 @@ def _export(
     trace = functools.partial(
         torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
     )
-    with Data(), _model_lines():
+    with Data(), Bags(), _model_lines():
         try:
             with Rows():
                 return trace()
@@ -300,6 +301,32 @@ class Data(TorchFunctionMode):
             )
         owner.detach().copy_(given)
         return None
+
+
+class Bags(TorchFunctionMode):
+    """Lets bags of equal sizes, `[rows, places]`, begin at so many places as there are rows; torch
+    counts them as `(rows * places + places - 1) // places`, a size that equals none."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        ids = kwargs.get("input", args[0] if args else None)
+        if func is not embedding_bag or not isinstance(ids, Tensor) or ids.dim() != 2:
+            return func(*args, **kwargs)
+        given = inspect.signature(embedding_bag).bind(*args, **kwargs).arguments
+        if given.get("offsets") is not None:
+            return func(*args, **kwargs)  # which torch refuses
+        rows, places = ids.shape
+        given["input"] = ids.reshape(-1)
+        given["offsets"] = torch.arange(rows, dtype=ids.dtype, device=ids.device) * places
+        if (weights := given.get("per_sample_weights")) is not None:
+            given["per_sample_weights"] = weights.reshape(-1)
+        return func(**given)
 
 
 def _user_line(error: BaseException) -> str:
