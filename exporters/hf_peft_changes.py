@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..passes.interchange.imported import prefix_sites
 from ..rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import ArtifactError, BaseMismatchError
 from .base import Base, snapshot, values
 from .hf_peft_config import Config, by_module
 
@@ -80,7 +80,7 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
         )
     stack = rows.view(length, layers, 2, heads, -1)
     if decoder and len(sites) > layers:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{config.where}: the prefix is of {layers} layers, and this model's decoder has "
             f"{len(sites)}. Use the base that the adapter was trained on."
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part
-from ..rewriter.errors import ArtifactError, RewriteError
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from .base import GIVE_BASE, Base
 from .hf_peft_changes import weight_of
@@ -37,7 +37,7 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
             continue
         delta = _computed(formula, config, path, own, matrix)
         if delta.numel() != matrix.numel():
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
                 f"{matrix.numel()}. Use the base that the adapter was trained on."
             )
@@ -267,7 +267,7 @@ _FORMULAS: dict[str, tuple[Formula, list[str]]] = {
 
 def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
     if matrix.is_meta:
-        raise ArtifactError(
+        raise BaseNeededError(
             f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
         )
     return matrix.float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..passes.reparameterized.initial_factors import olora, pissa
 from ..rewriter.branches.parts import Invoked, LowRank, Part
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from .base import CAPTURE, GIVE_BASE, Base, snapshot, values
 from .hf_peft_changes import bias_with, no_module
@@ -47,7 +47,7 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
     config.take("velora_config", None, dict), config.take("monteclora_config", None, dict)
     _same_depth(config)
     if config.take("use_qalora", False) and snapshot(program).knows == "sizes":
-        raise ArtifactError(f"{config.where}: use_qalora pools what the base has. {GIVE_BASE}")
+        raise BaseNeededError(f"{config.where}: use_qalora pools what the base has. {GIVE_BASE}")
     if config.take("arrow_config", None, dict):
         raise ArtifactError(
             f"{config.where}: arrow_config chooses among LoRAs for each token, and holds none. "
@@ -215,7 +215,7 @@ def _pooled(config: Config, path: str, a: Tensor, site: WeightSite | None) -> Te
     if isinstance(site, LinearSite) and a.shape[1] == site.in_features:
         return a
     if not isinstance(site, LinearSite) or a.shape[1] * size != site.in_features:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{config.where}: {path} has lora_A {list(a.shape)}, which does not read its inputs in "
             f"groups of qalora_group_size={size}. Use the base that the adapter was trained on."
         )
@@ -329,7 +329,7 @@ def _stacked(
     plain_of = {path: re.sub(r"(^|\.)base_layer(?=\.|$)", "", path) for path in layers}
     nested = targeted or any(path != plain for path, plain in plain_of.items())
     if nested and snapshot(program).knows != "calls":
-        raise ArtifactError(
+        raise BaseNeededError(
             f"{config.where}: it adapts parameters of experts or of nn.MultiheadAttention, whose "
             f"layout the files of a base do not say. {CAPTURE}"
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .exporters.formats import format_of, load_adapter
 from .exporters.gguf_base import Dequantised, write_directory
 from .models import is_gguf_model, load_model
+from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError
 from .rewriter.files.directory import new_directory
@@ -40,6 +42,8 @@ def to_directory(
     *,
     weights: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    capturing: Mapping[str, Any] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Directory:
     """Writes a directory that `from_pretrained` loads, with an adapter folded in.
 
@@ -52,6 +56,8 @@ def to_directory(
         adapter: of any format that is read; only a GGUF file is written without.
         weights: the directory with the safetensors files, if `base` is none.
         progress: called with the name of each file before it is written.
+        capturing: `cache` and `dynamic` of `capture`.
+        allow_base_mismatch: see `load`.
 
     Raises:
         OptionError: there is nothing to fold.
@@ -66,7 +72,9 @@ def to_directory(
         with new_directory(target, None) as fresh:
             return Directory(notes=write_directory(base, fresh, progress=progress).notes)
     with _checkpoint(base, weights, target, progress) as (source, read):
-        done = _fold(base, source, target, adapter, progress)
+        named = load_model(str(base), hollow=True)
+        program = capture(named.model, kwargs=named.example, **(capturing or {}))
+        done = _fold(program, source, target, adapter, progress, allow_base_mismatch)
     notes = [*read.notes, *(f"{site}: {about}" for site, about in done.notes)]
     return Directory(done.changed, done.left_out, notes)
 
@@ -93,15 +101,15 @@ def _checkpoint(
 
 
 def _fold(
-    base: str | Path,
+    program: Program,
     source: Path,
     target: str | Path,
     adapter: str | Path,
     progress: Callable[[str], None] | None,
+    allow: bool,
 ) -> FoldedCheckpoint:
-    named = load_model(str(base), hollow=True)
-    program = capture(named.model, kwargs=named.example)
-    if format_of(adapter) == "peftfx":
+    if format_of(adapter) == "peftfx" and not allow:
         return fold_checkpoint(program, source, target, adapter=adapter, progress=progress)
-    program = load_adapter(load_weights(program, source), adapter)  # some depend on the base
+    filled = load_weights(program, source)  # some depend on the base
+    program = load_adapter(filled, adapter, allow_base_mismatch=allow)
     return fold_checkpoint(program, source, target, progress=progress)

@@ -148,6 +148,14 @@ class LoRA(Method):
         alpha = self.alpha * (rank / self.rank)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        if not {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:  # where it began is subtracted
+            return None
+        a, b = tensors["a"], tensors["b"]
+        return LowRank(target, a, b, self.scale(a.shape[-2]), tensors.get("m"))
+
     def made(self, edit: Editor, site: WeightSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""
         like = edit.like(site)

@@ -1,7 +1,7 @@
-"""One command is one file. Its docstring's first line is what `peftfx --help` says of it,
-`arguments(parser)` adds what can be typed, and `command(options)` runs it and returns what `--json`
-prints; what it shows otherwise goes through `terminal.say`. An underscore in the file's name is
-typed as a hyphen.
+"""One command is one file. Its docstring's first line is what `peftfx --help` says of it, the rest
+what its own help says, the form of its JSON last. `arguments(parser)` adds what can be typed, and
+`command(options)` runs it and returns what `--json` prints; what it shows otherwise goes through
+`terminal.say`. An underscore in the file's name is typed as a hyphen.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ORDER = (
-    "sites", "print", "diff", "verify", "run", "fold", "convert", "export", "passes", "methods",
-    "memory", "demo", "search",
+    "sites", "passes", "methods", "memory", "print", "diff", "run", "verify", "inspect", "compare",
+    "fold", "fold_all", "check_merge", "merge", "extract", "convert", "export", "demo", "search",
 )  # fmt: skip
 """In which `peftfx --help` lists them; others come behind, by name."""
 

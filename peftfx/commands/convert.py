@@ -1,4 +1,8 @@
-"""Write an adapter in another library's format, or a whole model (hf)."""
+"""Write an adapter in another library's format, or a whole model (hf).
+
+JSON: `{out, to, lost}`: what was lost, parameter -> share of the norm of its change; with `--to hf`
+as `fold --stream`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ..exporters.formats import FORMATS, format_of, save_adapter
+from ..arguments import add_capturing, add_mismatch
+from ..exporters.formats import FORMATS, MARKS, format_of, save_adapter
 from ..exporters.formats import convert as convert_files
 from ..exporters.plain_lora import worst
 from ..models import is_gguf_model
+from ..outputs import check_directory, check_file
 from ..programs import program_of, write_model
 from ..rewriter.errors import OptionError
 from ..terminal import say
@@ -26,12 +32,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--component", default="", help="which adapter of a file with several")
     parser.add_argument("--to", required=True, choices=(*FORMATS, "hf"))
     parser.add_argument("--rank", type=int, help="of plain-lora (default: the adapter's largest)")
+    add_capturing(parser)
+    add_mismatch(parser)
 
 
 def command(options: Any) -> Any:
     """Runs the command."""
     if options.to == "hf":
         return _whole_model(options)
+    if options.to in MARKS:
+        check_directory(options.out, MARKS[options.to])
+    else:
+        check_file(options.out)
     whole = {"peftfx", "adapterhub"} & {options.to, format_of(options.adapter)}
     if whole or options.capture or ":" in (options.base or ""):
         lost = _convert_captured(options)

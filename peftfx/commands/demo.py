@@ -1,4 +1,7 @@
-"""Adapt a real embedding model to a code base for search."""
+"""Adapt a real embedding model to a code base for search.
+
+JSON: what the report shows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Show what passes change in the graph."""
+"""Show what passes change in the graph.
+
+JSON: `{diff}`.
+"""
 
 from __future__ import annotations
 

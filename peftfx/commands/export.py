@@ -1,4 +1,7 @@
-"""Write a verified ONNX file."""
+"""Write a verified ONNX file.
+
+JSON: `{out, opset, nodes, bytes, parity, tolerance, data, rounding, notes}`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 
 from ..arguments import add_adapter, add_model
+from ..outputs import check_file
 from ..programs import program_of
 from ..terminal import progress, say
 
@@ -31,6 +35,7 @@ def command(options: Any) -> Any:
     """Runs the command."""
     from ..exporters.onnx_export import export_onnx
 
+    check_file(options.out, ".onnx")
     program = program_of(options, options.passes)
     with progress(options, "exporting to ONNX and running it"):
         report = export_onnx(

@@ -1,4 +1,12 @@
-"""Merge a saved adapter into the model's weights."""
+"""Merge a saved adapter into the model's weights.
+
+`--out` says what is written: one file with the tensors under their original names, or a directory
+that `from_pretrained` loads, with the base's other files. A directory is written file by file;
+without `--stream`, the model is loaded, and what folding promises is measured on it first.
+
+JSON: `{records, tensors, out}`; of a directory also `{changed, left_out}`, with `--stream`
+`{changed, left_out, notes, out}`.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +14,45 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_model
+from ..arguments import add_mismatch, add_model
 from ..models import is_gguf_model
+from ..outputs import check_directory, check_file
 from ..programs import program_of, report, write_model
 from ..rewriter.errors import OptionError
 from ..rewriter.files.files import write_file, write_tensors
-from ..terminal import say
+from ..rewriter.run.run import run
+from ..rewriter.storage.stream import WEIGHT_FORMATS, fold_checkpoint
+from ..terminal import progress, say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what can be typed."""
     add_model(parser)
     parser.add_argument("adapter", help="an adapter, of any format that is read")
-    parser.add_argument("--out", required=True, help="safetensors file for the merged weights")
-    streaming = "fold shard by shard; --out is then a new model directory"
+    about = "a .safetensors file for the merged weights, or a new directory: a whole model again"
+    parser.add_argument("--out", required=True, help=about)
+    streaming = "fold shard by shard into a directory, for models that memory does not hold"
     parser.add_argument("--stream", action="store_true", help=streaming)
     about = "with --stream: where the weights are, if MODEL is no directory"
     parser.add_argument("--weights", metavar="DIR", help=about)
-    parser.add_argument("--tied", default="refuse", choices=["refuse", "keep", "untie", "both"])
+    about = "an adapter on a table that is the head, too: see peftfx passes fold (default: refuse)"
+    parser.add_argument("--tied", choices=["refuse", "keep", "untie", "both"], help=about)
+    add_mismatch(parser)
 
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    file = Path(options.out).suffix.lower() == ".safetensors"
+    if options.stream or not file:
+        _check_directory(options)
     if options.stream:
-        return _fold_stream(options)
+        return write_model(options, options.weights)
     if options.weights:
         raise OptionError("--weights goes with --stream; without, MODEL has its own weights.")
-    program = program_of(options, f"fold{{tied={options.tied}}}")
+    if not file:
+        return _fold_into_directory(options)
+    check_file(options.out)
+    program = program_of(options, f"fold{{tied={options.tied or 'refuse'}}}")
     records = report(options, program)
     state = program.export_state_dict()
     write_file(options.out, write_tensors(state))
@@ -40,13 +60,40 @@ def command(options: Any) -> Any:
     return {"records": records, "tensors": len(state), "out": options.out}
 
 
-def _fold_stream(options: Any) -> Any:
-    """Shard by shard, for models that memory does not hold; the new directory is a model again."""
+def _fold_into_directory(options: Any) -> Any:
+    """Measured in memory first; the files are then written as with `--stream`."""
+    check_directory(options.out, None)
+    if is_gguf_model(options.model):
+        return write_model(options)
+    program = program_of(options)
+    with progress(options, "folding"):
+        records = report(options, run(program, "fold"))
+    with progress(options, f"writing {options.out} file by file"):
+        done = fold_checkpoint(program, options.model, options.out)
+    say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    for name in done.left_out:
+        say(options, f"not copied (other weights): {name}")
+    return {
+        "records": records, "tensors": len(done.changed), "changed": done.changed,
+        "left_out": done.left_out, "out": options.out,
+    }  # fmt: skip
+
+
+def _check_directory(options: Any) -> None:
+    """Whether a directory is a form for what is folded."""
     source = options.weights or options.model
+    if options.out.endswith(WEIGHT_FORMATS):
+        raise OptionError(
+            f"{options.out}: folded weights are a .safetensors file, or a directory. Choose one."
+        )
+    if options.tied not in (None, "refuse"):
+        raise OptionError(
+            f"--tied {options.tied}: the files of a directory hold what they held, no tensor more. "
+            "Give --out a .safetensors file."
+        )
     if not Path(source).is_dir() and not is_gguf_model(source):
         raise OptionError(
-            f"fold --stream reads the weights from a directory with safetensors files, which "
-            f"{source!r} is not. Add --weights DIR: the checkpoint of the model that "
-            f"{options.model} makes."
+            f"weights for a directory come from one with safetensors files, which {source!r} is "
+            f"not. Add --weights DIR (with --stream): the checkpoint of the model that "
+            f"{options.model} makes; or give --out a .safetensors file."
         )
-    return write_model(options, options.weights)

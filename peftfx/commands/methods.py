@@ -1,19 +1,22 @@
-"""List the methods, with what they train on a model."""
+"""List the methods, with what they train on a model.
+
+JSON: a list of `{name, group, paper, inserts, folds, trainable, refused}`.
+"""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from ..method_table import print_methods
+from ..arguments import add_model
 from ..methods import methods
 from ..programs import program_of
-from ..terminal import progress
+from ..terminal import progress, say, say_table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what can be typed."""
-    parser.add_argument("model", nargs="?", help="a model directory, or module:function")
+    add_model(parser, optional=True)
 
 
 def command(options: Any) -> Any:
@@ -21,9 +24,15 @@ def command(options: Any) -> Any:
     program = program_of(options) if options.model else None
     with progress(options, "running every method"):
         entries = methods(program)
-    if not options.json:
-        print_methods(entries, program is not None)
-        for entry in entries:
-            if entry.refused:
-                print(f"{entry.name}: {entry.refused}")
+    head = ("method", "class", "inserts", "folds", "paper", "trains")
+    rows = [(e.name, e.group, e.inserts, e.folds, e.paper, _count(e.trainable)) for e in entries]
+    shown = len(head) if program else len(head) - 1
+    say_table(options, head[:shown], [row[:shown] for row in rows], ("trains",))
+    for entry in entries:
+        if entry.refused:
+            say(options, f"{entry.name}: {entry.refused}")
     return [entry.to_json() for entry in entries]
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"

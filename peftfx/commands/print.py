@@ -1,4 +1,7 @@
-"""Print the graph, after passes if given."""
+"""Print the graph, after passes if given.
+
+JSON: `{text}`.
+"""
 
 from __future__ import annotations
 

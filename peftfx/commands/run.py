@@ -1,4 +1,8 @@
-"""Apply passes and save the adapter."""
+"""Apply passes and save the adapter.
+
+JSON: `{records, trainable, out}`; a record is `{pass, adapter, edited, skipped, certificate,
+seconds}`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import argparse
 from typing import Any
 
 from ..arguments import add_adapter, add_model
+from ..outputs import check_directory
 from ..programs import program_of, report
-from ..rewriter.storage.artifact import save
+from ..rewriter.storage.artifact import MANIFEST, save
 from ..terminal import say
 
 
@@ -21,6 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    if options.out:
+        check_directory(options.out, MANIFEST)
     program = program_of(options, options.passes)
     records = report(options, program)
     count = sum(p.numel() for p in program.trainable_parameters())

@@ -1,4 +1,7 @@
-"""Search with the model that the demo exported."""
+"""Search with the model that the demo exported.
+
+JSON: a list of `{score, function, line, about}`.
+"""
 
 from __future__ import annotations
 

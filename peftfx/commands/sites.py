@@ -1,4 +1,7 @@
-"""List the places that passes can rewrite."""
+"""List the places that passes can rewrite.
+
+JSON: a list of `{id, kind, role, layer, about}`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from typing import Any
 
 from ..arguments import add_model
 from ..drawing import check_drawing, draw_sites
+from ..outputs import check_file
 from ..programs import program_of
-from ..rewriter.program.site_table import Sites
-from ..terminal import say
+from ..rewriter.program.selector import words
+from ..terminal import say, say_table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +27,14 @@ def command(options: Any) -> Any:
     """Runs the command."""
     if options.draw:
         check_drawing(options.draw)
+        check_file(options.draw)
+    if options.where:
+        words(options.where)  # malformed ones are told before a model is loaded
     program = program_of(options)
     chosen = program.sites.select(options.where) if options.where else list(program.sites)
-    say(options, str(Sites(tuple(chosen))))
+    rows = [(s.id, s.kind, s.role, "" if s.layer is None else str(s.layer), s.describe())
+            for s in chosen]  # fmt: skip
+    say_table(options, ("site", "kind", "role", "layer", "about"), rows)
     say(options, f"{len(chosen)} of {len(program.sites)} sites; inputs: {program.spec}")
     if options.draw:
         draw_sites(program, options.draw, options.where)

@@ -1,4 +1,7 @@
-"""Measure every promise of passes or an adapter again."""
+"""Measure every promise of passes or an adapter again.
+
+JSON: `{certificates}`, a list of texts.
+"""
 
 from __future__ import annotations
 
