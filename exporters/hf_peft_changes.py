@@ -180,7 +180,7 @@ def no_module(config: Config, module: str, names: Collection[str]) -> ArtifactEr
             f"; {parent} has {', '.join(sorted(beside)[:8])}, and where those are the same "
             "projections fused or apart, it is another version of the architecture"
         )
-    return ArtifactError(
+    return BaseMismatchError(
         f"{config.where}: the adapter changes {module!r}, and this model has no such module with a "
         f"weight{there}. Use the base that it was trained on."
     )

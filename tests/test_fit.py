@@ -12,11 +12,19 @@ from rich.console import Console
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.errors import InputError, NonFiniteError, OptionError, PassError
-from peftfx.training import fit as fitting
+from peftfx.rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    InputError,
+    NonFiniteError,
+    OptionError,
+    PassError,
+)
+from peftfx.training import loop as looping
+from peftfx.training import reports
 
 from .loops import Recorder, expected, record, recorder, same, task_loss
-from .models import batch, first
+from .models import Decoder, batch, first
 
 LORA = "lora{rank=2,where=q|v}"
 
@@ -69,7 +77,7 @@ def test_controllers_take_part(captured: Any, monkeypatch: pytest.MonkeyPatch) -
     _, base = captured["decoder"]
     made: list[Any] = []
     monkeypatch.setattr(
-        fitting, "Controllers", lambda p: made.append(peftfx.controllers(p)) or made[0]
+        looping, "Controllers", lambda p: made.append(peftfx.controllers(p)) or made[0]
     )
     program = peftfx.run(base, record(monkeypatch))
     peftfx.fit(program, batches(3), loss_of, accumulate=2, steps=2, progress=False)
@@ -196,8 +204,152 @@ def test_bad_input_is_named(captured: Any) -> None:
 
 def test_the_bar_says_where_it_is(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=90, record=True)
-    monkeypatch.setattr(fitting, "Console", lambda stderr: screen)
+    monkeypatch.setattr(reports, "Console", lambda stderr: screen)
     _, base = captured["decoder"]
     done = peftfx.fit(peftfx.run(base, LORA), batches(3), loss_of)
     text = screen.export_text()
     assert f"loss {done.losses[-1]:.4f}" in text and "3/3" in text and "step" in text
+
+
+# Evaluation, loggers, checkpoints.
+
+
+def shuffled(count: int) -> Any:
+    return torch.utils.data.DataLoader(batches(count), batch_size=None, shuffle=True)  # pyright: ignore
+
+
+def stop_at(step: int) -> Any:
+    def stop(done: int, loss: float) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_a_run_goes_on_bit_for_bit(captured: Any, tmp_path: Any, steps: int) -> None:
+    """With dropout, shuffled batches, several a step, pruned ranks and evaluations; interrupted
+    behind the last checkpoint, and at one that ends a round."""
+    _, base = captured["encoder"]
+    text = "adalora{rank=4,target=2,warmup=1,final=3,dropout=0.5,where=q|v};bitfit"
+    options: dict[str, Any] = {
+        "epochs": 6, "accumulate": 2, "lr": 0.02, "seed": 3, "held_out": batches(2), "every": 3,
+        "save_every": 2,
+    }  # fmt: skip
+    straight = peftfx.fit(
+        peftfx.run(base, text), shuffled(3), loss_of, progress=False, **options
+    )  # fmt: skip
+    options["checkpoint"] = tmp_path / "run.safetensors"
+    program = peftfx.run(base, text)
+    part = peftfx.fit(program, shuffled(3), loss_of, progress=stop_at(steps), **options)
+    assert part.stopped and part.losses == straight.losses[:steps]
+    torch.manual_seed(99)
+    again = peftfx.fit(peftfx.run(base, text), shuffled(3), loss_of, progress=False, **options)
+    assert again.losses == straight.losses and again.held_out == straight.held_out
+    same(again.program, straight.program)
+    assert str(again.program.history[-1]) == str(straight.program.history[-1])
+    assert len(again.losses) == 9 and not again.stopped
+    third = peftfx.fit(peftfx.run(base, text), shuffled(3), loss_of, progress=False, **options)
+    assert third.losses == straight.losses  # nothing is left to do
+    same(third.program, straight.program)
+
+
+def test_the_best_values_are_kept(captured: Any) -> None:
+    """Those of the first smallest figure, whatever came later; patience ends the run."""
+    _, base = captured["decoder"]
+    figures = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+    seen: list[dict[str, Tensor]] = []
+
+    def figure(program: peftfx.Program) -> float:
+        assert not program.training and not torch.is_grad_enabled()
+        named = program.named_trainable_parameters().items()
+        seen.append({n: p.detach().clone() for n, p in named})
+        return next(figures)
+
+    program = peftfx.run(base, LORA)
+    done = peftfx.fit(
+        program, batches(4), loss_of, epochs=3, held_out=figure, every=2, patience=2,
+        progress=False,
+    )  # fmt: skip
+    assert done.held_out == ((2, 3.0), (4, 2.0), (6, 2.5), (8, 2.0))
+    assert done.best_step == 4 and done.stopped and len(done.losses) == 8
+    assert all(torch.equal(p, seen[1][n]) for n, p in program.named_trainable_parameters().items())
+    assert not all(torch.equal(seen[1][n], p) for n, p in seen[3].items())
+
+
+def test_evaluation_is_the_mean_loss_and_changes_nothing(captured: Any) -> None:
+    _, base = captured["encoder"]
+    program, plain = (peftfx.run(base, LORA) for _ in range(2))
+    done = peftfx.fit(
+        program, batches(3), loss_of, held_out=batches(2), every=1, seed=0, progress=False
+    )
+    other = peftfx.fit(plain, batches(3), loss_of, seed=0, progress=False)
+    assert done.losses == other.losses and len(done.held_out) == 3
+    if done.best_step == 3:
+        want = [loss_of(program(**inputs), inputs).item() for inputs in batches(2)]
+        assert done.held_out[-1][1] == pytest.approx(sum(want) / 2, abs=1e-6)
+
+
+def test_loggers_get_every_step(captured: Any) -> None:
+    class Written:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def log(self, data: dict[str, float], step: int) -> None:
+            self.seen.append((step, data))
+
+    class Scalars:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def add_scalar(self, name: str, figure: float, step: int) -> None:
+            self.seen.append((name, step))
+
+    run, writer = Written(), Scalars()
+    _, base = captured["decoder"]
+    done = peftfx.fit(
+        peftfx.run(base, LORA), batches(3), loss_of, held_out=batches(1), every=2, progress=False,
+        loggers=[run, writer],
+    )  # fmt: skip
+    assert [step for step, _ in run.seen] == [1, 2, 3]
+    assert [data["train/loss"] for _, data in run.seen] == list(done.losses)
+    assert [s for s, data in run.seen if "held_out/loss" in data] == [2, 3]
+    assert run.seen[0][1]["train/gradient_norm"] > 0 and run.seen[0][1]["train/learning_rate"] > 0
+    assert ("held_out/loss", 3) in writer.seen and len(writer.seen) == 3 * 3 + 2
+
+
+def test_wrong_checkpoints_and_loggers_are_named(captured: Any, tmp_path: Any) -> None:
+    _, base = captured["decoder"]
+    path = tmp_path / "run.safetensors"
+
+    def train(text: str = LORA, **options: Any) -> peftfx.Program:
+        program = peftfx.run(base, text)
+        peftfx.fit(program, batches(2), loss_of, progress=False, **options)
+        return program
+
+    train(checkpoint=path)
+    with pytest.raises(ArtifactError, match=r"is of lora\{rank=2.*Run the same recipe"):
+        train("ia3", checkpoint=path)
+    with pytest.raises(ArtifactError, match=r"begun with lr=0.001, not 0.5"):
+        train(checkpoint=path, lr=0.5)
+    other = peftfx.capture(Decoder().eval(), kwargs=batch())
+    with pytest.raises(BaseMismatchError, match="other base weights"):
+        peftfx.fit(peftfx.run(other, LORA), batches(2), loss_of, checkpoint=path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match="damaged"):
+        train(checkpoint=path)
+    with pytest.raises(OptionError, match=r"folder .* does not exist"):
+        train(checkpoint=tmp_path / "none" / "run")
+    for options, said in (
+        ({"loggers": [3]}, "3 is no logger"),
+        ({"patience": 2}, "Give held_out="),
+        ({"held_out": [], "every": 1}, "held_out is empty"),
+        ({"held_out": batches(1), "every": 0}, "every is 0"),
+        ({"checkpoint": path, "save_every": 0}, "save_every is 0"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            train(**options)
+    with pytest.raises(NonFiniteError, match="held-out figure after step 2 is nan"):
+        train(held_out=lambda program: float("nan"))

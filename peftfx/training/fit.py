@@ -1,38 +1,32 @@
-"""A small training loop for scripts: AdamW, warm-up and linear decay, controllers, a progress bar.
+"""A training loop for scripts: AdamW, warm-up and linear decay, controllers, a progress bar.
 
-    done = peftfx.fit(program, batches, lr=1e-3, epochs=3)
+    done = peftfx.fit(program, batches, lr=1e-3, epochs=3, held_out=others, every=50, patience=3)
     peftfx.save(done.program, "adapter/")
 
-For checkpoints, several devices or evaluation while training, use `Trainer` or Lightning.
+With `held_out`, the best values are kept. With `checkpoint="run.safetensors"` the same call goes on
+where an interrupted one was, bit for bit. For several devices, use `Trainer` or Lightning.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from ..rewriter.api import Program
-from ..rewriter.errors import NonFiniteError, OptionError
-from ..rewriter.graph.module import device_of, modes_kept
+from ..rewriter.errors import OptionError
+from ..rewriter.graph.module import modes_kept
 from ..rewriter.run.run import run
-from ..rewriter.training.controllers import Controllers
-
-Loss = Callable[[Any, Any], Tensor]
-"""`(outputs, batch) -> loss`, a scalar."""
-
-Report = Callable[[int, float], None]
-"""Called with the number of steps done and the last one's loss."""
+from .held_out import Evaluation, HeldOut
+from .loop import Loop, Loss, Settings
+from .reports import Report, logging, reporting
+from .resuming import Checkpoint
+from .stream import Stream
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,9 @@ class Fitted:
         losses: the task's loss of every step, without the methods' own terms.
         seconds: wall time of the whole run.
         step_seconds: median CPU seconds of a step, all threads together.
-        stopped: whether the run was interrupted before its last step.
+        stopped: whether the run ended before its last step: interrupted, or out of patience.
+        held_out: (steps done, figure) of every evaluation.
+        best_step: after how many steps the figure was best; those values are in the program.
     """
 
     program: Program
@@ -52,14 +48,8 @@ class Fitted:
     seconds: float
     step_seconds: float
     stopped: bool = False
-
-
-def rate(step: int, steps: int, highest: float, warmup: float) -> float:
-    """The learning rate of a step: up linearly during warm-up, then down linearly to 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return highest * (step + 1) / rising
-    return highest * (steps - step) / max(1, steps - rising)
+    held_out: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
 
 
 def fit(
@@ -79,6 +69,12 @@ def fit(
     dropout: bool = True,
     forward: Callable[[Any], Any] | None = None,
     progress: bool | Report = True,
+    held_out: HeldOut | None = None,
+    every: int = 100,
+    patience: int | None = None,
+    loggers: Sequence[Any] = (),
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
 ) -> Fitted:
     """Trains a program's adapters in place. Ctrl-C ends the run and keeps what was learnt.
 
@@ -101,129 +97,71 @@ def fit(
         forward: how a batch runs the program; by default `program(**batch)`. It may return the
             loss itself.
         progress: show a bar on stderr, or call `progress(steps done, loss)` after every step.
+        held_out: batches for the mean of the loss in evaluation mode, or a function of the program
+            to a figure of which less is better. The values of the best evaluation are kept.
+        every: steps between two evaluations; the last step is evaluated in any case.
+        patience: stop after so many evaluations in a row that were no better.
+        loggers: what gets every step's loss, rate and gradient norm, and every evaluation:
+            `"tensorboard"`, `"wandb"`, their writers and runs, or any object with
+            `log(data, step)`.
+        checkpoint: a file that holds the run; where it exists, the run goes on from it, as if it
+            had never stopped. Batches that were taken are gone through again, but not computed;
+            their order must depend on torch's random numbers alone.
+        save_every: steps between two checkpoints; the last step is kept in any case.
 
     Raises:
         PassError: nothing trains.
         OptionError: no batches, no loss, no number of steps, or an option out of range.
         InputError: a batch does not fit the program.
-        NonFiniteError: the loss or a gradient is not finite; the program is as after the step
-            before.
+        NonFiniteError: the loss, a gradient or an evaluation is not finite; the program is as after
+            the step before.
+        ArtifactError: the checkpoint is damaged, or of another program, base or other settings.
     """
     total = _steps(batches, steps, epochs, accumulate)
-    if autocast not in (None, torch.bfloat16):
-        raise OptionError(
-            f"autocast={autocast} is not offered: float16 needs gradient scaling. Use "
-            "torch.bfloat16, or a trainer that scales."
-        )
+    settings = Settings(total, lr, warmup, weight_decay, accumulate, clip, autocast, dropout)
+    evaluation = Evaluation(held_out, every, patience)
     if seed is not None:
         torch.manual_seed(seed)
-    schedule = _Schedule(lr, total, warmup)
-    loop = _Loop(program, loss, forward, schedule, weight_decay, accumulate, clip, autocast)
-    began, stopped = time.perf_counter(), False
+    loop, stream = Loop(program, loss, forward, settings), Stream(batches, accumulate, total)
+    saved = Checkpoint(checkpoint, save_every, loop)
+    done = saved.take_up(stream, evaluation)
+    began, stopped = time.perf_counter(), evaluation.is_enough()
     try:
-        with modes_kept(program.module), _reporter(progress, total) as report:
+        with (
+            modes_kept(program.module),
+            logging(loggers) as log,
+            reporting(progress, total, done) as report,
+        ):
             if program.training != dropout:  # else parts may be in a mode of their own
                 program.train(dropout)
-            for step, group in enumerate(_stream(batches, accumulate, total)):
-                loop.take(step, group)
-                report(step + 1, loop.losses[-1])
+            for group in () if stopped else stream.groups(done):
+                loop.take(done, group)
+                done += 1
+                figures = {"train/loss": loop.losses[-1], "train/gradient_norm": loop.norm}
+                figures["train/learning_rate"] = settings.rate(done - 1)
+                if (figure := evaluation.after(done, loop)) is not None:
+                    figures["held_out/loss"] = figure
+                saved.after(done, stream, evaluation)
+                log(figures, done)
+                report(done, loop.losses[-1])
+                if evaluation.is_enough():
+                    stopped = done < total
+                    break
     except KeyboardInterrupt:
         stopped = True
     finally:
         loop.optimizer.zero_grad()
+    if evaluation.best is not None:
+        loop.take_back(evaluation.best)
     return Fitted(
         run(program, loop.controllers.finish()) if loop.losses else program,
         tuple(loop.losses),
         time.perf_counter() - began,
         statistics.median(loop.seconds) if loop.seconds else 0.0,
         stopped,
+        tuple(evaluation.figures),
+        evaluation.best_step,
     )
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    highest: float
-    steps: int
-    warmup: float
-
-    def __call__(self, step: int) -> float:
-        return rate(step, self.steps, self.highest, self.warmup)
-
-
-class _Loop:
-    """The optimizer of a program and what one of its steps does.
-
-    Attributes:
-        losses, seconds: of the steps taken.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        loss: Loss | None,
-        forward: Callable[[Any], Any] | None,
-        schedule: _Schedule,
-        weight_decay: float,
-        accumulate: int,
-        clip: float | None,
-        autocast: torch.dtype | None,
-    ) -> None:
-        self.program = program
-        self.loss = loss
-        self.forward = forward
-        self.schedule = schedule
-        self.accumulate = accumulate
-        self.clip = math.inf if clip is None else clip
-        self.device = device_of(program.module)
-        self.mixed = torch.autocast(self.device.type, torch.bfloat16, enabled=autocast is not None)
-        self.controllers = Controllers(program)
-        self.optimizer = torch.optim.AdamW(self.controllers.param_groups(1.0, weight_decay))
-        self.scales = [group["lr"] for group in self.optimizer.param_groups]
-        self.controllers.start(self.optimizer, schedule.steps)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-
-    def take(self, step: int, batches: Sequence[Any]) -> None:
-        """One step on `batches`."""
-        begun = time.process_time()
-        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
-            group["lr"] = scale * self.schedule(step)
-        loss = sum(self._backward(batch, step) for batch in batches) / self.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.program.trainable_parameters(), self.clip)
-        self._require_finite("gradients' norm", norm.item(), step)
-        self.controllers.before_step(step)
-        self.optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        self.controllers.after_step(step)
-        self.optimizer.zero_grad()
-        self.losses.append(loss)
-        self.seconds.append(time.process_time() - begun)
-
-    def _backward(self, batch: Any, step: int) -> float:
-        """The task's loss of a batch, whose gradients are added to the parameters'."""
-        batch = _moved(batch, self.device)
-        self.controllers.begin_forward(batch)
-        with self.mixed:
-            outputs = self._outputs(batch)
-            loss = self.loss(outputs, batch) if self.loss else _own_loss(outputs)
-        value = loss.item()
-        self._require_finite("loss", value, step)
-        extra = self.controllers.loss(outputs, batch, self.program)
-        ((loss + extra) / self.accumulate).backward()
-        return value
-
-    def _outputs(self, batch: Any) -> Any:
-        if self.forward is not None:
-            return self.forward(batch)
-        return self.program(**_inputs(self.program, batch, self.loss))
-
-    def _require_finite(self, what: str, value: float, step: int) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the {what} of step {step + 1} is {value}. The parameters are those after step "
-                f"{step}; nothing that is not finite was applied. Try a smaller lr (it is "
-                f"{self.schedule.highest:g}), a longer warmup, clip=1.0, or look at this step's "
-                "batch."
-            )
 
 
 def _steps(batches: Iterable[Any], steps: int | None, epochs: int, accumulate: int) -> int:
@@ -239,79 +177,3 @@ def _steps(batches: Iterable[Any], steps: int | None, epochs: int, accumulate: i
     if size is None:
         raise OptionError("batches has no length, so say how long to train: fit(..., steps=100).")
     return max(1, epochs * size // accumulate)
-
-
-def _stream(batches: Iterable[Any], accumulate: int, steps: int) -> Iterator[list[Any]]:
-    """The batches of each step, from the start again whenever they run out."""
-
-    def endless() -> Iterator[Any]:
-        any_batch = True
-        while any_batch:
-            any_batch = False
-            for batch in batches:
-                any_batch = True
-                yield batch
-
-    source = endless()
-    for step in range(steps):
-        group = list(itertools.islice(source, accumulate))
-        if len(group) < accumulate:
-            raise OptionError(
-                f"batches ended in step {step + 1} of {steps} and cannot be gone through again. "
-                "Give a list or DataLoader, or fewer steps. The steps done are kept."
-            )
-        yield group
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if not isinstance(batch, Mapping):
-        return batch
-    return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in batch.items()}
-
-
-def _inputs(program: Program, batch: Any, loss: Loss | None) -> Mapping[str, Any]:
-    """What of a batch the program takes; all of it unless a loss function may want the rest."""
-    if not isinstance(batch, Mapping):
-        raise OptionError(
-            f"a batch is a {type(batch).__name__}, but must be a dict of keyword tensors "
-            f"({', '.join(program.spec.names)}). Or say how to run it: fit(..., forward=...)."
-        )
-    tensors: Mapping[str, Any] = batch  # pyright: ignore[reportUnknownVariableType]
-    if loss is None:
-        return tensors
-    return {n: t for n, t in tensors.items() if n in program.spec.names}
-
-
-def _own_loss(outputs: Any) -> Tensor:
-    """The loss that the program itself returns."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-    first = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
-    for value in (loss, first):
-        if isinstance(value, Tensor) and not value.dim():
-            return value
-    raise OptionError(
-        "the program returns no loss. Capture it with labels among its inputs, or give one: "
-        "fit(program, batches, loss=lambda outputs, batch: ...)."
-    )
-
-
-@contextlib.contextmanager
-def _reporter(progress: bool | Report, total: int) -> Iterator[Report]:
-    """The caller's own report, none, or a bar on stderr: steps, loss, speed, time left."""
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    began = time.perf_counter()
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}  {task.fields[speed]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("", total=total, loss="", speed="")
-
-        def report(done: int, loss: float) -> None:
-            pace = done / (time.perf_counter() - began)
-            speed = f"{pace:.1f} steps/s" if pace >= 1 else f"{1 / pace:.1f} s/step"
-            bar.update(task, completed=done, loss=f"loss {loss:.4f}", speed=speed)
-
-        yield report

@@ -17,7 +17,7 @@ from peftfx.demo import experiment, report
 from peftfx.demo.corpus import CorpusError, Split, make_splits, read_corpus
 from peftfx.demo.encoder import load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
-from peftfx.training.fit import rate
+from peftfx.training.loop import rate
 
 FUNCTION = '''
 def {name}(path):
