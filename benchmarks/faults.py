@@ -5,7 +5,7 @@
 writes `benchmarks/faults.json`. Kills: a forked child writes again and again and is killed at a
 random moment; what is read must be a whole old or new version. Flips and truncations: reading must
 refuse, or give just what was written. Full disks: what was there must still be readable. Fuzzing
-takes atheris where it is installed, else it is left out.
+takes atheris where it is installed, else it is left out; `--readers NAME ...` counts some again.
 """
 
 from __future__ import annotations

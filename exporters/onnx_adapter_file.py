@@ -1,7 +1,7 @@
 """The tensors of an `.onnx_adapter` file: a FlatBuffer whose every offset is checked.
 
-    table Adapter   { format_version, adapter_version, model_version: int; parameters: [Parameter]; }
-    table Parameter { name: string; dims: [int64]; data_type: int; raw_data: [uint8]; }
+    Adapter    format_version, adapter_version, model_version: int; parameters: [Parameter]
+    Parameter  name: string; dims: [int64]; data_type: int; raw_data: [uint8]
 
 as ONNX Runtime's schema has them, little-endian. Its own native reader would take offsets at their
 word; here each place lies in the file, and the tensors together are no larger than it.
