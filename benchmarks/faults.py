@@ -5,7 +5,7 @@
 writes `benchmarks/faults.json`. Kills: a forked child writes again and again and is killed at a
 random moment; what is read must be a whole old or new version. Flips and truncations: reading must
 refuse, or give just what was written. Full disks: what was there must still be readable. Fuzzing
-takes atheris where it is installed, else it is left out.
+takes atheris where it is installed, else it is left out; `--readers NAME ...` counts some again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +245,25 @@ def _disk_full(writer: Writer, space: int) -> str:
 # Fuzzing.
 
 
-def fuzz(seconds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Coverage-guided, every reader in a process of its own; `failed` should be 0."""
+def fuzz(
+    seconds: int,
+    names: Sequence[str],
+    known: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Coverage-guided, every reader in a process of its own; `failed` should be 0.
+
+    Args:
+        seconds: for each.
+        names: of readers.
+        known: what is counted of others.
+        keep: takes what is counted so far.
+    """
     probe = subprocess.run([sys.executable, "-c", "import atheris"], capture_output=True)
     if probe.returncode:
         return {"skipped": "atheris is not installed: pip install --target DIR atheris"}
-    result: dict[str, Any] = {}
-    for name in TARGETS:
+    result: dict[str, Any] = {n: r for n, r in known.items() if n in TARGETS}
+    for name in names:
         command = [sys.executable, "-m", "benchmarks.faults", "--target", name, str(seconds)]
         done = subprocess.run(command, capture_output=True, text=True)
         runs = [line.split() for line in done.stderr.splitlines() if line.startswith("Done ")]
@@ -312,10 +324,17 @@ def _fuzz_here(name: str, seconds: int) -> None:
         atheris.Fuzz()
 
 
+def _kept() -> dict[str, Any]:
+    """What was counted before."""
+    path = HERE / "faults.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--seconds", type=int, default=40, help="of fuzzing for each reader")
+    parser.add_argument("--readers", nargs="+", choices=sorted(TARGETS), default=list(TARGETS))
     parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
     options = parser.parse_args()
@@ -329,17 +348,21 @@ def main() -> None:
     def keep(name: str, counted: dict[str, Any]) -> None:
         if options.quick:
             return
-        path = HERE / "faults.json"
-        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        result = _kept()
         machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
         result |= {name: counted, "machine": machine}
-        path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+        (HERE / "faults.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "kills": lambda: kills(200 // small, lambda counted: keep("kills", counted)),
         "flips": lambda: flipped(300 // small, 50 // small),
         "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),
-        "fuzz": lambda: fuzz(options.seconds // small, lambda counted: keep("fuzz", counted)),
+        "fuzz": lambda: fuzz(
+            options.seconds // small,
+            options.readers,
+            _kept().get("fuzz", {}).get("each", {}),
+            lambda counted: keep("fuzz", counted),
+        ),
     }
     for name in options.sections:
         counted = sections[name]()

@@ -144,12 +144,12 @@ def _beside(leaf: str, narrow: Shape, wide: Shape, in_out: bool) -> Shape:
 
 
 def _paths(path: str) -> Iterator[str]:
-    """A module path, and what it is without the name of the library or the component."""
-    yield path
+    """What a module may be called: without the name of the library, or of the component."""
     for prefix in ("base_model.model.", "base_model."):
         if path.startswith(prefix):
             yield path.removeprefix(prefix)
             return
+    yield path
     if "." in path:
         yield path.partition(".")[2]
 
@@ -161,12 +161,15 @@ def _sites(stored: Mapping[str, Tensor], in_out: bool) -> Iterator[Site]:
         if len(shape) == 1 and name.endswith(".weight"):
             yield NormSite(id=name, kind="norm", role="norm", **about)
         if len(shape) == 2:
-            features = dict(zip(("out_features", "in_features"), shape, strict=True))
-            if in_out:
-                features = dict(zip(("in_features", "out_features"), shape, strict=True))
-            yield LinearSite(id=name, kind="linear", role="", in_out=in_out, **features, **about)
-            table = dict(zip(("size", "width"), shape, strict=True))
-            yield EmbeddingSite(id=f"{name}:rows", kind="embedding", role="", **table, **about)
+            rows, columns = shape
+            out, inner = (columns, rows) if in_out else (rows, columns)
+            yield LinearSite(
+                id=name, kind="linear", role="", in_out=in_out, out_features=out, in_features=inner,
+                **about,
+            )  # fmt: skip
+            yield EmbeddingSite(
+                id=f"{name}:rows", kind="embedding", role="", size=rows, width=columns, **about
+            )
         if len(shape) > 2:
             sides = (shape[1], shape[0])
             yield ConvSite(

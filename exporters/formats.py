@@ -12,8 +12,8 @@ from ..rewriter.files.files import (
     open_regular,
     parse_json,
     read_file,
+    tensor_pieces,
     write_file,
-    write_tensors,
 )
 from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
@@ -193,7 +193,7 @@ def write_adapter(
     tensors, metadata = kohya_file(base, parts)
     for name, tensor in tensors.items():
         require_finite(name, tensor)
-    write_file(path, write_tensors(tensors, metadata))
+    write_file(path, tensor_pieces(tensors, metadata))
     return {}
 
 

@@ -1,5 +1,6 @@
 """LoRA adapters as GGUF files: `blk.N.attn_q.weight.lora_a [rank, in]` and `.lora_b [out, rank]`.
 
+Of experts, a pair each: `blk.N.ffn_down_exps.weight.lora_a [experts, rank, in]`, `gguf_experts`.
 `adapter.lora.alpha` over each tensor's own rank scales; without it, or where it is 0, nothing does.
 Of the token table, `lora_a` is `[tokens, rank]`. Rows lie as those of the base's file do
 (`gguf_names`). There is one alpha and nothing else: all other scales are in `lora_b`.
@@ -7,6 +8,7 @@ Of the token table, `lora_a` is `[tokens, rank]`. Rows lie as those of the base'
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +23,8 @@ from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError,
 from ..rewriter.files.files import new_file
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
-from .base import GIVE_BASE, Base, snapshot
+from .base import CAPTURE, GIVE_BASE, Base, snapshot
+from .gguf_experts import joined, parted, require_gates_first
 from .gguf_file import GgufFile, opened, package
 from .gguf_names import (
     Names,
@@ -37,6 +40,7 @@ TYPE, KIND, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 INVOKED = "adapter.alora.invocation_tokens"
 A, B = ".lora_a", ".lora_b"
 TABLE = "token_embd.weight"
+STACK = "_exps.weight"
 
 
 def read_gguf_adapter(program: Base, path: str | Path) -> Parts:
@@ -87,8 +91,10 @@ def _read(program: Base, file: GgufFile) -> Parts:
         else:
             raise ArtifactError(f"{where}: the tensor {key!r} is not understood.")
     base = program.base.base_tensors()
-    for name, factors in pairs.items():
-        part = _low_rank(names, name, factors, alpha, where)
+    low = {name: _low_rank(names, name, each, alpha, where) for name, each in pairs.items()}
+    for part in joined(names, low):
+        if part.target in names.halves:
+            require_gates_first(program, part.target)
         _require_fit(part, base[program.tensors.stored(part.target)], where)
         parts.append(replace(part, b=rows_in_model(program, names, part.target, part.b)))
     if not parts:
@@ -108,20 +114,23 @@ def _low_rank(
     a, b = factors[A], factors[B]
     lookup = name == TABLE
     a = a.mT.contiguous() if lookup else a
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    sizes = 3 if name.endswith(STACK) else 2
+    alike = a.dim() == b.dim() == sizes and a.shape[:-2] == b.shape[:-2]
+    if not alike or a.shape[-2] != b.shape[-1] or a.shape[-2] < 1:
         raise ArtifactError(
             f"{where}: {name} has factors {list(factors[A].shape)} and {list(b.shape)}, whose "
-            "ranks do not agree, or which are stacks. Save it again."
+            f"ranks do not agree, or which are no {('matrices', 'stacks')[sizes - 2]}. Save it "
+            "again."
         )
-    scale = alpha / a.shape[0] if alpha else 1.0
-    return LowRank(target, a, b, scale, lookup=lookup)
+    return LowRank(target, a, b, alpha / a.shape[-2] if alpha else 1.0, lookup=lookup)
 
 
 def _require_fit(part: LowRank, weight: Tensor, where: str) -> None:
-    if weight.numel() != part.a.shape[1] * part.b.shape[0]:
+    change = [*part.b.shape[:-1], part.a.shape[-1]]
+    if weight.numel() != math.prod(change):
         raise BaseMismatchError(
-            f"{where}: the change of {part.target} is [{part.b.shape[0]}, {part.a.shape[1]}], and "
-            f"it has {list(weight.shape)}. Use the base that the adapter was trained on."
+            f"{where}: the change of {part.target} is {change}, and it has {list(weight.shape)}. "
+            "Use the base that the adapter was trained on."
         )
 
 
@@ -129,6 +138,10 @@ def _target(names: Names, file: str, where: str) -> str:
     models = names.models
     if file in models:
         return models[file]
+    if file.endswith(STACK):
+        raise ArtifactError(
+            f"{where}: this base has no {file!r}; checkpoints hold each expert apart. {CAPTURE}"
+        )
     raise ArtifactError(
         f"{where}: this model has no {file!r}. Nearest: {nearest(file, models)}. Use the base that "
         "the adapter was trained on."
@@ -156,46 +169,49 @@ def write_gguf_adapter(
     if not snapshot(program).model:
         raise BaseNeededError(f"{path}: GGUF's names follow from the model's class. {GIVE_BASE}")
     done = factored(program, parts, rank)
-    low = [_pair(p) for p in done.parts.parts]
-    (common, _), *_ = Counter(_alpha(p) for p in low).most_common(1)
-    alpha = common or 1.0  # 0 would mean that nothing scales
     cls = snapshot(program).model
     names = names_of(weights_of(program), architecture_of(cls) or cls, "this model")
+    low = [each for p in done.parts.parts for each in _in_file(program, names, p)]
+    (common, _), *_ = Counter(_alpha(p) for _, p in low).most_common(1)
+    alpha = common or 1.0  # 0 would mean that nothing scales
     tensors: dict[str, Tensor] = {}
-    for part in low:
-        tensors |= _factors(program, names, _scaled(part, alpha))
+    for file, part in low:
+        tensors |= _factors(program, names, file, _scaled(part, alpha))
     for name, tensor in tensors.items():
         require_finite(name, tensor)
     _write(path, names.architecture, alpha, tensors)
     return done.lost
 
 
-def _pair(part: Part) -> LowRank:
-    if isinstance(part, LowRank) and part.a.dim() == 2:
-        return part
-    raise ArtifactError(f"{part.target}: files hold pairs of matrices, no stacks. Fold it.")
-
-
-def _alpha(part: LowRank) -> float:
-    """What over the rank is the scale, as far as float32 has it."""
-    return float(torch.tensor(part.scale * len(part.a), dtype=torch.float32))
-
-
-def _scaled(part: LowRank, alpha: float) -> LowRank:
-    """With the scale that alpha over its rank is."""
-    own = _alpha(part)
-    b = part.b if own == alpha else part.b.float() * (part.scale * len(part.a) / alpha)
-    return replace(part, b=b, scale=alpha / len(part.a))
-
-
-def _factors(program: Base, names: Names, part: LowRank) -> dict[str, Tensor]:
-    """The tensors of one weight, by what files call them."""
+def _in_file(program: Base, names: Names, part: Part) -> list[tuple[str, LowRank]]:
+    """What a part is called in the file, with its factors there."""
+    if not isinstance(part, LowRank):
+        raise ArtifactError(f"{part.target}: files hold pairs of factors. Fold it.")
+    if part.target in names.halves:
+        return list(parted(program, names, part))
     file = names.files.get(part.target)
-    if file is None:
+    if file is None or (part.a.dim() > 2) != file.endswith(STACK):
         raise ArtifactError(
             f"{part.target}: files of architecture {names.architecture} have no name for it. Fold "
             "it, or write PEFT's format."
         )
+    return [(file, part)]
+
+
+def _alpha(part: LowRank) -> float:
+    """What over the rank is the scale, as far as float32 has it."""
+    return float(torch.tensor(part.scale * part.a.shape[-2], dtype=torch.float32))
+
+
+def _scaled(part: LowRank, alpha: float) -> LowRank:
+    """With the scale that alpha over its rank is."""
+    own, rank = _alpha(part), part.a.shape[-2]
+    b = part.b if own == alpha else part.b.float() * (part.scale * rank / alpha)
+    return replace(part, b=b, scale=alpha / rank)
+
+
+def _factors(program: Base, names: Names, file: str, part: LowRank) -> dict[str, Tensor]:
+    """The tensors of one weight, by what files call them."""
     tied = len(program.tensors.names(program.tensors.stored(part.target))) > 1
     if tied or part.lookup != (file == TABLE):
         raise ArtifactError(

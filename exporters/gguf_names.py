@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,10 @@ _OTHERWISE = {"mistral": "llama", "mixtral": "llama"}
 _CLASS = re.compile(r"(.+?)(?:Text)?(?:For[A-Z]\w*|LMHeadModel|Model)")
 
 
+_STACK = "_exps"
+"""How files call tensors of a matrix for each expert, `[experts, out, in]`."""
+
+
 @dataclass(frozen=True)
 class Names:
     """The names of a model's weights.
@@ -42,15 +46,18 @@ class Names:
     Attributes:
         architecture: as files have it.
         files: name in transformers -> name in files.
+        halves: the same, of tensors that lie in two there, gates and what they open.
     """
 
     architecture: str
     files: Mapping[str, str]
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
     @functools.cached_property
     def models(self) -> dict[str, str]:
         """Name in files -> name in transformers."""
-        return {file: name for name, file in self.files.items()}
+        whole = {file: name for name, file in self.files.items()}
+        return whole | {half: name for name, pair in self.halves.items() for half in pair}
 
 
 def architecture_of(cls: str) -> str:
@@ -87,12 +94,19 @@ def names_of(weights: Collection[str], architecture: str, where: str) -> Names:
     numbers = [int(n) for name in weights for n in re.findall(r"\.(\d+)\.", name)]
     table = gguf.get_tensor_name_map(known[architecture], max(numbers, default=-1) + 1)
     files: dict[str, str] = {}
+    halves: dict[str, tuple[str, str]] = {}
     for name in weights:
         module, _, leaf = name.rpartition(".")
         named = table.get_name(module) or table.get_name(module.partition(".")[2])
         if leaf in ("weight", "bias") and named is not None:
             files[name] = f"{named}.{leaf}"
-    return Names(architecture, files)
+        elif (stack := table.get_name(name)) is not None and stack.endswith(_STACK):
+            files[name] = f"{stack}.weight"
+        elif leaf == "gate_up_proj":
+            pair = [table.get_name(f"{module}.{n}_proj") for n in ("gate", "up")]
+            if all(n is not None and n.endswith(_STACK) for n in pair):
+                halves[name] = (f"{pair[0]}.weight", f"{pair[1]}.weight")
+    return Names(architecture, files, halves)
 
 
 def require_known(architecture: str, where: str) -> None:
@@ -149,13 +163,13 @@ def _letters(name: str) -> str:
 
 def rows_in_file(program: Base, names: Names, weight: str, rows: Tensor) -> Tensor:
     """Rows of a weight as files have them."""
-    if not paired(names.architecture, names.files[weight]):
+    if not paired(names.architecture, names.files.get(weight, "")):
         return rows
     return to_pairs(rows, heads_of(program, weight)).contiguous()
 
 
 def rows_in_model(program: Base, names: Names, weight: str, rows: Tensor) -> Tensor:
     """Undoes `rows_in_file`."""
-    if not paired(names.architecture, names.files[weight]):
+    if not paired(names.architecture, names.files.get(weight, "")):
         return rows
     return to_halves(rows, heads_of(program, weight)).contiguous()

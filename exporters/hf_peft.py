@@ -31,7 +31,7 @@ from ..rewriter.errors import (
     nearest,
 )
 from ..rewriter.files.directory import Folder, reading, write_directory
-from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
+from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, tensor_pieces
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
 from ..rewriter.program.history import Certificate
 from ..rewriter.program.unchanged import require_unchanged
@@ -214,7 +214,7 @@ def write_peft(
             "save_peft(..., task='CAUSAL_LM')."
         )
     text = json.dumps(config | about, indent=2, sort_keys=True, allow_nan=False)
-    files = {CONFIG: text.encode(), TENSORS: write_tensors(tensors, {"format": "pt"})}
+    files = {CONFIG: text.encode(), TENSORS: tensor_pieces(tensors, {"format": "pt"})}
     write_directory(directory, files, CONFIG)
     return lost
 

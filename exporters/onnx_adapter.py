@@ -17,22 +17,16 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import LowRank, Part
-from ..rewriter.errors import (
-    ArtifactError,
-    BaseMismatchError,
-    CorruptFileError,
-    ExportError,
-    nearest,
-)
-from ..rewriter.files.files import new_file, open_regular
+from ..rewriter.errors import ArtifactError, BaseMismatchError, ExportError, nearest
+from ..rewriter.files.files import new_file, read_file
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
 from .base import Base
 from .hf_peft_config import PREFIX, by_module
+from .onnx_adapter_file import MARK, parse_onnx_adapter
 from .onnx_parity import require
 from .plain_lora import factored
 
-MARK = b"TORT"
 A, B = "lora_A.weight", "lora_B.weight"
 VERSION = 1
 """Of adapters and models in the file's head; ONNX Runtime compares neither."""
@@ -52,7 +46,7 @@ def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
 
     Raises:
         ArtifactError: (CorruptFileError, NonFiniteError) damaged, not understood, or not of this
-            model; onnxruntime is not installed.
+            model.
     """
     where = str(path)
     tensors = {k.removeprefix(PREFIX): t for k, t in onnx_adapter_tensors(path).items()}
@@ -83,33 +77,13 @@ def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
 
 
 def onnx_adapter_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Copies of a file's tensors by name.
+    """A file's tensors by name, all finite.
 
     Raises:
-        ArtifactError: (CorruptFileError, NonFiniteError) damaged; or onnxruntime is not installed.
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged, or not understood.
     """
-    with open_regular(path) as file:
-        if not is_onnx_adapter(file.read(8)):
-            raise ArtifactError(
-                f"{path} is no adapter of ONNX Runtime: it lacks the mark {MARK!r}."
-            )
-    ort = _runtime()
-    try:
-        adapter = ort.AdapterFormat.read_adapter(str(path))
-        values = adapter.get_parameters()
-        arrays = {name: value.numpy().copy() for name, value in values.items()}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorruptFileError(
-            f"{path} is damaged, no adapter of ONNX Runtime: {reason[-200:]} Save it again."
-        ) from error
+    tensors = parse_onnx_adapter(read_file(path), str(path))
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ArtifactError(
-                f"{path}: {name} holds {str(tensor.dtype)[6:]}, codes of a quantised adapter, "
-                "which are not read. Write it without quantisation."
-            )
         require_finite(f"{path}: {name}", tensor, "Save it again.")
     return tensors
 

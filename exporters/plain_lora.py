@@ -64,9 +64,22 @@ def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
 
 def factored(program: Base, parts: Parts, rank: int | None = None) -> Plain:
     """The adapter as pairs of factors of any ranks and scales: as it is where it is nothing else
-    and no rank is asked for, else as plain LoRA."""
+    and no rank is asked for, else as plain LoRA; stacks of pairs stay what they are."""
     pairs = all(isinstance(p, LowRank) and p.magnitude is None for p in parts.parts)
-    return Plain(parts, {}) if pairs and rank is None else plain_lora(program, parts, rank)
+    if pairs and rank is None:
+        return Plain(parts, {})
+    stacks = tuple(p for p in parts.parts if _is_stack(p, rank))
+    flat = tuple(p for p in parts.parts if not _is_stack(p, rank))
+    if not flat:
+        return Plain(parts, {})
+    done = plain_lora(program, replace(parts, parts=flat), rank)
+    return Plain(replace(done.parts, parts=(*done.parts.parts, *stacks)), done.lost)
+
+
+def _is_stack(part: Part, rank: int | None) -> bool:
+    if not isinstance(part, LowRank) or part.magnitude is not None or part.a.dim() < 3:
+        return False
+    return rank is None or part.a.shape[1] <= rank
 
 
 def _plain(program: Base, part: Part, rank: int, lost: dict[str, float]) -> LowRank:

@@ -3,8 +3,7 @@ the header of the tensors, whose numbers are all alike, or of the file itself.
 
     python -m tests.fuzzing_adapters    writes the corpus, with the libraries themselves
 
-A reader of another format is one more line in `TARGETS`. Not here: `.onnx_adapter`, whose bytes ONNX
-Runtime's own native reader takes.
+A reader of another format is one more line in `TARGETS`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from peftfx.exporters.gguf_adapter import read_gguf_adapter
 from peftfx.exporters.hf_peft_config import CONFIG, TENSORS
 from peftfx.exporters.hf_peft_writing import written
 from peftfx.exporters.mlx import TENSORS as MLX_TENSORS
+from peftfx.exporters.onnx_adapter import save as save_onnx_adapter
+from peftfx.exporters.onnx_adapter_file import parse_onnx_adapter
 from peftfx.exporters.plain_lora import plain_lora
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.files.files import parse_json, write_tensors
@@ -106,6 +107,7 @@ def _gguf(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], Any]] = {
     **{name: functools.partial(_document_of, name) for name in _DOCUMENTS},
     "gguf": _gguf,
+    "onnx_adapter": lambda data: parse_onnx_adapter(data, "it"),
     "torch_bin": lambda data: parse_torch_bin(data, "it"),
 }
 """Name -> what reads bytes."""
@@ -160,6 +162,8 @@ def _write() -> None:
         "loha": ("LoHa", {"r": 2}), "lokr": ("LoKr", {"r": 2}), "vera": ("Vera", {"r": 2}),
         "shira": ("Shira", {"r": 1}), "miss": ("Miss", {"r": 2}),
         "oft": ("OFT", {"oft_block_size": 4}), "boft": ("BOFT", {"boft_block_size": 4}),
+        "hira": ("Hira", {"r": 2}), "hra": ("HRA", {"r": 2}), "c3a": ("C3A", {"block_size": 8}),
+        "delora": ("Delora", {"r": 2}), "beft": ("Beft", {}),
     }  # fmt: skip
     documents: dict[tuple[str, str], bytes] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -216,6 +220,9 @@ def _more(folder: Path) -> dict[tuple[str, str], bytes]:
     query["blk.0.attn_q.weight.lora_b"] = torch.ones(32, 2)
     for name, alpha in (("alpha", 4.0), ("plain", None)):
         documents["gguf", name] = write_lora(folder / "a.gguf", query, alpha).read_bytes()
+    pair = {"up.lora_A.weight": torch.ones(4, 1), "up.lora_B.weight": torch.ones(1, 3).half()}
+    save_onnx_adapter(folder / "a.onnx_adapter", pair)
+    documents["onnx_adapter", "pair"] = (folder / "a.onnx_adapter").read_bytes()
     documents["torch_bin", "two"] = write_torch_bin({"a": torch.ones(2, 3), "b": torch.ones(1)})
     return documents
 

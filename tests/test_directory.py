@@ -72,7 +72,7 @@ def crash_after(patch: pytest.MonkeyPatch, steps: int) -> Callable[[], int]:
 
     for owner, name in (
         (os, "fsync"), (os, "link"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "rename"),
-        (Path, "replace"), (Path, "write_bytes"), (Path, "unlink"), (directory, "_exchange"),
+        (Path, "replace"), (Path, "unlink"), (directory, "_exchange"), (directory, "fill"),
     ):  # fmt: skip
         patch.setattr(owner, name, dying(getattr(owner, name)))
     patch.setattr(leftovers.os, "getpid", lambda: 2**22 + 1)  # no process has this number

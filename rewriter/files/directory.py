@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ArtifactError, PathError, SystemFailedError, refused
-from .files import read_file
+from .files import Content, fill, read_file
 from .leftovers import clean, make_parents, real_path, recover, sync, temporary
 
 T = TypeVar("T")
@@ -146,11 +146,11 @@ def _being_replaced(path: Path) -> bool:
 # Writing.
 
 
-def write_directory(target: str | Path, files: Mapping[str, bytes], mark: str) -> None:
+def write_directory(target: str | Path, files: Mapping[str, Content], mark: str) -> None:
     """Writes a directory atomically from the contents of its files; see `new_directory`."""
     with new_directory(target, mark) as fresh:
         for name, content in files.items():
-            (fresh / name).write_bytes(content)
+            fill(fresh / name, content)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from ..errors import ArtifactError, CorruptFileError, PathError, SystemFailedErr
 from ..graph.sharded import whole
 from .identity import tensor_digest
 from .leftovers import clean, real_path, sync, temporary
+from .tensor_header import Entry, entries
 
 JSON_LIMIT = 16 * 2**20
 """Largest JSON document that is read, in bytes."""
@@ -54,11 +56,11 @@ _SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key, item in pairs:
-        if key in mapping:
-            raise ValueError(f"duplicate key {key!r}")
-        mapping[key] = item
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        seen = set[str]()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f"duplicate key {twice!r}")
     return mapping
 
 
@@ -83,7 +85,8 @@ def parse_json(data: bytes, where: str, limit: int = JSON_LIMIT) -> Any:
     """
     if len(data) > limit:
         raise CorruptFileError(f"{where} is larger than {limit} bytes.")
-    bare = _STRING.sub(b"", data)
+    plain = b"\\" not in data  # quotes then begin and end strings in turns
+    bare = b"".join(data.split(b'"')[::2]) if plain else _STRING.sub(b"", data)
     brackets = bare.translate(_SQUARE, _NOT_BRACKETS)
     for _ in range(DEPTH_LIMIT):  # each round takes the innermost level
         brackets = brackets.replace(b"[]", b"")
@@ -115,12 +118,19 @@ def write_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """The tensors as one safetensors file, byte for byte as its library writes it."""
+    return b"".join(tensor_pieces(tensors, metadata))
+
+
+def tensor_pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """What `write_tensors` joins: the header, and the tensors' own memory."""
     plain = {name: whole(t).detach().cpu().contiguous() for name, t in sorted(tensors.items())}
     if sys.byteorder != "little" or any(t.dtype not in _DTYPES for t in plain.values()):
         plain = {name: t.clone() for name, t in plain.items()}
-        return safetensors.torch.save(plain, dict(metadata) if metadata else None)
+        return [safetensors.torch.save(plain, dict(metadata) if metadata else None)]
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    pieces: list[memoryview] = []
+    pieces: list[bytes | memoryview] = []
     begin = 0
     for name, tensor in sorted(plain.items(), key=lambda i: -_ORDER[i[1].dtype]):
         end = begin + tensor.nbytes
@@ -130,7 +140,7 @@ def write_tensors(
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *pieces])
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
 def read_file(
@@ -202,11 +212,26 @@ def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     (size,) = struct.unpack("<Q", data[:8])
     if size > min(HEADER_LIMIT, len(data) - 8):
         raise CorruptFileError(f"{where}: the header claims {size} bytes; the file is damaged.")
-    parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
+    said = parse_json(data[8 : 8 + size].rstrip(b" "), f"the header of {where}", HEADER_LIMIT)
+    found = entries(said, 8 + size, len(data), "", where)
+    if sys.byteorder != "little":
+        return dict(sorted(safetensors.torch.load(data).items()))
+    memory = bytearray(data)  # writable, as tensors are
+    return {name: _tensor(memory, found[name], where) for name in sorted(found)}
+
+
+def _tensor(memory: bytearray, entry: Entry, where: str) -> Tensor:
+    """A tensor that lies in the memory of its file."""
     try:
-        return dict(sorted(safetensors.torch.load(data).items()))  # its own order is random
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CorruptFileError(f"{where} is damaged, no safetensors file: {error}.") from error
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.begin % entry.dtype.itemsize:
+            memory, entry = memory[entry.begin : entry.end], replace(entry, begin=0)
+        count = math.prod(entry.shape)
+        flat = torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=entry.begin)
+        return flat.view(entry.shape)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{where} is damaged: {str(error).splitlines()[0]}.") from error
 
 
 def header_metadata(data: bytes, where: str) -> dict[str, str]:
@@ -269,11 +294,21 @@ def new_file(target: str | Path) -> Iterator[Path]:
         ) from error
 
 
-def write_file(target: str | Path, content: bytes) -> None:
+Content = bytes | Iterable[bytes | memoryview]
+"""What a file gets: its bytes, or pieces of them."""
+
+
+def write_file(target: str | Path, content: Content) -> None:
     """Writes one file atomically, in a folder that exists.
 
     Raises:
         ArtifactError: it cannot be written; what was there is unchanged.
     """
     with new_file(target) as fresh:
-        fresh.write_bytes(content)
+        fill(fresh, content)
+
+
+def fill(path: Path, content: Content) -> None:
+    """Writes a file's content."""
+    with open(path, "wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)

@@ -8,7 +8,6 @@ that do not fit a program) is an error before any tensor is used.
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,26 +20,12 @@ from torch import Tensor
 from ..api import Program
 from ..errors import ArtifactError, CorruptFileError, PathError, WeightsError
 from ..files.files import HEADER_LIMIT, parse_json, read_file, require_regular
+from ..files.tensor_header import DTYPES, Entry, entries
+
+__all__ = ["DTYPES", "INDEX", "Checkpoint", "Entry", "header", "header_size"]
 
 INDEX = ".safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 CHUNK = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is: file name, dtype, shape and its bytes `[begin, end)` in the file."""
-
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -256,24 +241,4 @@ def header(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as handle:
         raw = handle.read(begin)[8:]
     data = parse_json(raw.rstrip(b" "), f"the header of {path}", HEADER_LIMIT)
-    entries: dict[str, Entry] = {}
-    try:
-        for name, about in data.items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = DTYPES[about["dtype"]], tuple(int(s) for s in about["shape"])
-            first, last = (int(o) for o in about["data_offsets"])
-            if last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name!r} has {last - first} bytes")
-            entries[name] = Entry(path.name, dtype, shape, begin + first, begin + last)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"the header of {path} is malformed: {error!r}.") from error
-    end = begin
-    for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
-        if entry.begin != end:
-            raise CorruptFileError(f"{path}: its tensors overlap or leave gaps.")
-        end = entry.end
-    if end != total:
-        what = "truncated" if total < end else "longer than its header says"
-        raise CorruptFileError(f"{path} is {what} ({total} bytes, expected {end}).")
-    return entries
+    return entries(data, begin, total, path.name, str(path))

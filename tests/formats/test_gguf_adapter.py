@@ -164,6 +164,78 @@ def test_rows_lie_as_transformers_reads_them(architecture: str) -> None:
         assert torch.equal(got.mT if transposed else got, ours), file
 
 
+def changed(path: Path, name: str = "qwen3_moe") -> Any:
+    """The model with an adapter's file added by llama.cpp's rule: of each expert on its own, gates in
+    the first half of the rows, as transformers' code parts them."""
+    reader = gguf.GGUFReader(path)
+    alpha = float(reader.get_field("adapter.lora.alpha").contents())  # pyright: ignore
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    model = base(name)
+    experts = model.model.layers[0].mlp.experts
+    inner = experts.gate_up_proj.shape[1] // 2
+    rows = {"down": experts.down_proj, "gate": experts.gate_up_proj[:, :inner],
+            "up": experts.gate_up_proj[:, inner:]}  # fmt: skip
+    with torch.no_grad():
+        for kind, weight in rows.items():
+            key = f"blk.0.ffn_{kind}_exps.weight"
+            if f"{key}.lora_a" in tensors:
+                a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
+                for expert, matrix in enumerate(weight):
+                    matrix += alpha / b.shape[-1] * b[expert] @ a[expert]
+        query = model.model.layers[0].self_attn.q_proj.weight
+        if "blk.0.attn_q.weight.lora_a" in tensors:
+            a, b = (tensors.pop(f"blk.0.attn_q.weight.lora_{n}") for n in "ab")
+            query += alpha / b.shape[-1] * b @ a
+    assert not tensors
+    return model
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["lora{rank=2,where=experts}", "lora{rank=2,alpha=3,where=ffn.up|ffn.down|q}",
+     "lora{rank=3,where=ffn.gate}"],
+)  # fmt: skip
+def test_experts_lie_as_llama_cpp_multiplies_by_them(recipe: str, tmp_path: Path) -> None:
+    made = randomise(peftfx.run(program("qwen3_moe"), recipe), 0.2)
+    path = tmp_path / "a.gguf"
+    assert not save_adapter(made, path, "gguf")
+    want = output(made(**inputs("qwen3_moe")))
+    near(logits(changed(path)), want)
+    near(output(load_adapter(program("qwen3_moe"), path)(**inputs("qwen3_moe"))), want)
+
+
+def test_experts_of_peft_go_through_both_ways(tmp_path: Path) -> None:
+    want = write("experts", tmp_path / "peft")
+    read = load_adapter(program("qwen3_moe"), tmp_path / "peft")
+    save_adapter(read, tmp_path / "a.gguf", "gguf")
+    near(logits(changed(tmp_path / "a.gguf")), want)
+    again = load_adapter(program("qwen3_moe"), tmp_path / "a.gguf")
+    save_adapter(again, tmp_path / "again", "peft")
+    back = load_adapter(program("qwen3_moe"), tmp_path / "again")
+    near(output(back(**inputs("qwen3_moe"))), want)
+
+
+def test_factors_of_experts_that_differ_keep_their_own_ranks(tmp_path: Path) -> None:
+    names = {n: f"blk.0.ffn_{n}_exps.weight" for n in ("gate", "up", "down")}
+    tensors = {
+        f"{names['gate']}.lora_a": draw(4, 2, 32), f"{names['gate']}.lora_b": draw(4, 24, 2),
+        f"{names['up']}.lora_a": draw(4, 3, 32), f"{names['up']}.lora_b": draw(4, 24, 3),
+        f"{names['down']}.lora_a": draw(4, 2, 24), f"{names['down']}.lora_b": draw(4, 32, 2),
+    }  # fmt: skip
+    path = write_lora(tmp_path / "a.gguf", tensors, 5.0, "qwen3moe")
+    read = load_adapter(program("qwen3_moe"), path)
+    near(output(read(**inputs("qwen3_moe"))), logits(changed(path)))
+    save_adapter(read, tmp_path / "b.gguf", "gguf")
+    shapes = {t.name: t.data.shape for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert shapes == {n: tuple(t.shape) for n, t in tensors.items()}
+    flat = {k: t[0] for k, t in tensors.items()}
+    with pytest.raises(ArtifactError, match=r"ffn_gate_exps.weight has factors .* no stacks"):
+        load_adapter(program("qwen3_moe"), write_lora(tmp_path / "c.gguf", flat, 5.0, "qwen3moe"))
+    few = {k: t[:3] for k, t in tensors.items()}
+    with pytest.raises(ArtifactError, match=r"is \[3, 32, 24\], and it has \[4, 32, 24\]"):
+        load_adapter(program("qwen3_moe"), write_lora(tmp_path / "d.gguf", few, 5.0, "qwen3moe"))
+
+
 def _drop(name: str) -> Any:
     return lambda t: {k: v for k, v in t.items() if k != name}
 
@@ -173,7 +245,8 @@ Q_A, Q_B = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
 BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "no partner": (_drop(Q_B), {}, ArtifactError, "attn_q.weight has lora_a alone"),
     "ranks": (lambda t: t | {Q_A: draw(3, 32)}, {}, ArtifactError, "ranks do not agree"),
-    "stacks": (lambda t: t | {Q_A: draw(2, 2, 32), Q_B: draw(2, 32, 2)}, {}, ArtifactError, "stacks"),
+    "stacks": (lambda t: t | {Q_A: draw(2, 2, 32), Q_B: draw(2, 32, 2)}, {}, ArtifactError,
+               "are no matrices"),
     "sizes": (lambda t: t | {Q_A: draw(2, 16)}, {}, ArtifactError, "Use the base that"),
     "another layer": (lambda t: {k.replace("blk.0", "blk.7"): v for k, v in t.items()}, {},
                       ArtifactError, "this model has no 'blk.7.attn_q.weight'. Nearest"),

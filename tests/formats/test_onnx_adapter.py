@@ -14,9 +14,10 @@ import peftfx
 from peftfx.cli import main
 from peftfx.exporters.formats import format_of, load_adapter, save_adapter
 from peftfx.exporters.onnx_adapter import save
+from peftfx.exporters.onnx_adapter_file import parse_onnx_adapter
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, ExportError, NonFiniteError
 
-from ..damage import cuts
+from ..damage import cuts, flips
 from ..models import Decoder, batch, first, randomise
 from .peft_cases import base, inputs, output, program, write
 from .test_hf_peft import near
@@ -147,6 +148,36 @@ def test_a_cut_file_is_refused(decoder: peftfx.Program, tmp_path: Path) -> None:
         path.write_bytes(bad)
         with pytest.raises(CorruptFileError, match="is damaged"):
             load_adapter(decoder, path)
+
+
+def test_each_tensor_is_what_the_runtime_reads(tmp_path: Path) -> None:
+    """Of all types, sizes and alignments; the file is read without it."""
+    path = tmp_path / "a.onnx_adapter"
+    tensors = {"a": draw(3, 5), "bb": draw(7).half(), "ccc": draw(2, 1, 3).double(),
+               "empty": torch.empty(0, 4)}  # fmt: skip
+    save(path, tensors)
+    ours, theirs = parse_onnx_adapter(path.read_bytes(), "it"), values_of(path)
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype
+        assert tensor.shape == theirs[name].shape
+
+
+def test_damage_is_an_error_or_the_tensors(tmp_path: Path) -> None:
+    """Nothing outside of the file is read, and no more than it holds."""
+    path = tmp_path / "a.onnx_adapter"
+    save(path, {A: draw(3, 2), B: draw(2, 4)})
+    refused, good = 0, path.read_bytes()
+    for bad in flips(good, 400):
+        try:
+            read = parse_onnx_adapter(bad, "it")
+        except ArtifactError:
+            refused += 1
+        else:
+            assert sum(t.nbytes for t in read.values()) <= len(bad)
+    assert refused > 50
+    with pytest.raises(CorruptFileError, match="is there twice"):
+        parse_onnx_adapter(good.replace(B.encode(), A.encode()), "it")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peftfx.exporters.formats import load_adapter, save_adapter
 from peftfx.exporters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from peftfx.exporters.gguf_base import write_directory
 from peftfx.exporters.hf_peft import read_peft
@@ -25,11 +26,13 @@ from peftfx.rewriter.storage.parts import Parts
 from ..mutants import Case, Mutation, applied
 from .gguf_files import in_file, laid, load, lora_of, merged, write_base, write_lora
 from .peft_cases import CASES, base, inputs, output, program, write
+from .test_gguf_adapter import changed, draw
 from .test_onnx_adapter import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ADAPTER, NAMES = "exporters/gguf_adapter.py", "exporters/gguf_names.py"
+EXPERTS = "exporters/gguf_experts.py"
 ONNX, BASE = "exporters/onnx_adapter.py", "exporters/gguf_base.py"
 
 CASES.update({
@@ -82,6 +85,23 @@ def writing() -> float:
         return far(output(model(**inputs("llama"))), want)
 
 
+def experts() -> float:
+    """Of a file of stacks, each with factors of its own; read, and written again."""
+    sizes = {"gate": (2, 32, 24), "up": (3, 32, 24), "down": (2, 24, 32)}
+    tensors: dict[str, Tensor] = {}
+    for kind, (rank, narrow, wide) in sizes.items():
+        tensors[f"blk.0.ffn_{kind}_exps.weight.lora_a"] = draw(4, rank, narrow)
+        tensors[f"blk.0.ffn_{kind}_exps.weight.lora_b"] = draw(4, wide, rank)
+    with tempfile.TemporaryDirectory() as place:
+        path, again = Path(place) / "a.gguf", Path(place) / "b.gguf"
+        write_lora(path, tensors, 5.0, "qwen3moe")
+        want = output(changed(path)(**inputs("qwen3_moe")))
+        read = load_adapter(program("qwen3_moe"), path)
+        save_adapter(read, again, "gguf")
+        back = output(changed(again)(**inputs("qwen3_moe")))
+    return max(far(output(read(**inputs("qwen3_moe"))), want), far(back, want))
+
+
 def turning() -> float:
     """A file of ONNX Runtime, by the products that its inputs are in."""
     folder, want = stored("factors")
@@ -127,8 +147,8 @@ WRONG: tuple[Wrong, ...] = (
      "(0, (-1, 2)).transpose(0, 1)", reading),
     ("keys have the queries' heads", f"{NAMES}:heads_of",
      "site.heads if site.q in ids else site.kv_heads", "site.heads", reading),
-    ("alpha ignored", f"{ADAPTER}:_low_rank", "alpha / a.shape[0] if alpha else 1.0", "1.0", reading),
-    ("alpha not over the rank", f"{ADAPTER}:_low_rank", "alpha / a.shape[0]", "alpha", reading),
+    ("alpha ignored", f"{ADAPTER}:_low_rank", "alpha / a.shape[-2] if alpha else 1.0", "1.0", reading),
+    ("alpha not over the rank", f"{ADAPTER}:_low_rank", "alpha / a.shape[-2]", "alpha", reading),
     ("factors exchanged", f"{ADAPTER}:_low_rank", "a, b = factors[A], factors[B]",
      "b, a = factors[A].mT, factors[B].mT", reading),
     ("table as it is", f"{ADAPTER}:_low_rank", "a.mT.contiguous() if lookup", "a if lookup", reading),
@@ -142,7 +162,7 @@ WRONG: tuple[Wrong, ...] = (
     ("scaled twice", f"{ADAPTER}:_scaled", "if own == alpha else",
      "* part.scale if own == alpha else", writing),
     ("other scales forgotten", f"{ADAPTER}:_scaled", "own == alpha", "True", writing),
-    ("alpha for the scale", f"{ADAPTER}:_scaled", "(part.scale * len(part.a) / alpha)", "part.scale",
+    ("alpha for the scale", f"{ADAPTER}:_scaled", "(part.scale * rank / alpha)", "part.scale",
      writing),
     ("scale left out of a slot", f"{ONNX}:slots", "part.b.float() * part.scale", "part.b", turning),
     ("a slot's factor as it is", f"{ONNX}:slots", "part.a.mT", "part.a", turning),
@@ -157,12 +177,20 @@ WRONG: tuple[Wrong, ...] = (
      dequantising),
     ("tensors in another order", f"{BASE}:_write_file", "for name in tensors:",
      "for name in reversed(tensors):", dequantising),
+    ("gates below", f"{EXPERTS}:joined", "gate, up = (low", "up, gate = (low", experts),
+    ("one scale for both", f"{EXPERTS}:_stacked", "(up.scale / gate.scale)", "1.0", experts),
+    ("ranks of the other", f"{EXPERTS}:_stacked", "(gate.a.shape[1], 0)", "(0, gate.a.shape[1])",
+     experts),
+    ("halves exchanged", f"{EXPERTS}:parted", "part.b.chunk(2, 1)", "part.b.chunk(2, 1)[::-1]",
+     experts),
+    ("a rank left out", f"{EXPERTS}:parted", "rows.flatten(0, 1).any(0)", "rows[0, :1].abs()[0] > 0.1",
+     experts),
     ("table written as it is", f"{ADAPTER}:_factors", "part.a.mT if part.lookup else part.a",
      "part.a", writing),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("probe", [reading, writing, turning, dequantising])
+@pytest.mark.parametrize("probe", [reading, writing, turning, dequantising, experts])
 def test_they_are_right(probe: Callable[[], float]) -> None:
     assert probe() < 1e-5
 
