@@ -76,6 +76,10 @@ class Expected(TorchDispatchMode):
         super().__init__()
         self.draws: Counter[tuple[Any, ...]] = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs under it is not compiled; keeping torch's compiler out costs more
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

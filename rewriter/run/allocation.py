@@ -46,6 +46,10 @@ class Allocation(TorchDispatchMode):
         super().__init__()
         self.elements, self.made = elements, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs under it is not compiled; keeping torch's compiler out costs more
+
     def __torch_dispatch__(
         self,
         func: Any,
