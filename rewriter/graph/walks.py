@@ -96,9 +96,10 @@ class Walked(nn.Module):
                 continue
             memo.add(module)
             yield path, module
-            start = f"{path}." if path else ""
-            children = [(f"{start}{n}", m) for n, m in module._modules.items() if m is not None]
-            stack += reversed(children)
+            if children := module._modules:
+                start = f"{path}." if path else ""
+                below = [(f"{start}{n}", m) for n, m in children.items() if m is not None]
+                stack += reversed(below)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -165,13 +166,13 @@ def _members(root: nn.Module, table: str, prefix: str, once: bool) -> Iterator[t
 def _tensors(
     modules: Iterable[tuple[str, nn.Module]], table: str, once: bool
 ) -> Iterator[tuple[str, Any]]:
-    seen: set[Any] = set()
+    seen: set[int] = set()
     for path, module in modules:
         for name, tensor in module.__dict__[table].items():
-            if tensor is None or tensor in seen:
+            if tensor is None or id(tensor) in seen:
                 continue
             if once:
-                seen.add(tensor)
+                seen.add(id(tensor))
             yield (f"{path}.{name}" if path else name), tensor
 
 

@@ -7,6 +7,7 @@ The live module is left alone: another thread may be training it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -76,11 +77,15 @@ class Expected(TorchDispatchMode):
         super().__init__()
         self.draws: Counter[tuple[Any, ...]] = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs under it is not compiled; keeping torch's compiler out costs more
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not _is_random(func):
             return func(*args, **kwargs)
         names = [a.name for a in func._schema.arguments]
         if {"query", "key", "dropout_p"} <= set(names):
@@ -100,6 +105,11 @@ class Expected(TorchDispatchMode):
             weights = (*given["query"].shape[:-1], given["key"].shape[-2])
             self.draws["aten::bernoulli_", weights, (1.0 - probability,)] += 1
         return func(**given | {"dropout_p": 0.0})
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _seeded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

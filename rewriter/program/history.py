@@ -135,6 +135,7 @@ class Index:
         self._sites: dict[str, list[Attachment]] = {}
         self._paths: dict[str, str] = {}
         self._combined: dict[str, Attachment] = {}
+        self._inside: dict[str, bool] = {}
         self.folders: set[str] = set()
         """What the second parts of all paths are: names of adapters."""
 
@@ -142,7 +143,7 @@ class Index:
         """This index, of these attachments and shared modules: what is new is added to it."""
         if attachments is self._attachments and shared is self._shared:
             return self
-        known = len(self._attachments)
+        known, self._inside = len(self._attachments), {}
         if shared != self._shared or attachments[:known] != self._attachments:
             self._sites, self._paths, known = {}, dict.fromkeys(shared, ""), 0
             self._combined = {}
@@ -169,8 +170,9 @@ class Index:
 
     def holds(self, name: str) -> bool:
         """Whether a tensor or module is part of what passes inserted."""
-        end = len(name)
-        while (end := name.rfind(".", 0, end)) > 0:
-            if name[:end] in self._paths:
-                return True
-        return False
+        owner = name.rpartition(".")[0]
+        known = self._inside.get(owner)
+        if known is None:
+            known = owner in self._paths or (bool(owner) and self.holds(owner))
+            self._inside[owner] = known
+        return known

@@ -13,7 +13,7 @@ from ..errors import CaptureError
 from ..files.identity import merkle_root, tensor_digest
 from ..graph.module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
 from ..graph.sharded import equal, reshard
-from ..graph.walks import settled, stored
+from ..graph.walks import fact, settled, stored
 from ..inputs.spec import InputSpec
 from .fingerprint import Fingerprints, is_at, printed
 from .history import ITSELF, Attachment, Index, Record
@@ -171,6 +171,15 @@ class State:
     def inserts(self, name: str) -> bool:
         """Whether a stored tensor, or a module below one, belongs to a branch or shared module."""
         return self._index.of(self.attachments, self.shared).holds(name)
+
+    def inserted(self) -> list[tuple[str, nn.Module]]:
+        """The modules of branches and shared modules by path, with all that they hold."""
+        paths = self._index.of(self.attachments, self.shared)
+
+        def found() -> list[tuple[str, nn.Module]]:
+            return [(p, m) for p, m in self.module.named_modules() if paths.holds(f"{p}.")]
+
+        return fact(self.module, "inserted", found)
 
     def attached(self, site: str) -> list[Attachment]:
         """The branches at a site, in order of insertion."""

@@ -46,6 +46,10 @@ class Allocation(TorchDispatchMode):
         super().__init__()
         self.elements, self.made = elements, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs under it is not compiled; keeping torch's compiler out costs more
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -54,14 +58,19 @@ class Allocation(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if all(t in (Tensor, nn.Parameter) for t in types):
-            self._admit(func, args, kwargs)
+        from_sizes, pointwise = _makes(func)
+        if (from_sizes or pointwise) and all(t in (Tensor, nn.Parameter) for t in types):
+            self._admit(func, args, kwargs, from_sizes, pointwise)
         return func(*args, **kwargs)
 
-    def _admit(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        from_sizes, pointwise = _makes(func)
-        if not (from_sizes or pointwise):
-            return
+    def _admit(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        from_sizes: bool,
+        pointwise: bool,
+    ) -> None:
         operands = [a for a in args if isinstance(a, Tensor)]
         device = kwargs.get("device") or (operands[0].device if operands else _CPU)
         device = device if isinstance(device, torch.device) else torch.device(device)

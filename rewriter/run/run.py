@@ -76,9 +76,10 @@ def run(
         if progress is not None:
             progress(str(item))
         try:
-            if not item.sharded:
-                require_whole(program.module, item.text)
-            checks = checks or Checks(program)
+            with settled(program.module, program.base.module):
+                if not item.sharded:
+                    require_whole(program.module, item.text)
+                checks = checks or Checks(program)
             program = _step(program, item, data, sources, checks)
         except RewriteError as error:
             after = f" after {', '.join(done)}" if done else ""
@@ -137,10 +138,11 @@ def apply_plan(
             f"there is an adapter {item.adapter!r} already; give this one another name: "
             f"{item.text}{{name=...}}."
         )
-    require_owned(program)
     clock = [time.perf_counter()]
-    owned = owned and not check and all_read(program.module)
-    fork = replace(program) if owned else program.fork(printed=False)
+    with settled(program.module):
+        require_owned(program)
+        owned = owned and not check and all_read(program.module)
+        fork = replace(program) if owned else program.fork(printed=False)
     clock.append(time.perf_counter())
     with alone(), _sizes_named(fork):
         edit = _edited(fork, item, plan, elements)

@@ -132,6 +132,10 @@ class _Layouts(TorchDispatchMode):
         super().__init__()
         self.environment = environment
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs under it is not compiled; keeping torch's compiler out costs more
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.environment is None or func is not ATEN.convolution.default:
             return func(*args, **(kwargs or {}))

@@ -12,7 +12,6 @@ from ..graph.turns import alone
 from ..graph.walks import settled
 from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
-from ..measure.silence import silenced
 from ..measure.steady import perturbed
 from ..measure.trials import sizes
 from ..measure.watch import branches, watched
@@ -24,6 +23,7 @@ from ..program.state import State
 from .apart import only_branches, resting
 from .intact import marks, require_names, require_others, require_saved, require_unmoved
 from .known import keep, known, recalled
+from .silence import silenced
 from .verify import certify, check_graph, is_meta
 
 Redo = Callable[[State, Pass, Plan], Editor]

@@ -20,7 +20,7 @@ EDITORS = ("features", "own")
 """Buffers of branches that the editor makes from the site."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mark:
     """One tensor of a program at one time; its object, memory, version counter and flag."""
 
@@ -178,6 +178,7 @@ def require_saved(before: State, after: State, what: str, again: Callable[[], St
 
 
 _Number = bool | int | float | complex | str
+_PLAIN = frozenset({type(None), bool, int, float, complex, str})
 
 
 def numbers(program: State) -> dict[str, Any]:
@@ -185,17 +186,20 @@ def numbers(program: State) -> dict[str, Any]:
     them, and no artifact holds them."""
     return {
         f"{path}.{name}": value
-        for path, module in program.module.named_modules()
-        if program.inserts(f"{path}.") and not getattr(module, "updates_state", False)
+        for path, module in program.inserted()
+        if not vars(module).get("updates_state", getattr(type(module), "updates_state", False))
         for name, value in vars(module).items()
-        if name != "training" and not name.startswith("_") and _is_plain(value)
+        if name[0] != "_" and name != "training" and _is_plain(value)
     }
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if issubclass(kind, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, _Number) or value is None
+    return isinstance(value, _Number)
 
 
 def require_numbers(program: State) -> None:
@@ -223,8 +227,7 @@ def _plain(program: State) -> dict[str, Tensor]:
     """Tensors that branches hold as plain attributes, which torch neither moves nor saves."""
     return {
         f"{path}.{name}": value
-        for path, module in program.module.named_modules()
-        if program.inserts(f"{path}.")
+        for path, module in program.inserted()
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     }
@@ -287,9 +290,9 @@ def _same(x: Tensor, y: Tensor) -> bool:
     if x.is_meta or y.is_meta or is_sharded(x) or same_view(x) == same_view(y):
         return x.shape == y.shape and x.dtype == y.dtype
     x, y = x.detach(), y.detach()
-    return (
-        x.dtype == y.dtype and x.shape == y.shape and bool(((x == y) | (x != x) & (y != y)).all())
-    )
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    return torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all())
 
 
 def close(x: Tensor, y: Tensor) -> bool:

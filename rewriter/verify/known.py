@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,4 +85,15 @@ def _values(program: State) -> dict[str, bytes]:
             sums[name] = checksum(tensor)
         else:
             small.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach().reshape(-1))
-    return sums | {str(kind): checksum(torch.cat(each)) for kind, each in small.items()}
+    return sums | {f"{kind} {i}": s for kind, each in small.items() for i, s in _blocks(each)}
+
+
+def _blocks(tensors: list[Tensor]) -> Iterator[tuple[int, bytes]]:
+    """Checksums of flat tensors of one kind, of some at a time that a processor's cache holds."""
+    start, size, room = 0, 0, torch.empty(0)
+    for end, tensor in enumerate(tensors, 1):
+        size += tensor.numel()
+        if end == len(tensors) or size * tensor.itemsize > 2 * _LARGE:
+            room = room if room.numel() >= size else tensor.new_empty(size)
+            yield start, checksum(torch.cat(tensors[start:end], out=room[:size]))
+            start, size = end, 0

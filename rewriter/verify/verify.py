@@ -25,7 +25,6 @@ from ..graph.sharded import placed_like, whole
 from ..inputs.spec import short_type
 from ..measure.choices import tied
 from ..measure.compare import TOLERANCE, Gap, compare, figures, floats, gaps, worst
-from ..measure.effect import SHARE, effect
 from ..measure.noise import cancelled, levels
 from ..measure.steady import quieten, require_steady, trained
 from ..measure.still import forward, still
@@ -35,6 +34,7 @@ from ..program.history import Certificate, Contract
 from ..program.state import State
 from ..program.text import with_names
 from .apart import only_branches
+from .effect import SHARE, effect
 from .intact import marks
 from .known import keep, recalled
 

@@ -17,7 +17,6 @@ from torch.fx import Node
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, MetaTensorError, NonFiniteError
 from ...graph.aten import dense_of, erase_dead, expression_of, parameter_of, set_attribute
-from ...graph.pattern import Match, Mismatch
 from ...graph.sharded import placed_like, whole, whole_module
 from ...measure.compare import all_finite
 from ...measure.constants import constant_reads
@@ -33,6 +32,7 @@ from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember, unexpress
 from .packing import while_unpacked
+from .pattern import Match, Mismatch
 from .result import Folding
 from .rules import Fold, linear_of, match_at
 from .untie import untie

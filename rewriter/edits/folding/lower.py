@@ -11,10 +11,10 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from ...branches.branch import Delta, Fused, RowScale
-from ...graph.pattern import Match
 from ...program.sites import LinearSite, Site
 from ..calls.attach import Attaching
 from ..linear.compose import fold_ready
+from .pattern import Match
 from .rules import delta_rule, rows_rule
 
 

@@ -21,10 +21,10 @@ from torch.fx import GraphModule, Node
 from ...branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
 from ...errors import FoldError
 from ...graph.aten import VIEWS, expression_of, strip
-from ...graph.pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 from ...graph.weighted_call import WeightedCall
 from ...weights.verdict import lost_share
 from ...weights.weight import Weight
+from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 
 
 @pattern

@@ -9,10 +9,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .aten import attribute
+from ..graph.aten import attribute
 
 Values = list[Any]
 """What nodes gave, by their place, and behind that the constants that they are called with."""

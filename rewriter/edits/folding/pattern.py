@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from .aten import ADDS, is_op, submodule, users
-from .weighted_call import WeightedCall
+from ...graph.aten import ADDS, is_op, submodule, users
+from ...graph.weighted_call import WeightedCall
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from torch.fx import Node
 
 from ..branches.branch import Delta, Expression, RowScale, Scale, Serial
 from ..graph.aten import ATEN, is_op
-from ..graph.direct import Direct
 from ..graph.module import CapturedModule
+from .direct import Direct
 
 
 @contextlib.contextmanager
-def silenced(gm: CapturedModule, paths: Collection[str], only_added: bool = False) -> Iterator[None]:
+def silenced(
+    gm: CapturedModule, paths: Collection[str], only_added: bool = False
+) -> Iterator[None]:
     """Lets the branches at these paths do nothing, where their slot has a word for that.
 
     Args:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .compare import floats
+from ..measure.compare import floats
+from ..measure.witness import Witness
 from .silence import silenced
-from .witness import Witness
 
 SHARE = 0.1
 """Share of what branches contribute that a rewriting may change in any case."""
