@@ -283,7 +283,7 @@ class _Flow:
             rank = len(sizes_of(node))
             return [((node, place % rank), kind)] if rank > 2 else []
         if isinstance(site, ExpertsSite):
-            return [((site.weight, 0), "expert")]
+            return [((site.weight, site.place), "expert")]
         if isinstance(site, FeedForwardSite):
             return self._feed_forward(site)
         return []
@@ -294,7 +294,7 @@ class _Flow:
         if isinstance(down, LinearSite) and not down.sliced:
             named.append(((down.weight, 0 if down.in_out else 1), "channel"))
         elif isinstance(down, ExpertsSite):
-            named.append(((down.weight, 1 if down.in_out else 2), "channel"))
+            named.append(((down.weight, down.axes[1]), "channel"))
         router = self.program.sites[site.router] if site.router else None
         if isinstance(router, LinearSite):
             named.append(((router.weight, 1 if router.in_out else 0), "expert"))

@@ -286,9 +286,9 @@ def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str], packed: set[s
         )
         return replace(site, channels=channels, groups=groups)
     if isinstance(site, ExpertsSite):
-        out, inner = (count(k) for k in ((2, 1) if site.in_out else (1, 2)))
+        out, inner = map(count, site.axes)
         if site.features is not None and out is not None:
-            site = replace(site, features=_features(site, left[site.weight, 2 - (not site.in_out)]))
+            site = replace(site, features=_features(site, left[site.weight, site.axes[0]]))
             out = len(site.features or ())
         out, inner = out or site.out_features, inner or site.in_features
         return replace(site, out_features=out, in_features=inner)
