@@ -180,6 +180,7 @@ def _experts(
 
     Before PEFT 0.19 tensors stored `[experts, out, in]` were taken for `[experts, in, out]`.
     """
+    require_first(site)
     first, second = a.unflatten(0, (site.experts, -1)), b.unflatten(1, (-1, site.experts))
     second = second.permute(2, 0, 1)
     swapped = not site.in_out and config.version < (0, 19)
@@ -189,6 +190,15 @@ def _experts(
             "0.19 mean the transpose. Add its peft_version to the config."
         )
     return (second.mT, first.mT) if swapped else (first, second)
+
+
+def require_first(site: ExpertsSite) -> None:
+    """Raises ArtifactError for a stack of which PEFT would take another axis for the experts."""
+    if site.place:
+        raise ArtifactError(
+            f"{site.weight} has its experts along axis {site.place}, and PEFT counts them along "
+            "the first: its factors are of other matrices. Save it with peftfx.save, or fold it."
+        )
 
 
 def _adalora(

@@ -24,7 +24,7 @@ from ..rewriter.program.sites import (
 from ..rewriter.storage.parts import Parts
 from .base import Base, snapshot
 from .hf_peft_config import PREFIX, resolved
-from .hf_peft_lora import TWICE
+from .hf_peft_lora import TWICE, require_first
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -197,6 +197,7 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
     if isinstance(site, EmbeddingSite):
         leaves = {"lora_embedding_A": a, "lora_embedding_B": b}
     elif isinstance(site, ExpertsSite):
+        require_first(site)
         b = b.permute(1, 2, 0).flatten(1)
         leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b}
     elif isinstance(site, ConvSite):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.rewriter.errors import ArtifactError
 from peftfx.rewriter.program.sites import ExpertsSite, LinearSite
 
 from .models import moved, randomise
@@ -91,8 +93,6 @@ def test_peft_computes_the_same_beside_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("equation", "shape"),
     [
-        ("bti,ieo->bteo", (8, 3, 12)),  # no matrix of an expert lies in one piece
-        ("bti,ino->btno", (8, 2, 3)),
         ("bti,io->bt", (8, 5)),  # sums over outputs
         ("bti,ti->bt", (5, 8)),  # no product of a matrix
         ("bti,io->bto", (1, 5)),  # the one row is repeated
@@ -114,3 +114,85 @@ def test_other_equations_stay_as_they_are(equation: str, shape: tuple[int, ...])
     assert "einsum" in base.text()
     assert torch.equal(base(x), model(x))
     assert all(not isinstance(s, LinearSite) or s.obstacle for s in base.sites)
+
+
+class Stacks(nn.Module):
+    """Experts along the second or the last axis of their tensors, in an einsum or a view."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.table, self.norm, self.route = nn.Embedding(30, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        sizes = ((8, 16, 3), (16, 8, 3)) if way == "last" else ((8, 3, 16), (16, 3, 8))
+        self.up, self.down = (nn.Parameter(0.3 * torch.randn(s)) for s in sizes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        h = self.norm(x)
+        gate = self.route(h).softmax(-1)
+        if self.way == "einsum":
+            inner = F.gelu(torch.einsum("bti,ieo->bteo", h, self.up))
+            y = torch.einsum("bteo,oei->btei", inner, self.down)
+            return x + (y * gate[..., None]).sum(2)
+        order = (2, 0, 1) if self.way == "last" else (1, 0, 2)
+        rows = h.reshape(1, -1, 8).expand(3, -1, -1)
+        y = F.gelu(rows @ self.up.permute(order)) @ self.down.permute(order)
+        return x + (y * gate.reshape(-1, 3).mT[..., None]).sum(0).view(x.shape)
+
+
+@pytest.mark.parametrize("way", ["einsum", "middle", "last"])
+def test_experts_along_another_axis(way: str, tmp_path: Path) -> None:
+    """They are experts as others are: low-rank beside each, folded, in few bits; not for PEFT."""
+    ids = torch.randint(30, (3, 7))
+    model = Stacks(way).eval().requires_grad_(False)
+    base = peftfx.capture(model, (ids,))
+    place = 2 if way == "last" else 1
+    sites = {s.id: s for s in base.sites.of("experts")}
+    assert {n: (s.role, s.place, s.matrices) for n, s in sites.items()} == {
+        "up": ("ffn.up", place, (3, 16, 8)), "down": ("ffn.down", place, (3, 8, 16)),
+    }  # fmt: skip
+    program = randomise(peftfx.run(base, "lora{rank=2,where=experts}"), 0.3)
+    values = program.named_trainable_parameters()
+    want = Stacks(way).eval()
+    with torch.no_grad():
+        for name in ("up", "down"):
+            a, b = (values[f"peftfx.lora.{name}.delta.{n}"] for n in "ab")
+            getattr(want, name).add_((8.0 * b @ a).mT.movedim(0, place))  # [experts, in, out]
+    torch.testing.assert_close(program(ids), want(ids), rtol=1e-4, atol=1e-5)
+    folded = peftfx.run(program, "fold").export_state_dict()
+    for name, tensor in want.state_dict().items():
+        torch.testing.assert_close(folded[name], tensor)
+    stored = peftfx.run(base, "quantise{format=int8,group=4,where=experts}")
+    assert 0 < (stored(ids) - base(ids)).abs().max() < 0.02
+    with pytest.raises(ArtifactError, match="has its experts along axis"):
+        peftfx.save_peft(program, tmp_path / "peft")
+
+
+class Heads(nn.Module):
+    """Projections `[in, heads, width]`, as where a dense layer may have several output axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.norm = nn.Embedding(30, 16), nn.LayerNorm(16)
+        self.q, self.k, self.v = (nn.Parameter(0.2 * torch.randn(16, 2, 8)) for _ in range(3))
+        self.o = nn.Parameter(0.2 * torch.randn(2, 8, 16))
+
+    def forward(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = self.table(ids)
+        q, k, v = (torch.einsum("btd,dhk->bhtk", self.norm(x), w) for w in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = y if seen is None else y * seen[:, None, None]
+        return x + torch.einsum("bhtk,hkd->btd", y, self.o)
+
+
+def test_projections_by_head() -> None:
+    ids, model = torch.randint(30, (2, 7)), Heads().eval().requires_grad_(False)
+    base = peftfx.capture(model, (ids,))
+    (attention,) = base.sites.of("attention")
+    assert (attention.q, attention.heads, attention.kv_heads) == ("q", 2, 2)
+    pruned = peftfx.run(base, "head_pruning{ratio=0.5}")
+    ((kept,),) = pruned.history[-1].plan.decisions["kept"].values()
+    torch.testing.assert_close(pruned(ids), model(ids, F.one_hot(torch.tensor(kept), 2)))
+    assert moved(pruned(ids), base(ids)) > 0.01

@@ -3,6 +3,7 @@ that hold several samples."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +132,9 @@ def test_rows_of_several_samples_are_refused(packed: tuple[str, peftfx.Program],
 
 
 def test_gates_do_not_mix_them(packed: tuple[str, peftfx.Program]) -> None:
-    with pytest.raises(PassError, match="its tokens are of several samples, which 'given' tells"):
+    with pytest.raises(
+        PassError, match="a row holds several samples, which 'given' tells apart: a mean"
+    ):
         peftfx.run(packed[1], "unipelt")
 
 
@@ -149,3 +152,124 @@ def test_what_each_sample_sees_alone_is_right(packed: tuple[str, peftfx.Program]
             given = torch.tensor([50, 60]) if way == "bounds" else given
             want = program(ids=own, given=given)
             torch.testing.assert_close(got[row : row + 1, part], want, rtol=1e-4, atol=1e-5)
+
+
+class Paired(nn.Module):
+    """Attention with a mask for pairs of tokens as the caller gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Packed("segments")
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.inner.table(ids)
+        heads = [m(x).unflatten(-1, (2, 8)) for m in (self.inner.q, self.inner.k, self.inner.v)]
+        q, k, v = (t.transpose(1, 2) for t in heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = x + self.inner.o(y)
+        return x + self.inner.down(F.gelu(self.inner.up(x)))
+
+
+def _blocks(segments: Tensor, numbers: bool) -> Tensor:
+    seen = (segments[:, :, None] == segments[:, None, :])[:, None]
+    return torch.where(seen, 0.0, -1e9) if numbers else seen
+
+
+NAMED = {"ids": {0: "batch", 1: "tokens"}, "mask": {0: "batch", 2: "tokens", 3: "tokens"}}
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("dynamic", [NAMED, None])
+def test_a_ready_made_mask_may_pack_rows(numbers: bool, dynamic: Any) -> None:
+    """Who gives a mask by pairs may tell samples apart by it: what mixes tokens is refused, and
+    prefixes are what they are where the model makes the mask itself."""
+    segments = WAYS["segments"]
+    inputs = {"ids": torch.randint(30, (2, 7)), "mask": _blocks(segments, numbers)}
+    model = Paired().eval().requires_grad_(False)
+    base = peftfx.capture(model, kwargs=inputs, dynamic=dynamic)
+    for text in (
+        "coda{bottleneck=2}",
+        "unipelt",
+        *(["prompt_tuning{length=2}"] if dynamic else []),
+    ):
+        with pytest.raises(PassError, match="may hold several samples, which 'mask' tells apart"):
+            peftfx.run(base, text)
+    prefixed = randomise(peftfx.run(base, "prefix_tuning{length=2}"), 0.3)
+    own = peftfx.capture(model.inner, kwargs={"ids": inputs["ids"], "given": segments})
+    want = randomise(peftfx.run(own, "prefix_tuning{length=2}"), 0.3)
+    values = list(prefixed.named_trainable_parameters().values())
+    with torch.no_grad():
+        for parameter, value in zip(
+            want.named_trainable_parameters().values(), values, strict=True
+        ):
+            parameter.copy_(value)
+    got = prefixed(**inputs)
+    torch.testing.assert_close(got, want(ids=inputs["ids"], given=segments))
+    assert not torch.allclose(got, base(**inputs), atol=1e-3)
+
+
+class Bags(nn.Module):
+    """Sums over equal bags of ids, then linears: nothing shows the order of ids."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag = nn.EmbeddingBag(30, 16, mode=mode, padding_idx=0)
+        self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.gelu(self.inner(self.bag(ids))))
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_bags_of_equal_sizes_are_samples(mode: str, tmp_path: Path) -> None:
+    model = Bags(mode).eval().requires_grad_(False)
+    base = peftfx.capture(model, (torch.randint(30, (3, 8)),))
+    text = "lora{rank=2,name=a,where=linear};lora{rank=2,name=b,where=linear}"
+    two = randomise(peftfx.run(base, text), 0.3)
+    values = two.named_trainable_parameters()
+    banked = peftfx.run(two, "bank")
+    ids, rows = torch.randint(30, (5, 6)), torch.tensor([0, 1, 2, 1, -1])
+
+    def changed(layer: nn.Linear, x: Tensor, k: int, path: str) -> Tensor:
+        y = layer(x)
+        if k in (0, 1):
+            a, b = (values[f"peftfx.{'ab'[k]}.{path}.delta.{n}"] for n in "ab")
+            y = y + x @ a.T @ b.T * (16 / 2)
+        return y
+
+    for row, k in enumerate(rows.tolist()):
+        x = F.gelu(changed(model.inner, model.bag(ids[row : row + 1]), k, "inner"))
+        want = changed(model.head, x, k, "head")
+        torch.testing.assert_close(banked(ids, adapter=rows)[row : row + 1], want)
+    peftfx.export_onnx(banked, tmp_path / "bags.onnx")  # measures itself against the program
+
+
+class Grouped(nn.Module):
+    """Four letters are one token: their number is a multiple of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Packed("segments")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.inner.table(ids)
+        x = x.view(x.shape[0], x.shape[1] // 4, 4, 16).mean(2)
+        q, k, v = (m(x)[:, None] for m in (self.inner.q, self.inner.k, self.inner.v))
+        x = x + self.inner.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + self.inner.down(F.gelu(self.inner.up(x)))
+
+
+def test_sizes_named_by_the_user_that_are_multiples() -> None:
+    """A trial shows which of the two names is that of samples, though tokens have neither size."""
+    model = Grouped().eval().requires_grad_(False)
+    ids = torch.randint(30, (3, 8))
+    base = peftfx.capture(model, (ids,), dynamic={"ids": {0: "rows", -1: "letters"}})
+    assert base.spec.kinds == {"rows": "batch"}
+    text = "lora{rank=2,name=a,where=linear};lora{rank=2,name=b,where=linear}"
+    two = randomise(peftfx.run(base, text), 0.3)
+    banked, ids = peftfx.run(two, "bank"), torch.randint(30, (2, 12))
+    for k in (0, 1):
+        got, want = banked(ids, adapter=torch.tensor([k, k])), two.without("ba"[k])(ids)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=3e-4)
+    assert len(peftfx.run(base, "coda{bottleneck=2,reduction=2}").attachments) > 0

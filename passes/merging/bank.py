@@ -10,9 +10,10 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
     program(**batch, adapter=torch.tensor([0, 1, 2]))       # a, b, and the model without adapters
 
 Adapters of other kinds are a bank, too: scales, of which every row takes its vector; row scales of
-linears (DoRA), whose magnitudes all follow from the weight as it is; branches behind sublayers, and
-deltas of embeddings and convolutions, each of which is computed for all rows; and, of one length,
-rows in front of keys and values and prompts, which every row of a batch then has (ids 0 to n - 1).
+linears (DoRA), whose magnitudes all follow from the weight as it is; bottlenecks behind sublayers,
+and low-rank deltas of embeddings and convolutions, of which every row takes its tensors (others are
+computed for all rows); and, of one length, rows in front of keys and values and
+prompts, which every row of a batch then has (ids 0 to n - 1).
 
 Members are the program's adapters, or saved ones, given as sources. Those need not fit beside one
 another in one program, as prompts and DoRAs do not:
@@ -35,6 +36,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from ...rewriter.branches.gathered import gathered
 from ...rewriter.branches.rowwise import (
     RowwiseKeyValue,
     RowwiseLowRank,
@@ -200,7 +202,8 @@ def _word(edit: Editor, at: tuple[str, str], members: Sequence[Any]) -> Callable
         raise PassError(f"bank: {name}: {edit.skipped[-1][1]}. {remedy}")
     factors = [None if m is None else constant_factors(m) for m in members]
     low_rank = slot == "delta" and all(f for f, m in zip(factors, members, strict=True) if m)
-    branch: Any = RowwiseLowRank(factors, samples) if low_rank else rowwise(members, samples)
+    branch: Any = RowwiseLowRank(factors, samples) if low_rank else gathered(members, samples)
+    branch = branch or rowwise(members, samples)
     words = {"delta": edit.add, "serial": edit.after, "row_scale": edit.rescale}
     word: Any = words.get(slot, edit.scale)
     return lambda ids: word(site, branch, ids=ids)

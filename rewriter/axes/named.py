@@ -9,35 +9,17 @@ is not known along their axes is channels and pixels.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..branches.branch import Branch
 from ..branches.samples import Order
 from ..branches.shapes import ExpertsShape
-from ..graph.aten import (
-    ARITHMETIC,
-    ATEN,
-    CASTS,
-    CONVS,
-    DROPOUTS,
-    MATMULS,
-    POINTWISE,
-    SLICES,
-    SOFTMAX,
-    VIEWS,
-    inputs,
-    is_op,
-    named_arguments,
-    operands,
-    placeholders,
-    submodule,
-)
-from ..graph.modes import Attention
+from ..graph.aten import CONVS, is_op, named_arguments, placeholders, submodule
 from ..inputs.axes import KINDS as INPUT_KINDS
 from ..inputs.spec import InputSpec
 from ..program.sites import (
@@ -50,6 +32,7 @@ from ..program.sites import (
     SublayerSite,
 )
 from ..program.state import State
+from .attended import attended
 from .kinds import KINDS, Axis, Factor, Kind, axis, joined, known, merged, piece, split, whole, word
 from .relation import Ref, owner, sizes_of
 from .step import Made, Product, Row, Same, Step, size_at
@@ -106,6 +89,10 @@ class NamedAxes:
             return place, "slow" if of_axis[0] == kind else "fast"
         return None
 
+    def only(self, begin: Iterable[Ref]) -> NamedAxes:
+        """Where that lies which lies along some axes, as `token`; of others nothing is known."""
+        return NamedAxes(self._flow.only(begin))
+
     def _sizes(self, source: Node | str) -> tuple[Any, ...]:
         return self._flow.sizes[source] if isinstance(source, str) else sizes_of(source)
 
@@ -156,6 +143,17 @@ class _Flow:
                 self.near.setdefault(ref, []).append(step)
         self.copies.update(copies(node))
         return said
+
+    def only(self, begin: Iterable[Ref]) -> _Flow:
+        """The same graph, of which nothing is known but that some axes hold one thing."""
+        flow = copy.copy(self)
+        flow.found, flow.refused, flow.waiting, flow.queue = {}, set(), set(), deque()
+        flow.seen, flow.copies = set(self.seen), set(self.copies)
+        flow.near = {ref: [*said] for ref, said in self.near.items()}
+        for ref in begin:
+            flow._put(ref, axis("token", flow._size(ref)))
+        flow._spread()
+        return flow
 
     def look(self, source: Node | str) -> None:
         """Looks at a value that was not there when the analysis ran."""
@@ -276,7 +274,7 @@ class _Flow:
         """What is known at a site."""
         node = nodes[0]
         if isinstance(site, AttentionSite):
-            return _attention(node, self.gm)
+            return attended(node, self.gm)
         if isinstance(site, EmbeddingSite) and site.role != "relative":
             table = site.weight if site.weight in self.sizes else node  # or it is stored in parts
             return [((table, len(sizes_of(node)) - 1 if table is node else 1), "width")]
@@ -285,7 +283,7 @@ class _Flow:
             rank = len(sizes_of(node))
             return [((node, place % rank), kind)] if rank > 2 else []
         if isinstance(site, ExpertsSite):
-            return [((site.weight, 0), "expert")]
+            return [((site.weight, site.place), "expert")]
         if isinstance(site, FeedForwardSite):
             return self._feed_forward(site)
         return []
@@ -296,7 +294,7 @@ class _Flow:
         if isinstance(down, LinearSite) and not down.sliced:
             named.append(((down.weight, 0 if down.in_out else 1), "channel"))
         elif isinstance(down, ExpertsSite):
-            named.append(((down.weight, 1 if down.in_out else 2), "channel"))
+            named.append(((down.weight, down.axes[1]), "channel"))
         router = self.program.sites[site.router] if site.router else None
         if isinstance(router, LinearSite):
             named.append(((router.weight, 1 if router.in_out else 0), "expert"))
@@ -350,47 +348,3 @@ def _total(sizes: list[object]) -> object:
     for size in sizes:
         total = total * size  # pyright: ignore
     return total
-
-
-_UP = CASTS | VIEWS | SLICES | ARITHMETIC | POINTWISE | SOFTMAX | DROPOUTS
-_PRODUCTS = MATMULS - {ATEN.addmm.default}
-
-
-def _attention(core: Node, gm: GraphModule) -> list[tuple[Ref, Kind]]:
-    """Heads, tokens and widths where queries meet keys, and weights values."""
-    rank = len(sizes_of(core))
-    heads: list[tuple[Ref, Kind]] = [((core, 1), "head")] if rank == 4 else []
-    if isinstance(submodule(gm, core), Attention):
-        pairs = [(core, (-2, -1)), *((x, (-2, -1)) for x in inputs(core)[:2])]
-    elif is_op(core, _PRODUCTS):
-        first, second = operands(core)[-2:]
-        if (scores := _scores(gm, first)) is not None:
-            pairs = [(core, (-2, -1)), (first, (-1, None)), (scores, (None, -1))]
-        elif (scores := _scores(gm, second)) is not None:
-            pairs = [(core, (-1, -2)), (second, (-2, None)), (scores, (None, -1))]
-        else:
-            return heads
-    else:
-        return heads
-    for value, places in pairs:
-        for place, kind in zip(places, ("token", "width"), strict=True):
-            if place is not None:
-                heads.append(((owner(value), len(sizes_of(value)) + place), kind))
-    return heads
-
-
-def _scores(gm: GraphModule, weights: Node) -> Node | None:
-    """What the product of queries and keys below a softmax multiplies, contracted last axis."""
-    stack, seen = [(weights, is_op(weights, SOFTMAX))], set[Node]()
-    while stack:
-        node, below = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if is_op(node, _PRODUCTS):
-            if below:
-                return operands(node)[-2]
-            continue
-        if is_op(node, _UP) or isinstance(submodule(gm, node), nn.Dropout):
-            stack += [(i, below or is_op(node, SOFTMAX)) for i in inputs(node)]
-    return None

@@ -11,7 +11,7 @@ from ..graph.aten import NORMS, is_op, named_arguments, overloads, submodule
 from ..graph.modes import Attention, BatchNorm
 from .operators import operator_steps
 from .relation import Grid, Tie, aligned, extent, owner, sizes_of, tensors, tie, without
-from .step import Product, Row, Same, Step, like, made, repeated, same
+from .step import Made, Product, Row, Same, Step, like, made, repeated, same
 from .ties import GETITEM, relations
 from .views import DIVISIONS
 
@@ -58,8 +58,10 @@ def _module(node: Node, module: Any) -> list[Step]:
     if isinstance(module, Branch) and not module.reads and first is not None:
         rank = min(len(sizes_of(first)), len(sizes_of(node)))
         return [s for k in range(-rank, 0) for s in same(aligned(first, k, node, k))]
-    keeps = isinstance(module, BatchNorm) or getattr(module, "keeps_axes", False)
-    return like(first, node) if first is not None and keeps else []
+    if first is None or not (isinstance(module, BatchNorm) or getattr(module, "keeps_axes", False)):
+        return []
+    back = like(node, first)
+    return [*like(first, node), *(step for step in back if isinstance(step, Made))]
 
 
 def _entry(gm: GraphModule, node: Node) -> list[Step]:

@@ -29,7 +29,7 @@ from ..graph.aten import (
     submodule,
 )  # fmt: skip
 from ..graph.modes import AlphaDropout, Attention, BatchNorm
-from ..graph.stored_call import StoredCall, Unpacked
+from ..graph.stored_call import Lookup, StoredCall, Unpacked
 from ..graph.weighted_call import is_grouped
 from .gathers import GATHER_RULES, grouped
 from .relation import (
@@ -85,7 +85,10 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
     if (call := StoredCall.of(node)) is not None:
         return _stored(node, call)
     if (dense := Unpacked.of(node)) is not None:
-        return [Tie((dense.weight, axis), (node, axis)) for axis in (0, 1)]
+        both = [Tie((dense.weight, axis), (node, axis)) for axis in (0, 1)]
+        return [*both, Bundle((dense.weight, 1), dense.numbers["group"])]
+    if (rows := Lookup.of(node)) is not None:
+        return _lookup(node, rows)
     for operators, rule in _RULES:
         if is_op(node, operators):
             return rule(node)
@@ -108,6 +111,14 @@ def _stored(node: Node, call: StoredCall) -> list[Relation]:
     biases = [tie(call.bias, 0, node, -1)] if isinstance(call.bias, Node) else []
     group = Bundle((call.weight, 1), call.numbers["group"])
     return [*ends, *leading(x, node, 1), *biases, group]
+
+
+def _lookup(node: Node, rows: Lookup) -> list[Relation]:
+    """A row of the table an id; columns go by groups."""
+    last = len(sizes_of(node)) - 1
+    ids = [tie(rows.ids, k, node, k) for k in range(last)]
+    group = Bundle((rows.weight, 1), rows.numbers["group"])
+    return [*ids, Tie((rows.weight, 1), (node, last)), group]
 
 
 def _addmm(node: Node) -> list[Relation]:

@@ -223,7 +223,8 @@ class EmbeddingShape(Shape):
 
 @dataclass(frozen=True)
 class ExpertsShape(Shape):
-    """A matrix an expert, stored `[experts, out, in]`, or `[experts, in, out]` with `in_out`.
+    """A matrix an expert, stored `[experts, out, in]`, or `[experts, in, out]` with `in_out`; the
+    experts may have another `place` among the axes.
 
     Of rows by expert, `x [..., experts, rows, in]` (of `W x` turned by the branch's `axis`); or,
     `grouped`, of sorted rows `x [rows, in]`, of which those of expert e stop before `ends[e]`. Rows
@@ -238,6 +239,7 @@ class ExpertsShape(Shape):
     in_out: bool
     grouped: bool
     operator: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    place: int = 0
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -249,14 +251,15 @@ class ExpertsShape(Shape):
 
     @property
     def out_axis(self) -> int:
-        return 2 if self.in_out else 1
+        return [k for k in range(3) if k != self.place][self.in_out]
 
     def matrix(self, stored: Tensor) -> Tensor:
-        return (stored.mT if self.in_out else stored).flatten(0, 1)
+        stack = stored.movedim(self.place, 0)
+        return (stack.mT if self.in_out else stack).flatten(0, 1)
 
     def stored(self, matrix: Tensor) -> Tensor:
         stack = matrix.unflatten(0, (self.experts, -1))
-        return (stack.mT if self.in_out else stack).contiguous()
+        return (stack.mT if self.in_out else stack).movedim(0, self.place).contiguous()
 
     def narrow(self, x: Tensor, a: Tensor, **operands: Tensor) -> Tensor:
         return self._product(x, a, **operands)

@@ -161,21 +161,27 @@ class Lookup(Stored):
     Attributes:
         ids: which rows.
         size: columns.
+        node: the call.
     """
 
     ids: Any
     size: int
+    node: Node
 
     @staticmethod
     def of(node: object) -> Lookup | None:
         """None if a node is no such call."""
         name, given = _named(node)
         operator = next((o for o, dense in FORMATS.items() if dense + _ROWS == name), None)
-        if operator is None:
+        if operator is None or not isinstance(node, Node):
             return None
         ids, size = given.pop("ids"), given.pop("size")
         del given["padding_idx"], given["dtype"]
-        return Lookup(operator, *_sorted(given), ids, size)
+        return Lookup(operator, *_sorted(given), ids, size, node)
+
+    def resize(self, size: int) -> None:
+        """Says how many columns there are."""
+        self.node.args = (*self.node.args[:-3], size, *self.node.args[-2:])
 
     @property
     def entries(self) -> int:

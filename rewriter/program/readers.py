@@ -152,8 +152,14 @@ def _reach(tensor: Tensor) -> int:
     return (steps + 1) * tensor.element_size()
 
 
-def turned(through: Sequence[Node]) -> bool | None:
-    """Whether a matrix arrives transposed behind views; None if its elements are rearranged."""
+def turned(through: Sequence[Node], place: int = 0) -> bool | None:
+    """Whether a matrix arrives transposed behind views; None if its elements are rearranged.
+
+    Args:
+        place: of a stack of matrices the axis along which they lie; they arrive along the first.
+    """
+    if place:
+        return _turned_stack(through, place)
     turn = False
     for node in through:
         before, after = shape(node.args[0]) or (), shape(node) or ()
@@ -169,6 +175,19 @@ def turned(through: Sequence[Node]) -> bool | None:
             return None
         turn ^= order[-1] == len(order) - 2
     return turn
+
+
+def _turned_stack(through: Sequence[Node], place: int) -> bool | None:
+    axes = (0, 1, 2)
+    for node in through:
+        if is_op(node, CASTS) or expression_of(node) is not None:
+            continue
+        order = (0, 2, 1) if is_op(node, _TURNS) else _order(node, 3)
+        if order is None:
+            return None
+        axes = tuple(axes[k] for k in order)
+    rest = tuple(k for k in range(3) if k != place)
+    return {(place, *rest): False, (place, *rest[::-1]): True}.get(axes)
 
 
 def _order(node: Node, count: int) -> tuple[int, ...] | None:

@@ -142,12 +142,20 @@ class ExpertsSite(WeightSite):
     Attributes:
         experts, in_features, out_features: sizes (`out_features` counts `features` only).
         in_out: the weight is stored `[experts, in, out]` instead of `[experts, out, in]`.
+        place: the axis that the experts have there instead of the first.
     """
 
     experts: int = 0
     in_features: int = 0
     out_features: int = 0
     in_out: bool = False
+    place: int = 0
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """The axes of outputs and inputs in the stored tensor."""
+        first, second = (k for k in range(3) if k != self.place)
+        return (second, first) if self.in_out else (first, second)
 
     @property
     def module(self) -> str:

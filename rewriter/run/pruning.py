@@ -113,7 +113,8 @@ class Pruning(Pass, abstract=True):
     def _scores(
         self, program: State, groups: Mapping[str, Channels], data: Any
     ) -> dict[str, Tensor]:
-        linears = {s.weight: s for s in program.sites if isinstance(s, LinearSite)}
+        sites = (s for s in program.sites if isinstance(s, LinearSite) and not s.obstacle)
+        linears = {s.weight: s for s in sites}
         members = {n: linears[n] for g in groups.values() for n in g.stored if n in linears}
         weights = weights_at(program, members.values())
         if any(w.device.type == "meta" for w in weights.values()):

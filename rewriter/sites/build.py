@@ -159,6 +159,7 @@ class _Builder:
                 id=site_id, kind="experts", role=role, layer=layer, stream=stream, nodes=nodes,
                 weight=linear.weight, experts=linear.stack, in_features=linear.sizes[0],
                 out_features=len(own), features=listed, in_out=linear.in_out, left=linear.left,
+                place=linear.place,
             ))  # fmt: skip
         else:
             self.sites.append(LinearSite(
@@ -255,7 +256,7 @@ class _Builder:
         def count(role: str, width: int, fallback: int) -> int:
             linear = draft.parts[role][0]
             features = draft.features.get((role, linear.weight))
-            total = len(features) if features else linear.sizes[1]
+            total = (len(features) if features else linear.sizes[1]) * max(1, linear.stack)
             return fallback if total % width else total // width
 
         heads = count("q", dim, int(q[-3]) if len(q) > 3 else 1)

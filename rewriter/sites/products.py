@@ -44,12 +44,22 @@ class Matrix:
         held: the parameter.
         turned: it is read transposed.
         rows: the rows that are read, None for all.
+        place: the axis along which the matrices of a stack lie.
     """
 
     path: str
     held: Tensor
     turned: bool = False
     rows: tuple[int, ...] | None = None
+    place: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of one matrix, as it is stored."""
+        shape = list(self.held.shape)
+        if len(shape) == 3:
+            del shape[self.place]
+        return shape[0], shape[1]
 
 
 def matrix(gm: GraphModule, node: object) -> Matrix | None:
@@ -68,15 +78,9 @@ def matrix(gm: GraphModule, node: object) -> Matrix | None:
     sizes, strides, start = layout
     while len(sizes) > tensor.dim() and sizes[0] == 1:
         sizes, strides = sizes[1:], strides[1:]
-    height, width = tensor.shape[-2:]
     if tensor.dim() == 3:
-        each = (tensor.shape[0], height, width)
-        if start or sorted(sizes) != sorted(each) or sizes[0] != each[0]:
-            return None
-        if sizes == each and strides == (height * width, width, 1):
-            return Matrix(path, tensor)
-        turned = sizes == (each[0], width, height) and strides == (height * width, 1, width)
-        return Matrix(path, tensor, True) if turned else None
+        return None if start else _stack(path, tensor, (sizes, strides))
+    height, width = tensor.shape
     if len(sizes) != 2:
         return None
     for turned in (False, True):
@@ -87,6 +91,19 @@ def matrix(gm: GraphModule, node: object) -> Matrix | None:
         first, every = start // width, step // width if count > 1 else 1
         rows = tuple(range(first, first + count * every, every))
         return Matrix(path, tensor, turned, None if rows == tuple(range(height)) else rows)
+    return None
+
+
+def _stack(path: str, tensor: Tensor, layout: tuple[Any, Any]) -> Matrix | None:
+    """A stack of matrices that a view of a whole tensor is: which axis counts them, and whether
+    they are turned."""
+    size, step = tuple(tensor.shape), torch.empty(tensor.shape, device="meta").stride()
+    for place in range(3):
+        rest = [k for k in range(3) if k != place]
+        for order in (rest, rest[::-1]):
+            axes = (place, *order)
+            if layout == (tuple(size[k] for k in axes), tuple(step[k] for k in axes)):
+                return Matrix(path, tensor, order != rest, place=place)
     return None
 
 

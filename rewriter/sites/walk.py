@@ -60,6 +60,7 @@ class Linear:
         stack: number of matrices in a stack of experts, 0 for a plain weight.
         left: the weight is the left operand, `W @ x`: features are the last axis but one.
         rows: the output features of the weight that the call uses, None for all.
+        place: the axis of the experts in a stack.
     """
 
     node: Node
@@ -71,6 +72,7 @@ class Linear:
     stack: int = 0
     left: bool = False
     rows: tuple[int, ...] | None = None
+    place: int = 0
 
 
 @dataclass
@@ -166,14 +168,15 @@ class Walk:
         if stored is None or not isinstance(x, Node):
             return None
         in_out, rows, tensor = in_out != stored.turned, stored.rows, stored.held
-        height, width = int(tensor.shape[-2]), int(tensor.shape[-1])
+        height, width = stored.sizes
         if in_out and rows is not None:
             return None
         named = parameter_of(bias)
         sizes = (height, width) if in_out else (width, len(rows) if rows else height)
-        stack = int(tensor.shape[0]) if tensor.dim() == 3 else 0
+        stack = int(tensor.shape[stored.place]) if tensor.dim() == 3 else 0
         name = named[0] if named else None
-        return Linear(node, x, stored.path, name, in_out, sizes, stack, left, rows)
+        place = stored.place
+        return Linear(node, x, stored.path, name, in_out, sizes, stack, left, rows, place)
 
     def _conv(self, node: Node) -> Conv | None:
         if not is_op(node, CONVS):

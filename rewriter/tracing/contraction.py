@@ -3,9 +3,10 @@
     bti,oi->bto       linear(x, W)                    also with W [in, out]
     ebti,eio->ebto    bmm(x [e, rows, i], W)          also with W [e, out, in]
     bti,eio->bteo     bmm of the same rows with the matrix of every expert
+    ebti,ieo->ebto    the same with W [i, e, o], or [i, o, e]
 
-Other equations stay as they are (several axes that are summed over, an axis of W that is neither
-the first nor one of a matrix).
+Experts are the axis of W that rows have, too; where none is, the first that is not summed over.
+Other equations stay as they are (several axes that are summed over).
 """
 
 from __future__ import annotations
@@ -69,9 +70,11 @@ class Contraction:
 
 
 def _contraction(x: Node, w: Node, x_axes: str, w_axes: str, out: str) -> Contraction | None:
-    expert = w_axes[0] if len(w_axes) == 3 else ""
     summed = [a for a in w_axes if a in x_axes and a not in out]
-    features = [a for a in w_axes[-2:] if a not in x_axes and a in out]
+    kept = [a for a in w_axes if a in out]
+    shared = [a for a in kept if a in x_axes]
+    expert = [*shared, *kept][0] if len(w_axes) == 3 and kept else ""
+    features = [a for a in kept if a not in x_axes and a != expert]
     plain = all(len(set(axes)) == len(axes) for axes in (x_axes, w_axes, out))
     whole = set(out) == (set(x_axes) | set(w_axes)) - set(summed)
     if len(w_axes) not in (2, 3) or len(summed) != 1 or len(features) != 1:
@@ -147,8 +150,15 @@ def _stack(write: _Writer, part: Contraction) -> Node:
         x = write.ordered(part.x, part.x_axes, rows + part.size)
         x = write.call(ATEN.reshape.default, x, [1, -1, size])
         x = write.call(ATEN.expand.default, x, [experts, -1, -1])
-    turned = part.w_axes.index(part.size) == 2
-    w = write.call(ATEN.transpose.int, part.w, 1, 2) if turned else part.w
+    w = _matrices(write, part)
     y = write.call(ATEN.bmm.default, x, w)
     y = write.call(ATEN.view.default, y, [experts, *sizes, features])
     return write.ordered(y, part.expert + rows + part.feature, part.out)
+
+
+def _matrices(write: _Writer, part: Contraction) -> Node:
+    """The stack as `[experts, in, out]`."""
+    wanted = part.expert + part.size + part.feature
+    if part.w_axes == part.expert + part.feature + part.size:
+        return write.call(ATEN.transpose.int, part.w, 1, 2)
+    return write.ordered(part.w, part.w_axes, wanted)

@@ -53,7 +53,7 @@ def shape_of(site: WeightSite, call: Node | None) -> Shape:
         grouped = is_grouped(call)
         own = call.target if grouped and is_op(call, overloads("_grouped_mm")) else None
         operator = own if callable(own) else None
-        return ExpertsShape(site.experts, site.in_out, grouped, operator)
+        return ExpertsShape(site.experts, site.in_out, grouped, operator, site.place)
     known = value(call)
     dtype = given["dtype"] if known is None else known.dtype
     padding = given.get("padding_idx", None if is_op(call, INDEX) else -1)
@@ -99,7 +99,7 @@ def reads_as_stored(site: WeightSite, call: Node) -> bool:
     if isinstance(site, ExpertsSite):
         if bool(data_index(call)) != site.left or (is_grouped(call) and not parts.operands):
             return False
-        return turned(known[1]) is (site.in_out == site.left)
+        return turned(known[1], site.place) is (site.in_out == site.left)
     if not all(is_op(step, CASTS) for step in known[1]):
         return False
     if isinstance(site, ConvSite):

@@ -97,6 +97,37 @@ def test_convolutions() -> None:
     check(program, bank, "ab", {"x": torch.randn(5, 3, 8, 8)}, IDS)
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(4, 8, 3, padding=1, stride=2, groups=2)
+        self.two = nn.ConvTranspose1d(8, 4, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x)))
+
+
+def test_each_row_takes_its_tensors(captured: Any) -> None:
+    """Bottlenecks, lookups and convolutions in groups, of unlike ranks, are tables by adapter."""
+    torch.manual_seed(0)
+    pictures = peftfx.capture(Grouped().eval(), (torch.randn(4, 4, 9),))
+    text = "lora{rank=1,where=conv,name=a};lora{rank=2,where=conv,name=b,seed=1}"
+    tables = "lora{rank=2,where=embedding.token,name=b,seed=1}"
+    cases = (
+        (pictures, text, "RowwiseConvolution", {"x": torch.randn(5, 4, 9)}),
+        (captured["tiny"][1], TWO["serial"], "RowwiseBottleneck", batch(5, 9)),
+        (captured["tiny"][1], f"lora{{rank=3,where=embedding.token,name=a}};{tables}",
+         "RowwiseLookup", batch(5, 9)),
+    )  # fmt: skip
+    for base, text, kind, inputs in cases:
+        program = randomise(peftfx.run(base, text), 0.5)
+        bank = peftfx.run(program, "bank")
+        branches = [bank.branch(a) for a in bank.attached_by("bank")]
+        assert {type(b).__name__ for b in branches} == {kind}
+        assert not any(isinstance(m, nn.ModuleList) for b in branches for m in b.children())
+        check(program, bank, "ab", inputs, IDS)
+
+
 def test_saved_and_loaded(captured: Any, tmp_path: Path) -> None:
     model, base = captured["encoder"]
     program = randomise(peftfx.run(base, TWO["serial"]), 0.2)

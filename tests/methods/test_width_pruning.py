@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.rewriter.errors import PassError
 from peftfx.rewriter.program.sites import EmbeddingSite, LinearSite, SublayerSite
+from peftfx.rewriter.weights.weight import dense_weights
 
 from .. import models
 from ..models import batch, moved, randomise
@@ -101,6 +102,33 @@ def test_it_is_the_smaller_model(small: Any) -> None:
     assert {n: t.shape for n, t in state.items()} == {
         n: t.shape for n, t in smaller.state_dict().items()
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["int4,group=4", "codebook,group=8", "onebit,group=8", "sparse24"])
+def test_weights_in_few_bits_lose_whole_groups(kind: str) -> None:
+    """Tables and linears alike: columns that share what they are stored with go together."""
+    torch.manual_seed(0)
+    base = peftfx.capture(Small(24).eval(), (ids(),))
+    stored = peftfx.run(base, f"quantise{{format={kind},where=linear|embedding}}")
+    program = peftfx.run(stored, "width_pruning{ratio=0.35}")
+    kept, group = kept_of(program), int(kind[-1])
+    assert torch.equal(
+        kept.view(-1, group) // group, kept[::group, None].expand(-1, group) // group
+    )
+    assert len(kept) == 16
+    smaller = Small(16).eval()
+    smaller.load_state_dict(sliced(values_of(stored), kept, 24))
+    got = program(input_ids=ids(4, 7))
+    torch.testing.assert_close(got, smaller(ids(4, 7)), rtol=1e-4, atol=1e-5)
+    assert moved(stored(input_ids=ids(4, 7)), got) > 0.01
+    assert {"words.weight", "up.weight"} <= dense_weights(program).keys()
+
+
+def values_of(program: Any) -> dict[str, Tensor]:
+    """What its weights in few bits stand for, and all others, by original name."""
+    module = program.module
+    plain = {n: t for n, t in module.state_dict().items() if n.count(".") == 1}
+    return {**plain, **dense_weights(program)}
 
 
 def test_adapters_are_cut_along(small: Any) -> None:

@@ -97,7 +97,9 @@ def _values(mask: Node) -> list[Node]:
 def _difference(program: State, mask: Node, length: int) -> str:
     """How a mask differs from a causal one without padding; '' if it does not."""
     batches = sample_axis(program).names
-    for tokens in (*(t for t in _SHORT if t < length), length):
+    fixed = (shape(mask) or (None,))[-1]
+    lengths = (*(t for t in _SHORT if t < length), length)
+    for tokens in (fixed,) if isinstance(fixed, int) else lengths:
         sizes = {n: 2 if n in batches else tokens for n in program.spec.sizes}
         ranges = {n: program.spec.ranges.get(n, (1, None)) for n in sizes}
         if any(h is not None and sizes[n] > h for n, (_, h) in ranges.items()):
@@ -190,8 +192,8 @@ def _narrowed(
     program: State, dropped: set[str], changed: Mapping[str, AttentionSite], length: int
 ) -> State:
     spec = program.spec
-    tokens = {s for i in spec.inputs if i.name in dropped for s in i.shape[1:]}
-    tokens = tokens or set(spec.sizes) - sample_axis(program).names
+    sizes = {s for i in spec.inputs if i.name in dropped for s in i.shape} or set(spec.sizes)
+    tokens = sizes - sample_axis(program).names
     ranges, reasons = dict(spec.ranges), dict(spec.reasons)
     for size in tokens & set(ranges):
         low, high = ranges[str(size)]

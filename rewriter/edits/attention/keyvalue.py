@@ -42,6 +42,8 @@ _WHERE = overloads("where")
 class WidenMask(nn.Module):
     """Lets every query see `length` more keys on the left: `[..., T] -> [..., length + T]`."""
 
+    keeps_axes = True
+
     def __init__(self, length: int, fill: float) -> None:
         super().__init__()
         self.length, self.fill = length, fill

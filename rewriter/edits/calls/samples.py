@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 from torch.fx import Node
 
 from ...axes.kinds import Kind
+from ...axes.line import Line
 from ...axes.named import NamedAxes, kinds_of_inputs, named_axes
 from ...branches.samples import Order
-from ...graph.aten import shape
+from ...graph.aten import placeholders, shape
 from ...inputs.spec import InputSpec, TensorInput
 from ...measure.independence import Values
 from ...program.state import State
@@ -49,6 +50,14 @@ class ShownAxes:
     def __init__(self, program: State) -> None:
         self.samples = sample_axis(program)
         self.named: NamedAxes = named_axes(program, _shown(program, self.samples))
+        self._inputs = placeholders(program.module)
+        self._lines: dict[tuple[Node, int], Line] = {}
+
+    def line(self, value: Node, place: int) -> Line:
+        """Where that lies which lies along an axis of a value."""
+        if (value, place) not in self._lines:
+            self._lines[value, place] = Line(self.named, value, place, self._inputs)
+        return self._lines[value, place]
 
     def batch(self, states: Node) -> int | None:
         """The axis of a value along which samples alone lie, other than its last; None if it has

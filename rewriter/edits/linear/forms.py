@@ -96,8 +96,14 @@ def _laid_out(site: WeightSite) -> list[tuple[Any, tuple[Any, ...]]]:
     if isinstance(site, LinearSite):
         return [(ATEN.t.default, ())] if site.in_out else []
     if isinstance(site, ExpertsSite):
-        stack = (ATEN.view.default, ([count, -1, size],))
-        return [stack, (ATEN.transpose.int, (1, 2))] if site.in_out else [stack]
+        steps: list[tuple[Any, tuple[Any, ...]]] = [(ATEN.view.default, ([count, -1, size],))]
+        if site.in_out:
+            steps.append((ATEN.transpose.int, (1, 2)))
+        if site.place:
+            order = [1, 2]
+            order.insert(site.place, 0)
+            steps.append((ATEN.permute.default, (order,)))
+        return steps
     if not isinstance(site, ConvSite):
         return []
     if not site.transposed:

@@ -107,7 +107,7 @@ def parts_of(
 def _names(site: Site, bias: bool) -> list[tuple[str, int]]:
     """The stored tensors of a site, with the axis that its features are on."""
     if isinstance(site, ExpertsSite):
-        return [(site.weight, 2 if site.in_out else 1)]
+        return [(site.weight, site.axes[0])]
     if isinstance(site, EmbeddingSite):
         return [(site.weight, 0)]
     if not isinstance(site, LinearSite | ConvSite | NormSite):

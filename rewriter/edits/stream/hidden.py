@@ -130,8 +130,8 @@ def hidden_of(
     tokens = tuple(k for k, w in words.items() if k != batch and w != "1")
     if batch is None or (others := {words[k] for k in tokens} - {"token", "?"}):
         return f"its hidden states {list(size)} have an axis of {', '.join(others)} beside tokens"  # pyright: ignore
-    if pairs := packed_by(program, axes.named):
-        return f"its tokens are of several samples, which {pairs} tells apart: a mean mixes them"
+    if packed := packed_by(program, axes.named):
+        return f"{packed}: a mean over tokens mixes them"
     valid, causal = valid_of(program, axes, states), is_causal(program, at)
     if len(tokens) > 1 and (causal or valid is not None):
         return "its tokens lie on several axes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import torch
 from torch.fx import Node
 
@@ -20,18 +22,13 @@ def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:
     Raises:
         PassError: there is a mask, and it is not known along which of its axes samples lie.
     """
-    gm = program.module
     size = shape(states)
     if size is None:
         raise PassError(f"{states.name} has no recorded shape.")
     sizes = {program.symbols.get(str(s), str(s)) for s in size}
-    for source in placeholders(gm).values():
-        padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
+    masks = list(_masks(program, sizes))
+    for source, padded in masks:
         given = [program.symbols.get(str(s), str(s)) for s in shape(padded) or ()]
-        if len(given) != 2 or not sizes.intersection(given):
-            continue
-        if meaning_of(program, source) != "mask":
-            continue
         batch = _batch(axes, padded)
         if batch is None:
             why = axes.samples.reason or "its axes are not those of samples and their tokens"
@@ -39,9 +36,32 @@ def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:
                 f"the padding mask {source.name!r} is [{', '.join(given)}]: {why}. "
                 f"{axes.samples.remedy or 'Capture with a mask that is [batch, tokens].'}"
             )
-        if given[1 - batch] in sizes:
+        if given[1 - batch] not in sizes:
+            continue
+        its = axes.line(padded, 1 - batch).reaches(states)
+        if its is None and len(masks) > 1:
+            names = " or ".join(repr(m.name) for m, _ in masks)
+            raise PassError(
+                f"nothing shows whether {names} is the padding mask of {states.name}. Capture with "
+                "sizes of their own for both: dynamic={input: {axis: name}}."
+            )
+        if its is not False:
             return _real(source, padded, batch)
     return None
+
+
+def _masks(program: State, sizes: Collection[str]) -> Iterator[tuple[Node, Node]]:
+    """The padding masks that have one of some sizes, each with what a prompt made of it."""
+    gm = program.module
+    for source in placeholders(gm).values():
+        padded = next((u for u in users(source) if isinstance(submodule(gm, u), PadTokens)), source)
+        given = [program.symbols.get(str(s), str(s)) for s in shape(padded) or ()]
+        if (
+            len(given) == 2
+            and not sizes.isdisjoint(given)
+            and meaning_of(program, source) == "mask"
+        ):
+            yield source, padded
 
 
 def _batch(axes: ShownAxes, mask: Node) -> int | None:

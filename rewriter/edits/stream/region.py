@@ -6,7 +6,7 @@ alike but for what enters beside the stream (positions, masks). Everything else 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from ...axes.line import Line
 from ...branches.routing import PutTokens, TakeTokens
 from ...errors import PassError
 from ...graph.aten import (
@@ -21,7 +22,6 @@ from ...graph.aten import (
     CASTS,
     CONVS,
     DROPOUTS,
-    LINEAR,
     MULS,
     NORMS,
     VIEWS,
@@ -59,6 +59,7 @@ class Region:
         read: what the first linear reads, the entry itself or its norm; known for all tokens.
         nodes: what is computed from entry or read on the way to exit, in graph order.
         tokens: the size of the token axis, a number or a symbol.
+        line, rows: where the stream's tokens lie, and its samples.
         batch: the axis of the samples in the stream, 0 or 1.
     """
 
@@ -68,6 +69,8 @@ class Region:
     exit: Node
     nodes: tuple[Node, ...]
     tokens: Any
+    line: Line
+    rows: Line
     batch: int = 0
 
     def is_tokens(self, size: object) -> bool:
@@ -125,13 +128,14 @@ def find_region(
         raise PassError(f"{first}: {why}. Tokens can be left out of [batch, tokens, width] only.")
     if packed := packed_by(program, axes.named):
         raise PassError(
-            f"{first}: a row holds several samples, which {packed} tells apart, and tokens would "
-            "be chosen among them all. Give each sample a row of its own, or choose another method."
+            f"{first}: {packed}, and tokens would be chosen among them all. Give each sample a row "
+            "of its own and a padding mask [batch, tokens], or choose another method."
         )
     read = _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)
-    region = Region(first, entry, read, end, inside, size[1 - batch], batch)
+    rows, line = axes.line(entry, batch), axes.line(entry, 1 - batch)
+    region = Region(first, entry, read, end, inside, size[1 - batch], line, rows, batch)
     _check(program, region)
     if not causal:
         _check_causal(program, region, allow)
@@ -242,24 +246,14 @@ def _check(program: State, region: Region) -> None:
     for node in gm.graph.nodes:
         if node not in inside and written(node) in inside:
             refuse(node, "writes into the region in place")
-    if isinstance(region.tokens, int):
-        _check_numbers(region, refuse)
-
-
-def _check_numbers(region: Region, refuse: Callable[[Node, str], None]) -> None:
-    """Where the number of tokens is no symbol, every value has to show which axis they are on."""
     for node in (region.entry, *region.nodes):
         size = shape(node)
         if size is None:
             continue
-        count = sum(map(region.is_tokens, size))
-        if not count:
-            refuse(node, f"{size} has no axis for the {region.tokens} tokens alone")
-        scores = count > 1 and size[-2:] == (region.tokens, region.tokens)
-        if scores and (node is region.entry or is_op(node, VIEWS | {LINEAR})):
-            scores = False
-        if count - scores > 1:
+        if region.line.unclear(node):
             refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
+        if isinstance(region.tokens, int) and not region.line.alone(node):
+            refuse(node, f"{size} has no axis for the {region.tokens} tokens alone")
 
 
 def _check_causal(program: State, region: Region, allow: str) -> None:
@@ -284,4 +278,5 @@ def _along_tokens(region: Region, node: Node) -> bool:
     if size is None or not size or axes is None:
         return size is not None and bool(size)
     listed = axes if isinstance(axes, list | tuple) else (axes,)
-    return any(region.is_tokens(size[int(a)]) for a in listed if isinstance(a, int))
+    alone = region.line.alone(source)
+    return any(int(a) % len(size) in alone for a in listed if isinstance(a, int))

@@ -25,6 +25,7 @@ from ...graph.aten import (
     attribute,
     inputs,
     is_op,
+    named_arguments,
     operands,
     overloads,
     shape,
@@ -40,7 +41,12 @@ from ..calls.call import branch_call, given, latest
 from ..calls.requirements import cycle
 from .region import Region
 
-_SIZED = overloads("view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat")
+_SIZED = overloads(
+    "view", "reshape", "_unsafe_view", "expand", "broadcast_to", "unflatten", "repeat", "zeros",
+    "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full",
+)  # fmt: skip
+"""What is given the sizes of its axes, in order."""
+_PARTED = overloads("unflatten")
 
 
 def run_on_chosen(
@@ -145,15 +151,36 @@ class _Rewrite:
         for node in [n for n in self.gm.graph.nodes if n in self.inside]:
             rank = len(shape(node) or ())
             with self.gm.graph.inserting_before(node):
-                given: Any = map_arg((node.args, node.kwargs), lambda v, r=rank: self._enter(v, r))
-                if isinstance(self.size, int) and is_op(node, _SIZED):
-                    given = (self._literals(given[0]), given[1])
-            node.args, node.kwargs = given
+                if is_op(node, _SIZED):
+                    node.args, node.kwargs = self._resized(node, rank)
+                else:
+                    given: Any = map_arg(
+                        (node.args, node.kwargs), lambda v, r=rank: self._enter(v, r)
+                    )
+                    node.args, node.kwargs = given
 
-    def _literals(self, given: Any) -> Any:
-        if isinstance(given, list | tuple):
-            return type(given)(self._literals(g) for g in given)  # pyright: ignore
-        return self.size if type(given) is int and given == self.region.tokens else given
+    def _resized(self, node: Node, rank: int) -> tuple[Any, Any]:
+        """The arguments of a call, with the new number of tokens where sizes are given: for the
+        axes along which these tokens lie, whatever else is as many."""
+        start = int(named_arguments(node)["dim"]) % rank if is_op(node, _PARTED) else 0
+        own = self.region.line.alone(node)
+
+        def enter(given: Any) -> Any:
+            return map_arg(given, lambda v: self._enter(v, rank))
+
+        def put(given: Any) -> Any:
+            if not isinstance(given, list | tuple):
+                return enter(given)
+            pairs: Any = enumerate(given, start)
+            return [
+                enter(g) if not self._counts(g) else self.size if k in own else g for k, g in pairs
+            ]
+
+        return tuple(map(put, node.args)), {k: put(v) for k, v in node.kwargs.items()}
+
+    def _counts(self, given: Any) -> bool:
+        """Whether a size that a call is given is the number of tokens, not -1."""
+        return self.region.is_tokens(value(given) if isinstance(given, Node) else given)
 
     def _enter(self, node: Node, rank: int) -> Node:
         """What stands for a value inside the region, whose reader has `rank` axes."""
@@ -166,34 +193,47 @@ class _Rewrite:
             if self.region.is_tokens(tensor):
                 return self.size
             return self._again(node, 0) if self.region.has_tokens(tensor) else node
-        size = shape(node)
-        if size is None or not any(map(self.region.has_tokens, size)) or self._stored(node):
+        size, line = shape(node), self.region.line
+        if size is None or self._stored(node):
             return node
-        if not all(self.region.is_tokens(d) for d in size if self.region.has_tokens(d)):
+        if line.unclear(node):
+            raise self._refuse(node, "of which nothing shows what lies along its axes")
+        if line.mixed(node):
             widened = isinstance(submodule(self.gm, node), WidenMask)
             return self._again(node, rank if widened else len(size))
+        alone = line.alone(node)
+        if not alone:
+            return node
         front = max(0, rank - len(size))
-        axes = tuple(i + front for i, d in enumerate(size) if self.region.is_tokens(d))
-        if self.region.batch and rank == len(size) == 3 and axes == (0,) and self._batch(size[1]):
+        axes = tuple(k + front for k in alone)
+        if self.region.batch and rank == len(size) == 3 and axes == (0,) and self._batch(node, 1):
             return self._take(node, axes, rank, 1)
-        if axes[0] == 0 or not (front or self._batch(size[0])):
-            raise PassError(
-                f"{self.region.site}: {node.name} {size} enters the region with its tokens beside "
-                "merged or missing batch rows, so they cannot be gathered. Leave this block out "
-                "with where=."
+        if axes[0] == 0 or not (front or self._batch(node, 0)):
+            raise self._refuse(
+                node,
+                "with its tokens beside merged or missing batch rows, so they cannot be gathered",
             )
         return self._take(node, axes, rank)
+
+    def _refuse(self, node: Node, how: str) -> PassError:
+        return PassError(
+            f"{self.region.site}: {node.name} {shape(node)} enters the region {how}. Leave this "
+            "block out with where=."
+        )
 
     def _stored(self, node: Node) -> bool:
         return node.op == "get_attr" and isinstance(
             attribute(self.gm, str(node.target)), nn.Parameter
         )
 
-    def _batch(self, size: object) -> bool:
-        """Whether a size is 1 or the stream's batch size, by whatever symbol."""
-        own = (shape(self.region.entry) or (None, None))[self.region.batch]
+    def _batch(self, node: Node, place: int) -> bool:
+        """Whether an axis has size 1, or is that of the stream's samples, by whatever symbol."""
+        size, own = (shape(node) or ())[place], shape(self.region.entry) or ()
+        if str(size) == "1" or self.region.rows.alone(node) == (place,):
+            return True
         label = self.program.symbols.get
-        return str(size) == "1" or label(str(size), str(size)) == label(str(own), str(own))
+        named = label(str(size), "")
+        return bool(named) and named == label(str(own[self.region.batch]), "-")
 
     def _take(self, node: Node, axes: tuple[int, ...], rank: int, batch: int = 0) -> Node:
         if (node, rank) not in self.taken:
@@ -204,10 +244,7 @@ class _Rewrite:
     def _again(self, node: Node, rank: int) -> Node:
         """A value computed once more, from what the chosen tokens have of its inputs."""
         if node.op in ("placeholder", "get_attr"):
-            raise PassError(
-                f"{self.region.site}: {node.name} {shape(node)} enters the region with its tokens "
-                "mixed into another size. Leave this block out with where=."
-            )
+            raise self._refuse(node, "with its tokens mixed into another size")
         if (node, -1) not in self.taken:
             for source in inputs(node):
                 self._enter(source, rank)  # their gathers come first

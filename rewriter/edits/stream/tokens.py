@@ -153,11 +153,12 @@ def prepend_tokens(
     branch: Any = gm.get_submodule(path)
     length: int = branch.length
     ids, symbol = _token_ids(program, axes, site, embedding)
+    _require_own_size(program, axes, ids, symbol)
     branch.tokens_first = str(value(embedding).shape[0]) == symbol
     if packed := packed_by(program, axes.named):
         raise PassError(
-            f"a row holds several samples, which {packed} tells apart, so a prompt in front of it "
-            "would be that of one sample alone. Choose prefix_tuning, which every sample sees."
+            f"{packed}, so a prompt in front of it would be that of one sample alone. Choose "
+            "prefix_tuning, which every sample sees."
         )
     require_before(program, attachment, reads, embedding)
     own = own_reads(program, attachment, reads)
@@ -268,6 +269,24 @@ def _token_ids(
             "[sequence, batch, width], so no tokens can be put in front. Choose prefix_tuning."
         )
     return ids, symbol
+
+
+def _require_own_size(program: State, axes: ShownAxes, ids: Node, symbol: str) -> None:
+    """Raises PassError where the number of tokens is also that of something else: samples, or the
+    tokens of another stream, which no prompt makes longer."""
+    label, sizes = program.symbols[symbol], [str(s) for s in shape(ids) or ()]
+    say = "Capture with names of their own for both: dynamic={input: {axis: name}}."
+    if sizes.count(symbol) > 1:
+        raise PassError(f"{label} is the number of samples of {ids.target!r}, too. {say}")
+    tokens = axes.line(ids, sizes.index(symbol))
+    for source in placeholders(program.module).values():
+        if source is ids or symbol not in [str(s) for s in shape(source) or ()]:
+            continue
+        if tokens.reaches(source) is not True and meaning_of(program, source) == "types":
+            raise PassError(
+                f"{label} is the number of tokens of {ids.target!r} and of {source.target!r}, "
+                f"which are two streams, and a prompt stands in front of one. {say}"
+            )
 
 
 def _resized(node: Node, symbol: str, size: Any) -> Tensor:

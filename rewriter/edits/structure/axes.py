@@ -32,8 +32,7 @@ from ...graph.aten import (
     users,
     value,
 )
-from ...graph.stored_call import StoredCall
-from ...graph.weighted_call import data_of
+from ...graph.weighted_call import data_of, stored_of
 from ...program.sites import AttentionSite, FeedForwardSite, LinearSite, SublayerSite
 from ...program.state import State
 
@@ -144,7 +143,7 @@ class _Spread:
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self.readers.setdefault(str(node.target), []).append(node)
-            if (call := StoredCall.of(node)) is not None:
+            if (call := stored_of(node)) is not None:
                 self.readers.setdefault(call.weight, []).extend(call.parts.values())
             module = submodule(gm, node)
             if isinstance(module, Branch):

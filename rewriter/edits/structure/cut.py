@@ -30,7 +30,7 @@ from ...graph.aten import (
     set_attribute,
     submodule,
 )
-from ...graph.stored_call import Unpacked
+from ...graph.stored_call import Lookup, Unpacked
 from ...program.site_table import Sites
 from ...program.sites import (
     AttentionSite,
@@ -174,7 +174,7 @@ def _resize(node: Node, left: Mapping[Ref, Tensor]) -> None:
         first = int(given["dim"]) % node.args[0].meta["val"].dim()  # pyright: ignore
         new = [_count(left, (node, first + i), s) for i, s in enumerate(given["sizes"])]
         node.update_arg(2, new)
-    elif (dense := Unpacked.of(node)) is not None:
+    elif (dense := Unpacked.of(node) or Lookup.of(node)) is not None:
         if (rows := left.get((dense.weight, 1))) is not None:
             dense.resize(int(rows.sum()))
     elif is_op(node, _SPANS):
@@ -286,9 +286,9 @@ def _site(site: Site, left: Mapping[Ref, Tensor], names: set[str], packed: set[s
         )
         return replace(site, channels=channels, groups=groups)
     if isinstance(site, ExpertsSite):
-        out, inner = (count(k) for k in ((2, 1) if site.in_out else (1, 2)))
+        out, inner = map(count, site.axes)
         if site.features is not None and out is not None:
-            site = replace(site, features=_features(site, left[site.weight, 2 - (not site.in_out)]))
+            site = replace(site, features=_features(site, left[site.weight, site.axes[0]]))
             out = len(site.features or ())
         out, inner = out or site.out_features, inner or site.in_features
         return replace(site, out_features=out, in_features=inner)
