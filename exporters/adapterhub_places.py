@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ..rewriter.api import Program
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, BaseMismatchError, nearest
 from ..rewriter.program.sites import AttentionSite, LinearSite, NormSite, WeightSite
 
 _SAID = {
@@ -75,7 +75,7 @@ class Places:
             if _within([s.weight], start) and (s.role, s.cross) in ((said,) if said else _LAST)
         ]
         if len(set(last_products)) != 1:
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{self.where}: {path!r} belongs to {len(set(last_products))} sublayers of this "
                 "model, where it must be one. Use the base that the adapter was trained on."
             )

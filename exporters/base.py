@@ -21,7 +21,12 @@ from torch import Tensor
 
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError, CorruptFileError, nearest
+from ..rewriter.errors import (
+    BaseMismatchError,
+    BaseNeededError,
+    CorruptFileError,
+    nearest,
+)
 from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import ConvSite, EmbeddingSite, LinearSite, NormSite, Site
@@ -187,7 +192,7 @@ def values(base: Base, name: str, where: str) -> Tensor:
     """
     tensor = base.base.base_tensors().get(base.tensors.stored(name))
     if tensor is None or tensor.is_meta:
-        raise ArtifactError(f"{where} depends on the numbers of {name}. {GIVE_BASE}")
+        raise BaseNeededError(f"{where} depends on the numbers of {name}. {GIVE_BASE}")
     return tensor.detach()
 
 
@@ -207,12 +212,12 @@ def require_fit(base: Base, parts: Parts, where: str) -> None:
             continue
         name = base.tensors.stored(part.target)
         if name not in stored:
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{where}: the base has no {part.target!r}. Nearest: {nearest(name, stored)}. Use "
                 "the base that the adapter was trained on."
             )
         if not _fits(part, tuple(stored[name].shape)):
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{where}: what the adapter has for {part.target!r} does not fit its shape "
                 f"{list(stored[name].shape)}. Use the base that the adapter was trained on."
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..rewriter.api import Program
-from ..rewriter.errors import ArtifactError, OptionError
+from ..rewriter.errors import ArtifactError, BaseNeededError, OptionError, PathError
 from ..rewriter.files.files import (
     JSON_LIMIT,
     open_regular,
@@ -34,6 +34,9 @@ from .single_file import kohya_file, read_single_file
 
 FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter", "adapterhub")
 """What adapters are written as; beside these, diffusers', LyCORIS's and mlx-lm's are read."""
+
+MARKS = {"peftfx": MANIFEST, "peft": CONFIG, "plain-lora": CONFIG, "adapterhub": CONFIG}
+"""Formats that are directories -> the file by which one is known, and replaced."""
 
 
 _BY_START = {"gguf": is_gguf, "onnx_adapter": is_onnx_adapter}
@@ -81,14 +84,19 @@ def format_of(path: str | Path) -> str:
     if (folder / MANIFEST).is_file():
         return "peftfx"
     what = "does not exist" if not folder.exists() else "is no adapter that is known"
-    raise ArtifactError(
+    raise PathError(
         f"{path} {what}: looked for a directory with {MANIFEST} or {CONFIG}, or a safetensors "
         "file. Save one with peftfx.save, or with PEFT."
     )
 
 
 def load_adapter(
-    program: Program, path: str | Path, name: str = "", component: str = ""
+    program: Program,
+    path: str | Path,
+    name: str = "",
+    component: str = "",
+    *,
+    allow_base_mismatch: bool = False,
 ) -> Program:
     """Loads an adapter of any format; see `load`, `load_peft` and `read_single_file`.
 
@@ -97,10 +105,11 @@ def load_adapter(
         path: a directory, or one safetensors file.
         name: of the adapter; by default what the file has, or is called.
         component: which adapter of a file with several.
+        allow_base_mismatch: see `load`; other libraries' files say nothing of the base's numbers.
     """
     kind = format_of(path)
     if kind == "peftfx" and not component:
-        return load(program, path, name=name or None)
+        return load(program, path, name=name or None, allow_base_mismatch=allow_base_mismatch)
     if kind == "adapterhub" and not component:
         return load_adapterhub(program, path, name)
     return inserted(program, read_adapter(program, path, component), name or name_of(path))
@@ -222,20 +231,41 @@ def convert(
     return write_adapter(base, parts, target, to, rank)
 
 
+def base_of_files(path: str | Path, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> Files:
+    """The base of an adapter as far as its own factors tell it.
+
+    Args:
+        path, kind: the adapter and its format.
+        shapes: of its tensors, by their names in the file.
+
+    Raises:
+        BaseNeededError: they name weights in another way than the model.
+    """
+    if kind == "gguf":
+        raise BaseNeededError(f"{path} names weights as its own format does. {GIVE_BASE}")
+    if kind == "onnx_adapter":
+        shapes = {name: shape[::-1] for name, shape in shapes.items()}
+    return sizes(shapes, kind == "peft" and in_out_of(path))
+
+
+def in_out_of(path: str | Path) -> bool:
+    """Whether the config of PEFT in a directory says that matrices are stored `[in, out]`."""
+    folder = Path(path)
+    config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
+    return isinstance(config, dict) and config.get("fan_in_fan_out") is True  # pyright: ignore
+
+
 def _files(source: str | Path, kind: str, directory: str | Path | None) -> Files:
     """The base of an adapter as files tell it."""
     folder = Path(source)
-    in_out = False
-    if kind == "peft":
-        config = parse_json(read_file(folder / CONFIG, JSON_LIMIT), str(folder / CONFIG))
-        in_out = isinstance(config, dict) and config.get("fan_in_fan_out") is True  # pyright: ignore
+    in_out = kind == "peft" and in_out_of(folder)
     if directory is not None:
         return checkpoint(directory, in_out)
     if kind in _BY_START:
-        raise ArtifactError(f"{source} names weights as its own format does. {GIVE_BASE}")
+        raise BaseNeededError(f"{source} names weights as its own format does. {GIVE_BASE}")
     file = folder / _TENSORS[kind] if kind in _TENSORS else folder
     if not file.is_file():
-        raise ArtifactError(f"{file} is missing. {GIVE_BASE}")
+        raise BaseNeededError(f"{file} is missing. {GIVE_BASE}")
     return sizes({name: entry.shape for name, entry in header(file).items()}, in_out)
 
 

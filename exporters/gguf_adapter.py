@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import LowRank, Part, Trained
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
 from ..rewriter.files.files import new_file
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
@@ -69,7 +69,7 @@ def _read(program: Base, file: GgufFile) -> Parts:
         )
     own = architecture_of(snapshot(program).model)
     if own and own != file.architecture:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{where} is of architecture {file.architecture}, and this model of {own}. Use the "
             "base that the adapter was trained on."
         )
@@ -119,7 +119,7 @@ def _low_rank(
 
 def _require_fit(part: LowRank, weight: Tensor, where: str) -> None:
     if weight.numel() != part.a.shape[1] * part.b.shape[0]:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{where}: the change of {part.target} is [{part.b.shape[0]}, {part.a.shape[1]}], and "
             f"it has {list(weight.shape)}. Use the base that the adapter was trained on."
         )
@@ -154,7 +154,7 @@ def write_gguf_adapter(
         NonFiniteError: a tensor holds NaN or infinity.
     """
     if not snapshot(program).model:
-        raise ArtifactError(f"{path}: GGUF's names follow from the model's class. {GIVE_BASE}")
+        raise BaseNeededError(f"{path}: GGUF's names follow from the model's class. {GIVE_BASE}")
     done = factored(program, parts, rank)
     low = [_pair(p) for p in done.parts.parts]
     (common, _), *_ = Counter(_alpha(p) for p in low).most_common(1)

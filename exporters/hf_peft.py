@@ -23,7 +23,13 @@ from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import Invoked, Part, Trained
 from ..rewriter.capture.capture import capture
-from ..rewriter.errors import ArtifactError, RewriteError, nearest
+from ..rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    BaseNeededError,
+    RewriteError,
+    nearest,
+)
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
@@ -191,7 +197,7 @@ def write_peft(
 def read_peft(program: Base, directory: str | Path) -> Parts:
     """An adapter of PEFT in parts; see `load_peft`."""
     program = snapshot(program)
-    data, tensors, where = reading(directory, f"a directory with a {CONFIG}", _files)
+    data, tensors, where = reading(directory, f"a directory with a {CONFIG}", peft_files)
     config = Config(data, where)
     readers = _READERS.get(config.type)
     if readers is None:
@@ -234,7 +240,12 @@ def _says_all(program: Program, parts: Parts) -> bool:
     )
 
 
-def _files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+def peft_files(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The config, the tensors, and where they are.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) they are damaged, or not of PEFT.
+    """
     where = str(folder.path / CONFIG)
     data = parse_json(folder.read(CONFIG, JSON_LIMIT), where)
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
@@ -272,12 +283,12 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Pa
         stored = program.tensors.stored(name)
         own = base.get(stored)
         if not known:
-            raise ArtifactError(
+            raise BaseNeededError(
                 f"{config.where}: whether {key!r} is as the base has it, depends on its numbers. "
                 f"{GIVE_BASE}"
             )
         if own is None:
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
                 f"parameter of this model. Nearest: {nearest(name, base)}."
             )

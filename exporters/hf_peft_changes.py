@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..passes.interchange.imported import prefix_sites
 from ..rewriter.branches.parts import Change, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError, RewriteError
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from .base import GIVE_BASE, Base
 from .hf_peft_config import Config, by_module, resolved
@@ -85,7 +85,7 @@ def prefixes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[
         )
     stack = rows.view(length, layers, 2, heads, -1)
     if decoder and len(sites) > layers:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{config.where}: the prefix is of {layers} layers, and this model's decoder has "
             f"{len(sites)}. Use the base that the adapter was trained on."
         )
@@ -157,7 +157,7 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
             continue
         delta = _computed(formula, config, path, own, matrix)
         if delta.numel() != matrix.numel():
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{config.where}: the change of {path} has {delta.numel()} numbers, its weight "
                 f"{matrix.numel()}. Use the base that the adapter was trained on."
             )
@@ -341,7 +341,7 @@ def _weight(program: Base, path: str, config: Config) -> str:
     plain = re.sub(r"(^|\.)base_layer(?=\.|$)", "", path)
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     if f"{plain}.weight" not in names:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
             "with a weight. Use the base that it was trained on."
         )
@@ -350,7 +350,7 @@ def _weight(program: Base, path: str, config: Config) -> str:
 
 def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
     if matrix.is_meta:
-        raise ArtifactError(
+        raise BaseNeededError(
             f"{config.where}: the change of {path} depends on its weight's numbers. {GIVE_BASE}"
         )
     return matrix.float()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..passes.reparameterized.initial_factors import olora, pissa
 from ..rewriter.branches.parts import Invoked, LowRank, Part, Trained
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
 from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from .base import CAPTURE, Base, snapshot, values
 from .hf_peft_config import Config, by_module, resolved
@@ -304,7 +304,7 @@ def _stacked(
     plain_of = {path: re.sub(r"(^|\.)base_layer(?=\.|$)", "", path) for path in layers}
     nested = targeted or any(path != plain for path, plain in plain_of.items())
     if nested and snapshot(program).knows != "calls":
-        raise ArtifactError(
+        raise BaseNeededError(
             f"{config.where}: it adapts parameters of experts or of nn.MultiheadAttention, whose "
             f"layout the files of a base do not say. {CAPTURE}"
         )
@@ -318,7 +318,7 @@ def _stacked(
             same = [p for p, inner in plain_of.items() if inner == plain]
             name = _wrapped(config, plain, wrapped, sorted(same, key=len, reverse=True), path)
         if name is None:
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{config.where}: the adapter changes {plain!r}, and this model has no such module "
                 "with a weight. Use the base that it was trained on."
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewriter.branches.parts import LowRank, Part, Trained
-from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.errors import ArtifactError, BaseMismatchError, nearest
 from ..rewriter.files.directory import Folder, reading
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
 from ..rewriter.storage.artifact import require_finite
@@ -85,7 +85,7 @@ def _scale(config: Mapping[str, Any], where: str) -> float:
 
 def _known(name: str, names: Any, where: str) -> str:
     if name not in names:
-        raise ArtifactError(
+        raise BaseMismatchError(
             f"{where}: this model has no {name!r}. Nearest: {nearest(name, names)}. Use the base "
             "that the adapter was trained on."
         )

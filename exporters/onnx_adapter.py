@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import LowRank, Part
-from ..rewriter.errors import ArtifactError, CorruptFileError, ExportError, nearest
+from ..rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    ExportError,
+    nearest,
+)
 from ..rewriter.files.files import new_file, open_regular
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
@@ -49,7 +55,7 @@ def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
             model; onnxruntime is not installed.
     """
     where = str(path)
-    tensors = {k.removeprefix(PREFIX): t for k, t in _tensors(path).items()}
+    tensors = {k.removeprefix(PREFIX): t for k, t in onnx_adapter_tensors(path).items()}
     names = program.base.base_tensors().keys() | program.tensors.aliases.keys()
     parts: list[Part] = []
     for module, leaves in by_module(tensors, [A, B]).items():
@@ -59,7 +65,7 @@ def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
             raise ArtifactError(f"{where}: {module} has {', '.join(leaves)} alone. Save it again.")
         a, b, target = leaves[A].mT.contiguous(), leaves[B].mT.contiguous(), f"{module}.weight"
         if target not in names:
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{where}: this model has no {target!r}. Nearest: {nearest(target, names)}. Use "
                 "the base that the adapter was trained on."
             )
@@ -76,8 +82,12 @@ def read_onnx_adapter(program: Base, path: str | Path) -> Parts:
     return Parts(tuple(parts), "onnxruntime LoRA")
 
 
-def _tensors(path: str | Path) -> dict[str, Tensor]:
-    """Copies of a file's tensors by name."""
+def onnx_adapter_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Copies of a file's tensors by name.
+
+    Raises:
+        ArtifactError: (CorruptFileError, NonFiniteError) damaged; or onnxruntime is not installed.
+    """
     with open_regular(path) as file:
         if not is_onnx_adapter(file.read(8)):
             raise ArtifactError(

@@ -22,7 +22,13 @@ from ..rewriter.api import Program
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.folding.lower import restore_deltas
 from ..rewriter.edits.linear.quantise import repack
-from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError
+from ..rewriter.errors import (
+    ExportError,
+    ExportWriteError,
+    MetaTensorError,
+    NonFiniteError,
+    ParityError,
+)
 from ..rewriter.files.leftovers import clean, temporary
 from ..rewriter.graph.sharded import require_whole
 from ..rewriter.graph.turns import alone
@@ -199,7 +205,8 @@ def export_onnx(
             failures.setdefault(str(error), version)
             last = error
     texts = [f"opset {version}: {text}" for text, version in failures.items()]
-    raise ExportError("the program cannot be exported. " + " | ".join(texts)) from last
+    failure = ParityError if isinstance(last, ParityError) else ExportError
+    raise failure("the program cannot be exported. " + " | ".join(texts)) from last
 
 
 def _check_opset(opset: int | None) -> None:
@@ -246,7 +253,7 @@ def _conversion(
                 worst = max(worst, gap(name, w, g, None))
     allowed = bound(program, {"max_rel": worst})
     if not worst <= allowed:
-        raise ExportError(
+        raise ParityError(
             f"in {dtype} the program differs from itself by {worst:.3g} of the largest output; "
             f"its own rounding explains {allowed:.3g}. Its values leave the range of {dtype}, or "
             "it depends on its dtype: capture the model in the dtype that it is to have."
@@ -320,7 +327,7 @@ def _folder_beside(path: Path) -> Generator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise ExportError(f"{path} cannot be written: {error}.") from error
+        raise ExportWriteError(f"{path} cannot be written: {error}.") from error
 
 
 def _feeds(program: Program) -> dict[str, dict[str, Tensor]]:
@@ -377,7 +384,7 @@ def _verify(
             wide = _computed(prepared.wide, converted(feed, torch.float32), torch.float32)
             limits[-1] = max(limits[-1], ROUNDINGS * _worst(names, wide, expected, padding))
         if not parity[key] <= limits[-1]:
-            raise ExportError(
+            raise ParityError(
                 f"ONNX Runtime differs by {parity[key]:.3g} of the largest output at {key}; "
                 f"allowed is {limits[-1]:.3g}."
             )

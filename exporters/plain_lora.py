@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import Change, LowRank, Part
+from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ..rewriter.storage.parts import Parts
@@ -106,12 +106,35 @@ def _delta(program: Base, part: Part, site: LinearSite) -> Tensor:
         return part.delta.float()
     if not isinstance(part, LowRank):
         raise ArtifactError(f"{part.target}: a part of kind {part.kind} is no change of a weight.")
-    change = part.scale * part.b.double() @ part.a.double()
     if part.magnitude is None:
+        return part.scale * part.b.double() @ part.a.double()
+    return change_of(program, part)
+
+
+def change_of(program: Base, part: Part) -> Tensor:
+    """The change of a stored tensor by a part that depends on its numbers, in float64: of a matrix
+    or more `[out, in]`, of what is trained itself in its own shape.
+
+    Raises:
+        ArtifactError: it is no change of a tensor, or (BaseNeededError) the numbers are not known.
+    """
+    name = program.tensors.stored(part.target)
+    stored = values(program, name, f"the change of {part.target}").double()
+    if isinstance(part, Trained):
+        return part.values.double() - stored
+    if isinstance(part, Rows):
+        change = torch.zeros_like(stored)
+        change[part.ids] = part.values.double() - stored[part.ids]
         return change
-    weight = values(program, site.weight, f"the magnitude of {part.target}").double()
-    weight = weight.mT if site.in_out else weight
-    moved = weight + change
+    sites = program.sites.by_weight.get(name, [])
+    in_out = any(isinstance(s, LinearSite) and s.in_out for s in sites)
+    weight = stored.mT if in_out else stored.flatten(1)
+    if isinstance(part, Scaling):
+        vector = part.vector.double() - 1
+        return weight * (vector[:, None] if part.side == "out" else vector)
+    if not isinstance(part, LowRank) or part.magnitude is None:
+        raise ArtifactError(f"{part.target}: a part of kind {part.kind} is no change of a weight.")
+    moved = weight + (part.scale * part.b.double() @ part.a.double()).reshape(weight.shape)
     return part.magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
 
 

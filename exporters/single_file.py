@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part
-from ..rewriter.errors import ArtifactError, RewriteError, nearest
+from ..rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    BaseNeededError,
+    RewriteError,
+    nearest,
+)
 from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, read_file
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
@@ -138,7 +144,7 @@ def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: 
         sites = flat.get(module, [])
         if len(sites) != 1:
             if snapshot(program).knows == "sizes":
-                raise ArtifactError(
+                raise BaseNeededError(
                     f"{where}: {prefix}{module} has underscores for dots; only the names of the "
                     f"model's modules tell which. {GIVE_BASE}"
                 )
@@ -147,7 +153,7 @@ def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: 
                 if sites
                 else f"is none. Nearest: {nearest(module, flat)}"
             )
-            raise ArtifactError(
+            raise BaseMismatchError(
                 f"{where}: of this model's modules, {prefix}{module} {why}. Use the base that the "
                 "adapter was trained on."
             )

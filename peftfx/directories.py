@@ -13,6 +13,7 @@ from typing import Any
 from .exporters.formats import format_of, load_adapter
 from .exporters.gguf_base import Dequantised, write_directory
 from .models import is_gguf_model, load_model
+from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError
 from .rewriter.files.directory import new_directory
@@ -58,6 +59,8 @@ def to_directory(
     *,
     weights: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    capturing: Mapping[str, Any] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> Directory:
     """Writes a directory that `from_pretrained` loads, with an adapter folded in.
 
@@ -71,6 +74,8 @@ def to_directory(
         adapter: of any format that is read; only a GGUF file is written without.
         weights: the directory with the safetensors files, if `base` is none.
         progress: called with the name of each file before it is written.
+        capturing: `cache` and `dynamic` of `capture`.
+        allow_base_mismatch: see `load`.
 
     Raises:
         OptionError: there is nothing to fold.
@@ -88,7 +93,9 @@ def to_directory(
     if (record := finished(target, RECORD, made_of)) is not None:
         return _said(said_again(target, record))
     with _checkpoint(base, weights, target, progress) as (source, read):
-        done = _fold(base, source, target, adapter, made_of, progress)
+        named = load_model(str(base), hollow=True)
+        program = capture(named.model, kwargs=named.example, **(capturing or {}))
+        done = _fold(program, source, target, adapter, made_of, progress, allow_base_mismatch)
     return _said(done, read.notes)
 
 
@@ -148,18 +155,18 @@ def _checkpoint(
 
 
 def _fold(
-    base: str | Path,
+    program: Program,
     source: Path,
     target: str | Path,
     adapter: str | Path,
     made_of: Mapping[str, Any],
     progress: Callable[[str], None] | None,
+    allow: bool,
 ) -> FoldedCheckpoint:
-    named = load_model(str(base), hollow=True)
-    program = capture(named.model, kwargs=named.example)
-    if format_of(adapter) == "peftfx":
+    if format_of(adapter) == "peftfx" and not allow:
         return fold_checkpoint(
             program, source, target, adapter=adapter, made_of=made_of, progress=progress
         )
-    program = load_adapter(load_weights(program, source), adapter)  # some depend on the base
+    filled = load_weights(program, source)  # some depend on the base
+    program = load_adapter(filled, adapter, allow_base_mismatch=allow)
     return fold_checkpoint(program, source, target, made_of=made_of, progress=progress)

@@ -19,7 +19,7 @@ from .exporters.formats import format_of, load_adapter
 from .models import load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
-from .rewriter.errors import ArtifactError, OptionError, RewriteError
+from .rewriter.errors import ArtifactError, OptionError, RewriteError, SystemFailedError
 from .rewriter.files.files import write_file, write_json
 from .rewriter.files.job import finished
 from .rewriter.storage.artifact import read
@@ -44,7 +44,7 @@ class Outcome:
         least_left: the least share of a site's change that rounding left, along its direction.
         lost: the largest rounding error of a site, relative to its change.
         resumed: shards that a killed run had written.
-        error, kind: why it failed; the error's class.
+        error, kind: why it failed, and of which kind the error is (`RewriteError.kind`).
         seconds: CPU time of its own.
     """
 
@@ -70,10 +70,12 @@ class Outcome:
 
     def fail(self, error: Exception) -> None:
         """Notes why it failed; errors that are not ours are told with their place."""
-        self.status, self.kind = "failed", type(error).__name__
-        self.error = " ".join(str(error).split())
-        if not isinstance(error, RewriteError):
-            self.error = " ".join(traceback.format_exception(error)[-2:]).strip()
+        self.status, self.error = "failed", " ".join(str(error).split())
+        self.kind = error.kind if isinstance(error, RewriteError) else "internal"
+        if isinstance(error, OSError | MemoryError):
+            self.kind = "system"
+        elif self.kind == "internal":
+            self.error = " ".join(" ".join(traceback.format_exception(error)[-2:]).split())
 
 
 def fold_all(
@@ -83,7 +85,7 @@ def fold_all(
     *,
     jobs: int = 1,
     weights: str | Path | None = None,
-    cache: bool | str | Path = False,
+    capturing: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Outcome]:
     """Folds each adapter into the base, as `out/<its name>`, and writes `out/fold-all.json`.
@@ -96,7 +98,7 @@ def fold_all(
         adapters: of any formats that are read; their directories' (or files') names differ.
         jobs: processes, each with a part of the adapters.
         weights: the directory with the safetensors files, if `base` is none.
-        cache: of captures, see `capture`.
+        capturing: `cache` and `dynamic` of `capture`.
         progress: called with the name of each shard before it is written, with one job.
 
     Raises:
@@ -110,7 +112,7 @@ def fold_all(
     left = [i for i, made in enumerate(made_of) if made is not None]
     if left:
         named = load_model(str(base), hollow=True)
-        hollow = capture(named.model, kwargs=named.example, cache=cache)
+        hollow = capture(named.model, kwargs=named.example, **(capturing or {}))
         work = _Work(hollow, source, outcomes, made_of, progress)
         work.spread(left, min(jobs, len(left)))
     report = {"base": str(base), "adapters": [asdict(o) for o in outcomes]}
@@ -179,7 +181,9 @@ class _Work:
             for index, values in told:
                 vars(self.outcomes[index]).update(values)
             for index in {*left[job::jobs]} - {i for i, _ in told}:
-                self.outcomes[index].fail(ArtifactError("its process was killed; run it again."))
+                self.outcomes[index].fail(
+                    SystemFailedError("its process was killed. Run it again.")
+                )
 
     def _forked(self, mine: Sequence[int]) -> tuple[int, int]:
         """A child that runs a part: its id, and the pipe that it writes to."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .exporters.gguf_base import load_gguf
 from .exporters.gguf_file import is_gguf
-from .rewriter.errors import CaptureError
+from .rewriter.errors import CaptureError, RewriteError
 from .rewriter.files.files import open_regular
 
 
@@ -54,7 +54,12 @@ def load_model(name: str, hollow: bool = False) -> Named:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise CaptureError(f"{name!r} cannot be imported: {error}.") from error
-    result: Any = factory()
+    try:
+        result: Any = factory()
+    except RewriteError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{name} raised {type(error).__name__}: {error}") from error
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
         raise CaptureError(
             f"{name} must return (model, example inputs), not {type(result).__name__}."

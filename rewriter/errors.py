@@ -7,11 +7,25 @@ the nearest valid choices.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 
 class RewriteError(Exception):
-    """Base of all errors raised by peftfx."""
+    """Base of all errors raised by peftfx.
+
+    Class attributes:
+        kind: which exit code the command line gives it: `usage` (say something else), `contract`
+            (a promise was measured and broken), `base` (other weights than the adapter's),
+            `damage` (a file), `system` (disk, memory, ranks).
+
+    Attributes:
+        report: what was found all the same, as JSON; the command line prints it with the error.
+    """
+
+    kind: ClassVar[str] = "usage"
+    report: Mapping[str, Any] | None = None
 
 
 class CaptureError(RewriteError, ValueError):
@@ -48,6 +62,8 @@ class BlockError(RewriteError, ValueError):
 class VerifyError(RewriteError, RuntimeError):
     """A measured contract does not hold, or a graph is malformed."""
 
+    kind = "contract"
+
 
 class BaseChangedError(VerifyError):
     """Stored tensors that programs share are not what they were when a program was made."""
@@ -60,9 +76,13 @@ class FoldError(RewriteError, RuntimeError):
 class RanksError(RewriteError, RuntimeError):
     """The ranks of a distributed job differ, or one of them failed."""
 
+    kind = "system"
+
 
 class NonFiniteError(RewriteError, ValueError):
     """A tensor holds NaN or infinity."""
+
+    kind = "damage"
 
 
 class MetaTensorError(RewriteError, RuntimeError):
@@ -73,8 +93,32 @@ class ExportError(RewriteError, RuntimeError):
     """A program cannot be written in the requested form."""
 
 
+class ParityError(VerifyError, ExportError):
+    """What was written computes something else than the program."""
+
+
 class ArtifactError(RewriteError, ValueError):
     """A saved adapter cannot be read or does not fit."""
+
+    kind = "damage"
+
+
+class PathError(ArtifactError):
+    """What a path names is not there, or is not what is asked for."""
+
+    kind = "usage"
+
+
+class BaseNeededError(ArtifactError):
+    """What an adapter means depends on its base, which is not given."""
+
+    kind = "usage"
+
+
+class SystemFailedError(ArtifactError):
+    """The system does not read or write: a full disk, no permission, a broken device."""
+
+    kind = "system"
 
 
 class CorruptFileError(ArtifactError):
@@ -84,6 +128,8 @@ class CorruptFileError(ArtifactError):
 class WeightsError(ArtifactError):
     """A checkpoint's tensors do not fit the program."""
 
+    kind = "base"
+
 
 class FormatTooNewError(ArtifactError):
     """A file was written by a newer format version than this one reads."""
@@ -91,6 +137,23 @@ class FormatTooNewError(ArtifactError):
 
 class BaseMismatchError(ArtifactError):
     """The adapter was trained on other base weights."""
+
+    kind = "base"
+
+
+class ExportWriteError(SystemFailedError, ExportError):
+    """The system does not take the bytes of what is exported."""
+
+
+_PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EEXIST,
+    errno.ELOOP, errno.EINVAL,
+)  # fmt: skip
+
+
+def refused(error: OSError, message: str) -> ArtifactError:
+    """The error of a system call: a PathError where its path is wrong, else a SystemFailedError."""
+    return (PathError if error.errno in _PATHS else SystemFailedError)(message)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

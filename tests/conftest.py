@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx import cli
+from peftfx import programs
 from peftfx.rewriter.capture.capture import capture
 
 from . import models, recipes
@@ -136,7 +136,7 @@ def recalled(request: pytest.FixtureRequest) -> Iterator[None]:
     """A model that another test captured, too, is recalled, unless a file is about capturing."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.path.stem.startswith(CAPTURING):
-            for module in (peftfx, cli):
+            for module in (peftfx, programs):
                 patch.setattr(module, "capture", functools.partial(capture, cache=captures()))
         yield
 

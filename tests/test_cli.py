@@ -117,7 +117,7 @@ def test_a_model_directory(run: Any, tmp_path: Path) -> None:
         (("sites", f"{__name__}:broken"), "must return (model, example inputs)"),
         (("run", TINY, "loar"), "Nearest: lora"),
         (("diff", TINY), "needs passes"),
-        (("fold", TINY, "nowhere", "--out", "x"), "nowhere does not exist"),
+        (("fold", TINY, "nowhere", "--out", "x.safetensors"), "nowhere does not exist"),
         (("export", TINY, "--out", "no/such/folder/x.onnx"), "does not exist"),
         (("search", "query", "--out", "nowhere"), "peftfx demo"),
         (("demo", "--source", "nowhere", "--out", "nowhere"), "nowhere"),

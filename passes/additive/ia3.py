@@ -8,6 +8,7 @@ and bias, input scales into columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
+from ...rewriter.branches.parts import Part, Scaling
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import WeightSite
 
 
@@ -64,3 +67,11 @@ class IA3(Method):
         size = site.inputs if at_input else count * out
         ones = torch.ones(size).to(edit.like(site))
         edit.scale(site, IA3Input(ones) if at_input else IA3Output(ones))
+
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        at_input = slot == IA3Input.slot
+        return (
+            Scaling(target, tensors["l"], "in" if at_input else "out") if "l" in tensors else None
+        )

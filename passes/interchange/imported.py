@@ -8,8 +8,8 @@ taken out again like an adapter that was inserted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -180,6 +180,23 @@ class Imported(Pass):
                 "peftfx.load_peft(program, directory), which runs it."
             )
         return as_plan(given[0])
+
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        parts = (p for p in of_plan(plan).parts if p.target == target)
+        found = next((p for p in parts if isinstance(p, LowRank | Scaling | Change)), None)
+        match found:
+            case LowRank() if {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:
+                a, b = tensors["a"], tensors["b"]
+                own = replace(found, a=a, b=b, magnitude=tensors.get("m"))
+                return own if a.dim() == b.dim() else None
+            case Scaling() if "l" in tensors:
+                return replace(found, vector=tensors["l"])
+            case Change() if "change" in tensors:
+                return replace(found, delta=tensors["change"])
+            case _:
+                return None
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         parts = of_plan(plan)

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
+from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.training.budget import BudgetController, Budgeted
@@ -143,6 +145,14 @@ class AdaLoRA(Budgeted):
         e = torch.zeros(self.rank)
         scale = self.alpha / self.rank
         edit.add(site, AdaLoRABranch(p.to(like), e.to(like), q.to(like), scale, self.dropout))
+
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        if set(tensors) != {"p", "e", "q"}:
+            return None
+        p, e, q = tensors["p"], tensors["e"], tensors["q"]
+        return LowRank(target, q, p * e, self.alpha / self.rank)
 
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]

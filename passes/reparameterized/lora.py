@@ -12,7 +12,7 @@ and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -141,6 +141,14 @@ class LoRA(Method):
         """Of a branch of this rank: where `eva` moved ranks, alpha moved along."""
         alpha = self.alpha * (rank / self.rank)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        if not {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:  # where it began is subtracted
+            return None
+        a, b = tensors["a"], tensors["b"]
+        return LowRank(target, a, b, self.scale(a.shape[-2]), tensors.get("m"))
 
     def made(self, edit: Editor, site: WeightSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""

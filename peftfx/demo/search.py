@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..rewriter.errors import ArtifactError
+from ..rewriter.errors import PathError
 from ..rewriter.files.files import parse_json, read_file, write_file, write_json
 from .corpus import Pair
 from .encoder import CODE_TOKENS, QUERY_TOKENS, DemoError, Tokenizer, pool_array
@@ -99,13 +99,13 @@ def search(query: str, folder: str | Path, count: int = 5) -> list[dict[str, Any
     """Answers one query from a folder that the demo wrote, and prints the answers.
 
     Raises:
-        ArtifactError: the folder is missing or incomplete.
+        PathError: the folder is missing or incomplete.
     """
     folder = Path(folder)
     needed = ("model.onnx", "tokenizer.json", "functions.json", "vectors.npy")
     missing = [n for n in needed if not (folder / n).is_file()]
     if missing:
-        raise ArtifactError(f"{folder} lacks {', '.join(missing)}. Run `peftfx demo` first.")
+        raise PathError(f"{folder} lacks {', '.join(missing)}. Run `peftfx demo` first.")
     if not query.strip():
         raise DemoError("the query is empty; say in words what the function does.")
     (answers,) = find(Encoder(folder), folder, [query], count)

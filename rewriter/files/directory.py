@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, PathError, SystemFailedError, refused
 from .files import read_file
 from .leftovers import clean, make_parents, real_path, recover, sync, temporary
 
@@ -104,12 +104,12 @@ def opened_whole(path: str | Path, what: str) -> Iterator[Folder]:
                 break
             except FileNotFoundError as error:
                 if attempt == _ATTEMPTS - 1 or not _being_replaced(path):
-                    raise ArtifactError(f"{path} is not {what}.") from error
+                    raise PathError(f"{path} is not {what}.") from error
                 time.sleep(_PAUSE)
             except OSError as error:
-                raise ArtifactError(f"{path} is not {what} ({error.strerror}).") from error
+                raise refused(error, f"{path} is not {what} ({error.strerror}).") from error
         else:
-            raise ArtifactError(f"{path} is replaced all the time; {_LATER}")
+            raise SystemFailedError(f"{path} is replaced all the time; {_LATER}")
         yield folder
 
 
@@ -131,7 +131,7 @@ def reading(path: str | Path, what: str, work: Callable[[Folder], T]) -> T:
             except ArtifactError:
                 if attempt == _ATTEMPTS - 1 or not folder.replaced():
                     raise
-    raise ArtifactError(f"{path} is replaced all the time; {_LATER}")
+    raise SystemFailedError(f"{path} is replaced all the time; {_LATER}")
 
 
 def _being_replaced(path: Path) -> bool:
@@ -174,14 +174,14 @@ def new_directory(
         real = real_path(target)
         make_parents(real)
         clean(real.parent)
-        _require_ours(real, mark)
+        require_replaceable(real, mark)
         fresh = temporary(real, "new")
         try:
             fresh.mkdir()
             yield fresh
             written = {*os.listdir(fresh), *([mark] if mark else [])}
             if real.exists():
-                _require_ours(real, mark)
+                require_replaceable(real, mark)
                 _carry(real, fresh, written, own)
             sync_tree(fresh)
             replaced = _swap(fresh, real)
@@ -192,21 +192,23 @@ def new_directory(
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
-        raise ArtifactError(
-            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
+        raise refused(
+            error,
+            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged.",
         ) from error
 
 
-def _require_ours(target: Path, mark: str | None) -> None:
+def require_replaceable(target: Path, mark: str | None) -> None:
+    """Raises PathError unless nothing is there, or what `new_directory` replaces."""
     if not target.exists():
         return
     if not target.is_dir():
-        raise ArtifactError(f"{target} is a file; give a directory.")
+        raise PathError(f"{target} is a file; give a directory.")
     with contextlib.suppress(FileNotFoundError):  # another process moves it aside
         names = os.listdir(target)
         if not names or (mark is not None and mark in names):
             return
-        raise ArtifactError(
+        raise PathError(
             f"{target} holds other files{f' (no {mark})' if mark else ''}; give an empty or new "
             "directory."
         )
@@ -274,7 +276,7 @@ def _swap(fresh: Path, target: Path) -> Path | None:
             if error.errno not in _BUSY or not fresh.exists():
                 raise
             time.sleep(_PAUSE)
-    raise ArtifactError(f"{target} cannot be written: other processes write it all the time.")
+    raise SystemFailedError(f"{target} cannot be written: other processes write it all the time.")
 
 
 def _exchange(one: Path, other: Path) -> bool:

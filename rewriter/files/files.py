@@ -8,6 +8,7 @@ are read, and every problem is a CorruptFileError. Directories: see `directory.p
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import ArtifactError, CorruptFileError
+from ..errors import ArtifactError, CorruptFileError, PathError, SystemFailedError, refused
 from ..graph.sharded import whole
 from .identity import tensor_digest
 from .leftovers import clean, real_path, sync, temporary
@@ -152,7 +153,7 @@ def read_file(
         try:
             data = file.read() if limit is None else file.read(limit + 1)
         except OSError as error:
-            raise ArtifactError(f"{where} cannot be read: {error.strerror}.") from error
+            raise SystemFailedError(f"{where} cannot be read: {error.strerror}.") from error
     if limit is not None and len(data) > limit:
         raise CorruptFileError(f"{where} is larger than {limit} bytes.")
     return data
@@ -166,7 +167,7 @@ def open_regular(path: str | Path, folder: int | None = None, where: str = "") -
     """
     where = where or str(path)
     if "\0" in str(path):
-        raise ArtifactError(f"{where!r} is no path: it holds a null character.")
+        raise PathError(f"{where!r} is no path: it holds a null character.")
     try:
         require_regular(where, os.stat(path, dir_fd=folder))
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), dir_fd=folder)
@@ -176,7 +177,10 @@ def open_regular(path: str | Path, folder: int | None = None, where: str = "") -
             require_regular(where, os.fstat(file.fileno()))
             stack.pop_all()
     except OSError as error:
-        raise ArtifactError(f"{where} cannot be read: {error.strerror}.") from error
+        message = f"{where} cannot be read: {error.strerror}."
+        if folder is not None and error.errno == errno.ENOENT:  # the directory is not whole
+            raise ArtifactError(message) from error
+        raise refused(error, message) from error
     return file
 
 
@@ -184,7 +188,7 @@ def require_regular(where: object, status: os.stat_result) -> None:
     """Raises ArtifactError for a directory, a pipe, a device or a socket."""
     if not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
-        raise ArtifactError(f"{where} cannot be read: it is {what}, not a regular file.")
+        raise PathError(f"{where} cannot be read: it is {what}, not a regular file.")
 
 
 def parse_tensors(data: bytes, where: str) -> dict[str, Tensor]:
@@ -259,8 +263,9 @@ def new_file(target: str | Path) -> Iterator[Path]:
         finally:
             fresh.unlink(missing_ok=True)
     except OSError as error:
-        raise ArtifactError(
-            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
+        raise refused(
+            error,
+            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged.",
         ) from error
 
 

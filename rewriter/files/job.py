@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import ArtifactError, CorruptFileError
-from .directory import sync_tree
+from ..errors import CorruptFileError, PathError, SystemFailedError, refused
+from .directory import require_replaceable, sync_tree
 from .files import parse_json, read_file
 from .leftovers import clean, make_parents, real_path, sync
 from .sealed import seal_of, sealed
@@ -123,18 +123,15 @@ def finished(target: str | Path, name: str, made_of: Mapping[str, Any]) -> dict[
     """The record of a target that the same job has finished; None where it is still to do.
 
     Raises:
-        ArtifactError: the target holds something else.
+        PathError: the target holds something else.
     """
     real = real_path(target)
-    if not real.exists() or (real.is_dir() and not os.listdir(real)):
-        return None
-    if not real.is_dir():
-        raise ArtifactError(f"{target} is a file; give a directory.")
+    require_replaceable(real, name)
     record = record_of(target, name)
     if record is None:
-        raise ArtifactError(f"{target} holds other files; give an empty or new directory.")
+        return None
     if record.get("made_of") != json.loads(json.dumps(made_of)):
-        raise ArtifactError(
+        raise PathError(
             f"{target} was made of other files, or with other options ({name} says of which); give "
             "an empty or new directory."
         )
@@ -161,15 +158,16 @@ def job(
         record: what else the record says, once all is done.
 
     Raises:
-        ArtifactError: it cannot be written, or another process writes it. After any error but an
-            interruption nothing is left.
+        PathError: the target holds something else.
+        SystemFailedError: it cannot be written, or another process writes it. After any error but
+            an interruption nothing is left.
     """
     try:
         real = real_path(target)
         make_parents(real)
         clean(real.parent)
         if finished(real, name, made_of) is not None:
-            raise ArtifactError(f"{target} is finished already.")
+            raise SystemFailedError(f"{target} was finished by another process meanwhile.")
         folder = hidden(real)
         with _alone(folder, target):
             mine = Job(folder, seal_of(json.loads(json.dumps(made_of))))
@@ -188,9 +186,8 @@ def job(
             for left in (JOURNAL, LOCK):
                 (real / left).unlink(missing_ok=True)
     except OSError as error:
-        raise ArtifactError(
-            f"{target} cannot be written: {error.strerror or error}. What was there is unchanged."
-        ) from error
+        message = f"{target} cannot be written: {error.strerror or error}."
+        raise refused(error, f"{message} What was there is unchanged.") from error
 
 
 @contextlib.contextmanager
@@ -204,7 +201,7 @@ def _alone(folder: Path, target: str | Path) -> Iterator[None]:
         except ImportError:  # a system without; its users take care of that
             pass
         except OSError as error:
-            raise ArtifactError(
+            raise SystemFailedError(
                 f"{target} is being written by another process. Wait for it, or give another "
                 "directory."
             ) from error
@@ -213,5 +210,5 @@ def _alone(folder: Path, target: str | Path) -> Iterator[None]:
         except FileNotFoundError:
             same = False
         if not same:
-            raise ArtifactError(f"{target} was finished by another process meanwhile.")
+            raise SystemFailedError(f"{target} was finished by another process meanwhile.")
         yield

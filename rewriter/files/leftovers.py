@@ -16,7 +16,7 @@ import socket
 import time
 from pathlib import Path
 
-from ..errors import ArtifactError
+from ..errors import PathError
 
 _TEMPORARY = re.compile(
     r"\.(?P<name>.+)\.(?:peftfx-)?(?P<kind>new|old)-(?P<pid>\d{1,9})-(?P<token>[0-9a-f]{8}|[0-9a-f]{16})",
@@ -39,10 +39,10 @@ def real_path(target: str | Path) -> Path:
     """The path behind links, which stay links.
 
     Raises:
-        ArtifactError: it is no path.
+        PathError: it is no path.
     """
     if "\0" in str(target):
-        raise ArtifactError(f"{str(target)!r} is no path: it holds a null character.")
+        raise PathError(f"{str(target)!r} is no path: it holds a null character.")
     return Path(os.path.realpath(target))
 
 

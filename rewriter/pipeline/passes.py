@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
+from torch import Tensor
+
+from ..branches.parts import Part
 from ..edits.edit import Editor
 from ..errors import OptionError, nearest
 from ..program.history import Contract, Plan
@@ -123,6 +126,23 @@ class Pass(ABC):
         """
         del before, after
         return {}
+
+    def saved_part(
+        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
+    ) -> Part | None:
+        """What a branch is in other libraries' files (`Branch.part`), of its saved tensors alone.
+
+        Args:
+            target: the weight that it stands at.
+            slot: of the branch.
+            tensors: by the names that they have in the branch.
+            plan: what was decided.
+
+        Returns:
+            The part at `target`; None where it takes a program to tell.
+        """
+        del target, slot, tensors, plan
+        return None
 
     @abstractmethod
     def apply(self, edit: Editor, plan: Plan) -> None:

@@ -257,7 +257,7 @@ def base_difference(have: Mapping[str, str], want: Mapping[str, str], where: str
     """What an error says of base weights that are not those of an artifact."""
     return (
         f"{where} was trained on other base weights: {differing(have, want)}. "
-        "Load the base it was trained on, or pass allow_base_mismatch=True."
+        "Load the base it was trained on, or pass allow_base_mismatch=True (--allow-base-mismatch)."
     )
 
 

@@ -32,6 +32,7 @@ from ..errors import (
     CorruptFileError,
     ExportError,
     MetaTensorError,
+    ParityError,
     RewriteError,
     VerifyError,
 )  # fmt: skip
@@ -171,7 +172,7 @@ def flattened(program: Program) -> Program:
         raise ExportError(f"the program cannot be written as operators: {error}") from error
     measured = measure(program, flat)
     if measured["max_rel"] > bound(program, measured):
-        raise ExportError(
+        raise ParityError(
             f"the program as operators computes something else (off by {measured['max_rel']:.3g} "
             "of the largest output). Nothing was saved."
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..api import Program
-from ..errors import ArtifactError, CorruptFileError, WeightsError
+from ..errors import ArtifactError, CorruptFileError, PathError, WeightsError
 from ..files.files import HEADER_LIMIT, parse_json, read_file, require_regular
 
 INDEX = ".safetensors.index.json"
@@ -208,7 +208,7 @@ def _part(storage: Any, entry: Entry) -> Tensor:
 def _files(path: Path) -> tuple[str | None, dict[str, str], list[str]]:
     """(index file, tensor -> file that the index lists, all files)."""
     if not path.is_dir():
-        raise ArtifactError(f"{path} is not a directory with safetensors files.")
+        raise PathError(f"{path} is not a directory with safetensors files.")
     indices = sorted(p.name for p in path.glob(f"*{INDEX}"))
     single = sorted(p.name for p in path.glob("*.safetensors"))
     if "model.safetensors" in single:
