@@ -3,7 +3,8 @@
     python -m benchmarks.faults [--quick] [kills] [flips] [disk_full] [fuzz]
 
 writes `benchmarks/faults.json`. Kills: a forked child writes again and again and is killed at a
-random moment; what is read must be a whole old or new version. Flips and truncations: reading must
+random moment; what is read must be a whole old or new version, and a job that was killed must go on
+to the same bytes. Flips and truncations: reading must
 refuse, or give just what was written. Full disks: what was there must still be readable. Fuzzing
 takes atheris where it is installed, else it is left out; `--readers NAME ...` counts some again.
 """
@@ -36,7 +37,8 @@ from typing import Any
 import torch
 
 from peftfx.rewriter.errors import RewriteError
-from peftfx.rewriter.files import directory, files
+from peftfx.rewriter.files import directory, files, job
+from peftfx.rewriter.storage import stream
 from tests.damage import cuts, flips
 from tests.fuzzing import TARGETS, corpus, mutations
 from tests.writers import WRITERS, Writer, prepared
@@ -71,7 +73,16 @@ def _kills(writer: Writer, count: int) -> dict[str, int]:
                 writer.write(folder, 1)
             seen[_kill(writer, folder, draw.uniform(0, window))] += 1
             seen["left"] += _left(writer, folder)
+            if writer.resumes:
+                same = _bytes(folder / writer.made) == _bytes(Path(place) / "warm2" / writer.made)
+                seen["resumed, equal" if same else "resumed, OTHER"] += 1
     return {"runs": count, "window_ms": round(1000 * window), **seen}
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    """The files of a folder; of a record, without the times of the source's files."""
+    held = {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {n: b for n, b in held.items() if n != stream.RECORD}
 
 
 def _window(writer: Writer, place: Path) -> float:
@@ -88,7 +99,7 @@ def _window(writer: Writer, place: Path) -> float:
     return max(times[1:])
 
 
-_temporary = directory.temporary
+_temporary, _hidden = directory.temporary, job.hidden
 
 
 def _at_start(call: Callable[[], Any] | None) -> None:
@@ -99,7 +110,13 @@ def _at_start(call: Callable[[], Any] | None) -> None:
             call()
         return _temporary(target, kind)
 
+    def hidden(target: Path) -> Path:
+        if call is not None:
+            call()
+        return _hidden(target)
+
     directory.temporary = files.temporary = told  # pyright: ignore[reportPrivateImportUsage]
+    job.hidden = hidden
 
 
 def _kill(writer: Writer, folder: Path, delay: float) -> str:
@@ -148,6 +165,8 @@ def _left(writer: Writer, folder: Path) -> int:
     """Leftovers after the next successful write."""
     if writer.replaces:
         writer.write(folder, 1)
+    elif writer.resumes:
+        writer.write(folder, 2)
     else:
         files.write_file(folder / "next", b"")
     return sum(p.name.startswith(".") for p in folder.iterdir())

@@ -28,9 +28,10 @@ from .rewriter.program.sites import Site
 from .rewriter.run.observe import observe, tap
 from .rewriter.run.run import run
 from .rewriter.storage.artifact import VERSION, save
+from .rewriter.storage.filling import load_weights
 from .rewriter.storage.loading import load
 from .rewriter.storage.program_file import load_program, save_program
-from .rewriter.storage.stream import fold_checkpoint, load_weights
+from .rewriter.storage.stream import fold_checkpoint
 from .rewriter.training.controllers import controllers
 from .training.fit import fit
 from .training.lightning import lightning_callback

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,17 @@ from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError
 from .rewriter.files.directory import new_directory
+from .rewriter.files.job import finished
 from .rewriter.files.leftovers import clean, make_parents, real_path, temporary
-from .rewriter.storage.stream import FoldedCheckpoint, fold_checkpoint, load_weights
+from .rewriter.storage.filling import load_weights
+from .rewriter.storage.safetensors_checkpoint import Checkpoint
+from .rewriter.storage.stream import (
+    RECORD,
+    FoldedCheckpoint,
+    files_of,
+    fold_checkpoint,
+    said_again,
+)
 
 
 @dataclass
@@ -28,11 +38,18 @@ class Directory:
         changed: names of the tensors that folding wrote.
         left_out: files of the base that were not copied: other weights.
         notes: what to know about it.
+        shares: by site, (what rounding left of what was learnt along its own direction, its errors
+            relative to the size of what was learnt).
+        resumed: files that a killed run of the same had written.
+        nothing_to_do: it was there already, from the same base and adapter.
     """
 
     changed: list[str] = field(default_factory=list[str])
     left_out: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
+    shares: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    resumed: list[str] = field(default_factory=list[str])
+    nothing_to_do: bool = False
 
 
 def to_directory(
@@ -47,7 +64,8 @@ def to_directory(
 ) -> Directory:
     """Writes a directory that `from_pretrained` loads, with an adapter folded in.
 
-    Memory holds one tensor of the base at a time, beside what is mapped from files.
+    Memory holds one tensor of the base at a time, beside what is mapped from files. Killed at any
+    time, the same call goes on; once it is done, it does nothing more.
 
     Args:
         base: a Hugging Face directory, `module:function` with `weights`, or a GGUF file, which is
@@ -71,12 +89,48 @@ def to_directory(
             )
         with new_directory(target, None) as fresh:
             return Directory(notes=write_directory(base, fresh, progress=progress).notes)
+    made_of = identity(base, adapter, weights)
+    if (record := finished(target, RECORD, made_of)) is not None:
+        return _said(said_again(target, record))
     with _checkpoint(base, weights, target, progress) as (source, read):
         named = load_model(str(base), hollow=True)
         program = capture(named.model, kwargs=named.example, **(capturing or {}))
-        done = _fold(program, source, target, adapter, progress, allow_base_mismatch)
-    notes = [*read.notes, *(f"{site}: {about}" for site, about in done.notes)]
-    return Directory(done.changed, done.left_out, notes)
+        done = _fold(program, source, target, adapter, made_of, progress, allow_base_mismatch)
+    return _said(done, read.notes)
+
+
+def _said(done: FoldedCheckpoint, notes: Sequence[str] = ()) -> Directory:
+    notes = [*notes, *(f"{site}: {about}" for site, about in done.notes)]
+    return Directory(
+        done.changed, done.left_out, notes, done.shares, done.resumed, done.nothing_to_do
+    )
+
+
+def identity(
+    base: str | Path, adapter: str | Path, weights: str | Path | None = None
+) -> dict[str, Any]:
+    """What decides all that a fold writes, told from files without reading the base's tensors."""
+    source = Path(weights or base)
+    if source.is_file():
+        status = source.stat()
+        files: Mapping[str, Any] = {source.name: [status.st_size, status.st_mtime_ns]}
+    else:
+        files = files_of(Checkpoint.read(source))
+    made_of: dict[str, Any] = {"base": files, "adapter": _hash(Path(adapter))}
+    if (config := Path(base) / "config.json").is_file():
+        made_of["config"] = _hash(config)
+    return made_of if weights is None else {**made_of, "model": str(base)}
+
+
+def _hash(path: Path) -> str:
+    """sha256 of a file, or of the files in a folder."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\n".encode())
+        with open(file, "rb") as handle:
+            while piece := handle.read(2**20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -105,11 +159,14 @@ def _fold(
     source: Path,
     target: str | Path,
     adapter: str | Path,
+    made_of: Mapping[str, Any],
     progress: Callable[[str], None] | None,
     allow: bool,
 ) -> FoldedCheckpoint:
     if format_of(adapter) == "peftfx" and not allow:
-        return fold_checkpoint(program, source, target, adapter=adapter, progress=progress)
+        return fold_checkpoint(
+            program, source, target, adapter=adapter, made_of=made_of, progress=progress
+        )
     filled = load_weights(program, source)  # some depend on the base
     program = load_adapter(filled, adapter, allow_base_mismatch=allow)
-    return fold_checkpoint(program, source, target, progress=progress)
+    return fold_checkpoint(program, source, target, made_of=made_of, progress=progress)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .directories import to_directory
+from .directories import Directory, to_directory
+from .drawing.heat import draw_shares
 from .exporters.formats import format_of, load_adapter
 from .models import load_model
 from .outputs import check_directory
@@ -16,7 +17,9 @@ from .rewriter.errors import OptionError
 from .rewriter.inputs.dynamic import Dynamic
 from .rewriter.pipeline.syntax import as_pipeline
 from .rewriter.run.run import run
-from .terminal import progress, say
+from .rewriter.storage.stream import RECORD, FoldedCheckpoint
+from .shares import HEAD, NUMBERS, share_rows
+from .terminal import progress, say, say_table
 
 
 def program_of(options: Any, passes: str | None = None, hollow: bool = False) -> Program:
@@ -97,7 +100,7 @@ def write_model(options: Any, weights: str | None = None) -> Any:
         options: with `model`, `adapter` and `out`, the new directory.
         weights: see `to_directory`.
     """
-    check_directory(options.out, None)
+    check_directory(options.out, RECORD)
     if options.adapter:
         format_of(options.adapter)
     with progress(options, f"writing {options.out} file by file"):
@@ -106,9 +109,25 @@ def write_model(options: Any, weights: str | None = None) -> Any:
             capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
             allow_base_mismatch=options.allow_base_mismatch,
         )  # fmt: skip
-    say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    say_directory(options, done)
+    return {**asdict(done), "out": options.out}
+
+
+def say_directory(options: Any, done: Directory | FoldedCheckpoint) -> None:
+    """Shows what a fold into a directory did, and what is left of each change."""
+    if done.nothing_to_do:
+        say(options, f"nothing to do: {options.out} is this adapter in this base already")
+    else:
+        say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    if done.resumed:
+        say(options, f"{len(done.resumed)} files were written by a run that was stopped")
     for name in done.left_out:
         say(options, f"not copied (other weights): {name}")
     for note in done.notes:
-        say(options, note)
-    return {**asdict(done), "out": options.out}
+        say(options, note if isinstance(note, str) else ": ".join(note))
+    if done.shares:
+        say(options, "what rounding to the files' dtype left of what was learnt:")
+        say_table(options, HEAD, share_rows(done.shares), NUMBERS)
+    if getattr(options, "draw", None):
+        draw_shares(options.draw, done.shares)
+        say(options, f"drawn to {options.draw}")

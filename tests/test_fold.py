@@ -168,13 +168,24 @@ def shifted(branch: LoRABranch) -> Tensor:
     return (branch.b @ branch.a).roll(1, 0) * branch.scale
 
 
-@pytest.mark.parametrize("wrong", [scaled, transposed, shifted])
+def rescaled(branch: LoRABranch) -> Any:
+    return branch.a, branch.b, 1.01 * branch.scale
+
+
+def exchanged(branch: LoRABranch) -> Any:
+    return branch.a.flip(0), branch.b, branch.scale
+
+
+@pytest.mark.parametrize("wrong", [scaled, transposed, shifted, rescaled, exchanged])
 def test_wrong_merges_are_caught(
     captured: Any, monkeypatch: pytest.MonkeyPatch, wrong: Any
 ) -> None:
     _, base = captured["encoder"]
     program = randomise(peftfx.run(base, "lora{where=q|k|v|o}"))
-    monkeypatch.setattr(LoRABranch, "delta", wrong)
+    by_factors = wrong in (rescaled, exchanged)
+    monkeypatch.setattr(LoRABranch, "factors", wrong if by_factors else lambda _: None)
+    if not by_factors:
+        monkeypatch.setattr(LoRABranch, "delta", wrong)
     with pytest.raises(VerifyError, match=r"branch peftfx\.lora\..* computes something else"):
         peftfx.run(program, "fold")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_folding_by_shard_equals_folding_in_memory(
     )
     before = {p.name: p.read_bytes() for p in s.directory.iterdir()}
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert before.keys() == after.keys() and "tokenizer.json" in done.copied
+    assert {*before, stream.RECORD} == {*after} and "tokenizer.json" in done.copied
     for shard in s.shards:
         old = safetensors.torch.load_file(shard)
         new = safetensors.torch.load_file(tmp_path / "out" / shard.name)
@@ -294,12 +295,16 @@ def test_what_cannot_be_folded_is_refused_before_writing(stored: Any, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_fold_leaves_nothing(
+def tree(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir()}
+
+
+def test_a_fold_that_fails_leaves_nothing(
     stored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = stored("llama")
     program = peftfx.run(peftfx.load_weights(s.hollow, s.directory), "lora")
-    before = {p.name: p.read_bytes() for p in s.directory.iterdir()}
+    before = tree(s.directory)
     count = 0
 
     def stop(*args: Any) -> Any:
@@ -307,26 +312,98 @@ def test_an_interrupted_fold_leaves_nothing(
         count += 1
         if count > 9:
             raise OSError(28, "No space left on device")
-        return copy(*args)
+        return write(*args)
 
-    copy = stream._copy
-    monkeypatch.setattr(stream, "_copy", stop)
+    write = stream._Writer._tensor
+    monkeypatch.setattr(stream._Writer, "_tensor", stop)
     with pytest.raises(ArtifactError, match="No space left"):
         peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
-
-    def interrupt(file: str) -> None:
-        if file == s.shards[2].name:
-            raise KeyboardInterrupt
-
-    monkeypatch.undo()
-    with pytest.raises(KeyboardInterrupt):
-        peftfx.fold_checkpoint(program, s.directory, tmp_path / "out", progress=interrupt)
     assert not list(tmp_path.iterdir())
-    assert before == {p.name: p.read_bytes() for p in s.directory.iterdir()}
+    assert before == tree(s.directory)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("x")
     with pytest.raises(ArtifactError, match="holds other files"):
         peftfx.fold_checkpoint(program, s.directory, tmp_path / "full")
+
+
+def test_an_interrupted_fold_goes_on(stored: Any, tmp_path: Path) -> None:
+    s = stored("llama")
+    program = randomise(peftfx.run(peftfx.load_weights(s.hollow, s.directory), EVERYWHERE))
+    other = randomise(peftfx.run(peftfx.load_weights(s.hollow, s.directory), "lora{rank=2}"))
+    whole = peftfx.fold_checkpoint(program, s.directory, tmp_path / "whole")
+    for adapted, taken in ((program, 2), (other, 0)):
+
+        def interrupt(file: str) -> None:
+            if file == s.shards[2].name:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            peftfx.fold_checkpoint(adapted, s.directory, tmp_path / "out", progress=interrupt)
+        assert not (tmp_path / "out").exists()
+        (job,) = (p for p in tmp_path.iterdir() if p.name.startswith("."))
+        (job / "half.part").write_bytes(b"x")
+        with open(job / ".journal", "ab") as journal:
+            journal.write(b'[{"file": "half')  # as if it was killed while it wrote this
+        again = peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+        assert len(again.resumed) == taken
+        assert (again.changed, again.shares) == (whole.changed, whole.shares)
+        assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_second_fold_has_nothing_to_do(stored: Any, tmp_path: Path) -> None:
+    s = stored("llama")
+    program = randomise(peftfx.run(peftfx.load_weights(s.hollow, s.directory), "lora"))
+    done = peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+    assert again.nothing_to_do and not done.nothing_to_do
+    assert (again.changed, again.shares, again.lost) == (done.changed, done.shares, done.lost)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    other = randomise(peftfx.run(peftfx.load_weights(s.hollow, s.directory), "lora"), 0.1, seed=3)
+    with pytest.raises(ArtifactError, match="was made of other files"):
+        peftfx.fold_checkpoint(other, s.directory, tmp_path / "out")
+    record = tmp_path / "out" / stream.RECORD
+    record.write_bytes(record.read_bytes().replace(b'"lost"', b'"cost"', 1))
+    with pytest.raises(CorruptFileError, match="was altered"):
+        peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+
+
+def test_one_process_folds_into_a_folder(stored: Any, tmp_path: Path) -> None:
+    s = stored("llama")
+    program = peftfx.run(peftfx.load_weights(s.hollow, s.directory), "lora")
+
+    def twice(file: str) -> None:
+        with pytest.raises(ArtifactError, match="is being written by another process"):
+            peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+
+    peftfx.fold_checkpoint(program, s.directory, tmp_path / "out", progress=twice)
+    assert (tmp_path / "out" / stream.RECORD).is_file()
+
+
+def test_shares_are_those_of_numpy(stored: Any, tmp_path: Path) -> None:
+    """What is left of each change in 16 bits, by the equation."""
+    s = stored("llama")
+    torch.manual_seed(1)
+    model = MODELS["llama"]().to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "base")
+    program = randomise(
+        peftfx.run(peftfx.capture(model, kwargs=s.inputs), "lora{where=q|ffn.up}"), 0.005
+    )
+    done = peftfx.fold_checkpoint(program, tmp_path / "base", tmp_path / "out")
+    new = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert len(done.shares) == 4
+    for site, (left, lost) in done.shares.items():
+        (branch,) = (program.branch(a) for a in program.attachments if a.site == site)
+        old = model.get_parameter(site).detach().double().numpy()
+        delta = (branch.b.double() @ branch.a.double() * branch.scale).detach().numpy()  # pyright: ignore
+        exact = torch.from_numpy(old + delta).to(torch.bfloat16)
+        assert torch.equal(new[site], exact)  # float64 sums, rounded once
+        moved = exact.double().numpy() - old
+        assert left == pytest.approx((moved * delta).sum() / (delta**2).sum(), rel=1e-4)
+        gap = ((moved - delta) ** 2).sum() ** 0.5 / (delta**2).sum() ** 0.5
+        assert lost == pytest.approx(gap, rel=1e-3) and 0.01 < lost < 1
 
 
 def test_the_command_line_folds_shard_by_shard(

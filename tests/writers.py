@@ -6,6 +6,7 @@ Used by the tests of damage and by `benchmarks/faults.py`, which kills, fills di
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class Writer:
         read: which number is there; an error of ours if none or damaged.
         state: everything that reading finds, as text, to tell whether a flip changed something.
         files: what it writes, relative to the folder.
+        resumes: where it was killed, the same call goes on; what it writes then is in `made`.
     """
 
     write: Callable[[Path, int], Any]
@@ -87,6 +89,8 @@ class Writer:
     files: tuple[str, ...]
     replaces: bool = True
     numbered: bool = True
+    resumes: bool = False
+    made: str = ""
 
 
 def _save(folder: Path, number: int) -> None:
@@ -123,7 +127,12 @@ def _fold(folder: Path, number: int) -> None:
     if not source.exists():
         source.mkdir()
         state = {n: t.detach().clone() for n, t in model().state_dict().items()}
-        safetensors.torch.save_file(state, source / "model.safetensors")
+        listed: dict[str, str] = {}
+        for name, tensor in state.items():  # a shard each
+            safetensors.torch.save_file({name: tensor}, source / f"{name}.safetensors")
+            listed[name] = f"{name}.safetensors"
+        index = json.dumps({"metadata": {}, "weight_map": listed})
+        (source / "model.safetensors.index.json").write_text(index)
     peftfx.fold_checkpoint(_filled(number), source, folder / "folded")
 
 
@@ -275,7 +284,7 @@ WRITERS = {
     ),
     "fold_checkpoint": Writer(
         _fold, _read_fold, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
-        replaces=False,
+        replaces=False, resumes=True, made="folded",
     ),
     "export_onnx": Writer(_export, _read_export, lambda f: str(_read_export(f)), ()),
     "save_checkpoint": Writer(

@@ -1,10 +1,12 @@
 """Fold: turn trained branches into constants of the base weights, and drop them.
 
 Peephole rules run to a fixpoint from the inside out (`rewriter/edits/folding/fold.py`). What cannot
-be folded stays in the graph and is reported with the reason. Merging runs in at least float32 with
+be folded stays in the graph and is reported with the reason. Merging runs in float64 with
 one rounding. The certificate says what that did: `delta_lost` is the largest rounding error of one
 weight, relative to its change (it may be large where errors of many elements cancel), and
-`outputs_kept` how much is left of what all branches together add to the outputs.
+`outputs_kept` how much is left of what all branches together add to the outputs. The record has the
+share that survives at each site. Where that is too little, `mode=keep` leaves the branches, and
+`mode=residual` folds only what a branch of low rank beside the weight does not carry.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from ...rewriter.edits.folding.fold import fold
 from ...rewriter.edits.folding.result import warn_of
 from ...rewriter.errors import FoldError, VerifyError, nearest
 from ...rewriter.graph.sharded import has_shards
-from ...rewriter.pipeline.passes import Pass
+from ...rewriter.pipeline.passes import NAME, Pass
 from ...rewriter.program.history import Contract, Plan
+from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.run.before_fold import keep_trained, trained_tensors
 from ...rewriter.verify.verify import bound, is_meta, measure
 from ...rewriter.weights.exported import put_back
+from ..reparameterized.lora import LoRABranch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,13 @@ class Fold(Pass):
         lossy: also into weights in few bits (quantise, peqa), which are packed again, in the same
             way; the record says what is left of each change, and outputs change by that. What is
             written is never further from what the branches compute than the weight was.
+        mode: `fold`; `keep` leaves the branches of a site where less than `least` of their change
+            would survive rounding; `residual` leaves a branch of `rank` beside each weight, with
+            the largest singular values of the change, and folds the rest. Rounding errors have no
+            low rank, so nothing catches them later; a change of at most this rank loses nothing.
+        least: the share that has to survive, 1 less `delta_lost` of the site.
+        rank: of the branches that `residual` leaves; at smaller weights that of the weight.
+        name: of the adapter that these are; they are trained and saved like any LoRA.
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
@@ -48,6 +59,19 @@ class Fold(Pass):
     tied: Literal["refuse", "keep", "untie", "both"] = "refuse"
 
     lossy: bool = False
+    mode: Literal["fold", "keep", "residual"] = "fold"
+    least: float = 0.5
+    rank: int = 8
+    name: str = "residual"
+
+    @property
+    def adapter(self) -> str | None:
+        return self.name if self.mode == "residual" else None
+
+    def check(self) -> None:
+        self.require(0 < self.least <= 1, "least", "above 0 and at most 1")
+        self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(bool(NAME.fullmatch(self.name)), "name", "letters, digits, _ and -")
 
     def promise(self) -> Contract:
         free = self.tied == "both" or self.lossy
@@ -86,19 +110,28 @@ class Fold(Pass):
         paths = list(plan.decisions["branches"])
         site_of = {a.path: a.site for a in edit.program.attachments}
         trained, untied = trained_tensors(edit.program), set(edit.program.untied)
-        result = fold(edit, paths, self.tied, self.lossy)
+        least, rank = self.least * (self.mode == "keep"), self.rank * (self.mode == "residual")
+        result = fold(edit, paths, self.tied, self.lossy, least=least, rank=rank)
         keep_trained(edit, trained)
-        if result.kept and self.names is not None:
-            path, reason = next(iter(result.kept.items()))
+        for site_id, (b, a) in result.parts.items():
+            site = edit.program.sites[site_id]
+            if isinstance(site, WeightSite):
+                like = edit.like(site)
+                edit.add(site, LoRABranch(a.to(like), b.to(like), 1.0, 0.0))
+        forced = [(p, why) for p, why in result.kept.items() if p not in result.spared]
+        if forced and self.names is not None:
+            path, reason = forced[0]
             raise FoldError(f"{site_of[path]}: {path} is {reason.removeprefix('is ')}.")
         edit.edited.extend(site_of[path] for path in result.folded)
         edit.skipped.extend((site_of[path], reason) for path, reason in result.kept.items())
         edit.figures["delta_lost"] = result.lost
+        shares = {site: [v.left, v.lost] for site, v in result.shares.items()}
+        edit.decided["shares"] = shares
         if result.gap:
             edit.figures["branch"] = result.gap
         if result.packed:
             edit.figures["delta_left"] = result.left
-        notes = dict.fromkeys((*result.packed, *result.vanished))
+        notes = dict.fromkeys((*result.packed.items(), *result.vanished))
         edit.notes.extend(f"{site}: {note}" for site, note in notes)
         warn_of(result.vanished)
         for name in sorted({*edit.program.untied} - untied):

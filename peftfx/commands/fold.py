@@ -4,8 +4,12 @@
 that `from_pretrained` loads, with the base's other files. A directory is written file by file;
 without `--stream`, the model is loaded, and what folding promises is measured on it first.
 
-JSON: `{records, tensors, out}`; of a directory also `{changed, left_out}`, with `--stream`
-`{changed, left_out, notes, out}`.
+A directory's files are written one after the other: killed at any time, the same command goes on,
+and once all are there, it has nothing to do. It says what rounding to the files' dtype left of what
+was learnt, by place, and `peftfx-fold.json` in the directory by weight.
+
+JSON: `{records, tensors, out}`; of a directory also `{changed, left_out, shares, resumed,
+nothing_to_do}`, with `--stream` those and `{notes, out}`.
 """
 
 from __future__ import annotations
@@ -15,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import add_mismatch, add_model
+from ..directories import identity
+from ..drawing import check_drawing
 from ..models import is_gguf_model
 from ..outputs import check_directory, check_file
-from ..programs import program_of, report, write_model
+from ..programs import program_of, report, say_directory, write_model
 from ..rewriter.errors import OptionError
 from ..rewriter.files.files import write_file, write_tensors
+from ..rewriter.files.job import finished
 from ..rewriter.run.run import run
-from ..rewriter.storage.stream import WEIGHT_FORMATS, fold_checkpoint
+from ..rewriter.storage.stream import RECORD, WEIGHT_FORMATS, fold_checkpoint, said_again
 from ..terminal import progress, say
 
 
@@ -37,12 +44,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help=about)
     about = "an adapter on a table that is the head, too: see peftfx passes fold (default: refuse)"
     parser.add_argument("--tied", choices=["refuse", "keep", "untie", "both"], help=about)
+    about = "into a directory: draw what rounding left of each change, in .svg or .png"
+    parser.add_argument("--draw", metavar="FILE", help=about)
     add_mismatch(parser)
 
 
 def command(options: Any) -> Any:
     """Runs the command."""
     file = Path(options.out).suffix.lower() == ".safetensors"
+    if options.draw:
+        check_drawing(options.draw)
+        if file:
+            raise OptionError("--draw goes with a directory: --out DIR. Give one, or leave it out.")
     if options.stream or not file:
         _check_directory(options)
     if options.stream:
@@ -62,20 +75,23 @@ def command(options: Any) -> Any:
 
 def _fold_into_directory(options: Any) -> Any:
     """Measured in memory first; the files are then written as with `--stream`."""
-    check_directory(options.out, None)
+    check_directory(options.out, RECORD)
     if is_gguf_model(options.model):
         return write_model(options)
-    program = program_of(options)
-    with progress(options, "folding"):
-        records = report(options, run(program, "fold"))
-    with progress(options, f"writing {options.out} file by file"):
-        done = fold_checkpoint(program, options.model, options.out)
-    say(options, f"{len(done.changed)} tensors folded: {options.out}")
-    for name in done.left_out:
-        say(options, f"not copied (other weights): {name}")
+    made_of = identity(options.model, options.adapter)
+    if (record := finished(options.out, RECORD, made_of)) is not None:
+        done, records = said_again(options.out, record), []
+    else:
+        program = program_of(options)
+        with progress(options, "folding"):
+            records = report(options, run(program, "fold"))
+        with progress(options, f"writing {options.out} file by file"):
+            done = fold_checkpoint(program, options.model, options.out, made_of=made_of)
+    say_directory(options, done)
     return {
         "records": records, "tensors": len(done.changed), "changed": done.changed,
-        "left_out": done.left_out, "out": options.out,
+        "left_out": done.left_out, "shares": done.shares, "resumed": done.resumed,
+        "nothing_to_do": done.nothing_to_do, "out": options.out,
     }  # fmt: skip
 
 

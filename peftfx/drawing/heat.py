@@ -81,6 +81,44 @@ def picture(names: Sequence[str], found: Comparison) -> Canvas:
     return canvas
 
 
+def draw_shares(path: str | Path, shares: Mapping[str, Sequence[float]]) -> None:
+    """Draws what a fold left of each change: the share that survives, and that along its direction.
+
+    Args:
+        path: a file name that ends in `.svg` or `.png`.
+        shares: by weight, (along its own direction, errors relative to the size of the change).
+
+    Raises:
+        OptionError: another suffix. ExportError: see `draw_sites`.
+        ArtifactError: the file cannot be written.
+    """
+    vector = check_drawing(path) == ".svg"
+    kinds = kinds_of(shares)
+    cells = {place: (_row(place), kind) for place, kind in kinds.items()}
+    rows = sorted({r for r, _ in cells.values()}, key=lambda r: int(r) if r.isdigit() else -1)
+    columns = list(dict.fromkeys(kinds.values()))
+    canvas = Canvas()
+    end = canvas.write(MARGIN, 44, "What rounding left of what was learnt", 20, INK, True)
+    about = "blue: all of it; white: half; red: nothing. By layer and place; empty: not changed."
+    canvas.width = max(end, canvas.write(MARGIN, 66, about, SMALL, MUTED))
+    survives = {cells[p]: max(0.0, 1 - lost) for p, (_, lost) in shares.items()}
+    along = {cells[p]: left for p, (left, _) in shares.items()}
+    about = "without what is gone or drowned in errors"
+    x = MARGIN
+    for table in (
+        Heat("survives", about, survives, lambda v: 1 - 2 * v, lambda v: f"{v:.1%}"),
+        Heat("along its direction", "errors may be beside it", along, lambda v: 1 - 2 * v,
+             lambda v: f"{v:.1%}"),
+    ):  # fmt: skip
+        drawn = _draw(table, rows, columns)
+        canvas.paste(drawn, x, 92.0)
+        x += drawn.width + GAP
+    canvas.width += MARGIN
+    canvas.height += MARGIN
+    title = "What rounding left of what was learnt"
+    write_file(path, canvas.svg(title, PAPER) if vector else canvas.png(PAPER))
+
+
 def _tables(
     names: Sequence[str], found: Comparison, cells: Mapping[str, tuple[str, str]]
 ) -> list[list[Heat]]:

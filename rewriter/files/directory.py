@@ -183,7 +183,7 @@ def new_directory(
             if real.exists():
                 require_replaceable(real, mark)
                 _carry(real, fresh, written, own)
-            _sync_tree(fresh)
+            sync_tree(fresh)
             replaced = _swap(fresh, real)
             sync(real.parent)
             if replaced is not None:
@@ -243,7 +243,7 @@ def _rescue(old: Path, new: Path, written: Collection[str], own: Own) -> None:
             (old / name).rename(new / name)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     for path, _, names in os.walk(folder):
         for name in names:
             if (file := Path(path) / name).is_file() and not file.is_symlink():

@@ -1,27 +1,24 @@
-"""Folding into a checkpoint's tensors, one weight at a time, and reading back what was written."""
+"""Folding into a checkpoint's tensors, one weight at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ..api import Program
 from ..edits.edit import Editor
-from ..edits.folding.fold import branch_of, by_weight, fold_weight
+from ..edits.folding.fold import by_weight, fold_weight
 from ..edits.folding.result import Folding
-from ..edits.linear.compose import ORDER, fold_ready
-from ..errors import FoldError, NonFiniteError, VerifyError
-from ..graph.aten import expression_of, set_attribute
+from ..edits.linear.compose import fold_ready
+from ..errors import FoldError, NonFiniteError
+from ..graph.aten import set_attribute
 from ..graph.turns import alone
 from ..measure.compare import all_finite
 from ..measure.constants import constant_reads
 from ..program.sites import WeightSite
-from ..weights.certificate import check_folded
-from ..weights.verdict import Matrix
 from ..weights.weight import stored_calls
 from .safetensors_checkpoint import Checkpoint
 
@@ -50,6 +47,7 @@ class ShardFolder:
         self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
         self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
         self.ready: dict[str, Tensor | None] = {}
+        self.resumed: set[str] = set()
 
     def _refuse(self) -> None:
         """Everything that a checkpoint has no place for, before anything is written."""
@@ -101,8 +99,14 @@ class ShardFolder:
         except AttributeError:  # a buffer, or not in the graph: it is copied as it is
             return None
 
+    def resume(self, names: Iterable[str]) -> None:
+        """Leaves out tensors that are written already."""
+        for name in names:
+            self.uses[self.canonical(name)] -= 1
+            self.resumed.add(self.canonical(name))
+
     def folded(self, name: str) -> Tensor | None:
-        """The new value of a checkpoint's tensor; None if it stays as it is."""
+        """The new value of a checkpoint's tensor, in its dtype; None if it stays as it is."""
         canonical = self.canonical(name)
         weight = self.weight_of.get(canonical)
         if weight is None and canonical not in self.owned:
@@ -120,21 +124,26 @@ class ShardFolder:
 
     def _if_changed(self, canonical: str) -> Tensor | None:
         """A tensor as the files store it (what trained may be wider); None if it is the same."""
-        old = self.checkpoint.tensor(self.names[canonical])
+        old = self.checkpoint.mapped(self.names[canonical])
         current = self.program.module.get_parameter(canonical).detach().cpu().to(old.dtype)
-        if not all_finite(current):
+        if canonical in self.owned and not all_finite(current):
             raise NonFiniteError(
                 f"{canonical}: what was learnt gives NaN or infinity in {str(old.dtype)[6:]}, "
                 "the checkpoint's dtype."
             )
-        return None if current.shape == old.shape and torch.equal(current, old) else current
+        if current.shape != old.shape:
+            raise FoldError(
+                f"{canonical}: the folded tensor is {tuple(current.shape)}, but the checkpoint's "
+                f"is {tuple(old.shape)}."
+            )
+        return None if torch.equal(current, old) else current
 
     def _fold(self, weight: str) -> None:
         gm = self.program.module
         members = self._members(weight)
         for member in members:
             if gm.get_parameter(member).is_meta:
-                value = self.checkpoint.tensor(self.names[member])
+                value = self.checkpoint.mapped(self.names[member])
                 set_attribute(gm, member, nn.Parameter(value, requires_grad=False))
         with alone():
             fold_weight(self.edit, self.groups[weight], "keep", self.result)
@@ -145,62 +154,13 @@ class ShardFolder:
                 f"{reason.removeprefix('not foldable: ')}."
             )
         for member in members:
-            self.ready[member] = self._if_changed(member)
+            self.ready[member] = self._if_changed(member) if self.uses[member] else None
             hollow = gm.get_parameter(member).detach().to("meta")
             set_attribute(gm, member, nn.Parameter(hollow, False))
 
-    def read_back(self, directory: Path) -> float:
-        """Compares the files that were written with the source and the branches.
-
-        Returns:
-            The largest relative difference between a branch and its matrix.
-
-        Raises:
-            VerifyError: a weight is not the old one with its branches, or differs by its name.
-        """
-        written, gap = Checkpoint.read(directory), 0.0
-        for weight, group in self.groups.items():
-            site = self.sites[weight]
-            mine = sorted((a for a in group if a.slot in ORDER), key=lambda a: ORDER[a.slot])
-            constants = self.result.constants
-            branches = [(a.path, branch_of(self.given, a, constants.get(a.path, {}))) for a in mine]
-            before = self._matrix(site, {m: self._before(m) for m in self._members(weight)})
-            after = self._matrix(
-                site, {m: self._written(written, m) for m in self._members(weight)}
-            )
-            if mine:
-                gap = max(gap, check_folded(site.id, before, after, branches).gap)
-        return gap
-
-    def _before(self, member: str) -> Tensor:
-        """A tensor as the branches of linears find it: what trains it, expressions included."""
-        own = self.given.module.get_parameter(member) if member in self.owned else None
-        stored = self.checkpoint.tensor(self.names[member]) if own is None else own.detach().cpu()
-        with torch.no_grad():
-            for node in self.given.module.graph.nodes:
-                if expression_of(node) == member:
-                    path = str(node.target)
-                    reads = self.result.constants.get(path, {})
-                    stored = self.given.module.get_submodule(path).eval()(stored, **reads)
-        return stored
-
-    def _written(self, written: Checkpoint, member: str) -> Tensor:
-        names = [n for n in written.entries if self.canonical(n) == member]
-        tensors = [written.tensor(n) for n in names]
-        for name, tensor in zip(names, tensors, strict=True):
-            if not torch.equal(tensor, tensors[0]):
-                raise VerifyError(f"{name!r} and {names[0]!r} are one tensor, but differ in files.")
-        return tensors[0]
-
-    def _matrix(self, site: WeightSite, tensors: Mapping[str, Tensor]) -> Matrix:
-        stored = tensors[site.weight]
-        dtype = self.checkpoint.entries[self.names[site.weight]].dtype
-        bias = tensors[site.bias] if site.bias is not None else None
-        return Matrix(self.edit.shape(site).matrix(stored), bias, dtype)
-
     def finish(self) -> None:
-        """Everything was folded, or it is an error."""
-        left = [p for group in self.groups.values() for p in group]
-        left = [a for a in left if a.path not in self.result.folded]
+        """Everything that was not written before was folded, or it is an error."""
+        groups = (g for w, g in self.groups.items() if w not in self.resumed)
+        left = [a for g in groups for a in g if a.path not in self.result.folded]
         if left:
             raise FoldError(f"{left[0].site}: its weight is not in the checkpoint.")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,17 +98,14 @@ class Checkpoint:
         flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
         return flat.view(entry.dtype).view(entry.shape)
 
-    def chunks(self, name: str, source: BinaryIO) -> Iterator[bytes]:
-        """A tensor's bytes in pieces, from its open file."""
+    def holds(self, tensor: Tensor, name: str) -> bool:
+        """Whether a tensor lives in the place of its file where `name` is; nothing is read."""
         entry = self.entries[name]
-        source.seek(entry.begin)
-        left = entry.end - entry.begin
-        while left:
-            piece = source.read(min(left, CHUNK))
-            if not piece:
-                raise CorruptFileError(f"{self.directory / entry.file} is truncated.")
-            left -= len(piece)
-            yield piece
+        place = tensor.storage_offset() * tensor.element_size(), tuple(tensor.shape), tensor.dtype
+        if place != (entry.begin, entry.shape, entry.dtype) or not tensor.is_contiguous():
+            return False
+        storage: Any = tensor.untyped_storage()
+        return getattr(storage, "mapped_from", None) == _key(self.directory / entry.file)
 
     def match(self, program: Program, strict: bool = True) -> dict[str, str]:
         """Finds every stored tensor of a program's base: canonical name -> name here.
@@ -171,15 +168,20 @@ def _about(entry: Entry) -> str:
     return f"{str(entry.dtype)[6:]}{list(entry.shape)}"
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)  # pages of a mapped file count as memory
 def _mapping(path: Path, size: int, changed: int) -> Any:
-    del changed  # part of the key: a file that was replaced is mapped anew
-    return torch.UntypedStorage.from_file(str(path), False, size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
+    storage.mapped_from = path, size, changed  # a file that was replaced is mapped anew
+    return storage
+
+
+def _key(path: Path) -> tuple[Path, int, int]:
+    status = path.stat()
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _map(path: Path) -> Any:
-    status = path.stat()
-    return _mapping(path, status.st_size, status.st_mtime_ns)
+    return _mapping(*_key(path))
 
 
 def _part(storage: Any, entry: Entry) -> Tensor:

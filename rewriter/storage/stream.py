@@ -1,157 +1,40 @@
-"""Weights in and out, tensor by tensor: programs for models that no memory holds twice.
+"""Checkpoints with adapters folded in, written shard by shard.
 
-`load_weights` gives a program that was captured on the meta device its weights, mapped from
-their files. `fold_checkpoint` writes a checkpoint with adapters folded in, shard by shard: it
-holds one weight at a time and uses the fold rules of `fold.py`, the same bytes as in memory.
+It holds one weight at a time and uses the fold rules of `edits/folding`: the same bytes as in
+memory. A fold is a job (`files/job`): killed at any time, the same one goes on behind the last
+whole shard, and what it writes is the same bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..api import Program
 from ..edits.folding.result import warn_of
-from ..errors import BaseMismatchError, FoldError, MetaTensorError
-from ..files.directory import new_directory
+from ..errors import BaseMismatchError, FoldError, VerifyError
 from ..files.files import parse_json, write_json
-from ..files.identity import tensor_bytes, tensor_digest, tensor_prefix
-from ..graph.aten import set_attribute
-from ..graph.module import copy_modes, device_of, outside_inference
-from ..graph.placement import relocate, still_hollow
-from ..program.fingerprint import Fingerprints
-from ..program.history import ITSELF
-from ..program.trained import train_only
+from ..files.identity import merkle_root, tensor_bytes, tensor_digest
+from ..files.job import Job, finished, job
 from ..program.unchanged import require_unchanged
-from ..run.before_fold import values_then
-from ..run.replay import load_values
-from ..run.run import apply_plan
 from .artifact import base_difference, read
 from .folding import ShardFolder
 from .loading import attach
-from .safetensors_checkpoint import Checkpoint, Entry, header_size
+from .safetensors_checkpoint import CHUNK, Checkpoint, header_size
 
 WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf",
                   ".onnx", ".npz", ".index.json")  # fmt: skip
 """Files that hold weights: not copied beside folded ones, which would contradict them."""
 
-
-@outside_inference
-def load_weights(
-    program: Program,
-    directory: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    strict: bool = True,
-    buffers: Mapping[str, Tensor] | None = None,
-) -> Program:
-    """Gives a captured program the weights of a Hugging Face style checkpoint, tensor by tensor.
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        program = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": mask})
-        program = peftfx.load_weights(program, "model/")
-
-    On the CPU, weights stay in their files until they are read (memory mapping), so the model may
-    be larger than memory; do not change the files meanwhile. They are frozen, as adapters want
-    them. Adapters that the program has are inserted again by its plans (an adapter that has
-    values keeps them), and their contracts, unmeasured so far, are measured.
-
-    Args:
-        program: usually captured on the meta device; it is not changed.
-        directory: `model.safetensors`, or shards with their `*.safetensors.index.json`.
-        device: where the weights go.
-        strict: refuse tensors in the files that the program has no place for.
-        buffers: values of buffers that no checkpoint holds, for models whose classes do not
-            keep what is needed to compute them again.
-
-    Raises:
-        ArtifactError: there is no checkpoint (CorruptFileError: it is damaged; WeightsError:
-            its tensors do not fit).
-        MetaTensorError: buffers whose values are not known; pass `buffers`.
-    """
-    checkpoint = Checkpoint.read(directory)
-    names = checkpoint.match(program, strict)
-    place = torch.device(device)
-    base = _filled(program, checkpoint, names, place, buffers or {})
-    mine = program.owned.get(ITSELF, ())
-    if mine:
-        base = base.fork()  # the base stays as the checkpoint has it
-        train_only(base, mine)
-    copy_modes(program.module, base.module)
-    return _adapted(program, base, place)
-
-
-def _filled(
-    program: Program, checkpoint: Checkpoint, names: Mapping[str, str], place: torch.device,
-    buffers: Mapping[str, Tensor],
-) -> Program:  # fmt: skip
-    """The program's base with a checkpoint's values, frozen, in the dtypes of the files."""
-    base = program.base.fork()
-    gm = base.module
-    relocate(gm, device_of(gm), place)
-    extras = dict(base.extras)
-    parameters = {n for n, _ in gm.named_parameters()}
-    own = parameters | {n for n, _ in gm.named_buffers()}
-    with torch.no_grad():
-        for canonical, name in names.items():
-            tensor = checkpoint.mapped(name).to(place)
-            if canonical in parameters:
-                set_attribute(gm, canonical, nn.Parameter(tensor, requires_grad=False))
-            elif canonical in own:
-                set_attribute(gm, canonical, tensor.clone())
-            if canonical in extras:
-                extras[canonical] = tensor
-        for name, buffer in list(gm.named_buffers()):
-            value = buffers.get(name, buffer)
-            if not value.is_meta:
-                set_attribute(gm, name, value.to(place, buffer.dtype))
-    _require_values(still_hollow(gm, extras))
-    sample = {n: _real(program, n, t).to(place) for n, t in base.sample.items()}
-    filled = replace(base, origin=None, extras=extras, sample=sample, prints=Fingerprints())
-    filled.prints = filled.fingerprints(values=False)
-    return filled
-
-
-def _require_values(hollow: Sequence[str]) -> None:
-    if not hollow:
-        return
-    raise MetaTensorError(
-        f"{', '.join(hollow[:4])}: no checkpoint holds these buffers, and the model's class "
-        "does not keep what is needed to compute them. Pass load_weights(..., buffers={name: "
-        "tensor}), for example dict(small_model.named_buffers()) of a small real model."
-    )
-
-
-def _adapted(program: Program, base: Program, place: torch.device) -> Program:
-    """`base` with the adapters of `program`, by its plans; those that have values keep them."""
-    current = base
-    for index, record in enumerate(program.history):
-        current = apply_plan(current, record.applied, record.plan)
-        later = program.history[index + 1 :]
-        reshaped = any(r.applied.reshapes for r in later)
-        for adapter in current.owners:
-            values = values_then(program.adapter_tensors(adapter), [r.plan for r in later])
-            here = {n: t.to(place) for n, t in values.items() if not t.is_meta}
-            load_values(current, here, reshaped)
-    return current
-
-
-def _real(program: Program, name: str, sample: Tensor) -> Tensor:
-    if not sample.is_meta:
-        return sample
-    fill = next(i.fill for i in program.base.spec.inputs if i.name == name)
-    if sample.is_floating_point():
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(sample.shape, generator=generator).to(sample.dtype)
-    return torch.full(sample.shape, fill, dtype=sample.dtype)
+RECORD = "peftfx-fold.json"
+"""The file that says what a folded checkpoint was made of, and what is left of each change."""
 
 
 @dataclass
@@ -163,8 +46,12 @@ class FoldedCheckpoint:
         changed: names of the tensors that folding wrote; all others are the source's bytes.
         copied, left_out: other files of the source; left out are weights in other formats.
         lost: largest share of a delta that rounding lost.
-        gap: largest relative difference between a branch and what the files say that it added.
+        gap: largest relative difference between a branch and what it folds into a weight.
+        shares: by site, (what rounding to the storage dtype left of the change along its own
+            direction, its errors relative to the size of the change).
         notes: (site, what to know about it): where rounding left nothing of what was learnt.
+        resumed: shards that a killed run of the same job had written.
+        nothing_to_do: the directory was there already, from the same job.
     """
 
     directory: Path
@@ -173,7 +60,24 @@ class FoldedCheckpoint:
     left_out: list[str] = field(default_factory=list[str])
     lost: float = 0.0
     gap: float = 0.0
+    shares: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    resumed: list[str] = field(default_factory=list[str])
+    nothing_to_do: bool = False
+
+    def take(self, said: Mapping[str, Any]) -> None:
+        """Adds what a shard's entry in the journal says."""
+        self.changed += said["changed"]
+        self.shares |= {site: (left, lost) for site, (left, lost) in said["shares"].items()}
+        self.notes += [(site, note) for site, note in said["notes"]]
+        self.lost, self.gap = max(self.lost, said["lost"]), max(self.gap, said["gap"])
+
+    def record(self) -> dict[str, Any]:
+        """What the directory keeps of it."""
+        return {
+            "changed": self.changed, "copied": self.copied, "left_out": self.left_out,
+            "lost": self.lost, "gap": self.gap, "shares": self.shares, "notes": self.notes,
+        }  # fmt: skip
 
 
 def fold_checkpoint(
@@ -182,16 +86,22 @@ def fold_checkpoint(
     target: str | Path,
     *,
     adapter: str | Path | None = None,
+    made_of: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> FoldedCheckpoint:
     """Folds adapters into a checkpoint directory, writing a new one with the same layout.
+
+    Killed at any time, the same call goes on; once it is done, it does nothing more.
 
     Args:
         program: the captured model (the meta device is enough), with its adapters in it unless
             `adapter` is given; it is not changed.
         source: the base model's checkpoint directory; it is only read.
-        target: a new or empty directory. It appears complete, by rename, or not at all.
+        target: a new or empty directory. It appears complete, by rename, or not at all; meanwhile
+            files are in a hidden folder beside it.
         adapter: what `save` wrote; the source's hashes are checked against it.
+        made_of: strict JSON that says of what and how the target is made; by default the source's
+            files, and recipe and hashes of the adapters.
         progress: called with the name of each shard before it is written.
 
     Raises:
@@ -201,78 +111,178 @@ def fold_checkpoint(
         BaseChangedError: the program's own base was changed since it was captured.
         BaseMismatchError: the adapter was trained on other weights than the source's.
         ArtifactError: source or adapter are damaged or do not fit, or the target cannot be
-            written (CorruptFileError, WeightsError). In every case the target stays absent.
+            written or is being written (CorruptFileError, WeightsError). In every case the target
+            stays absent.
     """
-    require_unchanged(program)
-    checkpoint = Checkpoint.read(source)
     expected: Mapping[str, str] | None = None
     if adapter is not None:
         artifact = read(adapter)
         expected = artifact.base
         program = attach(program, artifact, str(adapter))
-    elif not any(t.is_meta for t in program.base.base_tensors().values()):
-        expected = {n: tensor_digest(t) for n, t in program.base.base_tensors().items()}
+    where = str(adapter or "the program")
+    steps = folding(program, Checkpoint.read(source), target, expected, where, made_of)
+    with contextlib.closing(steps):
+        while True:
+            try:
+                file = next(steps)
+            except StopIteration as done:
+                return done.value
+            if progress is not None:
+                progress(file)
+
+
+def folding(
+    program: Program,
+    checkpoint: Checkpoint,
+    target: str | Path,
+    expected: Mapping[str, str] | None,
+    where: str,
+    made_of: Mapping[str, Any] | None = None,
+    digests: dict[str, str] | None = None,
+) -> Generator[str, None, FoldedCheckpoint]:
+    """The steps of `fold_checkpoint`: gives each shard's name before it is written.
+
+    Args:
+        expected: hashes of the base's tensors, which the source's must have.
+        where: what has them, for errors.
+        digests: of the source's tensors, as far as they are known; more are added.
+    """
+    require_unchanged(program)
     if cut := program.reshaped():
         raise FoldError(
             f"{cut[0]} has another shape than in the checkpoint, so nothing can be folded into its "
             "files. Save the folded program itself: peftfx.save_program."
         )
-    where = str(adapter or "the program")
-    folder = ShardFolder(program, checkpoint)
-    keys: dict[str, str] = {}
+    made_of = made_of or {"base": files_of(checkpoint), "adapters": _adapters(program)}
     result = FoldedCheckpoint(Path(target))
-    with new_directory(target, None) as fresh:
-        _copy_others(checkpoint, fresh, result)
-        for file, names in checkpoint.shards.items():
-            if progress is not None:
-                progress(file)
-            with open(checkpoint.directory / file, "rb") as old, open(fresh / file, "wb") as new:
-                new.write(old.read(header_size(checkpoint.directory / file)))
-                for name in names:
-                    canonical = folder.canonical(name)
-                    digest = _copy(checkpoint, name, old, folder.folded(name), new)
-                    if keys.setdefault(canonical, digest) != digest:
-                        raise BaseMismatchError(f"{source} holds two tensors for {canonical!r}.")
-                    if expected is not None and expected.get(canonical) != digest:
-                        raise BaseMismatchError(
-                            f"{where} was trained on other base weights: {name!r} differs. Fold "
-                            "into the checkpoint that it was trained on."
-                        )
-        folder.finish()
-        want = {n: d for n, d in (expected or keys).items() if n in program.base.state_names}
-        if keys != want:
-            raise BaseMismatchError(base_difference(keys, want, where))
-        result.gap = folder.read_back(fresh)
-    result.changed, result.lost = folder.changed, folder.result.lost
-    result.notes = folder.result.vanished
+    if (record := finished(target, RECORD, made_of)) is not None:
+        return said_again(target, record)
+    writer = _Writer(program, checkpoint, expected, where, {} if digests is None else digests)
+    with job(target, RECORD, made_of, lambda _: result.record()) as mine:
+        for file in checkpoint.shards:
+            if file not in mine.done:
+                yield file
+                writer.write(file, mine)
+            else:
+                writer.resume(file, mine.done[file])
+                result.resumed.append(file)
+            result.take(mine.done[file])
+        writer.finish()
+        _copy_others(checkpoint, mine.folder, result)
     warn_of(result.notes)
     return result
 
 
-def _copy(
-    checkpoint: Checkpoint, name: str, old: BinaryIO, folded: Tensor | None, new: BinaryIO
-) -> str:
-    """Writes one tensor, folded or as it is; returns the digest of what it was."""
-    entry: Entry = checkpoint.entries[name]
-    digest = hashlib.sha256(tensor_prefix(entry.dtype, entry.shape))
-    for piece in checkpoint.chunks(name, old):
-        digest.update(piece)
-        if folded is None:
-            new.write(piece)
-    if folded is not None:
-        if tuple(folded.shape) != entry.shape:
-            raise FoldError(
-                f"{name}: the folded tensor is {tuple(folded.shape)}, but the checkpoint's is "
-                f"{entry.shape}."
+def said_again(target: str | Path, record: Mapping[str, Any]) -> FoldedCheckpoint:
+    """The result of a fold that was finished before."""
+    result = FoldedCheckpoint(Path(target), nothing_to_do=True)
+    result.copied, result.left_out = record["copied"], record["left_out"]
+    result.take(record)
+    return result
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a checkpoint's files from others without reading their tensors: names, sizes and
+    times of the last change."""
+    status = {f: (checkpoint.directory / f).stat() for f in checkpoint.shards}
+    return {f: [s.st_size, s.st_mtime_ns] for f, s in status.items()}
+
+
+def _adapters(program: Program) -> dict[str, Any]:
+    """Recipe and hash of what a program has beside its base."""
+    tensors = {n: t for name in program.owners for n, t in program.adapter_tensors(name).items()}
+    root = merkle_root({n: "" if t.is_meta else tensor_digest(t) for n, t in tensors.items()})
+    return {"recipe": [r.text for r in program.history], "tensors": root}
+
+
+class _Writer:
+    """Writes the shards of one fold."""
+
+    def __init__(
+        self,
+        program: Program,
+        checkpoint: Checkpoint,
+        expected: Mapping[str, str] | None,
+        where: str,
+        digests: dict[str, str],
+    ) -> None:
+        self.checkpoint, self.expected, self.where = checkpoint, expected, where
+        self.digests = digests
+        stored = program.base.base_tensors()
+        self.values = {n: t for n, t in stored.items() if not t.is_meta}
+        self.folder = ShardFolder(program, checkpoint)
+        if expected is not None:
+            wanted = {n: d for n, d in expected.items() if n in program.base.state_names}
+            have = {n: wanted.get(n, "") for n in self.folder.names}
+            if have != wanted:
+                raise BaseMismatchError(base_difference(have, wanted, where))
+        self.buffer = bytearray(CHUNK)
+
+    def write(self, file: str, mine: Job) -> None:
+        """Writes a shard, and notes what was measured of it."""
+        folded, path = self.folder.result, self.checkpoint.directory / file
+        before, notes, changed = {*folded.shares}, len(folded.vanished), len(self.folder.changed)
+        with mine.file(file) as (new, said), open(path, "rb") as old:
+            new.write(old.read(header_size(path)))
+            for name in self.checkpoint.shards[file]:
+                self._tensor(name, new)
+            fresh = {s: v for s, v in folded.shares.items() if s not in before}
+            said["changed"] = self.folder.changed[changed:]
+            said["shares"] = {s: (v.left, v.lost) for s, v in fresh.items()}
+            said["lost"] = max((v.lost for v in fresh.values()), default=0.0)
+            said["gap"] = max((v.gap for v in fresh.values()), default=0.0)
+            said["notes"] = folded.vanished[notes:]
+
+    def resume(self, file: str, said: Mapping[str, Any]) -> None:
+        """Leaves a shard out that was written before."""
+        del said
+        self.folder.resume(self.checkpoint.shards[file])
+
+    def finish(self) -> None:
+        """Raises FoldError where something was not folded."""
+        self.folder.finish()
+
+    def _tensor(self, name: str, new: BinaryIO) -> None:
+        source = self.checkpoint.mapped(name)
+        self._require_base(name, source)
+        folded = self.folder.folded(name)
+        content = tensor_bytes(source if folded is None else folded)
+        start = new.tell()
+        new.write(content)
+        new.seek(start)
+        for place in range(0, len(content), CHUNK):
+            piece = memoryview(self.buffer)[: min(CHUNK, len(content) - place)]
+            new.readinto(piece)  # pyright: ignore[reportAttributeAccessIssue]
+            if self.buffer[: len(piece)] != content[place : place + len(piece)]:
+                raise VerifyError(f"{name}: the file holds something else than was written to it.")
+
+    def _require_base(self, name: str, source: Tensor) -> None:
+        """Raises BaseMismatchError unless a tensor is that of the base that adapters are of."""
+        canonical = self.folder.canonical(name)
+        same = True
+        if self.expected is not None:
+            if name not in self.digests:
+                self.digests[name] = tensor_digest(source)
+            same = self.expected.get(canonical, self.digests[name]) == self.digests[name]
+        elif (known := self.values.get(canonical)) is not None:
+            same = self.checkpoint.holds(known, name) or _same_bytes(known, source)
+        if not same:
+            raise BaseMismatchError(
+                f"{self.where} was trained on other base weights: {name!r} differs. Fold into the "
+                "checkpoint that it was trained on."
             )
-        new.write(tensor_bytes(folded.to(entry.dtype)))  # what trained may be wider
-    return digest.hexdigest()
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.cpu().contiguous().view(-1).view(torch.uint8) for t in (one, other)))
 
 
 def _copy_others(checkpoint: Checkpoint, fresh: Path, result: FoldedCheckpoint) -> None:
     """Configuration, tokenizer and so on; weights in other formats would be stale."""
     for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in checkpoint.shards:
+        if path.name in checkpoint.shards or path.name == RECORD:
             continue
         if path.name != checkpoint.index and path.name.endswith(WEIGHT_FORMATS):
             result.left_out.append(path.name)

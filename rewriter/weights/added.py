@@ -4,7 +4,6 @@ are rounded. Where that is not clear, `certificate` tells, in float64.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..branches.branch import Branch, Delta
 from ..graph.module import same_view
+from .blocks import Added, blocks
 from .verdict import (
     TOLERANCE,
     Matrix,
@@ -25,8 +25,9 @@ from .verdict import (
     square,
 )
 
-_BLOCK = 1 << 17
-"""Elements of a weight that are compared at a time: their temporaries stay in the cache."""
+_BLOCK = 1 << 16
+"""Elements of a weight that are compared at a time: with three temporaries they stay in the
+cache."""
 
 
 def clearly_added(
@@ -40,17 +41,11 @@ def clearly_added(
         branches: (path, branch).
     """
     wide = torch.promote_types(before.dtype, torch.float32)
-    only_deltas = all(isinstance(branch, Delta) for _, branch in branches)
+    deltas = [branch for _, branch in branches if isinstance(branch, Delta)]
+    only_deltas = len(deltas) == len(branches)
     if not only_deltas or before.weight.device.type == "mps" or not _same(before.bias, after.bias):
         return None
-    deltas: list[Tensor] = []
-    gap = 0.0
-    for _, branch in branches:
-        deltas.append(alone_in(branch, wide).full_delta())  # pyright: ignore
-        gap = max(gap, _gap(branch, deltas[-1]))
-    if not gap <= TOLERANCE / 10:
-        return None
-    return _verdict(before, after, deltas, len(branches) + before.roundings, gap)
+    return _verdict(before, after, [_Matrix(branch, wide, before.weight) for branch in deltas])
 
 
 def _same(x: Tensor | None, y: Tensor | None) -> bool:
@@ -59,36 +54,58 @@ def _same(x: Tensor | None, y: Tensor | None) -> bool:
     return same_view(x) == same_view(y) or torch.equal(x, y)
 
 
-def _gap(branch: Branch, delta: Tensor) -> float:
-    """The relative difference between a branch on random inputs, in float64, and its matrix."""
-    alone = alone_in(branch, torch.float64)
-    x, operands = drawn(alone.shape, delta.new_empty((), dtype=torch.float64).expand(delta.shape))
-    narrow, _ = drawn(alone.shape, delta)
-    want = branch.shape.widened(delta.dtype).applied(narrow, delta, **operands)
-    return largest_gap(alone.shape.samples(want), alone.shape.samples(alone(x, **operands)))
+class _Matrix:
+    """What one branch adds, beside what it computes of random inputs in float64."""
+
+    def __init__(self, branch: Delta, dtype: torch.dtype, like: Tensor) -> None:
+        self.added = Added(branch, dtype)
+        alone = alone_in(branch, torch.float64)
+        self.shape, width = alone.shape, like.new_empty((), dtype=torch.float64).expand(like.shape)
+        x, operands = drawn(self.shape, width)
+        with torch.no_grad():
+            self.got = self.shape.samples(alone(x, **operands))
+        self.buffer = like.new_empty((rows_of(like, _BLOCK), like.shape[1]), dtype=dtype)
+        self.x, self.operands = drawn(self.shape, self.buffer[:1].expand(like.shape))
+        self.applied: list[Tensor] = []
+
+    def rows(self, rows: slice) -> Tensor:
+        """Its next rows."""
+        block = self.added.rows(rows, self.buffer[: rows.stop - rows.start])
+        if self.added.whole is None:  # beside a linear
+            self.applied.append(self.x @ block.mT)
+        return block
+
+    def gap(self) -> float:
+        """The relative difference between the branch and its matrix, once all rows were told."""
+        whole = self.added.whole
+        if whole is None:
+            return largest_gap(torch.cat(self.applied, 1), self.got)
+        shape = self.shape.widened(whole.dtype)
+        return largest_gap(shape.samples(shape.applied(self.x, whole, **self.operands)), self.got)
 
 
-def _verdict(
-    before: Matrix, after: Matrix, deltas: Sequence[Tensor], rounds: int, gap: float
-) -> Verdict | None:
+def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdict | None:
     """See `clearly_added`: what is written may be off by its rounding, and that of the deltas."""
-    old, new, delta = before.weight, after.weight, functools.reduce(torch.add, deltas)
-    count = max(1, delta.numel())
-    relative = 0.51 * rounds * torch.finfo(after.dtype).eps
-    slack = sum(square(d) ** 0.5 for d in deltas) / math.sqrt(count)  # at most the largest element
-    allowed = 32 * torch.finfo(delta.dtype).eps * slack
-    off = along = 0.0
-    for start in range(0, old.shape[0], step := rows_of(old, _BLOCK)):
-        rows = slice(start, start + step)
-        rounded, change = new[rows].to(delta), delta[rows]
-        moved = rounded - old[rows]
-        along += product(moved, change)
-        error = moved.sub_(change).abs_()
-        off += square(error)
-        if not float(error.sub_(rounded.abs(), alpha=relative).amax()) <= allowed:
+    old, new, first = before.weight, after.weight, deltas[0].buffer
+    relative = 0.51 * (len(deltas) + before.roundings) * torch.finfo(after.dtype).eps
+    slack = sum(d.added.square() ** 0.5 for d in deltas) / math.sqrt(max(1, old.numel()))
+    allowed = 32 * torch.finfo(first.dtype).eps * slack  # that of all is at most the largest
+    written, moved = torch.empty_like(first), torch.empty_like(first)
+    off = along = size = 0.0
+    for rows in blocks(old, _BLOCK):
+        change, *more = (d.rows(rows) for d in deltas)
+        for other in more:
+            change = change + other
+        count = rows.stop - rows.start
+        rounded, error = written[:count].copy_(new[rows]), moved[:count].copy_(old[rows])
+        torch.sub(rounded, error, out=error)
+        along += product(error, change)
+        size += square(change)
+        off += square(error.sub_(change))
+        if not float(error.abs_().sub_(rounded.abs_(), alpha=relative).amax()) <= allowed:
             return None
-    size = square(delta)
-    if not size:
+    gap = max(d.gap() for d in deltas)
+    if not (size and gap <= TOLERANCE / 10):
         return None
     verdict = Verdict(gap, math.sqrt(off / size), along / size)
     return None if verdict.vanished else verdict

@@ -19,6 +19,7 @@ from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, 
 from ..errors import NonFiniteError, VerifyError
 from ..measure.compare import all_finite
 from .added import clearly_added
+from .blocks import blocks, widest
 from .verdict import TOLERANCE, Matrix, Verdict, alone_in, drawn, largest_gap, rows_of
 
 _BLOCK = 1 << 16
@@ -87,7 +88,7 @@ def _compared(
 ) -> Verdict:
     """See `check_folded`: all in float64."""
     require_finite_base(name, before.weight)
-    wide = torch.float32 if before.weight.device.type == "mps" else torch.float64
+    wide = widest(before.weight)
     old = before.weight.detach().to(wide)
     bias = None if before.bias is None else before.bias.detach().to(wide)
     alone = {path: alone_in(branch, wide) for path, branch in branches}
@@ -106,6 +107,22 @@ def _compared(
         kept_bias.compare(after.bias.detach().to(exact_bias), exact_bias, exact_bias.abs(), none)
         kept_bias.require(f"{name} (its bias)")
     return verdict
+
+
+@torch.no_grad()
+def exact_of(before: Matrix, branches: Sequence[tuple[str, Branch]]) -> Tensor:
+    """What a weight is with its branches, `[out, in]` in float64; nothing is rounded."""
+    old = before.weight.detach().to(widest(before.weight))
+    alone = {path: alone_in(branch, old.dtype) for path, branch in branches}
+    changing = {p: b for p, b in alone.items() if isinstance(b, Delta | RowScale)}
+    steps, _ = _steps(alone, old, None, {p: b.full_delta() for p, b in changing.items()})
+    exact = torch.empty_like(old)
+    for rows in blocks(old, _BLOCK):
+        block = _Exact.of(old[rows])
+        for action in steps:
+            action(block, rows)
+        exact[rows] = block.weight
+    return exact
 
 
 def _written(

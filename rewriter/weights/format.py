@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ExportError, FoldError
 from ..graph.stored_call import FORMATS
+from .blocks import rounded, widest
 from .packed import whole_groups
 
 F = TypeVar("F", bound="Format")
@@ -208,9 +209,15 @@ class Dense(Format):
     def replaced(self, exact: Tensor) -> Self:
         return replace(self, matrix=exact.to(self.matrix.dtype))
 
+    def rows_scaled(self, scale: Tensor) -> Self:
+        factor = scale.to(widest(self.matrix))[:, None]
+        changed = rounded(self.matrix, lambda block, rows: block.mul_(factor[rows]))
+        return replace(self, matrix=changed)
+
     def columns_scaled(self, factor: Tensor) -> Self:
-        wide = torch.promote_types(self.matrix.dtype, torch.float32)
-        return self.replaced(self.matrix.to(wide) * factor.to(wide))
+        wide = factor.expand(self.matrix.shape)
+        changed = rounded(self.matrix, lambda block, rows: block.mul_(wide[rows]))
+        return replace(self, matrix=changed)
 
     def slice(self, axis: str, index: Tensor) -> Self:
         return replace(self, matrix=self.matrix.index_select(int(axis != "out"), index))

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..branches.branch import Branch
 from ..branches.shapes import Shape
 from ..graph.clone import clone
+
+B = TypeVar("B", bound=Branch)
 
 TOLERANCE = 1e-5
 """Largest relative difference between a branch's forward and its matrix."""
@@ -56,6 +58,11 @@ class Verdict:
     gap: float
     lost: float = 0.0
     left: float = 1.0
+
+    @property
+    def survives(self) -> float:
+        """The share of the change that is neither gone nor drowned in rounding errors."""
+        return max(0.0, 1 - self.lost)
 
     @property
     def vanished(self) -> bool:
@@ -114,14 +121,14 @@ def _drawn(shape: Shape, size: tuple[int, ...]) -> tuple[Tensor, Mapping[str, Te
     return shape.drawn(matrix, sizes, torch.Generator().manual_seed(0))
 
 
-def alone_in(branch: Branch, dtype: torch.dtype) -> Branch:
+def alone_in(branch: B, dtype: torch.dtype) -> B:
     """A copy of a branch in evaluation mode and in a dtype, with features on the last axis."""
     copies: dict[int, Any] = {}
     for parameter in branch.parameters():
         copies[id(parameter)] = nn.Parameter(_as(parameter, dtype), requires_grad=False)
     for buffer in branch.buffers():
         copies[id(buffer)] = _as(buffer, dtype).clone()
-    alone: Branch = clone(branch, copies).eval()
+    alone: B = clone(branch, copies).eval()
     alone.axis, alone.lowered, alone.shape = -1, None, branch.shape.widened(dtype)
     return alone
 

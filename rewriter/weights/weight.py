@@ -6,7 +6,7 @@ Folding goes through these words, so that a new format is one more class and no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,10 @@ from ..measure.compare import all_finite
 from ..program.sites import EmbeddingSite, WeightSite
 from ..program.state import State
 from . import codebook, integers, onebit, sparse24  # noqa: F401 # pyright: ignore[reportUnusedImport] - the formats that there are
+from .blocks import rounded
 from .format import Dense, Format, format_of
 from .shape import shape_of
-from .verdict import Matrix, lost_share
+from .verdict import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,22 +128,12 @@ class Weight:
             "weight is stored so, or say fold{lossy=true}"
         )
 
-    def with_delta(self, delta: Tensor) -> tuple[Weight, float]:
-        """Adds `delta [out, in]` in at least float32; see `replaced`."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return self.replaced(self.dense() + delta.to(wide))
-
-    def replaced(self, exact: Tensor) -> tuple[Weight, float]:
-        """Takes `exact [out, in]` in its place, rounded once to the storage dtype.
-
-        Returns:
-            The new weight and the share of the change lost to rounding, ||lost|| / ||change||.
-        """
-        if not self.format.exact:
+    def with_rows_changed(self, change: Callable[[Tensor, slice], object]) -> Weight:
+        """The matrix `[out, in]` with its rows changed in float64, rounded once; see `rounded`."""
+        if not isinstance(self.format, Dense):
             said = self.format.said
             raise FoldError(f"{self.name}: another matrix needs other {said}. Keep the branch.")
-        weight = self.packed_again(exact)
-        return weight, lost_share(self.dense(), exact, weight.dense())
+        return replace(self, format=Dense(rounded(self.format.matrix, change)))
 
     def packed_again(self, exact: Tensor) -> Weight:
         """Stores another matrix `[out, in]` in the same way, see `Format.replaced`."""

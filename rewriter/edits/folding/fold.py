@@ -24,7 +24,7 @@ from ...program.history import Attachment
 from ...program.readers import Readers
 from ...program.sites import WeightSite
 from ...program.state import State
-from ...weights.certificate import check_folded, require_finite_base
+from ...weights.certificate import check_folded, exact_of, require_finite_base
 from ...weights.shape import reads_as_stored
 from ...weights.verdict import Matrix, lost_share
 from ...weights.weight import Weight
@@ -33,12 +33,21 @@ from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember, unexpress
 from .packing import while_unpacked
 from .pattern import Match, Mismatch
+from .rest import foreseen, put_rest
 from .result import Folding
 from .rules import Fold, linear_of, match_at
 from .untie import untie
 
 
-def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) -> Folding:
+def fold(
+    edit: Attaching,
+    paths: Sequence[str],
+    tied: str,
+    lossy: bool = False,
+    *,
+    least: float = 0.0,
+    rank: int = 0,
+) -> Folding:
     """Folds the named branches as far as possible.
 
     Args:
@@ -48,6 +57,7 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) 
             `keep` (leave the branch), `untie` (give these calls a tensor of their own) or `both`
             (change the shared tensor).
         lossy: also into weights whose format has to round them again.
+        least, rank: see `Folding`.
 
     Raises:
         FoldError: a tensor with other readers and `tied="refuse"`.
@@ -55,7 +65,8 @@ def fold(edit: Attaching, paths: Sequence[str], tied: str, lossy: bool = False) 
         NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
     """
     named = (a for a in edit.program.attachments if a.path in paths)
-    result = Folding(constants=constant_reads(edit.program, named), lossy=lossy)
+    constants = constant_reads(edit.program, named)
+    result = Folding(constants=constants, lossy=lossy, least=least, rank=rank)
     fold_ready(edit.program, frozenset(paths))
     joint = any("expressions" in node.meta for node in edit.graph_module.graph.nodes)
     count = -1
@@ -116,10 +127,53 @@ def _by_calls(program: State, group: Sequence[Attachment]) -> list[list[Attachme
 
 
 def _fold_calls(edit: Attaching, group: Sequence[Attachment], tied: str, result: Folding) -> None:
-    """Folds the branches of one weight at the same calls, unpacked meanwhile where its format holds
-    no other matrix."""
+    """Folds the branches of one weight at the same calls, as far as enough of them would be left;
+    of what is folded, the largest part may stay a branch."""
     constants = result.constants
     branches = {a.path: branch_of(edit.program, a, constants.get(a.path, {})) for a in group}
+    site = _foreseeable(edit, group, branches, result)
+    if site is None:
+        _fold_unpacked(edit, group, branches, tied, result)
+        return
+    mine = [(a.path, branches[a.path]) for a in sorted(group, key=lambda a: ORDER[a.slot])]
+    weight = edit.weight(site)
+    verdict = foreseen(weight, mine) if result.least else None
+    if verdict is not None and verdict.survives < result.least:
+        result.spare(branches, verdict, weight.format.said)
+        return
+    old, exact = exact_of(weight.matrix(), ()), exact_of(weight.matrix(), mine)
+    _fold_unpacked(edit, group, branches, tied, result)
+    if result.rank and {*branches} <= {*result.folded}:
+        put_rest(edit, [a.site for a in group], old, exact, result)
+
+
+def _foreseeable(
+    edit: Attaching,
+    group: Sequence[Attachment],
+    branches: Mapping[str, Branch],
+    result: Folding,
+) -> WeightSite | None:
+    """The site of branches where what rounding leaves is asked for, and can be told beforehand."""
+    site = edit.program.sites[group[0].site]
+    if not (result.least or result.rank) or not isinstance(site, WeightSite):
+        return None
+    weight = edit.weight(site)
+    blocked = any(
+        a.slot not in ORDER or _obstacle(edit.program, a, branches[a.path]) for a in group
+    )
+    refused = not result.lossy and any(weight.refuses(b) for b in branches.values())
+    return None if blocked or refused or weight.device.type == "meta" else site
+
+
+def _fold_unpacked(
+    edit: Attaching,
+    group: Sequence[Attachment],
+    branches: Mapping[str, Branch],
+    tied: str,
+    result: Folding,
+) -> None:
+    """Folds the branches of one weight at the same calls, unpacked meanwhile where its format holds
+    no other matrix."""
     site = edit.program.sites[group[0].site]
     if not (
         result.lossy
@@ -175,9 +229,7 @@ def _fold_exactly(
     site = edit.program.sites[done[0].site]
     mine = [(a.path, branches[a.path]) for a in sorted(done, key=lambda a: ORDER[a.slot])]
     verdict = check_folded(site.id, before, after or before, mine)
-    result.gap = max(result.gap, verdict.gap)
-    if verdict.vanished:
-        result.vanished.append((site.id, verdict.said(str(before.dtype)[6:])))
+    result.measured(site.id, verdict, str(before.dtype)[6:])
 
 
 def _matrix(edit: Attaching, group: Sequence[Attachment]) -> Matrix | None:
@@ -213,10 +265,8 @@ def _try(
     weight = edit.weight(shared)
     weight.require_values()
     _require_finite(weight, attachment.path, branch)
-    folded, lost = matches[0][1](weight, branch)
-    result.lost = max(result.lost, lost)
     try:
-        folded.store()
+        matches[0][1](weight, branch).store()
     except NonFiniteError:
         require_finite_base(weight.name, weight.dense())
         raise
@@ -344,7 +394,7 @@ def _fold_expression(
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in before]
         if any(t.dtype != w.dtype for t, w in zip(before, wide, strict=True)):
             lost = map(lost_share, before, _computed(branch, wide), computed)
-            result.lost = max(result.lost, *lost)
+            result.rounded = max(result.rounded, *lost)
     for name, tensor, stored in zip(names, computed, old, strict=True):
         if not all_finite(tensor):
             raise NonFiniteError(

@@ -27,8 +27,8 @@ def while_unpacked(
         first: the paths of the branches that fold, see `compose`.
 
     Returns:
-        What packing has left of the change, and what a report says of it; None if nothing changed:
-        then the weight is stored as it was.
+        What packing has left of the change, and what the format is called; None if nothing
+        changed: then the weight is stored as it was.
     """
     gm, weight = edit.graph_module, edit.weight(site)
     weight.require_values()
@@ -51,4 +51,4 @@ def while_unpacked(
     if not changed:
         return None
     verdict = check_packed(site.id, before, exact, packed.dense())
-    return verdict, verdict.said(packed.format.said)
+    return verdict, packed.format.said

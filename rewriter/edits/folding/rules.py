@@ -11,7 +11,6 @@ A rule matches only when nothing stands between, so order takes care of itself.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -22,7 +21,7 @@ from ...branches.branch import Branch, Delta, InputScale, OutputScale, RowScale,
 from ...errors import FoldError
 from ...graph.aten import VIEWS, expression_of, strip
 from ...graph.weighted_call import WeightedCall
-from ...weights.verdict import lost_share
+from ...weights.blocks import Added, widest
 from ...weights.weight import Weight
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 
@@ -47,58 +46,40 @@ def input_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term
     return op.linear(op.module(InputScale, branch, x), w, b)  # pyright: ignore[reportArgumentType]
 
 
-Fold = Callable[[Weight, Branch], tuple[Weight, float]]
+Fold = Callable[[Weight, Branch], Weight]
 
 
-def _exact_delta(weight: Weight, branch: Delta | RowScale) -> Tensor:
-    """What a branch adds, in at least float32: it is rounded once, with the sum."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if any(torch.promote_types(t.dtype, wide) != t.dtype for t in _numbers(branch)):
-        branch = copy.deepcopy(branch).to(wide)
-    return branch.full_delta().detach()
-
-
-def _numbers(branch: Branch) -> list[Tensor]:
-    return [t for t in (*branch.parameters(), *branch.buffers()) if t.is_floating_point()]
-
-
-def _fold_delta(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+def _fold_delta(weight: Weight, branch: Branch) -> Weight:
     if not isinstance(branch, Delta):
         raise FoldError(f"{type(branch).__name__} is not a delta.")
-    return weight.with_delta(_exact_delta(weight, branch))
+    return weight.with_rows_changed(Added(branch, widest(weight.dense())).to)
 
 
-def _fold_rows(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+@torch.no_grad()
+def _fold_rows(weight: Weight, branch: Branch) -> Weight:
     if not isinstance(branch, RowScale):
         raise FoldError(f"{type(branch).__name__} is not a row scale.")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        dense = weight.dense()
-        c = branch.full_rows(weight.shape.stored(dense)).to(wide)
-        moved = dense.to(wide) + _exact_delta(weight, branch).to(wide)
-        return weight.replaced(c[:, None] * moved)
+    dense = weight.dense()
+    added = Added(branch, widest(dense))
+    c = added.branch.full_rows(weight.shape.stored(dense).to(widest(dense)))[:, None]
+
+    def change(block: Tensor, rows: slice) -> None:
+        added.to(block, rows)
+        block.mul_(c[rows])
+
+    return weight.with_rows_changed(change)
 
 
-def _fold_output(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+def _fold_output(weight: Weight, branch: Branch) -> Weight:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
-    scale = branch.full_scale().detach()
-    scaled = weight.with_rows(scale)
-    return scaled, _scale_lost(weight, scaled, scale[:, None])
+    return weight.with_rows(branch.full_scale().detach())
 
 
-def _fold_input(weight: Weight, branch: Branch) -> tuple[Weight, float]:
+def _fold_input(weight: Weight, branch: Branch) -> Weight:
     if not isinstance(branch, Scale):
         raise FoldError(f"{type(branch).__name__} is not a scale.")
-    scale = branch.full_scale().detach()
-    scaled = weight.with_columns(scale)
-    return scaled, _scale_lost(weight, scaled, weight.shape.columns(scale, weight.dense()))
-
-
-def _scale_lost(before: Weight, after: Weight, factor: Tensor) -> float:
-    old = before.dense()
-    wide = torch.promote_types(old.dtype, torch.float32)
-    return lost_share(old, old.to(wide) * factor.to(wide), after.dense())
+    return weight.with_columns(branch.full_scale().detach())
 
 
 RULES: tuple[tuple[Pattern, Fold], ...] = (

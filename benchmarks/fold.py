@@ -1,0 +1,282 @@
+"""Folding a sharded checkpoint, beside the plain loop over its shards and Hugging Face PEFT.
+
+    python -m benchmarks.fold [--gb 4] [--rounds 3] [stream] [many]
+
+A Llama of random bfloat16 weights in shards, LoRA of rank 16 on all linears but the head, written
+by PEFT. Each variant is a process of its own with one thread, in turns: CPU seconds of the work
+(imports are apart, and stated), and how much the process's peak of resident memory grew by it.
+`stream`: one adapter. `many`: several adapters of a smaller base, by `fold_all` in one process,
+beside one process of PEFT each. Writes `benchmarks/fold.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import safetensors.torch
+import torch
+
+MB = 10**6
+WIDTH, INNER, VOCABULARY, RANK = 2048, 5632, 32000, 16
+LINEARS = {
+    "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (WIDTH, WIDTH),
+    "self_attn.v_proj": (WIDTH, WIDTH), "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (WIDTH, INNER), "mlp.up_proj": (WIDTH, INNER),
+    "mlp.down_proj": (INNER, WIDTH),
+}  # fmt: skip
+"""Name -> (inputs, outputs)."""
+SHARD = 500 * MB
+PREFIX = "base_model.model."
+
+
+# What is folded.
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of the base, in the order of its shards."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for layer in range(layers):
+        place = f"model.layers.{layer}"
+        found |= {f"{place}.{n}.weight": (out, size) for n, (size, out) in LINEARS.items()}
+        found |= {
+            f"{place}.{n}.weight": (WIDTH,) for n in ("input_layernorm", "post_attention_layernorm")
+        }
+    return found | {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+
+
+def layers_of(size: float) -> int:
+    """How many layers make a checkpoint of so many bytes."""
+    one = 2 * sum(i * o for i, o in LINEARS.values())
+    return max(1, -int(-(size - 4 * VOCABULARY * WIDTH) // one))
+
+
+def write_base(place: Path, layers: int) -> None:
+    """A directory that transformers reads, one shard in memory at a time."""
+    from transformers import LlamaConfig
+
+    place.mkdir()
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER,
+        num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
+        tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    ).save_pretrained(place)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2**23, generator=generator).mul_(0.02).bfloat16()
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes(layers).items():
+        count = 2 * torch.Size(shape).numel()
+        if size + count > SHARD:
+            groups, size = [*groups, {}], 0
+        groups[-1][name] = shape
+        size += count
+    listed: dict[str, str] = {}
+    for index, group in enumerate(groups, 1):
+        file = f"model-{index:05}-of-{len(groups):05}.safetensors"
+        safetensors.torch.save_file(
+            {n: _drawn(pool, s, generator) for n, s in group.items()},
+            place / file,
+            {"format": "pt"},
+        )
+        listed |= dict.fromkeys(group, file)
+    total = sum(2 * torch.Size(s).numel() for s in shapes(layers).values())
+    index = {"metadata": {"total_size": total}, "weight_map": listed}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _drawn(pool: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers: norms of ones, others from a pool at a random place."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    start = int(torch.randint(len(pool) // 2, (), generator=generator))
+    own = pool[start:].repeat(-(-torch.Size(shape).numel() // (len(pool) - start)))
+    return own[: torch.Size(shape).numel()].view(shape).clone()
+
+
+def write_adapter(place: Path, layers: int, seed: int = 1) -> None:
+    """LoRA as PEFT writes it; about 4 % of the size of the weights."""
+    place.mkdir()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK,
+        "target_modules": [n.rpartition(".")[2] for n in LINEARS], "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    }  # fmt: skip
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(layers):
+        for name, (size, out) in LINEARS.items():
+            at = f"{PREFIX}model.layers.{layer}.{name}"
+            a, b = ((RANK, size), (out, RANK))
+            tensors[f"{at}.lora_A.weight"] = torch.randn(a, generator=generator).mul_(0.01)
+            tensors[f"{at}.lora_B.weight"] = torch.randn(b, generator=generator).mul_(0.01)
+    safetensors.torch.save_file(tensors, place / "adapter_model.safetensors", {"format": "pt"})
+
+
+# The variants, each in a process of its own.
+
+
+def plain_loop() -> Callable[..., object]:
+    def work(base: Path, out: Path, adapter: Path) -> None:
+        factors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+        out.mkdir()
+        for shard in sorted(base.glob("*.safetensors")):
+            tensors = safetensors.torch.load_file(shard)
+            for name, weight in tensors.items():
+                at = f"{PREFIX}{name.removesuffix('.weight')}"
+                if (a := factors.get(f"{at}.lora_A.weight")) is not None:
+                    b = factors[f"{at}.lora_B.weight"]
+                    tensors[name] = torch.addmm(weight.float(), b, a, alpha=2.0).to(weight.dtype)
+            safetensors.torch.save_file(tensors, out / shard.name, {"format": "pt"})
+        for path in base.glob("*.json"):
+            shutil.copyfile(path, out / path.name)
+
+    return work
+
+
+def peft() -> Callable[..., object]:
+    import peft as library
+    import transformers
+
+    def work(base: Path, out: Path, *adapters: Path) -> None:
+        (adapter,) = adapters
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(base)
+        merged: Any = library.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()  # pyright: ignore
+        merged.save_pretrained(out, max_shard_size=f"{SHARD // MB}MB")
+
+    return work
+
+
+def peftfx() -> Callable[..., object]:
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from peftfx.directories import to_directory
+
+    return to_directory_of(to_directory)
+
+
+def to_directory_of(fold: Callable[..., object]) -> Callable[..., object]:
+    return lambda base, out, adapter: fold(base, out, adapter)
+
+
+VARIANTS: dict[str, Callable[[], Callable[..., object]]] = {
+    "plain loop": plain_loop, "PEFT": peft, "peftfx": peftfx,
+}  # fmt: skip
+
+
+def one(name: str, places: list[Path]) -> dict[str, float]:
+    """Runs a variant here; CPU seconds and growth of the peak of resident memory."""
+    begun = time.process_time()
+    work = VARIANTS[name]()
+    imports, before = time.process_time() - begun, _peak()
+    begun, wall = time.process_time(), time.perf_counter()
+    work(*places)
+    return {
+        "seconds": time.process_time() - begun, "wall": time.perf_counter() - wall,
+        "imports": imports, "added MB": _peak() - before,
+    }  # fmt: skip
+
+
+def _peak() -> float:
+    """Peak of resident memory, in MB; pages of mapped files count while they are touched."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+
+
+def apart(name: str, *places: Path) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fold", "--variant", name]
+    done = subprocess.run([*command, *map(str, places)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def stream(place: Path, gb: float, rounds: int) -> dict[str, Any]:
+    layers = layers_of(gb * 1e9)
+    write_base(place / "base", layers)
+    write_adapter(place / "adapter", layers)
+    sizes = [p.stat().st_size for p in (place / "base").glob("*.safetensors")]
+    seen: dict[str, list[dict[str, float]]] = {n: [] for n in VARIANTS}
+    names = list(VARIANTS)
+    same = 0.0
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            seen[name].append(apart(name, place / "base", place / name, place / "adapter"))
+        same = _differing(place / "plain loop", place / "peftfx")
+        for name in names:
+            shutil.rmtree(place / name)
+    result: dict[str, Any] = {
+        "checkpoint MB": round(sum(sizes) / MB), "shards": len(sizes), "layers": layers,
+        "largest shard MB": round(max(sizes) / MB), "rank": RANK, "rounds": rounds,
+        "share of numbers that differ from the loop's": same,
+    }  # fmt: skip
+    for name, runs in seen.items():
+        medians = {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]}
+        ratios = {
+            f"over {other}": round(
+                statistics.median(
+                    r["seconds"] / o["seconds"] for r, o in zip(runs, seen[other], strict=True)
+                ),
+                2,
+            )
+            for other in ("plain loop", "PEFT")
+            if name == "peftfx"
+        }
+        result[name] = medians | ratios
+    return result
+
+
+def _differing(one_place: Path, other: Path) -> float:
+    """The share of numbers by which two checkpoints differ; all names must be equal."""
+    count = differ = 0
+    for shard in sorted(one_place.glob("*.safetensors")):
+        x, y = (safetensors.torch.load_file(p / shard.name) for p in (one_place, other))
+        if x.keys() != y.keys():
+            raise SystemExit(f"{shard.name} holds other tensors.")
+        for name, tensor in x.items():
+            count += tensor.numel()
+            differ += int((tensor != y[name]).sum())
+    return differ / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=4.0, help="size of the base of `stream`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--place", help="an existing folder for the checkpoints")
+    parser.add_argument("--variant", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("sections", nargs="*", default=["stream"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.variant:
+        name, *places = options.variant
+        print(json.dumps(one(name, [Path(p) for p in places])))
+        return
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    path = Path(__file__).with_suffix(".json")
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for section in options.sections:
+        with tempfile.TemporaryDirectory(dir=options.place) as place:
+            result[section] = {"stream": stream}[section](Path(place), options.gb, options.rounds)
+        result |= {"machine": machine, "load": round(os.getloadavg()[0], 1)}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result[section], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()

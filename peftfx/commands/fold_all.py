@@ -1,0 +1,75 @@
+"""Fold many adapters of one base, each into a directory of its own.
+
+The base is captured once, and each of its shards is read once for all adapters. One that fails does
+not keep the others; the exit code is then that of the first that failed. Killed at any time, the
+same command goes on. `fold-all.json` in `--out` says what became of each.
+
+JSON: `{base, adapters: [{adapter, out, status, changed, least_left, lost, resumed, notes, error,
+kind, seconds}]}`; `status` is `done`, `nothing to do` or `failed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ..arguments import add_model
+from ..many import REPORT, fold_all
+from ..programs import dynamic_of
+from ..rewriter.errors import (
+    BaseMismatchError,
+    CorruptFileError,
+    FoldError,
+    RewriteError,
+    SystemFailedError,
+    VerifyError,
+)
+from ..terminal import progress, say, say_table
+
+ERRORS: Mapping[str, type[RewriteError]] = {
+    "contract": VerifyError, "base": BaseMismatchError, "damage": CorruptFileError,
+    "system": SystemFailedError, "usage": FoldError,
+}  # fmt: skip
+"""By kind, which is the exit code's."""
+HEAD = ("adapter", "status", "tensors", "least left", "CPU s", "why")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be typed."""
+    add_model(parser)
+    parser.add_argument("adapters", nargs="+", help="adapters, of any formats that are read")
+    about = "a directory for theirs, which are called like the adapters"
+    parser.add_argument("--out", required=True, metavar="DIR", help=about)
+    about = "processes, each with a part of the adapters (default: 1)"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
+    about = "where the weights are, if MODEL is no directory"
+    parser.add_argument("--weights", metavar="DIR", help=about)
+
+
+def command(options: Any) -> Any:
+    """Runs the command."""
+    with progress(options, f"folding {len(options.adapters)} adapters"):
+        outcomes = fold_all(
+            options.model, options.adapters, options.out, jobs=options.jobs,
+            weights=options.weights,
+            capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
+        )  # fmt: skip
+    rows = [
+        (o.adapter, o.status, str(o.changed), f"{o.least_left:.1%}", f"{o.seconds:.1f}", o.error)
+        for o in outcomes
+    ]
+    say_table(options, HEAD, rows, HEAD[2:5])
+    say(options, f"told in {options.out}/{REPORT}")
+    told = {"base": options.model, "adapters": [asdict(o) for o in outcomes]}
+    failed = [o for o in outcomes if o.status == "failed"]
+    if failed:
+        first = failed[0]
+        error = ERRORS.get(first.kind, FoldError)(
+            f"{len(failed)} of {len(outcomes)} adapters were not folded, first {first.adapter}: "
+            f"{first.error}"
+        )
+        error.report = told
+        raise error
+    return told
