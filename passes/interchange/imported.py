@@ -64,8 +64,9 @@ class ChangeBranch(Delta):
         self.change, self.method = nn.Parameter(change), method
 
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
-        matrix = self.change if not x.is_floating_point() else self.change.to(x.dtype)
-        return self.shape.applied(x, matrix, **operands)
+        stack = self.shape.count
+        change = self.change if stack == 1 else self.change.unflatten(0, (stack, -1))
+        return self.shape.narrow(x, change, **operands)
 
     def delta(self) -> Tensor:
         return self.change
