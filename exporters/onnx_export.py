@@ -22,13 +22,7 @@ from ..rewriter.api import Program
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.folding.lower import restore_deltas
 from ..rewriter.edits.linear.quantise import repack
-from ..rewriter.errors import (
-    ExportError,
-    ExportWriteError,
-    MetaTensorError,
-    NonFiniteError,
-    ParityError,
-)
+from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError, ParityError, refused
 from ..rewriter.files.leftovers import clean, temporary
 from ..rewriter.graph.sharded import require_whole
 from ..rewriter.graph.turns import alone
@@ -205,8 +199,9 @@ def export_onnx(
             failures.setdefault(str(error), version)
             last = error
     texts = [f"opset {version}: {text}" for text, version in failures.items()]
-    failure = ParityError if isinstance(last, ParityError) else ExportError
-    raise failure("the program cannot be exported. " + " | ".join(texts)) from last
+    raise type(last or ExportError())(
+        "the program cannot be exported. " + " | ".join(texts)
+    ) from last
 
 
 def _check_opset(opset: int | None) -> None:
@@ -327,7 +322,7 @@ def _folder_beside(path: Path) -> Generator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise ExportWriteError(f"{path} cannot be written: {error}.") from error
+        raise refused(error, f"{path} cannot be written: {error}.", ExportError) from error
 
 
 def _feeds(program: Program) -> dict[str, dict[str, Tensor]]:
