@@ -198,10 +198,8 @@ def export_onnx(
         except ExportError as error:
             failures.setdefault(str(error), version)
             last = error
-    texts = [f"opset {version}: {text}" for text, version in failures.items()]
-    raise type(last or ExportError())(
-        "the program cannot be exported. " + " | ".join(texts)
-    ) from last
+    texts = " | ".join(f"opset {version}: {text}" for text, version in failures.items())
+    raise type(last or ExportError())(f"the program cannot be exported. {texts}") from last
 
 
 def _check_opset(opset: int | None) -> None:
