@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import BaseMismatchError, BaseNeededError
+from ..rewriter.pipeline.passes import Saved
 from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
 from .base import Base, Files, require_fit
@@ -211,7 +212,7 @@ def _of_branch(
     method = rest.partition(".")[0] if step is None else step[0].text
     module, _, slot = rest.partition(".")[2].rpartition(".")
     target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
-    part = None if step is None else step[0].saved_part(target, slot, leaves, step[1])
+    part = None if step is None else step[0].saved_part(Saved(target, slot, leaves, step[1]))
     if part is not None:
         return place_of(part, base, method)
     tensors = [t for t in leaves.values() if t.is_floating_point()]

@@ -42,7 +42,8 @@ class Likeness:
         return self.conflicts / self.both if self.both else math.nan
 
     def __add__(self, other: Likeness) -> Likeness:
-        norms = tuple(math.hypot(a, b) for a, b in zip(self.norms, other.norms, strict=True))
+        (a, b), (c, d) = self.norms, other.norms
+        norms = math.hypot(a, c), math.hypot(b, d)
         return Likeness(
             self.product + other.product, norms, self.conflicts + other.conflicts,
             self.both + other.both,
