@@ -54,6 +54,9 @@ def _run(command: argparse.ArgumentParser) -> None:
     command.add_argument("passes", help="pipeline text or a .yaml recipe")
     _adapter(command)
     command.add_argument("--out", help="directory for the adapter")
+    about = "a safetensors file with the model's inputs [samples, ...], for passes that need data"
+    command.add_argument("--data", metavar="FILE", help=about)
+    command.add_argument("--batch", type=int, default=8, help="samples of --data in a batch")
 
 
 def _fold(command: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .arguments import parser
+from .batches import read_batches
 from .directories import to_directory
 from .drawing import check_drawing, draw_sites
 from .exporters.formats import convert as convert_files
@@ -96,8 +97,10 @@ def _program(options: Any, passes: str | None = None, hollow: bool = False) -> P
             component = getattr(options, "component", "")
             program = load_adapter(program, adapter, component=component)
     if passes:
+        data = getattr(options, "data", None)
+        batches = read_batches(data, options.batch) if data else None
         with progress(options, f"running {passes}"):
-            program = run(program, passes)
+            program = run(program, passes, data=batches)
     return program
 
 
@@ -148,7 +151,7 @@ def diff(options: Any) -> Any:
 
 
 def run_passes(options: Any) -> Any:
-    """`peftfx run MODEL PASSES [--out DIR]`"""
+    """`peftfx run MODEL PASSES [--adapter DIR] [--data FILE] [--out DIR]`"""
     program = _program(options, options.passes)
     records = _report(options, program)
     count = sum(p.numel() for p in program.trainable_parameters())
