@@ -135,7 +135,7 @@ class Places:
 
 
 def todays(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The library's tensors by the names of this model, where transformers 5 renamed its modules."""
+    """The library's tensors by today's names of the modules that transformers 5 renamed."""
     names = _VISION if _is_renamed(program) else ()
     return {_renamed(k, names): t for k, t in tensors.items()}
 
