@@ -36,7 +36,7 @@ from .adapterhub_config import (
     options_of,
 )
 from .adapterhub_lora import low_rank
-from .adapterhub_places import Places
+from .adapterhub_places import Places, todays
 from .adapterhub_reading import File, bottlenecks, grouped, prefixes
 from .adapterhub_writing import written
 
@@ -70,7 +70,8 @@ def _read(program: Program, folder: Folder) -> Parts:
             f"{folder.path / INTERFACE}: the adapter was trained through a plug-in interface, "
             "which reads other values than the library's own models do. Use it with the library."
         )
-    tensors = tensors_in(folder, SAFE, TENSORS)
+    stored = tensors_in(folder, SAFE, TENSORS)
+    tensors = todays(program, stored)
     file = grouped(tensors, name, where)
     paths = {
         path.removesuffix(".attention_adapters").removesuffix(".cross_attention_adapters")
@@ -84,8 +85,8 @@ def _read(program: Program, folder: Folder) -> Parts:
     for one in options:
         parts += _checked(lambda one=one: _READERS[one.architecture](one, file, places), where)
     file.finish()
-    again = _again(program, parts, name, tensors)
-    original = {} if again else {f"{_ADAPTER}{k}": t for k, t in tensors.items()}
+    again = _again(program, parts, name, stored)
+    original = {} if again else {f"{_ADAPTER}{k}": t for k, t in stored.items()}
     config: dict[str, Any] = {"adapter": data}
     if folder.has(HEAD_CONFIG):
         config["head"] = json_in(folder, HEAD_CONFIG)

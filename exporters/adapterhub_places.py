@@ -6,7 +6,10 @@ a sublayer is told by the weights below the path, and a path by where the sublay
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
 
 from ..rewriter.api import Program
 from ..rewriter.errors import ArtifactError, BaseMismatchError, nearest
@@ -18,6 +21,15 @@ _SAID = {
     "output_adapters": ("ffn.down", False),
 }
 """Module that a block has for the adapters of one of its sublayers -> that one's last product."""
+
+_VISION = (
+    ("encoder.layer.", "layers."),
+    *((f"attention.attention.{n}.", f"attention.{n[0]}_proj.") for n in ("query", "key", "value")),
+    ("attention.attention.prefix_tuning.", "attention.prefix_tuning."),
+    ("attention.output.dense.", "attention.o_proj."), ("intermediate.dense.", "mlp.fc1."),
+    ("output.output_adapters.", "output_adapters."), ("output.dense.", "mlp.fc2."),
+)  # fmt: skip
+"""What transformers 5 renamed in vision transformers: what the library's keys have -> today's."""
 
 LOCATIONS = ("encoder_prefix", "self_prefix", "cross_prefix")
 
@@ -120,6 +132,29 @@ class Places:
         }[location]
         offset = first if decoders and location != "encoder_prefix" else 0
         return [s for i, s in enumerate(alike) if i + offset not in left_out]
+
+
+def todays(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The library's tensors by today's names of the modules that transformers 5 renamed."""
+    names = _VISION if _is_renamed(program) else ()
+    return {_renamed(k, names): t for k, t in tensors.items()}
+
+
+def theirs(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes `todays`."""
+    names = [(today, old) for old, today in _VISION] if _is_renamed(program) else ()
+    return {_renamed(k, names): t for k, t in tensors.items()}
+
+
+def _is_renamed(program: Program) -> bool:
+    queries = re.compile(r"(.+\.)?layers\.\d+\.attention\.q_proj\.weight")
+    return any(queries.fullmatch(n) for n in program.base.base_tensors())
+
+
+def _renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
+    for old, new in names:
+        key = re.sub(rf"(^|\.){re.escape(old)}", lambda m, new=new: m[1] + new, key)
+    return key
 
 
 _LAST = (("o", False), ("o", True), ("ffn.down", False))

@@ -21,6 +21,7 @@ from .adapterhub_places import (
     location_of,
     sites_at,
     sublayer_path,
+    theirs,
 )
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
@@ -55,6 +56,7 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
         config, more = _WRITERS[kind](program, own, name)
         configs.append(config)
         tensors |= more
+    tensors = theirs(program, tensors)
     if len(configs) == 1:
         return configs[0], tensors
     return {"architecture": "union", "configs": configs}, tensors

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from .batches import read_batches
 from .directories import Directory, to_directory
 from .drawing.heat import draw_shares
 from .exporters.formats import format_of, load_adapter
@@ -37,6 +38,8 @@ def program_of(options: Any, passes: str | None = None, hollow: bool = False) ->
         format_of(adapter)
     pipeline = as_pipeline(passes) if passes else None
     dynamic = dynamic_of(options.dynamic)
+    data = getattr(options, "data", None)
+    batches = read_batches(data, options.batch) if data else None
     with progress(options, f"loading {options.model}"):
         named = load_model(options.model, hollow)
     with progress(options, "capturing the model as a graph"):
@@ -49,7 +52,7 @@ def program_of(options: Any, passes: str | None = None, hollow: bool = False) ->
             program = load_adapter(program, adapter, "", component, allow_base_mismatch=allow)
     if pipeline:
         with progress(options, f"running {passes}"):
-            program = run(program, pipeline)
+            program = run(program, pipeline, data=batches)
     return program
 
 

@@ -56,6 +56,27 @@ def test_sites_print_diff_and_verify(run: Any) -> None:
     assert "lora" in run("passes")[1]
 
 
+def test_data_of_a_pass_comes_from_a_file(run: Any, tmp_path: Path) -> None:
+    ids = torch.randint(3, 20, (5, 7), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    save_file(given, tmp_path / "data.safetensors")
+    recipe = "lora{rank=2,where=q,init=eva}"
+    code, _, err = run("run", TINY, recipe)
+    assert code == 2 and "--data FILE of peftfx run" in err
+    args = ("--data", tmp_path / "data.safetensors", "--batch", 2, "--out", tmp_path / "a")
+    assert run("run", TINY, recipe, *args)[0] == 0
+    model, example = tiny()
+    parts = [{n: t[i : i + 2] for n, t in given.items()} for i in (0, 2, 4)]
+    made = peftfx.run(peftfx.capture(model, kwargs=example), recipe, data=parts)
+    stored = load_file(tmp_path / "a" / "tensors.safetensors")
+    trained = [p for p in made.trainable_parameters() if p.dim() == 2 and p.any()]
+    assert trained and all(any(torch.equal(p, t) for t in stored.values()) for p in trained)
+    save_file(given | {"input_ids": ids[:3].clone()}, tmp_path / "data.safetensors")
+    code, _, err = run("run", TINY, recipe, *args)
+    assert code == 2 and "input_ids 3" in err and "as many samples of each input" in err
+    assert run("run", TINY, recipe, *args[:2], "--batch", 0)[0] == 2
+
+
 def test_methods_are_one_full_line_each_in_a_pipe(run: Any) -> None:
     found = json.loads(run("methods", "--json")[1])
     lines = run("methods")[1].splitlines()

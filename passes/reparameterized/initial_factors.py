@@ -262,7 +262,8 @@ def _batches(start: str, data: Any) -> list[Any]:
     if not batches:
         raise OptionError(
             f"lora: init={start} decides from data, and there are no batches. Give some: "
-            f"run(program, 'lora{{init={start}}}', data=[batch, ...])."
+            f"run(program, 'lora{{init={start}}}', data=[batch, ...]), or --data FILE of "
+            "peftfx run."
         )
     return batches
 

@@ -22,6 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("passes", help="pipeline text or a .yaml recipe")
     add_adapter(parser)
     parser.add_argument("--out", help="directory for the adapter")
+    about = "a safetensors file with the model's inputs [samples, ...], for passes that need data"
+    parser.add_argument("--data", metavar="FILE", help=about)
+    parser.add_argument("--batch", type=int, default=8, help="samples of --data in a batch")
 
 
 def command(options: Any) -> Any:

@@ -14,6 +14,7 @@ TEXT = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 INPUTS: dict[str, dict[str, Any]] = {
     "t5": {**TEXT, "decoder_input_ids": IDS[:, :5]},
     "bart": {**TEXT, "decoder_input_ids": IDS[:, :5]},
+    "vit": {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))},
     "clip": {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))},
 }
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -34,6 +35,9 @@ _BERT = {
 MODELS: dict[str, Callable[[], Any]] = {
     "bert": lambda: _make("BertForSequenceClassification", "BertConfig", **_BERT),
     "clip": lambda: _make("CLIPVisionModel", "CLIPVisionConfig", image_size=8, patch_size=4, **{
+        k: v for k, v in _BERT.items() if "vocab" not in k and "max" not in k
+    }),
+    "vit": lambda: _make("ViTForImageClassification", "ViTConfig", image_size=8, patch_size=4, **{
         k: v for k, v in _BERT.items() if "vocab" not in k and "max" not in k
     }),
     "llama": lambda: _make(
@@ -57,8 +61,19 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+_OLD = {
+    "vit.layers": "vit.encoder.layer", "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key", "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}  # fmt: skip
+"""What transformers 4 calls modules of the vision transformer."""
+
+
 def drawn(name: str, tensor: torch.Tensor, size: float) -> torch.Tensor:
     """Random numbers that its name decides (transformers 5 left the first part of CLIP's out)."""
+    for new, old in _OLD.items() if name.startswith("vit.") else ():
+        name = name.replace(new, old)
     generator = torch.Generator().manual_seed(
         zlib.crc32(name.replace("vision_model.", "").encode())
     )

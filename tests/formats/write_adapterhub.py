@@ -1,7 +1,7 @@
 """Writes the fixtures in `adapterhub/` with the library itself, or checks what peftfx wrote.
 
     pip install torch==2.13.0 adapters==1.3.0     (transformers 4.57.6, in an environment of its own)
-    python -m tests.formats.write_adapterhub              write the fixtures
+    python -m tests.formats.write_adapterhub              write the fixtures that are missing
     python -m tests.formats.write_adapterhub DIR          load each directory MODEL-CASE that
                                                           `write_with_peftfx.py` left in DIR, and
                                                           compare the outputs stored beside it
@@ -113,6 +113,10 @@ CASES: dict[str, tuple[str, Any]] = {
     "bart-seq_bn": ("bart", bottleneck("SeqBnConfig")),
     "bart-prefix": ("bart", prefix(flat=False)),
     "bert-prefix_left_out": ("bert", prefix(leave_out=[0])),
+    "vit-double_seq_bn": ("vit", bottleneck("DoubleSeqBnConfig")),
+    "vit-lora": ("vit", lora(**_EVERY)),
+    "vit-ia3": ("vit", adapters.IA3Config()),
+    "vit-prefix_flat": ("vit", prefix()),
     "clip-seq_bn": ("clip", bottleneck("SeqBnConfig")),
     "clip-plus": ("clip", bottleneck("BnConfig", mh_adapter=True, output_adapter=True,
                                    non_linearity="gelu", original_ln_before=True,
@@ -213,9 +217,12 @@ def main() -> None:
         check(Path(sys.argv[1]))
         return
     for case in CASES:
-        write(case, HERE / case)
-    write_fusion(HERE / "bert-fusion")
-    write_head(HERE / "bert-head")
+        if not (HERE / case).is_dir():
+            write(case, HERE / case)
+    if not (HERE / "bert-fusion").is_dir():
+        write_fusion(HERE / "bert-fusion")
+    if not (HERE / "bert-head").is_dir():
+        write_head(HERE / "bert-head")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ RECIPES: dict[str, str] = {
     "t5-serial": "serial_adapter{bottleneck=4,norms=false}",
     "t5-lora": "lora{rank=2,where=q|v|ffn.up}",
     "bart-serial": "serial_adapter{bottleneck=4,norms=false}",
+    "vit-serial": "serial_adapter{bottleneck=4,norms=false}",
+    "vit-lora": "lora{rank=2,where=q|v|ffn}",
+    "vit-prefix": "prefix_tuning{length=3}",
     "bart-prefix": "prefix_tuning{length=3,where=attention}",
 }
 AGAIN = (
     "bert-normed", "bert-normed_inside", "bert-scaled_par_bn", "bert-residual_after",
     "bert-unipelt", "bert-mam", "bert-compacter", "llama-seq_bn", "llama-par_bn",
-    "gpt2-lora", "bert-fusion", "bart-prefix",
+    "gpt2-lora", "bert-fusion", "bart-prefix", "vit-lora", "vit-double_seq_bn",
 )  # fmt: skip
 """Fixtures that are read, changed, and written."""
 
