@@ -73,7 +73,7 @@ class Line:
 
     def _has(self, value: Node, place: int) -> bool | None:
         """Whether they lie along an axis, alone or not; None if nothing tells."""
-        size = extent(sizes_of(value)[place])
+        size: Any = extent(sizes_of(value)[place])
         if str(size) == "1" or self._own.of(value)[place] is not None:
             return str(size) != "1"
         symbolic = not isinstance(size, int) and not isinstance(self.size, int)
