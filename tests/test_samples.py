@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import PassError
+from peftfx.rewriter.errors import InputError, PassError
 
 from .models import randomise
 
@@ -273,3 +273,33 @@ def test_sizes_named_by_the_user_that_are_multiples() -> None:
         got, want = banked(ids, adapter=torch.tensor([k, k])), two.without("ba"[k])(ids)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=3e-4)
     assert len(peftfx.run(base, "coda{bottleneck=2,reduction=2}").attachments) > 0
+
+
+class Strided(nn.Module):
+    """Every second frame is a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Packed("segments")
+        self.conv = nn.Conv1d(4, 16, 3, stride=2, padding=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x = F.gelu(self.conv(frames)).mT
+        q, k, v = (m(x)[:, None] for m in (self.inner.q, self.inner.k, self.inner.v))
+        return x + self.inner.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+
+
+def test_strided_convolutions_in_front_of_attention(tmp_path: Path) -> None:
+    model = Strided().eval().requires_grad_(False)
+    names = {"frames": {-3: "rows", -1: "length"}}
+    base = peftfx.capture(model, (torch.randn(2, 4, 12),), dynamic=names)
+    assert base.spec.inputs[0].shape == ("rows", 4, "length")
+    text = "lora{rank=2,name=a,where=linear|conv};lora{rank=2,name=b,where=linear|conv}"
+    two = randomise(peftfx.run(base, text), 0.1)
+    banked, x = peftfx.run(two, "bank"), torch.randn(3, 4, 9)
+    got = banked(x, adapter=torch.tensor([1, -1, 0]))
+    for row, alone in enumerate((two.without("a"), base, two.without("b"))):
+        torch.testing.assert_close(got[row], alone(x)[row], rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="'adapter' holds -2; it takes -1 to 2"):
+        banked(x, adapter=torch.tensor([1, -2, 0]))
+    peftfx.export_onnx(banked, tmp_path / "strided.onnx")  # measures itself against the program

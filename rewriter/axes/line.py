@@ -73,11 +73,10 @@ class Line:
 
     def _has(self, value: Node, place: int) -> bool | None:
         """Whether they lie along an axis, alone or not; None if nothing tells."""
-        size = extent(sizes_of(value)[place])
+        size: Any = extent(sizes_of(value)[place])
         if str(size) == "1" or self._own.of(value)[place] is not None:
             return str(size) != "1"
-        symbolic = not isinstance(size, int) and not isinstance(self.size, int)
-        computed = symbolic and bool(size.free_symbols & self.size.free_symbols)
+        computed = _symbols(size) & _symbols(self.size)
         if not computed and size != self.size:
             return False
         if self.others is not None and self.others.of(value)[place] is not None:
@@ -85,4 +84,8 @@ class Line:
         factors = self._all.of(value)[place]
         if factors is not None and not {f.kind for f in factors} & {"token", None}:
             return False
-        return True if symbolic and self.others is None else None
+        return True if computed and self.others is None else None
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set() if isinstance(size, int) else size.free_symbols

@@ -20,6 +20,7 @@ from ..graph.aten import output_node, placeholders, shape
 from ..graph.module import state_tensors
 from ..graph.sharded import Gathering, whole
 from ..inputs.axes import Kind
+from ..inputs.changed import altered, levelled
 from ..inputs.probes import fit
 from ..inputs.spec import InputSpec, TensorInput
 from ..program.sites import AttentionSite, MixerSite, Site
@@ -165,37 +166,6 @@ class _Recorder(Gathering):
         if n.name in self.names and isinstance(result, Tensor) and result.is_floating_point():
             self.kept[n.name] = whole(result.detach()).clone()
         return result
-
-
-def altered(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
-    """Other values at one place of the given axes: negated and shifted numbers; ids in another
-    order, or other ids where that changes nothing. Masks stay."""
-    if not axes or tensor.dtype == torch.bool:
-        return tensor
-    moved = tensor.clone()
-    for axis in axes:
-        part = moved.select(axis, place)
-        if tensor.is_floating_point():
-            part.copy_(1 - part)
-            continue
-        rolled = part.flatten().roll(1).view_as(part)
-        most = int(tensor.max())
-        if torch.equal(rolled, part) and most > 1:
-            rolled = (part + 1) % (most + 1)
-        part.copy_(rolled)
-    return tensor if torch.equal(moved, tensor) else moved
-
-
-def levelled(tensor: Tensor, axes: Sequence[int], place: int) -> Tensor:
-    """The first number everywhere at one place of the given axes: what a sum over ids in another
-    order does not show."""
-    if not axes or tensor.dtype == torch.bool:
-        return tensor
-    moved = tensor.clone()
-    for axis in axes:
-        part = moved.select(axis, place)
-        part.copy_(part.flatten()[0].clone().expand_as(part))
-    return tensor if torch.equal(moved, tensor) else moved
 
 
 def relabelled(values: Values) -> tuple[InputSpec, dict[str, str]]:

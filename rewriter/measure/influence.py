@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from ..errors import VerifyError
 from ..graph.aten import output_node, shape
 from ..graph.module import device_of
+from ..inputs.changed import altered
 from ..program.state import State
 from .compare import Gap, compare, keyed_leaves
-from .independence import altered
 from .witness import Witness
 
 SAMPLES, TOKENS = "samples", "tokens"

@@ -178,7 +178,7 @@ def turned(through: Sequence[Node], place: int = 0) -> bool | None:
 
 
 def _turned_stack(through: Sequence[Node], place: int) -> bool | None:
-    axes = (0, 1, 2)
+    axes: tuple[int, ...] = (0, 1, 2)
     for node in through:
         if is_op(node, CASTS) or expression_of(node) is not None:
             continue
@@ -186,8 +186,10 @@ def _turned_stack(through: Sequence[Node], place: int) -> bool | None:
         if order is None:
             return None
         axes = tuple(axes[k] for k in order)
-    rest = tuple(k for k in range(3) if k != place)
-    return {(place, *rest): False, (place, *rest[::-1]): True}.get(axes)
+    first, second = (k for k in range(3) if k != place)
+    if axes == (place, second, first):
+        return True
+    return False if axes == (place, first, second) else None
 
 
 def _order(node: Node, count: int) -> tuple[int, ...] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
 
+from ...axes.line import Line
 from ...errors import PassError
 from ...graph.aten import ATEN, is_op, placeholders, shape, submodule, users, value
 from ...program.state import State
@@ -38,7 +39,7 @@ def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:
             )
         if given[1 - batch] not in sizes:
             continue
-        its = axes.line(padded, 1 - batch).reaches(states)
+        its = _is_of(program, axes.line(padded, 1 - batch), source, states)
         if its is None and len(masks) > 1:
             names = " or ".join(repr(m.name) for m, _ in masks)
             raise PassError(
@@ -50,7 +51,7 @@ def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:
     return None
 
 
-def _masks(program: State, sizes: Collection[str]) -> Iterator[tuple[Node, Node]]:
+def _masks(program: State, sizes: set[str]) -> Iterator[tuple[Node, Node]]:
     """The padding masks that have one of some sizes, each with what a prompt made of it."""
     gm = program.module
     for source in placeholders(gm).values():
@@ -62,6 +63,15 @@ def _masks(program: State, sizes: Collection[str]) -> Iterator[tuple[Node, Node]
             and meaning_of(program, source) == "mask"
         ):
             yield source, padded
+
+
+def _is_of(program: State, line: Line, mask: Node, states: Node) -> bool | None:
+    """Whether a mask, whose tokens are followed, is that of the stream of some states; None if
+    nothing tells, also where nothing shows whose it is."""
+    if line.reaches(states) is not False:
+        return line.reaches(states)
+    others = (s for s in placeholders(program.module).values() if s is not mask)
+    return False if any(line.reaches(s) is True for s in others) else None
 
 
 def _batch(axes: ShownAxes, mask: Node) -> int | None:

@@ -269,7 +269,7 @@ def _check_causal(program: State, region: Region, allow: str) -> None:
 
 def _along_tokens(region: Region, node: Node) -> bool:
     given = named_arguments(node)
-    source = given.get("self", given.get("tensors"))
+    source: Any = given.get("self", given.get("tensors"))
     source = source[0] if isinstance(source, list | tuple) and source else source
     size = shape(source)
     axes = given.get("dim", 0)

@@ -20,6 +20,7 @@ from ...graph.aten import (
     SOFTMAX,
     VIEWS,
     ancestors,
+    is_float,
     is_op,
     output_node,
     overloads,
@@ -282,7 +283,8 @@ def _require_own_size(program: State, axes: ShownAxes, ids: Node, symbol: str) -
     for source in placeholders(program.module).values():
         if source is ids or symbol not in [str(s) for s in shape(source) or ()]:
             continue
-        if tokens.reaches(source) is not True and meaning_of(program, source) == "types":
+        own = is_float(source) or meaning_of(program, source) == "types"
+        if own and tokens.reaches(source) is not True:
             raise PassError(
                 f"{label} is the number of tokens of {ids.target!r} and of {source.target!r}, "
                 f"which are two streams, and a prompt stands in front of one. {say}"
