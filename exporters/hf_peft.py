@@ -31,6 +31,7 @@ from ..rewriter.program.history import Certificate
 from ..rewriter.program.unchanged import require_unchanged
 from ..rewriter.run.run import apply_plan
 from ..rewriter.storage.artifact import require_finite
+from ..rewriter.storage.card import CARD, is_ours, short_card
 from ..rewriter.storage.parts import Parts
 from ..rewriter.verify.verify import check_graph
 from .adapter_parts import adapter_parts, unchanged
@@ -184,6 +185,9 @@ def write_peft(
         )
     text = json.dumps(config | about, indent=2, sort_keys=True, allow_nan=False)
     files = {CONFIG: text.encode(), TENSORS: write_tensors(tensors, {"format": "pt"})}
+    if is_ours(directory):
+        named = str(about["base_model_name_or_path"] or "")
+        files[CARD] = short_card(f"{config['peft_type']} adapter", "peft", named).encode()
     write_directory(directory, files, CONFIG)
     return lost
 
