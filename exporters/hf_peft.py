@@ -31,12 +31,13 @@ from ..rewriter.errors import (
     nearest,
 )
 from ..rewriter.files.directory import Folder, reading, write_directory
-from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, tensor_pieces
+from ..rewriter.files.files import JSON_LIMIT, Content, parse_json, parse_tensors, tensor_pieces
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
 from ..rewriter.program.history import Certificate
 from ..rewriter.program.unchanged import require_unchanged
 from ..rewriter.run.run import apply_plan
 from ..rewriter.storage.artifact import require_finite
+from ..rewriter.storage.card import CARD, is_ours, short_card
 from ..rewriter.storage.parts import Parts
 from ..rewriter.verify.verify import check_graph
 from .adapter_parts import adapter_parts, unchanged
@@ -214,7 +215,13 @@ def write_peft(
             "save_peft(..., task='CAUSAL_LM')."
         )
     text = json.dumps(config | about, indent=2, sort_keys=True, allow_nan=False)
-    files = {CONFIG: text.encode(), TENSORS: tensor_pieces(tensors, {"format": "pt"})}
+    files: dict[str, Content] = {
+        CONFIG: text.encode(),
+        TENSORS: tensor_pieces(tensors, {"format": "pt"}),
+    }
+    if is_ours(directory):
+        named = str(about["base_model_name_or_path"] or "")
+        files[CARD] = short_card(f"{config['peft_type']} adapter", "peft", named).encode()
     write_directory(directory, files, CONFIG)
     return lost
 

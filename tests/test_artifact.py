@@ -252,7 +252,23 @@ def test_json_round_trip(data: dict[str, Any]) -> None:
 
 def test_nothing_is_pickled(saved: Any) -> None:
     _, _, folder = saved
-    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".md", ".safetensors"]
+
+
+def test_a_card_says_what_is_saved(saved: Any, tmp_path: Any) -> None:
+    _, program, folder = saved
+    text = (folder / "README.md").read_text()
+    assert (
+        text.startswith("---\nlibrary_name: peftfx\ntags:\n- peftfx\n") and program.identity in text
+    )
+    for record in program.history:
+        row = record.text.replace("|", "\\|")
+        assert f"| `{row}` | {len(record.edited)} | {record.certificate.text} |" in text
+    copy = tmp_path / "a"
+    peftfx.save(program, copy)
+    (copy / "README.md").write_text("my own words")
+    peftfx.save(program, copy)
+    assert (copy / "README.md").read_text() == "my own words"
 
 
 class Late(nn.Module):

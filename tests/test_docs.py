@@ -31,6 +31,22 @@ def test_the_readme_runs(
     assert names["program"].history[-1].text == "bake{names=[adalora]}"
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_page_for_users_of_peft_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "from-peft.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(block, f"from-peft.md, block {number}", "exec"), names)
+    base, program, both = names["base"], names["program"], names["both"]
+    assert program.adapters == ("lora",) and both.adapters == ("en", "fr")
+    assert names["theirs"].adapters == ("theirs",) and names["french"].adapters == ("fr",)
+    assert names["headed"].adapters == ("lora", "train") and len(names["done"].losses) == 4
+    for folder in ("peft-adapter", "merged", "both/base", "adapter"):
+        assert (tmp_path / folder).is_dir()
+    assert base.adapters == () and names["mixed"]["logits"].shape == (2, 9, 60)
+
+
 def test_the_readme_names_real_commands() -> None:
     text = (ROOT / "README.md").read_text()
     known = parser().format_help()

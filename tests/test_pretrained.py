@@ -98,6 +98,98 @@ def test_branches_are_saved_as_adapters(
     assert set(held) == set(program.named_trainable_parameters())
     with pytest.raises((OSError, ValueError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "adapter")
+    assert type(config) is type(tied.config) and config.hidden_size == tied.config.hidden_size
+    peftfx.as_hf(program, tied.config).save_pretrained(tmp_path / "all", base=True)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "all" / "base")
+    assert all(torch.equal(t, base.state_dict()[n]) for n, t in tied.state_dict().items())
+    again = peftfx.load(base, tmp_path / "all" / "adapter")
+    assert torch.equal(first(again(**inputs)), first(program(**inputs)))
+
+
+def test_cards_are_written(tied: Any, labelled: peftfx.Program, tmp_path: Path) -> None:
+    program = randomise(peftfx.run(labelled, "lora{rank=2,where=q,name=mine}"), 0.5)
+    config = copy.deepcopy(tied.config)
+    config.name_or_path = "someone/base"
+    peftfx.as_hf(program, config).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert text.startswith("---\nbase_model: someone/base\n") and "# mine, on someone/base" in text
+    assert "`lora{rank=2,where=q,name=mine}` | 2 |" in text and "from_pretrained" in text
+    folded = peftfx.run(program, "fold")
+    peftfx.as_hf(folded, tied.config).save_pretrained(tmp_path / "merged")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert "# merged model, on LlamaForCausalLM" in text and "without peftfx" in text
+    assert folded.history[-1].certificate.text in text and str(tmp_path) not in text
+
+
+def tokenizer(side: str) -> Any:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(50))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        padding_side=side, model_input_names=names if side == "right" else ["input_ids", names[2]],
+    )  # fmt: skip
+
+
+TEXTS = ["w1 w2 w3", "w4 w5"]
+
+
+@pytest.mark.parametrize("names", [("attention_mask",), ("token_type_ids", "labels")])
+def test_pipelines_run_it(names: Any) -> None:
+    """Of texts of unequal lengths; inputs that were not captured, or are not given, are as usual."""
+    import transformers
+
+    model = bert_classifier()
+    inputs = {**labelled_batch("class", 0), "token_type_ids": torch.zeros(3, 7, dtype=torch.long)}
+    kept = {n: t for n, t in inputs.items() if n in ("input_ids", "attention_mask", *names)}
+    kept["token_type_ids"] = torch.zeros_like(kept["input_ids"])
+    if "token_type_ids" not in names:
+        del kept["token_type_ids"]
+    program = peftfx.run(peftfx.capture(model, kwargs=kept), LORA)
+    mine = peftfx.as_hf(program, model.config)
+    run, own = (
+        transformers.pipeline("text-classification", model=m, tokenizer=tokenizer("right"))
+        for m in (mine, model)
+    )  # fmt: skip
+    for got, want in zip(run(TEXTS, batch_size=2), own(TEXTS, batch_size=2), strict=True):
+        assert got["label"] == want["label"] and got["score"] == pytest.approx(want["score"])
+    ids = batch(seed=1)["input_ids"]
+    assert torch.allclose(mine(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+    with pytest.raises(InputError, match="'input_ids' is missing"):
+        mine()
+    if "token_type_ids" not in names:
+        with pytest.raises(InputError, match="'token_type_ids' was not captured"):
+            mine(input_ids=ids, token_type_ids=torch.ones_like(ids))
+
+
+def test_pipelines_generate_and_extract(tied: Any) -> None:
+    import transformers
+
+    positions = torch.arange(7).expand(3, 7)
+    program = peftfx.capture(tied, kwargs={**batch(3, 7), "position_ids": positions})
+    mine = peftfx.as_hf(peftfx.run(program, LORA), tied.config)
+    asked: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "batch_size": 2}
+    got, want = (
+        transformers.pipeline("text-generation", model=m, tokenizer=tokenizer("left"))(
+            TEXTS, **asked
+        )
+        for m in (mine, tied)
+    )
+    assert got == want
+    classifier = bert_classifier()
+    encoder = classifier.bert
+    program = peftfx.capture(encoder, kwargs=batch())
+    mine = peftfx.as_hf(program, encoder.config)
+    got, want = (
+        transformers.pipeline("feature-extraction", model=m, tokenizer=tokenizer("right"))(TEXTS)
+        for m in (mine, encoder)
+    )
+    assert torch.allclose(torch.tensor(got[0]), torch.tensor(want[0]), atol=1e-6)
 
 
 def test_the_trainer_trains_it(tied: Any, labelled: peftfx.Program, tmp_path: Path) -> None:

@@ -7,7 +7,11 @@
 
 The graph has no cache, so `generate` runs it on all tokens for each new one. What the
 configuration can express (a folded program, channels cut equally everywhere) is saved in the
-model's own format; a program with branches is saved as adapters.
+model's own format; a program with branches is saved as adapters, and with `base=True` the base:
+
+    model.save_pretrained("folder", base=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained("folder/base")
+    program = peftfx.load(model, "folder/adapter")
 """
 
 from __future__ import annotations
@@ -26,17 +30,22 @@ from ..rewriter.api import Program
 from ..rewriter.blocks.module import Outlined
 from ..rewriter.blocks.outline import inline
 from ..rewriter.errors import BlockError, ExportError, InputError
+from ..rewriter.files.files import write_file
 from ..rewriter.graph.module import device_of
 from ..rewriter.measure.compare import TOLERANCE, compare, tensors
 from ..rewriter.measure.still import forward, still
 from ..rewriter.storage.artifact import save
+from ..rewriter.storage.card import CARD, card, is_ours
 from .partial import frozen_base
 
 IGNORED = -100
 """The label that no loss counts."""
 
-ADAPTER = "adapter"
-"""The artifact's folder beside the weights of a program with branches."""
+FILLS = {"attention_mask": 1, "decoder_attention_mask": 1, "token_type_ids": 0}
+"""Inputs that calls may leave out, with the value that says nothing."""
+
+ADAPTER, BASE = "adapter", "base"
+"""The artifact's folder beside the weights of a program with branches; the base model's."""
 
 FEED_FORWARD = ("intermediate_size", "d_ff", "ffn_dim", "hidden_dim", "n_inner")
 """What configurations call the feed-forward layers' width."""
@@ -134,13 +143,23 @@ class ForPretrained:
                     "program was captured without position_ids. Capture again with them, or "
                     "generate from prompts of equal length."
                 )
-        like = given[self.main_input_name]
-        fills = {**dict.fromkeys(labels, IGNORED), "attention_mask": 1}
+        types = given.get("token_type_ids")
+        if "token_type_ids" not in spec.names and types is not None and not bool(types.any()):
+            del given["token_type_ids"]  # as the model's own
+        fills = {**dict.fromkeys(labels, IGNORED), **FILLS}
+        main = given.get(self.main_input_name)
+        sizes = {
+            size: given[i.name].shape[axis]
+            for i in spec.inputs
+            for axis, size in enumerate(i.shape)
+            if isinstance(given.get(i.name), Tensor) and axis < given[i.name].dim()
+        }
         for i in spec.inputs:
-            if given.get(i.name) is None and i.name in fills:
-                shape = [s if isinstance(s, int) else like.shape[a] for a, s in enumerate(i.shape)]
+            if given.get(i.name) is None and i.name in fills and isinstance(main, Tensor):
+                named = enumerate(i.shape)
+                shape = [s if isinstance(s, int) else sizes.get(s, main.shape[a]) for a, s in named]
                 fill = 0.0 if i.dtype.is_floating_point else fills[i.name]
-                given[i.name] = like.new_full(shape, fill, dtype=i.dtype)
+                given[i.name] = main.new_full(shape, fill, dtype=i.dtype)
         return given
 
     def train(self, mode: bool = True) -> Any:
@@ -179,31 +198,63 @@ class ForPretrained:
         save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        base: bool = False,
         **options: Any,
     ) -> None:
-        """Writes the model's own format, or adapters where branches are left.
+        """Writes the model's own format, or adapters where branches are left, and a model card.
 
-        With branches: `adapter/` for `peftfx.load`, and the trained tensors, from which `Trainer`
-        goes on.
+        With branches: `adapter/` for `peftfx.load`, with the configuration, and the trained
+        tensors, from which `Trainer` goes on. A folder without the base is no whole model, so it
+        has no configuration of its own: `from_pretrained` would draw what is missing at random.
+
+        Args:
+            base: write the base model, too, as `base/` for `from_pretrained`.
+            save_directory, is_main_process, state_dict, options: as transformers has them.
 
         Raises:
-            ExportError: the configuration cannot express the program.
+            ExportError: the configuration cannot express the program, or the base.
         """
         del state_dict
         if not is_main_process:
             return
-        if not self.program.attachments:
-            model = original(self.program, self.config)
-            if model.can_generate():
-                model.generation_config = copy.deepcopy(self.generation_config)
-                model.generation_config.use_cache = True
-            model.save_pretrained(save_directory, **options)
-            return
         folder = Path(save_directory)
+        if not self.program.attachments:
+            self._save_whole(self.program, folder, options)
+            _write_card(folder, card(self.program, (), self._base_name(), _WHOLE))
+            return
+        if base:
+            self._save_whole(self.program.base, folder / BASE, options)
         save(self.program, folder / ADAPTER)
+        self.config.save_pretrained(folder / ADAPTER)
+        text = card(self.program, self.program.adapters, self._base_name(), _LOADING)
+        _write_card(folder / ADAPTER, text)
         left_out = frozen_base(self.program)
         state = {n: t for n, t in self.program.module.state_dict().items() if n not in left_out}
         safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    def _save_whole(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
+        model = original(program, self.config)
+        if model.can_generate():
+            model.generation_config = copy.deepcopy(self.generation_config)
+            model.generation_config.use_cache = True
+        model.save_pretrained(folder, **options)
+
+    def _base_name(self) -> str:
+        """What the configuration says that it is of; empty for a path of this machine."""
+        name = str(getattr(self.config, "name_or_path", "") or "")
+        return "" if Path(name).is_absolute() else name
+
+
+_WHOLE = "The adapters are in the weights: transformers loads the model without peftfx."
+_LOADING = """```python
+model = transformers.AutoModel.from_pretrained("BASE")  # the class that was captured
+program = peftfx.load(model, "THIS FOLDER")
+```"""
+
+
+def _write_card(folder: Path, text: str) -> None:
+    if is_ours(folder):
+        write_file(folder / CARD, text.encode())
 
 
 def original(program: Program, config: Any) -> Any:

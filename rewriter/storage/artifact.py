@@ -1,4 +1,4 @@
-"""Adapter artifacts: a directory with a strict `manifest.json` and one safetensors file.
+"""Adapter artifacts: a directory with a strict `manifest.json`, one safetensors file and a card.
 
 The manifest holds the recipe with every decision, the hashes of all tensors and of the base they
 were trained on, the input spec and the certificates. Loading replays the decisions, checks every
@@ -41,6 +41,7 @@ from ..program.trained import require_owned
 from ..program.unchanged import base_digests, require_unchanged
 from ..run.recheck import require_remade
 from ..run.replay import only
+from .card import CARD, card, is_ours
 
 FORMAT = 2
 VERSION = "0.1.0"
@@ -73,7 +74,7 @@ def save(
     *,
     collective: bool | None = None,
 ) -> None:
-    """Saves adapters (never the base weights) atomically.
+    """Saves adapters (never the base weights) atomically, with a model card.
 
     Args:
         program: a program with at least one adapter, folded or not.
@@ -93,13 +94,19 @@ def save(
     if collective is None:
         collective = has_shards(program.module)
     if not collective:
-        write_directory(directory, _files(program, adapters), MANIFEST)
+        _write(directory, _files(program, adapters))
         return
     agree("the recipe", "; ".join(r.text for r in program.history))
     files = together("reading the adapters", lambda: _files(program, adapters))
     said = parse_json(files[MANIFEST], MANIFEST)
     agree("what ranks would save", {"base": said["base"]["root"], **said["tensors"]})
-    first("writing the adapters", lambda: write_directory(directory, files, MANIFEST))
+    first("writing the adapters", lambda: _write(directory, files))
+
+
+def _write(directory: str | Path, files: dict[str, bytes]) -> None:
+    """Writes an artifact; a card that is not of our making stays."""
+    own = files if is_ours(directory) else {n: f for n, f in files.items() if n != CARD}
+    write_directory(directory, own, MANIFEST)
 
 
 def _files(program: State, adapters: Sequence[str] | None) -> dict[str, bytes]:
@@ -142,7 +149,8 @@ def _files(program: State, adapters: Sequence[str] | None) -> dict[str, bytes]:
         "updated": list(updated),
         "dtype": None if dtype is None else str(dtype)[6:],
     }  # fmt: skip
-    return {TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest)}
+    text = card(program, names, root=merkle_root(base)).encode()
+    return {TENSORS: tensor_file(tensors), MANIFEST: sealed(manifest), CARD: text}
 
 
 def _kept(record: Record) -> bool:
