@@ -146,7 +146,11 @@ def _write_for_ever(writer: Writer, folder: Path, shared: mmap.mmap) -> None:
 
 def _left(writer: Writer, folder: Path) -> int:
     """Leftovers after the next successful write."""
-    if writer.replaces:
+    if writer.resumes:
+        writer.write(folder, 2)
+        if writer.read(folder) != 2:
+            raise AssertionError(f"{folder}: going on gave something else")
+    elif writer.replaces:
         writer.write(folder, 1)
     else:
         files.write_file(folder / "next", b"")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .commands import merge
 from .exporters.formats import FORMATS
 
 Action = Callable[[Any], Any]
@@ -128,6 +129,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] =
     "verify": ("measure every promise of passes or an adapter again", _passes),
     "run": ("apply passes and save the adapter", _run),
     "fold": ("merge a saved adapter into the model's weights", _fold),
+    "merge": ("merge whole models by a mergekit configuration", merge.arguments),
     "convert": ("write an adapter in another library's format, or a whole model (hf)", _convert),
     "export": ("write a verified ONNX file", _export),
     "passes": ("list the passes", _nothing),

@@ -6,6 +6,7 @@ Used by the tests of damage and by `benchmarks/faults.py`, which kills, fills di
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.exporters.formats import convert
 from peftfx.exporters.hf_peft import read_peft
+from peftfx.exporters.merge import merge
 from peftfx.rewriter.branches.parts import LowRank
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
@@ -79,6 +81,7 @@ class Writer:
         read: which number is there; an error of ours if none or damaged.
         state: everything that reading finds, as text, to tell whether a flip changed something.
         files: what it writes, relative to the folder.
+        resumes: what a killed one leaves is taken over by the next one of the same work.
     """
 
     write: Callable[[Path, int], Any]
@@ -87,6 +90,7 @@ class Writer:
     files: tuple[str, ...]
     replaces: bool = True
     numbered: bool = True
+    resumes: bool = False
 
 
 def _save(folder: Path, number: int) -> None:
@@ -135,6 +139,29 @@ def _folded(folder: Path) -> dict[str, Tensor]:
 def _read_fold(folder: Path) -> int:
     change = _folded(folder)["up.weight"] - model().up.weight.detach()
     return _number([(change / 16).sqrt().round()])  # alpha * number ** 2 everywhere
+
+
+def _merge(folder: Path, number: int) -> None:
+    source = folder / "base"
+    if not source.exists():
+        source.mkdir()
+        files = {f"m-{i}.safetensors": {f"w{i}": torch.ones(16, 64)} for i in range(2)}
+        for name, state in files.items():
+            safetensors.torch.save_file(state, source / name)
+        listed = {n: file for file, state in files.items() for n in state}
+        (source / "m.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    text = (
+        f"merge_method: linear\nparameters: {{normalize: false}}\nmodels:\n- model: {source}\n"
+        f"  parameters: {{weight: {number}}}\n"
+    )
+    config = folder / "merge.yml"
+    if not config.exists() or config.read_text() != text:
+        config.write_text(text)
+    merge(config, folder / "folded")
+
+
+def _read_merge(folder: Path) -> int:
+    return _number(_folded(folder).values())
 
 
 def _export(folder: Path, number: int) -> None:
@@ -276,6 +303,10 @@ WRITERS = {
     "fold_checkpoint": Writer(
         _fold, _read_fold, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
         replaces=False,
+    ),
+    "merge": Writer(
+        _merge, _read_merge, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
+        replaces=False, resumes=True,
     ),
     "export_onnx": Writer(_export, _read_export, lambda f: str(_read_export(f)), ()),
     "save_checkpoint": Writer(

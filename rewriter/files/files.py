@@ -37,7 +37,7 @@ HEADER_LIMIT = 8 * 2**20
 
 DEPTH_LIMIT = 32
 
-_DTYPES = {
+DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64",
@@ -45,7 +45,7 @@ _DTYPES = {
 }  # fmt: skip
 """Those that are written here, by name; files hold the last ones first."""
 
-_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: index for index, dtype in enumerate(DTYPE_NAMES)}
 _DIGITS = 40
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -115,7 +115,7 @@ def write_tensors(
 ) -> bytes:
     """The tensors as one safetensors file, byte for byte as its library writes it."""
     plain = {name: whole(t).detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    if sys.byteorder != "little" or any(t.dtype not in _DTYPES for t in plain.values()):
+    if sys.byteorder != "little" or any(t.dtype not in DTYPE_NAMES for t in plain.values()):
         plain = {name: t.clone() for name, t in plain.items()}
         return safetensors.torch.save(plain, dict(metadata) if metadata else None)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -123,7 +123,7 @@ def write_tensors(
     begin = 0
     for name, tensor in sorted(plain.items(), key=lambda i: -_ORDER[i[1].dtype]):
         end = begin + tensor.nbytes
-        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
         begin = end
