@@ -32,7 +32,7 @@ from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import ConvSite, EmbeddingSite, LinearSite, NormSite, Site
 from ..rewriter.program.tensors import Tensors
 from ..rewriter.storage.parts import Parts
-from ..rewriter.storage.safetensors_checkpoint import Checkpoint
+from ..rewriter.storage.safetensors_checkpoint import Checkpoint, Entry
 
 GIVE_BASE = "Give the base: --base with its directory, or base=checkpoint(directory)."
 CAPTURE = "Capture the model: --base MODEL --capture, or load the adapter onto a program."
@@ -97,6 +97,11 @@ def checkpoint(directory: str | Path, in_out: bool = False) -> Files:
         stored, Sites(tuple(_sites(stored, in_out))), table, model=str(classes[0]),
         head_dim=head_dim if isinstance(head_dim, int) else 0,
     )  # fmt: skip
+
+
+def tied_names(directory: Path, files: Checkpoint) -> Mapping[str, str]:
+    """Other names of a checkpoint's tensors, by what its configuration says: name -> stored."""
+    return _tied(_config(directory), files.entries)
 
 
 def _config(directory: Path) -> Mapping[str, Any]:
@@ -177,10 +182,12 @@ def _sites(stored: Mapping[str, Tensor], in_out: bool) -> Iterator[Site]:
             )
 
 
-def _tied(config: Mapping[str, Any], stored: Mapping[str, Tensor]) -> dict[str, str]:
+def _tied(config: Mapping[str, Any], stored: Mapping[str, Tensor | Entry]) -> dict[str, str]:
     """The head's name where the config says that it is the table of tokens, which alone is stored:
     the only matrix with a row a token."""
-    tables = [n for n, t in stored.items() if t.dim() == 2 and len(t) == config.get("vocab_size")]
+    tables = [
+        n for n, t in stored.items() if len(t.shape) == 2 and t.shape[0] == config.get("vocab_size")
+    ]
     alone = len(tables) == 1 and "lm_head.weight" not in stored
     return (
         {"lm_head.weight": tables[0]} if alone and config.get("tie_word_embeddings", True) else {}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from peftfx.exporters.mergekit import read_config
 from peftfx.rewriter.capture.structure import read_structure
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.files.files import parse_json, write_json
@@ -143,6 +144,16 @@ def _part(read: Callable[[Any], Any]) -> Callable[[bytes], None]:
     return call
 
 
+def _mergekit(text: str) -> None:
+    config = read_config(text, "it")
+    for place, name in (
+        (0.0, "norm.weight"),
+        (0.3, "layers.1.mlp.up"),
+        (1.0, "layers.3.self_attn.q"),
+    ):
+        config.values(name, place)
+
+
 def _choose(text: str) -> None:
     choose(text, list(writers.base().sites))
 
@@ -170,6 +181,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         "json": _json, "artifact": _artifact, "program": _program, "graph": _graph,
         "checkpoint": _resume, "cache": _cache, "controllers": _controllers, "weights": _weights,
         "pipeline": _text(parse), "recipe": _text(parse_yaml), "selector": _text(_choose),
+        "mergekit": _text(_mergekit),
         "structure": _part(read_structure), "symbols": _part(Symbols), "relation": _text(_relation),
         "spec": _part(read_spec),
         **fuzzing_adapters.TARGETS,

@@ -349,7 +349,7 @@ def test_loading_and_removing_fork_once_whatever_the_adapters(
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_tensors_are_written_as_safetensors_writes_them(metadata: dict[str, str] | None) -> None:
     """Byte for byte, of every dtype, of no numbers, of one, and of a transposed view."""
-    dtypes = [*files._DTYPES, torch.complex64]
+    dtypes = [*files.DTYPE_NAMES, torch.complex64]
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{len(shape)}.{dtype}.ü": torch.randint(0, 2, shape, generator=generator).to(dtype)

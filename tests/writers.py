@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.exporters.formats import convert
 from peftfx.exporters.hf_peft import read_peft
+from peftfx.exporters.merge import merge
 from peftfx.rewriter.branches.parts import LowRank
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
@@ -144,6 +145,29 @@ def _folded(folder: Path) -> dict[str, Tensor]:
 def _read_fold(folder: Path) -> int:
     change = _folded(folder)["up.weight"] - model().up.weight.detach()
     return _number([(change / 16).sqrt().round()])  # alpha * number ** 2 everywhere
+
+
+def _merge(folder: Path, number: int) -> None:
+    source = folder / "base"
+    if not source.exists():
+        source.mkdir()
+        files = {f"m-{i}.safetensors": {f"w{i}": torch.ones(16, 64)} for i in range(2)}
+        for name, state in files.items():
+            safetensors.torch.save_file(state, source / name)
+        listed = {n: file for file, state in files.items() for n in state}
+        (source / "m.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    text = (
+        f"merge_method: linear\nparameters: {{normalize: false}}\nmodels:\n- model: {source}\n"
+        f"  parameters: {{weight: {number}}}\n"
+    )
+    config = folder / "merge.yml"
+    if not config.exists() or config.read_text() != text:
+        config.write_text(text)
+    merge(config, folder / "folded")
+
+
+def _read_merge(folder: Path) -> int:
+    return _number(_folded(folder).values())
 
 
 def _export(folder: Path, number: int) -> None:
@@ -284,6 +308,10 @@ WRITERS = {
     ),
     "fold_checkpoint": Writer(
         _fold, _read_fold, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
+        replaces=False, resumes=True, made="folded",
+    ),
+    "merge": Writer(
+        _merge, _read_merge, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
         replaces=False, resumes=True, made="folded",
     ),
     "export_onnx": Writer(_export, _read_export, lambda f: str(_read_export(f)), ()),

@@ -8,6 +8,7 @@ and bias, input scales into columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -12,7 +12,7 @@ and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -40,7 +40,7 @@ HEADER_LIMIT = 8 * 2**20
 
 DEPTH_LIMIT = 32
 
-_DTYPES = {
+DTYPE_NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64",
@@ -48,7 +48,7 @@ _DTYPES = {
 }  # fmt: skip
 """Those that are written here, by name; files hold the last ones first."""
 
-_ORDER = {dtype: index for index, dtype in enumerate(_DTYPES)}
+_ORDER = {dtype: index for index, dtype in enumerate(DTYPE_NAMES)}
 _DIGITS = 40
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -126,21 +126,33 @@ def tensor_pieces(
 ) -> list[bytes | memoryview]:
     """What `write_tensors` joins: the header, and the tensors' own memory."""
     plain = {name: whole(t).detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    if sys.byteorder != "little" or any(t.dtype not in _DTYPES for t in plain.values()):
+    if sys.byteorder != "little" or any(t.dtype not in DTYPE_NAMES for t in plain.values()):
         plain = {name: t.clone() for name, t in plain.items()}
         return [safetensors.torch.save(plain, dict(metadata) if metadata else None)]
+    ordered = dict(sorted(plain.items(), key=lambda i: -_ORDER[i[1].dtype]))
+    pieces = [t.reshape(-1).view(torch.uint8).numpy().data for t in ordered.values()]
+    entries = {n: (t.dtype, tuple(t.shape)) for n, t in ordered.items()}
+    return [tensor_head(entries, metadata), *pieces]
+
+
+def tensor_head(
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """What stands in front of the tensors in a safetensors file: their dtypes and shapes, in the
+    order in which they follow."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    pieces: list[bytes | memoryview] = []
     begin = 0
-    for name, tensor in sorted(plain.items(), key=lambda i: -_ORDER[i[1].dtype]):
-        end = begin + tensor.nbytes
-        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, (dtype, shape) in entries.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        offsets = [begin, end]
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets,
+        }  # fmt: skip
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *pieces]
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_file(

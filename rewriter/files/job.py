@@ -171,9 +171,9 @@ def job(
         folder = hidden(real)
         with _alone(folder, target):
             mine = Job(folder, seal_of(json.loads(json.dumps(made_of))))
-            if not mine.take_over():
-                mine.start()
             try:
+                if not mine.take_over():
+                    mine.start()
                 yield mine
                 content = {"made_of": dict(made_of), **record(mine)}
                 (folder / name).write_bytes(sealed(content))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +164,16 @@ def _number(text: str) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML that refuses duplicate keys and endless nesting, and reads 1e-3 as a number."""
 
-    def get_single_data(self) -> Any:
+    def checked_node(self) -> Any:
+        """The document's node, None if it is empty; not too large."""
         node: Any = self.get_single_node()
-        if node is None:
-            return None
-        _measure(node, {}, 0)
-        return self.construct_document(node)
+        if node is not None:
+            _measure(node, {}, 0)
+        return node
+
+    def get_single_data(self) -> Any:
+        node = self.checked_node()
+        return None if node is None else self.construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -214,24 +218,72 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str = "the recipe") -> Pipeline:
-    """Reads a recipe: a list (or `passes:` with a list) of names and `name: {option: value}`.
+@dataclass(frozen=True)
+class Node:
+    """A value of a YAML document, with the line that it stands in (the first is 1).
+
+    `value` is a number, a text, true, false or None; a tuple of nodes; or a dict of nodes by key.
+    """
+
+    value: Any
+    line: int
+
+
+def yaml_nodes(text: str, where: str) -> Node:
+    """A YAML document whose values know their lines.
 
     Raises:
-        OptionError: malformed YAML, duplicate keys, unknown passes or options.
+        OptionError: malformed YAML, duplicate keys, keys that are no text.
     """
+    return _loaded(text, where, lambda loader: _noded(loader, loader.checked_node()))
+
+
+def _noded(loader: _Loader, node: Any) -> Node:
+    if node is None:
+        return Node(None, 1)
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.SequenceNode):
+        return Node(tuple(_noded(loader, child) for child in node.value), line)
+    if not isinstance(node, yaml.MappingNode):
+        return Node(loader.construct_object(node), line)
+    loader.flatten_mapping(node)
+    found: dict[str, Node] = {}
+    for key, child in node.value:
+        name: Any = loader.construct_object(key)
+        if not isinstance(name, str) or name in found:
+            said = "is given twice" if name in found else "is no text"
+            raise OptionError(f"the key {name!r} at line {key.start_mark.line + 1} {said}.")
+        found[name] = replace(_noded(loader, child), line=key.start_mark.line + 1)
+    return Node(found, line)
+
+
+def _loaded(text: str, where: str, read: Callable[[_Loader], Any]) -> Any:
+    """What `read` makes of a document, whose size and depth are bounded."""
     if len(text) > TEXT_LIMIT:
         raise OptionError(f"{where} is longer than {TEXT_LIMIT} characters.")
     if _deepest(text) > 2 * DEPTH_LIMIT:  # before the reader, which takes long over them
         raise OptionError(f"{where}: brackets are deeper than {DEPTH_LIMIT}.")
     try:
-        data = yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            return read(loader)
+        finally:
+            loader.dispose()
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from error
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise OptionError(f"{where} is not YAML: {error}") from error
     except RecursionError as error:
         raise OptionError(f"{where} is nested deeper than {DEPTH_LIMIT}.") from error
+
+
+def parse_yaml(text: str, where: str = "the recipe") -> Pipeline:
+    """Reads a recipe: a list (or `passes:` with a list) of names and `name: {option: value}`.
+
+    Raises:
+        OptionError: malformed YAML, duplicate keys, unknown passes or options.
+    """
+    data = _loaded(text, where, lambda loader: loader.get_single_data())
     if isinstance(data, dict) and set(data) == {"passes"}:  # pyright: ignore[reportUnknownArgumentType]
         data = data["passes"]  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(data, list) or not data:
