@@ -81,16 +81,16 @@ class Walked(nn.Module):
         memo: set[nn.Module] | None = None,
         prefix: str = "",
         remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """As torch's own, without a generator for every level: all other walks use it."""
         walk = _walk(self) if memo is None and not prefix and remove_duplicate else None
         if walk is not None:
-            return iter(walk.modules)
+            return (each for each in walk.modules)
         return self._walked(set() if memo is None else memo, prefix, remove_duplicate)
 
     def _walked(
         self, memo: set[nn.Module], prefix: str, remove_duplicate: bool
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         stack: list[tuple[str, nn.Module]] = [(prefix, self)]
         while stack:
             path, module = stack.pop()
