@@ -43,7 +43,10 @@ def require_whole(module: nn.Module, what: str) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Lets the units of `fully_shard` drop what they gathered, so that parameters are shards."""
-    for unit in fact(module, "units", lambda: [m for m in module.modules() if _is_unit(type(m))]):
+    units: list[Any] = fact(
+        module, "units", lambda: [m for m in module.modules() if _is_unit(type(m))]
+    )
+    for unit in units:
         unit.reshard()
 
 

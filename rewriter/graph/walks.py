@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Self, TypeVar
@@ -20,16 +19,22 @@ class Walk:
         self.modules = list(root.named_modules())
         self.by_path = dict(self.modules)
         self.facts: dict[str, Any] = {}
+        self._units = any(hasattr(kind, "unshard") for kind in {type(m) for _, m in self.modules})
 
-    @functools.cached_property
+    @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """As `named_parameters`."""
-        return list(_tensors(self.modules, "_parameters", True))
+        return self._tensors("_parameters")
 
-    @functools.cached_property
+    @property
     def buffers(self) -> list[tuple[str, Tensor]]:
         """As `named_buffers`."""
-        return list(_tensors(self.modules, "_buffers", True))
+        return self._tensors("_buffers")
+
+    def _tensors(self, table: str) -> list[tuple[str, Any]]:
+        if table not in self.facts or self._units:  # units gather parameters, and give them back
+            self.facts[table] = list(_tensors(self.modules, table, True))
+        return self.facts[table]
 
 
 _SETTLED: ContextVar[dict[nn.Module, Walk]] = ContextVar("_SETTLED")
@@ -76,16 +81,16 @@ class Walked(nn.Module):
         memo: set[nn.Module] | None = None,
         prefix: str = "",
         remove_duplicate: bool = True,
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """As torch's own, without a generator for every level: all other walks use it."""
         walk = _walk(self) if memo is None and not prefix and remove_duplicate else None
         if walk is not None:
-            return iter(walk.modules)
+            return (each for each in walk.modules)
         return self._walked(set() if memo is None else memo, prefix, remove_duplicate)
 
     def _walked(
         self, memo: set[nn.Module], prefix: str, remove_duplicate: bool
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         stack: list[tuple[str, nn.Module]] = [(prefix, self)]
         while stack:
             path, module = stack.pop()

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph.module import CapturedModule, state_tensors, twin_module
 from ..graph.sharded import is_sharded, outputs, reshard
-from ..graph.walks import settle
 from ..program.state import State
 
 ATEN: Any = torch.ops.aten
@@ -40,9 +39,7 @@ def still(program: State, updated: Collection[str] | None = None) -> CapturedMod
         memo[id(parameter)] = nn.Parameter(_own(parameter, name in updated), requires_grad=False)
     for name, buffer in gm.named_buffers():
         memo[id(buffer)] = _own(buffer, name in updated)
-    twin = twin_module(gm, memo)
-    settle(twin)
-    return twin.eval()
+    return twin_module(gm, memo).eval()
 
 
 def _own(tensor: Tensor, updated: bool) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph.module import CapturedModule, device_of, state_tensors
 from ..graph.output_class import shortened
 from ..graph.sharded import has_shards, is_sharded, outputs
-from ..graph.walks import stored
+from ..graph.walks import settled, stored
 from ..program.state import State
 from .compare import compare
 from .likeness import runs_alike
@@ -87,9 +87,10 @@ class Witness:
     def _copy(self) -> _Copy:
         updated = state_tensors(self.program.module)
         gm = still(self.program, updated)
-        tensors = dict(stored(gm))
-        state = {n: tensors[n].clone() for n in updated if n in tensors}
-        return _Copy(gm, tensors, state, has_shards(gm))
+        with settled(gm):
+            tensors = dict(stored(gm))
+            state = {n: tensors[n].clone() for n in updated if n in tensors}
+            return _Copy(gm, tensors, state, has_shards(gm))
 
     @property
     def gm(self) -> CapturedModule:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..edits.edit import Editor
 from ..errors import VerifyError
 from ..graph.turns import alone
-from ..graph.walks import settled
+from ..graph.walks import settle, settled
 from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
 from ..measure.steady import perturbed
@@ -110,6 +110,7 @@ class Checks:
             self.program, self._marks = after, marks(after)
             return Certificate("unmeasured"), ()
         contract, witness = item.promise(), Witness(after)
+        settle(witness.gm)
         require_others(before, after, item, contract.kind == "trainable")
 
         def again() -> State:
