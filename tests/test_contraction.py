@@ -148,7 +148,7 @@ def test_experts_along_another_axis(way: str, tmp_path: Path) -> None:
     model = Stacks(way).eval().requires_grad_(False)
     base = peftfx.capture(model, (ids,))
     place = 2 if way == "last" else 1
-    sites = {s.id: s for s in base.sites.of("experts")}
+    sites: dict[str, Any] = {s.id: s for s in base.sites.of("experts")}
     assert {n: (s.role, s.place, s.matrices) for n, s in sites.items()} == {
         "up": ("ffn.up", place, (3, 16, 8)), "down": ("ffn.down", place, (3, 8, 16)),
     }  # fmt: skip
@@ -190,7 +190,7 @@ class Heads(nn.Module):
 def test_projections_by_head() -> None:
     ids, model = torch.randint(30, (2, 7)), Heads().eval().requires_grad_(False)
     base = peftfx.capture(model, (ids,))
-    (attention,) = base.sites.of("attention")
+    attention: Any = base.sites.of("attention")[0]
     assert (attention.q, attention.heads, attention.kv_heads) == ("q", 2, 2)
     pruned = peftfx.run(base, "head_pruning{ratio=0.5}")
     ((kept,),) = pruned.history[-1].plan.decisions["kept"].values()
