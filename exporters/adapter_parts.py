@@ -293,7 +293,8 @@ def _placed(
     shifted = bool(listed) and all(p.get("shifted", True) for p in listed)
     shifted = getattr(record.applied, "shift_positions", shifted)
     layer = sites[place].index(own)
-    return replace(part, layer=layer, shifted=shifted, place=place)
+    moved = bool(listed) and all(p.get("keys_moved", False) for p in listed)
+    return replace(part, layer=layer, shifted=shifted, place=place, keys_moved=moved)
 
 
 def unchanged(program: Program, parts: Parts) -> Parts | None:

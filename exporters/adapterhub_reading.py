@@ -249,15 +249,16 @@ def _require_places(options: Options, parts: list[Part], places: Places) -> None
 
 
 def prefixes(options: Options, file: File, places: Places) -> list[Part]:
-    """Rows of all layers in one tensor, or from an embedding through two linears."""
-    if any(s.kind == "embedding" and s.role == "relative" for s in places.program.sites):
-        raise ArtifactError(
-            f"{file.where}: the model has relative positions, and the library counts the rows of a "
-            "prefix as positions of keys, but not of queries: all keys move away. Prefixes here do "
-            "not. Use the adapter with the library."
-        )
+    """Rows of all layers in one tensor, or from an embedding through two linears.
+
+    In models with biases by distance the library counts the rows among the keys and not among the
+    queries, so that all keys move away.
+    """
+    relative = any(s.kind == "embedding" and s.role == "relative" for s in places.program.sites)
     length = options.take("prefix_length", int)
     left_out = options.take("leave_out", list)
+    if relative and left_out:
+        raise options.refuse("leave_out", "layers share biases by distance, with rows or without")
     dropout = options.take("dropout", float, int)
     options.take("flat", bool)
     gated = options.take("use_gating", bool)
@@ -290,8 +291,9 @@ def prefixes(options: Options, file: File, places: Places) -> list[Part]:
         for i, site in enumerate(sites):
             place = "cross" if site.cross else "own"
             part = Prefix(
-                "", stack[:, i, 0], stack[:, i, 1], ordinal(places.program, site), False, place
-            )
+                "", stack[:, i, 0], stack[:, i, 1], ordinal(places.program, site), False, place,
+                keys_moved=relative,
+            )  # fmt: skip
             parts.append(replace(part, **gates.pop(site.id)) if gated else part)
     if gates:
         raise ArtifactError(f"{file.where}: there is a gate at {next(iter(gates))}, and no prefix.")

@@ -288,7 +288,8 @@ def _prefixes(program: Program, parts: Sequence[Prefix], name: str) -> Written:
             "AdapterHub's prefixes are at all attentions of a block, of one length, and do not "
             "move positions; this one is not so. Insert it with prefix_tuning{where=attention}."
         )
-    if any(s.kind == "embedding" and s.role == "relative" for s in program.sites):
+    relative = any(s.kind == "embedding" and s.role == "relative" for s in program.sites)
+    if any(p.keys_moved != relative for p in parts):
         raise ArtifactError(
             "AdapterHub moves the relative positions of keys behind a prefix, and prefixes here do "
             "not. Save it with peftfx.save."

@@ -295,3 +295,30 @@ def test_training_checkpoints_that_are_always_replaced(
         WRITERS["save_checkpoint"].read(tmp_path)
     parameters = program().trainable_parameters()
     assert all(bool((p == -1).all()) for p in parameters)
+
+
+def test_pieces_are_written_as_if_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any size and number, where the system takes a few bytes at a time, too."""
+    pieces = [
+        b"",
+        bytes([7]) * 5,
+        memoryview(b"abc"),
+        b"",
+        *(bytes([i % 251]) for i in range(1500)),
+    ]
+    files.fill(tmp_path / "a", pieces)
+    assert (tmp_path / "a").read_bytes() == b"".join(pieces)
+    real = os.writev
+
+    def short(handle: int, given: Any) -> int:
+        whole = b"".join(given)
+        return real(handle, [whole[: max(1, len(whole) // 3)]] if whole else given)
+
+    monkeypatch.setattr(os, "writev", short)
+    files.fill(tmp_path / "b", pieces)
+    assert (tmp_path / "b").read_bytes() == b"".join(pieces)
+    monkeypatch.delattr(os, "writev")
+    files.fill(tmp_path / "c", iter(pieces))
+    assert (tmp_path / "c").read_bytes() == b"".join(pieces)
+    files.fill(tmp_path / "d", [])
+    assert (tmp_path / "d").read_bytes() == b""

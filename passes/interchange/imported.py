@@ -203,9 +203,11 @@ class Imported(Pass):
         active = _active(edit, parts.parts)
         for part in parts.parts:
             insert(edit, part, active)
-        shifted = [p for p in parts.parts if isinstance(p, Prefix) and p.shifted]
+        prefixes = [p for p in parts.parts if isinstance(p, Prefix)]
+        moved = [p for p in prefixes if p.keys_moved]
+        shifted = moved or [p for p in prefixes if p.shifted]
         if shifted:
-            edit.shift_positions(len(shifted[0].key))
+            edit.shift_positions(len(shifted[0].key), keys=bool(moved))
         for line in (f"read from {parts.source}", *parts.notes):
             edit.note(line)
 

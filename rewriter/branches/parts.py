@@ -125,6 +125,7 @@ class Prefix(Part):
     Attributes:
         layer: ordinal of the attention among those of its place, in graph order.
         shifted: the tokens' positions count from behind the rows.
+        keys_moved: the same, of biases by distance and among keys alone; queries count from 0.
         place: which attentions are counted: `stack` (those of tokens with one another, of a model
             that has no others), `decoder` (the same, of a decoder beside an encoder), `own` (the
             same, of both), `cross`.
@@ -138,6 +139,7 @@ class Prefix(Part):
     place: str = "stack"
     gate: Tensor | None = None
     gate_bias: Tensor | None = None
+    keys_moved: bool = False
 
 
 @dataclass(frozen=True)

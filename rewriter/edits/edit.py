@@ -162,9 +162,10 @@ class Editor(Reading):
         prepend_key_value(self.graph_module, core, path, branch.length, given(reads))
         self.refresh()
 
-    def shift_positions(self, length: int) -> None:
-        """Counts tokens from `length` on, where attentions have rows in front by now."""
-        shift_positions(self.program, length)
+    def shift_positions(self, length: int, keys: bool = False) -> None:
+        """Counts tokens from `length` on, where attentions have rows in front by now; with `keys`,
+        among the keys of biases by distance alone."""
+        shift_positions(self.program, length, keys)
 
     def prepend_tokens(self, site: EmbeddingSite, branch: Tokens, **reads: Value | None) -> None:
         """Prepends `length` tokens whose embeddings are the branch's rows.

@@ -53,6 +53,7 @@ AGAIN = (
     "bert-normed", "bert-normed_inside", "bert-scaled_par_bn", "bert-residual_after",
     "bert-unipelt", "bert-mam", "bert-compacter", "llama-seq_bn", "llama-par_bn",
     "gpt2-lora", "bert-fusion", "bart-prefix", "vit-lora", "vit-double_seq_bn",
+    "t5-prefix_flat",
 )  # fmt: skip
 """Fixtures that are read, changed, and written."""
 

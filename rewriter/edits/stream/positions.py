@@ -51,17 +51,23 @@ class WidenBias(WidenMask):
         return torch.cat([left, mask], dim=-1)
 
 
-def shift_positions(program: State, length: int) -> None:
+def shift_positions(program: State, length: int, keys: bool = False) -> None:
     """Counts the tokens of every stream whose attentions have rows in front from `length` on.
+
+    Args:
+        program: which is changed.
+        length: how many rows there are.
+        keys: biases by distance count so among keys alone, where queries count from 0 on (the rows
+            stand at 0 to `length - 1`); absolute positions stay.
 
     Raises:
         PassError: the model knows no positions.
     """
     apart = set(_without_rows(program))
-    moved = _shift_absolute(program, length, apart)
+    moved = keys or _shift_absolute(program, length, apart)
     related = [n for n in _relative(program) if n not in apart]
     for table in related:
-        _widen_bias(program.module, table, length)
+        _widen_bias(program.module, table, length, keys)
     if not moved and not related:
         raise PassError("the model has no positions to shift; use shift_positions=false.")
 
@@ -132,10 +138,11 @@ def _relative(program: State) -> list[Node]:
     return [nodes[n] for s in sites if s.role == "relative" for n in s.nodes]
 
 
-def _widen_bias(gm: GraphModule, table: Node, length: int) -> None:
+def _widen_bias(gm: GraphModule, table: Node, length: int, moved: bool) -> None:
     """Gives the masks that a lookup goes into columns of its own for the rows.
 
-    The lookup is computed once more for keys at `-length .. -1`.
+    The lookup is computed once more for keys at `-length .. -1`; or, with keys `moved`, at
+    `0 .. length - 1`, and for those of the tokens from `length` on.
     """
     top = table
     while len(users(top)) == 1 and is_op(users(top)[0], VIEWS):
@@ -150,7 +157,11 @@ def _widen_bias(gm: GraphModule, table: Node, length: int) -> None:
             f"{table.name}: a bias by distance whose keys are no plain range cannot be continued "
             "to the rows. Use shift_positions=false."
         )
-    rows = _for_rows(gm, keys[0], top, length)
+    rows = _for_rows(gm, keys[0], top, (0, length) if moved else (-length, 0))
+    if moved:
+        with gm.graph.inserting_after(keys[0]):
+            later = gm.graph.call_function(ATEN.add.Tensor, (keys[0], length))
+        keys[0].replace_all_uses_with(later, delete_user_cb=lambda user: user is not later)
     for mask in masks:
         with gm.graph.inserting_before(mask):
             call = add_call(gm, "widen_bias", WidenBias(length), (inputs(mask)[0], rows))
@@ -167,13 +178,13 @@ def _along_keys(node: Node) -> bool:
     return len(sizes) > 1 and sizes[-1] != 1
 
 
-def _for_rows(gm: GraphModule, keys: Node, top: Node, length: int) -> Node:
-    """`top` for the keys `-length .. -1`."""
+def _for_rows(gm: GraphModule, keys: Node, top: Node, places: tuple[int, int]) -> Node:
+    """`top` for the keys of a range."""
     copies: dict[Node, Node] = {}
     above = set(ancestors(top))
     with gm.graph.inserting_after(top):
         options = dict(keys.kwargs)
-        copies[keys] = current = gm.graph.call_function(ATEN.arange.start, (-length, 0), options)
+        copies[keys] = current = gm.graph.call_function(ATEN.arange.start, places, options)
     for node in gm.graph.nodes:
         if node in above and any(i in copies for i in inputs(node)):
             with gm.graph.inserting_after(current):
