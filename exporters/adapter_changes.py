@@ -27,7 +27,8 @@ from .raw_adapter import Raw, raw_adapter
 ROWS = 1024
 """Rows of a change that are multiplied out at a time."""
 
-_OF_BASE = "needs --base"
+NEEDS_BASE = "needs --base"
+"""Why a change is not known: it depends on numbers of the base."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _places(
         if base is not None:
             raise
         del error  # factors alone do not tell all shapes
-        return tuple(_raw_places(raw, _OF_BASE)), ()
+        return tuple(_raw_places(raw, NEEDS_BASE)), ()
     return tuple(place_of(part, own) for part in parts.parts), parts.notes
 
 
@@ -256,7 +257,7 @@ def _change(part: Part, base: Base | None) -> tuple[Factors | Tensor | None, str
     if not isinstance(part, LowRank | Scaling | Trained | Rows):
         return None, "no change of a weight"
     if base is None or (isinstance(base, Files) and base.knows == "sizes"):
-        return None, _OF_BASE
+        return None, NEEDS_BASE
     return change_of(base, part), ""
 
 
