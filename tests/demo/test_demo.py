@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 import peftfx
 from peftfx.demo import experiment, report
-from peftfx.demo.corpus import CorpusError, Split, make_splits, read_corpus
+from peftfx.demo.corpus import CorpusError, Pair, Split, make_splits, read_corpus
 from peftfx.demo.encoder import load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
 from peftfx.training.loop import rate
@@ -119,6 +119,46 @@ def test_the_page_is_self_contained() -> None:
     )
     assert page.count("<svg") == 3 and "a &lt; b" in page and "+&lt;x&gt;" in page
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+
+
+def test_losses_are_smoothed_on_one_scale() -> None:
+    noisy = [1.0 if i % 2 else 0.5 for i in range(30)]
+    line = report.smoothed(noisy)
+    assert len(line) == 30 and max(line) - min(line) < 0.1
+    falling = [1 - i / 30 for i in range(30)]
+    assert report.smoothed(falling) == sorted(report.smoothed(falling), reverse=True)
+    plots = report.loss_plot([("a", noisy), ("b", falling)])
+    assert "a<br>" in plots and "b<br>0.92 → 0.12" in plots and plots.count("<polyline") == 4
+    axes = [part.split("<polyline")[0].split("<svg")[1] for part in plots.split("</div>")[:2]]
+    assert axes[0] == axes[1]
+
+
+def test_tables_have_no_empty_columns() -> None:
+    table = report.table(("a", "b", "c"), [("1", "", ""), ("2", "", "3")])
+    assert "<th>a</th><th>c</th>" in table and "<td>1</td><td></td>" in table
+
+
+def test_answers_before_and_after_stand_side_by_side() -> None:
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    ids = torch.arange(32).view(2, 16)
+    base = peftfx.capture(
+        BertModel(config).eval(), kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    query = "Returns the path of the file that holds {} settings of users."
+    pairs = [
+        Pair("m", n, 1, query.format(n), f"def {n}(): return 1")
+        for n in ("all", "no", "my")
+    ]
+    rows = experiment.side_by_side(base, base, tokenizer, pairs, 2)
+    assert [r[0] for r in rows] == [pairs[0].query, "", pairs[1].query, ""]
+    assert all(before == after and "m." in before for _, before, after in rows)
+    best = experiment.side_by_side(base, base, tokenizer, pairs, 3)
+    assert sum(row[1].startswith("✓ m.") for row in best) == 3
 
 
 def test_names_of_close_points_do_not_cover_each_other() -> None:
