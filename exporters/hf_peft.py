@@ -23,7 +23,7 @@ from ..passes.interchange.imported import Imported
 from ..rewriter.api import Program
 from ..rewriter.branches.parts import Invoked, Part, Trained
 from ..rewriter.capture.capture import capture
-from ..rewriter.errors import ArtifactError, RewriteError, nearest
+from ..rewriter.errors import ArtifactError, PassError, RewriteError, nearest
 from ..rewriter.files.directory import Folder, reading, write_directory
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors, write_tensors
 from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
@@ -96,6 +96,11 @@ def inserted(program: Program, parts: Parts, name: str) -> Program:
         PassError: the program cannot hold a part of it.
     """
     require_unchanged(program)
+    if name in program.adapters:
+        raise PassError(
+            f"the program has an adapter {name!r} already. Give this one another name, such as "
+            f"name={name + '_2'!r}."
+        )
     if parts.original and _says_all(program, parts):
         parts = replace(parts, original={})
     item = Imported(name=name, invoked=any(isinstance(p, Invoked) for p in parts.parts))

@@ -150,10 +150,7 @@ def test_answers_before_and_after_stand_side_by_side() -> None:
         BertModel(config).eval(), kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     )
     query = "Returns the path of the file that holds {} settings of users."
-    pairs = [
-        Pair("m", n, 1, query.format(n), f"def {n}(): return 1")
-        for n in ("all", "no", "my")
-    ]
+    pairs = [Pair("m", n, 1, query.format(n), f"def {n}(): return 1") for n in ("all", "no", "my")]
     rows = experiment.side_by_side(base, base, tokenizer, pairs, 2)
     assert [r[0] for r in rows] == [pairs[0].query, "", pairs[1].query, ""]
     assert all(before == after and "m." in before for _, before, after in rows)
