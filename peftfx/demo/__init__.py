@@ -36,6 +36,7 @@ from .experiment import (
     METHODS,
     Method,
     Outcome,
+    asked_of,
     compare,
     encoder_of,
     prepare,
@@ -94,7 +95,7 @@ def demo(
         shipped = _ship(outcomes[1], folder)
         bar.update(task, description="embedding every function with ONNX Runtime")
         build_index(folder, corpus.pairs)
-    queries = [p.query for p in splits[0].test if 40 < len(p.query) < 110][:3]
+    queries = [splits[0].test[i].query for i in asked_of(splits[0].test)]
     answers = list(zip(queries, find(Encoder(folder), folder, queries, 3), strict=True))
     console.print(_table(outcomes))
     console.print(shipped["text"], highlight=False)

@@ -154,14 +154,20 @@ def side_by_side(
     before: Program, after: Program, tokenizer: Tokenizer, pairs: Sequence[Pair], count: int = 3
 ) -> list[tuple[str, str, str]]:
     """Rows of (query, what one program finds, what the other finds) among the functions of `pairs`,
-    the best ones for the first `count` queries of a line's length; the right one is ticked."""
-    asked = [i for i, p in enumerate(pairs) if 40 < len(p.query) < 110][:count]
+    the best ones for the first `count` queries; the right one is ticked."""
+    asked = asked_of(pairs, count)
     found = [_best(program, tokenizer, pairs, asked, count) for program in (before, after)]
     return [
         (pairs[index].query if place == 0 else "", found[0][row][place], found[1][row][place])
         for row, index in enumerate(asked)
         for place in range(count)
     ]
+
+
+def asked_of(pairs: Sequence[Pair], count: int = 3) -> list[int]:
+    """Which queries are shown: the first that fill a line, or just the first."""
+    fitting = [i for i, p in enumerate(pairs) if 40 < len(p.query) < 110]
+    return (fitting or list(range(len(pairs))))[:count]
 
 
 def _best(

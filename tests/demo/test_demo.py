@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import peftfx
-from peftfx.demo import experiment, report
+from peftfx.demo import _examples, _page, experiment, report  # pyright: ignore[reportPrivateUsage]
 from peftfx.demo.corpus import CorpusError, Pair, Split, make_splits, read_corpus
 from peftfx.demo.encoder import load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
@@ -90,12 +90,15 @@ def small_model() -> nn.Module:
 
 
 def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path: Path) -> None:
-    pairs = read_corpus(tree(tmp_path, 10, 4)).pairs
+    """And the page has what they reached, without columns that say nothing."""
+    corpus = read_corpus(tree(tmp_path, 10, 4))
+    pairs = corpus.pairs
     splits = [Split(0, pairs[:16], pairs[16:24], pairs[24:40])]
     ids = torch.arange(32).view(2, 16)
     model = small_model().requires_grad_(False)
     base = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     tokenizer = load_tokenizer()
+    outcomes = [experiment.zero_shot(base, tokenizer, splits)]
     for name in ("BitFit", "CoDA"):
         method = next(m for m in experiment.METHODS if m.name == name)
         method = replace(method, rates=method.rates[:1])
@@ -104,6 +107,12 @@ def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path:
         before = mrr(experiment.score(program, tokenizer, splits[0].test))
         assert found.untrained == (None if name == "BitFit" else before)
         assert len(found.ranks) == 16 and len(found.runs[0].losses) == 1
+        outcomes.append(found)
+    for shown, columns in ((outcomes, 10), (outcomes[:2], 9)):
+        page = _page(corpus, splits, shown, {"text": "folded"}, _examples(shown[1], splits[0]), 1.0)
+        assert page.split("</thead>")[0].count("<th") == columns + 1  # and the head itself
+        assert "<th class=wide>zero-shot</th><th class=wide>BitFit</th>" in page
+    (tmp_path / "page.html").write_text(page)
 
 
 def test_the_rate_warms_up_and_decays() -> None:
