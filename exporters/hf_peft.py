@@ -27,6 +27,7 @@ from ..rewriter.errors import (
     ArtifactError,
     BaseMismatchError,
     BaseNeededError,
+    PassError,
     RewriteError,
     nearest,
 )
@@ -127,6 +128,11 @@ def inserted(program: Program, parts: Parts, name: str) -> Program:
         PassError: the program cannot hold a part of it.
     """
     require_unchanged(program)
+    if name in program.adapters:
+        raise PassError(
+            f"the program has an adapter {name!r} already. Give this one another name, such as "
+            f"name={name + '_2'!r}."
+        )
     if parts.original and _says_all(program, parts):
         parts = replace(parts, original={})
     item = Imported(name=name, invoked=any(isinstance(p, Invoked) for p in parts.parts))

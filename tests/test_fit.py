@@ -342,13 +342,14 @@ def test_wrong_checkpoints_and_loggers_are_named(captured: Any, tmp_path: Any) -
         train(checkpoint=path)
     with pytest.raises(OptionError, match=r"folder .* does not exist"):
         train(checkpoint=tmp_path / "none" / "run")
-    for options, said in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"loggers": [3]}, "3 is no logger"),
         ({"patience": 2}, "Give held_out="),
         ({"held_out": [], "every": 1}, "held_out is empty"),
         ({"held_out": batches(1), "every": 0}, "every is 0"),
         ({"checkpoint": path, "save_every": 0}, "save_every is 0"),
-    ):
+    ]
+    for options, said in wrong:
         with pytest.raises(OptionError, match=said):
             train(**options)
     with pytest.raises(NonFiniteError, match="held-out figure after step 2 is nan"):

@@ -32,7 +32,17 @@ from . import report
 from .corpus import Corpus, Split, make_splits, read_corpus
 from .encoder import QUERY_TOKENS, load_model, load_tokenizer, model_directory
 from .evaluation import mrr, recall
-from .experiment import METHODS, Method, Outcome, compare, encoder_of, prepare, zero_shot
+from .experiment import (
+    METHODS,
+    Method,
+    Outcome,
+    asked_of,
+    compare,
+    encoder_of,
+    prepare,
+    side_by_side,
+    zero_shot,
+)
 from .search import Answer, Encoder, build_index, find, search
 
 __all__ = ["demo", "search"]
@@ -85,7 +95,7 @@ def demo(
         shipped = _ship(outcomes[1], folder)
         bar.update(task, description="embedding every function with ONNX Runtime")
         build_index(folder, corpus.pairs)
-    queries = [p.query for p in splits[0].test if 40 < len(p.query) < 110][:3]
+    queries = [splits[0].test[i].query for i in asked_of(splits[0].test)]
     answers = list(zip(queries, find(Encoder(folder), folder, queries, 3), strict=True))
     console.print(_table(outcomes))
     console.print(shipped["text"], highlight=False)
@@ -93,7 +103,7 @@ def demo(
     seconds = time.perf_counter() - begun
     results = _results(corpus, splits, outcomes, shipped, seconds)
     write_file(folder / "results.json", write_json(results))
-    examples = [(q, a.title, f"{a.score:.3f}") for q, hits in answers for a in hits]
+    examples = _examples(outcomes[1], splits[0])
     page = _page(corpus, splits, outcomes, shipped, examples, seconds)
     write_file(folder / "report.html", page.encode())
     report_file = folder / "report.html"
@@ -120,6 +130,14 @@ def _outcomes(
     yield zero_shot(base, tokenizer, splits)
     for method, program in zip(methods, programs, strict=True):
         yield compare(method, program, tokenizer, splits, steps, advance)
+
+
+def _examples(outcome: Outcome, split: Split) -> list[tuple[str, str, str]]:
+    """What the model finds before and after training, among functions that it has not seen."""
+    if outcome.program is None:
+        return []
+    both = outcome.program.base, outcome.program
+    return side_by_side(*both, load_tokenizer(), split.test)
 
 
 def _print_answers(console: Console, answers: Sequence[tuple[str, Sequence[Answer]]]) -> None:
@@ -274,7 +292,8 @@ def _page(
         '<div class="plots"><figure>' + report.quality_plot(points, outcomes[0].mrr)
         + f"<figcaption>Quality against parameters: {len(outcomes[0].ranks):,} test queries of "
         "all splits.</figcaption></figure><figure>" + report.loss_plot(curves)
-        + "<figcaption>Loss per step of 32 pairs, mean of three steps, first split.</figcaption>"
+        + "<figcaption>Loss per step of 32 pairs (light) and its running mean over a third of the "
+        "run, first split; one scale for all.</figcaption>"
         "</figure></div>"
     )  # fmt: skip
     program = trained[0].program
@@ -302,8 +321,10 @@ def _page(
             ("Results", report.table(HEAD, _rows(outcomes)) + method),
             ("Plots", plots),
             ("Shipped", shipping),
-            ("Three queries, answered by the exported model",
-             report.table(("query", "function", "score"), examples, wide=(0, 1))),
+            ("Three queries: what is found among the first split's test functions",
+             report.table(("query", "zero-shot", trained[0].name), examples, wide=(0, 1, 2))
+             + "<p><small>✓ is the function that the query was written for; numbers are "
+             "cosines.</small></p>"),
             ("The graph before and after, around one attention", report.diff_block(diff)),
         ],
         environment(),

@@ -150,6 +150,42 @@ def score(program: Program, tokenizer: Tokenizer, pairs: Sequence[Pair]) -> Rank
     return ranks(queries, codes)
 
 
+def side_by_side(
+    before: Program, after: Program, tokenizer: Tokenizer, pairs: Sequence[Pair], count: int = 3
+) -> list[tuple[str, str, str]]:
+    """Rows of (query, what one program finds, what the other finds) among the functions of `pairs`,
+    the best ones for the first `count` queries; the right one is ticked."""
+    asked = asked_of(pairs, count)
+    found = [_best(program, tokenizer, pairs, asked, count) for program in (before, after)]
+    return [
+        (pairs[index].query if place == 0 else "", found[0][row][place], found[1][row][place])
+        for row, index in enumerate(asked)
+        for place in range(count)
+    ]
+
+
+def asked_of(pairs: Sequence[Pair], count: int = 3) -> list[int]:
+    """Which queries are shown: the first that fill a line, or just the first."""
+    fitting = [i for i, p in enumerate(pairs) if 40 < len(p.query) < 110]
+    return (fitting or list(range(len(pairs))))[:count]
+
+
+def _best(
+    program: Program, tokenizer: Tokenizer, pairs: Sequence[Pair], asked: Sequence[int], count: int
+) -> list[list[str]]:
+    """For each of some queries the titles of the best functions, with their scores."""
+    program.eval()
+    texts = [pairs[i].query for i in asked]
+    queries = embed(encoder_of(program, 0), tokenizer, texts, QUERY_TOKENS)
+    codes = embed(encoder_of(program, 1), tokenizer, [p.code for p in pairs], CODE_TOKENS)
+    scores = np.asarray(queries) @ np.asarray(codes).T
+    return [
+        [f"{'✓ ' if i == right else ''}{pairs[i].title} {row[i]:.2f}"
+         for i in np.argsort(-row)[:count]]
+        for row, right in zip(scores, asked, strict=True)
+    ]  # fmt: skip
+
+
 def zero_shot(base: Program, tokenizer: Tokenizer, splits: Sequence[Split]) -> Outcome:
     """The model as it came."""
     outcome = Outcome("zero-shot", "", 0)

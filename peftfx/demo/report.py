@@ -11,17 +11,24 @@ COLOURS = ("#4263eb", "#e8590c", "#2f9e44", "#9c36b5", "#0c8599", "#c2255c", "#8
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#212529;max-width:960px;margin:2.5rem auto;
 padding:0 1.2rem}h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
-p.lead{color:#495057;margin-top:0}table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{padding:.4rem .6rem;border-bottom:1px solid #dee2e6;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:#495057;font-weight:600}
-th.wide,td.wide{text-align:left}td.wide{white-space:normal}figure{margin:0}figcaption,small{color:#6c757d;
-font-size:.85rem}.plots{display:grid;grid-template-columns:1fr 1fr;gap:1.5rem}
+p.lead{color:#495057;margin-top:0}.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-size:.92rem}table.even{table-layout:fixed}
+th,td{padding:.4rem .6rem;border-bottom:1px solid #dee2e6;text-align:right;white-space:nowrap;
+vertical-align:top}th:first-child,td:first-child{text-align:left;position:sticky;left:0;
+background:#fff}th{color:#495057;font-weight:600}
+th.wide,td.wide{text-align:left}td.wide{white-space:normal;overflow-wrap:anywhere}
+figure{margin:0}figcaption,small{color:#6c757d;font-size:.85rem}
+.plots{display:grid;grid-template-columns:1fr 1fr;gap:1.5rem}
 pre{background:#f8f9fa;border:1px solid #e9ecef;border-radius:6px;padding:.8rem;overflow-x:auto;
 font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}.add{color:#2b8a3e;background:#ebfbee}
-.del{color:#c92a2a;background:#fff5f5}svg text{font:12px system-ui,sans-serif;fill:#495057}
+.del{color:#c92a2a;background:#fff5f5}svg{max-width:100%}
+svg text{font:12px system-ui,sans-serif;fill:#495057}
 .small{display:grid;grid-template-columns:repeat(3,1fr);gap:6px}.small text{font-size:24px}
-.small polyline{stroke-width:4}
+.small polyline{stroke-width:4}.small small{display:block;line-height:1.25}
 @media(max-width:720px){.plots{grid-template-columns:1fr}}
+@media(max-width:480px){body{margin:1rem auto;padding:0 .7rem;font-size:15px}
+.small{grid-template-columns:1fr 1fr}h1{font-size:1.35rem}table{font-size:.8rem}
+th,td{padding:.3rem .4rem}}
 """
 
 
@@ -183,30 +190,37 @@ def quality_plot(points: Sequence[tuple[str, int, float]], base: float) -> str:
     return plot.svg()
 
 
+def smoothed(curve: Sequence[float]) -> list[float]:
+    """The mean of the steps around each, a sixth of the run to either side, fewer at its ends."""
+    reach = max(1, len(curve) // 6)
+    return [_mean(curve[max(0, i - reach) : i + reach + 1]) for i in range(len(curve))]
+
+
 def loss_plot(curves: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Loss per step, averaged over the last three steps: a small plot for each method, on common
-    axes, with the others in grey."""
-    smooth = [
-        (name, [_mean(c[max(0, i - 2) : i + 1]) for i in range(len(c))]) for name, c in curves
-    ]
-    if len(smooth) == 1:
-        return _losses(smooth, 0, ("step", "loss"))
+    """Loss per step, its steps in light and what they come to in dark: a small plot for each
+    method, all on one scale, with the loss at both ends in words."""
+    if len(curves) == 1:
+        return _losses(curves, 0, ("step", "loss")) + _ends(*curves[0])
     drawn = (
-        f"<div><small>{html.escape(name)}</small>{_losses(smooth, index, ('', ''))}</div>"
-        for index, (name, _) in enumerate(smooth)
+        f"<div>{_ends(name, curve)}{_losses(curves, index, ('', ''))}</div>"
+        for index, (name, curve) in enumerate(curves)
     )
     return f'<div class="small">{"".join(drawn)}</div>'
+
+
+def _ends(name: str, curve: Sequence[float]) -> str:
+    line = smoothed(curve)
+    return f"<small>{html.escape(name)}<br>{line[0]:.2f} → {line[-1]:.2f}</small>"
 
 
 def _losses(
     curves: Sequence[tuple[str, Sequence[float]]], chosen: int, labels: tuple[str, str]
 ) -> str:
     longest = max(len(c) for _, c in curves)
-    plot = Plot([0, longest], [v for _, c in curves for v in c], labels)
-    for _, curve in curves:
-        plot.line(range(1, len(curve) + 1), curve, "#e9ecef")
+    plot = Plot([0, longest], [0.0, *(v for _, c in curves for v in c)], labels)
     curve = curves[chosen][1]
-    plot.line(range(1, len(curve) + 1), curve, COLOURS[chosen % len(COLOURS)])
+    plot.line(range(1, len(curve) + 1), curve, "#ced4da")
+    plot.line(range(1, len(curve) + 1), smoothed(curve), COLOURS[chosen % len(COLOURS)])
     return plot.svg()
 
 
@@ -215,20 +229,18 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], wide: Sequence[int] = ()) -> str:
-    """An HTML table; `wide` columns wrap and align left."""
-    top = "".join(
-        f"<th{' class=wide' if i in wide else ''}>{html.escape(h)}</th>" for i, h in enumerate(head)
-    )
+    """An HTML table, without the columns that no row says anything in; `wide` columns wrap and
+    align left."""
+    shown = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    classes = [" class=wide" if i in wide else "" for i in range(len(head))]
+    top = "".join(f"<th{classes[i]}>{html.escape(head[i])}</th>" for i in shown)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{' class=wide' if i in wide else ''}>{html.escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
-        + "</tr>"
+        f"<tr>{''.join(f'<td{classes[i]}>{html.escape(row[i])}</td>' for i in shown)}</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    even = " class=even" if len(wide) == len(head) else ""
+    both = f"<table{even}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{both}</div>'
 
 
 def diff_block(diff: str) -> str:
@@ -246,7 +258,7 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]], foot: str) 
     body = "".join(f"<h2>{html.escape(head)}</h2>{content}" for head, content in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>"
         f'<h1>{html.escape(title)}</h1><p class="lead">{lead}</p>{body}'
         f"<p><small>{html.escape(foot)}</small></p></body></html>"

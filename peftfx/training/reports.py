@@ -80,8 +80,8 @@ def _library(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise OptionError(
-            f"{package} is not installed. Install it (pip install {package}), or leave it out of "
-            "loggers."
+            f"{package} cannot be imported ({error}). Install it (pip install {package}), or leave "
+            "it out of loggers."
         ) from error
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import peftfx
-from peftfx.demo import experiment, report
-from peftfx.demo.corpus import CorpusError, Split, make_splits, read_corpus
+from peftfx.demo import _examples, _page, experiment, report  # pyright: ignore[reportPrivateUsage]
+from peftfx.demo.corpus import CorpusError, Pair, Split, make_splits, read_corpus
 from peftfx.demo.encoder import load_tokenizer
 from peftfx.demo.evaluation import mrr, paired_bootstrap, ranks, recall
 from peftfx.training.loop import rate
@@ -90,12 +90,15 @@ def small_model() -> nn.Module:
 
 
 def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path: Path) -> None:
-    pairs = read_corpus(tree(tmp_path, 10, 4)).pairs
+    """And the page has what they reached, without columns that say nothing."""
+    corpus = read_corpus(tree(tmp_path, 10, 4))
+    pairs = corpus.pairs
     splits = [Split(0, pairs[:16], pairs[16:24], pairs[24:40])]
     ids = torch.arange(32).view(2, 16)
     model = small_model().requires_grad_(False)
     base = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     tokenizer = load_tokenizer()
+    outcomes = [experiment.zero_shot(base, tokenizer, splits)]
     for name in ("BitFit", "CoDA"):
         method = next(m for m in experiment.METHODS if m.name == name)
         method = replace(method, rates=method.rates[:1])
@@ -104,6 +107,12 @@ def test_a_method_that_moves_the_outputs_is_scored_before_training_too(tmp_path:
         before = mrr(experiment.score(program, tokenizer, splits[0].test))
         assert found.untrained == (None if name == "BitFit" else before)
         assert len(found.ranks) == 16 and len(found.runs[0].losses) == 1
+        outcomes.append(found)
+    for shown, columns in ((outcomes, 10), (outcomes[:2], 9)):
+        page = _page(corpus, splits, shown, {"text": "folded"}, _examples(shown[1], splits[0]), 1.0)
+        assert page.split("</thead>")[0].count("<th") == columns + 1  # and the head itself
+        assert "<th class=wide>zero-shot</th><th class=wide>BitFit</th>" in page
+    (tmp_path / "page.html").write_text(page)
 
 
 def test_the_rate_warms_up_and_decays() -> None:
@@ -119,6 +128,43 @@ def test_the_page_is_self_contained() -> None:
     )
     assert page.count("<svg") == 3 and "a &lt; b" in page and "+&lt;x&gt;" in page
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+
+
+def test_losses_are_smoothed_on_one_scale() -> None:
+    noisy = [1.0 if i % 2 else 0.5 for i in range(30)]
+    line = report.smoothed(noisy)
+    assert len(line) == 30 and max(line) - min(line) < 0.1
+    falling = [1 - i / 30 for i in range(30)]
+    assert report.smoothed(falling) == sorted(report.smoothed(falling), reverse=True)
+    plots = report.loss_plot([("a", noisy), ("b", falling)])
+    assert "a<br>" in plots and "b<br>0.92 → 0.12" in plots and plots.count("<polyline") == 4
+    axes = [part.split("<polyline")[0].split("<svg")[1] for part in plots.split("</div>")[:2]]
+    assert axes[0] == axes[1]
+
+
+def test_tables_have_no_empty_columns() -> None:
+    table = report.table(("a", "b", "c"), [("1", "", ""), ("2", "", "3")])
+    assert "<th>a</th><th>c</th>" in table and "<td>1</td><td></td>" in table
+
+
+def test_answers_before_and_after_stand_side_by_side() -> None:
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    ids = torch.arange(32).view(2, 16)
+    base = peftfx.capture(
+        BertModel(config).eval(), kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    query = "Returns the path of the file that holds {} settings of users."
+    pairs = [Pair("m", n, 1, query.format(n), f"def {n}(): return 1") for n in ("all", "no", "my")]
+    rows = experiment.side_by_side(base, base, tokenizer, pairs, 2)
+    assert [r[0] for r in rows] == [pairs[0].query, "", pairs[1].query, ""]
+    assert all(before == after and "m." in before for _, before, after in rows)
+    best = experiment.side_by_side(base, base, tokenizer, pairs, 3)
+    assert sum(row[1].startswith("✓ m.") for row in best) == 3
 
 
 def test_names_of_close_points_do_not_cover_each_other() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftfx
-from peftfx.rewriter.errors import OptionError, SelectorError
+from peftfx.rewriter.errors import OptionError, PassError, SelectorError
 
 from ..models import VOCABULARY, batch, llama
 
@@ -172,3 +172,11 @@ def test_names_take_embeddings_too(base: peftfx.Program) -> None:
     kinds = {program.sites[a.site].kind for a in program.attachments}
     assert kinds == {"linear", "embedding"} and not program.history[-1].skipped
     assert program.sites["model.embed_tokens.weight"].size == VOCABULARY  # pyright: ignore
+
+
+def test_two_of_one_name_need_another(base: peftfx.Program, tmp_path: Any) -> None:
+    peftfx.save_peft(peftfx.run(base, "lora{r=2}"), tmp_path / "a")
+    once = peftfx.load_peft(base, tmp_path / "a")
+    with pytest.raises(PassError, match=r"'a' already.*name='a_2'"):
+        peftfx.load_peft(once, tmp_path / "a")
+    assert peftfx.load_peft(once, tmp_path / "a", name="a_2").adapters == ("a", "a_2")
