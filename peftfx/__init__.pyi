@@ -43,11 +43,11 @@ from .rewriter.run.observe import observe as observe
 from .rewriter.run.observe import tap as tap
 from .rewriter.run.run import run as run
 from .rewriter.storage.artifact import save as save
+from .rewriter.storage.filling import load_weights as load_weights
 from .rewriter.storage.loading import load as load
 from .rewriter.storage.program_file import load_program as load_program
 from .rewriter.storage.program_file import save_program as save_program
 from .rewriter.storage.stream import fold_checkpoint as fold_checkpoint
-from .rewriter.storage.stream import load_weights as load_weights
 from .rewriter.training.controllers import controllers as controllers
 from .training.fit import fit as fit
 from .training.lightning import lightning_callback as lightning_callback

@@ -29,7 +29,6 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-CHUNK = 8 * 2**20
 
 
 @dataclass(frozen=True)
