@@ -1,12 +1,12 @@
 """Kills, full disks, flipped bits and fuzzed readers, counted.
 
-    python -m benchmarks.faults [--quick] [kills] [flips] [disk_full] [fuzz]
+    python -m benchmarks.faults [--quick] [--writer NAME] [kills] [flips] [disk_full] [fuzz]
 
 writes `benchmarks/faults.json`. Kills: a forked child writes again and again and is killed at a
 random moment; what is read must be a whole old or new version, and a job that was killed must go on
-to the same bytes. Flips and truncations: reading must
-refuse, or give just what was written. Full disks: what was there must still be readable. Fuzzing
-takes atheris where it is installed, else it is left out; `--readers NAME ...` counts some again.
+to the same bytes. Flips and truncations: reading must refuse, or give just what was written. Full
+disks: what was there must still be readable. Fuzzing takes atheris where it is installed, else it
+is left out; `--readers NAME ...` counts some again.
 """
 
 from __future__ import annotations
@@ -49,12 +49,15 @@ HERE = Path(__file__).parent
 # Kills.
 
 
-def kills(count: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far."""
-    counted: dict[str, Any] = {}
+def kills(
+    count: int, keep: Callable[[dict[str, Any]], None], only: str = "", known: Any = None
+) -> dict[str, Any]:
+    """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far, and what is
+    `known` of others where `only` one is asked for."""
+    counted: dict[str, Any] = dict(known or {}) if only else {}
     with prepared():
-        for name, writer in WRITERS.items():
-            counted[name] = _kills(writer, count)
+        for name in [only] if only else WRITERS:
+            counted[name] = _kills(WRITERS[name], count)
             keep(counted)
     return counted
 
@@ -355,6 +358,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=40, help="of fuzzing for each reader")
     parser.add_argument("--readers", nargs="+", choices=sorted(TARGETS), default=list(TARGETS))
     parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--writer", default="", choices=WRITERS, help="kill this one alone")
     parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -373,7 +377,12 @@ def main() -> None:
         (HERE / "faults.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: kills(200 // small, lambda counted: keep("kills", counted)),
+        "kills": lambda: kills(
+            200 // small,
+            lambda counted: keep("kills", counted),
+            options.writer,
+            _kept().get("kills"),
+        ),
         "flips": lambda: flipped(300 // small, 50 // small),
         "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),
         "fuzz": lambda: fuzz(

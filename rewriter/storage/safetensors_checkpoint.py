@@ -25,7 +25,6 @@ from ..files.tensor_header import DTYPES, Entry, entries
 __all__ = ["DTYPES", "INDEX", "Checkpoint", "Entry", "header", "header_size"]
 
 INDEX = ".safetensors.index.json"
-CHUNK = 8 * 2**20
 
 
 @dataclass(frozen=True)

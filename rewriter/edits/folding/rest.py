@@ -70,13 +70,16 @@ def left_of(old: Tensor, exact: Tensor, now: Tensor) -> Verdict:
 
 
 @torch.no_grad()
-def parted(exact: Tensor, old: Tensor, sites: Sequence[WeightSite], rank: int) -> Parted:
+def parted(
+    exact: Tensor, old: Tensor, sites: Sequence[WeightSite], rank: int, dtype: torch.dtype
+) -> Parted:
     """The largest part of a change at each site, and the weight without it.
 
     Args:
         exact, old: the weight with its branches, and as it was, `[count * out, in]` in float64.
         sites: whose branches changed it; those of a fused weight have rows of their own.
         rank: of each part, of each matrix of a stack.
+        dtype: of the factors.
     """
     rest, parts = exact.clone(), dict[str, tuple[Tensor, Tensor]]()
     for site in {s.id: s for s in sites}.values():
@@ -87,8 +90,8 @@ def parted(exact: Tensor, old: Tensor, sites: Sequence[WeightSite], rank: int) -
         if not bool(change.any()):
             continue
         pairs = [largest(matrix, min(rank, out, size)) for matrix in change]
-        b, a = (torch.stack(each) for each in zip(*pairs, strict=True))
-        rest.view(shape)[:, rows] -= b @ a
+        b, a = (torch.stack(each).to(dtype) for each in zip(*pairs, strict=True))
+        rest.view(shape)[:, rows] -= b.to(exact) @ a.to(exact)
         parts[site.id] = (b, a) if count > 1 else (b[0], a[0])
     return Parted(rest, parts)
 
@@ -136,7 +139,7 @@ def put_rest(
     """
     sites = [s for s in map(edit.program.sites.__getitem__, names) if isinstance(s, WeightSite)]
     weight, site = edit.weight(sites[0]), sites[0]
-    done = parted(exact, old, sites, result.rank)
+    done = parted(exact, old, sites, result.rank, edit.like(site).dtype)
     rest = weight.packed_again(done.rest.to(_wide(weight)))
     beside = exact - done.rest
     verdict = left_of(old, exact, rest.dense() + beside)
