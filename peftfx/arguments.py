@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .commands import merge
+from .commands import combine, extract, merge
 from .exporters.formats import FORMATS
 
 Action = Callable[[Any], Any]
@@ -129,7 +129,9 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] =
     "verify": ("measure every promise of passes or an adapter again", _passes),
     "run": ("apply passes and save the adapter", _run),
     "fold": ("merge a saved adapter into the model's weights", _fold),
+    "combine": ("write several adapters as one", combine.arguments),
     "merge": ("merge whole models by a mergekit configuration", merge.arguments),
+    "extract": ("write what a fine-tuned model changed as an adapter", extract.arguments),
     "convert": ("write an adapter in another library's format, or a whole model (hf)", _convert),
     "export": ("write a verified ONNX file", _export),
     "passes": ("list the passes", _nothing),

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .arguments import parser
-from .commands import merge
+from .commands import combine, extract, merge
 from .directories import to_directory
 from .drawing import check_drawing, draw_sites
 from .exporters.formats import convert as convert_files
@@ -328,7 +328,7 @@ def search(options: Any) -> Any:
 
 ACTIONS = {
     "sites": sites, "print": show, "diff": diff, "verify": verify, "run": run_passes, "fold": fold,
-    "merge": merge.command,
+    "combine": combine.command, "merge": merge.command, "extract": extract.command,
     "convert": convert, "export": export, "passes": passes, "methods": list_methods,
     "memory": memory, "demo": demo, "search": search,
 }  # fmt: skip
