@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,14 @@ HERE = Path(__file__).parent
 # Kills.
 
 
-def kills(count: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def kills(
+    count: int, keep: Callable[[dict[str, Any]], None], names: Sequence[str]
+) -> dict[str, Any]:
     """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far."""
     counted: dict[str, Any] = {}
     with prepared():
-        for name, writer in WRITERS.items():
-            counted[name] = _kills(writer, count)
+        for name in names:
+            counted[name] = _kills(WRITERS[name], count)
             keep(counted)
     return counted
 
@@ -320,6 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--seconds", type=int, default=40, help="of fuzzing for each reader")
+    parser.add_argument("--writer", nargs="+", choices=WRITERS, help="kill these alone")
     parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
     options = parser.parse_args()
@@ -336,11 +339,14 @@ def main() -> None:
         path = HERE / "faults.json"
         result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        result |= {name: counted, "machine": machine}
+        others = result.get(name, {}) if options.writer else {}  # counted before
+        result |= {name: others | counted, "machine": machine}
         path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: kills(200 // small, lambda counted: keep("kills", counted)),
+        "kills": lambda: kills(
+            200 // small, lambda counted: keep("kills", counted), options.writer or list(WRITERS)
+        ),
         "flips": lambda: flipped(300 // small, 50 // small),
         "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),
         "fuzz": lambda: fuzz(options.seconds // small, lambda counted: keep("fuzz", counted)),
