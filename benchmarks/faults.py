@@ -50,13 +50,12 @@ HERE = Path(__file__).parent
 
 
 def kills(
-    count: int, keep: Callable[[dict[str, Any]], None], only: str = "", known: Any = None
+    count: int, keep: Callable[[dict[str, Any]], None], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far, and what is
-    `known` of others where `only` one is asked for."""
-    counted: dict[str, Any] = dict(known or {}) if only else {}
+    """Killed writers; `broken` and `left` should be 0. Keeps what is counted so far."""
+    counted: dict[str, Any] = {}
     with prepared():
-        for name in [only] if only else WRITERS:
+        for name in names:
             counted[name] = _kills(WRITERS[name], count)
             keep(counted)
     return counted
@@ -357,8 +356,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--seconds", type=int, default=40, help="of fuzzing for each reader")
     parser.add_argument("--readers", nargs="+", choices=sorted(TARGETS), default=list(TARGETS))
+    parser.add_argument("--writer", nargs="+", choices=WRITERS, help="kill these alone")
     parser.add_argument("--target", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--writer", default="", choices=WRITERS, help="kill this one alone")
     parser.add_argument("sections", nargs="*", default=["kills", "flips", "disk_full", "fuzz"])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -373,15 +372,13 @@ def main() -> None:
             return
         result = _kept()
         machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        result |= {name: counted, "machine": machine}
+        others = result.get(name, {}) if options.writer else {}  # counted before
+        result |= {name: others | counted, "machine": machine}
         (HERE / "faults.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
 
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "kills": lambda: kills(
-            200 // small,
-            lambda counted: keep("kills", counted),
-            options.writer,
-            _kept().get("kills"),
+            200 // small, lambda counted: keep("kills", counted), options.writer or list(WRITERS)
         ),
         "flips": lambda: flipped(300 // small, 50 // small),
         "disk_full": lambda: disk_full((0, 4096, 16384, 32768)),

@@ -18,6 +18,7 @@ from .passes.lowering.lower import Lower as Lower
 from .passes.merging.bake import Bake as Bake
 from .passes.merging.bank import Bank as Bank
 from .passes.merging.combine import Combine as Combine
+from .passes.merging.extract_lora import ExtractLora as ExtractLora
 from .passes.merging.fold import Fold as Fold
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.pruning.head_pruning import HeadPruning as HeadPruning

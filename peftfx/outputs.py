@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .exporters.formats import MARKS
 from .rewriter.errors import OptionError, PathError, SystemFailedError
 from .rewriter.files.directory import require_replaceable
 from .rewriter.files.leftovers import real_path
@@ -47,6 +48,14 @@ def check_file(path: str | Path, *suffixes: str) -> None:
     if not real.parent.is_dir():
         raise PathError(f"{path} cannot be written: the folder {real.parent} does not exist.")
     _require_writable(path, real.parent)
+
+
+def check_adapter(path: str | Path, to: str) -> None:
+    """An adapter that is to be written in a format of `exporters/formats`; raises as the above."""
+    if to in MARKS:
+        check_directory(path, MARKS[to])
+    else:
+        check_file(path)
 
 
 def _require_writable(path: str | Path, folder: Path) -> None:

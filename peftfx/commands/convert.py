@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arguments import add_capturing, add_mismatch
-from ..exporters.formats import FORMATS, MARKS, format_of, save_adapter
+from ..exporters.formats import FORMATS, format_of, save_adapter
 from ..exporters.formats import convert as convert_files
 from ..exporters.plain_lora import worst
 from ..models import is_gguf_model
-from ..outputs import check_directory, check_file
+from ..outputs import check_adapter
 from ..programs import program_of, write_model
 from ..rewriter.errors import OptionError
 from ..terminal import say
@@ -40,10 +40,7 @@ def command(options: Any) -> Any:
     """Runs the command."""
     if options.to == "hf":
         return _whole_model(options)
-    if options.to in MARKS:
-        check_directory(options.out, MARKS[options.to])
-    else:
-        check_file(options.out)
+    check_adapter(options.out, options.to)
     whole = {"peftfx", "adapterhub"} & {options.to, format_of(options.adapter)}
     if whole or options.capture or ":" in (options.base or ""):
         lost = _convert_captured(options)

@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from ..exporters.merge import merge
+from ..terminal import say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: Any) -> Any:
     """Runs the command."""
     done = merge(options.config, options.out, seed=options.seed)
-    if not options.json:
-        kept = f", {done.resumed} of them written before" if done.resumed else ""
-        print(f"{done.tensors} tensors merged{kept}: {done.directory}")
-        for note in done.notes:
-            print(note)
+    kept = f", {done.resumed} of them written before" if done.resumed else ""
+    say(options, f"{done.tensors} tensors merged{kept}: {done.directory}")
+    for note in done.notes:
+        say(options, note)
     return {
         "out": options.out, "tensors": done.tensors, "resumed": done.resumed, "notes": done.notes,
     }  # fmt: skip
