@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import BaseMismatchError, BaseNeededError
+from ..rewriter.pipeline.passes import Saved
 from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
 from .base import Base, Files, require_fit
@@ -26,7 +27,8 @@ from .raw_adapter import Raw, raw_adapter
 ROWS = 1024
 """Rows of a change that are multiplied out at a time."""
 
-_OF_BASE = "needs --base"
+NEEDS_BASE = "needs --base"
+"""Why a change is not known: it depends on numbers of the base."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _places(
         if base is not None:
             raise
         del error  # factors alone do not tell all shapes
-        return tuple(_raw_places(raw, _OF_BASE)), ()
+        return tuple(_raw_places(raw, NEEDS_BASE)), ()
     return tuple(place_of(part, own) for part in parts.parts), parts.notes
 
 
@@ -211,7 +213,7 @@ def _of_branch(
     method = rest.partition(".")[0] if step is None else step[0].text
     module, _, slot = rest.partition(".")[2].rpartition(".")
     target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
-    part = None if step is None else step[0].saved_part(target, slot, leaves, step[1])
+    part = None if step is None else step[0].saved_part(Saved(target, slot, leaves, step[1]))
     if part is not None:
         return place_of(part, base, method)
     tensors = [t for t in leaves.values() if t.is_floating_point()]
@@ -255,7 +257,7 @@ def _change(part: Part, base: Base | None) -> tuple[Factors | Tensor | None, str
     if not isinstance(part, LowRank | Scaling | Trained | Rows):
         return None, "no change of a weight"
     if base is None or (isinstance(base, Files) and base.knows == "sizes"):
-        return None, _OF_BASE
+        return None, NEEDS_BASE
     return change_of(base, part), ""
 
 

@@ -22,13 +22,7 @@ from ..rewriter.api import Program
 from ..rewriter.edits.edit import Editor
 from ..rewriter.edits.folding.lower import restore_deltas
 from ..rewriter.edits.linear.quantise import repack
-from ..rewriter.errors import (
-    ExportError,
-    ExportWriteError,
-    MetaTensorError,
-    NonFiniteError,
-    ParityError,
-)
+from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError, ParityError, refused
 from ..rewriter.files.leftovers import clean, temporary
 from ..rewriter.graph.sharded import require_whole
 from ..rewriter.graph.turns import alone
@@ -204,9 +198,8 @@ def export_onnx(
         except ExportError as error:
             failures.setdefault(str(error), version)
             last = error
-    texts = [f"opset {version}: {text}" for text, version in failures.items()]
-    failure = ParityError if isinstance(last, ParityError) else ExportError
-    raise failure("the program cannot be exported. " + " | ".join(texts)) from last
+    texts = " | ".join(f"opset {version}: {text}" for text, version in failures.items())
+    raise type(last or ExportError())(f"the program cannot be exported. {texts}") from last
 
 
 def _check_opset(opset: int | None) -> None:
@@ -327,7 +320,7 @@ def _folder_beside(path: Path) -> Generator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise ExportWriteError(f"{path} cannot be written: {error}.") from error
+        raise refused(error, f"{path} cannot be written: {error}.", ExportError) from error
 
 
 def _feeds(program: Program) -> dict[str, dict[str, Tensor]]:

@@ -113,7 +113,7 @@ def parsed(typed: Sequence[str]) -> Any:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON document")
     whole = Parser(
         prog="peftfx", description="Parameter-efficient fine-tuning as graph rewriting.",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .exporters.adapter_changes import Described, Factors, inner, pieces
-from .rewriter.errors import BaseMismatchError, nearest
+from .exporters.adapter_changes import NEEDS_BASE, Described, Factors, inner, pieces
+from .rewriter.errors import BaseMismatchError, BaseNeededError, OptionError, nearest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Likeness:
         return self.conflicts / self.both if self.both else math.nan
 
     def __add__(self, other: Likeness) -> Likeness:
-        norms = tuple(math.hypot(a, b) for a, b in zip(self.norms, other.norms, strict=True))
+        (a, b), (c, d) = self.norms, other.norms
+        norms = math.hypot(a, c), math.hypot(b, d)
         return Likeness(
             self.product + other.product, norms, self.conflicts + other.conflicts,
             self.both + other.both,
@@ -76,6 +77,7 @@ def compare(adapters: Sequence[Described]) -> Comparison:
 
     Raises:
         BaseMismatchError: two have no place in common, or changes of other sizes.
+        BaseNeededError: all changes of one depend on the base. OptionError: it changes no weight.
     """
     changes = [_changes(a) for a in adapters]
     places = dict.fromkeys(name for one in changes for name in one)
@@ -106,6 +108,11 @@ def _sum(changes: Sequence[Factors | Tensor]) -> Factors | Tensor:
 
 
 def _require_common(one: Described, two: Described) -> None:
+    for adapter in (one, two):
+        if all(p.change is None for p in adapter.places):
+            why = next(p.unknown for p in adapter.places)
+            kind = BaseNeededError if why == NEEDS_BASE else OptionError
+            raise kind(f"{adapter.path}: there is no change to compare: {why}.")
     names = [p.target for p in one.places]
     others = {p.target for p in two.places}
     if not others & {*names}:

@@ -153,8 +153,8 @@ def _scaled_bias(old: Tensor, new: Tensor, scales: Sequence[Tensor]) -> Piece:
 def _folded(
     name: str, old: Tensor, new: Tensor, places: Sequence[Place], transposed: bool
 ) -> Verdict:
-    flat = [t.mT if transposed and t.dim() == 2 else _flat(t) for t in (old, new)]
-    verdict = _judged(name, _pieces(name, *flat, places), new.dtype)
+    before, after = (t.mT if transposed and t.dim() == 2 else _flat(t) for t in (old, new))
+    verdict = _judged(name, _pieces(name, before, after, places), new.dtype)
     if not verdict.good and torch.equal(old.to(new.dtype), new):
         return Verdict(name, "not folded", verdict.roundings, 0.0)
     return verdict

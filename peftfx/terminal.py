@@ -63,29 +63,35 @@ def say_table(options: Any, head: Row, rows: Sequence[Row], right: Sequence[str]
         print("  ".join(cells).rstrip())
 
 
-_NARROW = 10
-"""Characters below which a folded column cannot be read."""
+_NARROW = 24
+"""Characters at which a word may be cut, if it is longer."""
 
 
 def folded(head: Row, rows: Sequence[Row], right: Sequence[str], width: int) -> Table:
-    """A table whose cells are folded to a width.
+    """A table whose cells are folded to a width, between words where they have any.
 
-    Where its columns would be too narrow, each row becomes lines of `name  cell`.
+    Where its columns would be too narrow for that, each row becomes lines of `name  cell`.
     """
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    fixed = [w for n, w in zip(head, widths, strict=True) if n in right]
-    soft = [min(w, _NARROW) for n, w in zip(head, widths, strict=True) if n not in right]
-    if sum(fixed) + sum(soft) + 2 * (len(head) - 1) > width:
+    least = [
+        max(map(len, column)) if name in right else _least(column)
+        for name, column in zip(head, zip(head, *rows, strict=True), strict=True)
+    ]
+    if sum(least) + 2 * (len(head) - 1) > width:
         return _lines(head, rows)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in head:
+    for name, narrow in zip(head, least, strict=True):
         table.add_column(
             name, justify="right" if name in right else "left", no_wrap=name in right,
-            overflow="fold",
+            overflow="fold", min_width=narrow,
         )  # fmt: skip
     for row in rows:
         table.add_row(*map(escape, row))
     return table
+
+
+def _least(column: Sequence[str]) -> int:
+    """The width that a column of texts needs."""
+    return min(_NARROW, max((len(word) for cell in column for word in cell.split()), default=1))
 
 
 def _lines(head: Row, rows: Sequence[Row]) -> Table:
@@ -93,7 +99,9 @@ def _lines(head: Row, rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for row in rows:
+    for number, row in enumerate(rows):
+        if number:
+            table.add_row("", "")
         for index, (name, cell) in enumerate(zip(head, row, strict=True)):
             if cell or not index:
                 table.add_row(name, f"[bold]{escape(cell)}[/]" if not index else escape(cell))

@@ -9,22 +9,20 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 
 class RewriteError(Exception):
     """Base of all errors raised by peftfx.
 
-    Class attributes:
+    Attributes:
         kind: which exit code the command line gives it: `usage` (say something else), `contract`
             (a promise was measured and broken), `base` (other weights than the adapter's),
             `damage` (a file), `system` (disk, memory, ranks).
-
-    Attributes:
         report: what was found all the same, as JSON; the command line prints it with the error.
     """
 
-    kind: ClassVar[str] = "usage"
+    kind: str = "usage"
     report: Mapping[str, Any] | None = None
 
 
@@ -141,19 +139,21 @@ class BaseMismatchError(ArtifactError):
     kind = "base"
 
 
-class ExportWriteError(SystemFailedError, ExportError):
-    """The system does not take the bytes of what is exported."""
-
-
 _PATHS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EEXIST,
     errno.ELOOP, errno.EINVAL,
 )  # fmt: skip
 
 
-def refused(error: OSError, message: str) -> ArtifactError:
-    """The error of a system call: a PathError where its path is wrong, else a SystemFailedError."""
-    return (PathError if error.errno in _PATHS else SystemFailedError)(message)
+def refused(error: OSError, message: str, kind: type[RewriteError] | None = None) -> RewriteError:
+    """The error of a system call: a PathError where its path is wrong, else a SystemFailedError; or
+    one of class `kind`, with their kind."""
+    cls = PathError if error.errno in _PATHS else SystemFailedError
+    if kind is None:
+        return cls(message)
+    failure = kind(message)
+    failure.kind = cls.kind
+    return failure
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

@@ -21,7 +21,7 @@ from peftfx.drawing.places import kinds_of
 from peftfx.exporters.adapter_changes import describe
 from peftfx.exporters.base import checkpoint
 from peftfx.exporters.formats import in_out_of
-from peftfx.rewriter.errors import BaseMismatchError
+from peftfx.rewriter.errors import BaseMismatchError, BaseNeededError, OptionError
 
 from .formats.peft_cases import CASES, base
 from .formats.test_convert import adapter, directory
@@ -153,8 +153,13 @@ def test_a_comparison_is_that_of_the_whole_matrices() -> None:
     assert [n for n, norms in found.norms.items() if None in norms] == [
         p.target for p in one.places if "down_proj" in p.target
     ]
-    with pytest.raises(BaseMismatchError):
-        compare([one, describe(adapter("fused")[0])])
+    for case, error in (
+        ("fused", BaseMismatchError),
+        ("ia3", BaseNeededError),
+        ("prefix", OptionError),
+    ):
+        with pytest.raises(error):
+            compare([one, describe(adapter(case)[0])])
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ and bias, input scales into columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +18,7 @@ from ...rewriter.branches.branch import Axes, InputScale, OutputScale
 from ...rewriter.branches.parts import Part, Scaling
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
-from ...rewriter.program.history import Plan
+from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.sites import WeightSite
 
 
@@ -68,10 +67,6 @@ class IA3(Method):
         ones = torch.ones(size).to(edit.like(site))
         edit.scale(site, IA3Input(ones) if at_input else IA3Output(ones))
 
-    def saved_part(
-        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
-    ) -> Part | None:
-        at_input = slot == IA3Input.slot
-        return (
-            Scaling(target, tensors["l"], "in" if at_input else "out") if "l" in tensors else None
-        )
+    def saved_part(self, saved: Saved) -> Part | None:
+        side = "in" if saved.slot == IA3Input.slot else "out"
+        return Scaling(saved.target, saved.tensors["l"], side)

@@ -8,7 +8,7 @@ taken out again like an adapter that was inserted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from ...rewriter.branches.parts import (
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
-from ...rewriter.pipeline.passes import NAME, Pass
+from ...rewriter.pipeline.passes import NAME, Pass, Saved
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import (
     AttentionSite,
@@ -181,10 +181,9 @@ class Imported(Pass):
             )
         return as_plan(given[0])
 
-    def saved_part(
-        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
-    ) -> Part | None:
-        parts = (p for p in of_plan(plan).parts if p.target == target)
+    def saved_part(self, saved: Saved) -> Part | None:
+        tensors = saved.tensors
+        parts = (p for p in of_plan(saved.plan).parts if p.target == saved.target)
         found = next((p for p in parts if isinstance(p, LowRank | Scaling | Change)), None)
         match found:
             case LowRank() if {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:

@@ -23,8 +23,7 @@ from ...rewriter.branches.branch import Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
-from ...rewriter.pipeline.passes import Pass
-from ...rewriter.program.history import Plan
+from ...rewriter.pipeline.passes import Pass, Saved
 from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.training.budget import BudgetController, Budgeted
@@ -142,17 +141,12 @@ class AdaLoRA(Budgeted):
         _, out, size = site.matrices
         shapes = (out, self.rank), (self.rank, size)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
-        e = torch.zeros(self.rank)
-        scale = self.alpha / self.rank
+        e, scale = torch.zeros(self.rank), self.alpha / self.rank
         edit.add(site, AdaLoRABranch(p.to(like), e.to(like), q.to(like), scale, self.dropout))
 
-    def saved_part(
-        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
-    ) -> Part | None:
-        if set(tensors) != {"p", "e", "q"}:
-            return None
-        p, e, q = tensors["p"], tensors["e"], tensors["q"]
-        return LowRank(target, q, p * e, self.alpha / self.rank)
+    def saved_part(self, saved: Saved) -> Part | None:
+        p, e, q = (saved.tensors[name] for name in "peq")
+        return LowRank(saved.target, q, p * e, self.alpha / self.rank)
 
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]

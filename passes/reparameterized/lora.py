@@ -12,7 +12,7 @@ and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
@@ -142,13 +143,12 @@ class LoRA(Method):
         alpha = self.alpha * (rank / self.rank)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def saved_part(
-        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
-    ) -> Part | None:
+    def saved_part(self, saved: Saved) -> Part | None:
+        tensors = saved.tensors
         if not {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:  # where it began is subtracted
             return None
         a, b = tensors["a"], tensors["b"]
-        return LowRank(target, a, b, self.scale(a.shape[-2]), tensors.get("m"))
+        return LowRank(saved.target, a, b, self.scale(a.shape[-2]), tensors.get("m"))
 
     def made(self, edit: Editor, site: WeightSite) -> LoRABranch:
         """The branch for one site, freshly initialised."""

@@ -13,7 +13,8 @@ from typing import Any
 
 ORDER = (
     "sites", "passes", "methods", "memory", "print", "diff", "run", "verify", "inspect", "compare",
-    "fold", "fold_all", "check_merge", "merge", "extract", "convert", "export", "demo", "search",
+    "fold", "fold_all", "combine", "check_merge", "merge", "extract", "convert", "export",
+    "demo", "search",
 )  # fmt: skip
 """In which `peftfx --help` lists them; others come behind, by name."""
 

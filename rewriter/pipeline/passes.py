@@ -30,6 +30,23 @@ _LAST = ("where", "name", "seed")
 NAME = re.compile(r"[A-Za-z_][\w-]{0,63}")
 
 
+@dataclass(frozen=True)
+class Saved:
+    """One branch of a saved adapter.
+
+    Attributes:
+        target: the weight that it stands at.
+        slot: of the branch.
+        tensors: by the names that they have in it.
+        plan: what its pass decided.
+    """
+
+    target: str
+    slot: str
+    tensors: Mapping[str, Tensor]
+    plan: Plan
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
     """A rewrite of a program.
@@ -127,21 +144,10 @@ class Pass(ABC):
         del before, after
         return {}
 
-    def saved_part(
-        self, target: str, slot: str, tensors: Mapping[str, Tensor], plan: Plan
-    ) -> Part | None:
-        """What a branch is in other libraries' files (`Branch.part`), of its saved tensors alone.
-
-        Args:
-            target: the weight that it stands at.
-            slot: of the branch.
-            tensors: by the names that they have in the branch.
-            plan: what was decided.
-
-        Returns:
-            The part at `target`; None where it takes a program to tell.
-        """
-        del target, slot, tensors, plan
+    def saved_part(self, saved: Saved) -> Part | None:
+        """What a saved branch is in other libraries' files (`Branch.part`), told without a program;
+        None where that takes one."""
+        del saved
         return None
 
     @abstractmethod

@@ -145,7 +145,7 @@ def test_all_ranks_refuse_together(folder: Path) -> None:
             assert found[name].startswith(f"{kind}: ") and text in found[name], found[name]
     assert first["one rank"].startswith("RanksError: reading the adapters failed on rank 1 of 2")
     assert second["one rank"].startswith("NonFiniteError: ")
-    assert first["file"].startswith("ArtifactError: ") and "is a file" in first["file"]
+    assert first["file"].startswith("PathError: ") and "is a file" in first["file"]
     assert second["file"].startswith("RanksError: ") and "failed on rank 0" in second["file"]
     assert first["changed"] == second["changed"] == "[]"
     assert first["latest"] == second["latest"] == str(folder / "runs" / "step-00000001")
