@@ -138,7 +138,9 @@ def _beside(program: Program, attachment: Attachment, part: Part | None) -> Part
     """A part with what its branch reads: a gate's tensors, and which value it sees."""
     nodes = {n.name: n for n in program.module.graph.nodes}
     if isinstance(part, Bottleneck | Fusion) and "seen" in attachment.reads:
-        part = replace(part, reads=_seen(program, attachment, nodes))
+        seen = _seen(program, attachment, nodes)
+        normed = part.reads == "input" and seen == "stream"
+        part = replace(part, reads="input" if normed else seen)
     if isinstance(part, Fusion):
         owners = {a.path: a.adapter for a in program.attachments}
         part = replace(part, members=",".join(owners[m] for m in attachment.members))

@@ -67,6 +67,11 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
 
 def _bottlenecks(program: Program, parts: Sequence[Bottleneck], name: str) -> Written:
     first = parts[0]
+    if (first.reads, first.skips) not in _READS:
+        raise ArtifactError(
+            f"AdapterHub has no adapter that reads the {first.reads} of a sublayer and skips to "
+            f"its {first.skips}, as that behind {first.target} does. Choose reads=residual."
+        )
     for part in parts:
         if _style(part) != _style(first):
             raise ArtifactError(

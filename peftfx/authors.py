@@ -21,6 +21,7 @@ from .rewriter.branches.branch import (
     Tokens,
 )
 from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
+from .rewriter.branches.input_shift import InputShift
 from .rewriter.branches.routing import Routed
 from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value
@@ -65,6 +66,7 @@ __all__ = [
     "GatedKeyValue",
     "GatedSerial",
     "InputScale",
+    "InputShift",
     "KeyValue",
     "LinearSite",
     "Method",

@@ -73,5 +73,6 @@ def split_docstring(text: str) -> tuple[str, str]:
     """What a method inserts (the first sentence, without its name) and its citation."""
     head, _, rest = text.strip().partition("\n\n")
     title = " ".join(head.split()).partition(": ")[2].rstrip(".")
-    match = re.match(r"(.*?arXiv:\d{4}\.\d{4,5})", " ".join(rest.split()))
+    paper = r"arXiv:\d{4}\.\d{4,5}|doi:10\.\d{4,}/[\w./-]*\w"
+    match = re.match(rf"(.*?(?:{paper}))", " ".join(rest.split()))
     return title, match[1] if match else ""

@@ -28,12 +28,14 @@ class PrefixBranch(KeyValue):
 
     axes: ClassVar[Axes] = {n: ("length", "kv_heads", "width") for n in ("key", "value")}
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, dropout: float = 0.0) -> None:
         super().__init__(key.shape[0])
         self.key, self.value = nn.Parameter(key), nn.Parameter(value)
+        self.dropout = dropout
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        return self.key, self.value
+        key, value = self.key, self.value
+        return self.dropped(key), self.dropped(value)
 
     def describe(self) -> str:
         return f"length={self.length}"

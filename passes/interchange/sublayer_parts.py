@@ -87,7 +87,8 @@ def seen_of(edit: Editor, site: SublayerSite, reads: str) -> Value | None:
     """What a branch on a sublayer's output reads beside it."""
     if reads == "output":
         return None
-    seen = edit.input(site) if reads == "residual" else edit.behind(site)
+    words = {"residual": edit.input, "input": edit.operand, "stream": edit.behind}
+    seen = words[reads](site)
     if seen is None:
         raise PassError(f"the adapter reads the {reads} at {site.id}, which is laid out otherwise.")
     return seen

@@ -168,7 +168,8 @@ def _softmax(node: Node) -> list[Relation]:
 
 
 def _branch(node: Node, branch: Branch) -> list[Relation]:
-    """Ties of what a branch reads and writes to its own tensors, by the axes that it declares."""
+    """Ties of what a branch reads and writes to its own tensors, by the axes that it declares;
+    `("...", "width")` declares the last axis of states that it reads beside its operand."""
     if not branch.reads or shape(node) is None:
         return []
     x: Any = node.args[0]
@@ -180,6 +181,13 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     for name in ("features", "own"):
         tensors.pop(name, None)
     values = {n: r for n, r in node.kwargs.items() if isinstance(r, Node)}
+    states = [n for n in values if branch.axes.get(n, ("",))[0] == "..."]
+    for name in states:  # beside the operand
+        ref, word = values.pop(name), str(branch.axes[name][-1])
+        end = ref, len(sizes_of(ref)) - 1
+        if word in ends and sizes_of(ref)[-1] == sizes_of(ends[word][0])[ends[word][1]]:
+            relations.append(Tie((owner(ref), end[1]), (owner(ends[word][0]), ends[word][1])))
+        ends.setdefault(word, end)
     sizes = {n: shape(r) or () for n, r in values.items()}
     read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights
     ranks = {n: t.dim() for n, t in tensors.items()} | read

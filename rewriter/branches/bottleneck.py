@@ -32,7 +32,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 """By the names of transformers, and `leakyrelu`."""
 
-_EPS = 1e-5
 _TENSORS = (
     "down", "up", "down_bias", "up_bias", "factor", "before_weight", "before_bias", "after_weight",
     "after_bias",
@@ -48,7 +47,7 @@ class BottleneckBranch(Serial):
         "down": ("rank", "width"), "down_bias": ("rank",),
         "up": ("width", "rank"), "up_bias": ("width",),
         "before_weight": ("width",), "before_bias": ("width",),
-        "after_weight": ("width",), "after_bias": ("width",),
+        "after_weight": ("width",), "after_bias": ("width",), "seen": ("...", "width"),
     }  # fmt: skip
 
     down: Tensor
@@ -61,6 +60,11 @@ class BottleneckBranch(Serial):
     after_weight: Tensor | None
     after_bias: Tensor | None
 
+    inner_dropout: float = 0.0
+    """Probability on what the activation gives, in training."""
+    epsilon: float = 1e-5
+    """Of its norms."""
+
     def __init__(self, part: Bottleneck, like: Tensor) -> None:
         super().__init__()
         for name in _TENSORS:
@@ -72,10 +76,12 @@ class BottleneckBranch(Serial):
 
     def update(self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """`gate`: `[batch, 1, 1]`; `seen`: z, of the shape of h."""
-        z = h if seen is None else seen
+        z = h if seen is None else self.features_last(seen)
         if self.before_weight is not None:
-            z = _norm(z, self.before_weight, self.before_bias)
+            z = self._norm(z, self.before_weight, self.before_bias)
         inner = ACTIVATIONS[self.options["activation"]](linear(z, self.down, self.down_bias))
+        if self.inner_dropout:
+            inner = F.dropout(inner, self.inner_dropout, self.training)
         up = linear(inner, self.up, self.up_bias)
         scale = self.options["scale"] if self.factor is None else self.factor.to(up.dtype)
         up = self.dropped(up * scale)
@@ -84,15 +90,18 @@ class BottleneckBranch(Serial):
     def transform(
         self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        skip = seen if self.options["skips"] == "stream" and seen is not None else h
+        stream = self.options["skips"] == "stream" and seen is not None
+        skip = self.features_last(seen) if stream and seen is not None else h
         update = self.update(h, gate, seen)
         if self.after_weight is None:
             return skip + update
         if self.options["inside"]:
-            return _norm(skip + update, self.after_weight, self.after_bias)
-        return skip + _norm(update, self.after_weight, self.after_bias)
+            return self._norm(skip + update, self.after_weight, self.after_bias)
+        return skip + self._norm(update, self.after_weight, self.after_bias)
 
-    def part(self) -> Part:
+    def part(self) -> Part | None:
+        if self.inner_dropout or self.epsilon != type(self).epsilon:
+            return None  # other libraries have a dropout at another place, and one epsilon
         own = {n: p.detach() for n, p in self.named_parameters()}
         return Bottleneck("", **own, **self.options)
 
@@ -101,7 +110,6 @@ class BottleneckBranch(Serial):
         seen = "" if reads == "output" else f", reads the {reads}"
         return f"bottleneck={len(self.down)}, {self.options['activation']}{seen}"
 
-
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, _EPS)
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, self.epsilon)

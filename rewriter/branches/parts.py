@@ -147,7 +147,8 @@ class Bottleneck(Part):
     """`h <- r + s U sigma(D z + b_D) + b_U` on the output h of a sublayer.
 
     z, and the skip r, are h itself (`output`), the stream behind the sublayer (`stream`: its sum
-    with h, normed in post-norm models), or the stream that h is added to (`residual`).
+    with h, normed in post-norm models), the stream that h is added to (`residual`), or the norm of
+    that which the sublayer reads (`input`).
 
     Attributes:
         target: the weight whose product is the sublayer's last one.

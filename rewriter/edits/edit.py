@@ -24,6 +24,7 @@ from ..branches.branch import (
     Serial,
     Tokens,
 )
+from ..branches.input_shift import InputShift
 from ..branches.routing import Routed
 from ..graph.aten import ancestors, set_attribute, users, value
 from ..program.history import ITSELF
@@ -54,7 +55,7 @@ from .structure.axes import Channels
 from .structure.cut import cut_channels
 from .structure.groups import part_groups
 
-Linear = Delta | InputScale | OutputScale | RowScale | Combine
+Linear = Delta | InputShift | InputScale | OutputScale | RowScale | Combine
 
 
 class Editor(Reading):
@@ -98,6 +99,11 @@ class Editor(Reading):
         if isinstance(branch, InputScale) and site.features is not None:
             site = replace(site, features=None)
         self._attach_linear(site, branch, reads)
+
+    def shift(self, site: LinearSite, branch: InputShift, **reads: Value | None) -> None:
+        """Adds to what the calls of a linear read: `y = base(x + branch(x))`."""
+        require_fit(self.method, "shift", site, branch)
+        self._attach_linear(replace(site, features=None), branch, reads)
 
     def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a weight, below all its other branches."""

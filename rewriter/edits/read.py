@@ -14,6 +14,7 @@ from ..program.sites import (
     AttentionSite,
     EmbeddingSite,
     FeedForwardSite,
+    LinearSite,
     NormSite,
     Site,
     SublayerSite,
@@ -32,6 +33,7 @@ from .linear.expression import matrix_of
 from .linear.quantise import whole_weights
 from .stream.hidden import Hidden, behind_of, hidden_of, samples_of
 from .stream.padding import valid_of
+from .stream.region import operand_of, stream_before
 from .structure.axes import Channels, channels
 
 
@@ -84,7 +86,20 @@ class Reading(Attaching):
 
     def input(self, site: Site) -> Value:
         """What enters a site: a linear's operand, or the residual that a sublayer adds to."""
+        if isinstance(site, SublayerSite) and site.parallel:  # its sum is with the other's output
+            return stream_before(self.program, site, self._nodes)
         return input_of(site, self._nodes)
+
+    def operand(self, site: SublayerSite, beside: LinearSite | None = None) -> Value | None:
+        """What the first product of a sublayer reads: the residual, or its norm in a pre-norm
+        model. None where it is not laid out like the sublayer's output, or like what a linear
+        `beside` it reads, which is reported."""
+        other = self.node(site.nodes[0]) if beside is None else self.input(beside)
+        read = operand_of(self.program, site, self._nodes, other)
+        if read is None:
+            what = "the sublayer's output" if beside is None else f"what {beside.id} reads"
+            self.skip(site, f"what its first product reads is not laid out like {what}")
+        return read
 
     def output(self, site: Site) -> Value:
         """The value of a site, with what is composed around it or put behind it now."""

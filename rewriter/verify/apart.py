@@ -12,7 +12,9 @@ from ..program.fingerprint import Fingerprints, Print
 from ..program.history import Attachment
 from ..program.state import State
 
-_ON_THE_WAY = frozenset({"input_scale", "row_scale", "delta", "output_scale", "serial"})
+_ON_THE_WAY = frozenset(
+    {"input_shift", "input_scale", "row_scale", "delta", "output_scale", "serial"}
+)
 
 
 def resting(before: State, after: State) -> list[str]:

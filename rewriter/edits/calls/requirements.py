@@ -23,6 +23,7 @@ from ...branches.branch import (
     Serial,
     Tokens,
 )
+from ...branches.input_shift import InputShift
 from ...branches.routing import Routed
 from ...errors import PassError
 from ...graph.aten import ancestors
@@ -31,6 +32,7 @@ from ...program.state import State
 
 _WORDS: dict[type[Branch], str] = {
     Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
+    InputShift: "shift",
     Expression: "express", Serial: "after", Combine: "combine", KeyValue: "prepend_kv",
     Tokens: "prepend_tokens", Routed: "wrap",
 }  # fmt: skip
@@ -39,6 +41,7 @@ _WORDS: dict[type[Branch], str] = {
 _WEIGHTS = ("linear", "conv", "embedding", "experts")
 _KINDS = {
     "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer",),
+    "shift": ("linear",),
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
     "prepend_tokens": ("embedding",), "wrap": ("sublayer",),
 }  # fmt: skip
@@ -70,6 +73,8 @@ def require_axes(method: str, site: Site, branch: Branch, reads: Collection[str]
     tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers())}
     what = f"{method}: {type(branch).__name__} at {site.id}"
     for name, labels in branch.axes.items():
+        if labels[:1] == ("...",):
+            continue
         owner, _, leaf = name.rpartition(".")
         stacked = branch.shape.count > 1  # one part for each matrix, on an axis in front or not
         ranks = (len(labels), len(labels) + stacked)

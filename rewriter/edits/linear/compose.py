@@ -1,7 +1,7 @@
 """Composing the branches of one call of a weight: always emitted in one fixed order.
 
-Input scale, base (its weight maybe an expression), row scale, deltas (or what combines them),
-output scale: so the order of passes does not change the graph.
+Input shift, input scale, base (its weight maybe an expression), row scale, deltas (or what combines
+them), output scale: so the order of passes does not change the graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from ...program.sites import LinearSite, WeightSite
 from ...program.state import State
 from ...weights.weight import Weight, columns_of
 
-ORDER = {"input_scale": 0, "row_scale": 1, "delta": 2, "combine": 3, "output_scale": 4}
+ORDER = {
+    name: place
+    for place, name in enumerate(
+        ("input_shift", "input_scale", "row_scale", "delta", "combine", "output_scale")
+    )
+}
 
 
 def at_weight(
@@ -86,7 +91,7 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
             raise PassError(f"{mine[0].site}: {call.name} multiplies by no weight.")
         return
     x = chain.source(parts.x)
-    for attachment in of_slot("input_scale"):
+    for attachment in (*of_slot("input_shift"), *of_slot("input_scale")):
         x = chain.branch(attachment, (x,), before=call, instead=x)
     if x is not parts.x:
         redirect(call, x)

@@ -170,7 +170,8 @@ def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == path:
             node.kwargs = {k: v for k, v in node.kwargs.items() if k not in decided}
-            outdate(node)
+            if not getattr(new, "chooses_sizes", False):
+                outdate(node)
     edit.edited.append(attachment.site)
 
 

@@ -37,7 +37,7 @@ from ...graph.aten import (
     written,
 )  # fmt: skip
 from ...graph.weighted_call import data_of
-from ...program.sites import AttentionSite, LinearSite, SublayerSite
+from ...program.sites import AttentionSite, EmbeddingSite, LinearSite, SublayerSite, WeightSite
 from ...program.state import State
 from ..calls.samples import ShownAxes
 from .packed_rows import packed_by
@@ -214,13 +214,38 @@ def _routed(program: State, node: Node) -> Node:
     return node
 
 
+def operand_of(
+    program: State, site: SublayerSite, nodes: Mapping[str, Node], beside: Node
+) -> Node | None:
+    """What the first product of a sublayer reads, before what passes have put in front of it; None
+    where it is not laid out like `beside`, or cannot be found."""
+    try:
+        entry, output = stream_before(program, site, nodes), nodes[site.nodes[0]]
+    except PassError:
+        return None
+    above, below = _above(output, entry), _below(entry)
+    weights = [s for s in program.sites if isinstance(s, WeightSite)]
+    calls = {n for s in weights if not isinstance(s, EmbeddingSite) for n in s.nodes}
+    between = [n for n in output.graph.nodes if n in above and n in below]
+    call = next((n for n in between if n.meta.get("call", n.name) in calls), None)
+    read = None if call is None else _bare(data_of(call), entry)
+    wanted = shape(beside) or ()
+    wanted = wanted if beside is output else (*wanted[:-1], site.width)
+    return read if read is not None and str(shape(read)) == str(wanted) else None
+
+
+def _bare(read: Any, entry: Node) -> Node:
+    """What a call reads, without what passes have put in front of it, casts and views."""
+    while read is not entry and (read.meta.get("composed") or is_op(read, VIEWS | CASTS)):
+        read = inputs(read)[0]
+    return read
+
+
 def _read(program: State, between: Sequence[Node], entry: Node) -> Node:
     """What the first linear reads, before what passes have put in front of it."""
     calls = {n for s in program.sites if isinstance(s, LinearSite) for n in s.nodes}
     call = next((n for n in between if n.meta.get("call", n.name) in calls), None)
-    read: Any = entry if call is None else data_of(call)
-    while read is not entry and (read.meta.get("composed") or is_op(read, VIEWS | CASTS)):
-        read = inputs(read)[0]
+    read = entry if call is None else _bare(data_of(call), entry)
     return read if read in between and str(shape(read)) == str(shape(entry)) else entry
 
 
