@@ -198,8 +198,7 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
         leaves = {"lora_embedding_A": a, "lora_embedding_B": b}
     elif isinstance(site, ExpertsSite):
         require_first(site)
-        b = b.permute(1, 2, 0).flatten(1)
-        leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b}
+        leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b.permute(1, 2, 0).flatten(1)}
     elif isinstance(site, ConvSite):
         if site.transposed:
             raise ArtifactError(

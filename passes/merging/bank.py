@@ -11,7 +11,7 @@ zeros, which changes nothing. Ids are an input of the program, so switching neve
 
 Adapters of other kinds are a bank, too: scales, of which every row takes its vector; row scales of
 linears (DoRA), whose magnitudes all follow from the weight as it is; bottlenecks behind sublayers,
-and low-rank deltas of embeddings and convolutions, of which every row takes its tensors (others are
+and low-rank deltas of embeddings, of which every row takes its tensors (others are
 computed for all rows); and, of one length, rows in front of keys and values and
 prompts, which every row of a batch then has (ids 0 to n - 1).
 

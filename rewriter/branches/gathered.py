@@ -1,5 +1,5 @@
 """Several adapters of one kind as tables, of which every sample takes its own entries: where the
-members are bottlenecks, or low-rank beside embeddings and convolutions.
+members are bottlenecks, or low-rank beside embeddings.
 
 Entry 0 of a table is zero, for samples that have no adapter; smaller ranks are padded with zeros,
 which changes nothing.
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .bottleneck import ACTIVATIONS
 from .branch import Axes, Branch, Delta, Serial
-from .convolutions import ConvolutionShape
 from .parts import Bottleneck, LowRank
 from .rowwise import Rowwise
 from .samples import Samples
@@ -67,25 +66,6 @@ class RowwiseLookup(_LowRankTables):
         dtype = getattr(self.shape, "dtype", self.b.dtype)
         y = self.a[first[:, None], flat].to(dtype) @ self.b[second].to(dtype).mT
         return self.samples.back(y.view(*rows.shape, -1))
-
-
-class RowwiseConvolution(_LowRankTables):
-    """A convolution by all members' `A`, with a channel a rank, and each sample's own `B_k` of its
-    own channels: `a [..., n * rank, in]`, `b [n + 1, ..., out, rank]`."""
-
-    def _laid(self, a: Tensor) -> Tensor:
-        return a.movedim(0, -3).flatten(-3, -2)  # channels of a group lie behind one another
-
-    def forward(self, x: Tensor, *linear: Any, ids: Tensor, **operands: Any) -> Tensor:
-        """`x [batch, in, *places]`; `ids [batch]`, int64."""
-        del linear
-        h = self.shape.narrow(x, self.a, **operands)
-        first, second = self.own(ids)
-        groups = h.unflatten(1, (self.shape.count, self.count, -1)).flatten(4)
-        own = groups[torch.arange(ids.shape[0], device=h.device), :, first]
-        b = self.b[second].to(h.dtype)
-        y = (b if b.dim() > 3 else b[:, None]) @ own
-        return y.flatten(1, 2).unflatten(-1, h.shape[2:])
 
 
 class RowwiseBottleneck(Rowwise, Serial):
@@ -150,8 +130,6 @@ def gathered(members: Sequence[Any], samples: Samples) -> Branch | None:
         return None
     if isinstance(shape, EmbeddingShape):
         return RowwiseLookup(members, samples)
-    if isinstance(shape, ConvolutionShape) and samples == Samples(0):
-        return RowwiseConvolution(members, samples)
     return None
 
 
