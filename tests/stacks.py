@@ -146,7 +146,8 @@ def render(cells: dict[tuple[str, str], str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_RULES = """At one linear the order is fixed, whatever the order of the passes: input scale ((IA)3 at the down
+_RULES = """At one linear the order is fixed, whatever the order of the passes: input shift (parallel adapters that
+join the heads), input scale ((IA)3 at the down
 projection), the weight (with expressions such as learnt masks and quantised codes), row scale (DoRA,
 with its own low-rank part), the other low-rank parts, output scale. Serial branches stand one behind
 the other in the order of the passes, and so do expressions of one weight."""

@@ -1,5 +1,5 @@
-"""Methods written as their authors would: an instance-dependent prompt, one projection shared by all
-sites, and an adapter on convolutions; each against its equations in plain torch."""
+"""Methods written as their authors would: one projection shared by all sites, and an adapter on
+convolutions; each against its equations in plain torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import OptionError, PassError, VerifyError
+from peftfx.rewriter.errors import OptionError, PassError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 
@@ -37,83 +37,6 @@ def authored() -> Generator[Callable[[str, str], type[Method]]]:
     yield define
     for name in names:
         REGISTRY.pop(name, None)
-
-
-def smop_reference(model: Any, inputs: Any, router: Any, prompts: Tensor, causal: bool) -> Tensor:
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    length = prompts.shape[1]
-    longer = torch.cat([torch.zeros_like(ids[:, :1]).expand(-1, length), ids], 1)
-    seen = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, length), mask], 1)
-    chosen: list[int] = []
-
-    def put(_: Any, e: Tensor) -> Tensor:
-        real = e[:, length:]
-        if causal:
-            x = torch.stack([row[m.bool()][0] for row, m in zip(real, mask, strict=True)])
-        else:
-            x = torch.stack([row[m.bool()].mean(0) for row, m in zip(real, mask, strict=True)])
-        p = (x @ router.weight.T).softmax(-1)
-        chosen.extend(p.argmax(-1).tolist())
-        rows = torch.stack([p[b, i] * prompts[i] for b, i in enumerate(chosen)])
-        return torch.cat([rows, real], 1)
-
-    with hooked(model, {"words" if hasattr(model, "words") else "embed": put}):
-        output = model(input_ids=longer, attention_mask=seen)
-    assert len(set(chosen)) > 1  # or a wrong choice would not show
-    return (output[0] if isinstance(output, tuple) else output)[:, length:]
-
-
-def smop(program: peftfx.Program) -> tuple[Any, Tensor]:
-    prompts: Any = program.branch(program.attachments[0])
-    return program.module.get_submodule(program.shared[0]), prompts.prompts
-
-
-def test_an_instance_dependent_prompt(hand: Any, authored: Any, tmp_path: Path) -> None:
-    authored("smop", "SMoP")
-    name, model, base = hand
-    program = randomise(peftfx.run(base, "smop{prompts=6}"), 0.3)
-    inputs = batch(6, 11, pad=3)
-    want = smop_reference(model, inputs, *smop(program), name == "decoder")
-    check(program, base, want, inputs)
-    first(program(**inputs)).square().mean().backward()
-    assert all(
-        p.grad is not None and p.grad.abs().max() > 0 for p in program.trainable_parameters()
-    )
-    peftfx.save(program, tmp_path / "adapter")
-    loaded = peftfx.load(base, tmp_path / "adapter")
-    assert torch.equal(first(loaded(**inputs)), first(program(**inputs)))
-    peftfx.save_program(program, tmp_path / "program")
-    alone = peftfx.load_program(tmp_path / "program")
-    assert torch.equal(first(alone(**inputs)), first(program(**inputs)))
-
-
-def test_an_instance_dependent_prompt_stays_causal(captured: Any, authored: Any) -> None:
-    made = authored("smop", "SMoP")
-    base = captured["decoder"][1]
-    program = randomise(peftfx.run(base, [made()]), 0.3)
-    inputs = batch(3, 9)
-    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
-    changed["input_ids"][:, -1] = (changed["input_ids"][:, -1] + 1) % 64
-    before, after = first(program(**inputs)), first(program(**changed))
-    assert torch.equal(before[:, :-1], after[:, :-1]) and not torch.equal(before, after)
-    with pytest.raises(VerifyError, match="departures"):
-        peftfx.run(base, [made(reach="all")])
-
-
-def test_what_comes_behind_a_read_prompt(captured: Any, authored: Any) -> None:
-    """Later passes find padding and tokens as they are behind the prompt."""
-    authored("smop", "SMoP")
-    base = captured["encoder"][1]
-    one = peftfx.run(base, "smop;unipelt")
-    other = peftfx.run(base, "prompt_tuning{length=5};unipelt")
-    gates = [n for n in one.shared if n.endswith("gate")]
-    assert gates == [n for n in other.shared if n.endswith("gate")]
-    reads = {
-        n: next(m for m in p.module.graph.nodes if m.target == n) for p in (one,) for n in gates
-    }
-    for call in reads.values():
-        sizes = [str(v.meta["val"].shape[1]) for v in call.all_input_nodes]
-        assert len(set(sizes)) == 1, call.format_node()
 
 
 def test_one_projection_shared_by_all_sites(hand: Any, authored: Any, tmp_path: Path) -> None:

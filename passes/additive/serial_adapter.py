@@ -3,7 +3,9 @@
 Houlsby et al., ICML 2019, arXiv:1902.00751. The adapter reads the sublayer's output after its
 dropout, has its own skip connection, and comes before the residual add and the norm. D and U
 start truncated normal with std 1e-3 and zero biases: nearly the identity. The paper also trains
-all layer norms. Not foldable, because of the non-linearity.
+all layer norms. In Pfeiffer's placement (EACL 2021, arXiv:2005.00247) there is one adapter a block,
+behind its feed-forward, and D reads the stream there instead of h: their sum, in a post-norm model
+behind its norm, which is evaluated twice. Not foldable, because of the non-linearity.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import SublayerSite
+from ...rewriter.program.sites import Site, SublayerSite
+from ...rewriter.program.state import State
 
 
 class SerialAdapterBranch(Serial):
@@ -32,7 +35,7 @@ class SerialAdapterBranch(Serial):
     not_foldable = "its activation function is not linear"
     axes: ClassVar[Axes] = {
         "down": ("rank", "width"), "down_bias": ("rank",),
-        "up": ("width", "rank"), "up_bias": ("width",),
+        "up": ("width", "rank"), "up_bias": ("width",), "seen": ("...", "width"),
     }  # fmt: skip
 
     def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
@@ -42,7 +45,9 @@ class SerialAdapterBranch(Serial):
         self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
         self.activation = activation
 
-    def update(self, h: Tensor) -> Tensor:
+    def update(self, h: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`seen`: what D reads instead of h, of its shape."""
+        h = h if seen is None else self.features_last(seen)
         inner = linear(h, self.down, self.down_bias)
         inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
         return linear(inner, self.up, self.up_bias)
@@ -65,6 +70,8 @@ class SerialAdapter(Method):
         activation: between the projections.
         std: of the truncated normal initialisation (cut at two deviations).
         norms: also train all normalisation parameters, as the paper does.
+        placement: `houlsby` or, as AdapterHub's SeqBn (which has std=0.02, activation=relu,
+            norms=false), `pfeiffer`.
     """
 
     folds: ClassVar[str] = "no: not linear"
@@ -80,11 +87,18 @@ class SerialAdapter(Method):
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     std: float = 1e-3
     norms: bool = True
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     where: str = "attn|ffn"
 
     def check(self) -> None:
         self.require(self.bottleneck >= 1, "bottleneck", "at least 1")
         self.require(0 <= self.std < 1, "std", "in [0, 1)")
+
+    def sites(self, program: State) -> list[Site]:
+        sites = super().sites(program)
+        if self.placement == "houlsby" or self.placed:
+            return sites
+        return [s for s in sites if s.role == "ffn"] or sites
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         super().apply(edit, plan)
@@ -92,7 +106,10 @@ class SerialAdapter(Method):
             edit.train_norms()
 
     def insert(self, edit: Editor, site: SublayerSite) -> None:
-        edit.after(site, self.made(edit, site))
+        pfeiffer = self.placement == "pfeiffer"
+        seen = edit.behind(site) if pfeiffer else None
+        if seen is not None or not pfeiffer:
+            edit.after(site, self.made(edit, site), seen=seen)
 
     def made(self, edit: Editor, site: SublayerSite) -> SerialAdapterBranch:
         """The branch for one site, freshly initialised."""

@@ -132,7 +132,7 @@ def cycle(what: str, value: str, instead: str) -> str:
     """What an error says where a branch reads what depends on the branch itself."""
     return (
         f"{what} reads {value}, which depends on what this changes: a cycle. Read {instead}, alone "
-        "or through edit.share."
+        "or through edit.share. Leave the site out with where= if it is none of yours."
     )
 
 
