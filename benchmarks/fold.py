@@ -165,7 +165,7 @@ def peft() -> Callable[..., object]:
 
 
 def peftfx() -> Callable[..., object]:
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # pyright: ignore
 
     from peftfx.directories import to_directory
 
@@ -174,7 +174,7 @@ def peftfx() -> Callable[..., object]:
 
 def fold_alone() -> Callable[..., object]:
     """What is left of it where the program is captured and the adapter loaded."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # pyright: ignore
 
     import peftfx
     from peftfx.exporters.formats import load_adapter
@@ -192,7 +192,7 @@ def fold_alone() -> Callable[..., object]:
 
 
 def together() -> Callable[..., object]:
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # pyright: ignore
 
     from peftfx.many import fold_all
 

@@ -20,16 +20,16 @@ from ..rewriter.storage.loading import load
 from ..rewriter.storage.parts import Parts
 from ..rewriter.storage.safetensors_checkpoint import header
 from .adapter_parts import adapter_parts
-from .adapterhub import is_adapterhub, load_adapterhub, save_adapterhub
-from .adapterhub_fusion import is_setup
+from .adapterhub.adapter import is_adapterhub, load_adapterhub, save_adapterhub
+from .adapterhub.fusion import is_setup
 from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
-from .gguf_adapter import read_gguf_adapter, write_gguf_adapter
-from .gguf_file import is_gguf
-from .hf_peft import inserted, name_of, read_peft, save_peft, write_peft
-from .hf_peft_config import CONFIG, TENSORS
+from .gguf.adapter import read_gguf_adapter, write_gguf_adapter
+from .gguf.file import is_gguf
+from .hf_peft.adapter import inserted, name_of, read_peft, save_peft, write_peft
+from .hf_peft.config import CONFIG, TENSORS
 from .mlx import TENSORS as MLX_TENSORS
 from .mlx import is_mlx, read_mlx
-from .onnx_adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
+from .onnx.adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
 from .single_file import kohya_file, read_single_file
 
 FORMATS = ("peftfx", "peft", "plain-lora", "kohya", "gguf", "onnx_adapter", "adapterhub")

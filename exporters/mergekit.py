@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..rewriter.errors import OptionError, nearest
 from ..rewriter.pipeline.syntax import Node, yaml_nodes
@@ -324,9 +324,9 @@ class _Reader:
             raise self.fail(node, f"{name} is true or false, not {value!r}.")
         elif name == "int8_mask" and value:
             raise self.fail(node, "int8_mask saves no memory here. Leave it out.")
-        elif not switch and (type(value) not in (int, float) or not math.isfinite(value)):
+        elif not switch and not _is_number(value):
             raise self.fail(node, f"{name} is a number, not {value!r}.")
-        elif name in _SHARES and not 0 <= value <= 1:
+        elif name in _SHARES and _is_number(value) and not 0 <= value <= 1:
             raise self.fail(node, f"{name} is a share, from 0 to 1, not {value!r}.")
 
     def dtype(self, top: Mapping[str, Node]) -> str:
@@ -352,3 +352,7 @@ class _Reader:
 
 _TASKS = tuple(m for m in METHODS if "lambda" in METHODS[m])
 _SHARES = ("density", "gamma")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
 from .base import Base
-from .hf_peft_config import CONFIG, by_module
+from .hf_peft.config import CONFIG, by_module
 
 TENSORS = "adapters.safetensors"
 TYPE = "fine_tune_type"

@@ -13,14 +13,14 @@ from torch import Tensor
 from ..rewriter.errors import ArtifactError
 from ..rewriter.files.directory import reading
 from ..rewriter.files.files import header_metadata, parse_tensors, read_file
-from .adapterhub_config import SAFE, TENSORS
-from .adapterhub_files import json_in, tensors_in
-from .gguf_adapter import ALPHA
-from .gguf_file import opened
-from .hf_peft import peft_files
-from .hf_peft_config import CONFIG
+from .adapterhub.config import SAFE, TENSORS
+from .adapterhub.files import json_in, tensors_in
+from .gguf.adapter import ALPHA
+from .gguf.file import opened
+from .hf_peft.adapter import peft_files
+from .hf_peft.config import CONFIG
 from .mlx import TENSORS as MLX_TENSORS
-from .onnx_adapter import onnx_adapter_tensors
+from .onnx.adapter import onnx_adapter_tensors
 
 _LEAF = re.compile(
     r"[.]((adapters|loras|prefix_tunings|adapter_fusion_layer)[.].*|lora_\w+([.](weight|bias))?|weight[.]lora_[ab]|alpha|dora_scale|m|"

@@ -32,8 +32,8 @@ from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
 from .base import GIVE_BASE, Base, snapshot
-from .hf_peft_config import Config
-from .hf_peft_lora import lora_parts
+from .hf_peft.config import Config
+from .hf_peft.lora import lora_parts
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 FLAT = ("lycoris", "lora_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3")

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from .drawing import draw_sites
-from .exporters.hf_peft import load_peft, save_peft
-from .exporters.hf_peft_recipe import from_peft_config
+from .exporters.hf_peft.adapter import load_peft, save_peft
+from .exporters.hf_peft.recipe import from_peft_config
 from .registry import load_passes
 from .rewriter.api import Program
 from .rewriter.blocks.outline import inline, outline
@@ -45,8 +45,8 @@ globals().update({cls.__name__: cls for cls in REGISTRY.values()})
 
 
 def export_onnx(program: Program, path: Any, **options: Any) -> Any:
-    """Writes a program as ONNX and proves it; see `exporters/onnx_export.py`."""
-    from .exporters.onnx_export import export_onnx as export
+    """Writes a program as ONNX and proves it; see `exporters/onnx/export.py`."""
+    from .exporters.onnx.export import export_onnx as export
 
     return export(program, path, **options)
 

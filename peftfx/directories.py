@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .exporters.formats import format_of, load_adapter
-from .exporters.gguf_base import Dequantised, write_directory
+from .exporters.gguf.base import Dequantised, write_directory
 from .models import is_gguf_model, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .exporters.gguf_base import load_gguf
-from .exporters.gguf_file import is_gguf
+from .exporters.gguf.base import load_gguf
+from .exporters.gguf.file import is_gguf
 from .rewriter.errors import CaptureError, RewriteError
 from .rewriter.files.files import open_regular
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-from peftfx.exporters.adapterhub_config import SAFE
-from peftfx.exporters.adapterhub_files import read_adapterhub
+from peftfx.exporters.adapterhub.config import SAFE
+from peftfx.exporters.adapterhub.files import read_adapterhub
 from peftfx.exporters.base import Files, checkpoint, require_fit
 from peftfx.exporters.formats import read_adapter
-from peftfx.exporters.gguf_adapter import read_gguf_adapter
-from peftfx.exporters.hf_peft_config import CONFIG, TENSORS
-from peftfx.exporters.hf_peft_writing import written
+from peftfx.exporters.gguf.adapter import read_gguf_adapter
+from peftfx.exporters.hf_peft.config import CONFIG, TENSORS
+from peftfx.exporters.hf_peft.writing import written
 from peftfx.exporters.mlx import TENSORS as MLX_TENSORS
-from peftfx.exporters.onnx_adapter import save as save_onnx_adapter
-from peftfx.exporters.onnx_adapter_file import parse_onnx_adapter
+from peftfx.exporters.onnx.adapter import save as save_onnx_adapter
+from peftfx.exporters.onnx.adapter_file import parse_onnx_adapter
 from peftfx.exporters.plain_lora import plain_lora
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.files.files import parse_json, write_tensors

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftfx
-from peftfx.exporters import onnx_export
+from peftfx.exporters.onnx import export as onnx_export
 from peftfx.rewriter.errors import ExportError, NonFiniteError
 
 from .models import batch, first, moved, randomise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.exporters import onnx_export
+from peftfx.exporters.onnx import export as onnx_export
 from peftfx.rewriter.errors import ExportError
 
 onnx = pytest.importorskip("onnx")
@@ -180,7 +180,7 @@ def test_large_weights_are_a_file_beside(tied: Any, tmp_path: Path) -> None:
 def test_a_model_is_placed_with_its_data_or_not_at_all(
     tied: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peftfx.exporters import onnx_weights
+    from peftfx.exporters.onnx import weights as onnx_weights
 
     path = tmp_path / "m.onnx"
     first = peftfx.export_onnx(tied, path, limit=1000, opset=20)

@@ -18,7 +18,7 @@ ort = pytest.importorskip("onnxruntime")
 
 def test_grouped_products(tmp_path: Path) -> None:
     """Also where a group has no row, and rows are left behind the last one."""
-    from peftfx.exporters.onnx_operators import grouped_product
+    from peftfx.exporters.onnx.operators import grouped_product
 
     function: Any = grouped_product
     proto = function.to_model_proto(ir_version=10)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.cli import main
-from peftfx.exporters import onnx_export, onnx_parity
+from peftfx.exporters.onnx import export as onnx_export
+from peftfx.exporters.onnx import parity as onnx_parity
 from peftfx.rewriter.api import Program
 from peftfx.rewriter.errors import ExportError, NonFiniteError
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.exporters.formats import convert
-from peftfx.exporters.hf_peft import read_peft
+from peftfx.exporters.hf_peft.adapter import read_peft
 from peftfx.exporters.merge import merge
 from peftfx.rewriter.branches.parts import LowRank
 from peftfx.rewriter.capture import cache
@@ -332,7 +332,7 @@ def prepared() -> Iterator[None]:
     """Writers work out once what they write: how it is written is what counts here."""
     import onnx_ir as ir
 
-    from peftfx.exporters import onnx_export
+    from peftfx.exporters.onnx import export as onnx_export
     from peftfx.rewriter.storage import program_file
 
     translate, flatten = onnx_export.translate, program_file.flattened

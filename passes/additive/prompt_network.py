@@ -55,9 +55,9 @@ class PromptNetwork(nn.Module):
         """As torch does: uniform in +-1/sqrt(h) or +-1/sqrt(inputs)."""
         nn.init.normal_(self.embedding, generator=generator)
         for module in (*self.lstm, *self.mlp):
-            size = (
-                module.in_features if isinstance(module, nn.Linear) else module.weight_hh.shape[-1]
-            )
+            of_linear = isinstance(module, nn.Linear)
+            weight = module.get_parameter("weight" if of_linear else "weight_hh")
+            size = int(weight.shape[-1])  # [out, in], or recurrent: [2, 4 h, h]
             for parameter in module.parameters():
                 nn.init.uniform_(parameter, -(size**-0.5), size**-0.5, generator=generator)
 

@@ -96,7 +96,10 @@ class SMoPController(Controller):
         for path in self.program.shared if self.method.balance else ():
             router = self.program.module.get_submodule(path)
             if isinstance(router, Router) and path.split(".")[1] == self.adapter:
-                router.softmax.register_forward_hook(lambda _m, _i, p: self.seen.append(p))
+                router.softmax.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, args: Any, probabilities: Any) -> None:
+        self.seen.append(probabilities)
 
     def begin_forward(self, batch: Any) -> None:
         self.seen.clear()

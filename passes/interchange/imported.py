@@ -1,6 +1,6 @@
 """An adapter that another library wrote, as parts: low-rank and dense changes, scalings, prompts.
 
-Read with `peftfx.load_peft` and its neighbours (formats: exporters/hf_peft.py). What a method here
+Read with `peftfx.load_peft` and its neighbours (`exporters/formats.py`). What a method here
 computes becomes that method's branch: LoRA (Hu et al., ICLR 2022, arXiv:2106.09685), DoRA, (IA)3,
 prompts and prefixes; any other linear change is its exact delta. It trains on, folds, is saved and
 taken out again like an adapter that was inserted here.

@@ -29,7 +29,7 @@ from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.training.budget import BudgetController, Budgeted
 from ..merging.bake import Bake
-from .lora import rank_obstacle
+from .initial_factors import rank_obstacle
 
 
 class AdaLoRABranch(Delta):

@@ -167,6 +167,21 @@ class Options(Protocol):
         ...
 
 
+def rank_obstacle(rank: int, dropout: float, site: WeightSite) -> str:
+    """Why a low-rank branch does not fit a site; empty if it does."""
+    count, out, size = site.matrices
+    limit = min(size, out)
+    if rank > limit:
+        each = f" of each of {count} matrices" if count > 1 else ""
+        return (
+            f"rank={rank}, but it must be at most {limit} for {size} -> {out} features{each}. "
+            "Give such sites a smaller rank, in a pass of their own"
+        )
+    if dropout and isinstance(site, EmbeddingSite):
+        return f"dropout={dropout:g} is on what is read, and ids cannot be dropped. Set dropout=0"
+    return ""
+
+
 def start_obstacle(start: str, rank: int, site: WeightSite) -> str:
     """Why a branch cannot begin so at a site; empty if it can."""
     if start in OF_DATA and not isinstance(site, LinearSite):

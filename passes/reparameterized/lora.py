@@ -28,7 +28,14 @@ from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
-from .initial_factors import RANDOM, START, planned_branch, start_obstacle, started
+from .initial_factors import (
+    RANDOM,
+    START,
+    planned_branch,
+    rank_obstacle,
+    start_obstacle,
+    started,
+)  # fmt: skip
 
 
 class LoRABranch(Delta):
@@ -56,21 +63,6 @@ class LoRABranch(Delta):
 
     def describe(self) -> str:
         return f"rank={self.a.shape[-2]}, scale={self.scale:g}"
-
-
-def rank_obstacle(rank: int, dropout: float, site: WeightSite) -> str:
-    """Why a low-rank branch does not fit a site; empty if it does."""
-    count, out, size = site.matrices
-    limit = min(size, out)
-    if rank > limit:
-        each = f" of each of {count} matrices" if count > 1 else ""
-        return (
-            f"rank={rank}, but it must be at most {limit} for {size} -> {out} features{each}. "
-            "Give such sites a smaller rank, in a pass of their own"
-        )
-    if dropout and isinstance(site, EmbeddingSite):
-        return f"dropout={dropout:g} is on what is read, and ids cannot be dropped. Set dropout=0"
-    return ""
 
 
 def low_rank_parameters(

@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
-    from ..exporters.onnx_export import export_onnx
+    from ..exporters.onnx.export import export_onnx
 
     check_file(options.out, ".onnx")
     program = program_of(options, options.passes)

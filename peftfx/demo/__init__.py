@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..exporters.onnx_export import OnnxReport, export_onnx
+from ..exporters.onnx.export import OnnxReport, export_onnx
 from ..rewriter.api import Program
 from ..rewriter.capture.capture import capture
 from ..rewriter.files.files import write_file, write_json

@@ -183,10 +183,10 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     values = {n: r for n, r in node.kwargs.items() if isinstance(r, Node)}
     states = [n for n in values if branch.axes.get(n, ("",))[0] == "..."]
     for name in states:  # beside the operand
-        ref, word = values.pop(name), str(branch.axes[name][-1])
-        end = ref, len(sizes_of(ref)) - 1
-        if word in ends and sizes_of(ref)[-1] == sizes_of(ends[word][0])[ends[word][1]]:
-            relations.append(Tie((owner(ref), end[1]), (owner(ends[word][0]), ends[word][1])))
+        state, word = values.pop(name), str(branch.axes[name][-1])
+        end = state, len(sizes_of(state)) - 1
+        if word in ends and sizes_of(state)[-1] == sizes_of(ends[word][0])[ends[word][1]]:
+            relations.append(Tie((owner(state), end[1]), (owner(ends[word][0]), ends[word][1])))
         ends.setdefault(word, end)
     sizes = {n: shape(r) or () for n, r in values.items()}
     read = {n: len(s) for n, s in sizes.items() if all(type(d) is int for d in s)}  # weights

@@ -1,7 +1,6 @@
 """Adapters in parts as plans: what the pass `imported` inserts, and what is replayed of it.
 
-All libraries' files are read into parts and written from them (`exporters/hf_peft.py` and its
-neighbours).
+All libraries' files are read into parts and written from them (`exporters/formats.py`).
 """
 
 from __future__ import annotations

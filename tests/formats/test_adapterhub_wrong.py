@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftfx.exporters.adapterhub_files import read_adapterhub
+from peftfx.exporters.adapterhub.files import read_adapterhub
 from peftfx.passes.interchange.imported import Imported
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.run.run import apply_plan
@@ -13,8 +13,8 @@ from ..mutants import Case, Mutation, applied
 from .adapterhub_models import output
 from .test_adapterhub import HERE, program, said
 
-READING, LORA = "exporters/adapterhub_reading.py", "exporters/adapterhub_lora.py"
-PLACES, CONFIG = "exporters/adapterhub_places.py", "exporters/adapterhub_config.py"
+READING, LORA = "exporters/adapterhub/reading.py", "exporters/adapterhub/lora.py"
+PLACES, CONFIG = "exporters/adapterhub/places.py", "exporters/adapterhub/config.py"
 BRANCH, INSERT = "rewriter/branches/bottleneck.py", "passes/interchange/sublayer_parts.py"
 
 LIMIT = 1e-5

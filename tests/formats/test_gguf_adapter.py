@@ -13,8 +13,8 @@ from torch import Tensor
 
 import peftfx
 from peftfx.exporters.formats import format_of, load_adapter, save_adapter
-from peftfx.exporters.gguf_adapter import read_gguf_adapter
-from peftfx.exporters.gguf_names import AS_THEY_ARE, PAIRED, paired, to_halves
+from peftfx.exporters.gguf.adapter import read_gguf_adapter
+from peftfx.exporters.gguf.names import AS_THEY_ARE, PAIRED, paired, to_halves
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, RewriteError
 
 from ..damage import cuts, flips

@@ -16,9 +16,9 @@ from torch import Tensor
 import peftfx
 from peftfx.cli import main
 from peftfx.directories import to_directory
-from peftfx.exporters import gguf_base
 from peftfx.exporters.formats import save_adapter
-from peftfx.exporters.gguf_base import load_gguf, write_directory
+from peftfx.exporters.gguf import base as gguf_base
+from peftfx.exporters.gguf.base import load_gguf, write_directory
 from peftfx.models import load_model
 from peftfx.rewriter.errors import ArtifactError, OptionError, RewriteError
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import peftfx
 from peftfx.exporters.formats import convert
-from peftfx.exporters.hf_peft import READERS as READ
-from peftfx.exporters.hf_peft import REFUSED
+from peftfx.exporters.hf_peft.adapter import READERS as READ
+from peftfx.exporters.hf_peft.adapter import REFUSED
 from peftfx.rewriter.errors import (
     ArtifactError,
     CorruptFileError,

@@ -13,8 +13,8 @@ from torch import Tensor
 import peftfx
 from peftfx.cli import main
 from peftfx.exporters.formats import format_of, load_adapter, save_adapter
-from peftfx.exporters.onnx_adapter import save
-from peftfx.exporters.onnx_adapter_file import parse_onnx_adapter
+from peftfx.exporters.onnx.adapter import save
+from peftfx.exporters.onnx.adapter_file import parse_onnx_adapter
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, ExportError, NonFiniteError
 
 from ..damage import cuts, flips

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peftfx.exporters.formats import load_adapter, save_adapter
-from peftfx.exporters.gguf_adapter import read_gguf_adapter, write_gguf_adapter
-from peftfx.exporters.gguf_base import write_directory
-from peftfx.exporters.hf_peft import read_peft
-from peftfx.exporters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
+from peftfx.exporters.gguf.adapter import read_gguf_adapter, write_gguf_adapter
+from peftfx.exporters.gguf.base import write_directory
+from peftfx.exporters.hf_peft.adapter import read_peft
+from peftfx.exporters.onnx.adapter import read_onnx_adapter, write_onnx_adapter
 from peftfx.passes.interchange.imported import Imported
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.run.run import apply_plan
@@ -31,9 +31,9 @@ from .test_onnx_adapter import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ADAPTER, NAMES = "exporters/gguf_adapter.py", "exporters/gguf_names.py"
-EXPERTS = "exporters/gguf_experts.py"
-ONNX, BASE = "exporters/onnx_adapter.py", "exporters/gguf_base.py"
+ADAPTER, NAMES = "exporters/gguf/adapter.py", "exporters/gguf/names.py"
+EXPERTS = "exporters/gguf/experts.py"
+ONNX, BASE = "exporters/onnx/adapter.py", "exporters/gguf/base.py"
 
 CASES.update({
     "every kind": ("llama", ("LoraConfig", {

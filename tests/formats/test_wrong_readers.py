@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from peftfx.exporters.hf_peft import read_peft
+from peftfx.exporters.hf_peft.adapter import read_peft
 from peftfx.passes.interchange.imported import Imported
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.run.run import apply_plan
@@ -19,9 +19,9 @@ from .peft_cases import CASES, inputs, output, program, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LORA, CHANGES = "exporters/hf_peft_lora.py", "exporters/hf_peft_changes.py"
-FORMULAS = "exporters/hf_peft_formulas.py"
-CONFIG, IMPORTED = "exporters/hf_peft_config.py", "passes/interchange/imported.py"
+LORA, CHANGES = "exporters/hf_peft/lora.py", "exporters/hf_peft/changes.py"
+FORMULAS = "exporters/hf_peft/formulas.py"
+CONFIG, IMPORTED = "exporters/hf_peft/config.py", "passes/interchange/imported.py"
 
 WRONG = (
     ("scale forgotten", f"{LORA}:_Scales.of", "float(alpha) /", "1.0 /", "lora"),

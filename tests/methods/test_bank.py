@@ -128,7 +128,7 @@ def test_generate_takes_ids(captured: Any) -> None:
 
 
 def test_onnx_runtime_switches_rows(captured: Any, tmp_path: Path) -> None:
-    from peftfx.exporters.onnx_export import session
+    from peftfx.exporters.onnx.export import session
 
     _, base = captured["decoder"]
     bank = peftfx.run(members(base), "bank")

@@ -177,7 +177,7 @@ def test_the_task_is_an_input_of_the_onnx_file(captured: Any, tmp_path: Path) ->
     program = randomise(peftfx.run(base, SMALL), 0.2)
     report = peftfx.export_onnx(program, tmp_path / "m.onnx")
     assert report.inputs == ("input_ids", "attention_mask", "task")
-    from peftfx.exporters.onnx_export import session
+    from peftfx.exporters.onnx.export import session
 
     running = session(report.path)
     for task in range(3):

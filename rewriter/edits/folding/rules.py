@@ -22,6 +22,7 @@ from ...errors import FoldError
 from ...graph.aten import VIEWS, expression_of, strip
 from ...graph.weighted_call import WeightedCall
 from ...weights.blocks import Added, widest
+from ...weights.verdict import alone_in
 from ...weights.weight import Weight
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
 
@@ -60,8 +61,8 @@ def _fold_rows(weight: Weight, branch: Branch) -> Weight:
     if not isinstance(branch, RowScale):
         raise FoldError(f"{type(branch).__name__} is not a row scale.")
     dense = weight.dense()
-    added = Added(branch, widest(dense))
-    c = added.branch.full_rows(weight.shape.stored(dense).to(widest(dense)))[:, None]
+    added, alone = Added(branch, widest(dense)), alone_in(branch, widest(dense))
+    c = alone.full_rows(weight.shape.stored(dense).to(widest(dense)))[:, None]
 
     def change(block: Tensor, rows: slice) -> None:
         added.to(block, rows)

@@ -8,12 +8,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import Invoked, LowRank, Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError
-from ..rewriter.program.sites import (
+from ...rewriter.branches.parts import (
+    Invoked,
+    LowRank,
+    Part,
+    Rows,
+    Scaling,
+    Trained,
+)
+from ...rewriter.errors import ArtifactError
+from ...rewriter.program.sites import (
     ConvSite,
     EmbeddingSite,
     ExpertsSite,
@@ -21,12 +27,11 @@ from ..rewriter.program.sites import (
     NormSite,
     WeightSite,
 )
-from ..rewriter.storage.parts import Parts
-from .base import Base, snapshot
-from .hf_peft_config import PREFIX, resolved
-from .hf_peft_lora import TWICE, require_first
-
-Written = tuple[dict[str, Any], dict[str, Tensor]]
+from ...rewriter.storage.parts import Parts
+from ..base import Base, snapshot
+from .config import PREFIX, resolved
+from .lora import TWICE, require_first
+from .soft_prompts import Written, prefix, prompt
 
 _HEADS = {
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
@@ -54,9 +59,9 @@ def written(program: Base, parts: Parts) -> Written:
     elif kinds == {"rows"} and not trained and len(parts.parts) == 1:
         config, tensors = _tokens(parts.parts)
     elif kinds == {"prompt"} and len(parts.parts) == 1:
-        config, tensors = _prompt(parts.parts)
+        config, tensors = prompt(parts.parts)
     elif kinds == {"prefix"}:
-        config, tensors = _prefix(parts.parts)
+        config, tensors = prefix(parts.parts)
     elif not kinds and (norms := _norms(program, trained)) is not None:
         return norms
     else:
@@ -311,46 +316,6 @@ def _norms(program: Base, trained: Sequence[Trained]) -> Written | None:
             key = f"{PREFIX}{module}.ln_tuning_layers.{leaf}"
             tensors[key] = given.get(name, tensor.detach())
     return {"peft_type": "LN_TUNING", "target_modules": target_modules(program, modules)}, tensors
-
-
-def _prompt(parts: Sequence[Part]) -> Written:
-    part = next(p for p in parts if isinstance(p, Prompt))
-    length, width = part.values.shape
-    config = {
-        "peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, "token_dim": width,
-        "num_transformer_submodules": 1,
-    }  # fmt: skip
-    return config, {"prompt_embeddings": part.values}
-
-
-def _prefix(parts: Sequence[Part]) -> Written:
-    rows = sorted((p for p in parts if isinstance(p, Prefix)), key=lambda p: p.layer)
-    shapes = {t.shape for p in rows for t in (p.key, p.value)}
-    usual = all(p.place in ("stack", "decoder") and p.gate is None for p in rows)
-    if [p.layer for p in rows] != list(range(len(rows))) or len(shapes) > 1 or not usual:
-        raise ArtifactError(
-            "PEFT's prefixes have rows of one shape at every attention; this one has not."
-        )
-    if not all(p.shifted for p in rows):
-        raise ArtifactError(
-            "PEFT feeds prefixes as a cache, so that positions count from behind them, and this "
-            "one was trained without. Insert it with prefix_tuning{shift_positions=true}."
-        )
-    (length, heads, width), *_ = shapes
-    pairs = [torch.stack([p.key, p.value], 1) for p in rows]
-    decoder = rows[0].place == "decoder"
-    if decoder:  # layer l reads pair 2 l modulo the number, which is one to one if that is odd
-        spare = [torch.zeros_like(pairs[0])] * (len(pairs) % 2 == 0)
-        layers = len(pairs) + len(spare)
-        placed = dict(zip((2 * i % layers for i in range(layers)), [*pairs, *spare], strict=True))
-        pairs = [placed[i] for i in range(layers)]
-    stack = torch.stack(pairs, 1)
-    config = {
-        "peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "num_layers": len(pairs),
-        "num_attention_heads": heads, "token_dim": heads * width,
-        "num_transformer_submodules": 1 + decoder,
-    }  # fmt: skip
-    return config, {"prompt_embeddings": stack.reshape(length, -1)}
 
 
 def _modules_to_save(

@@ -14,15 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..passes.interchange.imported import Imported
-from ..rewriter.api import Program
-from ..rewriter.branches.parts import LowRank
-from ..rewriter.errors import ArtifactError, ExportError
-from ..rewriter.program.sites import WeightSite
-from ..rewriter.run.run import run
-from .adapter_parts import adapter_parts, weight_name
-from .onnx_adapter import A, B, slots
-from .onnx_parity import require
+from ...passes.interchange.imported import Imported
+from ...rewriter.api import Program
+from ...rewriter.branches.parts import LowRank
+from ...rewriter.errors import ArtifactError, ExportError
+from ...rewriter.program.sites import WeightSite
+from ...rewriter.run.run import run
+from ..adapter_parts import adapter_parts, weight_name
+from .adapter import A, B, slots
+from .parity import require
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def as_inputs(
             _forget_shapes(value, model.graph.initializers[_partner(inputs, f"{module}.{B}")])
         del model.graph.initializers[name]
         _open(model.graph, value, slot, rank, first)
-    from .onnx_weights import TRANSPOSED  # needs onnx
+    from .weights import TRANSPOSED  # needs onnx
 
     left = tuple(n for n in transposed if n not in inputs)
     model.metadata_props[TRANSPOSED] = json.dumps(left)

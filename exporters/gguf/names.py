@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError, nearest
-from ..rewriter.program.sites import AttentionSite, LinearSite
-from .base import Base, snapshot
-from .gguf_file import package
+from ...rewriter.errors import ArtifactError, nearest
+from ...rewriter.program.sites import AttentionSite, LinearSite
+from ..base import Base, snapshot
+from .file import package
 
 PAIRED = ("llama", "granite", "granitemoe")
 """Architectures whose queries and keys lie in pairs."""

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.interchange.imported import Imported
-from ..rewriter.api import Program
-from ..rewriter.branches.parts import Invoked, Part, Trained
-from ..rewriter.capture.capture import capture
-from ..rewriter.errors import (
+from ...passes.interchange.imported import Imported
+from ...rewriter.api import Program
+from ...rewriter.branches.parts import Invoked, Part, Trained
+from ...rewriter.capture.capture import capture
+from ...rewriter.errors import (
     ArtifactError,
     BaseMismatchError,
     BaseNeededError,
@@ -31,24 +31,24 @@ from ..rewriter.errors import (
     RewriteError,
     nearest,
 )
-from ..rewriter.files.directory import Folder, reading, write_directory
-from ..rewriter.files.files import JSON_LIMIT, Content, parse_json, parse_tensors, tensor_pieces
-from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
-from ..rewriter.program.history import Certificate
-from ..rewriter.program.unchanged import require_unchanged
-from ..rewriter.run.run import apply_plan
-from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.card import CARD, is_ours, short_card
-from ..rewriter.storage.parts import Parts
-from ..rewriter.verify.verify import check_graph
-from .adapter_parts import adapter_parts, unchanged
-from .base import GIVE_BASE, Base, snapshot
-from .hf_peft_changes import biases, norms, prefixes, prompts, scalings, token_rows
-from .hf_peft_config import CONFIG, PICKLED, PREFIX, TENSORS, Config
-from .hf_peft_formulas import changes
-from .hf_peft_lora import lora_parts
-from .hf_peft_writing import VERSION, with_head, written
-from .plain_lora import plain_lora
+from ...rewriter.files.directory import Folder, reading, write_directory
+from ...rewriter.files.files import JSON_LIMIT, Content, parse_json, parse_tensors, tensor_pieces
+from ...rewriter.files.torch_bin import LIMIT, parse_torch_bin
+from ...rewriter.program.history import Certificate
+from ...rewriter.program.unchanged import require_unchanged
+from ...rewriter.run.run import apply_plan
+from ...rewriter.storage.artifact import require_finite
+from ...rewriter.storage.card import CARD, is_ours, short_card
+from ...rewriter.storage.parts import Parts
+from ...rewriter.verify.verify import check_graph
+from ..adapter_parts import adapter_parts, unchanged
+from ..base import GIVE_BASE, Base, snapshot
+from ..plain_lora import plain_lora
+from .changes import biases, norms, prefixes, prompts, scalings, token_rows
+from .config import CONFIG, PICKLED, PREFIX, TENSORS, Config
+from .formulas import changes
+from .lora import lora_parts
+from .writing import VERSION, with_head, written
 
 Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
 

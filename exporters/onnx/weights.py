@@ -17,8 +17,8 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from ..rewriter.files.leftovers import sync
-from .onnx_translate import line_of
+from ...rewriter.files.leftovers import sync
+from .translate import line_of
 
 TRANSPOSED = "peftfx.transposed"
 """Key of the model's metadata: a JSON list of the stored tensors whose axes are not torch's."""

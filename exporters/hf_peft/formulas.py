@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import Change, LowRank, Part
-from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
-from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
-from .base import GIVE_BASE, Base
-from .hf_peft_changes import weight_of
-from .hf_peft_config import Config, by_module, resolved
+from ...rewriter.branches.parts import Change, LowRank, Part
+from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
+from ...rewriter.program.sites import ConvSite, LinearSite, WeightSite
+from ..base import GIVE_BASE, Base
+from .changes import weight_of
+from .config import Config, by_module, resolved
 
 Leaves = dict[str, Tensor]
 Formula = Callable[[Config, str, Leaves, Tensor], Tensor]

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import LowRank, Part
-from ..rewriter.errors import ArtifactError, BaseMismatchError, ExportError, nearest
-from ..rewriter.files.files import new_file, read_file
-from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Parts
-from .base import Base
-from .hf_peft_config import PREFIX, by_module
-from .onnx_adapter_file import MARK, parse_onnx_adapter
-from .onnx_parity import require
-from .plain_lora import factored
+from ...rewriter.branches.parts import LowRank, Part
+from ...rewriter.errors import ArtifactError, BaseMismatchError, ExportError, nearest
+from ...rewriter.files.files import new_file, read_file
+from ...rewriter.storage.artifact import require_finite
+from ...rewriter.storage.parts import Parts
+from ..base import Base
+from ..hf_peft.config import PREFIX, by_module
+from ..plain_lora import factored
+from .adapter_file import MARK, parse_onnx_adapter
+from .parity import require
 
 A, B = "lora_A.weight", "lora_B.weight"
 VERSION = 1

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..rewriter.errors import OptionError, nearest
-from ..rewriter.pipeline.aliases import says_nothing, translated
-from ..rewriter.pipeline.passes import Pass, lookup, make
-from ..rewriter.pipeline.syntax import Pipeline
-from .hf_peft_config import ABOUT
+from ...rewriter.errors import OptionError, nearest
+from ...rewriter.pipeline.aliases import says_nothing, translated
+from ...rewriter.pipeline.passes import Pass, lookup, make
+from ...rewriter.pipeline.syntax import Pipeline
+from .config import ABOUT
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..rewriter.branches.parts import LowRank
-from ..rewriter.errors import ArtifactError
-from .base import Base
-from .gguf_names import Names
+from ...rewriter.branches.parts import LowRank
+from ...rewriter.errors import ArtifactError
+from ..base import Base
+from .names import Names
 
 
 def joined(names: Names, low: Mapping[str, LowRank]) -> list[LowRank]:

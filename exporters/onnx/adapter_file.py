@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError, CorruptFileError
+from ...rewriter.errors import ArtifactError, CorruptFileError
 
 MARK = b"TORT"
 FORMAT = 1

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError, CorruptFileError, FormatTooNewError
-from ..rewriter.files.files import open_regular
+from ...rewriter.errors import ArtifactError, CorruptFileError, FormatTooNewError
+from ...rewriter.files.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

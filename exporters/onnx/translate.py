@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..rewriter.api import Program
-from ..rewriter.errors import ExportError
-from ..rewriter.graph.aten import value
-from ..rewriter.program.state import BRANCHES
+from ...rewriter.api import Program
+from ...rewriter.errors import ExportError
+from ...rewriter.graph.aten import value
+from ...rewriter.program.state import BRANCHES
 
 _TORCH = str(PurePath(torch.__file__).parent)
 

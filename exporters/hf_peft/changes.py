@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ..passes.interchange.imported import prefix_sites
-from ..rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
-from ..rewriter.errors import ArtifactError, BaseMismatchError
-from .base import Base, snapshot, values
-from .hf_peft_config import Config, by_module
+from ...passes.interchange.imported import prefix_sites
+from ...rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
+from ...rewriter.errors import ArtifactError, BaseMismatchError
+from ..base import Base, snapshot, values
+from .config import Config, by_module
 
 
 def scalings(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import LowRank, Part, Trained
-from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
-from ..rewriter.files.files import new_file
-from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Parts
-from .base import CAPTURE, GIVE_BASE, Base, snapshot
-from .gguf_experts import joined, parted, require_gates_first
-from .gguf_file import GgufFile, opened, package
-from .gguf_names import (
+from ...rewriter.branches.parts import LowRank, Part, Trained
+from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
+from ...rewriter.files.files import new_file
+from ...rewriter.storage.artifact import require_finite
+from ...rewriter.storage.parts import Parts
+from ..base import CAPTURE, GIVE_BASE, Base, snapshot
+from ..plain_lora import factored
+from .experts import joined, parted, require_gates_first
+from .file import GgufFile, opened, package
+from .names import (
     Names,
     architecture_of,
     names_of,
@@ -34,7 +35,6 @@ from .gguf_names import (
     rows_in_model,
     weights_of,
 )
-from .plain_lora import factored
 
 TYPE, KIND, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 INVOKED = "adapter.alora.invocation_tokens"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from ..rewriter.api import Program
-from ..rewriter.errors import ExportError, NonFiniteError
-from ..rewriter.graph.aten import is_op, named_arguments, overloads, value
+from ...rewriter.api import Program
+from ...rewriter.errors import ExportError, NonFiniteError
+from ...rewriter.graph.aten import is_op, named_arguments, overloads, value
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError, WeightsError, nearest
-from ..rewriter.files.files import write_json
-from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.safetensors_checkpoint import DTYPES, INDEX
-from .gguf_file import GgufFile, opened
-from .gguf_names import AS_THEY_ARE, PAIRED, Names, names_of, paired, to_halves
+from ...rewriter.errors import ArtifactError, WeightsError, nearest
+from ...rewriter.files.files import write_json
+from ...rewriter.storage.artifact import require_finite
+from ...rewriter.storage.safetensors_checkpoint import DTYPES, INDEX
+from .file import GgufFile, opened
+from .names import AS_THEY_ARE, PAIRED, Names, names_of, paired, to_halves
 
 SHARD = 5_000_000_000
 """Bytes of tensors in one safetensors file, by default."""

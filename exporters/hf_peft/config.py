@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError
+from ...rewriter.errors import ArtifactError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"

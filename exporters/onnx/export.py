@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..rewriter.api import Program
-from ..rewriter.edits.edit import Editor
-from ..rewriter.edits.folding.lower import restore_deltas
-from ..rewriter.edits.linear.quantise import repack
-from ..rewriter.errors import ExportError, MetaTensorError, NonFiniteError, ParityError, refused
-from ..rewriter.files.leftovers import clean, temporary
-from ..rewriter.graph.sharded import require_whole
-from ..rewriter.graph.turns import alone
-from ..rewriter.measure.compare import keyed_leaves
-from ..rewriter.measure.trials import described, left_out, measured
-from ..rewriter.verify.verify import bound, evaluation, is_meta
-from .onnx_parity import gap, masks_of, padded, require, session
-from .onnx_precision import (
+from ...rewriter.api import Program
+from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.folding.lower import restore_deltas
+from ...rewriter.edits.linear.quantise import repack
+from ...rewriter.errors import ExportError, MetaTensorError, NonFiniteError, ParityError, refused
+from ...rewriter.files.leftovers import clean, temporary
+from ...rewriter.graph.sharded import require_whole
+from ...rewriter.graph.turns import alone
+from ...rewriter.measure.compare import keyed_leaves
+from ...rewriter.measure.trials import described, left_out, measured
+from ...rewriter.verify.verify import bound, evaluation, is_meta
+from .parity import gap, masks_of, padded, require, session
+from .precision import (
     HALF,
     ROUNDINGS,
     TOLERANCE,
@@ -40,9 +40,9 @@ from .onnx_precision import (
     floor_of,
     in_dtype,
 )
-from .onnx_quantised import LAYOUTS, flatten_codes, left_dense, translations
-from .onnx_slots import Slots, as_inputs, slotted
-from .onnx_translate import Exported, reexport, rename_sizes, silence, translate
+from .quantised import LAYOUTS, flatten_codes, left_dense, translations
+from .slots import Slots, as_inputs, slotted
+from .translate import Exported, reexport, rename_sizes, silence, translate
 
 OPSETS = (24, 20)
 """Tried in order: 24 has a real Attention operator, 5 to 11 % faster in a BERT on a CPU; 20 runs on
@@ -226,7 +226,7 @@ def _prepare(program: Program, dtype: torch.dtype | None) -> _Prepared:
     wide = in_dtype(fork, torch.float32) if dtypes & set(HALF) else None
     with alone(), evaluation(fork), silence():
         exported = reexport(fork, next(iter(_feeds(fork).values())))
-    from .onnx_operators import operators  # needs onnxscript
+    from .operators import operators  # needs onnxscript
 
     table = {**operators(), **(translations() if layouts else {})}
     masks, least, notes = masks_of(fork, exported), floor_of(dtypes), left_dense(left)
@@ -274,7 +274,7 @@ def _computed(other: Program, feed: Mapping[str, Tensor], dtype: torch.dtype) ->
 def _attempt(
     prepared: _Prepared, path: Path, opset: int, tolerance: float | None, limit: int
 ) -> OnnxReport:
-    from . import onnx_weights as weights  # needs onnx
+    from . import weights  # needs onnx
 
     onnx: Any = require("onnx")
     inputs, outputs = prepared.program.spec.names, prepared.outputs

@@ -12,17 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..passes.interchange.imported import Imported
-from ..rewriter.api import Program
-from ..rewriter.branches.parts import Fusion
-from ..rewriter.files.directory import reading, write_directory
-from ..rewriter.pipeline.passes import NAME
-from ..rewriter.run.run import run
-from .adapter_parts import adapter_parts
-from .adapterhub_config import CONFIG
-from .adapterhub_files import adapter_files, json_in, read_adapterhub
-from .adapterhub_fusion import is_setup, load_setup, save_setup
-from .hf_peft import name_of
+from ...passes.interchange.imported import Imported
+from ...rewriter.api import Program
+from ...rewriter.branches.parts import Fusion
+from ...rewriter.files.directory import reading, write_directory
+from ...rewriter.pipeline.passes import NAME
+from ...rewriter.run.run import run
+from ..adapter_parts import adapter_parts
+from ..hf_peft.adapter import name_of
+from .config import CONFIG
+from .files import adapter_files, json_in, read_adapterhub
+from .fusion import is_setup, load_setup, save_setup
 
 
 def is_adapterhub(config: Any) -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..rewriter.branches.bottleneck import ACTIVATIONS
-from ..rewriter.errors import ArtifactError, nearest
+from ...rewriter.branches.bottleneck import ACTIVATIONS
+from ...rewriter.errors import ArtifactError, nearest
 
 CONFIG, TENSORS, SAFE = "adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"
 HEAD_CONFIG, HEAD, SAFE_HEAD = (

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..kernels import codebook_linear, quantised_linear
+from ...kernels import codebook_linear, quantised_linear
 
 LAYOUTS = ("matmulnbits", "matmulbnb4")
 """What `Format.pack` has to be asked for."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.parts import LowRank, Part, Scaling, Trained
-from ..rewriter.errors import ArtifactError
-from ..rewriter.program.sites import LinearSite
-from .adapterhub_config import Options
-from .adapterhub_places import Places, sites_at
-from .adapterhub_reading import File, Leaves, gate_leaves, needed, popped
+from ...rewriter.branches.parts import LowRank, Part, Scaling, Trained
+from ...rewriter.errors import ArtifactError
+from ...rewriter.program.sites import LinearSite
+from .config import Options
+from .places import Places, sites_at
+from .reading import File, Leaves, gate_leaves, needed, popped
 
 _FUSED = ("q", "k", "v")
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rewriter.branches.bottleneck import ACTIVATIONS
-from ..rewriter.branches.parts import Bottleneck, Part, Prefix
-from ..rewriter.edits.stream.hidden import post_norm
-from ..rewriter.errors import ArtifactError
-from ..rewriter.program.sites import SublayerSite
-from .adapterhub_config import Options
-from .adapterhub_places import LOCATIONS, Places, ordinal
+from ...rewriter.branches.bottleneck import ACTIVATIONS
+from ...rewriter.branches.parts import Bottleneck, Part, Prefix
+from ...rewriter.edits.stream.hidden import post_norm
+from ...rewriter.errors import ArtifactError
+from ...rewriter.program.sites import SublayerSite
+from .config import Options
+from .places import LOCATIONS, Places, ordinal
 
 Leaves = dict[str, Tensor]
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
-from ..rewriter.edits.stream.tokens import meaning_of
-from ..rewriter.errors import ExportError
-from ..rewriter.graph.aten import placeholders, shape, value
-from .onnx_translate import Exported
+from ...rewriter.api import Program
+from ...rewriter.edits.stream.tokens import meaning_of
+from ...rewriter.errors import ExportError
+from ...rewriter.graph.aten import placeholders, shape, value
+from .translate import Exported
 
 
 def require(name: str) -> Any:

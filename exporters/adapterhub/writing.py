@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
-from ..rewriter.branches.parts import Bottleneck, LowRank, Part, Prefix, Scaling
-from ..rewriter.errors import ArtifactError
-from ..rewriter.program.sites import LinearSite
-from .adapterhub_config import BOTTLENECK_DEFAULTS, LORA_DEFAULTS, PREFIX_DEFAULTS
-from .adapterhub_places import (
+from ...rewriter.api import Program
+from ...rewriter.branches.parts import Bottleneck, LowRank, Part, Prefix, Scaling
+from ...rewriter.errors import ArtifactError
+from ...rewriter.program.sites import LinearSite
+from .config import BOTTLENECK_DEFAULTS, LORA_DEFAULTS, PREFIX_DEFAULTS
+from .places import (
     attention_path,
     attentions,
     blocks,

@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..passes.interchange.imported import Imported
-from ..rewriter.api import Program
-from ..rewriter.branches.branch import Branch
-from ..rewriter.branches.parts import Bottleneck, Fusion, Part
-from ..rewriter.errors import ArtifactError
-from ..rewriter.files.directory import Folder, new_directory, reading
-from ..rewriter.run.run import run
-from ..rewriter.storage.parts import Parts
-from .adapter_parts import adapter_parts, unchanged
-from .adapterhub_config import FUSION, FUSION_CONFIG, SAFE_FUSION, SETUP, VERSION
-from .adapterhub_files import (
+from ...passes.interchange.imported import Imported
+from ...rewriter.api import Program
+from ...rewriter.branches.branch import Branch
+from ...rewriter.branches.parts import Bottleneck, Fusion, Part
+from ...rewriter.errors import ArtifactError
+from ...rewriter.files.directory import Folder, new_directory, reading
+from ...rewriter.run.run import run
+from ...rewriter.storage.parts import Parts
+from ..adapter_parts import adapter_parts, unchanged
+from .config import FUSION, FUSION_CONFIG, SAFE_FUSION, SETUP, VERSION
+from .files import (
     adapter_files,
     json_bytes,
     json_in,
@@ -30,8 +30,8 @@ from .adapterhub_files import (
     tensors_bytes,
     tensors_in,
 )
-from .adapterhub_places import Places, sublayer_path
-from .adapterhub_reading import grouped
+from .places import Places, sublayer_path
+from .reading import grouped
 
 
 def is_setup(directory: Path) -> bool:

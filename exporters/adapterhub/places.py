@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from ..rewriter.api import Program
-from ..rewriter.errors import ArtifactError, BaseMismatchError, nearest
-from ..rewriter.program.sites import AttentionSite, LinearSite, NormSite, WeightSite
+from ...rewriter.api import Program
+from ...rewriter.errors import ArtifactError, BaseMismatchError, nearest
+from ...rewriter.program.sites import AttentionSite, LinearSite, NormSite, WeightSite
 
 _SAID = {
     "attention_adapters": ("o", False),

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.api import Program
-from ..rewriter.branches.parts import Part, Trained
-from ..rewriter.errors import ArtifactError, RewriteError, nearest
-from ..rewriter.files.directory import Folder, reading
-from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
-from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin, write_torch_bin
-from ..rewriter.program.sites import SublayerSite
-from ..rewriter.storage.artifact import require_finite
-from ..rewriter.storage.parts import Parts
-from .adapter_parts import unchanged
-from .adapterhub_config import (
+from ...rewriter.api import Program
+from ...rewriter.branches.parts import Part, Trained
+from ...rewriter.errors import ArtifactError, RewriteError, nearest
+from ...rewriter.files.directory import Folder, reading
+from ...rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
+from ...rewriter.files.torch_bin import LIMIT, parse_torch_bin, write_torch_bin
+from ...rewriter.program.sites import SublayerSite
+from ...rewriter.storage.artifact import require_finite
+from ...rewriter.storage.parts import Parts
+from ..adapter_parts import unchanged
+from .config import (
     BOTTLENECK,
     CONFIG,
     HEAD,
@@ -35,10 +35,10 @@ from .adapterhub_config import (
     Options,
     options_of,
 )
-from .adapterhub_lora import low_rank
-from .adapterhub_places import Places, todays
-from .adapterhub_reading import File, bottlenecks, grouped, prefixes
-from .adapterhub_writing import written
+from .lora import low_rank
+from .places import Places, todays
+from .reading import File, bottlenecks, grouped, prefixes
+from .writing import written
 
 Reader = Callable[[Options, File, Places], list[Part]]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..passes.reparameterized.initial_factors import olora, pissa
-from ..rewriter.branches.parts import Invoked, LowRank, Part
-from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
-from ..rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
-from .base import CAPTURE, GIVE_BASE, Base, snapshot, values
-from .hf_peft_changes import bias_with, no_module
-from .hf_peft_config import Config, by_module, resolved
+from ...passes.reparameterized.initial_factors import olora, pissa
+from ...rewriter.branches.parts import Invoked, LowRank, Part
+from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
+from ...rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
+from ..base import CAPTURE, GIVE_BASE, Base, snapshot, values
+from .changes import bias_with, no_module
+from .config import Config, by_module, resolved
 
 LEAVES = (
     "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
