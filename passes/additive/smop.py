@@ -90,16 +90,13 @@ class SMoPController(Controller):
 
     def __init__(self, program: State, method: Any) -> None:
         super().__init__(program, method)
-        self.seen: list[Tensor] = []
+        self.seen: list[Any] = []
 
     def start(self) -> None:
         for path in self.program.shared if self.method.balance else ():
             router = self.program.module.get_submodule(path)
             if isinstance(router, Router) and path.split(".")[1] == self.adapter:
-                router.softmax.register_forward_hook(self._see)
-
-    def _see(self, module: nn.Module, args: Any, probabilities: Any) -> None:
-        self.seen.append(probabilities)
+                router.softmax.register_forward_hook(lambda _, _in, p: self.seen.append(p))
 
     def begin_forward(self, batch: Any) -> None:
         self.seen.clear()
