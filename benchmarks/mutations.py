@@ -32,7 +32,9 @@ from tests.mutants import DTYPES, MODELS, Case, Mutation, applied, base
 HERE = Path(__file__).parent
 SEEDS = (0, 1)
 
-_LORA, _SQUARE = "lora{rank=4,alpha=6,where=linear}", "lora{rank=32,alpha=6,where=q}"
+_LORA, _SQUARE = "lora{rank=4,alpha=6,where=linear}", "lora{rank=32,alpha=6,where=embedding.token}"
+_TABLE = "lora{rank=4,alpha=6,where=embedding.token}"
+"""Beside linears, factors are folded; elsewhere the delta."""
 _ADALORA, _DORA = "adalora{rank=4,alpha=6,where=linear}", "dora{rank=4,alpha=6,where=q|v}"
 _SERIAL, _PREFIX = "serial_adapter{bottleneck=6,norms=false}", "prefix_tuning{length=5}"
 _PROMPT = "prompt_tuning{length=4}"
@@ -41,8 +43,10 @@ _FREEZE, _ROWS = "rewriter/edits/edit.py:Editor.freeze", f"{_METHODS}/dora.py:Do
 
 MUTATIONS = tuple(Mutation(*each) for each in [
     # Branches: what they compute, what they fold, and what they start as.
-    ("sign", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* -self.scale", folds(_LORA)),
+    ("sign", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* -self.scale", folds(_TABLE)),
     ("scale", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* self.scale * 0.8",
+     folds(_TABLE)),
+    ("scale", f"{_METHODS}/lora.py:LoRABranch.factors", "self.scale", "self.scale * 0.8",
      folds(_LORA)),
     ("transpose", f"{_METHODS}/lora.py:LoRABranch.delta", "self.b * self.scale,",
      "(self.b * self.scale).T,",

@@ -26,11 +26,13 @@ from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.pipeline.method import Method
 
 from .models import Encoder, batch, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class, turn
+from .recipes import METHODS, RECIPES, method_class, stated, turn
 
 SIZES = ((3, 9), (5, 12), (2, 17))
 GROUPS = 4
-SETTLED = tuple(m for m in METHODS if method_class(m).settle is not Method.settle)
+SETTLED = tuple(
+    m for m in METHODS if method_class(m).settle is not Method.settle and stated(m, "SETTLES", True)
+)
 
 
 @pytest.fixture
@@ -162,7 +164,9 @@ def test_blocks_compile_once(captured: Any, name: str) -> None:
     want = train(plain, plain.module)
     again: dict[str, Any] = {"recompute": True} if turn(name) % 2 else {"checkpoint": [0]}
     module = peftfx.outline(program, **again).train()
-    forward = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    # "eager" draws other numbers where a checkpointed block runs again
+    backend = "aot_eager" if stated(name, "DRAWS", False) else "eager"
+    forward = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     got = train(peftfx.inline(module), forward)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1

@@ -13,6 +13,7 @@ from .mutants import DTYPES, Case, Mutation, applied
 
 CHOSEN = (
     ("lora.py:LoRABranch.delta", "* 0.8"),
+    ("lora.py:LoRABranch.factors", "* 0.8"),
     ("lora.py:LoRABranch.branch", "-self.scale"),
     ("lora.py:LoRA.made", "None"),
     ("dora.py:squared_norms", "dim=0"),
@@ -20,8 +21,8 @@ CHOSEN = (
     ("shapes.py:linear", "float16"),
     ("branch.py:KeyValue._join", "[x, "),
     ("rowwise.py:RowwiseLowRank.branch", "ids.flip(0)"),
-    ("rules.py:_fold_delta", "weight, 0.0"),
-    ("format.py:Format.rows_scaled", ", -1)"),
+    ("rules.py:_fold_delta", "weight"),
+    ("format.py:Dense.rows_scaled", "flip(0)"),
     ("replay.py:load_values", "pass"),
     ("sealed.py:unsealed", "* 2"),
 )

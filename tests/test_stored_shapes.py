@@ -267,8 +267,8 @@ def test_a_prompt_stands_in_front_of_a_stored_table(captured: Any) -> None:
     assert moved(first(base(**inputs)), first(one(**inputs))) > 0.01
     rows = peftfx.run(base, "quantise{where=embedding};train_tokens{ids=[3,5]}")
     assert torch.equal(first(rows(**inputs)), first(rows.without("train_tokens")(**inputs)))
-    with pytest.raises(PassError, match=r"codebook_dense_rows\.default mixes them"):
-        peftfx.run(rows.without("train_tokens"), "width_pruning{ratio=0.25}")
+    cut = peftfx.run(rows.without("train_tokens"), "width_pruning{ratio=0.5}")
+    assert "width_pruning" in cut.history[-1].text and first(cut(**inputs)).isfinite().all()
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -154,11 +154,9 @@ class AdaLoRA(Budgeted):
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        decisions: dict[str, dict[str, Any]] = {}
-        for attachment in program.attachments:
-            branch = program.branch(attachment)
-            if attachment.adapter == self.adapter and isinstance(branch, AdaLoRABranch):
-                kept = branch.kept()
-                if len(kept) < branch.e.numel():
-                    decisions[attachment.path] = {"kept": kept}
-        return decisions
+        mine = ((a.path, program.branch(a)) for a in program.attached_by(self.adapter))
+        return {
+            path: {"kept": branch.kept()}
+            for path, branch in mine
+            if isinstance(branch, AdaLoRABranch) and len(branch.kept()) < branch.e.numel()
+        }

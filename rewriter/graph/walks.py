@@ -140,25 +140,12 @@ class Walked(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As torch's own; modules that have one of their own are asked."""
-        plain, other = fact(self, "train", self._by_train)
+        plain, other = fact(self, "train", lambda: _by_train(self))
         for own in plain:
             own["training"] = mode
         for module in other:
             module.train(mode)
         return self
-
-    def _by_train(self) -> tuple[list[dict[str, Any]], list[nn.Module]]:
-        """The attributes of the modules with torch's `train`, and the topmost others."""
-        plain, other = [self.__dict__], list[nn.Module]()
-        stack = [m for m in self._modules.values() if m is not None]
-        while stack:
-            module = stack.pop()
-            if type(module).train not in (nn.Module.train, Walked.train):
-                other.append(module)
-                continue
-            plain.append(module.__dict__)
-            stack += [m for m in module._modules.values() if m is not None]
-        return plain, other
 
 
 _NAMED = Walked.named_modules
@@ -188,3 +175,17 @@ def stored(module: nn.Module) -> list[tuple[str, Tensor]]:
         return [*walk.parameters, *walk.buffers]
     modules = list(module.named_modules())
     return [*_tensors(modules, "_parameters", True), *_tensors(modules, "_buffers", True)]
+
+
+def _by_train(root: nn.Module) -> tuple[list[dict[str, Any]], list[nn.Module]]:
+    """The attributes of the modules with torch's `train`, and the topmost others."""
+    plain, other = [root.__dict__], list[nn.Module]()
+    stack = [m for m in root._modules.values() if m is not None]
+    while stack:
+        module = stack.pop()
+        if type(module).train not in (nn.Module.train, Walked.train):
+            other.append(module)
+            continue
+        plain.append(module.__dict__)
+        stack += [m for m in module._modules.values() if m is not None]
+    return plain, other

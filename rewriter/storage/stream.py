@@ -114,6 +114,7 @@ def fold_checkpoint(
             written or is being written (CorruptFileError, WeightsError). In every case the target
             stays absent.
     """
+    require_unchanged(program)
     expected: Mapping[str, str] | None = None
     if adapter is not None:
         artifact = read(adapter)

@@ -74,7 +74,11 @@ def mine(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def task_loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    logits = models.first(module(**batch))
+    return loss_of(module(**batch), batch)
+
+
+def loss_of(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    logits = models.first(outputs)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
 

@@ -90,7 +90,8 @@ def controlled(program: peftfx.Program, module: nn.Module, batch: dict[str, Tens
     losses: list[float] = []
     for step in range(3):
         controllers.begin_forward(batch)
-        loss = task_loss(module, batch) + controllers.loss(None, batch, module)
+        outputs = module(**batch)
+        loss = job.loss_of(outputs, batch) + controllers.loss(outputs, batch, module)
         loss.backward()
         controllers.before_step(step)
         optimizer.step()

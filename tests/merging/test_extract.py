@@ -183,7 +183,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=0, atol=1e-4)
     (new / "model.safetensors").unlink()
     save_file({n: t for n, t in after.items() if "norm" not in n}, new / "model.safetensors")
-    assert main(words) == 2
+    assert main(words) == 3
     assert "has no tensor" in json.loads(capsys.readouterr().out)["error"]
 
 

@@ -21,6 +21,7 @@ from ..formats.write_with_peftfx import program as of_hub
 from ..models import batch, first, moved, randomise
 from .common import LAST, check, hooked, subject, tensors
 
+DRAWS = True
 SMALL = "adamix{adapters=3,bottleneck=4,shared_up=false}"
 
 

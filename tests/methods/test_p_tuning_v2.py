@@ -15,6 +15,8 @@ from peftfx.rewriter.errors import OptionError
 from ..models import batch, bert, first, moved, randomise
 from .common import attention_with_rows, check, subject, tensors
 
+DRAWS = True  # dropout of the rows
+SETTLES = False  # the small recipe has no encoder
 ENCODED = "p_tuning_v2{length=3,projection=5}"
 
 
