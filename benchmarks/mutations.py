@@ -43,7 +43,8 @@ _FREEZE, _ROWS = "rewriter/edits/edit.py:Editor.freeze", f"{_METHODS}/dora.py:Do
 
 MUTATIONS = tuple(Mutation(*each) for each in [
     # Branches: what they compute, what they fold, and what they start as.
-    ("sign", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* -self.scale", folds(_TABLE)),
+    ("sign", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* -self.scale",
+     folds(_TABLE)),
     ("scale", f"{_METHODS}/lora.py:LoRABranch.delta", "* self.scale", "* self.scale * 0.8",
      folds(_TABLE)),
     ("scale", f"{_METHODS}/lora.py:LoRABranch.factors", "self.scale", "self.scale * 0.8",

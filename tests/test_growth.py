@@ -15,8 +15,9 @@ from torch.fx import GraphModule, Node
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.graph import walks
 from peftfx.rewriter.graph.clone import clone
-from peftfx.rewriter.graph.walks import Walked, settled
+from peftfx.rewriter.graph.walks import settled
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.verify.direct import Direct
 
@@ -25,7 +26,7 @@ from .test_memo import captured
 COUNTED: dict[CodeType, str] = {
     Node.__init__.__code__: "nodes",
     clone.__code__: "clones",
-    Walked._walked.__code__: "walked",
+    walks._walked.__code__: "walked",  # pyright: ignore[reportPrivateUsage]
     GraphModule.recompile.__code__: "codes",
     Witness.forward.__code__: "forwards",
     LoRABranch.branch.__code__: "branches",

@@ -156,7 +156,6 @@ class AdaLoRA(Budgeted):
     ) -> Mapping[str, Mapping[str, Any]]:
         mine = ((a.path, program.branch(a)) for a in program.attached_by(self.adapter))
         return {
-            path: {"kept": branch.kept()}
-            for path, branch in mine
+            path: {"kept": branch.kept()} for path, branch in mine
             if isinstance(branch, AdaLoRABranch) and len(branch.kept()) < branch.e.numel()
-        }
+        }  # fmt: skip

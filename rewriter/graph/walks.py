@@ -86,25 +86,7 @@ class Walked(nn.Module):
         walk = _walk(self) if memo is None and not prefix and remove_duplicate else None
         if walk is not None:
             return (each for each in walk.modules)
-        return self._walked(set() if memo is None else memo, prefix, remove_duplicate)
-
-    def _walked(
-        self, memo: set[nn.Module], prefix: str, remove_duplicate: bool
-    ) -> Generator[tuple[str, nn.Module], None, None]:
-        stack: list[tuple[str, nn.Module]] = [(prefix, self)]
-        while stack:
-            path, module = stack.pop()
-            if remove_duplicate and module in memo:
-                continue
-            if type(module).named_modules not in (nn.Module.named_modules, _NAMED):
-                yield from module.named_modules(memo, path, remove_duplicate)
-                continue
-            memo.add(module)
-            yield path, module
-            if children := module._modules:
-                start = f"{path}." if path else ""
-                below = [(f"{start}{n}", m) for n, m in children.items() if m is not None]
-                stack += reversed(below)
+        return _walked(self, set() if memo is None else memo, prefix, remove_duplicate)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -189,3 +171,22 @@ def _by_train(root: nn.Module) -> tuple[list[dict[str, Any]], list[nn.Module]]:
         plain.append(module.__dict__)
         stack += [m for m in module._modules.values() if m is not None]
     return plain, other
+
+
+def _walked(
+    root: nn.Module, memo: set[nn.Module], prefix: str, remove_duplicate: bool
+) -> Generator[tuple[str, nn.Module], None, None]:
+    stack: list[tuple[str, nn.Module]] = [(prefix, root)]
+    while stack:
+        path, module = stack.pop()
+        if remove_duplicate and module in memo:
+            continue
+        if type(module).named_modules not in (nn.Module.named_modules, _NAMED):
+            yield from module.named_modules(memo, path, remove_duplicate)
+            continue
+        memo.add(module)
+        yield path, module
+        if children := module._modules:
+            start = f"{path}." if path else ""
+            below = [(f"{start}{n}", m) for n, m in children.items() if m is not None]
+            stack += reversed(below)
