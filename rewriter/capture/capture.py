@@ -26,7 +26,7 @@ from ..graph.aten import placeholders, set_attribute
 from ..graph.modes import follow_modes, restore_modes
 from ..graph.module import CapturedModule, outside_inference, state_tensors
 from ..graph.placement import buffers_on_meta, computed_buffers, is_hollow
-from ..graph.symbols import unify
+from ..graph.symbols import refresh_sizes, unify
 from ..graph.turns import alone
 from ..inputs.dynamic import Dynamic, dynamic_axes
 from ..inputs.nesting import template_of
@@ -99,6 +99,7 @@ def capture(
     gm = traced.module
     with alone():
         unify(gm, traced.symbols)
+        refresh_sizes(gm)
     _own_tensors(gm, aliases, computed_buffers(model) if is_hollow(model) else {})
     if follow_modes(gm, model):
         _modes_must_agree(model, Trial(model, gm, traced.spec, tensors))

@@ -60,12 +60,16 @@ _BITS = 256
 """Size of the largest number that an expression may have on the way."""
 
 
-def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
+def unify(gm: GraphModule, names: Mapping[str, str]) -> bool:
     """Lets input sizes of one name, which every call must give equal, be one symbol.
 
     A model may read ids and mask without a product of the two that the graph shows.
+
+    Returns:
+        Whether they were not yet: then fake values may have to be refreshed (`refresh_sizes`).
     """
     known: dict[str, Any] = {}
+    new = False
     for source in placeholders(gm).values():
         for extent in shape(source) or ():
             label = names.get(str(extent))
@@ -73,7 +77,13 @@ def unify(gm: GraphModule, names: Mapping[str, str]) -> None:
                 continue
             first = known.setdefault(label, extent)
             if first.node.hint == extent.node.hint and first is not extent:
+                new |= first.node.expr != extent.node.expr
                 bool(first == extent)
+    return new
+
+
+def refresh_sizes(gm: GraphModule) -> None:
+    """Lets the sizes of all fake values say what they have been found to be."""
     for node in list(gm.graph.nodes):
         if "val" not in node.meta:
             continue

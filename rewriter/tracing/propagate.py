@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import PassError
 from ..graph.aten import ATEN, alike, attribute, source_line, value
 from ..graph.modes import Attention
-from ..graph.symbols import unify
+from ..graph.symbols import refresh_sizes, unify
 from ..graph.turns import alone
 from ..program.state import State
 from .memo import Memo, repeats
@@ -226,7 +226,8 @@ def propagate(program: State, method: str = "", explain: Explain | None = None) 
     if mode is None:
         return 0
     with alone(), _ranges(mode.shape_env, program) as ranges, quiet():
-        unify(gm, program.symbols)
+        if unify(gm, program.symbols):
+            refresh_sizes(gm)
         return _propagate(gm, _Fakes(gm, mode, ranges), method, explain)
 
 
