@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from peftfx.exporters import merge
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.files import directory, files, job
 from peftfx.rewriter.storage import stream
@@ -82,9 +83,9 @@ def _kills(writer: Writer, count: int) -> dict[str, int]:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; of a record, without the times of the source's files."""
-    held = {p.name: p.read_bytes() for p in folder.iterdir()}
-    return {n: b for n, b in held.items() if n != stream.RECORD}
+    """The files of a folder but the record, which has the times of the source's files."""
+    records = {stream.RECORD, merge.RECORD}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in records}
 
 
 def _window(writer: Writer, place: Path) -> float:

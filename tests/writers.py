@@ -157,7 +157,7 @@ def _merge(folder: Path, number: int) -> None:
         listed = {n: file for file, state in files.items() for n in state}
         (source / "m.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     text = (
-        f"merge_method: linear\nparameters: {{normalize: false}}\nmodels:\n- model: {source}\n"
+        f"merge_method: linear\nparameters: {{normalize: false}}\nmodels:\n- model: base\n"
         f"  parameters: {{weight: {number}}}\n"
     )
     config = folder / "merge.yml"
