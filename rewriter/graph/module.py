@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -51,6 +54,12 @@ class CapturedModule(Walked, GraphModule):
         return self
 
     @property
+    def code(self) -> str:
+        """The Python code of the graph."""
+        renew(self)
+        return super().code
+
+    @property
     def device(self) -> Any:
         """The device of the stored tensors; what the model itself calls so, if anything."""
         return device_of(self)
@@ -61,21 +70,39 @@ class CapturedModule(Walked, GraphModule):
 
 
 def outdate(gm: CapturedModule) -> None:
-    """Says that the graph was edited: its code is made when it is first called, or forked."""
+    """Says that the graph was edited: its code is made when that is first looked for."""
     kind: Any = type(gm)
-    kind.forward = _compiled_first
-    gm.__dict__["_outdated"] = True
+    kind.forward = _Later(gm)
 
 
-def renew(gm: CapturedModule) -> None:
+def renew(gm: GraphModule) -> None:
     """Makes the code of a graph that was edited, if that is still to be done."""
-    if gm.__dict__.pop("_outdated", False):
-        gm.recompile()
+    if _is_outdated(gm):
+        with _COMPILING:
+            if _is_outdated(gm):
+                gm.recompile()
 
 
-def _compiled_first(gm: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    renew(gm)
-    return gm.forward(*args, **kwargs)
+_COMPILING = threading.RLock()
+
+
+class _Later:
+    """Stands for the forward of a graph module until somebody asks for it, or for its code."""
+
+    def __init__(self, gm: CapturedModule) -> None:
+        self.gm = weakref.ref(gm)
+
+    def __get__(self, gm: GraphModule | None, kind: Any) -> Any:
+        """The method, made now; of the class where no module is given."""
+        source = gm if gm is not None else self.gm()
+        if source is None:
+            raise AttributeError("forward")
+        renew(source)
+        return kind.forward if gm is None else gm.forward
+
+
+def _is_outdated(gm: GraphModule) -> bool:
+    return isinstance(inspect.getattr_static(type(gm), "forward"), _Later)
 
 
 def _show_device(kind: Any, root: nn.Module) -> None:
@@ -179,7 +206,6 @@ def _forked(gm: GraphModule, updated: set[str], memo: dict[int, Any]) -> Capture
         memo[id(buffer)] = buffer.detach().clone() if name in updated else buffer.detach()
     if not (isinstance(gm, CapturedModule) and type(gm).__bases__ == (CapturedModule,)):
         return _rebuild(gm, gm.graph, memo, type(gm).__name__)  # a unit of `fully_shard`
-    renew(gm)
     if all_read(gm):
         return _coded_like(gm, _whole(gm, memo))
     forked = _coded_like(gm, _needed(gm, gm.graph, memo))
@@ -197,7 +223,11 @@ def _coded_like(source: CapturedModule, root: nn.Module) -> CapturedModule:
     graph.owning_module = twin
     twin.__dict__["_graph"] = graph
     kind, known = type(twin), type(source)
-    kind.__name__, kind.forward, kind.__call__ = known.__name__, known.forward, known.__call__
+    kind.__name__, kind.__call__ = known.__name__, known.__call__
+    if _is_outdated(source):
+        outdate(twin)
+    else:
+        kind.forward = known.forward
     kind._wrapped_call = _WrappedCall(kind, None)
     _show_device(kind, root)
     return twin

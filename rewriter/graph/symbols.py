@@ -84,28 +84,50 @@ def unify(gm: GraphModule, names: Mapping[str, str]) -> bool:
 
 def refresh_sizes(gm: GraphModule) -> None:
     """Lets the sizes of all fake values say what they have been found to be."""
+    settled = _Settled()
     for node in list(gm.graph.nodes):
         if "val" not in node.meta:
             continue
-        node.meta["val"] = pytree.tree_map(_settled, node.meta["val"])
+        node.meta["val"] = pytree.tree_map(settled, node.meta["val"])
         if type(node.meta["val"]) is int and node.op == "call_function":
             node.replace_all_uses_with(node.meta["val"])  # pyright: ignore[reportArgumentType]
             gm.graph.erase_node(node)
 
 
-def _settled(val: Any) -> Any:
-    """A fake value whose sizes say what they have been found to be: numbers, or other symbols.
+class _Settled:
+    """Fake values whose sizes say what they have been found to be: numbers, or other symbols.
 
     Torch computes the bytes of a tensor once, with the symbols of that time, and compares them
-    with sizes of today, which looks like a guard.
+    with sizes of today, which looks like a guard. Making a tensor of symbolic sizes takes torch
+    milliseconds: what nodes share they share afterwards, and equal ones stand on one meta tensor.
     """
-    if isinstance(val, torch.SymInt):
-        return int(val.node.expr) if val.node.expr.is_Integer else val
-    if not isinstance(val, FakeTensor) or not _is_stale(val):
-        return val
-    sizes, steps = map(_settled, val.shape), map(_settled, val.stride())
-    meta = torch.empty_strided(tuple(sizes), tuple(steps), dtype=val.dtype, device="meta")
-    return FakeTensor(val.fake_mode, meta, val.device)
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[Any, Any]] = {}
+        self.extents: dict[Any, Tensor] = {}
+
+    def __call__(self, val: Any) -> Any:
+        if isinstance(val, torch.SymInt):
+            return _number_or_size(val)
+        if not isinstance(val, FakeTensor):
+            return val
+        if id(val) not in self.known:
+            self.known[id(val)] = val, self._made(val) if _is_stale(val) else val
+        return self.known[id(val)][1]
+
+    def _made(self, val: FakeTensor) -> FakeTensor:
+        sizes, steps = (tuple(map(_number_or_size, s)) for s in (val.shape, val.stride()))
+        names = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in (*sizes, *steps))
+        key = len(sizes), names, val.dtype, val.fake_mode
+        if key not in self.extents:
+            self.extents[key] = torch.empty_strided(sizes, steps, dtype=val.dtype, device="meta")
+        return FakeTensor(val.fake_mode, self.extents[key].detach(), val.device)
+
+
+def _number_or_size(size: Any) -> Any:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Integer:
+        return int(size.node.expr)
+    return size
 
 
 def _is_stale(val: FakeTensor) -> bool:

@@ -46,15 +46,16 @@ class WeightedCall:
     @staticmethod
     def of(node: Node) -> WeightedCall | None:
         """What a call reads; None if it multiplies by nothing."""
+        if node.op != "call_function":
+            return None
+        if (parts := linear_parts(node)) is not None:
+            return WeightedCall(*parts)
         if (stored := StoredCall.of(node)) is not None:
             weight = next(iter(stored.parts.values()))
             return WeightedCall(stored.x, weight, stored.bias, stored=stored)
         if (lookup := Lookup.of(node)) is not None:
             return WeightedCall(lookup.ids, next(iter(lookup.parts.values())), stored=lookup)
-        parts = linear_parts(node)
-        if parts is not None:
-            return WeightedCall(*parts)
-        given = named_arguments(node) if node.op == "call_function" else {}
+        given = named_arguments(node)
         if is_op(node, CONVS):
             return WeightedCall(given["input"], given["weight"], given.get("bias"))
         if is_op(node, EMBEDDING):

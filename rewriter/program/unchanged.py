@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import BaseChangedError
 from ..files.identity import tensor_digest
-from .fingerprint import Fingerprints, differs, hollow, is_at
+from .fingerprint import Fingerprints, Print, differs, hollow, is_at
 from .state import State
 
 
@@ -60,14 +61,14 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(map(repr, names[:3]))}{more}"
 
 
-_DIGESTS: weakref.WeakKeyDictionary[State, dict[str, tuple[bytes, str]]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Of captured programs, by a tensor's name: its checksum, and its digest as long as that holds."""
+_DIGESTS: dict[Print, tuple[StorageWeakRef, str]] = {}
+"""Of tensors of captured programs: their memory, and the digest while that lives and they are what
+they were."""
 
 
 def base_digests(program: State) -> dict[str, str]:
-    """The digests of the tensors of a program's base by name, each computed once.
+    """The digests of the tensors of a program's base by name, each computed once, also for several
+    captures of one model.
 
     Only for a program that `require_unchanged` has just found unchanged: a tensor is hashed again
     where its fingerprint is another one, or where it has none (it may train, or is sharded).
@@ -75,16 +76,22 @@ def base_digests(program: State) -> dict[str, str]:
     Raises:
         MetaTensorError: a tensor has no values.
     """
-    known, prints = _DIGESTS.setdefault(program.base, {}), program.prints or Fingerprints()
-    digests: dict[str, str] = {}
-    for name, tensor in program.base.base_tensors().items():
-        printed = prints.base.get(name)
-        values = None if printed is None or not is_at(tensor, printed) else printed.values
-        digest = known.get(name)
-        if values is not None and digest is not None and digest[0] == values:
-            digests[name] = digest[1]
-            continue
-        digests[name] = tensor_digest(tensor)
-        if values is not None:
-            known[name] = values, digests[name]
+    prints, count = program.prints or Fingerprints(), len(_DIGESTS)
+    digests = {
+        name: _digest(tensor, prints.base.get(name))
+        for name, tensor in program.base.base_tensors().items()
+    }
+    if len(_DIGESTS) > count:
+        for printed in [p for p, (memory, _) in _DIGESTS.items() if memory.expired()]:
+            del _DIGESTS[printed]
     return digests
+
+
+def _digest(tensor: Tensor, printed: Print | None) -> str:
+    if printed is None or printed.values is None or not is_at(tensor, printed):
+        return tensor_digest(tensor)
+    known = _DIGESTS.get(printed)
+    if known is None or known[0].expired():
+        known = StorageWeakRef(tensor.untyped_storage()), tensor_digest(tensor)
+        _DIGESTS[printed] = known
+    return known[1]

@@ -14,7 +14,7 @@ from typing import Any, cast
 from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
-from ..graph.module import all_read, outside_inference, renew
+from ..graph.module import all_read, outside_inference
 from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
 from ..graph.walks import settled
@@ -181,8 +181,7 @@ def apply_plan(
 
 
 def complete(program: State) -> None:
-    """Gives a program that was edited its code, fingerprints and numbers."""
-    renew(program.module)
+    """Gives a program that was edited its fingerprints and numbers."""
     program.prints, program.numbers = program.fingerprints(), numbers(program)
 
 

@@ -80,8 +80,9 @@ def load(
     artifact = read(directory)
     if name is not None:
         artifact = renamed(artifact, name, str(directory))
-    program = target if isinstance(target, Program) else _capture(target, artifact, cache)
-    require_unchanged(program)
+    captured = isinstance(target, Program)
+    program = target if captured else _capture(target, artifact, cache)
+    require_unchanged(program, values=captured)  # those of a new one have just been read
     have = base_digests(program)
     note = ""
     if merkle_root(have) != artifact.base_root:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..branches.branch import Branch, Delta
+from ..branches.branch import Branch, Delta, RowScale
 from ..graph.module import same_view
 from .blocks import Added, blocks
 from .verdict import (
     TOLERANCE,
     Matrix,
     Verdict,
-    alone_in,
     drawn,
     largest_gap,
     product,
@@ -58,37 +57,35 @@ class _Matrix:
     """What one branch adds, beside what it computes of random inputs in float64."""
 
     def __init__(self, branch: Delta, dtype: torch.dtype, like: Tensor) -> None:
-        self.added = Added(branch, dtype)
-        alone = alone_in(branch, torch.float64)
-        self.shape, width = alone.shape, like.new_empty((), dtype=torch.float64).expand(like.shape)
-        x, operands = drawn(self.shape, width)
-        with torch.no_grad():
-            self.got = self.shape.samples(alone(x, **operands))
+        exact = Added(branch, torch.float64)
+        self.added, self.square = exact.rounded(dtype), exact.square()
         self.buffer = like.new_empty((rows_of(like, _BLOCK), like.shape[1]), dtype=dtype)
-        self.x, self.operands = drawn(self.shape, self.buffer[:1].expand(like.shape))
-        self.applied: list[Tensor] = []
+        self.gap = _gap(exact.branch, self.added, self.buffer[:1].expand(like.shape))
 
     def rows(self, rows: slice) -> Tensor:
         """Its next rows."""
-        block = self.added.rows(rows, self.buffer[: rows.stop - rows.start])
-        if self.added.whole is None:  # beside a linear
-            self.applied.append(self.x @ block.mT)
-        return block
+        return self.added.rows(rows, self.buffer[: rows.stop - rows.start])
 
-    def gap(self) -> float:
-        """The relative difference between the branch and its matrix, once all rows were told."""
-        whole = self.added.whole
-        if whole is None:
-            return largest_gap(torch.cat(self.applied, 1), self.got)
-        shape = self.shape.widened(whole.dtype)
-        return largest_gap(shape.samples(shape.applied(self.x, whole, **self.operands)), self.got)
+
+def _gap(alone: Delta | RowScale, added: Added, like: Tensor) -> float:
+    """The relative difference between a branch in float64 and its matrix, of the size and dtype of
+    `like`."""
+    shape, width = alone.shape, like.new_empty((), dtype=torch.float64).expand(like.shape)
+    x, operands = drawn(shape, width)
+    with torch.no_grad():
+        got = shape.samples(alone(x, **operands))
+    x, operands = drawn(shape, like)
+    if added.whole is None:  # beside a linear
+        return largest_gap((x @ added.a.mT) @ added.b.mT, got)
+    shape = shape.widened(like.dtype)
+    return largest_gap(shape.samples(shape.applied(x, added.whole, **operands)), got)
 
 
 def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdict | None:
     """See `clearly_added`: what is written may be off by its rounding, and that of the deltas."""
     old, new, first = before.weight, after.weight, deltas[0].buffer
     relative = 0.51 * (len(deltas) + before.roundings) * torch.finfo(after.dtype).eps
-    slack = sum(d.added.square() ** 0.5 for d in deltas) / math.sqrt(max(1, old.numel()))
+    slack = sum(d.square**0.5 for d in deltas) / math.sqrt(max(1, old.numel()))
     allowed = 32 * torch.finfo(first.dtype).eps * slack  # that of all is at most the largest
     written, moved = torch.empty_like(first), torch.empty_like(first)
     off = along = size = 0.0
@@ -97,15 +94,21 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
         for other in more:
             change = change + other
         count = rows.stop - rows.start
-        rounded, error = written[:count].copy_(new[rows]), moved[:count].copy_(old[rows])
-        torch.sub(rounded, error, out=error)
+        rounded, error = _as(new[rows], written[:count]), moved[:count]
+        torch.sub(rounded, _as(old[rows], error), out=error)
         along += product(error, change)
         size += square(change)
         off += square(error.sub_(change))
-        if not float(error.abs_().sub_(rounded.abs_(), alpha=relative).amax()) <= allowed:
+        torch.abs(rounded, out=written[:count])
+        if not float(error.abs_().sub_(written[:count], alpha=relative).amax()) <= allowed:
             return None
-    gap = max(d.gap() for d in deltas)
+    gap = max(d.gap for d in deltas)
     if not (size and gap <= TOLERANCE / 10):
         return None
     verdict = Verdict(gap, math.sqrt(off / size), along / size)
     return None if verdict.vanished else verdict
+
+
+def _as(tensor: Tensor, buffer: Tensor) -> Tensor:
+    """A tensor, or a copy in a buffer of another dtype."""
+    return tensor if tensor.dtype == buffer.dtype else buffer.copy_(tensor)

@@ -3,15 +3,17 @@ is done to it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..branches.branch import Delta, RowScale
 from .verdict import alone_in, product, rows_of, square
 
-BLOCK = 1 << 17
+BLOCK = 1 << 16
 """Elements of a block: it and what is compared with it stay in the cache."""
 
 
@@ -36,10 +38,11 @@ def rounded(matrix: Tensor, change: Callable[[Tensor, slice], object]) -> Tensor
     """
     result = torch.empty_like(matrix)
     wide = matrix.new_empty((rows_of(matrix, BLOCK), matrix.shape[1]), dtype=widest(matrix))
-    for rows in blocks(matrix, BLOCK):
-        block = wide[: rows.stop - rows.start].copy_(matrix[rows])
-        change(block, rows)
-        result[rows].copy_(block)
+    with _disable_current_modes():  # what it takes was admitted: the rest is written in place
+        for rows in blocks(matrix, BLOCK):
+            block = wide[: rows.stop - rows.start].copy_(matrix[rows])
+            change(block, rows)
+            result[rows].copy_(block)
     return result
 
 
@@ -72,3 +75,11 @@ class Added:
         if self.whole is None:
             return max(0.0, product(self.b.mT @ self.b, self.a @ self.a.mT))
         return square(self.whole)
+
+    def rounded(self, dtype: torch.dtype) -> Added:
+        """The same in another dtype."""
+        twin = copy.copy(self)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                setattr(twin, name, tensor.to(dtype))
+        return twin
