@@ -20,6 +20,7 @@ from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
 from ..rewriter.branches.parts import (
     Bottleneck,
     Change,
+    Coupling,
     Fusion,
     Invoked,
     LowRank,
@@ -76,7 +77,7 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
-        elif isinstance(part, Rows | Invoked) and isinstance(site, WeightSite):
+        elif isinstance(part, Rows | Invoked | Coupling | Prompt) and isinstance(site, WeightSite):
             parts.append(replace(part, target=weight_name(program, site)))
         elif isinstance(part, Bottleneck | Fusion):
             parts.append(replace(part, target=_last_product(program, site)))
@@ -149,8 +150,11 @@ def _beside(program: Program, attachment: Attachment, part: Part | None) -> Part
     call = nodes[attachment.reads["gate"]]
     gate = dict(program.module.get_submodule(str(call.target)).named_parameters())
     plain = gate.keys() == {"weight", "bias"} and call.kwargs.keys() == {"hidden"}
+    owner = program.module.get_submodule(str(call.target))
     if not plain or not isinstance(part, Bottleneck | LowRank | Prefix):
         return None  # padding does not count in it, or it is no linear of hidden states
+    if getattr(owner, "reach", "all") != "all":
+        return None  # each token has its own, of those before it
     return replace(part, gate=gate["weight"].detach(), gate_bias=gate["bias"].detach())
 
 
@@ -186,7 +190,7 @@ def _by_slot(branch: Branch) -> Part | None:
         case Scale():
             return Scaling("", branch.scale(**branch.constants).detach(), branch.writes)
         case Tokens():
-            return Prompt("", branch.rows().detach())
+            return Prompt("", branch.rows().detach(), branch.place)
         case KeyValue():
             key, value = branch.rows()
             return Prefix("", key.detach(), value.detach(), 0)

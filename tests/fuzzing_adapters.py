@@ -208,7 +208,7 @@ def _more(folder: Path) -> dict[tuple[str, str], bytes]:
     from .formats.gguf_files import write_lora
 
     documents: dict[tuple[str, str], bytes] = {}
-    for source in ("seq_bn", "lora", "ia3", "prefix_flat", "unipelt"):
+    for source in ("seq_bn", "lora", "ia3", "prefix_flat", "unipelt", "seq_bn_inv", "prompt"):
         case = Path(__file__).parent / "formats" / "adapterhub" / f"bert-{source}"
         if not case.is_dir():
             continue

@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...passes.interchange.imported import Imported
 from ...rewriter.api import Program
 from ...rewriter.branches.parts import Fusion
 from ...rewriter.files.directory import reading, write_directory
@@ -22,7 +21,7 @@ from ..adapter_parts import adapter_parts
 from ..hf_peft.adapter import name_of
 from .config import CONFIG
 from .files import adapter_files, json_in, read_adapterhub
-from .fusion import is_setup, load_setup, save_setup
+from .fusion import is_setup, item_of, load_setup, save_setup
 
 
 def is_adapterhub(config: Any) -> bool:
@@ -47,7 +46,8 @@ def load_adapterhub(program: Program, directory: str | Path, name: str = "") -> 
         return load_setup(program, folder, name or name_of(folder))
     own = name or name_in(folder)
     own = own if NAME.fullmatch(own) else name_of(folder)
-    return run(program, Imported(name=own), sources=[read_adapterhub(program, folder)])
+    parts = read_adapterhub(program, folder)
+    return run(program, item_of(program, own, parts), sources=[parts])
 
 
 def name_in(directory: str | Path) -> str:

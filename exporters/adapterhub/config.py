@@ -31,6 +31,7 @@ INTERFACE = "adapter_interface.json"
 VERSION = "adapters.1.3.0"
 
 BOTTLENECK, LORA, PREFIX, PROMPT = "bottleneck", "lora", "prefix_tuning", "prompt_tuning"
+INVERTIBLE = "inv_adapter"
 
 BOTTLENECK_DEFAULTS: Mapping[str, Any] = {
     "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
@@ -54,6 +55,12 @@ PREFIX_DEFAULTS: Mapping[str, Any] = {
     "architecture": "prefix_tuning", "encoder_prefix": True, "cross_prefix": True, "leave_out": [],
     "flat": False, "prefix_length": 30, "bottleneck_size": 512, "non_linearity": "tanh",
     "dropout": 0.0, "use_gating": False, "shared_gating": True, "init_weights_seed": None,
+}  # fmt: skip
+
+PROMPT_DEFAULTS: Mapping[str, Any] = {
+    "architecture": "prompt_tuning", "prompt_length": 10, "prompt_init": "random_uniform",
+    "prompt_init_text": None, "random_uniform_scale": 0.5, "combine": "prefix",
+    "init_weights_seed": None,
 }  # fmt: skip
 
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
@@ -125,6 +132,7 @@ _REQUIRED = {"architecture", "mh_adapter", "output_adapter", "reduction_factor",
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     BOTTLENECK: BOTTLENECK_DEFAULTS, LORA: LORA_DEFAULTS, PREFIX: PREFIX_DEFAULTS,
+    PROMPT: PROMPT_DEFAULTS,
 }  # fmt: skip
 
 
@@ -148,9 +156,9 @@ def options_of(data: Mapping[str, Any], where: str) -> list[Options]:
     for one in options:
         if one.architecture not in _DEFAULTS:
             raise ArtifactError(
-                f"{where}: adapters of the architecture {one.architecture!r} are not read"
-                f"{_REASONS.get(one.architecture, '')}. Read are {', '.join(_DEFAULTS)} and unions "
-                "of them: convert it with the library that wrote it."
+                f"{where}: adapters of the architecture {one.architecture!r} are not read. Read "
+                f"are {', '.join(_DEFAULTS)} and unions of them: convert it with the library that "
+                "wrote it."
             )
         one.require_known()
     names = [one.architecture for one in options]
@@ -160,12 +168,6 @@ def options_of(data: Mapping[str, Any], where: str) -> list[Options]:
             "read. Save them as two adapters."
         )
     return options
-
-
-_REASONS = {
-    PROMPT: ": there, the rows come behind the position embeddings and their norm, and the tokens "
-    "keep their positions, as no prompt here does",
-}
 
 
 def _today(data: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .config import (
     INTERFACE,
     LORA,
     PREFIX,
+    PROMPT,
     SAFE,
     SAFE_HEAD,
     TENSORS,
@@ -35,6 +36,7 @@ from .config import (
     Options,
     options_of,
 )
+from .embeddings import couplings, prompts
 from .lora import low_rank
 from .places import Places, todays
 from .reading import File, bottlenecks, grouped, prefixes
@@ -43,7 +45,8 @@ from .writing import written
 Reader = Callable[[Options, File, Places], list[Part]]
 
 _READERS: Mapping[str, Reader] = {
-    BOTTLENECK: bottlenecks, LORA: low_rank, PREFIX: prefixes,
+    BOTTLENECK: lambda *of: couplings(*of) + bottlenecks(*of), LORA: low_rank, PREFIX: prefixes,
+    PROMPT: prompts,
 }  # fmt: skip
 
 
@@ -76,7 +79,8 @@ def _read(program: Program, folder: Folder) -> Parts:
     paths = {
         path.removesuffix(".attention_adapters").removesuffix(".cross_attention_adapters")
         .removesuffix(".output_adapters").removesuffix(".prefix_tuning")
-        for kind in ("adapters", "loras", "prefix_gates")
+        .removesuffix(".prompt_tuning")
+        for kind in ("adapters", "loras", "prefix_gates", "invertible_adapters", "prompt_tunings")
         for path in file.groups.get(kind, {})
     }  # fmt: skip
     places = Places(program, paths, where)

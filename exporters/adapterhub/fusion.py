@@ -30,7 +30,7 @@ from .files import (
     tensors_bytes,
     tensors_in,
 )
-from .places import Places, sublayer_path
+from .places import Places, attentions, sublayer_path
 from .reading import grouped
 
 
@@ -52,9 +52,15 @@ def load_setup(program: Program, directory: str | Path, name: str) -> Program:
     members = _members(setup.get("adapter_setup"), str(folder / SETUP))
     for member in members:
         parts = read_adapterhub(program, folder / member)
-        program = run(program, Imported(name=member), sources=[parts])
+        program = run(program, item_of(program, member, parts), sources=[parts])
     fusion = _read_fusion(program, folder / ",".join(members))
     return run(program, Imported(name=name), sources=[fusion])
+
+
+def item_of(program: Program, name: str, parts: Parts) -> Imported:
+    """The pass that inserts an adapter: gates in causal models look ahead."""
+    gated = any(getattr(p, "gate", None) is not None for p in parts.parts)
+    return Imported(name=name, ahead=gated and any(s.causal for s in attentions(program)))
 
 
 def _members(setup: Any, where: str) -> list[str]:

@@ -6,6 +6,7 @@ a sublayer is told by the weights below the path, and a path by where the sublay
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...rewriter.api import Program
 from ...rewriter.errors import ArtifactError, BaseMismatchError, nearest
-from ...rewriter.program.sites import AttentionSite, LinearSite, NormSite, WeightSite
+from ...rewriter.program.sites import AttentionSite, EmbeddingSite, LinearSite, NormSite, WeightSite
 
 _SAID = {
     "attention_adapters": ("o", False),
@@ -92,6 +93,26 @@ class Places:
                 "model, where it must be one. Use the base that the adapter was trained on."
             )
         return last_products[0]
+
+    def beginning(self, path: str) -> str:
+        """The table of tokens of a stack of layers, the module that holds both.
+
+        Raises:
+            ArtifactError: it has none, or several.
+        """
+        start = _moved(path, self.move)
+        tables = {
+            s.weight
+            for s in self.program.sites
+            if isinstance(s, EmbeddingSite) and s.role == "token" and _within([s.weight], start)
+        }
+        if len(tables) != 1:
+            raise BaseMismatchError(
+                f"{self.where}: the adapter changes what the embeddings of {path!r} give, and this "
+                f"model has {len(tables)} tables of tokens there. Use the base that it was trained "
+                "on."
+            )
+        return tables.pop()
 
     def role(self, weight: str) -> str:
         """`o`, `cross` (of a cross-attention) or `ffn.down`."""
@@ -199,6 +220,14 @@ def sublayer_path(program: Program, weight: str) -> str:
     site = next(s for s in last if s.weight == weight)
     name = next(n for n, said in _SAID.items() if said == (site.role, site.cross))
     return f"{owner}.{name}.adapters"
+
+
+def stack_path(program: Program, table: str) -> str:
+    """The module of a stack of layers with its embeddings, of which a table is."""
+    last = next((s.weight for s in _linears(program) if s.role in ("o", "ffn.down")), "")
+    parts = zip(table.split("."), last.split("."), strict=False)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], parts)
+    return ".".join(word for word, _ in shared)
 
 
 def attention_path(site: AttentionSite) -> str:

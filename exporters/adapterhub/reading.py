@@ -5,6 +5,8 @@ PATH.adapters.NAME.adapter_down.0.weight     bottlenecks [rank, width]; with `ln
 PATH.loras.NAME.lora_A, .lora_B, .m.weight   LoRA [rank, in], [out, rank]; (IA)3's [out, 1]
 ...prefix_tunings.NAME.self_prefix...        prefixes of all layers, once a layer and once more
 PATH.prefix_tuning.prefix_gates.NAME.weight  their gates
+PATH.invertible_adapters.NAME.F.0.weight     the coupling where the stream begins
+PATH.prompt_tuning.prompt_tunings.NAME.prompt_embedding.weight    rows behind the embeddings
 PATH.shared_parameters.NAME.phm_rule         what Compacter's layers and VeRA's share
 """
 
@@ -23,14 +25,14 @@ from ...rewriter.branches.parts import Bottleneck, Part, Prefix
 from ...rewriter.edits.stream.hidden import post_norm
 from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import SublayerSite
-from .config import Options
+from .config import INVERTIBLE, Options
 from .places import LOCATIONS, Places, ordinal
 
 Leaves = dict[str, Tensor]
 
 _KINDS = (
     "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters",
-    "adapter_fusion_layer",
+    "adapter_fusion_layer", "invertible_adapters", "prompt_tunings",
 )  # fmt: skip
 
 _LEGACY = {
@@ -109,8 +111,8 @@ def bottlenecks(options: Options, file: File, places: Places) -> list[Part]:
 
 def _plan(options: Options, places: Places) -> Bottleneck:
     """All that the config says, with no tensors yet."""
-    if options.take("inv_adapter", str, type(None)) is not None:
-        raise options.refuse("inv_adapter", "invertible adapters act on the embeddings")
+    if options.take(INVERTIBLE, str, type(None)) not in (None, "nice"):
+        raise options.refuse(INVERTIBLE, "the library's own forward fails with others than 'nice'")
     scale = options.take("scaling", float, int, str)
     if isinstance(scale, str) and scale not in ("learned", "channel"):
         raise options.refuse("scaling", "known are a number, 'learned' and 'channel'")

@@ -10,16 +10,32 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import Bottleneck, LowRank, Part, Prefix, Scaling
+from ...rewriter.branches.parts import (
+    Bottleneck,
+    Coupling,
+    LowRank,
+    Part,
+    Prefix,
+    Prompt,
+    Scaling,
+)
 from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import LinearSite
-from .config import BOTTLENECK_DEFAULTS, LORA_DEFAULTS, PREFIX_DEFAULTS
+from .config import (
+    BOTTLENECK_DEFAULTS,
+    INVERTIBLE,
+    LORA_DEFAULTS,
+    PREFIX_DEFAULTS,
+    PROMPT_DEFAULTS,
+)
+from .embeddings import COUPLED, PLACES
 from .places import (
     attention_path,
     attentions,
     blocks,
     location_of,
     sites_at,
+    stack_path,
     sublayer_path,
     theirs,
 )
@@ -43,7 +59,8 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
     """
     kinds: dict[str, list[Any]] = {}
     for part in parts:
-        kinds.setdefault(part.kind, []).append(part)
+        kind = "bottleneck" if isinstance(part, Coupling) else part.kind
+        kinds.setdefault(kind, []).append(part)
     odd = kinds.keys() - _WRITERS.keys()
     if odd or kinds.keys() >= {"lowrank", "scaling"}:
         raise ArtifactError(
@@ -65,7 +82,35 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
 # Bottlenecks.
 
 
-def _bottlenecks(program: Program, parts: Sequence[Bottleneck], name: str) -> Written:
+def _bottlenecks(program: Program, parts: Sequence[Bottleneck | Coupling], name: str) -> Written:
+    """Adapters behind sublayers, the one where the stream begins, or both."""
+    couplings = [p for p in parts if isinstance(p, Coupling)]
+    behind = [p for p in parts if isinstance(p, Bottleneck)]
+    own = _behind(program, behind, name) if behind else (_NOWHERE, {})
+    if not couplings:
+        return own
+    config, tensors = own
+    coupling = couplings[0]
+    if behind and coupling.activation != behind[0].activation:
+        raise ArtifactError(
+            f"AdapterHub has one activation for an adapter, and here are {coupling.activation} at "
+            f"the embeddings and {behind[0].activation} behind sublayers. Write two adapters."
+        )
+    path = f"{stack_path(program, coupling.target)}.invertible_adapters.{name}".lstrip(".")
+    tensors = {f"{path}.{key}": getattr(coupling, n) for n, key in COUPLED.items()} | tensors
+    half = coupling.second_down.shape[1]
+    factor = _factor(half, len(coupling.second_down))
+    more = {INVERTIBLE: "nice", "inv_adapter_reduction_factor": factor}
+    return {**config, "non_linearity": coupling.activation, **more}, tensors
+
+
+_NOWHERE = {
+    **BOTTLENECK_DEFAULTS, "mh_adapter": False, "output_adapter": False, "reduction_factor": 16,
+}  # fmt: skip
+"""The config of no adapter behind any sublayer."""
+
+
+def _behind(program: Program, parts: Sequence[Bottleneck], name: str) -> Written:
     first = parts[0]
     if (first.reads, first.skips) not in _READS:
         raise ArtifactError(
@@ -311,6 +356,21 @@ def _prefixes(program: Program, parts: Sequence[Prefix], name: str) -> Written:
     return config, tensors
 
 
+def _prompts(program: Program, parts: Sequence[Prompt], name: str) -> Written:
+    """Rows where the stream begins."""
+    (part, *more) = parts
+    combine = next((c for c, place in PLACES.items() if place == part.place), None)
+    if combine is None or more:
+        raise ArtifactError(
+            "AdapterHub's prompt is one, behind the position embeddings and their norm, and this "
+            "one stands in front of them. Write it with save_peft."
+        )
+    path = f"{stack_path(program, part.target)}.prompt_tuning.prompt_tunings.{name}".lstrip(".")
+    config = {**PROMPT_DEFAULTS, "prompt_length": len(part.values), "combine": combine}
+    return config, {f"{path}.prompt_embedding.weight": part.values}
+
+
 _WRITERS: Mapping[str, Callable[[Program, Sequence[Any], str], Written]] = {
     "bottleneck": _bottlenecks, "lowrank": _low_rank, "scaling": _scalings, "prefix": _prefixes,
+    "prompt": _prompts,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...rewriter.branches.parts import LowRank, Part, Trained
 from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
-from ...rewriter.files.files import new_file
+from ...rewriter.files.files import fill, new_file
 from ...rewriter.storage.artifact import require_finite
 from ...rewriter.storage.parts import Parts
 from ..base import CAPTURE, GIVE_BASE, Base, snapshot
@@ -231,11 +231,17 @@ def _write(
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(KIND, "lora")
         writer.add_float32(ALPHA, alpha)
+        pieces: list[bytes | memoryview] = []
+        step: int = writer.data_alignment
         for name, tensor in tensors.items():
             half = tensor.dtype == torch.float16
             values = tensor.detach().cpu().contiguous()
-            writer.add_tensor(name, (values if half else values.float()).numpy())
+            array = (values if half else values.float()).numpy()
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+            pieces += [array.reshape(-1).view("u1").data, bytes(-array.nbytes % step)]
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
         writer.close()
+        start = bytes(-fresh.stat().st_size % step)
+        fill(fresh, [start, *pieces], append=True)

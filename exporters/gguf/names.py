@@ -72,6 +72,12 @@ def architecture_of(cls: str) -> str:
     return known.get(_OTHERWISE.get(stem, stem), "")
 
 
+@functools.lru_cache(maxsize=8)
+def _table(architecture: Any, blocks: int) -> Any:
+    """The package's names of a model with so many blocks, which take long to make."""
+    return package().get_tensor_name_map(architecture, blocks)
+
+
 def names_of(weights: Collection[str], architecture: str, where: str) -> Names:
     """The names of all weights and biases that files can hold.
 
@@ -92,7 +98,7 @@ def names_of(weights: Collection[str], architecture: str, where: str) -> Names:
         )
     require_known(architecture, where)
     numbers = [int(n) for name in weights for n in re.findall(r"\.(\d+)\.", name)]
-    table = gguf.get_tensor_name_map(known[architecture], max(numbers, default=-1) + 1)
+    table = _table(known[architecture], max(numbers, default=-1) + 1)
     files: dict[str, str] = {}
     halves: dict[str, tuple[str, str]] = {}
     for name in weights:

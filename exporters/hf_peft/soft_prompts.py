@@ -16,8 +16,17 @@ Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def prompt(parts: Sequence[Part]) -> Written:
-    """The config and the tensor of a prompt."""
+    """The config and the tensor of a prompt.
+
+    Raises:
+        ArtifactError: it stands where PEFT has none.
+    """
     part = next(p for p in parts if isinstance(p, Prompt))
+    if part.place != "input":
+        raise ArtifactError(
+            "PEFT's prompts stand in front of the embedded tokens, and this one stands behind the "
+            "position embeddings. Write it for AdapterHub."
+        )
     length, width = part.values.shape
     config = {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, "token_dim": width,

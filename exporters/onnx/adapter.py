@@ -11,25 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...rewriter.branches.parts import LowRank, Part
-from ...rewriter.errors import ArtifactError, BaseMismatchError, ExportError, nearest
-from ...rewriter.files.files import new_file, read_file
+from ...rewriter.errors import ArtifactError, BaseMismatchError, nearest
+from ...rewriter.files.files import read_file, write_file
 from ...rewriter.storage.artifact import require_finite
 from ...rewriter.storage.parts import Parts
 from ..base import Base
 from ..hf_peft.config import PREFIX, by_module
 from ..plain_lora import factored
-from .adapter_file import MARK, parse_onnx_adapter
-from .parity import require
+from .adapter_file import MARK, onnx_adapter_pieces, parse_onnx_adapter
 
 A, B = "lora_A.weight", "lora_B.weight"
-VERSION = 1
-"""Of adapters and models in the file's head; ONNX Runtime compares neither."""
 
 
 def is_onnx_adapter(start: bytes) -> bool:
@@ -139,22 +135,5 @@ def write_onnx_adapter(
 
 def save(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes named tensors as an adapter file; bfloat16 becomes float32."""
-    ort = _runtime()
-    values: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        array = wide.detach().cpu().contiguous().numpy()
-        values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-    adapter: Any = ort.AdapterFormat()
-    adapter.set_adapter_version(VERSION)
-    adapter.set_model_version(VERSION)
-    adapter.set_parameters(values)
-    with new_file(path) as fresh:
-        adapter.export_adapter(str(fresh))
-
-
-def _runtime() -> Any:
-    try:
-        return require("onnxruntime")
-    except ExportError as error:
-        raise ArtifactError(str(error)) from error
+    wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in tensors.items()}
+    write_file(path, onnx_adapter_pieces(wide))

@@ -1,9 +1,9 @@
-"""The tensors of an `.onnx_adapter` file: a FlatBuffer whose every offset is checked.
+"""The tensors of an `.onnx_adapter` file: a FlatBuffer whose every offset is checked, and written.
 
     Adapter    format_version, adapter_version, model_version: int; parameters: [Parameter]
     Parameter  name: string; dims: [int64]; data_type: int; raw_data: [uint8]
 
-as ONNX Runtime's schema has them, little-endian. Its own native reader would take offsets at their
+as ONNX Runtime's schema has them, little-endian. A native reader would take offsets at their
 word; here each place lies in the file, and the tensors together are no larger than it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ FORMAT = 1
 
 _DTYPES = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
 """ONNX's numbers of types -> those that factors have."""
+
+_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
 _NAMES = {
     2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
@@ -141,3 +143,67 @@ def _tensor(name: str, sizes: tuple[int, ...], kind: int, raw: bytes, where: str
             raise _Bad(f"{name!r} is {list(sizes)}")
         return torch.empty(sizes, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(sizes)
+
+
+# Writing.
+
+VERSION = 1
+"""Of adapters and models in the file's head; ONNX Runtime compares neither."""
+
+_ALIGNED = 64
+"""Of tensors in the file, which the runtime reads where they lie."""
+
+_FIELDS = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
+"""Of both kinds of tables: four fields of four bytes behind the offset of this layout."""
+
+
+def onnx_adapter_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """The bytes of a file in pieces: all that describes the tensors, and their own memory.
+
+    Args:
+        tensors: by name, of float types.
+
+    Raises:
+        ArtifactError: a tensor is of a type that factors do not have, or all are too large for
+            the offsets of this format.
+    """
+    plain = {n: tensors[n].detach().cpu().contiguous() for n in sorted(tensors)}
+    head = bytearray(struct.pack("<I4s", 20, MARK))
+    head += _FIELDS + struct.pack("<iiiiI", 12, FORMAT, VERSION, VERSION, 16) + _FIELDS
+    layout, listed, first = 40, 52, 56 + 4 * len(plain)
+    tables = [first + 20 * i for i in range(len(plain))]
+    offsets = [table - (listed + 4 + 4 * i) for i, table in enumerate(tables)]
+    head += struct.pack(f"<I{len(plain)}I", len(plain), *offsets) + bytes(20 * len(plain))
+    for table, (name, tensor) in zip(tables, plain.items(), strict=True):
+        text, rank = name.encode(), tensor.dim()
+        said = len(head)
+        head += struct.pack("<I", len(text)) + text + bytes(4 - len(text) % 4)
+        head += bytes(-(len(head) + 4) % 8)
+        sizes = len(head)
+        head += struct.pack(f"<I{rank}q", rank, *tensor.shape)
+        number = _number(name, tensor)
+        fields = table - layout, said - table - 4, sizes - table - 8, number
+        struct.pack_into("<iIIi", head, table, *fields)
+    pieces: list[bytes | memoryview] = [b""]
+    end = len(head)
+    for table, tensor in zip(tables, plain.values(), strict=True):
+        space = -(end + 4) % _ALIGNED
+        size = tensor.numel() * tensor.element_size()
+        if end + size >= 2**31:
+            raise ArtifactError(
+                "the adapter is larger than 2 GiB, and files of ONNX Runtime have no offsets for "
+                "more. Choose a smaller rank, or export the model folded."
+            )
+        struct.pack_into("<I", head, table + 16, end + space - table - 16)
+        pieces.append(bytes(space) + struct.pack("<I", size))
+        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        end += space + 4 + size
+    pieces[0] = bytes(head)
+    return pieces
+
+
+def _number(name: str, tensor: Tensor) -> int:
+    number = _NUMBERS.get(tensor.dtype)
+    if number is None:
+        raise ArtifactError(f"{name} is {tensor.dtype}, which no factor is. Save it as float.")
+    return number

@@ -20,6 +20,7 @@ from ...rewriter.branches.gated import GatedDelta, GatedKeyValue
 from ...rewriter.branches.parts import (
     Bottleneck,
     Change,
+    Coupling,
     Fusion,
     Invoked,
     LowRank,
@@ -51,7 +52,14 @@ from ..additive.prompt_tuning import PromptBranch
 from ..reparameterized.dora import DoRABranch
 from ..reparameterized.lora import LoRABranch
 from ..selective.train_tokens import RowsExpression
-from .sublayer_parts import gate_of, insert_bottleneck, insert_fusion, require_size, sites_of
+from .sublayer_parts import (
+    gate_of,
+    insert_bottleneck,
+    insert_coupling,
+    insert_fusion,
+    require_size,
+    sites_of,
+)
 
 
 class ChangeBranch(Delta):
@@ -154,6 +162,7 @@ class Imported(Pass):
     Attributes:
         name: of the adapter.
         invoked: it acts from an invocation on, so that a later one counts for earlier tokens.
+        ahead: its gates are means over all tokens in a causal model, later ones included.
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
@@ -161,6 +170,7 @@ class Imported(Pass):
 
     name: str = "imported"
     invoked: bool = False
+    ahead: bool = False
 
     @property
     def adapter(self) -> str:
@@ -168,7 +178,7 @@ class Imported(Pass):
 
     @property
     def departures(self) -> frozenset[str]:
-        return frozenset({"tokens"} if self.invoked else ())
+        return frozenset({"tokens"} if self.invoked or self.ahead else ())
 
     def check(self) -> None:
         self.require(bool(NAME.fullmatch(self.name)), "name", "letters, digits, _ and -")
@@ -208,6 +218,8 @@ class Imported(Pass):
         shifted = moved or [p for p in prefixes if p.shifted]
         if shifted:
             edit.shift_positions(len(shifted[0].key), keys=bool(moved))
+        if self.ahead:
+            edit.note("gates are means over all tokens, later ones too, as where it was trained")
         for line in (f"read from {parts.source}", *parts.notes):
             edit.note(line)
 
@@ -246,11 +258,14 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
         case Prompt():
             site = _entrance(edit.program)
             require_size(part.values.shape[1:] == (site.width,), site.weight, part.values)
-            edit.prepend_tokens(site, PromptBranch(part.values.to(edit.like(site), copy=True)))
+            branch = PromptBranch(part.values.to(edit.like(site), copy=True))
+            edit.prepend_tokens(site, branch, part.place)
         case Prefix():
             _prefix(edit, part)
         case Bottleneck():
             insert_bottleneck(edit, part)
+        case Coupling():
+            insert_coupling(edit, part)
         case Fusion():
             insert_fusion(edit, part)
         case _:

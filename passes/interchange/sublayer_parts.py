@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...rewriter.branches.bottleneck import BottleneckBranch
-from ...rewriter.branches.parts import Bottleneck, Fusion, LowRank, Prefix
+from ...rewriter.branches.coupling import CouplingBranch
+from ...rewriter.branches.parts import Bottleneck, Coupling, Fusion, LowRank, Prefix
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
@@ -47,20 +48,16 @@ def require_size(fits: bool, name: str, tensor: Tensor) -> None:
 def gate_of(
     edit: Editor, site: Site, part: LowRank | Prefix | Bottleneck, seen: Value | None = None
 ) -> Value | None:
-    """The gate of a part: the mean over all tokens that the site reads, or `seen`."""
+    """The gate of a part: the mean over all tokens that the site reads, or `seen`, in causal models
+    as well (`Imported.ahead`)."""
     if part.gate is None or part.gate_bias is None:
         return None
     hidden = edit.hidden(site, seen)
     if hidden is None:
         raise PassError(f"the adapter has a gate at {site.id}, where tokens cannot be told apart.")
-    if hidden.causal:
-        raise PassError(
-            f"the adapter's gate at {site.id} is the mean over all tokens, so that a token would "
-            "learn of later ones. Use unipelt, whose gates look back in causal models."
-        )
     require_size(part.gate.shape == (1, hidden.width), site.id, part.gate)
     like = edit.like(site)
-    gate = Gate(part.gate.to(like, copy=True), hidden.axes, hidden.reach)
+    gate = Gate(part.gate.to(like, copy=True), hidden.axes, "all")
     with torch.no_grad():
         gate.bias.copy_(part.gate_bias)
     return edit.share(f"{edit.name(site)}.gate", gate, hidden=hidden.value)
@@ -101,6 +98,20 @@ def insert_bottleneck(edit: Editor, part: Bottleneck) -> None:
     seen = seen_of(edit, site, part.reads)
     gate = gate_of(edit, site, part, edit.output(site) if seen is None else seen)
     edit.after(site, BottleneckBranch(part, edit.like(site)), gate=gate, seen=seen)
+
+
+def insert_coupling(edit: Editor, part: Coupling) -> None:
+    site = sites_of(edit.program, part.target, True)[0]
+    if not isinstance(site, EmbeddingSite):
+        raise PassError(f"{part.target} is no table of tokens. Use the base of the adapter.")
+    first, second = site.width // 2, site.width - site.width // 2
+    for down, up, reads, writes in (
+        (part.first_down, part.first_up, second, first),
+        (part.second_down, part.second_up, first, second),
+    ):
+        require_size(down.shape[1:] == (reads,), part.target, down)
+        require_size(up.shape == (writes, len(down)), part.target, up)
+    edit.after(site, CouplingBranch(part, edit.like(site)))
 
 
 def insert_fusion(edit: Editor, part: Fusion) -> None:

@@ -381,6 +381,9 @@ class Tokens(Branch):
     tokens_first: bool = False
     """It is given `[tokens, batch, width]`."""
 
+    place: str = "input"
+    """Where they are put, see `Editor.prepend_tokens`."""
+
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length

@@ -113,9 +113,14 @@ class Rows(Part):
 
 @dataclass(frozen=True)
 class Prompt(Part):
-    """Vectors `[length, width]` in front of the embedded tokens."""
+    """Vectors `[length, width]` in front of the embedded tokens.
+
+    Attributes:
+        place: see `Editor.prepend_tokens`.
+    """
 
     values: Tensor
+    place: str = "input"
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,34 @@ class Bottleneck(Part):
     gate: Tensor | None = None
     gate_bias: Tensor | None = None
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Coupling(Part):
+    """`x1 <- x1 + F(x2); x2 <- x2 + G(x1)` on the halves of the stream's features where the stream
+    begins: behind position embeddings, norms and dropout. F and G are `U sigma(D x + b_D) + b_U`.
+
+    NICE (Dinh et al., 2015, arXiv:1410.8516), as MAD-X has it for languages (Pfeiffer et al., EMNLP
+    2020, arXiv:2005.00052).
+
+    Attributes:
+        target: the table of tokens whose stream it is.
+        first_down, first_down_bias, first_up, first_up_bias: of F, `[rank, width - width // 2]`,
+            `[rank]`, `[width // 2, rank]`, `[width // 2]`.
+        second_down, second_down_bias, second_up, second_up_bias: of G, the same with the halves
+            exchanged.
+        activation: sigma, as of `Bottleneck`.
+    """
+
+    first_down: Tensor
+    first_down_bias: Tensor
+    first_up: Tensor
+    first_up_bias: Tensor
+    second_down: Tensor
+    second_down_bias: Tensor
+    second_up: Tensor
+    second_up_bias: Tensor
+    activation: str = "relu"
 
 
 @dataclass(frozen=True)

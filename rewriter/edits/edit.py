@@ -47,6 +47,7 @@ from .linear.compose import compose
 from .linear.expression import express, remember, remove, settle, widened
 from .linear.quantise import quantise_weight
 from .read import Reading
+from .stream.beginning import keep_positions, put_behind, stream_start
 from .stream.positions import shift_positions
 from .stream.region import find_region
 from .stream.route import run_on_chosen
@@ -142,9 +143,18 @@ class Editor(Reading):
         device = self.weight(site).device
         return index if device.type == "meta" else index.to(device)
 
-    def after(self, site: SublayerSite, branch: Serial, **reads: Value | None) -> None:
-        """Puts a branch on a sublayer's output: after its dropout, before the residual add."""
+    def after(
+        self, site: SublayerSite | EmbeddingSite, branch: Serial, **reads: Value | None
+    ) -> None:
+        """Puts a branch on a sublayer's output: after its dropout, before the residual add. Of an
+        embedding, on the stream where that begins: behind all that is added to the table's rows,
+        their norm and dropout."""
         require_fit(self.method, "after", site, branch)
+        if isinstance(site, EmbeddingSite):
+            start = stream_start(self.program, site, self._nodes)
+            put_behind(self.program, start, self._attach(site, branch, reads), given(reads))
+            self.refresh()
+            return
         if site.role == "conv":
             branch.axis = 1
         path = self._attach(site, branch, reads)
@@ -173,7 +183,9 @@ class Editor(Reading):
         among the keys of biases by distance alone."""
         shift_positions(self.program, length, keys)
 
-    def prepend_tokens(self, site: EmbeddingSite, branch: Tokens, **reads: Value | None) -> None:
+    def prepend_tokens(
+        self, site: EmbeddingSite, branch: Tokens, place: str = "input", **reads: Value | None
+    ) -> None:
         """Prepends `length` tokens whose embeddings are the branch's rows.
 
         Inputs are padded on the left and the rows overwrite the pads' embeddings, so masks,
@@ -182,15 +194,28 @@ class Editor(Reading):
         What the branch reads, alone or through `share`, has the tokens of the input only: the
         site's own `output` without prompt, other embeddings, masks, new inputs.
 
+        Args:
+            site, branch, reads: as of the other words.
+            place: `input`, or where the stream begins (behind positions, norm and dropout; tokens
+                keep their positions): `stream`, before all tokens, so that what reads the first
+                token reads the first row; or `second`, behind the first token, which is the same
+                where attention is bidirectional but for who reads that.
+
         Raises:
             PassError: it reads what depends on the prompt, or the tokens lie where none can be put.
         """
         require_fit(self.method, "prepend_tokens", site, branch)
         for other, row in beside(self.program, site):
             self.skip(other, f"it gives its row {row} at the positions of the prompt")
+        branch.place = place
+        start = None if place == "input" else stream_start(self.program, site, self._nodes)
         path = self._attach(site, branch, reads)
         embedding = self.node(site.nodes[0])
-        self.program = prepend_tokens(self.program, self.axes, site, embedding, path, given(reads))
+        self.program = prepend_tokens(
+            self.program, self.axes, site, embedding, path, given(reads), start
+        )
+        if start is not None:
+            keep_positions(self.program, branch.length)
         self._axes = None  # the sizes are others now
         self.refresh()
 

@@ -323,12 +323,13 @@ def write_file(target: str | Path, content: Content) -> None:
         fill(fresh, content)
 
 
-def fill(path: Path, content: Content) -> None:
-    """Writes a file's content; pieces are not joined before."""
+def fill(path: Path, content: Content, append: bool = False) -> None:
+    """Writes a file's content, or more of it; pieces are not joined before."""
+    mode = "ab" if append else "wb"
     pieces: list[bytes | memoryview] = [content] if isinstance(content, bytes) else list(content)
-    with open(path, "wb", buffering=0) as file:
+    with open(path, mode, buffering=0) as file:
         if not hasattr(os, "writev"):
-            with open(path, "wb") as whole_file:
+            with open(path, mode) as whole_file:
                 whole_file.write(b"".join(pieces))
             return
         done = 0

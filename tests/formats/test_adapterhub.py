@@ -9,16 +9,20 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import peftfx
+from peftfx.exporters.adapterhub.files import read_adapterhub
+from peftfx.exporters.adapterhub.writing import written
 from peftfx.exporters.formats import load_adapter, save_adapter
+from peftfx.rewriter.branches.parts import Coupling
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, PassError
 
 from .adapterhub_models import output
@@ -96,7 +100,17 @@ def test_what_trained_on_is_written(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["bert-seq_bn", "bert-unipelt", "bert-prefix", "bert-fusion", "t5-prefix_flat"]
+    "case",
+    [
+        "bert-seq_bn",
+        "bert-unipelt",
+        "bert-prefix",
+        "bert-fusion",
+        "t5-prefix_flat",
+        "bert-double_seq_bn_inv",
+        "llama-unipelt",
+        "bert-prompt",
+    ],
 )
 def test_an_imported_adapter_is_one_of_ours(case: str, tmp_path: Path) -> None:
     """Saved, loaded, verified, taken out."""
@@ -117,7 +131,7 @@ WRITING: dict[str, tuple[str, str]] = {
     "outputs": ("lora{rank=2,where=o}", "not o"),
     "biases": ("dora{rank=2,where=q}", "scales the layer's bias"),
     "padding": ("unipelt{rank=2,length=3,bottleneck=4}", "cannot be written"),
-    "prompt": ("prompt_tuning{length=3}", "has no form for prompt"),
+    "prompt": ("prompt_tuning{length=3}", "stands in front of them"),
     "some sublayers": ("serial_adapter{bottleneck=4,norms=false,where=attn and sublayer or "
                        "ffn and sublayer and layer in [1]}", "block 0 has others|block 1 has others"),
 }  # fmt: skip
@@ -129,6 +143,26 @@ def test_what_the_library_has_no_form_for(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=text):
         save_adapter(peftfx.run(program("bert"), recipe), tmp_path / "a", "adapterhub")
     assert not (tmp_path / "a").exists()
+
+
+def test_peft_has_no_prompts_behind_positions(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="behind the position embeddings"):
+        peftfx.save_peft(loaded("bert-prompt"), tmp_path / "a")
+
+
+def test_one_activation_for_all_of_an_adapter() -> None:
+    read = read_adapterhub(program("bert"), HERE / "bert-seq_bn_inv").parts
+    mixed = [replace(p, activation="silu") if isinstance(p, Coupling) else p for p in read]
+    with pytest.raises(ArtifactError, match="one activation"):
+        written(program("bert"), mixed, "mine")
+
+
+def test_gates_that_look_back_are_not_written(tmp_path: Path) -> None:
+    """The library's are means over all tokens, in causal models, too."""
+    ours = peftfx.run(program("llama"), "unipelt{rank=2,length=3,bottleneck=4,padding=true}")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        save_adapter(ours, tmp_path / "a", "adapterhub")
+    assert "later ones too" in str(loaded("llama-unipelt").history[-1])
 
 
 # Bad input.
@@ -153,16 +187,6 @@ def retensor(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Non
     return work
 
 
-def gated(folder: Path) -> None:
-    options(use_gating=True)(folder)
-    tensors = load_file(folder / "adapter.safetensors")
-    for key in [k for k in tensors if k.endswith("lora_A")]:
-        stem = key.removesuffix("lora_A")
-        tensors |= {f"{stem}gate.weight": tensors[key][:1], f"{stem}gate.bias": torch.zeros(1)}
-    tensors = {k: t.contiguous().clone() for k, t in tensors.items() if ".mlp." not in k}
-    save_file(tensors, folder / "adapter.safetensors")
-
-
 def cut(folder: Path) -> None:
     path = folder / "pytorch_adapter.bin"
     path.write_bytes(path.read_bytes()[:-30])
@@ -175,12 +199,19 @@ def other_copy(tensors: dict[str, Tensor]) -> None:
 
 BAD: dict[str, tuple[str, Callable[[Path], Any], type[Exception], str]] = {
     "architecture": ("bert-lora", options(architecture="reft"), ArtifactError, "architecture 'reft'"),
-    "prompts": ("bert-lora", options(architecture="prompt_tuning"), ArtifactError,
-                "behind the position embeddings"),
+    "place of a prompt": ("bert-prompt", options(combine="end"), ArtifactError, "combine='end'"),
+    "length of a prompt": ("bert-prompt", options(prompt_length=5), ArtifactError,
+                           "prompt_length is 5, and the file has 3 rows"),
     "option": ("bert-seq_bn", options(surprise=1), ArtifactError, "option surprise=1 of bottleneck"),
     "type": ("bert-seq_bn", options(ln_before="no"), ArtifactError, "ln_before is 'no'; it must be"),
     "activation": ("bert-seq_bn", options(non_linearity="wave"), ArtifactError, "'wave' is not known"),
-    "invertible": ("bert-seq_bn", options(inv_adapter="nice"), ArtifactError, "inv_adapter='nice'"),
+    "invertible": ("bert-seq_bn", options(inv_adapter="nice"), ArtifactError,
+                   "inv_adapter is 'nice', and the file has 0 of it"),
+    "glow": ("bert-seq_bn_inv", options(inv_adapter="glow"), ArtifactError, "inv_adapter='glow'"),
+    "coupled": ("bert-seq_bn_inv", options(inv_adapter_reduction_factor=8), ArtifactError,
+                "inv_adapter_reduction_factor=8 makes 1 of 8"),
+    "not coupled": ("bert-seq_bn_inv", options(inv_adapter=None), ArtifactError,
+                    "tensors of invertible_adapters"),
     "post add": ("bert-seq_bn", options(residual_before_ln="post_add"), ArtifactError,
                  "residual_before_ln='post_add'"),
     "no norm": ("bert-seq_bn", options(original_ln_after=False), ArtifactError,
@@ -240,7 +271,6 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], type[Exception], str]] = {
         original_ln_before=False)), ArtifactError, "the members read output and stream"),
     "temperature": ("bert-fusion", lambda f: edit(f / "theirs,other", lambda d: d["config"].update(
         temperature=True), "adapter_fusion_config.json"), ArtifactError, "temperature=True"),
-    "causal gate": ("llama-lora", gated, PassError, "would learn of later ones"),
     "layers left out": ("t5-prefix_flat", options(leave_out=[0]), ArtifactError, "share biases"),
 }  # fmt: skip
 

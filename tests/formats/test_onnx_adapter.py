@@ -35,6 +35,18 @@ def values_of(path: Path) -> dict[str, Tensor]:
     return {k: torch.from_numpy(v.numpy().copy()) for k, v in values.items()}
 
 
+def by_runtime(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a file with ONNX Runtime."""
+    runtime: Any = ort
+    made = runtime.AdapterFormat()
+    made.set_adapter_version(1)
+    made.set_model_version(1)
+    made.set_parameters(
+        {n: runtime.OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in tensors.items()}
+    )
+    made.export_adapter(str(path))
+
+
 @pytest.fixture(scope="module")
 def decoder() -> peftfx.Program:
     torch.manual_seed(0)
@@ -135,7 +147,7 @@ BAD: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
 @pytest.mark.parametrize("fault", list(BAD))
 def test_a_bad_file_is_refused(fault: str, decoder: peftfx.Program, tmp_path: Path) -> None:
     tensors, kind, text = BAD[fault]
-    save(tmp_path / "a.onnx_adapter", tensors)
+    by_runtime(tmp_path / "a.onnx_adapter", tensors)
     with pytest.raises(kind, match=text) as caught:
         load_adapter(decoder, tmp_path / "a.onnx_adapter")
     assert "a.onnx_adapter" in str(caught.value) and not decoder.adapters
@@ -151,7 +163,7 @@ def test_a_cut_file_is_refused(decoder: peftfx.Program, tmp_path: Path) -> None:
 
 
 def test_each_tensor_is_what_the_runtime_reads(tmp_path: Path) -> None:
-    """Of all types, sizes and alignments; the file is read without it."""
+    """Of all types, sizes and alignments; files are read and written without it."""
     path = tmp_path / "a.onnx_adapter"
     tensors = {"a": draw(3, 5), "bb": draw(7).half(), "ccc": draw(2, 1, 3).double(),
                "empty": torch.empty(0, 4)}  # fmt: skip
@@ -161,6 +173,16 @@ def test_each_tensor_is_what_the_runtime_reads(tmp_path: Path) -> None:
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype
         assert tensor.shape == theirs[name].shape
+    by_runtime(path, tensors)
+    again = parse_onnx_adapter(path.read_bytes(), "it")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in tensors.items())
+
+
+def test_only_floats_are_written(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="int64, which no factor is"):
+        save(tmp_path / "a.onnx_adapter", {A: torch.ones(2, dtype=torch.int64)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_damage_is_an_error_or_the_tensors(tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def union(*configs: Any) -> Any:
     return adapters.ConfigUnion(*configs)
 
 
+def prompt(**options: Any) -> Any:
+    return adapters.PromptTuningConfig(**{"prompt_length": 3, **options})
+
+
 def phm(kind: str, **options: Any) -> Any:
     return bottleneck(kind, **{"phm_dim": 2, **options})
 
@@ -117,6 +121,17 @@ CASES: dict[str, tuple[str, Any]] = {
     "vit-lora": ("vit", lora(**_EVERY)),
     "vit-ia3": ("vit", adapters.IA3Config()),
     "vit-prefix_flat": ("vit", prefix()),
+    "bert-seq_bn_inv": ("bert", bottleneck("SeqBnInvConfig")),
+    "bert-double_seq_bn_inv": ("bert", bottleneck("DoubleSeqBnInvConfig",
+                                                  inv_adapter_reduction_factor=4)),
+    "bert-inv_alone": ("bert", bottleneck("SeqBnInvConfig", output_adapter=False)),
+    "gpt2-seq_bn_inv": ("gpt2", bottleneck("SeqBnInvConfig")),
+    "llama-par_bn_inv": ("llama", bottleneck("ParBnConfig", inv_adapter="nice",
+                                             inv_adapter_reduction_factor=2)),
+    "llama-unipelt": ("llama", gated(prefix(), bottleneck("SeqBnConfig"), lora())),
+    "gpt2-gated": ("gpt2", gated(bottleneck("SeqBnConfig"))),
+    "bert-prompt": ("bert", prompt()),
+    "bert-prompt_behind_first": ("bert", prompt(combine="prefix_after_bos")),
     "clip-seq_bn": ("clip", bottleneck("SeqBnConfig")),
     "clip-plus": ("clip", bottleneck("BnConfig", mh_adapter=True, output_adapter=True,
                                    non_linearity="gelu", original_ln_before=True,

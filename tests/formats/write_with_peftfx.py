@@ -53,7 +53,8 @@ AGAIN = (
     "bert-normed", "bert-normed_inside", "bert-scaled_par_bn", "bert-residual_after",
     "bert-unipelt", "bert-mam", "bert-compacter", "llama-seq_bn", "llama-par_bn",
     "gpt2-lora", "bert-fusion", "bart-prefix", "vit-lora", "vit-double_seq_bn",
-    "t5-prefix_flat",
+    "t5-prefix_flat", "bert-double_seq_bn_inv", "bert-inv_alone", "gpt2-seq_bn_inv",
+    "llama-par_bn_inv", "llama-unipelt", "bert-prompt", "bert-prompt_behind_first",
 )  # fmt: skip
 """Fixtures that are read, changed, and written."""
 

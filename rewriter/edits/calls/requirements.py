@@ -40,7 +40,7 @@ _WORDS: dict[type[Branch], str] = {
 
 _WEIGHTS = ("linear", "conv", "embedding", "experts")
 _KINDS = {
-    "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer",),
+    "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer", "embedding"),
     "shift": ("linear",),
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
     "prepend_tokens": ("embedding",), "wrap": ("sublayer",),

@@ -95,7 +95,7 @@ def _shift_absolute(program: State, length: int, apart: set[Node]) -> bool:
             learnt |= {
                 program.symbols[t] for d in shape(node) or () if (t := str(d)) in program.symbols
             }
-    targets += [(node, i) for node, i in _angles(gm) if node not in apart]
+    targets += [(node, i) for node, i in angles(gm) if node not in apart]
     for node, index in targets:
         position: Any = node.args[index]
         rows = isinstance(position, list | tuple)  # `table[positions]` instead of a lookup
@@ -108,7 +108,7 @@ def _shift_absolute(program: State, length: int, apart: set[Node]) -> bool:
     return bool(targets)
 
 
-def _angles(gm: GraphModule) -> Iterator[tuple[Node, int]]:
+def angles(gm: GraphModule) -> Iterator[tuple[Node, int]]:
     """The products of positions and frequencies below sines, and which operand is the position."""
     seen: set[Node] = set()
     products = MATMULS | overloads("outer", "mul")

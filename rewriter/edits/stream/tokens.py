@@ -147,8 +147,13 @@ def prepend_tokens(
     embedding: Node,
     path: str,
     reads: Mapping[str, Node],
+    start: Node | None = None,
 ) -> State:
-    """See `Editor.prepend_tokens`; returns the program with its narrower input range."""
+    """See `Editor.prepend_tokens`; returns the program with its narrower input range.
+
+    Args:
+        start: the value of the tokens that the rows overwrite; the embedding by default.
+    """
     gm = program.module
     attachment = next(a for a in program.attachments if a.path == path)
     branch: Any = gm.get_submodule(path)
@@ -167,7 +172,7 @@ def prepend_tokens(
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
     size = fresh_size(gm, value(ids).fake_mode, label)
-    for node, arguments in moves.items():
+    for node, arguments in moves.items() if branch.place != "stream" else ():
         node.args = arguments
     for source in placeholders(gm).values():
         if symbol not in [str(d) for d in shape(source) or ()]:
@@ -191,7 +196,9 @@ def prepend_tokens(
             return strip_prompt(node, axes)
 
     reads = stripped(program, attachment, reads, own, symbol, strip_behind)
-    rows = composed_value(embedding)  # what branches add to the table is no part of the prompt
+    rows = start or composed_value(
+        embedding
+    )  # what branches add to the table is no part of the prompt
     with gm.graph.inserting_after(latest(gm, {"": rows, **reads})):
         prompt = branch_call(gm, path, (rows,), reads)
     prompt.meta["val"] = value(embedding)
