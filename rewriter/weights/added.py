@@ -59,39 +59,37 @@ class _Matrix:
 
     def __init__(self, branch: Delta, dtype: torch.dtype, like: Tensor) -> None:
         self.added = Added(branch, dtype)
-        alone = alone_in(branch, torch.float64)
-        self.shape, width = alone.shape, like.new_empty((), dtype=torch.float64).expand(like.shape)
-        x, operands = drawn(self.shape, width)
-        with torch.no_grad():
-            self.got = self.shape.samples(alone(x, **operands))
+        self.alone = alone_in(branch, torch.float64)
+        self.like = like
         self.buffer = like.new_empty((rows_of(like, _BLOCK), like.shape[1]), dtype=dtype)
-        self.x, self.operands = drawn(self.shape, self.buffer[:1].expand(like.shape))
-        self.applied: list[Tensor] = []
 
     def rows(self, rows: slice) -> Tensor:
         """Its next rows."""
-        block = self.added.rows(rows, self.buffer[: rows.stop - rows.start])
-        if self.added.whole is None:  # beside a linear
-            self.applied.append(self.x @ block.mT)
-        return block
+        return self.added.rows(rows, self.buffer[: rows.stop - rows.start])
 
+    @torch.no_grad()
     def gap(self) -> float:
-        """The relative difference between the branch and its matrix, once all rows were told."""
-        whole = self.added.whole
-        if whole is None:
-            return largest_gap(torch.cat(self.applied, 1), self.got)
-        shape = self.shape.widened(whole.dtype)
-        return largest_gap(shape.samples(shape.applied(self.x, whole, **self.operands)), self.got)
+        """The relative difference between the branch and its matrix."""
+        like, shape, whole = self.like, self.alone.shape, self.added.whole
+        x, operands = drawn(shape, like.new_empty((), dtype=torch.float64).expand(like.shape))
+        got = shape.samples(self.alone(x, **operands))
+        x, operands = drawn(shape, self.buffer[:1].expand(like.shape))
+        if whole is None:  # beside a linear; the matrix is `b a`
+            return largest_gap(x @ self.added.a.mT @ self.added.b.mT, got)
+        wide = shape.widened(whole.dtype)
+        return largest_gap(wide.samples(wide.applied(x, whole, **operands)), got)
 
 
 def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdict | None:
     """See `clearly_added`: what is written may be off by its rounding, and that of the deltas."""
     old, new, first = before.weight, after.weight, deltas[0].buffer
     relative = 0.51 * (len(deltas) + before.roundings) * torch.finfo(after.dtype).eps
-    slack = sum(d.added.square() ** 0.5 for d in deltas) / math.sqrt(max(1, old.numel()))
+    sizes = [d.added.square() for d in deltas]
+    slack = sum(size**0.5 for size in sizes) / math.sqrt(max(1, old.numel()))
     allowed = 32 * torch.finfo(first.dtype).eps * slack  # that of all is at most the largest
     written, moved = torch.empty_like(first), torch.empty_like(first)
-    off = along = size = 0.0
+    off = along = 0.0
+    size = sizes[0] if len(deltas) == 1 else 0.0
     for rows in blocks(old, _BLOCK):
         change, *more = (d.rows(rows) for d in deltas)
         for other in more:
@@ -100,7 +98,7 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
         rounded, error = written[:count].copy_(new[rows]), moved[:count].copy_(old[rows])
         torch.sub(rounded, error, out=error)
         along += product(error, change)
-        size += square(change)
+        size += square(change) if len(deltas) > 1 else 0.0
         off += square(error.sub_(change))
         if not float(error.abs_().sub_(rounded.abs_(), alpha=relative).amax()) <= allowed:
             return None
