@@ -21,7 +21,7 @@ from ..api import Program
 from ..edits.folding.result import warn_of
 from ..errors import BaseMismatchError, FoldError, VerifyError
 from ..files.files import parse_json, write_json
-from ..files.identity import merkle_root, tensor_bytes, tensor_digest
+from ..files.identity import merkle_root, tensor_digest, write_tensor
 from ..files.job import Job, finished, job
 from ..program.unchanged import require_unchanged
 from .artifact import base_difference, read
@@ -261,7 +261,7 @@ class _Writer:
         source = self.checkpoint.mapped(name)
         self._require_base(name, source)
         folded = self.folder.folded(name)
-        new.write(tensor_bytes(source if folded is None else folded))
+        write_tensor(new, source if folded is None else folded)
         if (end := new.tell()) != self.checkpoint.entries[name].end:
             raise VerifyError(f"{name} ends at byte {end} of its file, which its header denies.")
 
