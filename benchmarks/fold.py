@@ -1,11 +1,12 @@
 """Folding a sharded checkpoint, beside the plain loop over its shards and Hugging Face PEFT.
 
     python -m benchmarks.fold [--gb 4] [--rounds 3] [--many-gb 0.5] [--adapters 30]
-        [stream] [many] [residual]
+        [--place FOLDER] [stream] [many] [residual]
 
 A Llama of random bfloat16 weights in shards, LoRA of rank 16 on all linears but the head, written
 by PEFT. Each variant is a process of its own with one thread, in turns: CPU seconds of the work
 (imports are apart, and stated), and how much the process's peak of resident memory grew by it.
+With `--place`, each measurement is kept as it is made: killed, the same command goes on.
 `stream`: one adapter. `many`: several adapters of a smaller base, by `fold_all` in one process,
 beside one process of PEFT each. `residual`: what `mode=residual` loses beside a fold. Writes
 `benchmarks/fold.json`.
@@ -17,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,25 +173,6 @@ def peftfx() -> Callable[..., object]:
     return to_directory
 
 
-def fold_alone() -> Callable[..., object]:
-    """What is left of it where the program is captured and the adapter loaded."""
-    import transformers.models.llama.modeling_llama  # noqa: F401  # pyright: ignore
-
-    import peftfx
-    from peftfx.exporters.formats import load_adapter
-    from peftfx.models import load_model
-
-    def work(base: Path, out: Path, adapter: Path) -> float:
-        named = load_model(str(base), hollow=True)
-        program = peftfx.capture(named.model, kwargs=named.example)
-        program = load_adapter(peftfx.load_weights(program, base), adapter)
-        begun = time.process_time()
-        peftfx.fold_checkpoint(program, base, out)
-        return time.process_time() - begun
-
-    return work
-
-
 def together() -> Callable[..., object]:
     import transformers.models.llama.modeling_llama  # noqa: F401  # pyright: ignore
 
@@ -200,10 +182,9 @@ def together() -> Callable[..., object]:
 
 
 VARIANTS: dict[str, Callable[[], Callable[..., object]]] = {
-    "plain loop": plain_loop, "PEFT": peft, "peftfx": peftfx, "peftfx, captured": fold_alone,
-    "fold_all": together,
+    "plain loop": plain_loop, "PEFT": peft, "peftfx": peftfx, "fold_all": together,
 }  # fmt: skip
-STREAMED = ("plain loop", "PEFT", "peftfx", "peftfx, captured")
+STREAMED = ("plain loop", "PEFT", "peftfx")
 
 
 def one(name: str, places: list[Path]) -> dict[str, float]:
@@ -221,80 +202,128 @@ def one(name: str, places: list[Path]) -> dict[str, float]:
 
 
 def _peak() -> float:
-    """Peak of resident memory, in MB; pages of mapped files count while they are touched."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+    """Peak of this process's resident memory, in MB (what `getrusage` says may be its parent's);
+    pages of mapped files count while they are touched."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / MB
 
 
-def apart(name: str, *places: Path) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fold", "--variant", name]
+def apart(name: str, *places: Path, module: str = "benchmarks.fold") -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", "-m", module, "--variant", name]
     done = subprocess.run([*command, *map(str, places)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+class Notes:
+    """Measurements by name, in a file; what is in it is not measured again."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path = path
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.kept: dict[str, Any] = known if known.get("about") == about else {"about": about}
+
+    def take(self, name: str, measure: Callable[[], Any]) -> Any:
+        if name not in self.kept:
+            self.kept[name] = measure()
+            self.kept[f"{name}, load"] = round(os.getloadavg()[0], 1)
+            self.path.write_text(json.dumps(self.kept))
+        return self.kept[name]
+
+    @property
+    def load(self) -> float:
+        """The machine's, in the middle of the measurements."""
+        return statistics.median(v for n, v in self.kept.items() if n.endswith(", load"))
+
+
+def made(place: Path, layers: int, count: int = 1) -> list[Path]:
+    """A base with adapters; those of an earlier run stay."""
+    if not (place / "whole").exists():
+        shutil.rmtree(place / "base", ignore_errors=True)
+        write_base(place / "base", layers)
+    (place / "whole").touch()
+    adapters = [place / f"adapter{i}" for i in range(count)]
+    for seed, adapter in enumerate(adapters):
+        if not (adapter / "adapter_model.safetensors").exists():
+            shutil.rmtree(adapter, ignore_errors=True)
+            write_adapter(adapter, layers, seed + 1)
+    return adapters
+
+
+def fresh(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
 def stream(place: Path, gb: float, rounds: int) -> dict[str, Any]:
     layers = layers_of(gb * 1e9)
-    write_base(place / "base", layers)
-    write_adapter(place / "adapter", layers)
+    (adapter,) = made(place, layers)
     sizes = [p.stat().st_size for p in (place / "base").glob("*.safetensors")]
+    notes = Notes(place / "stream.json", {"layers": layers})
     seen: dict[str, list[dict[str, float]]] = {n: [] for n in STREAMED}
-    names = list(STREAMED)
-    same = 0.0
+    names, same = list(STREAMED), 0.0
     for index in range(rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            seen[name].append(apart(name, place / "base", place / name, place / "adapter"))
-        same = _differing(place / "plain loop", place / "peftfx")
+            run = partial(apart, name, place / "base", place / name, adapter)
+            fresh(place / name) if f"{name} {index}" not in notes.kept else None
+            seen[name].append(notes.take(f"{name} {index}", run))
+        if not index:
+            pair = place / "plain loop", place / "peftfx"
+            same = notes.take("same", partial(_differing, *pair))
         for name in names:
-            shutil.rmtree(place / name)
+            fresh(place / name)
     result: dict[str, Any] = {
         "checkpoint MB": round(sum(sizes) / MB), "shards": len(sizes), "layers": layers,
         "largest shard MB": round(max(sizes) / MB), "rank": RANK, "rounds": rounds,
-        "share of numbers that differ from the loop's": same,
+        "share of numbers that differ from the loop's": same, "load": notes.load,
+        "memory allowed MB": round(1.3 * max(sizes) / MB + 150),
     }  # fmt: skip
     for name, runs in seen.items():
         medians = {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]}
-        ratios = {
-            f"over {other}": round(
-                statistics.median(
-                    r["seconds"] / o["seconds"] for r, o in zip(runs, seen[other], strict=True)
-                ),
-                2,
-            )
+        result[name] = medians | {
+            f"over {other}": _ratio(runs, seen[other])
             for other in ("plain loop", "PEFT")
             if name.startswith("peftfx")
         }
-        result[name] = medians | ratios
     return result
 
 
+def _ratio(runs: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+    pairs = zip(runs, others, strict=True)
+    return round(statistics.median(r["seconds"] / o["seconds"] for r, o in pairs), 2)
+
+
 def many(place: Path, gb: float, count: int) -> dict[str, Any]:
-    """All adapters by each variant, in turns of a few, so that neither has a quieter machine."""
+    """All adapters by one process, between halves of PEFT's, so that neither has a quieter
+    machine."""
     layers = layers_of(gb * 1e9)
-    write_base(place / "base", layers)
+    adapters = made(place, layers, count)
     size = sum(p.stat().st_size for p in (place / "base").glob("*.safetensors"))
-    adapters = [place / f"adapter{i}" for i in range(count)]
-    for seed, adapter in enumerate(adapters):
-        write_adapter(adapter, layers, seed)
-    ours = apart("fold_all", place / "base", place / "ours", *adapters)
-    theirs = 0.0
-    same = 0.0
-    for adapter in adapters:
-        theirs += apart("PEFT", place / "base", place / "theirs", adapter)["process"]
-        mine = place / "ours" / adapter.name
-        if len(list(mine.glob("*.safetensors"))) == len(list((place / "theirs").glob("*.s*rs"))):
-            same = max(same, _differing(place / "theirs", mine))
-        shutil.rmtree(place / "theirs")
-        shutil.rmtree(mine)
+    notes = Notes(place / "many.json", {"layers": layers, "count": count})
+
+    def theirs(adapter: Path) -> float:
+        out = fresh(place / "theirs")
+        return apart("PEFT", place / "base", out, adapter)["process"]
+
+    half = count // 2
+    peft = [notes.take(a.name, partial(theirs, a)) for a in adapters[:half]]
+    ours = notes.take(
+        "fold_all", lambda: apart("fold_all", place / "base", fresh(place / "ours"), *adapters)
+    )
+    peft += [notes.take(a.name, partial(theirs, a)) for a in adapters[half:]]
+    last = notes.take(
+        "same", lambda: _differing(place / "theirs", place / "ours" / adapters[-1].name)
+    )
     return {
         "base MB": round(size / MB), "layers": layers, "adapters": count,
-        "PEFT, a process each, CPU s": round(theirs, 1),
+        "PEFT, a process each, CPU s": round(sum(peft), 1),
         "fold_all, one process, CPU s": round(ours["process"], 1),
-        "of it capture and work": round(ours["seconds"], 1),
-        "times faster": round(theirs / ours["process"], 2),
-        "added MB": round(ours["added MB"]),
-        "largest share of numbers that differ": same,
+        "of it work": round(ours["seconds"], 1),
+        "times faster": round(sum(peft) / ours["process"], 2),
+        "added MB": round(ours["added MB"]), "load": notes.load,
+        "share of numbers that differ, of the last": last,
     }  # fmt: skip
 
 
@@ -349,7 +378,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many-gb", type=float, default=0.5, help="size of the base of `many`")
     parser.add_argument("--adapters", type=int, default=30, help="how many of `many`")
-    parser.add_argument("--place", help="an existing folder for the checkpoints")
+    about = "a folder for checkpoints and measurements; kept, so that the same command goes on"
+    parser.add_argument("--place", type=Path, help=about)
     parser.add_argument("--variant", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("sections", nargs="*", default=["stream", "many", "residual"])
     options = parser.parse_args()
@@ -360,18 +390,20 @@ def main() -> None:
         return
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     path = Path(__file__).with_suffix(".json")
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    sections: dict[str, Callable[[Path], Any]] = {
+        "stream": lambda place: stream(place, options.gb, options.rounds),
+        "many": lambda place: many(place, options.many_gb, options.adapters),
+        "residual": lambda _: residual(),
+    }
     for section in options.sections:
-        with tempfile.TemporaryDirectory(dir=options.place) as place:
-            if section == "residual":
-                result[section] = residual()
-            elif section == "many":
-                result[section] = many(Path(place), options.many_gb, options.adapters)
-            else:
-                result[section] = stream(Path(place), options.gb, options.rounds)
-        result |= {"machine": machine, "load": round(os.getloadavg()[0], 1)}
+        with tempfile.TemporaryDirectory() as temporary:
+            place = (options.place or Path(temporary)) / section
+            place.mkdir(parents=True, exist_ok=True)
+            done = sections[section](place)
+        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        result |= {section: done, "machine": machine}
         path.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result[section], indent=1), flush=True)
+        print(json.dumps(done, indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -182,9 +182,7 @@ _KOHYA = ("lora_down.weight", "lora_up.weight")
 
 def _of_artifact(path: str, artifact: Artifact, base: Files | None) -> Described:
     """Of our own: the passes tell what their branches' tensors are."""
-    places: list[Place] = []
-    for name, leaves in _branches(artifact.tensors).items():
-        places.append(_of_branch(artifact, name, leaves, base))
+    places = [_saved_place(*saved, base) for saved in saved_parts(artifact)]
     size = sum(t.nbytes for t in artifact.tensors.values())
     recipe = "; ".join(str(item) for item, _, _ in artifact.steps)
     methods = tuple(dict.fromkeys(item.text for item, _, _ in artifact.steps if item.adapter))
@@ -202,18 +200,30 @@ def _branches(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _of_branch(
-    artifact: Artifact, name: str, leaves: Mapping[str, Tensor], base: Files | None
+def saved_parts(
+    artifact: Artifact,
+) -> Iterator[tuple[str, str, Mapping[str, Tensor], Part | None]]:
+    """(method, target, tensors by leaf, the part if its pass tells it) of each saved branch, and
+    of what is trained itself."""
+    for name, leaves in _branches(artifact.tensors).items():
+        if "" in leaves:
+            yield "", name, leaves, Trained(name, leaves[""])
+            continue
+        rest = name.removeprefix("peftfx.")
+        step = next(
+            (s for s in artifact.steps if s[0].adapter and rest.startswith(f"{s[0].adapter}.")),
+            None,
+        )
+        method = rest.partition(".")[0] if step is None else step[0].text
+        module, _, slot = rest.partition(".")[2].rpartition(".")
+        target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
+        part = None if step is None else step[0].saved_part(Saved(target, slot, leaves, step[1]))
+        yield method, target, leaves, part
+
+
+def _saved_place(
+    method: str, target: str, leaves: Mapping[str, Tensor], part: Part | None, base: Files | None
 ) -> Place:
-    if "" in leaves:
-        return place_of(Trained(name, leaves[""]), base)
-    rest = name.removeprefix("peftfx.")
-    step = next((s for s in artifact.steps if s[0].adapter and rest.startswith(f"{s[0].adapter}.")),
-                None)  # fmt: skip
-    method = rest.partition(".")[0] if step is None else step[0].text
-    module, _, slot = rest.partition(".")[2].rpartition(".")
-    target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
-    part = None if step is None else step[0].saved_part(Saved(target, slot, leaves, step[1]))
     if part is not None:
         return place_of(part, base, method)
     tensors = [t for t in leaves.values() if t.is_floating_point()]

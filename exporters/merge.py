@@ -23,7 +23,7 @@ from torch import Tensor
 from ..passes.merging import merge_formulas
 from ..rewriter.errors import NonFiniteError, OptionError, PathError, WeightsError
 from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file, tensor_head, write_json
-from ..rewriter.files.identity import tensor_bytes
+from ..rewriter.files.identity import write_tensor
 from ..rewriter.files.job import finished, job
 from ..rewriter.measure.compare import all_finite
 from ..rewriter.storage.artifact import VERSION
@@ -123,7 +123,7 @@ def merge(
             with mine.file(file) as (new, _):
                 new.write(tensor_head(work.entries(names), {"format": "pt"}))
                 for name in names:
-                    new.write(tensor_bytes(work.value(name)))
+                    write_tensor(new, work.value(name))
         work.copy_others(mine.folder, text)
     return result
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from .exporters.formats import format_of, load_adapter
 from .exporters.gguf.base import Dequantised, write_directory
-from .models import is_gguf_model, load_model
+from .exporters.uncaptured import uncaptured
+from .models import Named, is_gguf_model, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError
@@ -20,13 +21,17 @@ from .rewriter.files.directory import new_directory
 from .rewriter.files.job import finished
 from .rewriter.files.leftovers import clean, make_parents, real_path, temporary
 from .rewriter.storage.filling import load_weights
+from .rewriter.storage.folding import LayoutFolder
 from .rewriter.storage.safetensors_checkpoint import Checkpoint
 from .rewriter.storage.stream import (
     RECORD,
+    Base,
     FoldedCheckpoint,
     files_of,
     fold_checkpoint,
     said_again,
+    told,
+    writing,
 )
 
 
@@ -64,7 +69,8 @@ def to_directory(
 ) -> Directory:
     """Writes a directory that `from_pretrained` loads, with an adapter folded in.
 
-    Memory holds one tensor of the base at a time, beside what is mapped from files. Killed at any
+    The model is captured only where the adapter holds more than changes of linears' weights. Memory
+    holds one tensor of the base at a time, beside what is mapped from files. Killed at any
     time, the same call goes on; once it is done, it does nothing more.
 
     Args:
@@ -94,9 +100,20 @@ def to_directory(
         return _said(said_again(target, record))
     with _checkpoint(base, weights, target, progress) as (source, read):
         named = load_model(str(base), hollow=True)
-        program = capture(named.model, kwargs=named.example, **(capturing or {}))
-        done = _fold(program, source, target, adapter, made_of, progress, allow_base_mismatch)
+        direct = None if allow_base_mismatch else _uncaptured(named, source, adapter)
+        if direct is not None:
+            done = told(writing(direct[0], target, made_of, direct[1]), progress)
+        else:
+            program = capture(named.model, kwargs=named.example, **(capturing or {}))
+            done = _fold(program, source, target, adapter, made_of, progress, allow_base_mismatch)
     return _said(done, read.notes)
+
+
+def _uncaptured(
+    named: Named, source: Path, adapter: str | Path
+) -> tuple[LayoutFolder, Base] | None:
+    layout = named.layout()
+    return None if layout is None else uncaptured(layout, Checkpoint.read(source), adapter)
 
 
 def _said(done: FoldedCheckpoint, notes: Sequence[str] = ()) -> Directory:

@@ -1,14 +1,15 @@
-"""Many adapters of one base, each folded into a directory of its own: one capture, and each shard
-of the base is read once for all."""
+"""Many adapters of one base, each folded into a directory of its own: at most one capture, and each
+shard of the base is read once for all."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 
 from .directories import identity
 from .exporters.formats import format_of, load_adapter
-from .models import load_model
+from .exporters.uncaptured import uncaptured
+from .models import Named, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import ArtifactError, OptionError, RewriteError, SystemFailedError
@@ -26,7 +28,7 @@ from .rewriter.storage.artifact import read
 from .rewriter.storage.filling import load_weights
 from .rewriter.storage.loading import attach
 from .rewriter.storage.safetensors_checkpoint import Checkpoint
-from .rewriter.storage.stream import RECORD, FoldedCheckpoint, folding, said_again
+from .rewriter.storage.stream import RECORD, FoldedCheckpoint, folding, said_again, writing
 
 REPORT = "fold-all.json"
 
@@ -112,8 +114,7 @@ def fold_all(
     left = [i for i, made in enumerate(made_of) if made is not None]
     if left:
         named = load_model(str(base), hollow=True)
-        hollow = capture(named.model, kwargs=named.example, **(capturing or {}))
-        work = _Work(hollow, source, outcomes, made_of, progress)
+        work = _Work(named, capturing or {}, source, outcomes, made_of, progress)
         work.spread(left, min(jobs, len(left)))
     report = {"base": str(base), "adapters": [asdict(o) for o in outcomes]}
     write_file(Path(out) / REPORT, write_json(report))
@@ -155,16 +156,28 @@ class _Work:
 
     def __init__(
         self,
-        hollow: Program,
+        named: Named,
+        capturing: Mapping[str, Any],
         source: Path,
         outcomes: Sequence[Outcome],
         made_of: Sequence[Mapping[str, Any] | None],
         progress: Callable[[str], None] | None,
     ) -> None:
-        self.hollow, self.outcomes, self.made_of = hollow, outcomes, made_of
+        self.named, self.capturing = named, capturing
+        self.outcomes, self.made_of = outcomes, made_of
         self.checkpoint, self.progress = Checkpoint.read(source), progress
-        self.filled = load_weights(hollow, source)  # mapped: nothing is read yet
+        self.layout = named.layout()
         self.digests: dict[str, str] = {}
+
+    @functools.cached_property
+    def hollow(self) -> Program:
+        """The captured base; not all adapters need it."""
+        return capture(self.named.model, kwargs=self.named.example, **self.capturing)
+
+    @functools.cached_property
+    def filled(self) -> Program:
+        """The same with values, mapped from files."""
+        return load_weights(self.hollow, self.checkpoint.directory)
 
     def spread(self, left: Sequence[int], jobs: int) -> None:
         """Gives each process its part; what they say comes back through pipes."""
@@ -242,13 +255,16 @@ class _Work:
         return False
 
     def _steps(self, index: int) -> Steps:
-        adapter, expected = self.outcomes[index].adapter, None
+        adapter, out = self.outcomes[index].adapter, self.outcomes[index].out
+        made_of: Any = self.made_of[index]
+        direct = self.layout and uncaptured(self.layout, self.checkpoint, adapter)
+        if direct is not None:
+            folder, base = direct
+            return writing(folder, out, made_of, replace(base, digests=self.digests))
+        expected = None
         if format_of(adapter) == "peftfx":
             artifact = read(adapter)
             expected, program = artifact.base, attach(self.hollow, artifact, adapter)
         else:
             program = load_adapter(self.filled, adapter)
-        return folding(
-            program, self.checkpoint, self.outcomes[index].out, expected, adapter,
-            self.made_of[index], self.digests,
-        )  # fmt: skip
+        return folding(program, self.checkpoint, out, expected, adapter, made_of, self.digests)

@@ -16,6 +16,7 @@ from .exporters.gguf.base import load_gguf
 from .exporters.gguf.file import is_gguf
 from .rewriter.errors import CaptureError, RewriteError
 from .rewriter.files.files import open_regular
+from .rewriter.tracing.reads import Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Named:
 
     model: nn.Module
     example: dict[str, Tensor]
+
+    def layout(self) -> Layout | None:
+        """Of a hollow model, see `layout_of`."""
+        known = {n: t for n, t in self.example.items() if n != "attention_mask"}  # read as numbers
+        return layout_of(self.model, known)
 
 
 def load_model(name: str, hollow: bool = False) -> Named:

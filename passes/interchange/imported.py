@@ -244,8 +244,8 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
                 edit.add(site, InvokedBranch(part, edit.like(site)), active=active)
         case Change():
             for site in sites_of(edit.program, part.target, False):
-                own = _own(site, part.delta, site.matrices[0])
-                edit.add(site, ChangeBranch(own.to(edit.like(site)), part.method))
+                own = replace(part, delta=_own(site, part.delta, site.matrices[0]))
+                edit.add(site, branch_of(own, edit.like(site)))
         case Scaling():
             _scaling(edit, part)
         case Trained():
@@ -294,13 +294,26 @@ def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     b = part.b if count == 1 else part.b.flatten(0, 1)
     b = _own(site, b, count)
     b = b if count == 1 else b.unflatten(0, (count, -1))
-    branch = LoRABranch(part.a.to(like, copy=True), b.to(like), part.scale, part.dropout)
-    if part.magnitude is None:
-        gate = gate_of(edit, site, part)
-        edit.add(site, branch if gate is None else GatedDelta(branch), gate=gate)
+    own = replace(part, b=b)
+    if part.magnitude is not None:
+        own = replace(own, magnitude=_own(site, part.magnitude, count))
+    branch = branch_of(own, like)
+    if isinstance(branch, DoRABranch):
+        edit.rescale(site, branch)
         return
-    magnitude = _own(site, part.magnitude, count).to(like)
-    edit.rescale(site, DoRABranch(magnitude, branch, False))
+    gate = gate_of(edit, site, part)
+    edit.add(site, branch if gate is None else GatedDelta(branch), gate=gate)
+
+
+def branch_of(part: LowRank | Change, like: Tensor) -> LoRABranch | DoRABranch | ChangeBranch:
+    """What computes a change, in the dtype of `like`; all of it, but for a gate."""
+    if isinstance(part, Change):
+        return ChangeBranch(part.delta.to(like, copy=True), part.method)
+    a, b = part.a.to(like, copy=True), part.b.to(like, copy=True)
+    branch = LoRABranch(a, b, part.scale, part.dropout)
+    if part.magnitude is None:
+        return branch
+    return DoRABranch(part.magnitude.to(like, copy=True), branch, False)
 
 
 def _active(edit: Editor, parts: Sequence[Part]) -> Value | None:

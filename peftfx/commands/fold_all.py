@@ -1,6 +1,6 @@
 """Fold many adapters of one base, each into a directory of its own.
 
-The base is captured once, and each of its shards is read once for all adapters. One that fails does
+The base is captured once at most, and each shard is read once for all adapters. One that fails does
 not keep the others; the exit code is then that of the first that failed. Killed at any time, the
 same command goes on. `fold-all.json` in `--out` says what became of each.
 

@@ -38,6 +38,7 @@ from ..sites.discover import discover
 from ..tracing.canonical import canonicalize
 from ..tracing.contraction import plain_products
 from ..tracing.guards import Sizes, read_sizes
+from ..tracing.reads import aliases_of
 from ..tracing.tracing import check_model, export, unwrapped
 from ..tracing.training import draws, part_modes, writes
 from .cache import Entry, Traced, place
@@ -85,7 +86,7 @@ def capture(
         model = copy.deepcopy(model).to(dtype)
     spec, tensors = _bind(model, args, kwargs or {}, dtype)
     axes = dynamic_axes(tensors, dynamic)
-    aliases = _aliases(model)
+    aliases = aliases_of(model)
     about = [spec.to_json(), {name: sorted(named.items()) for name, named in axes.items()}]
     entry = Entry(place(cache), model, tensors, about, aliases) if cache is not False else None
     traced = entry.recall() if entry else None
@@ -272,20 +273,6 @@ def _at_least_two(
                 tensor = tensor.repeat_interleave(2, dim=axis)
         example[name] = tensor
     return example
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    both: list[tuple[str, Tensor]] = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in both:
-        known = first.setdefault(id(tensor), name)
-        if known != name:
-            aliases[name] = known
-    return aliases
 
 
 def _own_tensors(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..errors import MetaTensorError
 from ..graph.sharded import whole
+
+_PIECE = 1 << 20
+"""Bytes that are written at a time."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -37,6 +41,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview | bytes:
     """A tensor's bytes (row-major, CPU), without a copy where there is none to make."""
     flat = whole(tensor).detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Writes a tensor's bytes (row-major) to a file."""
+    data = tensor_bytes(tensor)
+    for start in range(0, len(data), _PIECE):  # whole, they take several times as long
+        file.write(data[start : start + _PIECE])
 
 
 def merkle_root(digests: Mapping[str, str]) -> str:

@@ -1,15 +1,20 @@
-"""Folding into a checkpoint's tensors, one weight at a time."""
+"""Folding into a checkpoint's tensors, one weight at a time: those of a program, or of a model of
+which the layout is known and no more."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..api import Program
+from ..branches.branch import Branch
+from ..branches.shapes import LinearShape
 from ..edits.edit import Editor
+from ..edits.folding.apart import fold_apart
 from ..edits.folding.fold import by_weight, fold_weight
 from ..edits.folding.result import Folding
 from ..edits.linear.compose import fold_ready
@@ -19,19 +24,103 @@ from ..graph.turns import alone
 from ..measure.compare import all_finite
 from ..measure.constants import constant_reads
 from ..program.sites import WeightSite
+from ..tracing.reads import Layout
 from ..weights.weight import stored_calls
 from .safetensors_checkpoint import Checkpoint
 
 
-class ShardFolder:
+class Folder(ABC):
+    """New values of a checkpoint's tensors, one at a time.
+
+    Attributes:
+        names: first name of each of the model's tensors -> its name in the checkpoint.
+        state_names: all names that the model has for its tensors.
+        result: what was measured.
+        changed: names in the checkpoint of what is new.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Mapping[str, str],
+        state_names: Sequence[str],
+        aliases: Mapping[str, str],
+        result: Folding,
+    ) -> None:
+        self.checkpoint, self.names, self.state_names = checkpoint, names, state_names
+        self.aliases, self.result = aliases, result
+        self.changed: list[str] = []
+        self.weight_of: dict[str, str] = {}
+        self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
+        self.ready: dict[str, Tensor | None] = {}
+        self.resumed: set[str] = set()
+
+    def canonical(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
+    def resume(self, names: Iterable[str]) -> None:
+        """Leaves out tensors that are written already."""
+        for name in names:
+            self.uses[self.canonical(name)] -= 1
+            self.resumed.add(self.canonical(name))
+
+    def folded(self, name: str) -> Tensor | None:
+        """The new value of a checkpoint's tensor, in its dtype; None if it stays as it is."""
+        canonical = self.canonical(name)
+        weight = self.weight_of.get(canonical)
+        if weight is None:
+            own = self._trained(canonical)
+            changed = None if own is None else self._if_changed(canonical, own)
+        else:
+            if canonical not in self.ready:
+                for member, tensor in self._fold(weight).items():
+                    needed = self.uses[member] > 0
+                    self.ready[member] = self._if_changed(member, tensor) if needed else None
+            self.uses[canonical] -= 1
+            changed = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
+        if changed is not None:
+            self.changed.append(name)
+        return changed
+
+    @abstractmethod
+    def _fold(self, weight: str) -> Mapping[str, Tensor]:
+        """The values of the tensors that folding into a weight may change, itself included."""
+
+    @abstractmethod
+    def _trained(self, name: str) -> Tensor | None:
+        """What an adapter has for a tensor that nothing is folded into; None if it has nothing."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Everything that was not written before was folded, or it is an error."""
+
+    def _if_changed(self, canonical: str, current: Tensor) -> Tensor | None:
+        """A tensor as the files store it (what trained may be wider); None if it is the same."""
+        old = self.checkpoint.mapped(self.names[canonical])
+        current = current.detach().cpu().to(old.dtype)
+        if self._trained(canonical) is not None and not all_finite(current):
+            raise NonFiniteError(
+                f"{canonical}: what was learnt gives NaN or infinity in {str(old.dtype)[6:]}, "
+                "the checkpoint's dtype."
+            )
+        if current.shape != old.shape:
+            raise FoldError(
+                f"{canonical}: the folded tensor is {tuple(current.shape)}, but the checkpoint's "
+                f"is {tuple(old.shape)}."
+            )
+        return None if torch.equal(current, old) else current
+
+
+class ShardFolder(Folder):
     """A program whose base is hollow; weights get values while they are folded, one at a time."""
 
     def __init__(self, program: Program, checkpoint: Checkpoint) -> None:
         self.given, self.program = program, program.fork()
-        self.checkpoint = checkpoint
-        self.names = checkpoint.match(program)
-        self.result = Folding(constants=constant_reads(program, program.attachments))
-        self.changed: list[str] = []
+        constants = constant_reads(program, program.attachments)
+        super().__init__(
+            checkpoint, checkpoint.match(program), program.base.state_names, program.aliases,
+            Folding(constants=constants),
+        )  # fmt: skip
         self.edit = Editor(self.program)
         self.owned = program.tensors.trained
         self.hollowed = {n for n in self.names if n not in self.owned}
@@ -45,9 +134,6 @@ class ShardFolder:
         sites = {w: self.program.sites[group[0].site] for w, group in self.groups.items()}
         self.sites = {w: s for w, s in sites.items() if isinstance(s, WeightSite)}
         self.weight_of = {n: weight for weight in self.groups for n in self._members(weight)}
-        self.uses = Counter(self.canonical(n) for n in checkpoint.entries)
-        self.ready: dict[str, Tensor | None] = {}
-        self.resumed: set[str] = set()
 
     def _refuse(self) -> None:
         """Everything that a checkpoint has no place for, before anything is written."""
@@ -81,9 +167,6 @@ class ShardFolder:
         if not program.attachments and not self.owned:
             raise FoldError("there is no adapter to fold. Pass adapter=DIRECTORY.")
 
-    def canonical(self, name: str) -> str:
-        return self.program.aliases.get(name, name)
-
     def _members(self, weight: str) -> list[str]:
         bias = self.sites[weight].bias
         return [weight] if bias is None else [weight, bias]
@@ -99,46 +182,10 @@ class ShardFolder:
         except AttributeError:  # a buffer, or not in the graph: it is copied as it is
             return None
 
-    def resume(self, names: Iterable[str]) -> None:
-        """Leaves out tensors that are written already."""
-        for name in names:
-            self.uses[self.canonical(name)] -= 1
-            self.resumed.add(self.canonical(name))
+    def _trained(self, name: str) -> Tensor | None:
+        return self.program.module.get_parameter(name) if name in self.owned else None
 
-    def folded(self, name: str) -> Tensor | None:
-        """The new value of a checkpoint's tensor, in its dtype; None if it stays as it is."""
-        canonical = self.canonical(name)
-        weight = self.weight_of.get(canonical)
-        if weight is None and canonical not in self.owned:
-            return None
-        if weight is None:
-            changed = self._if_changed(canonical)
-        else:
-            if canonical not in self.ready:
-                self._fold(weight)
-            self.uses[canonical] -= 1
-            changed = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
-        if changed is not None:
-            self.changed.append(name)
-        return changed
-
-    def _if_changed(self, canonical: str) -> Tensor | None:
-        """A tensor as the files store it (what trained may be wider); None if it is the same."""
-        old = self.checkpoint.mapped(self.names[canonical])
-        current = self.program.module.get_parameter(canonical).detach().cpu().to(old.dtype)
-        if canonical in self.owned and not all_finite(current):
-            raise NonFiniteError(
-                f"{canonical}: what was learnt gives NaN or infinity in {str(old.dtype)[6:]}, "
-                "the checkpoint's dtype."
-            )
-        if current.shape != old.shape:
-            raise FoldError(
-                f"{canonical}: the folded tensor is {tuple(current.shape)}, but the checkpoint's "
-                f"is {tuple(old.shape)}."
-            )
-        return None if torch.equal(current, old) else current
-
-    def _fold(self, weight: str) -> None:
+    def _fold(self, weight: str) -> Mapping[str, Tensor]:
         gm = self.program.module
         members = self._members(weight)
         for member in members:
@@ -153,14 +200,47 @@ class ShardFolder:
                 f"{weight}: the branch {path} cannot be folded: "
                 f"{reason.removeprefix('not foldable: ')}."
             )
-        for member in members:
-            self.ready[member] = self._if_changed(member) if self.uses[member] else None
-            hollow = gm.get_parameter(member).detach().to("meta")
-            set_attribute(gm, member, nn.Parameter(hollow, False))
+        values = {member: gm.get_parameter(member).detach() for member in members}
+        for member, value in values.items():
+            set_attribute(gm, member, nn.Parameter(value.to("meta"), False))
+        return values
 
     def finish(self) -> None:
-        """Everything that was not written before was folded, or it is an error."""
         groups = (g for w, g in self.groups.items() if w not in self.resumed)
         left = [a for g in groups for a in g if a.path not in self.result.folded]
         if left:
             raise FoldError(f"{left[0].site}: its weight is not in the checkpoint.")
+
+
+class LayoutFolder(Folder):
+    """Branches beside the matrices of a model that was not captured."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        checkpoint: Checkpoint,
+        branches: Mapping[str, Sequence[Branch]],
+        trained: Mapping[str, Tensor],
+    ) -> None:
+        """
+        Args:
+            branches: of `layout.matrices`, by their names.
+            trained: values of other tensors, by their first names.
+        """
+        names = checkpoint.places(layout.state_names, layout.aliases, layout.tensors)
+        super().__init__(checkpoint, names, layout.state_names, layout.aliases, Folding())
+        self.layout, self.branches, self.trained = layout, branches, trained
+        self.weight_of = {name: name for name in branches}
+
+    def _fold(self, weight: str) -> Mapping[str, Tensor]:
+        stored = self.checkpoint.mapped(self.names[weight])
+        shape = LinearShape(self.layout.matrices[weight])
+        return {weight: fold_apart(weight, stored, shape, self.branches[weight], self.result)}
+
+    def _trained(self, name: str) -> Tensor | None:
+        return self.trained.get(name)
+
+    def finish(self) -> None:
+        left = {*self.branches} - {*self.result.shares} - self.resumed
+        if left:
+            raise FoldError(f"{min(left)}: its weight is not in the checkpoint.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,23 @@ class Checkpoint:
                 for tied weights.
         """
         base = program.base
-        stored = base.base_tensors()
+        return self.places(base.state_names, base.aliases, base.base_tensors(), strict)
+
+    def places(
+        self,
+        state_names: Iterable[str],
+        aliases: Mapping[str, str],
+        stored: Mapping[str, Tensor],
+        strict: bool = True,
+    ) -> dict[str, str]:
+        """The same of a model, told by the names in its state dict, tied names -> the first names
+        of their tensors, and all tensors by first name."""
         names: dict[str, list[str]] = {}
-        for name in base.state_names:
-            names.setdefault(base.aliases.get(name, name), []).append(name)
+        for name in state_names:
+            names.setdefault(aliases.get(name, name), []).append(name)
         here = {c: [n for n in group if n in self.entries] for c, group in names.items()}
         missing = sorted(c for c, key in here.items() if not key)
-        unexpected = sorted(set(self.entries) - set(base.state_names))
+        unexpected = sorted({*self.entries}.difference(*names.values()))
         if missing or (unexpected and strict):
             raise WeightsError(
                 f"{self.directory} does not hold this model's tensors: {len(missing)} are missing"

@@ -21,11 +21,11 @@ from ..api import Program
 from ..edits.folding.result import warn_of
 from ..errors import BaseMismatchError, FoldError, VerifyError
 from ..files.files import parse_json, write_json
-from ..files.identity import merkle_root, tensor_bytes, tensor_digest
+from ..files.identity import merkle_root, tensor_digest, write_tensor
 from ..files.job import Job, finished, job
 from ..program.unchanged import require_unchanged
 from .artifact import base_difference, read
-from .folding import ShardFolder
+from .folding import Folder, ShardFolder
 from .loading import attach
 from .safetensors_checkpoint import Checkpoint, header_size
 
@@ -122,6 +122,13 @@ def fold_checkpoint(
         program = attach(program, artifact, str(adapter))
     where = str(adapter or "the program")
     steps = folding(program, Checkpoint.read(source), target, expected, where, made_of)
+    return told(steps, progress)
+
+
+def told(
+    steps: Generator[str, None, FoldedCheckpoint], progress: Callable[[str], None] | None
+) -> FoldedCheckpoint:
+    """Takes all steps of a fold, and tells the name of each shard before."""
     with contextlib.closing(steps):
         while True:
             try:
@@ -155,20 +162,47 @@ def folding(
             "files. Save the folded program itself: peftfx.save_program."
         )
     made_of = made_of or {"base": files_of(checkpoint), "adapters": _adapters(program)}
-    result = FoldedCheckpoint(Path(target))
     if (record := finished(target, RECORD, made_of)) is not None:
         return said_again(target, record)
-    writer = _Writer(program, checkpoint, expected, where, {} if digests is None else digests)
+    stored = program.base.base_tensors()
+    values = {n: t for n, t in stored.items() if not t.is_meta}
+    base = Base(where, values, expected, {} if digests is None else digests)
+    return (yield from writing(ShardFolder(program, checkpoint), target, made_of, base))
+
+
+@dataclass
+class Base:
+    """What a checkpoint has to hold for adapters to be folded into it.
+
+    Attributes:
+        where: what says so, for errors.
+        values: tensors of the base, by first name, as far as they are at hand.
+        expected: hashes of the base's tensors, None where nobody knows them.
+        digests: of the checkpoint's tensors, as far as they are known; more are added.
+    """
+
+    where: str
+    values: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    expected: Mapping[str, str] | None = None
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def writing(
+    folder: Folder, target: str | Path, made_of: Mapping[str, Any], base: Base
+) -> Generator[str, None, FoldedCheckpoint]:
+    """Writes a checkpoint with its tensors' new values; gives each shard's name before."""
+    result, checkpoint = FoldedCheckpoint(Path(target)), folder.checkpoint
+    writer = _Writer(folder, base)
     with job(target, RECORD, made_of, lambda _: result.record()) as mine:
         for file in checkpoint.shards:
             if file not in mine.done:
                 yield file
                 writer.write(file, mine)
             else:
-                writer.resume(file, mine.done[file])
+                folder.resume(checkpoint.shards[file])
                 result.resumed.append(file)
             result.take(mine.done[file])
-        writer.finish()
+        folder.finish()
         _copy_others(checkpoint, mine.folder, result)
     warn_of(result.notes)
     return result
@@ -199,24 +233,14 @@ def _adapters(program: Program) -> dict[str, Any]:
 class _Writer:
     """Writes the shards of one fold."""
 
-    def __init__(
-        self,
-        program: Program,
-        checkpoint: Checkpoint,
-        expected: Mapping[str, str] | None,
-        where: str,
-        digests: dict[str, str],
-    ) -> None:
-        self.checkpoint, self.expected, self.where = checkpoint, expected, where
-        self.digests = digests
-        stored = program.base.base_tensors()
-        self.values = {n: t for n, t in stored.items() if not t.is_meta}
-        self.folder = ShardFolder(program, checkpoint)
-        if expected is not None:
-            wanted = {n: d for n, d in expected.items() if n in program.base.state_names}
-            have = {n: wanted.get(n, "") for n in self.folder.names}
+    def __init__(self, folder: Folder, base: Base) -> None:
+        self.folder, self.checkpoint, self.base = folder, folder.checkpoint, base
+        if base.expected is not None:
+            names = {*folder.state_names}
+            wanted = {n: d for n, d in base.expected.items() if n in names}
+            have = {n: wanted.get(n, "") for n in folder.names}
             if have != wanted:
-                raise BaseMismatchError(base_difference(have, wanted, where))
+                raise BaseMismatchError(base_difference(have, wanted, base.where))
 
     def write(self, file: str, mine: Job) -> None:
         """Writes a shard, and notes what was measured of it."""
@@ -233,36 +257,26 @@ class _Writer:
             said["gap"] = max((v.gap for v in fresh.values()), default=0.0)
             said["notes"] = folded.vanished[notes:]
 
-    def resume(self, file: str, said: Mapping[str, Any]) -> None:
-        """Leaves a shard out that was written before."""
-        del said
-        self.folder.resume(self.checkpoint.shards[file])
-
-    def finish(self) -> None:
-        """Raises FoldError where something was not folded."""
-        self.folder.finish()
-
     def _tensor(self, name: str, new: BinaryIO) -> None:
         source = self.checkpoint.mapped(name)
         self._require_base(name, source)
         folded = self.folder.folded(name)
-        new.write(tensor_bytes(source if folded is None else folded))
+        write_tensor(new, source if folded is None else folded)
         if (end := new.tell()) != self.checkpoint.entries[name].end:
             raise VerifyError(f"{name} ends at byte {end} of its file, which its header denies.")
 
     def _require_base(self, name: str, source: Tensor) -> None:
         """Raises BaseMismatchError unless a tensor is that of the base that adapters are of."""
-        canonical = self.folder.canonical(name)
-        same = True
-        if self.expected is not None:
-            if name not in self.digests:
-                self.digests[name] = tensor_digest(source)
-            same = self.expected.get(canonical, self.digests[name]) == self.digests[name]
-        elif (known := self.values.get(canonical)) is not None:
+        canonical, same, base = self.folder.canonical(name), True, self.base
+        if base.expected is not None:
+            if name not in base.digests:
+                base.digests[name] = tensor_digest(source)
+            same = base.expected.get(canonical, base.digests[name]) == base.digests[name]
+        elif (known := base.values.get(canonical)) is not None:
             same = self.checkpoint.holds(known, name) or _same_bytes(known, source)
         if not same:
             raise BaseMismatchError(
-                f"{self.where} was trained on other base weights: {name!r} differs. Fold into the "
+                f"{base.where} was trained on other base weights: {name!r} differs. Fold into the "
                 "checkpoint that it was trained on."
             )
 

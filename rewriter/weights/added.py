@@ -85,10 +85,12 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
     """See `clearly_added`: what is written may be off by its rounding, and that of the deltas."""
     old, new, first = before.weight, after.weight, deltas[0].buffer
     relative = 0.51 * (len(deltas) + before.roundings) * torch.finfo(after.dtype).eps
-    slack = sum(d.square**0.5 for d in deltas) / math.sqrt(max(1, old.numel()))
+    sizes = [d.square for d in deltas]
+    slack = sum(size**0.5 for size in sizes) / math.sqrt(max(1, old.numel()))
     allowed = 32 * torch.finfo(first.dtype).eps * slack  # that of all is at most the largest
     written, moved = torch.empty_like(first), torch.empty_like(first)
-    off = along = size = 0.0
+    off = along = 0.0
+    size = sizes[0] if len(deltas) == 1 else 0.0
     for rows in blocks(old, _BLOCK):
         change, *more = (d.rows(rows) for d in deltas)
         for other in more:
@@ -97,7 +99,7 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
         rounded, error = _as(new[rows], written[:count]), moved[:count]
         torch.sub(rounded, _as(old[rows], error), out=error)
         along += product(error, change)
-        size += square(change)
+        size += square(change) if len(deltas) > 1 else 0.0
         off += square(error.sub_(change))
         torch.abs(rounded, out=written[:count])
         if not float(error.abs_().sub_(written[:count], alpha=relative).amax()) <= allowed:

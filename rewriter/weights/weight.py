@@ -41,7 +41,7 @@ class Weight:
         dtype: what the product is computed in, and what branches beside it should have.
     """
 
-    module: GraphModule
+    module: nn.Module
     name: str
     bias_name: str | None
     bias: Tensor | None

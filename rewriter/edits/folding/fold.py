@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ...branches.branch import Branch, Expression, OutputScale
 from ...errors import FoldError, NonFiniteError
 from ...graph.aten import erase_dead, expression_of, parameter_of
-from ...graph.sharded import whole, whole_module
-from ...measure.compare import all_finite
+from ...graph.sharded import whole_module
 from ...measure.constants import constant_reads
 from ...program.history import Attachment
 from ...program.readers import Readers
@@ -27,7 +25,6 @@ from ...program.state import State
 from ...weights.certificate import check_folded, exact_of, require_finite_base
 from ...weights.shape import reads_as_stored
 from ...weights.verdict import Matrix
-from ...weights.weight import Weight
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
@@ -36,7 +33,7 @@ from .packing import while_unpacked
 from .pattern import Match, Mismatch
 from .rest import foreseen, put_rest
 from .result import Folding
-from .rules import Fold, linear_of, match_at
+from .rules import Fold, linear_of, match_at, require_finite
 from .untie import untie
 
 
@@ -265,7 +262,7 @@ def _try(
         return shared
     weight = edit.weight(shared)
     weight.require_values()
-    _require_finite(weight, attachment.path, branch)
+    require_finite(weight, attachment.path, branch)
     try:
         matches[0][1](weight, branch).store()
     except NonFiniteError:
@@ -350,23 +347,6 @@ def _settle_sharing(
         site = untie(edit, site, name, calls, rest)
         known.refresh()
     return site
-
-
-def _require_finite(weight: Weight, path: str, branch: Branch) -> None:
-    """Raises NonFiniteError, naming the tensor, where the branch or the bias is broken, or a weight
-    whose format may hide that; a dense one is told of once its sum is not finite."""
-    if not weight.is_dense:
-        require_finite_base(weight.name, weight.dense())
-    if weight.bias is not None:
-        require_finite_base(weight.bias_name or weight.name, weight.bias)
-    for name, tensor in branch.named_parameters():
-        if not all_finite(tensor):
-            index = (~torch.isfinite(whole(tensor))).nonzero()[0].tolist()
-            raise NonFiniteError(
-                f"{path}.{name} holds NaN or infinity (first at {index}), so it cannot be folded: "
-                "leave it out (fold{names=[...]}), go back to an earlier checkpoint, or train it "
-                "again with a smaller rate."
-            )
 
 
 def _erase(edit: Attaching, match: Match) -> None:

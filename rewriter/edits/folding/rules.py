@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
-from ...errors import FoldError
+from ...errors import FoldError, NonFiniteError
 from ...graph.aten import VIEWS, expression_of, strip
+from ...graph.sharded import whole
 from ...graph.weighted_call import WeightedCall
+from ...measure.compare import all_finite
 from ...weights.blocks import Added, widest
+from ...weights.certificate import require_finite_base
 from ...weights.verdict import alone_in
 from ...weights.weight import Weight
 from .pattern import Match, Mismatch, Ops, Pattern, Term, pattern
@@ -91,6 +94,18 @@ RULES: tuple[tuple[Pattern, Fold], ...] = (
 )
 
 
+def folded(weight: Weight, branch: Branch) -> Weight:
+    """A weight with a branch that stands right beside it in all calls of the weight."""
+    matching = (
+        (RowScale, _fold_rows), (Delta, _fold_delta), (OutputScale, _fold_output),
+        (InputScale, _fold_input),
+    )  # fmt: skip
+    for kind, action in matching:
+        if isinstance(branch, kind):
+            return action(weight, branch)
+    raise FoldError(f"{type(branch).__name__} is no branch of a weight.")
+
+
 def match_at(gm: GraphModule, call: Node) -> tuple[Match, Fold] | Mismatch:
     """The rule that fits around a branch's call; the most telling reason if none does."""
     roots = [call, *call.users]
@@ -117,3 +132,20 @@ def match_at(gm: GraphModule, call: Node) -> tuple[Match, Fold] | Mismatch:
 def linear_of(match: Match) -> Node:
     """The linear that a rule has matched."""
     return next(n for n in match.nodes if WeightedCall.of(n) is not None)
+
+
+def require_finite(weight: Weight, path: str, branch: Branch) -> None:
+    """Raises NonFiniteError, naming the tensor, where the branch or the bias is broken, or a weight
+    whose format may hide that; a dense one is told of once its sum is not finite."""
+    if not weight.is_dense:
+        require_finite_base(weight.name, weight.dense())
+    if weight.bias is not None:
+        require_finite_base(weight.bias_name or weight.name, weight.bias)
+    for name, tensor in branch.named_parameters():
+        if not all_finite(tensor):
+            index = (~torch.isfinite(whole(tensor))).nonzero()[0].tolist()
+            raise NonFiniteError(
+                f"{path}.{name} holds NaN or infinity (first at {index}), so it cannot be folded: "
+                "leave it out (fold{names=[...]}), go back to an earlier checkpoint, or train it "
+                "again with a smaller rate."
+            )
