@@ -143,7 +143,7 @@ def test_deepcopy_and_compile(captured: Any) -> None:
     ("change", "message"),
     [
         ({"token_type_ids": torch.zeros(3, 9, dtype=torch.long)}, "peftfx.capture"),
-        ({"attention_mask": None}, "missing"),
+        ({"input_ids": None}, "missing"),
         ({"attention_mask": torch.ones(3, 9)}, "must be i64"),
         ({"attention_mask": torch.ones(2, 9, dtype=torch.long)}, "batch"),
         ({"input_ids": torch.ones(3, 65, dtype=torch.long)}, "range 1..64"),

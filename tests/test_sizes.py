@@ -17,8 +17,9 @@ import peftfx
 from peftfx.rewriter.edits.edit import Editor
 from peftfx.rewriter.errors import CaptureError, InputError, PassError
 from peftfx.rewriter.inputs.probes import probes
-from peftfx.rewriter.inputs.spec import InputSpec, TensorInput
+from peftfx.rewriter.inputs.spec import InputSpec
 from peftfx.rewriter.inputs.specfile import read_spec
+from peftfx.rewriter.inputs.tensor_input import TensorInput
 from peftfx.rewriter.measure.influence import SAMPLES, TOKENS, _changes
 from peftfx.rewriter.measure.trials import sizes
 from peftfx.rewriter.pipeline.passes import Pass

@@ -1,4 +1,4 @@
-"""PEFT's configurations as recipes: `peftfx.run(program, peftfx.from_peft_config(config))`.
+"""PEFT's configurations as recipes: `peftfx.run(program, config)`, or `from_peft_config`.
 
 Which option is which of ours, each method's `aliases` say. Here is what PEFT has as one
 configuration and we have as several passes, and where its adapters start otherwise.
@@ -14,7 +14,7 @@ from typing import Any
 from ...rewriter.errors import OptionError, nearest
 from ...rewriter.pipeline.aliases import says_nothing, translated
 from ...rewriter.pipeline.passes import Pass, lookup, make
-from ...rewriter.pipeline.syntax import Pipeline
+from ...rewriter.pipeline.syntax import CONFIGURATIONS, Pipeline
 from .config import ABOUT
 
 
@@ -151,3 +151,6 @@ def _word(value: Any) -> str:
 
 def _list(value: Any) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+CONFIGURATIONS["peft"] = from_peft_config

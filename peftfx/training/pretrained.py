@@ -42,7 +42,8 @@ IGNORED = -100
 """The label that no loss counts."""
 
 FILLS = {"attention_mask": 1, "decoder_attention_mask": 1, "token_type_ids": 0}
-"""Inputs that calls may leave out, with the value that says nothing."""
+"""Inputs that calls may leave out, with the value that says nothing, where no trial could tell: in
+programs that were captured on the meta device, or written by earlier versions."""
 
 ADAPTER, BASE = "adapter", "base"
 """The artifact's folder beside the weights of a program with branches; the base model's."""
@@ -155,7 +156,8 @@ class ForPretrained:
             if isinstance(given.get(i.name), Tensor) and axis < given[i.name].dim()
         }
         for i in spec.inputs:
-            if given.get(i.name) is None and i.name in fills and isinstance(main, Tensor):
+            missing = given.get(i.name) is None and not i.optional
+            if missing and i.name in fills and isinstance(main, Tensor):
                 named = enumerate(i.shape)
                 shape = [s if isinstance(s, int) else sizes.get(s, main.shape[a]) for a, s in named]
                 fill = 0.0 if i.dtype.is_floating_point else fills[i.name]

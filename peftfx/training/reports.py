@@ -63,7 +63,7 @@ def _logger(given: Any, closing: contextlib.ExitStack) -> Logger:
         return _Scalars(writer)
     if given == "wandb":
         new = _library("wandb", "wandb").init()
-        closing.callback(new.finish)
+        closing.push(lambda failed, *_: new.finish(int(failed is not None)))
         return new
     if hasattr(given, "add_scalar"):
         return _Scalars(given)

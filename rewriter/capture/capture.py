@@ -30,7 +30,8 @@ from ..graph.symbols import refresh_sizes, unify
 from ..graph.turns import alone
 from ..inputs.dynamic import Dynamic, dynamic_axes
 from ..inputs.nesting import template_of
-from ..inputs.spec import InputSpec, TensorInput, forward_parameters, named_arguments
+from ..inputs.spec import InputSpec, forward_parameters, named_arguments
+from ..inputs.tensor_input import TensorInput
 from ..measure.independence import Values, kinds_of, relabelled
 from ..program.tensors import Tensors
 from ..program.trained import chosen, train_only
@@ -42,6 +43,7 @@ from ..tracing.reads import aliases_of
 from ..tracing.tracing import check_model, export, unwrapped
 from ..tracing.training import draws, part_modes, writes
 from .cache import Entry, Traced, place
+from .left_out import with_optional
 from .trial import Trial, must_be_equal, settle
 
 
@@ -71,7 +73,9 @@ def capture(
             model, inputs and code are not traced again; see `rewriter/capture/cache.py`.
 
     Returns:
-        A program whose outputs equal the model's bit for bit in training and evaluation mode.
+        A program whose outputs equal the model's bit for bit in training and evaluation mode. An
+        input for which `forward` has a default may be left out of calls where a trial shows what
+        the model takes for it: one number, or numbers that count.
 
     Raises:
         CaptureError: the model cannot be captured; the message says why and what to do.
@@ -164,6 +168,7 @@ def _trace(
     else:
         values = Values(gm, spec, symbols, given, list(sites))
         spec = replace(spec, kinds=kinds_of(values))
+    spec = with_optional(spec, trial)
     return Traced(gm, spec, sites, symbols, frozenset(read))
 
 

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,15 +66,31 @@ class Trial:
     ) -> tuple[float | None, set[str]]:
         """The gap in a mode, and the names of what only one of both writes."""
         inputs = self.spec.resize(self.sample, **sizes)
-        try:
-            want, theirs = self._run(self.model, self._model, inputs, training)
-        except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
+        wanted = self.of_model(inputs, training)
+        if wanted is None:
             return None, set()
-        try:
-            got, ours = self._run(self.gm, self._graph, inputs, training)
-        except Exception:  # noqa: BLE001 - whatever the graph raises, it is not what the model does
+        got = self.of_graph(inputs, training)
+        if got is None:
             return float("inf"), set()
-        return relative(want, got), ours ^ theirs
+        return relative(wanted[0], got[0]), wanted[1] ^ got[1]
+
+    def of_model(
+        self, inputs: Mapping[str, Tensor], training: bool | None = False
+    ) -> tuple[list[Tensor], set[str]] | None:
+        """What the model returns, and what it writes; None if it fails, which is no evidence."""
+        try:
+            return self._run(self.model, self._model, inputs, training)
+        except Exception:  # noqa: BLE001 - any failure of the user's model means: no evidence
+            return None
+
+    def of_graph(
+        self, inputs: Mapping[str, Tensor], training: bool | None = False
+    ) -> tuple[list[Tensor], set[str]] | None:
+        """The same of the graph; whatever it raises, it is not what the model does."""
+        try:
+            return self._run(self.gm, self._graph, inputs, training)
+        except Exception:  # noqa: BLE001 - see above
+            return None
 
     def agrees(self, **sizes: int) -> bool:
         """Whether nothing speaks against the graph at the given sizes."""
@@ -111,10 +126,10 @@ class Trial:
     def _run(
         self,
         module: nn.Module,
-        run: Callable[..., Any],
+        run: Callable[..., list[Tensor]],
         inputs: Mapping[str, Tensor],
         training: bool | None,
-    ) -> tuple[Any, set[str]]:
+    ) -> tuple[list[Tensor], set[str]]:
         """What a module returns, and the names of the tensors that it writes meanwhile."""
         with undisturbed(module, self.state) as before:
             outputs = run(inputs, training)

@@ -14,34 +14,7 @@ from ..errors import InputError
 from .axes import Kind, axis_of
 from .nesting import differences, leaves, rebuild, template_of
 from .relation import holds
-
-Size = int | str
-
-
-@dataclass(frozen=True)
-class TensorInput:
-    """One tensor input. A size that is a string is dynamic and named by it."""
-
-    name: str
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    fill: float | int | bool = 0
-    """A value that was valid in the captured example (its largest one for integers)."""
-    optional: bool = False
-    """A call may leave it out: it is `fill` then, in sizes that other inputs have, too."""
-    values: tuple[int, int] | None = None
-    """The smallest and the largest value that it may hold, if others mean nothing. Looking at them
-    waits for the device."""
-    start: tuple[float | int, ...] | None = None
-    """What a call that leaves it out gets along its axes of fixed size, instead of `fill`."""
-
-    def full(self, sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
-        """What it is where it is left out."""
-        if self.start is None:
-            return torch.full(tuple(sizes), self.fill, dtype=self.dtype, device=device)
-        start = torch.tensor(self.start, dtype=self.dtype, device=device)
-        own = start.view([s if isinstance(s, int) else 1 for s in self.shape])
-        return own.expand(tuple(sizes)).contiguous()
+from .tensor_input import TensorInput
 
 
 @dataclass(frozen=True)
@@ -122,32 +95,34 @@ class InputSpec:
         for name in self.structure:
             given.update(self._flattened(name, given.pop(name, None)))
         bound: dict[str, Tensor] = {}
+        there = {i.name: given[i.name] for i in self.inputs if given.get(i.name) is not None}
         for spec in self.inputs:
-            if given.get(spec.name) is None and spec.optional:
-                given[spec.name] = self.default(spec, bound)
-            if given.get(spec.name) is None:
-                raise InputError(
-                    f"input {spec.name!r} is missing. The program was captured with: {self}. "
-                    "Capture again without it if it is optional."
-                )
-            bound[spec.name] = given.pop(spec.name)
+            item = given.pop(spec.name, None)
+            bound[spec.name] = self._left_out(spec, there) if item is None else item
         for name, item in given.items():
             self._check_extra(name, item)
         self._check_sizes(bound)
         return bound
 
-    def default(self, spec: TensorInput, beside: Mapping[str, Tensor]) -> Tensor:
+    def _left_out(self, spec: TensorInput, beside: Mapping[str, Any]) -> Tensor:
         """What an optional input is where it is not given, on the device of the others."""
-        device = next((t.device for t in beside.values()), torch.device("cpu"))
-        known = self.sizes_of(beside)
-        return spec.full([s if isinstance(s, int) else known[s] for s in spec.shape], device)
+        tensors = {n: t for n, t in beside.items() if isinstance(t, Tensor)}
+        known = self.sizes_of(tensors)
+        if not spec.optional or not {s for s in spec.shape if isinstance(s, str)} <= known.keys():
+            why = f" ({spec.needed})" if spec.needed else ""
+            raise InputError(
+                f"input {spec.name!r} is missing{why}. The program was "
+                f"captured with: {self}. Give it, or capture again without it."
+            )
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        return spec.left_out([s if isinstance(s, int) else known[s] for s in spec.shape], device)
 
     def sizes_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """The dynamic sizes, by name, that some of the inputs have."""
         return {
             size: tensors[i.name].shape[axis]
             for i in self.inputs
-            if i.name in tensors
+            if i.name in tensors and tensors[i.name].dim() == len(i.shape)
             for axis, size in enumerate(i.shape)
             if isinstance(size, str)
         }
@@ -336,6 +311,8 @@ class InputSpec:
                 }
                 | ({} if i.values is None else {"values": list(i.values)})
                 | ({} if i.start is None else {"start": list(i.start)})
+                | ({} if i.absent is None else {"absent": [i.absent.first, i.absent.axis]})
+                | ({"needed": i.needed} if i.needed else {})
                 for i in self.inputs
             ],
             "ranges": {k: list(v) for k, v in self.ranges.items()},

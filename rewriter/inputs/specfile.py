@@ -10,7 +10,8 @@ import torch
 
 from .axes import KINDS, Kind
 from .relation import names
-from .spec import InputSpec, TensorInput
+from .spec import InputSpec
+from .tensor_input import Absent, TensorInput
 
 DTYPES = {str(d)[6:]: d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 """Every dtype by its name, the only names that are looked up in torch."""
@@ -61,7 +62,19 @@ def _input(data: Mapping[str, Any], ranges: Mapping[str, tuple[int, int | None]]
     optional, bounds = bool(data.get("optional", False)), data.get("values")
     values = None if bounds is None else _values(bounds)
     start = _start(data["start"], sizes) if "start" in data else None
-    return TensorInput(name, sizes, dtype, fill, optional, values, start)
+    absent = _absent(data["absent"], len(sizes)) if "absent" in data else None
+    needed = _text(data.get("needed", ""))
+    return TensorInput(name, sizes, dtype, fill, optional, values, start, absent, needed)
+
+
+def _absent(item: Any, axes: int) -> Absent:
+    first, axis = item
+    counts = axis is not None
+    if type(first) not in (int, float, bool) or (type(first) is int and abs(first) > 2**62):
+        raise TypeError(f"{first!r} is no number")
+    if counts and not (type(axis) is int and 0 <= axis < axes and type(first) is int):
+        raise ValueError(f"{item!r} does not say what an input is that is left out")
+    return Absent(first, axis)
 
 
 def _start(numbers: Any, sizes: tuple[int | str, ...]) -> tuple[float | int, ...]:

@@ -22,7 +22,8 @@ from ..graph.sharded import Gathering, whole
 from ..inputs.axes import Kind
 from ..inputs.changed import altered, levelled
 from ..inputs.probes import fit
-from ..inputs.spec import InputSpec, TensorInput
+from ..inputs.spec import InputSpec
+from ..inputs.tensor_input import TensorInput
 from ..program.sites import AttentionSite, MixerSite, Site
 from .compare import TOLERANCE, gaps
 from .still import undisturbed

@@ -7,10 +7,10 @@ dataclass fields, so that text, YAML and Python say the same thing.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ REGISTRY: dict[str, type[Pass]] = {}
 
 _LAST = ("where", "name", "seed")
 """Options that all methods have, written behind their own."""
+
+Made = TypeVar("Made")
 
 NAME = re.compile(r"[A-Za-z_][\w-]{0,63}")
 
@@ -48,8 +50,18 @@ class Saved:
     plan: Plan
 
 
+class Worded(ABCMeta):
+    """Makes passes of options in their own words or in other libraries'."""
+
+    def __call__(cls: type[Made], *args: Any, **options: Any) -> Made:
+        if args:
+            own = ", ".join(f.name for f in fields(cls))
+            raise OptionError(f"{cls.__name__} takes its options by name. Choose of: {own}.")
+        return ABCMeta.__call__(cls, **in_own_words(cls, options))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Pass(ABC):
+class Pass(metaclass=Worded):
     """A rewrite of a program.
 
     Class attributes:
@@ -97,7 +109,7 @@ class Pass(ABC):
                 )
         self.check()
 
-    def check(self) -> None:  # noqa: B027 - optional
+    def check(self) -> None:
         """Raises OptionError for values out of range; overridden by methods."""
 
     def require(self, holds: bool, option: str, rule: str, remedy: str = "") -> None:
@@ -193,17 +205,29 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
         OptionError: unknown pass, unknown option, or a wrong value.
     """
     cls = lookup(name)
-    known = [f.name for f in fields(cls)]
+    values = in_own_words(cls, options)
     hints = get_type_hints(cls)
-    values: dict[str, Any] = {}
-    given = translated(name, cls.aliases, options, getattr(cls, "where", ""))
-    for option, item in given.items():
+    new = cls(**{option: adapt(item, hints[option]) for option, item in values.items()})
+    object.__setattr__(new, "typed", frozenset(values))
+    return new
+
+
+def in_own_words(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a pass by the names of its fields.
+
+    Raises:
+        OptionError: a word that neither the pass nor another library has for an option of it.
+    """
+    known = [f.name for f in fields(cls)]
+    if options.keys() <= set(known):
+        return dict(options)
+    given = translated(cls.text, cls.aliases, options, getattr(cls, "where", ""))
+    for option in given:
         if option not in known:
             close = nearest(option, (*known, *cls.aliases))
             raise OptionError(
-                f"{name} has no option {option!r}. Nearest: {close}. Options: {', '.join(known)}."
+                f"{cls.text} has no option {option!r}. Nearest: {close}. "
+                f"Options: {', '.join(known)}."
             )
-        values[option] = adapt(item, hints[option])
-    new = cls(**values)
-    object.__setattr__(new, "typed", frozenset(values))
-    return new
+    hints = get_type_hints(cls)
+    return {option: adapt(item, hints[option]) for option, item in given.items()}

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import yaml
 
@@ -44,7 +44,17 @@ DEPTH_LIMIT = 32
 NODE_LIMIT = 20_000
 _DIGITS = 40
 
-Passes = Pass | Pipeline | Sequence[Pass | str] | str | Path
+CONFIGURATIONS: dict[str, Callable[[Any], Pipeline]] = {}
+"""Other libraries, by the name of their package -> what reads their configurations as recipes."""
+
+
+class Configuration(Protocol):
+    """A dataclass that another library configures an adapter with."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Passes = Pass | Pipeline | Configuration | Sequence[Pass | Configuration | str] | str | Path
 
 
 # Parsing.
@@ -345,6 +355,12 @@ def as_pipeline(passes: Passes) -> Pipeline:
         if not items:
             raise OptionError("the list of passes is empty.")
         return Pipeline(tuple(items))
+    packages = [kind.__module__.partition(".")[0] for kind in type(passes).__mro__]
+    for package in packages:
+        if package in CONFIGURATIONS:
+            return CONFIGURATIONS[package](passes)
+    libraries = ", ".join(CONFIGURATIONS) or "none"
     raise OptionError(
-        f"passes must be a Pass, a list, text or a path, not {type(passes).__name__}."
+        f"passes must be a Pass, a list, text, a path or a configuration (of {libraries}), not "
+        f"{type(passes).__name__}."
     )

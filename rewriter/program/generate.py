@@ -33,7 +33,7 @@ def _feed(
 ) -> dict[str, Tensor]:
     feed: dict[str, Tensor] = dict(given)
     for spec in program.spec.inputs:
-        if spec.name in given or spec.optional:
+        if spec.name in given:
             continue
         if spec.name == "input_ids":
             feed[spec.name] = ids
@@ -41,7 +41,7 @@ def _feed(
             feed[spec.name] = mask.to(spec.dtype)
         elif spec.name == "position_ids":
             feed[spec.name] = (mask.long().cumsum(-1) - 1).clamp_min(0).to(spec.dtype)
-        else:
+        elif not spec.optional:
             raise InputError(
                 f"generate cannot make the input {spec.name!r} of each step. "
                 "Give it, if it is the same at each step, or capture with input_ids and "

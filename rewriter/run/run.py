@@ -49,8 +49,8 @@ def run(
 
     Args:
         program: what to rewrite.
-        passes: a Pass, a list of them, text such as `"lora{rank=8,where=q|v};fold"`, or the path
-            of a YAML recipe.
+        passes: a Pass, a list of them, text such as `"lora{rank=8,where=q|v};fold"`, the path of a
+            YAML recipe, or a configuration of PEFT's.
         data, sources: handed to each pass's `plan`.
         progress: called with each pass's text before it runs.
 

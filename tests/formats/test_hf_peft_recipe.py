@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -130,6 +131,24 @@ def test_tokens_and_heads_are_passes_of_their_own() -> None:
 def test_words_of_the_same_meaning(text: str, same: str) -> None:
     (mine,), (own,) = peftfx.parse(text), peftfx.parse(same)
     assert mine == own and "r=" not in str(mine).replace("where=", "").split("{")[0]
+
+
+def test_words_in_python(base: peftfx.Program) -> None:
+    """Constructors and `run` take them, too; text, Python and PEFT's configuration are one recipe."""
+    words: Any = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    mine = peftfx.LoRA(**words)
+    assert mine == peftfx.LoRA(rank=2, alpha=4.0, where="name:q_proj") and type(mine.alpha) is float
+    assert replace(mine, where="v") == peftfx.LoRA(r=2, lora_alpha=4, where="v")  # type: ignore
+    direct = peftfx.run(base, [peft.LoraConfig(**words), "ia3{where=k}"])
+    assert [r.applied for r in direct.history] == [mine, peftfx.IA3(where="k")]
+    for wrong, said in (
+        (lambda: peftfx.LoRA(rnk=3), "no option 'rnk'. Nearest: rank, r"),  # type: ignore
+        (lambda: peftfx.LoRA(rank_pattern={"q": 2}), "a pass for each rank"),  # type: ignore
+        (lambda: peftfx.LoRA(8), "takes its options by name"),  # type: ignore
+        (lambda: peftfx.run(base, 3), "a configuration .of peft., not int"),  # type: ignore
+    ):
+        with pytest.raises(OptionError, match=said):
+            wrong()
 
 
 @pytest.mark.parametrize(

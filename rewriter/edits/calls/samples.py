@@ -15,7 +15,8 @@ from ...axes.line import Line
 from ...axes.named import NamedAxes, kinds_of_inputs, named_axes
 from ...branches.samples import Order
 from ...graph.aten import placeholders, shape
-from ...inputs.spec import InputSpec, TensorInput
+from ...inputs.spec import InputSpec
+from ...inputs.tensor_input import TensorInput
 from ...measure.independence import Values
 from ...program.state import State
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ...errors import PassError
 from ...graph.aten import output_node, placeholders, value
 from ...graph.output_class import extended
-from ...inputs.spec import TensorInput
+from ...inputs.tensor_input import TensorInput
 from ...program.state import State
 from .samples import sample_axis
 
