@@ -20,6 +20,7 @@ from ...graph.aten import (
     SOFTMAX,
     VIEWS,
     ancestors,
+    inputs,
     is_float,
     is_op,
     output_node,
@@ -44,7 +45,7 @@ from ..calls.call import branch_call, latest, move_before
 from ..calls.samples import ShownAxes
 from ..linear.compose import composed_value
 from .packed_rows import packed_by
-from .pads import PadPositions, PadTokens, StripTokens
+from .pads import PadPositions, PadTokens, StripTokens, longer_prompts
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
 
@@ -163,10 +164,11 @@ def prepend_tokens(
         )
     require_before(program, attachment, reads, embedding)
     own = own_reads(program, attachment, reads)
-    label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
-    size = fresh_size(gm, value(ids).fake_mode, label)
+    total, size = longer_prompts(gm, symbol, length)
+    size = size or fresh_size(gm, value(ids).fake_mode, program.symbols[symbol])
+    label = program.symbols.get(str(size), program.symbols[symbol])
     for node, arguments in moves.items():
         node.args = arguments
     for source in placeholders(gm).values():
@@ -182,7 +184,7 @@ def prepend_tokens(
         source.meta["val"] = _resized(source, symbol, size)
 
     def strip_prompt(node: Node, axes: tuple[int, ...]) -> Node:
-        call = add_call(gm, "strip_tokens", StripTokens(length, axes), (node,))
+        call = add_call(gm, "strip_tokens", StripTokens(total, axes), (node,))
         call.meta["val"] = _resized(node, symbol, size)
         return call
 
@@ -203,7 +205,7 @@ def prepend_tokens(
         with gm.graph.inserting_before(end):
             end.replace_input_with(leaf, strip_prompt(leaf, token_axes))
     program.spec = shorter(program, label, length)
-    program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
+    program.symbols = {**program.symbols, symbol: f"{label} + {total}", str(size): label}
     return program
 
 
@@ -239,17 +241,15 @@ def _pad(
 def _token_ids(
     program: State, axes: ShownAxes, site: EmbeddingSite, embedding: Node
 ) -> tuple[Node, str]:
-    """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, and the
-    size of its tokens."""
+    """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, behind
+    the prompts that are there, and the size of its tokens."""
     known = looked_up(embedding)
     ids: Any = None if known is None else strip(known, VIEWS)
     size = shape(ids)
+    source = ids
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
-        raise PassError(
-            f"there is a prompt in front of {site.id} already. Choose a longer one, or remove that "
-            "adapter first."
-        )
-    if not isinstance(ids, Node) or ids.op != "placeholder" or size is None or len(size) != 2:
+        (source,) = inputs(ids)
+    if not isinstance(source, Node) or source.op != "placeholder" or size is None or len(size) != 2:
         raise PassError(
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
@@ -257,9 +257,9 @@ def _token_ids(
     axis = 0 if axes.named.place(ids, "batch") == 1 else 1
     symbol = str(size[axis])
     if symbol not in program.symbols:
-        why = program.spec.reasons.get(f"{ids.target}.{axis}", "it was captured so")
+        why = program.spec.reasons.get(f"{source.target}.{axis}", "it was captured so")
         raise PassError(
-            f"the graph is made for exactly {symbol} tokens of {ids.target!r} ({why}), so none "
+            f"the graph is made for exactly {symbol} tokens of {source.target!r} ({why}), so none "
             "can be put in front. Capture with a dynamic number of tokens, or choose another "
             "method, such as lora."
         )
