@@ -43,9 +43,7 @@ class PTuningBranch(Tokens):
         return self.network()
 
     def settled(self, **decided: Tensor) -> PromptBranch:
-        plain = PromptBranch(decided["rows"])
-        plain.tokens_first = self.tokens_first
-        return plain
+        return PromptBranch(decided["rows"])
 
     def describe(self) -> str:
         return f"length={self.length}"

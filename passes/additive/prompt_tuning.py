@@ -2,7 +2,8 @@
 
 Lester et al., EMNLP 2021, arXiv:2104.08691. Prompt tokens take positions 0 to length-1, are seen
 by every token, and are stripped from the outputs. They start as rows of the token table (the
-paper's vocabulary initialisation), or uniform in +-0.5 with `init=uniform`. Not foldable.
+paper's vocabulary initialisation), or uniform in +-0.5 with `init=uniform`. Of several prompts,
+each stands in front of those inserted before it. Not foldable.
 """
 
 from __future__ import annotations

@@ -380,6 +380,8 @@ class Tokens(Branch):
 
     tokens_first: bool = False
     """It is given `[tokens, batch, width]`."""
+    front: int = 0
+    """How many tokens of other prompts stand in front of its own."""
 
     place: str = "input"
     """Where they are put, see `Editor.prepend_tokens`."""
@@ -394,10 +396,12 @@ class Tokens(Branch):
         raise NotImplementedError
 
     def forward(self, embedded: Tensor, **reads: Tensor) -> Tensor:
-        """Overwrites the first `length` positions of `embedded [batch, tokens, width]`, or with
-        `tokens_first` of `[tokens, batch, width]`."""
+        """Overwrites `length` positions from `front` on of `embedded [batch, tokens, width]`, or
+        with `tokens_first` of `[tokens, batch, width]`."""
         if self.tokens_first:
             embedded = embedded.transpose(0, 1)
         rows = self.rows(**reads).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        prompted = torch.cat([rows, embedded[:, self.length :]], dim=1)
+        before = [embedded[:, : self.front]] if self.front else []
+        after = embedded[:, self.front + self.length :]
+        prompted = torch.cat([*before, rows, after], dim=1)
         return prompted.transpose(0, 1) if self.tokens_first else prompted

@@ -189,7 +189,8 @@ class Editor(Reading):
         """Prepends `length` tokens whose embeddings are the branch's rows.
 
         Inputs are padded on the left and the rows overwrite the pads' embeddings, so masks,
-        positions and sizes follow by themselves; outputs are stripped to the user's tokens.
+        positions and sizes follow by themselves; outputs are stripped to the user's tokens. Where
+        a prompt is there already, the new one stands in front of it.
         Another table that the same ids look up gives the row of the pads there, which is reported.
         What the branch reads, alone or through `share`, has the tokens of the input only: the
         site's own `output` without prompt, other embeddings, masks, new inputs.

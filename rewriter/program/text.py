@@ -101,6 +101,8 @@ def _detail(module: nn.Module | None) -> str:
         return ""
     describe = getattr(module, "describe", None)
     parts = [describe() if describe is not None else module.extra_repr()]
+    if front := getattr(module, "front", 0):
+        parts.append(f"behind {front}")
     count = sum(p.numel() for p in module.parameters() if p.requires_grad)
     if count:
         parts.append(f"trains {count:,}")

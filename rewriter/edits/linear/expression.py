@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...branches.branch import Branch, Expression, Serial
+from ...branches.branch import Branch, Expression, Serial, Tokens
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,
@@ -159,6 +159,8 @@ def settle(edit: Attaching, path: str, decided: Mapping[str, Any]) -> None:
         remove(edit, attachment.path)
         return
     new.axis, new.features, new.lowered = old.axis, old.features, old.lowered
+    if isinstance(old, Tokens) and isinstance(new, Tokens):
+        new.tokens_first, new.front, new.place = old.tokens_first, old.front, old.place
     new.train(old.training)
     if edit.program.held(attachment.adapter):
         new.requires_grad_(False)

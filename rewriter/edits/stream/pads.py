@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ...branches.branch import Tokens
+from ...errors import PassError
+from ...graph.aten import inputs, shape, submodule, value
 
 
 class PadTokens(nn.Module):
@@ -67,3 +74,38 @@ class StripTokens(nn.Module):
 
     def extra_repr(self) -> str:
         return f"length={self.length}, axes={self.axes}"
+
+
+def longer_prompts(gm: GraphModule, symbol: str, prompt: Tokens) -> tuple[int, Any]:
+    """Makes room for one more prompt, in front of those on tokens whose number is `symbol`.
+
+    Returns:
+        How long all are together, and the number of tokens without them; None where this prompt is
+        the first one.
+
+    Raises:
+        PassError: one of several prompts is where the stream begins, behind the positions.
+    """
+    length = prompt.length
+    total, size = length, None
+    places = {prompt.place}
+    for node in gm.graph.nodes:
+        module: Any = submodule(gm, node)
+        if isinstance(module, PadTokens | PadPositions) and symbol in _sizes(node):
+            size = value(inputs(node)[0]).shape[module.axis]
+            module.length = total = module.length + length
+        elif isinstance(module, StripTokens) and symbol in _sizes(inputs(node)[0]):
+            module.length += length
+        elif isinstance(module, Tokens) and symbol in _sizes(node):
+            module.front += length
+            places.add(module.place)
+    if total > length and places != {"input"}:
+        raise PassError(
+            "a prompt where the stream begins, behind the positions, stands alone. Remove the "
+            "other one first, or use two in front of the input."
+        )
+    return total, size
+
+
+def _sizes(node: Any) -> list[str]:
+    return [str(s) for s in shape(node) or ()]

@@ -20,6 +20,7 @@ from ...graph.aten import (
     SOFTMAX,
     VIEWS,
     ancestors,
+    inputs,
     is_float,
     is_op,
     output_node,
@@ -44,7 +45,7 @@ from ..calls.call import branch_call, latest, move_before
 from ..calls.samples import ShownAxes
 from ..linear.compose import composed_value
 from .packed_rows import packed_by
-from .pads import PadPositions, PadTokens, StripTokens
+from .pads import PadPositions, PadTokens, StripTokens, longer_prompts
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
 
@@ -168,10 +169,11 @@ def prepend_tokens(
         )
     require_before(program, attachment, reads, embedding)
     own = own_reads(program, attachment, reads)
-    label = program.symbols[symbol]
     outputs = _token_outputs(gm, symbol)
     moves = moved_places(gm, embedding, ids, symbol, length)
-    size = fresh_size(gm, value(ids).fake_mode, label)
+    total, size = longer_prompts(gm, symbol, branch)
+    size = size or fresh_size(gm, value(ids).fake_mode, program.symbols[symbol])
+    label = program.symbols.get(str(size), program.symbols[symbol])
     for node, arguments in moves.items() if branch.place != "stream" else ():
         node.args = arguments
     for source in placeholders(gm).values():
@@ -187,7 +189,7 @@ def prepend_tokens(
         source.meta["val"] = _resized(source, symbol, size)
 
     def strip_prompt(node: Node, axes: tuple[int, ...]) -> Node:
-        call = add_call(gm, "strip_tokens", StripTokens(length, axes), (node,))
+        call = add_call(gm, "strip_tokens", StripTokens(total, axes), (node,))
         call.meta["val"] = _resized(node, symbol, size)
         return call
 
@@ -196,9 +198,8 @@ def prepend_tokens(
             return strip_prompt(node, axes)
 
     reads = stripped(program, attachment, reads, own, symbol, strip_behind)
-    rows = start or composed_value(
-        embedding
-    )  # what branches add to the table is no part of the prompt
+    # What branches add to the table is no part of the prompt.
+    rows = start or composed_value(embedding)
     with gm.graph.inserting_after(latest(gm, {"": rows, **reads})):
         prompt = branch_call(gm, path, (rows,), reads)
     prompt.meta["val"] = value(embedding)
@@ -210,7 +211,7 @@ def prepend_tokens(
         with gm.graph.inserting_before(end):
             end.replace_input_with(leaf, strip_prompt(leaf, token_axes))
     program.spec = shorter(program, label, length)
-    program.symbols = {**program.symbols, symbol: f"{label} + {length}", str(size): label}
+    program.symbols = {**program.symbols, symbol: f"{label} + {total}", str(size): label}
     return program
 
 
@@ -246,17 +247,15 @@ def _pad(
 def _token_ids(
     program: State, axes: ShownAxes, site: EmbeddingSite, embedding: Node
 ) -> tuple[Node, str]:
-    """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, and the
-    size of its tokens."""
+    """The input that an embedding looks up, `[batch, sequence]` or `[sequence, batch]`, behind
+    the prompts that are there, and the size of its tokens."""
     known = looked_up(embedding)
     ids: Any = None if known is None else strip(known, VIEWS)
     size = shape(ids)
+    source = ids
     if isinstance(ids, Node) and isinstance(submodule(program.module, ids), PadTokens):
-        raise PassError(
-            f"there is a prompt in front of {site.id} already. Choose a longer one, or remove that "
-            "adapter first."
-        )
-    if not isinstance(ids, Node) or ids.op != "placeholder" or size is None or len(size) != 2:
+        (source,) = inputs(ids)
+    if not isinstance(source, Node) or source.op != "placeholder" or size is None or len(size) != 2:
         raise PassError(
             f"{site.id} is not looked up by an input of token ids [batch, sequence], so no tokens "
             "can be put in front. Choose another embedding with where=, or prefix_tuning."
@@ -264,9 +263,9 @@ def _token_ids(
     axis = 0 if axes.named.place(ids, "batch") == 1 else 1
     symbol = str(size[axis])
     if symbol not in program.symbols:
-        why = program.spec.reasons.get(f"{ids.target}.{axis}", "it was captured so")
+        why = program.spec.reasons.get(f"{source.target}.{axis}", "it was captured so")
         raise PassError(
-            f"the graph is made for exactly {symbol} tokens of {ids.target!r} ({why}), so none "
+            f"the graph is made for exactly {symbol} tokens of {source.target!r} ({why}), so none "
             "can be put in front. Capture with a dynamic number of tokens, or choose another "
             "method, such as lora."
         )
