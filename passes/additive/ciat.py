@@ -9,8 +9,8 @@ with norms of their own (epsilon 1e-6), z being normed already where norms come 
 languages are trained one by one (the paper), or together: with `languages` above 1 the program has
 a new input, the language of the batch, and `bake{inputs={language=2}}` leaves one. D and U start
 Glorot uniform, as in the authors' code: not the identity, which `init=zero` (U zero) gives. The
-authors train the adapters with the model's own dropout off. One table that several streams look up
-has one adapter for all of them. Not foldable, because of the non-linearity.
+authors train the adapters with the model's own dropout off. A table that encoder and decoder share
+has an adapter for each. Not foldable, because of the non-linearity.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ ORDER = {
             "combine",
             "output_scale",
             "output_shift",
-        )  # fmt: skip
+        )
     )
 }
 
