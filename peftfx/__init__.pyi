@@ -22,11 +22,13 @@ from .passes.hybrid.unipelt import UniPELT as UniPELT
 from .passes.interchange.imported import Imported as Imported
 from .passes.lowering.causal import Causal as Causal
 from .passes.lowering.lower import Lower as Lower
+from .passes.merging.adapter_soup import AdapterSoup as AdapterSoup
 from .passes.merging.bake import Bake as Bake
 from .passes.merging.bank import Bank as Bank
 from .passes.merging.combine import Combine as Combine
 from .passes.merging.extract_lora import ExtractLora as ExtractLora
 from .passes.merging.fold import Fold as Fold
+from .passes.merging.mera import MerA as MerA
 from .passes.pruning.channel_pruning import ChannelPruning as ChannelPruning
 from .passes.pruning.head_pruning import HeadPruning as HeadPruning
 from .passes.pruning.width_pruning import WidthPruning as WidthPruning

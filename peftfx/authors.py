@@ -21,7 +21,7 @@ from .rewriter.branches.branch import (
     Tokens,
 )
 from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
-from .rewriter.branches.input_shift import InputShift
+from .rewriter.branches.input_shift import InputShift, OutputShift
 from .rewriter.branches.routing import Routed
 from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value
@@ -74,6 +74,7 @@ __all__ = [
     "NormSite",
     "OptionError",
     "OutputScale",
+    "OutputShift",
     "Pass",
     "PassError",
     "Plan",

@@ -1,4 +1,4 @@
-"""HyperFormer++: one hypernetwork generates the adapters of all layers, blocks and tasks.
+"""HyperFormer, and HyperFormer++: a hypernetwork generates the adapters of all tasks and layers.
 
 Mahabadi et al., ACL 2021, arXiv:2106.04489. For task t, layer l and block b (attention or
 feed-forward), each stream's own generator gives
@@ -7,9 +7,11 @@ feed-forward), each stream's own generator gives
     h <- h + gamma * norm(U gelu(D h + b_D) + b_U) + beta
 
 behind every self-attention and feed-forward sublayer, before the residual add. Task embeddings
-are shared by all streams. Embeddings start N(0, 1), linears N(0, 0.01^2) with zero biases, so
-gamma is centred on 0 and not on 1. The base's norms train, too. The task is an input: one a
-batch. `bake{names=[hyperformer],inputs={task=2}}` leaves the adapters of one task.
+are shared by all streams. `heads=own` is the plain HyperFormer: every layer's block has a G of its
+own, which reads `I = W2 ReLU(W1 z_t)`, one for all places, without a norm as in the authors' code.
+Embeddings start N(0, 1), linears N(0, 0.01^2) with zero biases, so gamma is centred on 0 and not
+on 1. The base's norms train, too. The task is an input: one a batch.
+`bake{names=[hyperformer],inputs={task=2}}` leaves the adapters of one task.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Serial
+from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
 from ...rewriter.measure.constants import constant_reads
@@ -54,6 +57,13 @@ class Generator(nn.Module):
         layer, block = self.places.unbind(1)
         where = [task.expand(len(layer), -1), self.layers[layer], self.blocks[block]]
         return self.heads(self.norm(self.outer(F.relu(self.inner(torch.cat(where, 1))))))
+
+
+class Projector(nn.Sequential):
+    """`W2 ReLU(W1 z)` of a task's embedding z `[dim]`: `[projected]`."""
+
+    def __init__(self, dim: int, hidden: int, projected: int) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, projected))
 
 
 class HyperFormerBranch(Serial):
@@ -96,6 +106,7 @@ class HyperFormer(Method):
         tasks: number of tasks; the program's new input says which, an int64 scalar below it.
         bottleneck: inner width r of the adapters.
         dim, hidden, projected: widths of the embeddings, of the hidden layer and of I.
+        heads: `shared` by all layers and blocks of a stream (HyperFormer++), or each place's `own`.
         task: name of the new input; 0 if a call leaves it out.
         norms: also train all normalisation parameters, as the paper does.
     """
@@ -109,6 +120,7 @@ class HyperFormer(Method):
     dim: int = 64
     hidden: int = 128
     projected: int = 64
+    heads: Literal["shared", "own"] = "shared"
     task: str = "task"
     norms: bool = True
     where: str = "attn and self|ffn"
@@ -123,14 +135,30 @@ class HyperFormer(Method):
         nn.init.normal_(table.weight, generator=edit.generator)
         task = edit.add_input(self.task, torch.tensor(0), values=(0, self.tasks - 1))
         table = edit.share("tasks", table.to(edit.like(sites[0])), input=task)
+        insert = self._insert_shared if self.heads == "shared" else self._insert_own
+        insert(edit, sites, table)
+        if self.norms:
+            edit.train_norms()
+
+    def _insert_shared(self, edit: Editor, sites: Sequence[SublayerSite], table: Value) -> None:
         for stream, width in dict.fromkeys((s.stream, s.width) for s in sites):
             here = [s for s in sites if (s.stream, s.width) == (stream, width)]
             weights = edit.share(f"{stream}_width{width}", self._generator(edit, here), task=table)
             for row, site in enumerate(here):
                 branch = HyperFormerBranch(width, self.bottleneck)
                 edit.after(site, branch, weights=edit.item(weights, row))
-        if self.norms:
-            edit.train_norms()
+
+    def _insert_own(self, edit: Editor, sites: Sequence[SublayerSite], table: Value) -> None:
+        projector = Projector(self.dim, self.hidden, self.projected)
+        _initialise(projector, edit.generator)
+        task = edit.share("projector", projector.to(edit.like(sites[0])), input=table)
+        for site in sites:
+            branch = HyperFormerBranch(site.width, self.bottleneck)
+            head = nn.Linear(self.projected, sum(branch.sizes))
+            _initialise(head, edit.generator)
+            name = edit.name(site).replace(".", "_")
+            weights = edit.share(f"head_{name}", head.to(edit.like(site)), input=task)
+            edit.after(site, branch, weights=weights)
 
     def _generator(self, edit: Editor, sites: Sequence[SublayerSite]) -> Generator:
         layers = list(dict.fromkeys(s.layer for s in sites))
@@ -141,9 +169,7 @@ class HyperFormer(Method):
         generator = Generator(torch.tensor(places), dims, size)
         for parameter in (generator.layers, generator.blocks):
             nn.init.normal_(parameter, generator=edit.generator)
-        for linear in (generator.inner, generator.outer, generator.heads):
-            nn.init.normal_(linear.weight, std=0.01, generator=edit.generator)
-            nn.init.zeros_(linear.bias)
+        _initialise(generator, edit.generator)
         return generator.to(edit.like(sites[0]))
 
     def settle(
@@ -155,3 +181,10 @@ class HyperFormer(Method):
         if not 0 <= chosen < self.tasks:
             raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
         return constant_reads(program, program.attached_by(self.adapter), {self.task: chosen})
+
+
+def _initialise(module: nn.Module, drawn: torch.Generator) -> None:
+    """Linears become N(0, 0.01^2), their biases zero."""
+    for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+        nn.init.normal_(linear.weight, std=0.01, generator=drawn)
+        nn.init.zeros_(linear.bias)

@@ -44,6 +44,10 @@ class HeadsBranch(InputShift):
         """`seen`: z, with the samples and tokens of x."""
         return self.inner.update(x, seen=seen)
 
+    def units(self, z: Tensor) -> Tensor:
+        """Of the bottleneck."""
+        return self.inner.units(z)
+
     def describe(self) -> str:
         return self.inner.describe()
 

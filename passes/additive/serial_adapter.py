@@ -48,9 +48,12 @@ class SerialAdapterBranch(Serial):
     def update(self, h: Tensor, seen: Tensor | None = None) -> Tensor:
         """`seen`: what D reads instead of h, of its shape."""
         h = h if seen is None else self.features_last(seen)
-        inner = linear(h, self.down, self.down_bias)
-        inner = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
-        return linear(inner, self.up, self.up_bias)
+        return linear(self.units(h), self.up, self.up_bias)
+
+    def units(self, z: Tensor) -> Tensor:
+        """What the r inner units give for what D reads."""
+        inner = linear(z, self.down, self.down_bias)
+        return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
 
     def part(self) -> Part:
         own = (self.down, self.up, self.down_bias, self.up_bias)

@@ -76,16 +76,19 @@ class BottleneckBranch(Serial):
 
     def update(self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         """`gate`: `[batch, 1, 1]`; `seen`: z, of the shape of h."""
-        z = h if seen is None else self.features_last(seen)
-        if self.before_weight is not None:
-            z = self._norm(z, self.before_weight, self.before_bias)
-        inner = ACTIVATIONS[self.options["activation"]](linear(z, self.down, self.down_bias))
+        inner = self.units(h if seen is None else self.features_last(seen))
         if self.inner_dropout:
             inner = F.dropout(inner, self.inner_dropout, self.training)
         up = linear(inner, self.up, self.up_bias)
         scale = self.options["scale"] if self.factor is None else self.factor.to(up.dtype)
         up = self.dropped(up * scale)
         return up if gate is None else up * gate
+
+    def units(self, z: Tensor) -> Tensor:
+        """What the inner units give for what D reads."""
+        if self.before_weight is not None:
+            z = self._norm(z, self.before_weight, self.before_bias)
+        return ACTIVATIONS[self.options["activation"]](linear(z, self.down, self.down_bias))
 
     def transform(
         self, h: Tensor, gate: Tensor | None = None, seen: Tensor | None = None

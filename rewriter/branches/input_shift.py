@@ -1,4 +1,4 @@
-"""Branches that add something to what a linear reads."""
+"""Branches that add something to what a linear reads, or to what a lookup gives."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ class InputShift(Branch):
     def forward(self, x: Tensor, **reads: Tensor) -> Tensor:
         x = self.features_last(x)
         return self.features_back(x + self.shift(x, **reads))
+
+
+class OutputShift(Branch):
+    """`y = e + f(e)` with the value e of a table's lookup, all its other branches included."""
+
+    slot = "output_shift"
+    reads = writes = "out"
+    not_foldable = "it is added to what is looked up, and is not linear"
+
+    def shift(self, e: Tensor, /, *_: Any, **reads: Any) -> Tensor:
+        """`f(e, **reads)`: `[..., width] -> [..., width]`."""
+        raise NotImplementedError
+
+    def forward(self, e: Tensor, **reads: Tensor) -> Tensor:
+        return e + self.shift(e, **reads)

@@ -24,7 +24,7 @@ from ..branches.branch import (
     Serial,
     Tokens,
 )
-from ..branches.input_shift import InputShift
+from ..branches.input_shift import InputShift, OutputShift
 from ..branches.routing import Routed
 from ..graph.aten import ancestors, set_attribute, users, value
 from ..program.history import ITSELF
@@ -56,7 +56,7 @@ from .structure.axes import Channels
 from .structure.cut import cut_channels
 from .structure.groups import part_groups
 
-Linear = Delta | InputShift | InputScale | OutputScale | RowScale | Combine
+Linear = Delta | InputShift | OutputShift | InputScale | OutputScale | RowScale | Combine
 
 
 class Editor(Reading):
@@ -101,8 +101,14 @@ class Editor(Reading):
             site = replace(site, features=None)
         self._attach_linear(site, branch, reads)
 
-    def shift(self, site: LinearSite, branch: InputShift, **reads: Value | None) -> None:
-        """Adds to what the calls of a linear read: `y = base(x + branch(x))`."""
+    def shift(
+        self,
+        site: LinearSite | EmbeddingSite,
+        branch: InputShift | OutputShift,
+        **reads: Value | None,
+    ) -> None:
+        """Adds to what the calls of a linear read, `y = base(x + branch(x))`, or to what those of a
+        table give, `y = e + branch(e)`."""
         require_fit(self.method, "shift", site, branch)
         self._attach_linear(replace(site, features=None), branch, reads)
 

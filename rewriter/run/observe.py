@@ -144,6 +144,36 @@ def observe_rows(
         yield from ((site.id, totals[read] / count) for site in shared)
 
 
+def operand_rows(
+    program: State, data: Iterable[Mapping[str, Tensor]], paths: Sequence[str], read: str = ""
+) -> Iterator[dict[str, Tensor]]:
+    """What branches read, batch by batch, in evaluation mode: path -> rows `[n, width]`.
+
+    Args:
+        program, data: as for `observe`.
+        paths: of the branches.
+        read: of those that read a value under this name, its rows instead of the operand's.
+
+    Padding is left out where samples and tokens are the first two axes.
+    """
+    program = stilled(program)
+    called = {str(n.target): n for n in program.module.graph.nodes if n.op == "call_module"}
+    reads: dict[str, Node] = {}
+    for path in paths:
+        node: Any = called[path]
+        reads[path] = node.kwargs.get(read, node.args[0])
+    axes = ShownAxes(program)
+    masks = {x: valid_of(program, axes, x) for x in reads.values()}
+    values = {n.name: n for pair in masks.items() for n in pair if n is not None}
+    for seen in _run(program, Tapped(program, values), data):
+        rows: dict[str, Tensor] = {}
+        for path, x in reads.items():
+            branch: Any = program.module.get_submodule(path)
+            known, valid = branch.features_last(seen[x.name]), masks[x]
+            rows[path] = _real_rows(known, None if valid is None else seen[valid.name])
+        yield rows
+
+
 def _run(program: State, tapped: Tapped, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
     """What each batch shows, without gradients; a batch may come with a loss (`gradients`)."""
     taken = set(program.spec.names)
@@ -161,7 +191,10 @@ def _run(program: State, tapped: Tapped, data: Iterable[Any]) -> Iterator[dict[s
 
 def _rows(x: Tensor, valid: Tensor | None, site: WeightSite) -> Tensor:
     """The rows `[n, in]` of an operand."""
-    x = x.movedim(-2, -1) if site.left else x
+    return _real_rows(x.movedim(-2, -1) if site.left else x, valid)
+
+
+def _real_rows(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None and x.shape[:2] == valid.shape:
         x = x[valid]
     return x.reshape(-1, x.shape[-1])

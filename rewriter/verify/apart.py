@@ -13,7 +13,7 @@ from ..program.history import Attachment
 from ..program.state import State
 
 _ON_THE_WAY = frozenset(
-    {"input_shift", "input_scale", "row_scale", "delta", "output_scale", "serial"}
+    {"input_shift", "input_scale", "row_scale", "delta", "output_scale", "output_shift", "serial"}
 )
 
 

@@ -102,6 +102,36 @@ def test_trainable_count(captured: Any, zoo: Any, name: str) -> None:
     assert names == norms
 
 
+@pytest.mark.parametrize("name", ["decoder", "t5"])
+def test_the_plain_one_has_a_generator_a_place(captured: Any, zoo: Any, name: str) -> None:
+    """[D, b_D, U, b_U, gamma, beta] = G_lb W2 ReLU(W1 z_t) + g_lb; its counts; a task baked."""
+    model, base, inputs = subject(captured, zoo, name)
+    program = randomise(peftfx.run(base, f"{SMALL[:-1]},heads=own,norms=false}}"), 0.2)
+    own = {n.removeprefix("peftfx.hyperformer."): p.detach()
+           for n, p in program.named_trainable_parameters().items()}  # fmt: skip
+    hooks: dict[str, Any] = {}
+    z, count = own["tasks.weight"][2], 3 * 8 + (8 * 12 + 12) + (12 * 6 + 6)
+    x = own["projector.0.weight"] @ z + own["projector.0.bias"]
+    x = own["projector.2.weight"] @ x.clamp(min=0) + own["projector.2.bias"]
+    for stream, patterns in LAST[name].items():
+        for layer in range(2):
+            for role in ("attn", "ffn"):
+                module, head = patterns[role].format(layer), f"head_{stream}_layer{layer}_{role}"
+                flat = own[f"{head}.weight"] @ x + own[f"{head}.bias"]
+                d = model.get_submodule(module).out_features
+                hooks[module] = adapter(flat, d, 4)
+                count += (6 + 1) * (2 * d * 4 + d + 4 + 2 * d)
+    with hooked(model, hooks):
+        want = first(model(**inputs))
+    task = torch.tensor(2)
+    torch.testing.assert_close(first(program(**inputs, task=task)), want, rtol=1e-4, atol=2e-5)
+    assert moved(first(base(**inputs)), want) > 0.01
+    assert sum(p.numel() for p in program.trainable_parameters()) == count
+    baked = peftfx.run(program, "bake{inputs={task=2}}")
+    torch.testing.assert_close(first(baked(**inputs)), want, rtol=1e-4, atol=2e-5)
+    assert baked.shared == ()
+
+
 @pytest.mark.parametrize("name", list(LAST))
 def test_one_task_is_baked_exactly(captured: Any, zoo: Any, name: str, tmp_path: Path) -> None:
     model, base, inputs = subject(captured, zoo, name)

@@ -23,7 +23,7 @@ from ...branches.branch import (
     Serial,
     Tokens,
 )
-from ...branches.input_shift import InputShift
+from ...branches.input_shift import InputShift, OutputShift
 from ...branches.routing import Routed
 from ...errors import PassError
 from ...graph.aten import ancestors
@@ -32,7 +32,7 @@ from ...program.state import State
 
 _WORDS: dict[type[Branch], str] = {
     Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
-    InputShift: "shift",
+    InputShift: "shift", OutputShift: "shift",
     Expression: "express", Serial: "after", Combine: "combine", KeyValue: "prepend_kv",
     Tokens: "prepend_tokens", Routed: "wrap",
 }  # fmt: skip
@@ -41,7 +41,7 @@ _WORDS: dict[type[Branch], str] = {
 _WEIGHTS = ("linear", "conv", "embedding", "experts")
 _KINDS = {
     "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer", "embedding"),
-    "shift": ("linear",),
+    "shift": ("linear", "embedding"),
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
     "prepend_tokens": ("embedding",), "wrap": ("sublayer",),
 }  # fmt: skip

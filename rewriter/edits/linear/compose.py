@@ -34,7 +34,15 @@ from ...weights.weight import Weight, columns_of
 ORDER = {
     name: place
     for place, name in enumerate(
-        ("input_shift", "input_scale", "row_scale", "delta", "combine", "output_scale")
+        (
+            "input_shift",
+            "input_scale",
+            "row_scale",
+            "delta",
+            "combine",
+            "output_scale",
+            "output_shift",
+        )
     )
 }
 
@@ -112,7 +120,7 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
             updates[attachment.path] = last
             continue
         last = tail = chain.add(tail, last)
-    for attachment in of_slot("output_scale"):
+    for attachment in (*of_slot("output_scale"), *of_slot("output_shift")):
         tail = chain.branch(attachment, (tail,), behind=tail, instead=tail)
     chain.finish(tail)
 

@@ -1,0 +1,192 @@
+"""CIAT: adapters of each language, beside every sublayer and behind the embeddings.
+
+Zhu et al., Findings EMNLP 2021, arXiv:2104.08154 (counter-interference adapters for translation).
+Behind the token embeddings e, and beside each self-attention and feed-forward block, which read z,
+
+    e <- e + U relu(D LN(e) + b_D) + b_U,    h <- h + U relu(D LN(z) + b_D) + b_U
+
+with norms of their own (epsilon 1e-6), z being normed already where norms come first. Pairs of
+languages are trained one by one (the paper), or together: with `languages` above 1 the program has
+a new input, the language of the batch, and `bake{inputs={language=2}}` leaves one. D and U start
+Glorot uniform, as in the authors' code: not the identity, which `init=zero` (U zero) gives. The
+authors train the adapters with the model's own dropout off. A table that encoder and decoder share
+has an adapter for each. Not foldable, because of the non-linearity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...rewriter.branches.bottleneck import BottleneckBranch
+from ...rewriter.branches.branch import Axes, Serial
+from ...rewriter.branches.input_shift import OutputShift
+from ...rewriter.branches.shapes import linear
+from ...rewriter.edits.calls.call import Value
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError
+from ...rewriter.measure.constants import constant_reads
+from ...rewriter.pipeline.method import Method
+from ...rewriter.program.history import Contract, Plan
+from ...rewriter.program.sites import EmbeddingSite, SublayerSite
+from ...rewriter.program.state import State
+
+
+class Languages(nn.Module):
+    """Bottlenecks of n languages: `down [n, r, d]`, `up [n, d, r]`, `gamma`, `beta [n, d]`."""
+
+    def __init__(self, down: Tensor, up: Tensor, dropout: float) -> None:
+        super().__init__()
+        count, bottleneck, width = down.shape
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.down_bias = nn.Parameter(down.new_zeros(count, bottleneck))
+        self.up_bias = nn.Parameter(down.new_zeros(count, width))
+        self.gamma = nn.Parameter(down.new_ones(count, width))
+        self.beta = nn.Parameter(down.new_zeros(count, width))
+        self.dropout = dropout
+
+    def forward(self, z: Tensor, language: Tensor | None = None) -> Tensor:
+        """U relu(D LN(z)) of a language, or of the only one."""
+        every = self.down, self.down_bias, self.up, self.up_bias, self.gamma, self.beta
+        chosen = [p[0] if language is None else p.index_select(0, language.view(1))[0]
+                  for p in every]  # fmt: skip
+        down, down_bias, up, up_bias, gamma, beta = chosen
+        x = F.layer_norm(z, gamma.shape, gamma.to(z.dtype), beta.to(z.dtype), 1e-6)
+        inner = F.dropout(F.relu(linear(x, down, down_bias)), self.dropout, self.training)
+        return linear(inner, up, up_bias)
+
+    def only(self, language: Tensor) -> Languages:
+        """That of one language."""
+        one = Languages(self.down[:0], self.up[:0], self.dropout)
+        for name, parameter in self.named_parameters():
+            kept = parameter.detach().index_select(0, language.view(1)).clone()
+            one.register_parameter(name, nn.Parameter(kept))
+        return one
+
+    def describe(self) -> str:
+        count, bottleneck, _ = self.down.shape
+        return f"bottleneck={bottleneck}" + (f", {count} languages" if count > 1 else "")
+
+
+_AXES: Axes = {
+    "inner.down": ("language", "rank", "width"), "inner.down_bias": ("language", "rank"),
+    "inner.up": ("language", "width", "rank"), "inner.up_bias": ("language", "width"),
+    "inner.gamma": ("language", "width"), "inner.beta": ("language", "width"),
+}  # fmt: skip
+
+
+class CIATBranch(Serial):
+    """Beside a sublayer."""
+
+    not_foldable = BottleneckBranch.not_foldable
+    axes: ClassVar[Axes] = {**_AXES, "seen": ("...", "width")}
+
+    def __init__(self, inner: Languages) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def update(self, h: Tensor, seen: Tensor, language: Tensor | None = None) -> Tensor:
+        """`seen`: z, of the shape of h."""
+        return self.inner(self.features_last(seen), language)
+
+    def settled(self, language: Tensor, **decided: Any) -> Self:
+        return type(self)(self.inner.only(language))
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+
+class CIATEmbedding(OutputShift):
+    """Behind a table's lookup."""
+
+    not_foldable = BottleneckBranch.not_foldable
+    axes: ClassVar[Axes] = {
+        n: tuple("out" if a == "width" else a for a in axes) for n, axes in _AXES.items()
+    }
+
+    def __init__(self, inner: Languages) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def shift(self, e: Tensor, language: Tensor | None = None) -> Tensor:
+        return self.inner(e, language)
+
+    def settled(self, language: Tensor, **decided: Any) -> Self:
+        return type(self)(self.inner.only(language))
+
+    def describe(self) -> str:
+        return self.inner.describe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CIAT(Method):
+    """Puts adapters beside sublayers and behind embeddings, for each of several languages.
+
+    Attributes:
+        languages: their number; for more than one, the program's new input says which, an int64
+            scalar below it.
+        language: name of the new input; 0 if a call leaves it out.
+        bottleneck: inner width r; none for half the width of the model.
+        dropout: of what the activation gives, in training.
+        init: `glorot`, or `zero`: U is zero.
+    """
+
+    folds: ClassVar[str] = "no: not linear; `bake` leaves one language"
+
+    kinds: ClassVar[tuple[str, ...]] = ("sublayer", "embedding")
+    contract: ClassVar[Contract] = Contract("trainable")
+
+    languages: int = 1
+    language: str = "language"
+    bottleneck: int | None = None
+    dropout: float = 0.3
+    init: Literal["glorot", "zero"] = "glorot"
+    where: str = "attn and self and sublayer|ffn and sublayer|embedding.token"
+
+    def check(self) -> None:
+        self.require(self.languages >= 1, "languages", "at least 1")
+        self.require(self.language.isidentifier(), "language", "a name")
+        self.require(self.bottleneck is None or self.bottleneck >= 1, "bottleneck", "at least 1")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+    def promise(self) -> Contract:
+        return Contract("identity") if self.init == "zero" else self.contract
+
+    def insert_all(self, edit: Editor, sites: Sequence[Any], plan: Plan) -> None:
+        chosen: dict[str, Value] = {}
+        if self.languages > 1:
+            last = self.languages - 1
+            chosen["language"] = edit.add_input(self.language, torch.tensor(0), values=(0, last))
+        for site in sites:
+            inner = self.made(edit, site)
+            if isinstance(site, EmbeddingSite):
+                edit.shift(site, CIATEmbedding(inner), **chosen)
+            elif (seen := edit.operand(site)) is not None:
+                edit.after(site, CIATBranch(inner), seen=seen, **chosen)
+
+    def made(self, edit: Editor, site: SublayerSite | EmbeddingSite) -> Languages:
+        """The bottlenecks of one site, freshly initialised."""
+        width, r = site.width, self.bottleneck or max(1, site.width // 2)
+        down, up = torch.empty(self.languages, r, width), torch.zeros(self.languages, width, r)
+        bound = (6 / (width + r)) ** 0.5
+        down.uniform_(-bound, bound, generator=edit.generator)
+        if self.init == "glorot":
+            up.uniform_(-bound, bound, generator=edit.generator)
+        like = edit.like(site)
+        return Languages(down.to(like), up.to(like), self.dropout)
+
+    def settle(
+        self, program: State, data: Any, inputs: Mapping[str, int]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        chosen = inputs.get(self.language)
+        if chosen is None or self.languages == 1:
+            return {}
+        if not 0 <= chosen < self.languages:
+            last = self.languages - 1
+            raise PassError(f"{self.adapter}: language {chosen} is not one of 0 to {last}.")
+        return constant_reads(program, program.attached_by(self.adapter), {self.language: chosen})
