@@ -136,7 +136,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
     ("scale", "rewriter/weights/blocks.py:Added.__init__", "b * scale", "0.9 * b * scale",
      folds(_LORA)),
     ("axis", "rewriter/edits/folding/rules.py:_fold_rows",
-     "c[rows]", "c[: len(block)]", folds(_DORA)),
+     "c[rows]", "c[: len(block)].flip(0)", folds(_DORA)),
     ("axis", "rewriter/edits/folding/rules.py:_fold_input",
      "weight.with_columns", "weight.with_rows",
      folds("ia3")),
