@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ def test_a_base_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(hashed) == count == 7
     peftfx.save(program, tmp_path / "two")
     peftfx.load(program.base, tmp_path / "one")
+    peftfx.load(model, tmp_path / "one")  # a capture of its own, of the same memory
     assert len(hashed) == count
     want = {n: original(t) for n, t in program.base.base_tensors().items()}
     assert fingerprint.base_digests(program) == want
@@ -229,9 +231,25 @@ def test_a_base_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         model.up.weight.mul_(2)
     with pytest.raises(BaseChangedError, match=r"up\.weight"):
         peftfx.save(program, tmp_path / "three")
-    other = peftfx.capture(model, (X,))  # of its own, so nothing is known of it
     with pytest.raises(BaseMismatchError, match=r"up\.weight"):
-        peftfx.load(other, tmp_path / "one")
+        peftfx.load(peftfx.capture(model, (X,)), tmp_path / "one")
+    assert len(hashed) == count + 1
+
+
+def test_digests_leave_with_the_memory_that_they_are_of() -> None:
+    def places() -> set[int]:
+        return {printed.view[0] for printed in fingerprint._DIGESTS}  # pyright: ignore[reportPrivateUsage]
+
+    program = adapted(net())
+    mine = {t.data_ptr() for t in program.base.base_tensors().values()}
+    fingerprint.base_digests(program)
+    assert mine <= places()
+    del program
+    gc.collect()
+    other = adapted(net())
+    fingerprint.base_digests(other)
+    kept = {t.data_ptr() for t in other.base.base_tensors().values()}
+    assert kept <= places() and not (mine - kept) & places()
 
 
 def test_what_has_no_fingerprint_is_hashed_every_time() -> None:

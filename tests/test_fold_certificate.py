@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,31 @@ def test_a_wrong_matrix_is_refused_in_every_dtype(
     monkeypatch.setattr(LoRABranch, "factors", lambda _: None)
     with pytest.raises(VerifyError, match=r"^up\.0\.weight: the branch peftfx\.lora\.up\.0\.delta"):
         peftfx.run(program, "fold")
+
+
+def wide(tensor: Tensor) -> Any:
+    return tensor.detach().float().numpy().astype(np.longdouble)
+
+
+def is_nearest(rounded: Tensor, exact: Any) -> Any:
+    """Whether neither neighbour of a number is nearer to the exact one."""
+    gap, ends = abs(wide(rounded) - exact), (-float("inf"), float("inf"))
+    beside = [rounded.nextafter(torch.full_like(rounded, end)) for end in ends]
+    return np.minimum(*(abs(wide(n) - exact) for n in beside)) * (1 + 1e-9) >= gap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by", [0.01, 0.3])
+def test_a_fold_is_the_nearest_number_to_the_exact_sum(dtype: torch.dtype, by: float) -> None:
+    program = adapted("lora{rank=8,alpha=5,where=ffn.up}", dtype, by)
+    folded = peftfx.run(program, "fold")
+    for index in range(2):
+        branch: Any = program.module.get_submodule(f"peftfx.lora.up.{index}.delta")
+        old, new = (p.module.get_parameter(f"up.{index}.weight") for p in (program, folded))
+        exact = wide(old) + np.longdouble(5 / 8) * (wide(branch.b) @ wide(branch.a))
+        assert is_nearest(new, exact).all()
+        if dtype == torch.float32:  # sums in float32 would be another matrix
+            assert not is_nearest(old + 5 / 8 * (branch.b @ branch.a), exact).all()
 
 
 def dropping(weight: Weight, branch: Branch) -> Weight:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import sys
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import CodeType
 from typing import Any
 
@@ -17,8 +21,10 @@ import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.graph import walks
 from peftfx.rewriter.graph.clone import clone
+from peftfx.rewriter.graph.module import CapturedModule, fork_module
 from peftfx.rewriter.graph.walks import settled
 from peftfx.rewriter.measure.witness import Witness
+from peftfx.rewriter.run.run import apply_plan
 from peftfx.rewriter.verify.direct import Direct
 
 from .test_memo import captured
@@ -99,3 +105,50 @@ def test_a_graph_runs_directly_as_its_code_does_without_what_is_left_out() -> No
     bare = Direct(gm, instead | dict.fromkeys(deltas))(**inputs)
     assert torch.equal(bare, program.base.module(**inputs))
     assert not torch.equal(bare, gm(**inputs))
+
+
+def unchecked() -> peftfx.Program:
+    """A program that nobody has called yet."""
+    base = captured(2)
+    (item,) = peftfx.parse("lora{rank=2,where=linear}").passes
+    return apply_plan(base, item, item.plan(base), check=False)
+
+
+def pickled(module: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def compiled(module: Any) -> Any:
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("first", [
+    lambda m: m, copy.deepcopy, pickled, fork_module, compiled,
+    lambda m: GraphModule(m, torch.fx.Tracer().trace(m)),
+])  # fmt: skip
+def test_code_is_made_when_it_is_looked_for(
+    first: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[GraphModule] = []
+    recompile = CapturedModule.recompile
+    monkeypatch.setattr(
+        CapturedModule, "recompile", lambda gm: (codes.append(gm), recompile(gm))[1]
+    )
+    program = unchecked()
+    assert [type(gm) for gm in codes].count(type(program.module)) == 0
+    want = Direct(program.module, {})(**program.sample)
+    assert torch.equal(first(program.module)(**program.sample), want)
+    assert "peftfx_lora" in program.module.code
+    assert torch.equal(program.module(**program.sample), want)
+    assert codes.count(program.module) == 1
+
+
+def test_threads_that_look_for_code_at_once_find_it() -> None:
+    program = unchecked()
+    want = Direct(program.module, {})(**program.sample)
+    with ThreadPoolExecutor(4) as pool:
+        outputs = [pool.submit(program.module, **program.sample) for _ in range(8)]
+    assert all(torch.equal(y.result(), want) for y in outputs)

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import peftfx
 from peftfx.passes.reparameterized.lora import LoRABranch
+from peftfx.rewriter.capture import capture as capturing
 from peftfx.rewriter.graph.clone import clone
 from peftfx.rewriter.measure.likeness import runs_alike
 from peftfx.rewriter.measure.witness import Witness
@@ -224,6 +225,42 @@ class Faked:
 def double(module: Any, x: Tensor) -> Tensor:
     del module
     return x * 2
+
+
+class Masked(nn.Module):
+    """Layers, beside a second input that nothing relates to the first."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Layer() for _ in range(layers)))
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(x), mask * 2
+
+
+def test_layers_cost_no_tensors_where_names_tie_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    named, made = {0: "batch", 1: "token"}, list[Any]()
+    strided, refreshed = torch.empty_strided, capturing.refresh_sizes
+
+    def counted(gm: Any) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch, "empty_strided", lambda *a, **k: (made.append(a), strided(*a, **k))[1]
+            )
+            refreshed(gm)
+
+    monkeypatch.setattr(capturing, "refresh_sizes", counted)
+    counts: list[int] = []
+    for layers in (2, 5):
+        model = Masked(layers).eval().requires_grad_(False)
+        inputs = torch.randn(2, 5, 8), torch.ones(2, 5)
+        made.clear()
+        program = peftfx.capture(model, inputs, dynamic={"x": named, "mask": named})
+        values = [n.meta["val"] for n in program.module.graph.nodes if n.op == "call_function"]
+        assert len({v.shape[0].node.expr for v in values}) == 1
+        assert len({id(v) for v in values}) == len(values)  # what was apart stays apart
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
 
 
 def test_sizes_that_passes_choose_are_those_of_the_program_before(evaluations: list[str]) -> None:

@@ -94,7 +94,7 @@ class _Later:
 
     def __get__(self, gm: GraphModule | None, kind: Any) -> Any:
         """The method, made now; of the class where no module is given."""
-        source = gm if gm is not None else self.gm()
+        source = self.gm() or gm
         if source is None:
             raise AttributeError("forward")
         renew(source)
