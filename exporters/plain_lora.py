@@ -20,6 +20,33 @@ from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ..rewriter.storage.parts import Parts
 from .base import Base, values
 
+_SAID = {
+    "trained": "trains {} itself", "rows": "trains rows of {}",
+    "scaling": "scales what {} reads or gives", "prompt": "has a prompt",
+    "prefix": "has rows in front of keys and values",
+    "bottleneck": "has an adapter behind the sublayer of {}",
+    "coupling": "has an invertible adapter behind {}", "fusion": "weighs other adapters",
+    "invoked": "acts on some tokens alone at {}",
+    "lowrank": "has factors of another shape, or of what is looked up, at {}",
+}  # fmt: skip
+_INTO_WEIGHTS = ("trained", "rows", "scaling", "lowrank")
+
+
+def no_form(rule: str, part: Part) -> ArtifactError:
+    """The error for a part that a format cannot hold.
+
+    Args:
+        rule: what the format holds.
+        part: the first that it does not.
+    """
+    said = _SAID.get(part.kind, "has more, at {}").format(part.target)
+    remedy = (
+        "Fold it into a whole model (peftfx convert --to hf), or write it with --to peft."
+        if part.kind in _INTO_WEIGHTS
+        else "No weight holds that. Write it with --to peft or --to peftfx."
+    )
+    return ArtifactError(f"{rule}, and this adapter {said}. {remedy}")
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -47,12 +74,9 @@ def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
         ArtifactError: it holds more than changes of linears and tables.
         OptionError: the rank is below 1, or left out where nothing has one.
     """
-    others = sorted({p.kind for p in parts.parts if not isinstance(p, LowRank | Change)})
-    if others:
-        raise ArtifactError(
-            f"plain LoRA holds changes of weights alone, and this adapter has {', '.join(others)} "
-            "parts, too. Fold those into the base, or write another format."
-        )
+    other = next((p for p in parts.parts if not isinstance(p, LowRank | Change)), None)
+    if other is not None:
+        raise no_form("plain LoRA holds changes of weights alone", other)
     own = [p.a.shape[-2] for p in parts.parts if isinstance(p, LowRank)]
     wanted = max(own, default=0) if rank is None else rank
     if wanted < 1:

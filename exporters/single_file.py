@@ -34,6 +34,7 @@ from ..rewriter.storage.parts import Parts
 from .base import GIVE_BASE, Base, snapshot
 from .hf_peft.config import Config
 from .hf_peft.lora import lora_parts
+from .plain_lora import no_form
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 FLAT = ("lycoris", "lora_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3")
@@ -297,10 +298,7 @@ def kohya_file(
             isinstance(part, LowRank) and part.a.dim() == 2 == part.b.dim() and not part.lookup
         )
         if not form:
-            raise ArtifactError(
-                f"{part.target or part.kind}: kohya's files have no form for it. Fold it, or write "
-                "another format."
-            )
+            raise no_form("kohya's files hold changes of linears and convolutions alone", part)
         site = _site(program, part.target, "this adapter")
         kernel = site.kernel if isinstance(site, ConvSite) else ()
         path = f"{prefix}_{part.target.removesuffix('.weight').replace('.', '_')}"

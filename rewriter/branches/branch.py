@@ -378,13 +378,9 @@ class Tokens(Branch):
     chooses_sizes = True
     """It returns the shape of what it is given, which has more tokens than the prompt."""
 
-    tokens_first: bool = False
-    """It is given `[tokens, batch, width]`."""
-    front: int = 0
-    """How many tokens of other prompts stand in front of its own."""
-
-    place: str = "input"
-    """Where they are put, see `Editor.prepend_tokens`."""
+    tokens_first: bool = False  # it is given [tokens, batch, width]
+    place: str = "input"  # see `Editor.prepend_tokens`
+    front: int = 0  # how many tokens of other prompts stand in front of its own
 
     def __init__(self, length: int) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx.exporters.formats import format_of, load_adapter, save_adapter
+from peftfx.exporters.gguf.adapter import _write as write_tensors  # pyright: ignore[reportPrivateUsage]
 from peftfx.exporters.gguf.adapter import read_gguf_adapter
 from peftfx.exporters.gguf.names import AS_THEY_ARE, PAIRED, paired, to_halves
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, RewriteError
@@ -344,3 +345,12 @@ def test_names_are_there_once(tmp_path: Path) -> None:
     path.write_bytes(good.replace(b"adapter.type", b"general.type"))
     with pytest.raises(CorruptFileError, match=r"the key 'general.type' is there twice"):
         load_adapter(program("llama"), path)
+
+
+def test_tensors_of_any_size_lie_where_the_package_reads_them(tmp_path: Path) -> None:
+    given = {"a": draw(3, 5), "b": draw(7, 1).half(), "c": draw(8, 32)}
+    write_tensors(tmp_path / "a.gguf", "llama", 2.0, given)
+    read = {t.name: t for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert read.keys() == given.keys()
+    for name, tensor in given.items():
+        assert torch.equal(torch.from_numpy(read[name].data.copy()), tensor)

@@ -21,16 +21,32 @@ from .test_hf_peft import CONFIG, WEIGHTS, near
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+REFUSED = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "layer_replication", "kasa_config",
+    "trainable_token_indices", "megatron_config", "arrow_config",
+)  # fmt: skip
+"""Options that some of them refuse, or take no notice of."""
+
+
 def require_plain(folder: Path, rank: int) -> None:
-    """What vLLM and llama.cpp ask of a directory."""
+    """What vLLM, SGLang, llama.cpp's converter and Olive ask of a directory."""
     config = json.loads((folder / CONFIG).read_text())
     assert config["peft_type"] == "LORA" and config["r"] == rank == config["lora_alpha"]
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for key in REFUSED:
         assert not config.get(key), key
     assert config.get("bias", "none") == "none"
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        assert key.endswith((".lora_A.weight", ".lora_B.weight")), key
-        assert tensor.shape["lora_B" in key] == rank
+    assert config.get("init_lora_weights", True) in (True, False, "gaussian")
+    modules, tensors = config["target_modules"], load_file(folder / WEIGHTS)
+    assert isinstance(modules, list)  # of names: a pattern, or all-linear, is read by none of them
+    named = {k.removesuffix(".lora_A.weight") for k in tensors if k.endswith(".lora_A.weight")}
+    assert {f"{n}.lora_{side}.weight" for n in named for side in "AB"} == tensors.keys()
+    for name in named:
+        assert name.startswith("base_model.model.") and name.endswith(tuple(modules)), name
+        a, b = (tensors[f"{name}.lora_{side}.weight"] for side in "AB")
+        assert len(a) == rank == b.shape[1] and a.dtype == b.dtype
+        assert a.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    assert not (folder / "added_tokens.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,10 @@ def test_what_trained_here_is_plain(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     made = peftfx.run(program("llama"), "lora{rank=2};prompt_tuning{length=2}")
-    with pytest.raises(ArtifactError, match="this adapter has prompt parts"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"adapter has a prompt\. No weight holds that\. Write it with --to peft",
+    ):
         save_adapter(made, tmp_path / "a", "plain-lora", "prompt_tuning")
     with pytest.raises(OptionError, match="no format 'gptq'"):
         save_adapter(made, tmp_path / "a", "gptq", "lora")

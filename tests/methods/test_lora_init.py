@@ -507,3 +507,15 @@ def test_bad_batches_and_weights_without_values_are_refused(captured: Any) -> No
         empty = type(model)(model.config)
     with pytest.raises(MetaTensorError, match="has no values"):
         peftfx.run(peftfx.capture(empty, kwargs=batch()), "lora{init=pissa}")
+
+
+@pytest.mark.parametrize("init", ["eva", "corda", "corda_kpm"])
+def test_convolutions_have_no_start_of_data(init: str) -> None:
+    """As in the papers and in PEFT: they are left out, with the reason, or all that was selected."""
+    given = {"x": torch.randn(2, 4, 6, 6)}
+    before = program("convolutions")
+    made = peftfx.run(before, f"lora{{rank=2,where=conv|linear,init={init}}}", data=[given])
+    assert f"conv: init={init} is for linears. Leave init= out there" in str(made.history[-1])
+    assert {a.site for a in made.attachments} == {"c.weight"}
+    with pytest.raises(OptionError, match=f"init={init} is for linears"):
+        peftfx.run(before, f"lora{{rank=2,where=conv,init={init}}}", data=[given])
