@@ -27,6 +27,7 @@ from ..rewriter.files.identity import write_tensor
 from ..rewriter.files.job import finished, job
 from ..rewriter.measure.compare import all_finite
 from ..rewriter.storage.artifact import VERSION
+from ..rewriter.storage.card import CARD, whole_card
 from ..rewriter.storage.safetensors_checkpoint import Checkpoint, header_size
 from ..rewriter.storage.stream import WEIGHT_FORMATS
 from .base import tied_names
@@ -35,7 +36,7 @@ from .mergekit import Config, layers_of, places, read_config
 RECORD = "peftfx_merge.json"
 """Says which merge a directory holds."""
 _GIVEN = "mergekit_config.yml"
-_OWN_FILES = (RECORD, _GIVEN, "README.md")
+_OWN_FILES = (RECORD, _GIVEN, CARD)
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,7 @@ class _Work:
             name = self.lead.files.index or "model.safetensors.index.json"
             (fresh / name).write_bytes(write_json(index))
         (fresh / _GIVEN).write_bytes(text.encode())
+        (fresh / CARD).write_text(self._card(text), encoding="utf-8")
         for path in sorted(self.lead.files.directory.iterdir()):
             skipped = path.name in files or path.name in _OWN_FILES or path.is_dir()
             if skipped or path.name.endswith(WEIGHT_FORMATS) or _is_tokenizers(path.name):
@@ -320,6 +322,19 @@ class _Work:
         for path in sorted(source.files.directory.iterdir()):
             if _is_tokenizers(path.name) and path.is_file():
                 self._copy(path, fresh)
+
+    def _card(self, text: str) -> str:
+        """What the merged model says of itself, in the place of the cards of its parts."""
+        config, names = self.config, {m: Path(m).name for m in self.models}
+        others = [names[m] for m in config.models if m != config.base]
+        onto = f", onto {names[config.base]}" if config.base else ""
+        said = (
+            f"{len(self.names)} tensors of {', '.join(others)}, merged by `{config.method}`{onto}; "
+            f"computed in float32 at least, rounded once, and finite. Seed of what is drawn: "
+            f"{self.seed}. `{RECORD}` says of which files.",
+            f"```yaml\n{text.strip()}\n```",
+        )
+        return whole_card(f"Merge of {', '.join(names.values())}", [*names.values()], said)
 
     def _copy(self, path: Path, fresh: Path) -> None:
         if path.name != "config.json":

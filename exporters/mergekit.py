@@ -46,7 +46,7 @@ def _task(normalize: bool, rescale: bool, **more: Parameter) -> Mapping[str, Par
         "weight": Parameter(_OTHERS, None), "density": Parameter(_OTHERS, 1.0),
         "normalize": Parameter(_SHARED, normalize), "rescale": Parameter(_SHARED, rescale),
         "lambda": Parameter(_SHARED, 1.0), "int8_mask": Parameter(_SHARED, False), **more,
-    }  # fmt: skip
+    }  # fmt: skip  # int8_mask: how signs are kept meanwhile; it changes no number
 
 
 _GAMMA, _EPSILON = Parameter(_OTHERS, 0.01), Parameter(_OTHERS, 0.15)
@@ -322,8 +322,6 @@ class _Reader:
                 raise self.fail(node, f"{name}: a list is of numbers, or of filters with values.")
         elif switch and not isinstance(value, bool):
             raise self.fail(node, f"{name} is true or false, not {value!r}.")
-        elif name == "int8_mask" and value:
-            raise self.fail(node, "int8_mask saves no memory here. Leave it out.")
         elif not switch and not _is_number(value):
             raise self.fail(node, f"{name} is a number, not {value!r}.")
         elif name in _SHARES and _is_number(value) and not 0 <= value <= 1:

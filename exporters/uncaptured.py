@@ -29,6 +29,7 @@ from ..rewriter.tracing.reads import Layout
 from .adapter_changes import saved_parts
 from .base import Files, checkpoint, require_fit
 from .formats import format_of, read_adapter
+from .hf_peft.adapter import name_of
 
 
 def uncaptured(
@@ -51,8 +52,9 @@ def uncaptured(
         if format_of(adapter) == "peftfx":
             artifact = read_artifact(adapter)
             parts, base.expected = _parts(artifact), artifact.base
+            name = ", ".join(artifact.adapters)
         else:
-            parts = read_adapter(files, adapter)
+            parts, name = read_adapter(files, adapter), name_of(adapter)
         if parts is None:
             return None
         require_fit(files, parts, str(adapter))
@@ -60,7 +62,7 @@ def uncaptured(
         raise
     except ArtifactError:  # of another model, or of places that files do not tell: capture says it
         return None
-    folder = _folder(layout, source, files, parts)
+    folder = _folder(layout, source, files, parts, name)
     return None if folder is None else (folder, base)
 
 
@@ -90,7 +92,9 @@ def _parts(artifact: Artifact) -> Parts | None:
     return Parts(tuple(p for p in parts if p is not None), "peftfx")
 
 
-def _folder(layout: Layout, source: Checkpoint, files: Files, parts: Parts) -> LayoutFolder | None:
+def _folder(
+    layout: Layout, source: Checkpoint, files: Files, parts: Parts, called: str
+) -> LayoutFolder | None:
     branches: dict[str, list[Branch]] = {}
     trained: dict[str, Tensor] = {}
     for part in parts.parts:
@@ -102,7 +106,7 @@ def _folder(layout: Layout, source: Checkpoint, files: Files, parts: Parts) -> L
             branches.setdefault(name, []).append(branch_of(part, torch.empty(0, dtype=wide)))
         else:
             return None
-    return LayoutFolder(layout, source, branches, trained)
+    return LayoutFolder(layout, source, branches, trained, called)
 
 
 def _plain(part: Part) -> bool:

@@ -100,12 +100,17 @@ def to_directory(
         return _said(said_again(target, record))
     with _checkpoint(base, weights, target, progress) as (source, read):
         named = load_model(str(base), hollow=True)
+        called = Path(base).resolve().name
         direct = None if allow_base_mismatch else _uncaptured(named, source, adapter)
         if direct is not None:
-            done = told(writing(direct[0], target, made_of, direct[1]), progress)
+            folder, wanted = direct
+            wanted.model = called
+            done = told(writing(folder, target, made_of, wanted), progress)
         else:
             program = capture(named.model, kwargs=named.example, **(capturing or {}))
-            done = _fold(program, source, target, adapter, made_of, progress, allow_base_mismatch)
+            done = _fold(
+                program, source, target, adapter, made_of, progress, allow_base_mismatch, called
+            )
     return _said(done, read.notes)
 
 
@@ -179,11 +184,13 @@ def _fold(
     made_of: Mapping[str, Any],
     progress: Callable[[str], None] | None,
     allow: bool,
+    model: str,
 ) -> FoldedCheckpoint:
     if format_of(adapter) == "peftfx" and not allow:
         return fold_checkpoint(
-            program, source, target, adapter=adapter, made_of=made_of, progress=progress
-        )
+            program, source, target, adapter=adapter, model=model, made_of=made_of,
+            progress=progress,
+        )  # fmt: skip
     filled = load_weights(program, source)  # some depend on the base
     program = load_adapter(filled, adapter, allow_base_mismatch=allow)
-    return fold_checkpoint(program, source, target, made_of=made_of, progress=progress)
+    return fold_checkpoint(program, source, target, model=model, made_of=made_of, progress=progress)

@@ -26,9 +26,17 @@ from .rewriter.files.files import write_file, write_json
 from .rewriter.files.job import finished
 from .rewriter.storage.artifact import read
 from .rewriter.storage.filling import load_weights
+from .rewriter.storage.folding import LayoutFolder
 from .rewriter.storage.loading import attach
 from .rewriter.storage.safetensors_checkpoint import Checkpoint
-from .rewriter.storage.stream import RECORD, FoldedCheckpoint, folding, said_again, writing
+from .rewriter.storage.stream import (
+    RECORD,
+    Base,
+    FoldedCheckpoint,
+    folding,
+    said_again,
+    writing,
+)
 
 REPORT = "fold-all.json"
 
@@ -179,6 +187,18 @@ class _Work:
         """The same with values, mapped from files."""
         return load_weights(self.hollow, self.checkpoint.directory)
 
+    def _direct(self, index: int) -> tuple[LayoutFolder, Base] | None:
+        """How an adapter folds without the captured base; None where it needs that."""
+        if self.layout is None:
+            return None
+        return uncaptured(self.layout, self.checkpoint, self.outcomes[index].adapter)
+
+    def _takes_capture(self, index: int) -> bool:
+        try:
+            return self._direct(index) is None
+        except RewriteError:  # it is told when its turn comes
+            return False
+
     def spread(self, left: Sequence[int], jobs: int) -> None:
         """Gives each process its part; what they say comes back through pipes."""
         if jobs == 1:
@@ -186,6 +206,8 @@ class _Work:
             return
         if not hasattr(os, "fork"):
             raise OptionError(f"jobs={jobs}: this system has no fork. Leave --jobs out.")
+        if any(map(self._takes_capture, left)):  # once, for all processes
+            _ = self.filled
         pipes = [self._forked(left[job::jobs]) for job in range(jobs)]
         for job, (child, pipe) in enumerate(pipes):
             with os.fdopen(pipe) as said:
@@ -257,7 +279,7 @@ class _Work:
     def _steps(self, index: int) -> Steps:
         adapter, out = self.outcomes[index].adapter, self.outcomes[index].out
         made_of: Any = self.made_of[index]
-        direct = self.layout and uncaptured(self.layout, self.checkpoint, adapter)
+        direct = self._direct(index)
         if direct is not None:
             folder, base = direct
             return writing(folder, out, made_of, replace(base, digests=self.digests))

@@ -246,7 +246,7 @@ def test_folding_by_shard_equals_folding_in_memory(
     )
     before = {p.name: p.read_bytes() for p in s.directory.iterdir()}
     after = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert {*before, stream.RECORD} == {*after} and "tokenizer.json" in done.copied
+    assert {*before, stream.RECORD, "README.md"} == {*after} and "tokenizer.json" in done.copied
     for shard in s.shards:
         old = safetensors.torch.load_file(shard)
         new = safetensors.torch.load_file(tmp_path / "out" / shard.name)

@@ -75,6 +75,7 @@ def test_the_same_bytes_as_of_a_captured_model(
     assert {*done.shares} == {s.partition(":")[0] for s in want.shares}
     weights = [p.name for p in (root / "base").glob("*.safetensors")]
     got, wanted = tree(tmp_path / "done"), tree(tmp_path / "want")
+    assert got["README.md"] == wanted["README.md"] and b"folded in" in got["README.md"]
     assert got.keys() == wanted.keys() and all(got[n] == wanted[n] for n in weights)
     (outcome,) = many.fold_all(root / "base", [tmp_path / "adapter"], tmp_path / "all")
     assert outcome.status == "done" and tree(tmp_path / "all" / "adapter") == got
@@ -156,7 +157,7 @@ def test_a_missing_tensor_is_an_error(made: Any, tmp_path: Path) -> None:
     assert layout is not None and len(layout.matrices) == 2 * 7 + 1
     folder = LayoutFolder(
         layout, Checkpoint.read(root / "base"),
-        {"model.layers.0.self_attn.q_proj.weight": []}, {},
+        {"model.layers.0.self_attn.q_proj.weight": []}, {}, "",
     )  # fmt: skip
     with pytest.raises(FoldError, match=r"q_proj\.weight: its weight is not in the checkpoint"):
         folder.finish()

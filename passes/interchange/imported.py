@@ -244,8 +244,8 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
                 edit.add(site, InvokedBranch(part, edit.like(site)), active=active)
         case Change():
             for site in sites_of(edit.program, part.target, False):
-                own = replace(part, delta=_own(site, part.delta, site.matrices[0]))
-                edit.add(site, branch_of(own, edit.like(site)))
+                own = _own(site, part.delta, site.matrices[0])
+                edit.add(site, ChangeBranch(own.to(edit.like(site)), part.method))
         case Scaling():
             _scaling(edit, part)
         case Trained():
@@ -305,7 +305,7 @@ def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     edit.add(site, branch if gate is None else GatedDelta(branch), gate=gate)
 
 
-def branch_of(part: LowRank | Change, like: Tensor) -> LoRABranch | DoRABranch | ChangeBranch:
+def branch_of(part: LowRank | Change, like: Tensor) -> Delta | DoRABranch:
     """What computes a change, in the dtype of `like`; all of it, but for a gate."""
     if isinstance(part, Change):
         return ChangeBranch(part.delta.to(like, copy=True), part.method)

@@ -86,7 +86,10 @@ def _fold_into_directory(options: Any) -> Any:
         with progress(options, "folding"):
             records = report(options, run(program, "fold"))
         with progress(options, f"writing {options.out} file by file"):
-            done = fold_checkpoint(program, options.model, options.out, made_of=made_of)
+            done = fold_checkpoint(
+                program, options.model, options.out, made_of=made_of,
+                model=Path(options.model).resolve().name,
+            )  # fmt: skip
     say_directory(options, done)
     return {
         "records": records, "tensors": len(done.changed), "changed": done.changed,

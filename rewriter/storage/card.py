@@ -6,6 +6,7 @@ was measured. Its second line marks it as ours: a text without it is someone's o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def short_card(what: str, library: str, base: str = "") -> str:
     return "\n".join([
         "---", *head, f"library_name: {library}", "tags:", "- peftfx", "---", MARK, "",
         f"# {what}{f', on {base}' if base else ''}", "", f"Written for {library}.", "",
+    ])  # fmt: skip
+
+
+def whole_card(title: str, bases: Sequence[str], said: Sequence[str]) -> str:
+    """The card of a model that was made of files.
+
+    Args:
+        bases: names of the models that it was made of.
+        said: paragraphs: of what it was made, and what was measured.
+    """
+    return "\n".join([
+        "---", *(["base_model:", *(f"- {json.dumps(b)}" for b in bases)] if bases else []),
+        "library_name: transformers", "tags:", "- peftfx", "- merge", "---", MARK, "",
+        f"# {title}", "", *(line for paragraph in said for line in (paragraph, "")),
     ])  # fmt: skip
 
 

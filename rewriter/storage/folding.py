@@ -90,6 +90,13 @@ class Folder(ABC):
     def _trained(self, name: str) -> Tensor | None:
         """What an adapter has for a tensor that nothing is folded into; None if it has nothing."""
 
+    called = "the adapter"
+    """What is folded, in the card."""
+
+    @abstractmethod
+    def kinds(self) -> Mapping[str, int]:
+        """What is folded, in words -> at how many weights."""
+
     @abstractmethod
     def finish(self) -> None:
         """Everything that was not written before was folded, or it is an error."""
@@ -122,6 +129,7 @@ class ShardFolder(Folder):
             Folding(constants=constants),
         )  # fmt: skip
         self.edit = Editor(self.program)
+        self.called = ", ".join(program.owners)
         self.owned = program.tensors.trained
         self.hollowed = {n for n in self.names if n not in self.owned}
         self._refuse()
@@ -205,6 +213,10 @@ class ShardFolder(Folder):
             set_attribute(gm, member, nn.Parameter(value.to("meta"), False))
         return values
 
+    def kinds(self) -> Mapping[str, int]:
+        attached = self.given.attachments
+        return Counter(_kind(self.given.branch(a)) for a in attached)
+
     def finish(self) -> None:
         groups = (g for w, g in self.groups.items() if w not in self.resumed)
         left = [a for g in groups for a in g if a.path not in self.result.folded]
@@ -221,15 +233,18 @@ class LayoutFolder(Folder):
         checkpoint: Checkpoint,
         branches: Mapping[str, Sequence[Branch]],
         trained: Mapping[str, Tensor],
+        called: str,
     ) -> None:
         """
         Args:
             branches: of `layout.matrices`, by their names.
             trained: values of other tensors, by their first names.
+            called: the adapter's name.
         """
         names = checkpoint.places(layout.state_names, layout.aliases, layout.tensors)
         super().__init__(checkpoint, names, layout.state_names, layout.aliases, Folding())
         self.layout, self.branches, self.trained = layout, branches, trained
+        self.called = called
         self.weight_of = {name: name for name in branches}
 
     def _fold(self, weight: str) -> Mapping[str, Tensor]:
@@ -240,7 +255,17 @@ class LayoutFolder(Folder):
     def _trained(self, name: str) -> Tensor | None:
         return self.trained.get(name)
 
+    def kinds(self) -> Mapping[str, int]:
+        return Counter(_kind(b) for beside in self.branches.values() for b in beside)
+
     def finish(self) -> None:
         left = {*self.branches} - {*self.result.shares} - self.resumed
         if left:
             raise FoldError(f"{min(left)}: its weight is not in the checkpoint.")
+
+
+def _kind(branch: nn.Module) -> str:
+    """What a branch is called, with what its graph text says of it."""
+    name = type(branch).__name__.removesuffix("Branch")
+    said = branch.describe() if isinstance(branch, Branch) else ""
+    return f"{name} ({said})" if said else name

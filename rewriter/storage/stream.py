@@ -25,6 +25,7 @@ from ..files.identity import merkle_root, tensor_digest, write_tensor
 from ..files.job import Job, finished, job
 from ..program.unchanged import require_unchanged
 from .artifact import base_difference, read
+from .card import CARD, whole_card
 from .folding import Folder, ShardFolder
 from .loading import attach
 from .safetensors_checkpoint import Checkpoint, header_size
@@ -86,6 +87,7 @@ def fold_checkpoint(
     target: str | Path,
     *,
     adapter: str | Path | None = None,
+    model: str = "",
     made_of: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> FoldedCheckpoint:
@@ -100,6 +102,7 @@ def fold_checkpoint(
         target: a new or empty directory. It appears complete, by rename, or not at all; meanwhile
             files are in a hidden folder beside it.
         adapter: what `save` wrote; the source's hashes are checked against it.
+        model: what the base is called in the card (`README.md`), by default as the source.
         made_of: strict JSON that says of what and how the target is made; by default the source's
             files, and recipe and hashes of the adapters.
         progress: called with the name of each shard before it is written.
@@ -121,7 +124,7 @@ def fold_checkpoint(
         expected = artifact.base
         program = attach(program, artifact, str(adapter))
     where = str(adapter or "the program")
-    steps = folding(program, Checkpoint.read(source), target, expected, where, made_of)
+    steps = folding(program, Checkpoint.read(source), target, expected, where, made_of, model=model)
     return told(steps, progress)
 
 
@@ -147,6 +150,7 @@ def folding(
     where: str,
     made_of: Mapping[str, Any] | None = None,
     digests: dict[str, str] | None = None,
+    model: str = "",
 ) -> Generator[str, None, FoldedCheckpoint]:
     """The steps of `fold_checkpoint`: gives each shard's name before it is written.
 
@@ -154,6 +158,7 @@ def folding(
         expected: hashes of the base's tensors, which the source's must have.
         where: what has them, for errors.
         digests: of the source's tensors, as far as they are known; more are added.
+        model: what the base is called, see `Base`.
     """
     require_unchanged(program)
     if cut := program.reshaped():
@@ -166,7 +171,7 @@ def folding(
         return said_again(target, record)
     stored = program.base.base_tensors()
     values = {n: t for n, t in stored.items() if not t.is_meta}
-    base = Base(where, values, expected, {} if digests is None else digests)
+    base = Base(where, model, values, expected, {} if digests is None else digests)
     return (yield from writing(ShardFolder(program, checkpoint), target, made_of, base))
 
 
@@ -176,12 +181,14 @@ class Base:
 
     Attributes:
         where: what says so, for errors.
+        model: what the base is called, by default as its checkpoint's folder.
         values: tensors of the base, by first name, as far as they are at hand.
         expected: hashes of the base's tensors, None where nobody knows them.
         digests: of the checkpoint's tensors, as far as they are known; more are added.
     """
 
     where: str
+    model: str = ""
     values: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     expected: Mapping[str, str] | None = None
     digests: dict[str, str] = field(default_factory=dict[str, str])
@@ -204,6 +211,7 @@ def writing(
             result.take(mine.done[file])
         folder.finish()
         _copy_others(checkpoint, mine.folder, result)
+        (mine.folder / CARD).write_text(_card(folder, result, base), encoding="utf-8")
     warn_of(result.notes)
     return result
 
@@ -287,10 +295,32 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*(t.cpu().contiguous().view(-1).view(torch.uint8) for t in (one, other)))
 
 
+def _card(folder: Folder, result: FoldedCheckpoint, base: Base) -> str:
+    """What the folder says of itself, in the place of the base's own card."""
+    checkpoint = folder.checkpoint
+    model = base.model or checkpoint.directory.resolve().name
+    kinds = [f"| {kind} | {count} |" for kind, count in sorted(folder.kinds().items())]
+    left = sorted(share for share, _ in result.shares.values())
+    count = f"{len(result.changed)} of {len(checkpoint.entries)} tensors"
+    said = [
+        f"{count} have {folder.called} folded in; all others are those of {model}, bit for bit.",
+        "\n".join(["| folded | weights |", "|---|---|", *kinds]),
+    ]
+    if left:
+        said.append(
+            "Each weight was compared with what its branches compute (they differ by "
+            f"{result.gap:.1g} at most, relatively). Rounding to the files' dtype left between "
+            f"{left[0]:.1%} and {left[-1]:.1%} of each change along its direction, with errors of "
+            f"at most {result.lost:.1%} of its size; `{RECORD}` has them by weight."
+        )
+    return whole_card(f"{model}, with {folder.called} folded in", [model], said)
+
+
 def _copy_others(checkpoint: Checkpoint, fresh: Path, result: FoldedCheckpoint) -> None:
-    """Configuration, tokenizer and so on; weights in other formats would be stale."""
+    """Configuration, tokenizer and so on; weights in other formats would be stale, and the card is
+    the base's."""
     for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in checkpoint.shards or path.name == RECORD:
+        if path.name in (*checkpoint.shards, RECORD, CARD):
             continue
         if path.name != checkpoint.index and path.name.endswith(WEIGHT_FORMATS):
             result.left_out.append(path.name)

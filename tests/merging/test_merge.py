@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def test_the_directory_is_a_model(tmp_path: Path) -> None:
     out = tmp_path / "out"
     names = {p.name for p in out.iterdir()}
     assert names == {
-        "config.json", "tokenizer.json", "model.safetensors.index.json", "mergekit_config.yml",
+        "README.md", "config.json", "tokenizer.json", "model.safetensors.index.json", "mergekit_config.yml",
         "peftfx_merge.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     }  # fmt: skip
     said = json.loads((out / "config.json").read_text())
@@ -72,6 +73,32 @@ def test_the_directory_is_a_model(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     weight = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(weight, read(out)["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_the_card_says_what_was_merged(tmp_path: Path) -> None:
+    path = config(three(tmp_path), "ties")
+    path.write_text(path.read_text() + "\n# ours\n")
+    (tmp_path / "base" / "README.md").write_text("about another")
+    merge(path, tmp_path / "out", seed=5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        card.startswith('---\nbase_model:\n- "a"\n- "b"\n- "base"\n')
+        and "about another" not in card
+    )
+    assert "of a, b, merged by `ties`, onto base" in card and "drawn: 5" in card
+    assert "# ours" in card  # all of the configuration
+
+
+def test_masks_in_eight_bits_change_no_number(tmp_path: Path) -> None:
+    path = config(three(tmp_path), "ties")
+    merge(path, tmp_path / "out")
+    asked = yaml.safe_load(path.read_text())
+    asked["parameters"] = {**asked.get("parameters", {}), "int8_mask": True}
+    path.write_text(yaml.safe_dump(asked))
+    merge(path, tmp_path / "again")
+    assert all(
+        torch.equal(t, read(tmp_path / "again")[n]) for n, t in read(tmp_path / "out").items()
+    )
 
 
 def test_sixteen_bits_are_rounded_once(tmp_path: Path) -> None:
@@ -185,7 +212,7 @@ TASK = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n    paramet
         (f"{TASK}      weight: 1\n      density: 1.5", "line 7: density is a share, from 0 to 1"),
         (f"{TASK}      weight: yes", "line 6: weight is a number, not True"),
         (f"{TASK}      density: 0.5", "ties needs the parameter 'weight' of a"),
-        (f"{TASK}      weight: 1\nparameters: {{int8_mask: true}}", "line 7: int8_mask"),
+        (f"{TASK}      weight: 1\nparameters: {{int8_mask: 3}}", "line 7: int8_mask is true"),
         (f"{TASK}      weight: 1\nparameters: {{gamma: 0.1}}", "line 7: .*no key 'gamma'"),
         (f"{TASK}      weight: [1, {{value: 2}}]", "line 6: weight: a list is of numbers, or of filters"),
         (f"{TASK}      weight: 1\ndtype: int8", "line 7: dtype must be one of"),
