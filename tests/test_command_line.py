@@ -134,6 +134,7 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
         (("run", TINY, "loar"), "Nearest: lora"),
         (("run", TINY, "lora{rnk=3}"), "no option 'rnk'. Nearest: rank"),
         (("run", TINY, tmp_path / "no.yaml"), "cannot be read"),
+        (("extract", TINY, full, tmp_path / "x"), "Give one: --rank 16"),
         (("sites", TINY, "--where", "q and"), "selector"),
         (("sites", TINY, "--draw", tmp_path / "no" / "x.svg"), "does not exist"),
         (("print", TINY, "--adapter", "nowhere"), "nowhere does not exist"),

@@ -41,7 +41,7 @@ def test_the_page_for_users_of_peft_runs(tmp_path: Path, monkeypatch: pytest.Mon
     base, program, both = names["base"], names["program"], names["both"]
     assert program.adapters == ("lora",) and both.adapters == ("en", "fr")
     assert names["theirs"].adapters == ("theirs",) and names["french"].adapters == ("fr",)
-    assert names["headed"].adapters == ("lora", "train") and len(names["done"].losses) == 4
+    assert names["headed"].adapters == ("lora", "train", "ia3") and len(names["done"].losses) == 4
     for folder in ("peft-adapter", "merged", "both/base", "adapter"):
         assert (tmp_path / folder).is_dir()
     assert base.adapters == () and names["mixed"]["logits"].shape == (2, 9, 60)
@@ -58,3 +58,18 @@ def test_the_readme_names_real_commands() -> None:
 def test_linked_files_exist(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
         assert (ROOT / target).exists(), target
+
+
+def test_examples_of_words_use_them() -> None:
+    """Each row of the table for authors names files that exist, and hold a word of the row."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("| the method ...")[1].split("\n\n")[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines()[2:]]
+    assert len(rows) > 25
+    for what, words, examples in rows:
+        paths = [ROOT / p for p in re.findall(r"`([\w/]+\.py)`", examples)]
+        found = [
+            p if p.exists() else next((ROOT / "passes").glob(f"**/{p.relative_to(ROOT)}"))
+            for p in paths
+        ]
+        told = {re.split(r"[(={]", w)[0].split(".")[-1] for w in re.findall(r"`([^`]+)`", words)}
+        assert found and all(any(w in p.read_text() for w in told) for p in found), what

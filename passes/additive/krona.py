@@ -83,7 +83,7 @@ class KronA(Method):
         residual: s_res at the start; the paper does not say.
     """
 
-    folds: ClassVar[str] = "exactly; no beside blocks"
+    folds: ClassVar[str] = "exactly; not beside blocks"
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "sublayer")
     contract: ClassVar[Contract] = Contract("identity")

@@ -14,6 +14,7 @@ from ..exporters.formats import FORMATS, save_adapter
 from ..outputs import check_adapter
 from ..passes.merging.extract_lora import ExtractLora
 from ..programs import program_of
+from ..rewriter.errors import OptionError
 from ..rewriter.run.run import run
 from ..rewriter.storage.filling import load_weights
 from ..terminal import progress, say
@@ -33,6 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    if options.rank is None and options.energy is None:
+        raise OptionError("extract needs a rank or an energy. Give one: --rank 16 or --energy 0.9.")
     item = ExtractLora(rank=options.rank, energy=options.energy, whole=not options.low_rank_only)
     check_adapter(options.out, options.to)
     program = load_weights(program_of(options, hollow=True), options.model)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..arguments import add_model
-from ..many import REPORT, fold_all
+from ..many import REPORT, Outcome, fold_all
 from ..programs import dynamic_of
 from ..rewriter.errors import (
     BaseMismatchError,
@@ -56,11 +56,7 @@ def command(options: Any) -> Any:
             weights=options.weights,
             capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
         )  # fmt: skip
-    rows = [
-        (o.adapter, o.status, str(o.changed), f"{o.least_left:.1%}", f"{o.seconds:.1f}", o.error)
-        for o in outcomes
-    ]
-    say_table(options, HEAD, rows, HEAD[2:5])
+    say_table(options, HEAD, [_row(o) for o in outcomes], HEAD[2:5])
     say(options, f"told in {options.out}/{REPORT}")
     told = {"base": options.model, "adapters": [asdict(o) for o in outcomes]}
     failed = [o for o in outcomes if o.status == "failed"]
@@ -73,3 +69,9 @@ def command(options: Any) -> Any:
         error.report = told
         raise error
     return told
+
+
+def _row(one: Outcome) -> tuple[str, ...]:
+    failed = one.status == "failed"
+    figures = ("-", "-") if failed else (str(one.changed), f"{one.least_left:.1%}")
+    return one.adapter, one.status, *figures, f"{one.seconds:.1f}", one.error

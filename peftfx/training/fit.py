@@ -135,12 +135,8 @@ def fit(
             if program.training != dropout:  # else parts may be in a mode of their own
                 program.train(dropout)
             for group in () if stopped else stream.groups(done):
-                loop.take(done, group)
                 done += 1
-                figures = {"train/loss": loop.losses[-1], "train/gradient_norm": loop.norm}
-                figures["train/learning_rate"] = settings.rate(done - 1)
-                if (figure := evaluation.after(done, loop)) is not None:
-                    figures["held_out/loss"] = figure
+                figures = _taken(done, group, loop, evaluation)
                 saved.after(done, stream, evaluation)
                 log(figures, done)
                 report(done, loop.losses[-1])
@@ -162,6 +158,18 @@ def fit(
         tuple(evaluation.figures),
         evaluation.best_step,
     )
+
+
+def _taken(
+    step: int, batches: Sequence[Any], loop: Loop, evaluation: Evaluation
+) -> dict[str, float]:
+    """The figures of a step, counted from 1, once it is taken."""
+    loop.take(step - 1, batches)
+    figures = {"train/loss": loop.losses[-1], "train/gradient_norm": loop.norm}
+    figures["train/learning_rate"] = loop.settings.rate(step - 1)
+    if (figure := evaluation.after(step, loop)) is not None:
+        figures["held_out/loss"] = figure
+    return figures
 
 
 def _steps(batches: Iterable[Any], steps: int | None, epochs: int, accumulate: int) -> int:

@@ -1,5 +1,5 @@
 """Several adapters of one kind as tables, of which every sample takes its own entries: where the
-members are bottlenecks, or low-rank beside embeddings.
+members are bottlenecks, or low-rank beside embeddings and convolutions.
 
 Entry 0 of a table is zero, for samples that have no adapter; smaller ranks are padded with zeros,
 which changes nothing.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bottleneck import ACTIVATIONS
 from .branch import Axes, Branch, Delta, Serial
+from .convolutions import ConvolutionShape
 from .parts import Bottleneck, LowRank
 from .rowwise import Rowwise
 from .samples import Samples
@@ -66,6 +67,37 @@ class RowwiseLookup(_LowRankTables):
         dtype = getattr(self.shape, "dtype", self.b.dtype)
         y = self.a[first[:, None], flat].to(dtype) @ self.b[second].to(dtype).mT
         return self.samples.back(y.view(*rows.shape, -1))
+
+
+class RowwiseConvolution(Rowwise, Delta):
+    """A convolution by all members' `A`, with a channel a rank, of which each sample keeps its own
+    (the others times zero), and one of kernel 1 by all their `B`: `a [..., n * rank, in]`,
+    `b [..., out, n * rank]`, `own [n + 1, channels]`."""
+
+    axes: ClassVar[Axes] = {"ids": ("batch",)}
+
+    a: Tensor
+    b: Tensor
+    own: Tensor
+
+    def _keep(self, members: Sequence[Branch]) -> None:
+        parts: list[Any] = [m.part() for m in members]
+        self.register_buffer("a", torch.cat([p.a for p in parts], -2), False)
+        self.register_buffer("b", torch.cat([p.b * p.scale for p in parts], -1), False)
+        ranks = self.a.new_tensor([p.a.shape[-2] for p in parts], dtype=torch.long)
+        member = torch.arange(1, len(parts) + 1, device=ranks.device).repeat_interleave(ranks)
+        entries = torch.arange(len(parts) + 1, device=ranks.device)
+        own = entries[:, None] == member.repeat(parts[0].a.shape[:-2].numel())
+        self.register_buffer("own", own, False)
+
+    def forward(self, x: Tensor, *linear: Any, ids: Tensor, **operands: Any) -> Tensor:
+        """`x [..., in, *places]` with samples as `samples` says; `ids [batch]`, int64."""
+        del linear
+        h, axis = self.shape.narrow(x, self.a, **operands), self.samples.axis
+        own = self.samples.spread(self.own[self.results[ids]], h.shape[axis])
+        behind = self.shape.along(own[0], h).shape
+        own = own.view(h.shape[axis], *[1] * (h.dim() - axis - 1 - len(behind)), *behind)
+        return self.shape.widen(h * own.to(h.dtype), self.b)
 
 
 class RowwiseBottleneck(Rowwise, Serial):
@@ -130,6 +162,8 @@ def gathered(members: Sequence[Any], samples: Samples) -> Branch | None:
         return None
     if isinstance(shape, EmbeddingShape):
         return RowwiseLookup(members, samples)
+    if isinstance(shape, ConvolutionShape):
+        return RowwiseConvolution(members, samples)
     return None
 
 

@@ -146,7 +146,7 @@ class Method(Pass, abstract=True):
         return (
             f"{self.text}: the usual places ({self.where}) are not in this model. Its {kinds} "
             f"sites have the roles {counted}. Say where, for example "
-            f"{self.text}{{where={example}}}; print program.sites to see them all."
+            f"{self.text}{{where={example}}}; program.sites, or peftfx sites MODEL, lists them."
         )
 
     def _unsupported(self, program: State, selection: Selection) -> str:

@@ -54,10 +54,11 @@ class Worded(ABCMeta):
     """Makes passes of options in their own words or in other libraries'."""
 
     def __call__(cls: type[Made], *args: Any, **options: Any) -> Made:
+        kind: Any = cls
         if args:
-            own = ", ".join(f.name for f in fields(cls))
+            own = ", ".join(f.name for f in fields(kind))
             raise OptionError(f"{cls.__name__} takes its options by name. Choose of: {own}.")
-        return ABCMeta.__call__(cls, **in_own_words(cls, options))
+        return type.__call__(kind, **in_own_words(kind, options))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,7 +344,8 @@ def as_pipeline(passes: Passes) -> Pipeline:
         try:
             text = read_file(path, 4 * TEXT_LIMIT).decode("utf-8")
         except (ArtifactError, UnicodeDecodeError) as error:
-            raise OptionError(f"the recipe {path} cannot be read: {error}") from error
+            told = str(error) if isinstance(error, ArtifactError) else f"{path} is no text: {error}"
+            raise OptionError(f"the recipe {told}") from error
         return parse_yaml(text, str(path))
     if isinstance(passes, str):
         return parse(passes)

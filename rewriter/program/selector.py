@@ -274,7 +274,7 @@ def _matching(text: str, sites: Sequence[Site]) -> tuple[_Parser, list[Site]]:
     if not matching:
         raise SelectorError(
             f"where={text!r} matches none of {len(sites)} sites, although each part does. "
-            "Say where with other words; print program.sites to see them."
+            "Say where with other words: program.sites, or peftfx sites MODEL, lists them."
         )
     return parser, matching
 
@@ -321,5 +321,5 @@ def _nothing(text: str, token: str, sites: Sequence[Site]) -> SelectorError:
     return SelectorError(
         f"{token!r}{part} matches none of {len(sites)} sites. Nearest: {near}. "
         f"Roles here: {', '.join(sorted({s.role for s in sites})) or 'none'}. Say where with "
-        "other words; print program.sites to see them."
+        "other words: program.sites, or peftfx sites MODEL, lists them."
     )

@@ -83,8 +83,8 @@ class Sites:
         if not selection.taken:
             raise SelectorError(
                 f"where={selector!r} matches {listed(selection.left)}, but no "
-                f"{' or '.join(kinds)} site. Say where with other words; print program.sites to "
-                "see them."
+                f"{' or '.join(kinds)} site. Say where with other words: program.sites, or "
+                "peftfx sites MODEL, lists them."
             )
         return list(selection.taken)
 

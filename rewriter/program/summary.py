@@ -21,7 +21,7 @@ from .state import State
 def summary(program: State) -> str:
     """The summary as text; `text` has the graph and `sites` the table of sites."""
     rows = {
-        "inputs": str(program.spec).split("; "),
+        "inputs": [*str(program.spec).split("; "), *_optional(program)],
         "sites": [_sites(program)],
         "adapters": [_adapter(program, name) for name in program.adapters],
         "trained": [_trained(program)] if program.owned.get(ITSELF) else [],
@@ -46,6 +46,11 @@ def _model(program: State) -> str:
         f"{type(program.module).__name__}: {every:,} parameters, {training:,} of them train"
         f"{_share(training, every)}, {mode} mode, {', '.join(devices) or 'no tensors'}"
     )
+
+
+def _optional(program: State) -> list[str]:
+    names = [i.name for i in program.spec.inputs if i.optional]
+    return [f"calls may leave out {', '.join(names)}"] if names else []
 
 
 def _whole(program: State) -> Iterator[Tensor]:

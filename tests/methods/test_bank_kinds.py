@@ -97,10 +97,25 @@ def test_convolutions() -> None:
     check(program, bank, "ab", {"x": torch.randn(5, 3, 8, 8)}, IDS)
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(4, 8, 3, padding=1, stride=2, groups=2)
+        self.two = nn.ConvTranspose2d(8, 4, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x)))
+
+
 def test_each_row_takes_its_tensors(captured: Any) -> None:
-    """Bottlenecks and lookups, of unlike ranks, are tables by adapter."""
+    """Bottlenecks, lookups and convolutions in groups, of unlike ranks, are tables by adapter."""
+    torch.manual_seed(0)
+    sizes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    pictures = peftfx.capture(Grouped().eval(), (torch.randn(4, 4, 9, 8),), dynamic=sizes)
+    text = "lora{rank=1,where=conv,name=a};lora{rank=2,where=conv,name=b,seed=1}"
     tables = "lora{rank=2,where=embedding.token,name=b,seed=1}"
     cases = (
+        (pictures, text, "RowwiseConvolution", {"x": torch.randn(5, 4, 7, 6)}),
         (captured["tiny"][1], TWO["serial"], "RowwiseBottleneck", batch(5, 9)),
         (captured["tiny"][1], f"lora{{rank=3,where=embedding.token,name=a}};{tables}",
          "RowwiseLookup", batch(5, 9)),
