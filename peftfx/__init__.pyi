@@ -19,6 +19,8 @@ from .passes.additive.prefix_tuning import PrefixTuning as PrefixTuning
 from .passes.additive.prompt_tuning import PromptTuning as PromptTuning
 from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
 from .passes.additive.smop import SMoP as SMoP
+from .passes.additive.spot import SPoT as SPoT
+from .passes.additive.vpt import VPT as VPT
 from .passes.hybrid.unipelt import UniPELT as UniPELT
 from .passes.interchange.imported import Imported as Imported
 from .passes.lowering.causal import Causal as Causal

@@ -22,7 +22,7 @@ from .rewriter.branches.branch import (
 )
 from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
 from .rewriter.branches.input_shift import InputShift, OutputShift
-from .rewriter.branches.routing import Routed
+from .rewriter.branches.routing import Inserted, Routed
 from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value
 from .rewriter.edits.edit import Editor
@@ -67,6 +67,7 @@ __all__ = [
     "GatedSerial",
     "InputScale",
     "InputShift",
+    "Inserted",
     "KeyValue",
     "LinearSite",
     "Method",

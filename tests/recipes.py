@@ -25,7 +25,10 @@ def recipe_of(name: str) -> str:
 
 
 RECIPES = {name: recipe_of(name) for name in sorted(REGISTRY) if not REGISTRY[name].sourced}
-METHODS = tuple(sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method)))
+METHODS = tuple(
+    sorted(n for n, cls in REGISTRY.items() if issubclass(cls, Method) and not cls.sourced)
+)
+"""Those that run by their text alone; what needs sources has its own tests alone."""
 
 
 def method_class(name: str) -> type[Method]:

@@ -19,9 +19,14 @@ def prompt(parts: Sequence[Part]) -> Written:
     """The config and the tensor of a prompt.
 
     Raises:
-        ArtifactError: it stands where PEFT has none.
+        ArtifactError: there are several, or it stands where PEFT has none.
     """
-    part = next(p for p in parts if isinstance(p, Prompt))
+    part, *others = (p for p in parts if isinstance(p, Prompt))
+    if others:
+        raise ArtifactError(
+            f"PEFT's prompt tuning has one prompt, in front of an encoder; this has "
+            f"{len(others) + 1}. Save it with peftfx.save."
+        )
     if part.place != "input":
         raise ArtifactError(
             "PEFT's prompts stand in front of the embedded tokens, and this one stands behind the "

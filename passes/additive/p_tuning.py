@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...rewriter.branches.branch import Expression, Tokens
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.stream.tokens import entrances, separate
+from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
@@ -29,7 +29,7 @@ from ...rewriter.program.state import State
 from ..merging.bake import Bake
 from ..selective.train_tokens import RowsExpression
 from .prompt_network import PromptNetwork
-from .prompt_tuning import PromptBranch
+from .prompt_tuning import PromptBranch, beyond
 
 
 class PTuningBranch(Tokens):
@@ -88,6 +88,7 @@ class PTuning(Method):
         hidden: h; none for the paper's d / 2 of the LSTM, or d of the MLP.
         layers: of the LSTM.
         dropout: between its layers, in training.
+        halves: see `prompt_tuning`.
     """
 
     folds: ClassVar[str] = "no: they are inputs; `bake` drops the network"
@@ -102,6 +103,7 @@ class PTuning(Method):
     hidden: int | None = None
     layers: int = 2
     dropout: float = 0.0
+    halves: Halves = "encoder"
     where: str = "embedding.token"
 
     def check(self) -> None:
@@ -114,13 +116,11 @@ class PTuning(Method):
         self.require(good, "ids", "none, or different ids of the table")
 
     def obstacle(self, site: EmbeddingSite) -> str:
-        if self.ids and max(self.ids) >= site.size:
-            return f"the id {max(self.ids)} is beyond its {site.size} rows. Choose smaller ids"
-        return ""
+        return beyond(max(self.ids or (0,)), site)
 
     def sites(self, program: State) -> list[Site]:
         sites = super().sites(program)
-        sites = sites if self.placed else entrances(program, sites)
+        sites = sites if self.placed else entrances(program, sites, self.halves)
         if self.ids is None:
             separate(program, sites)
         return sites

@@ -4,14 +4,15 @@ Liu et al., ACL 2022, arXiv:2110.07602. The rows of all layers are one embedding
 authors' code, with dropout in training. With `projection=m` they are its image under a two-layer
 tanh MLP that all attentions of a stream share, `W2 tanh(W1 E)`, E `[length, d]`, and `bake` puts
 the rows in its place, exactly. The authors feed the rows as a cache, which moves the tokens'
-positions behind them: `shift_positions=true`. Not foldable: rows take softmax mass.
+positions behind them: `shift_positions=true`. `init=data`: see `prefix_tuning`. Not foldable: rows
+take softmax mass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite
 from ...rewriter.program.state import State
 from ..merging.bake import Bake
-from .prefix_tuning import PrefixBranch
+from .prefix_tuning import PrefixBranch, rows_of, with_rows_of
 
 
 class PromptEncoder(nn.Module):
@@ -81,6 +82,7 @@ class PTuningV2(Method):
         projection: width m of the shared encoder, or none.
         std: of the normal initialisation of the rows, or of E.
         dropout: of the rows, in training.
+        init: `normal`, or from `data`, without projection.
         shift_positions: move the tokens' positions behind the rows, as the authors' code does.
     """
 
@@ -94,6 +96,7 @@ class PTuningV2(Method):
     projection: int | None = None
     std: float = 1.0
     dropout: float = 0.1
+    init: Literal["normal", "data"] = "normal"
     shift_positions: bool = False
     where: str = "attention and self"
 
@@ -102,6 +105,12 @@ class PTuningV2(Method):
         self.require(self.projection is None or self.projection >= 1, "projection", "at least 1")
         self.require(self.std >= 0, "std", "at least 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        plain = self.init == "normal" or self.projection is None
+        self.require(plain, "init", "normal with projection=, whose rows are its output")
+
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        plan = super().plan(program, data, sources)
+        return plan if self.init == "normal" else with_rows_of(plan, program, data, self.length)
 
     def insert_all(self, edit: Editor, sites: Sequence[AttentionSite], plan: Plan) -> None:
         if self.projection is None:
@@ -113,6 +122,9 @@ class PTuningV2(Method):
             edit.shift_positions(self.length)
 
     def insert(self, edit: Editor, site: AttentionSite) -> None:
+        if self.init == "data":
+            edit.prepend_kv(site, PrefixBranch(*rows_of(edit, site), self.dropout))
+            return
         key, value = (
             torch.randn(self.length, site.kv_heads, width, generator=edit.generator) * self.std
             for width in edit.key_value_widths(site)

@@ -2,25 +2,30 @@
 
 Li and Liang, ACL 2021, arXiv:2101.00190. The rows join keys after rotation; the mask sees them
 everywhere; grouped queries get one row per key/value head. With `projection=m` the rows come from
-a two-layer tanh MLP of width m over an embedding, as in the paper. Not foldable: the rows take
+a two-layer tanh MLP of width m over an embedding, as in the paper. With `init=data` they start as
+the keys and values of a real prompt's first `length` tokens, given as data (the paper's start for
+few examples): `run(program, "prefix_tuning{init=data}", data=[batch])`. Not foldable: the rows take
 softmax mass (a zero prefix changes outputs, too).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, KeyValue
 from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite
+from ...rewriter.program.state import State
+from ...rewriter.run.observe import observe_keys
 
 
 class PrefixBranch(KeyValue):
@@ -73,6 +78,7 @@ class PrefixTuning(Method):
         length: rows per attention.
         projection: width of the reparameterising MLP (one per attention), or none.
         std: of the normal initialisation of the rows.
+        init: `normal`, or from `data`.
         shift_positions: move the tokens' positions behind the prefix, as happens when a prefix
             is fed as a cache; set it to import prefixes trained that way.
     """
@@ -92,6 +98,7 @@ class PrefixTuning(Method):
     length: int = 20
     projection: int | None = None
     std: float = 0.02
+    init: Literal["normal", "data"] = "normal"
     shift_positions: bool = False
     where: str = "attention and self"
 
@@ -99,6 +106,12 @@ class PrefixTuning(Method):
         self.require(self.length >= 1, "length", "at least 1")
         self.require(self.projection is None or self.projection >= 1, "projection", "at least 1")
         self.require(self.std >= 0, "std", "at least 0")
+        plain = self.init == "normal" or self.projection is None
+        self.require(plain, "init", "normal with projection=, whose rows are its output")
+
+    def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
+        plan = super().plan(program, data, sources)
+        return plan if self.init == "normal" else with_rows_of(plan, program, data, self.length)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         super().apply(edit, plan)
@@ -112,6 +125,8 @@ class PrefixTuning(Method):
         """The branch for one site, freshly initialised."""
         like = edit.like(site)
         widths = edit.key_value_widths(site)
+        if self.init == "data":
+            return PrefixBranch(*rows_of(edit, site))
         if self.projection is None:
             key, value = (
                 torch.randn(self.length, site.kv_heads, w, generator=edit.generator) * self.std
@@ -125,3 +140,36 @@ class PrefixTuning(Method):
             nn.init.uniform_(linear.weight, -bound, bound, generator=edit.generator)
             nn.init.zeros_(linear.bias)
         return branch.to(like)
+
+
+def with_rows_of(plan: Plan, program: State, data: Any, length: int) -> Plan:
+    """A plan with the keys and values that the planned attentions have of a prompt's first
+    `length` tokens, the first sample of the first batch.
+
+    Raises:
+        PassError: there is no such batch, or it is shorter.
+    """
+    batch = None if data is None else next(iter(data), None)
+    if batch is None:
+        raise PassError(
+            "init=data starts from the keys and values of a prompt, and none is given. Give it as "
+            "a batch of the program's inputs: run(program, ..., data=[batch])."
+        )
+    sites: list[Any] = [program.sites[name] for name in plan.decisions["sites"]]
+    tensors: dict[str, Tensor] = {}
+    for name, rows in observe_keys(program, batch, sites).items():
+        if len(rows[0]) < length:
+            raise PassError(
+                f"init=data: {name} has {len(rows[0])} keys for the prompt that is given, and "
+                f"length={length}. Give a longer prompt, or choose a smaller length."
+            )
+        tensors |= {f"{name}.{n}": r[:length].contiguous() for n, r in
+                    zip(("key", "value"), rows, strict=True)}  # fmt: skip
+    return Plan(plan.decisions, {**plan.tensors, **tensors})
+
+
+def rows_of(edit: Editor, site: AttentionSite) -> tuple[Tensor, Tensor]:
+    """What `with_rows_of` has found for a site, as new parameters."""
+    like = edit.like(site)
+    key, value = (edit.tensors[f"{site.id}.{n}"] for n in ("key", "value"))
+    return key.to(like, copy=True), value.to(like, copy=True)

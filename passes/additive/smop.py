@@ -25,7 +25,7 @@ from ...rewriter.branches.branch import Tokens
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach
-from ...rewriter.edits.stream.tokens import entrances, separate
+from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
@@ -121,6 +121,7 @@ class SMoP(Method):
         noise: of the router in training: `normal`, or `dropout` of its scores, or none.
         balance: weight of the load-balancing loss.
         common: how many of the table's first rows to draw initial prompts from.
+        halves: see `prompt_tuning`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)
@@ -133,6 +134,7 @@ class SMoP(Method):
     noise: Literal["normal", "dropout"] | None = "normal"
     balance: float = 0.0
     common: int = 5000
+    halves: Halves = "encoder"
     where: str = "embedding.token"
 
     def check(self) -> None:
@@ -142,7 +144,7 @@ class SMoP(Method):
 
     def sites(self, program: State) -> list[Site]:
         sites = super().sites(program)
-        sites = sites if self.placed else entrances(program, sites)
+        sites = sites if self.placed else entrances(program, sites, self.halves)
         separate(program, sites)
         return sites
 

@@ -39,6 +39,10 @@ class Line:
         """The axes of a value along which just these places lie, all of them."""
         return tuple(k for k in range(len(sizes_of(value))) if self._pure(value, k))
 
+    def held(self, value: Node) -> tuple[int, ...]:
+        """The axes of a value along which they lie, alone or with others."""
+        return tuple(k for k in range(len(sizes_of(value))) if self._has(value, k))
+
     def mixed(self, value: Node) -> bool:
         """Whether an axis of a value holds some of them, or has them together with others."""
         return any(

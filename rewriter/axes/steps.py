@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..branches.branch import Branch, KeyValue
+from ..branches.routing import Inserted
 from ..graph.aten import NORMS, is_op, named_arguments, overloads, submodule
 from ..graph.modes import Attention, BatchNorm
 from .operators import operator_steps
@@ -71,6 +72,8 @@ def _entry(gm: GraphModule, node: Node) -> list[Step]:
     module = submodule(gm, source)
     if isinstance(module, KeyValue) and isinstance(number, int) and number < 2:
         return like(source.args[number], node)
+    if isinstance(module, Inserted) and number == 0:
+        return like(source.args[0], node)
     if is_op(source, _SELECTIONS):
         return _selection(source, node)
     if is_op(source, NORMS) and number == 0:

@@ -1,4 +1,5 @@
-"""What runs a region on some of its tokens: the branch that chooses them, and the modules around.
+"""What runs a region on some of its tokens, or on further ones: the branch that chooses or adds
+them, and the modules around.
 
     index, weight, live, aside = choose(x)
     y = x + aside + scatter(weight * (region(take(x, index)) - take(x, index)), index)
@@ -109,6 +110,49 @@ def _largest(scores: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
     place = torch.arange(scores.shape[1], device=scores.device)
     last = scores.shape[1] - 1  # also where scores are NaN and none is taken
     return torch.where(taken, place, scores.shape[1]).sort(1)[0].clamp(max=last)
+
+
+class Inserted(Branch):
+    """Vectors in front of the tokens of a region, which leave the stream where the region ends.
+
+    They stand where the first real token of their row stands: at its position, and seen by what
+    sees it.
+    """
+
+    slot = "inserted"
+    reads = writes = "width"
+    not_foldable = "tokens in the stream are no weights"
+    chooses_sizes = True
+    """It returns more tokens than it is given, whose number is kept as it was made."""
+
+    tokens_first: bool = False
+    """It is given `[tokens, batch, width]`."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def rows(self, *_: Any, **reads: Any) -> Tensor:
+        """The vectors from what is read alone: `[length, width]`, or `[batch, length, width]`."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, **reads: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The longer stream, laid out like `x`, and which of the tokens each of its own stands
+        for, `[batch, length + tokens]`.
+
+        Args:
+            x: `[batch, tokens, width]`, or with `tokens_first` `[tokens, batch, width]`.
+            valid: booleans `[batch, tokens]`, or None where no token is padding.
+        """
+        x = x.transpose(0, 1) if self.tokens_first else x
+        rows = self.rows(**reads).to(x.dtype).expand(x.shape[0], -1, -1)
+        longer = torch.cat([rows, x], 1)
+        own = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        first = own[:, :1] if valid is None else valid.long().argmax(1, keepdim=True)
+        index = torch.cat([first.expand(-1, self.length), own], 1)
+        return longer.transpose(0, 1) if self.tokens_first else longer, index
 
 
 class TakeTokens(nn.Module):

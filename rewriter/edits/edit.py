@@ -25,7 +25,7 @@ from ..branches.branch import (
     Tokens,
 )
 from ..branches.input_shift import InputShift, OutputShift
-from ..branches.routing import Routed
+from ..branches.routing import Inserted, Routed
 from ..graph.aten import ancestors, set_attribute, users, value
 from ..program.history import ITSELF
 from ..program.sites import (
@@ -48,8 +48,9 @@ from .linear.expression import express, remember, remove, settle, widened
 from .linear.quantise import quantise_weight
 from .read import Reading
 from .stream.beginning import keep_positions, put_behind, stream_start
+from .stream.inserted import run_on_more
 from .stream.positions import shift_positions
-from .stream.region import find_region
+from .stream.region import find_region, require_attention
 from .stream.route import run_on_chosen
 from .stream.tokens import beside, prepend_tokens
 from .structure.axes import Channels
@@ -248,6 +249,25 @@ class Editor(Reading):
         valid = self.valid(sites[0])
         path = self._attach(sites[0], branch, {**reads, "valid": valid})
         run_on_chosen(self.program, region, path, branch.reduction, valid, given(reads))
+
+    def insert_tokens(
+        self, sites: Sequence[SublayerSite], branch: Inserted, **reads: Value | None
+    ) -> None:
+        """Runs a stream, from its first to its last given sublayer, with the branch's vectors in
+        front of its tokens, which are taken off again behind.
+
+        Raises:
+            PassError: the region has no single way in and out, tells tokens by their order, or
+                holds no attention to its own tokens.
+        """
+        for site in sites:
+            require_fit(self.method, "insert_tokens", site, branch)
+        region = find_region(self.program, self.axes, sites, self._nodes, True, whole=True)
+        require_attention(self.program, region)
+        valid = self.valid(sites[0])
+        path = self._attach(sites[0], branch, {**reads, "valid": valid})
+        run_on_more(self.program, region, path, valid, given(reads))
+        self.refresh()
 
     def combine(
         self,

@@ -13,7 +13,8 @@ def adapt(item: Any, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
         if get_origin(kind) is tuple and isinstance(item, list):
-            return tuple(item)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            inner = get_args(kind)[0]
+            return tuple(adapt(i, inner) for i in item)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         if get_origin(kind) is tuple and isinstance(item, str):
             return (item,)
     if float in kinds and int not in kinds and type(item) is int:

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from ..edits.attention.keyvalue import core_operands
 from ..edits.calls.samples import ShownAxes
 from ..edits.calls.values import input_of
 from ..edits.linear.compose import composed_value
 from ..edits.stream.padding import valid_of
 from ..errors import PassError, nearest
+from ..graph.aten import shape
 from ..graph.flow import site_nodes
 from ..measure.still import stilled
-from ..program.sites import Site, WeightSite
+from ..program.sites import AttentionSite, Site, WeightSite
 from ..program.state import State
 
 Reduce = Callable[[Tensor], Tensor]
@@ -172,6 +174,45 @@ def operand_rows(
             known, valid = branch.features_last(seen[x.name]), masks[x]
             rows[path] = _real_rows(known, None if valid is None else seen[valid.name])
         yield rows
+
+
+def observe_keys(
+    program: State, batch: Mapping[str, Tensor], sites: Sequence[AttentionSite]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(keys after rotation, values) of the first sample at some attentions, by site id: each
+    `[tokens, kv_heads, width]`.
+
+    Args:
+        program: not changed.
+        batch: of its inputs.
+
+    Raises:
+        PassError: heads lie on one axis with samples there.
+    """
+    program = stilled(program)
+    nodes, seen = site_nodes(program.module), dict[str, tuple[AttentionSite, bool]]()
+    values: dict[str, Node] = {}
+    for site in sites:
+        core = core_operands(program.module, nodes[site.nodes[0]])
+        if len(shape(core.key) or ()) != 4 or len(shape(core.value) or ()) != 4:
+            raise PassError(
+                f"{site.id}: its keys are not [batch, heads, tokens, width], so those of one "
+                "sample cannot be told. Choose other attentions with where=."
+            )
+        seen[site.id] = site, core.fused
+        values |= {f"{site.id}.key": core.key, f"{site.id}.value": core.value}
+    (found,) = _run(program, Tapped(program, values), [batch])
+
+    def rows(x: Tensor, site: AttentionSite) -> Tensor:
+        return x[0, :: x.shape[1] // site.kv_heads].transpose(0, 1).contiguous()
+
+    return {
+        name: (
+            rows(found[f"{name}.key"] if fused else found[f"{name}.key"].mT, site),
+            rows(found[f"{name}.value"], site),
+        )
+        for name, (site, fused) in seen.items()
+    }
 
 
 def _run(program: State, tapped: Tapped, data: Iterable[Any]) -> Iterator[dict[str, Tensor]]:

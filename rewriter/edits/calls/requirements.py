@@ -24,7 +24,7 @@ from ...branches.branch import (
     Tokens,
 )
 from ...branches.input_shift import InputShift, OutputShift
-from ...branches.routing import Routed
+from ...branches.routing import Inserted, Routed
 from ...errors import PassError
 from ...graph.aten import ancestors
 from ...program.sites import Site
@@ -34,7 +34,7 @@ _WORDS: dict[type[Branch], str] = {
     Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
     InputShift: "shift", OutputShift: "shift",
     Expression: "express", Serial: "after", Combine: "combine", KeyValue: "prepend_kv",
-    Tokens: "prepend_tokens", Routed: "wrap",
+    Tokens: "prepend_tokens", Routed: "wrap", Inserted: "insert_tokens",
 }  # fmt: skip
 """Kind of branch -> the editor's word that inserts it."""
 
@@ -43,7 +43,7 @@ _KINDS = {
     "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer", "embedding"),
     "shift": ("linear", "embedding"),
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
-    "prepend_tokens": ("embedding",), "wrap": ("sublayer",),
+    "prepend_tokens": ("embedding",), "wrap": ("sublayer",), "insert_tokens": ("sublayer",),
 }  # fmt: skip
 """Word -> the kinds of sites that it takes; `express` takes all."""
 

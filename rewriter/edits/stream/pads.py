@@ -76,6 +76,24 @@ class StripTokens(nn.Module):
         return f"length={self.length}, axes={self.axes}"
 
 
+class InsertedCausal(nn.Module):
+    """The mask of causal attention on `length` inserted tokens and those of the stream, for
+    queries `[..., all, width]`: `[all, all]` booleans. The inserted ones see what the first token
+    sees, itself, and one another, and are seen by all."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, query: Tensor) -> Tensor:
+        count = query.shape[-2]
+        place = torch.arange(count, device=query.device)
+        return place[None] <= place.clamp(min=self.length)[:, None]
+
+    def extra_repr(self) -> str:
+        return f"length={self.length}"
+
+
 def longer_prompts(gm: GraphModule, symbol: str, prompt: Tokens) -> tuple[int, Any]:
     """Makes room for one more prompt, in front of those on tokens whose number is `symbol`.
 

@@ -6,6 +6,7 @@ alike but for what enters beside the stream (positions, masks). Everything else 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from ...axes.line import Line
-from ...branches.routing import PutTokens, TakeTokens
+from ...branches.routing import Inserted, PutTokens, TakeTokens
 from ...errors import PassError
 from ...graph.aten import (
     ADDS,
@@ -41,6 +42,7 @@ from ...program.sites import AttentionSite, EmbeddingSite, LinearSite, SublayerS
 from ...program.state import State
 from ..calls.samples import ShownAxes
 from .packed_rows import packed_by
+from .pads import StripTokens
 
 _ORDERED = CONVS | overloads(
     "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",
@@ -91,6 +93,7 @@ def find_region(
     nodes: Mapping[str, Node],
     causal: bool,
     allow: str = "",
+    whole: bool = False,
 ) -> Region:
     """The region of some sublayers of one stream, and of all that lies between them.
 
@@ -101,6 +104,7 @@ def find_region(
         nodes: graph nodes by the names that sites use.
         causal: allow attentions in which no token sees a later one.
         allow: the option that the method has for that, which an error names.
+        whole: read the entry itself, so that the first norm is inside.
 
     Raises:
         PassError: it has no single way in and out on all tokens, or tells tokens by their place.
@@ -111,6 +115,11 @@ def find_region(
     end = stream_behind(program, chain[-1], nodes)
     below, above = _below(entry), _above(end, entry)
     between = [n for n in order if n in below and n in above]
+    if any(_inserts(program, i) for n in (entry, *between) for i in (n, *inputs(n))):
+        raise PassError(
+            f"{first}: the region runs with inserted tokens already. Choose other blocks with "
+            "where=, or insert more tokens at once."
+        )
     if any(isinstance(submodule(program.module, n), TakeTokens) for n in (entry, *between)):
         raise PassError(
             f"{first}: the region runs on some tokens already. Choose other blocks with where=, or "
@@ -131,7 +140,7 @@ def find_region(
             f"{first}: {packed}, and tokens would be chosen among them all. Give each sample a row "
             "of its own and a padding mask [batch, tokens], or choose another method."
         )
-    read = _read(program, between, entry)
+    read = entry if whole else _read(program, between, entry)
     norm = set(ancestors(read, block=lambda n: n is entry))
     inside = tuple(n for n in between if n not in norm)
     rows, line = axes.line(entry, batch), axes.line(entry, 1 - batch)
@@ -140,6 +149,18 @@ def find_region(
     if not causal:
         _check_causal(program, region, allow)
     return region
+
+
+def require_attention(program: State, region: Region) -> None:
+    """Raises PassError where no token of a region sees another, so that further ones, which leave
+    it again, would change nothing."""
+    names = {n.name for n in region.nodes}
+    own = (s for s in program.sites if isinstance(s, AttentionSite) and not s.cross)
+    if not any(names & set(s.nodes) for s in own):
+        raise PassError(
+            f"{region.site}: no attention of the stream to its own tokens lies in the region, so "
+            "tokens inserted there would change nothing. Select that, too: where=attn|ffn."
+        )
 
 
 def _below(entry: Node) -> set[Node]:
@@ -208,10 +229,22 @@ def stream_behind(program: State, site: SublayerSite, nodes: Mapping[str, Node])
 
 
 def _routed(program: State, node: Node) -> Node:
-    """What a gather reads, or what the region in front of a scatter ends with."""
-    while isinstance(module := submodule(program.module, node), TakeTokens | PutTokens):
-        node = operands(node)[0 if isinstance(module, TakeTokens) else 2]
-    return node
+    """What a gather reads, or tokens are inserted in front of; or what a region ends with, in front
+    of a scatter, or of what takes inserted tokens off."""
+    while True:
+        module = submodule(program.module, node)
+        if isinstance(module, TakeTokens | StripTokens):
+            node = operands(node)[0]
+        elif isinstance(module, PutTokens):
+            node = operands(node)[2]
+        elif is_op(node, operator.getitem) and _inserts(program, inputs(node)[0]):
+            node = operands(inputs(node)[0])[0]
+        else:
+            return node
+
+
+def _inserts(program: State, node: Node) -> bool:
+    return isinstance(submodule(program.module, node), Inserted)
 
 
 def operand_of(
@@ -277,8 +310,8 @@ def _check(program: State, region: Region) -> None:
             continue
         if region.line.unclear(node):
             refuse(node, f"{size} does not show which axis has the {region.tokens} tokens")
-        if isinstance(region.tokens, int) and not region.line.alone(node):
-            refuse(node, f"{size} has no axis for the {region.tokens} tokens alone")
+        if isinstance(region.tokens, int) and not region.line.held(node):
+            refuse(node, f"{size} has no axis for the {region.tokens} tokens")
 
 
 def _check_causal(program: State, region: Region, allow: str) -> None:

@@ -1,4 +1,4 @@
-"""Running a region on some of its tokens, in place.
+"""Running a region on some of its tokens, or on others (`inserted`), in place.
 
 Everything indexed by tokens that enters the region (the stream, rotary values, both axes of masks
 and of biases of scores) is gathered where it enters, and sizes come from the gathered tokens.
@@ -8,12 +8,13 @@ Nodes keep their names, so sites stay sites and other edits inside the region do
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from ...branches.routing import LiveKeys, PutTokens, TakeTokens, slots
@@ -71,60 +72,83 @@ def run_on_chosen(
         PassError: a value enters the region with its tokens in an axis that cannot be gathered, or
             a read is computed in the region.
     """
-    branch: Any = program.module.get_submodule(path)
-    branch.tokens_first = bool(region.batch)
-    reads = {**reads, **given({"valid": valid})}
-    for name, read in reads.items():
-        if not set(region.nodes).isdisjoint(ancestors(read)):
-            what = (
-                f"the branch {type(program.module.get_submodule(path)).__name__} at {region.site}"
-            )
-            raise PassError(cycle(what, f"{name} = {read.name}", "what is known before the region"))
-    rewrite = _Rewrite(program, region, path, reduction, reads)
+    reads = known(program, region, path, {**reads, **given({"valid": valid})})
+    rewrite = Rewrite(program, region, path, reduction, reads)
     rewrite.gather()
     if valid is not None:
         rewrite.hide()
     rewrite.scatter()
 
 
-class _Rewrite:
+def known(program: State, region: Region, path: str, reads: dict[str, Node]) -> dict[str, Node]:
+    """The reads of a branch in front of a region, if none is computed inside."""
+    branch: Any = program.module.get_submodule(path)
+    branch.tokens_first = bool(region.batch)
+    for name, read in reads.items():
+        if not set(region.nodes).isdisjoint(ancestors(read)):
+            what = f"the branch {type(branch).__name__} at {region.site}"
+            raise PassError(cycle(what, f"{name} = {read.name}", "what is known before the region"))
+    return reads
+
+
+class Rewrite:
     """One region under edit, with what has been gathered for it so far."""
 
     def __init__(
         self, program: State, region: Region, path: str, reduction: int, reads: Mapping[str, Node]
     ) -> None:
+        self.enter_at(program, region)
+        size = slots(region.tokens, reduction) if isinstance(region.tokens, int) else None
+        names = ("index", "weight", "live", "aside")
+        nodes = self.call(path, region.read, reads, names, lambda: self._values(size, reduction))
+        self.index, self.weight, self.live, self.aside = nodes
+        self.size = size or self.size_of(nodes[-1], self.index, 1)
+
+    def enter_at(self, program: State, region: Region) -> None:
         self.program, self.region = program, region
         self.gm: GraphModule = program.module
         self.inside = set(region.nodes)
         self.taken: dict[tuple[Node, int], Node] = {}
+        self.size: Any = None
+
+    def call(
+        self,
+        path: str,
+        operand: Node,
+        reads: Mapping[str, Node],
+        names: Sequence[str],
+        values: Callable[[], tuple[Tensor, ...]],
+    ) -> list[Node]:
+        """The results of the branch, called as soon as what it reads is known."""
         graph = self.gm.graph
-        known = latest(self.gm, {"": region.read, **reads})
+        known = latest(self.gm, {"": operand, **reads})
         early = self._before(known)
         with graph.inserting_after(known):
-            last = chosen = branch_call(self.gm, path, (region.read,), reads)
+            last = called = branch_call(self.gm, path, (operand,), reads)
         nodes: list[Node] = []
-        for place, part in enumerate(("index", "weight", "live", "aside")):
+        for place, part in enumerate(names):
             with graph.inserting_after(last):
-                args = (chosen, place)
+                args = (called, place)
                 last = graph.create_node(
-                    "call_function", operator.getitem, args, {}, name=f"{chosen.name}_{part}"
+                    "call_function", operator.getitem, args, {}, name=f"{called.name}_{part}"
                 )
             nodes.append(last)
-        self.index, self.weight, self.live, self.aside = nodes
-        self.size: Any = slots(region.tokens, reduction) if isinstance(region.tokens, int) else None
-        chosen.meta["val"] = self._values(reduction)
-        for node, val in zip(nodes, chosen.meta["val"], strict=True):
+        called.meta["val"] = values()
+        for node, val in zip(nodes, called.meta["val"], strict=True):
             node.meta["val"] = val
-        if self.size is None:
-            with graph.inserting_after(last):
-                self.size = last = graph.call_function(ATEN.sym_size.int, (self.index, 1))
         for node in reversed(early):
             last.append(node)
+        return nodes
 
-    def _values(self, reduction: int) -> tuple[Tensor, ...]:
+    def size_of(self, last: Node, of: Node, axis: int) -> Node:
+        """The number of tokens inside, read off a value behind `last`."""
+        with self.gm.graph.inserting_after(last):
+            return self.gm.graph.call_function(ATEN.sym_size.int, (of, axis))
+
+    def _values(self, size: Any, reduction: int) -> tuple[Tensor, ...]:
         """What the branch returns, with a fresh symbol for how many tokens it takes."""
         x: Any = value(self.region.read)
-        size, tokens = self.size, self.region.tokens
+        tokens = self.region.tokens
         if size is None:
             label = self.program.symbols.get(str(tokens), str(tokens))
             label = f"{label}/{reduction}"
@@ -163,7 +187,7 @@ class _Rewrite:
         """The arguments of a call, with the new number of tokens where sizes are given: for the
         axes along which these tokens lie, whatever else is as many."""
         start = int(named_arguments(node)["dim"]) % rank if is_op(node, _PARTED) else 0
-        own = self.region.line.alone(node)
+        own, held = self.region.line.alone(node), self.region.line.held(node)
 
         def enter(given: Any) -> Any:
             return map_arg(given, lambda v: self._enter(v, rank))
@@ -173,10 +197,30 @@ class _Rewrite:
                 return enter(given)
             pairs: Any = enumerate(given, start)
             return [
-                enter(g) if not self._counts(g) else self.size if k in own else g for k, g in pairs
-            ]
+                self._multiple(g) if k in held and k not in own and self._multiplies(g)
+                else enter(g) if not self._counts(g) else self.size if k in own else g
+                for k, g in pairs
+            ]  # fmt: skip
 
         return tuple(map(put, node.args)), {k: put(v) for k, v in node.kwargs.items()}
+
+    def _multiplies(self, given: Any) -> bool:
+        """Whether a size that a call is given is a fixed number of tokens times others, not -1."""
+        size, tokens = value(given) if isinstance(given, Node) else given, self.region.tokens
+        if not isinstance(tokens, int) or (isinstance(size, int) and size < 0):
+            return False
+        return bool(statically_known_true(size % tokens == 0))
+
+    def _multiple(self, given: Any) -> Any:
+        """The same times the new number of tokens."""
+        tokens = self.region.tokens
+        if isinstance(given, int) and isinstance(self.size, int):
+            return given // tokens * self.size
+        call = self.gm.graph.call_function
+        others = (
+            call(operator.floordiv, (given, tokens)) if isinstance(given, Node) else given // tokens
+        )
+        return call(operator.mul, (others, self.size))
 
     def _counts(self, given: Any) -> bool:
         """Whether a size that a call is given is the number of tokens, not -1."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -49,6 +49,8 @@ from .pads import PadPositions, PadTokens, StripTokens, longer_prompts
 from .places import moved_places
 from .prompt_reads import first_of, own_reads, require_before, stripped
 
+Halves = Literal["encoder", "decoder", "both"]
+"""Of an encoder-decoder, as an option."""
 _LOSSES = overloads("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 _WAVES = overloads("cos", "sin")
 _EQUALITIES = overloads("eq", "ne")
@@ -98,13 +100,26 @@ def meaning_of(program: State, source: Node) -> str | None:
     return None
 
 
-def entrances(program: State, sites: Sequence[Site]) -> list[Site]:
-    """Of several token embeddings, those that cross-attention looks at: the encoder's."""
+def entrances(program: State, sites: Sequence[Site], halves: Halves = "encoder") -> list[Site]:
+    """Of the token embeddings of an encoder-decoder, those in front of the given `halves`:
+    `encoder` (which cross-attention looks at), `decoder`, or `both`; of other models all.
+
+    Raises:
+        PassError: the model has no such half.
+    """
     nodes = {n.name: n for n in program.module.graph.nodes}
     cores = [s for s in program.sites if isinstance(s, AttentionSite) and s.cross]
     keys = [nodes[name] for core in cores for name in program.sites[core.k].nodes]
     attended = {n.name for key in keys for n in ancestors(key)}
-    return [s for s in sites if attended.intersection(s.nodes)] or list(sites)
+    encoder = [s for s in sites if attended.intersection(s.nodes)]
+    decoder = [s for s in sites if s not in encoder]
+    if halves != "encoder" and not (encoder and decoder):
+        raise PassError(
+            f"halves={halves}: the model has no token embeddings of both an encoder and a decoder. "
+            "Leave halves out, or choose embeddings with where=."
+        )
+    chosen = {"encoder": encoder, "decoder": decoder, "both": [*encoder, *decoder]}[halves]
+    return chosen or list(sites)
 
 
 def separate(program: State, sites: Sequence[Site]) -> None:
