@@ -7,6 +7,7 @@ from .exporters.onnx.export import export_onnx as export_onnx
 from .passes.additive.adamix import AdaMix as AdaMix
 from .passes.additive.adapter_fusion import AdapterFusion as AdapterFusion
 from .passes.additive.apt import APT as APT
+from .passes.additive.ciat import CIAT as CIAT
 from .passes.additive.coda import CoDA as CoDA
 from .passes.additive.hyperformer import HyperFormer as HyperFormer
 from .passes.additive.ia3 import IA3 as IA3
