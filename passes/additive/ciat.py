@@ -50,8 +50,8 @@ class CIATBranch(Serial):
         """`seen`: z, of the shape of h."""
         return self.inner(self.features_last(seen), language)
 
-    def settled(self, language: Tensor, **decided: Any) -> Self:
-        return type(self)(self.inner.only(language))
+    def settled(self, **decided: Any) -> Self:
+        return type(self)(self.inner.only(decided["language"]))
 
     def describe(self) -> str:
         return self.inner.describe()
@@ -72,8 +72,8 @@ class CIATEmbedding(OutputShift):
     def shift(self, e: Tensor, language: Tensor | None = None) -> Tensor:
         return self.inner(e, language)
 
-    def settled(self, language: Tensor, **decided: Any) -> Self:
-        return type(self)(self.inner.only(language))
+    def settled(self, **decided: Any) -> Self:
+        return type(self)(self.inner.only(decided["language"]))
 
     def describe(self) -> str:
         return self.inner.describe()
