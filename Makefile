@@ -31,6 +31,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/coda.py
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/additive.py
 	$(BIN)/python -m benchmarks.combine
 	$(BIN)/python -m benchmarks.faults
 

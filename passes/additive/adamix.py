@@ -11,6 +11,13 @@ with other draws makes them agree: with p and q the predictions of the two,
 padding. One up projection is shared by all, as in the authors' defaults, or there are M of them,
 too (`shared_up=false`). All start N(0, 0.02^2), each by itself, with zero biases. The authors'
 adapter stands in front of the sublayer's dropout; here, as all behind sublayers, behind it.
+
+`form=lora` mixes low-rank branches beside linears instead, the paper's form for generation
+(`adamix{form=lora,adapters=8,bottleneck=4,alpha=32,where=q|v}`):
+
+    W x + alpha / r B_j A_i x,    A uniform as in LoRA, B zero: the identity at first
+
+`bake` leaves one LoRA, of the means, which folds.
 """
 
 from __future__ import annotations
@@ -20,66 +27,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...rewriter.branches.bottleneck import ACTIVATIONS, BottleneckBranch
-from ...rewriter.branches.branch import Axes, Serial
-from ...rewriter.branches.parts import Bottleneck, Part
-from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
+from ...rewriter.pipeline.placing import of_kind
 from ...rewriter.program.history import Contract
-from ...rewriter.program.sites import SublayerSite
+from ...rewriter.program.sites import LinearSite, Site, SublayerSite
 from ...rewriter.program.state import State
 from ...rewriter.training.consistency import consistency, run_again
 from ..merging.bake import Bake
-
-
-class AdaMixBranch(Serial):
-    """`down [M, r, d]`, `down_bias [M, r]`, `up [M or 1, d, r]`, `up_bias [M or 1, d]`."""
-
-    not_foldable = BottleneckBranch.not_foldable
-    axes: ClassVar[Axes] = {
-        "down": ("expert", "rank", "width"), "down_bias": ("expert", "rank"),
-        "up": ("expert", "width", "rank"), "up_bias": ("expert", "width"),
-    }  # fmt: skip
-
-    def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-        self.down_bias = nn.Parameter(down.new_zeros(down.shape[:2]))
-        self.up_bias = nn.Parameter(up.new_zeros(up.shape[:2]))
-        self.activation = activation
-
-    def update(self, h: Tensor) -> Tensor:
-        down, down_bias = self.one(self.down, self.down_bias)
-        up, up_bias = self.one(self.up, self.up_bias)
-        return linear(ACTIVATIONS[self.activation](linear(h, down, down_bias)), up, up_bias)
-
-    def one(self, matrices: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
-        """One projection: drawn in training, else the mean."""
-        if not self.training or len(matrices) == 1:
-            return matrices.mean(0), biases.mean(0)
-        drawn = torch.randint(len(matrices), (1,), device=matrices.device)
-        return matrices.index_select(0, drawn)[0], biases.index_select(0, drawn)[0]
-
-    def merged(self) -> Bottleneck:
-        """The one adapter that is left."""
-        down, up, down_bias, up_bias = (
-            p.detach().mean(0) for p in (self.down, self.up, self.down_bias, self.up_bias)
-        )
-        return Bottleneck("", down, up, down_bias, up_bias, self.activation)
-
-    def settled(self, **decided: Any) -> BottleneckBranch:
-        return BottleneckBranch(self.merged(), self.down)
-
-    def part(self) -> Part:
-        return self.merged()
-
-    def describe(self) -> str:
-        return f"{len(self.down)} x {len(self.up)} of bottleneck={self.down.shape[1]}"
+from .mixtures import AdaMixBranch, AdaMixDelta
 
 
 class AdaMixController(Controller):
@@ -94,36 +54,40 @@ class AdaMixController(Controller):
         return self.method.consistency * consistency(outputs, again, batch, self.adapter)
 
     def finish(self) -> tuple[Pass, ...]:
-        mixed = any(isinstance(b, AdaMixBranch) for _, b in self.branches())
+        mixed = any(isinstance(b, AdaMixBranch | AdaMixDelta) for _, b in self.branches())
         return (Bake(names=(self.adapter,)),) if mixed else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMix(Method):
-    """Puts a mixture of bottleneck adapters behind the selected sublayers.
+    """Puts a mixture of adapters behind the selected sublayers, or beside linears.
 
     Attributes:
+        form: `adapter`, bottlenecks behind sublayers, or `lora`, low-rank branches beside linears.
         adapters: M.
-        bottleneck: inner width r.
-        shared_up: one up projection for all, or M.
+        bottleneck: inner width r; of `lora`, the rank.
+        alpha: of `lora`, numerator of the scale.
+        shared_up: one up projection (B) for all, or M.
         activation: between the projections.
         consistency: weight of the second forward's loss; 0 for none, and no second forward.
         std: of the normal initialisation.
     """
 
-    folds: ClassVar[str] = "no: not linear; `bake` leaves one adapter"
+    folds: ClassVar[str] = "no; `bake` leaves one adapter, or a LoRA, which folds"
 
-    kinds: ClassVar[tuple[str, ...]] = ("sublayer",)
+    kinds: ClassVar[tuple[str, ...]] = ("sublayer", "linear")
     contract: ClassVar[Contract] = Contract("near", 0.1)
     controller: ClassVar[type[Controller]] = AdaMixController
 
+    form: Literal["adapter", "lora"] = "adapter"
     adapters: int = 4
     bottleneck: int = 16
+    alpha: float = 16.0
     shared_up: bool = True
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     consistency: float = 1.0
     std: float = 0.02
-    where: str = "ffn and sublayer"
+    where: str = "q|v|ffn and sublayer"
 
     @property
     def departures(self) -> frozenset[str]:
@@ -136,7 +100,24 @@ class AdaMix(Method):
         self.require(self.consistency >= 0, "consistency", "at least 0")
         self.require(0 <= self.std < 1, "std", "in [0, 1)")
 
-    def insert(self, edit: Editor, site: SublayerSite) -> None:
+    def promise(self) -> Contract:
+        return Contract("identity") if self.form == "lora" else self.contract
+
+    def sites(self, program: State) -> list[Site]:
+        kind = "linear" if self.form == "lora" else "sublayer"
+        form = f"adamix{{form={self.form}}}"
+        return of_kind(program, super().sites(program), kind, form, self.where)
+
+    def obstacle(self, site: LinearSite | SublayerSite) -> str:
+        if self.form == "adapter" or not isinstance(site, LinearSite):
+            return ""
+        least = min(site.in_features, site.out_features)
+        return f"rank {self.bottleneck} exceeds {least}" if self.bottleneck > least else ""
+
+    def insert(self, edit: Editor, site: LinearSite | SublayerSite) -> None:
+        if isinstance(site, LinearSite):
+            edit.add(site, self._low_rank(edit, site))
+            return
         ups = 1 if self.shared_up else self.adapters
         down = torch.empty(self.adapters, self.bottleneck, site.width)
         up = torch.empty(ups, site.width, self.bottleneck)
@@ -145,8 +126,17 @@ class AdaMix(Method):
         like = edit.like(site)
         edit.after(site, AdaMixBranch(down.to(like), up.to(like), self.activation))
 
+    def _low_rank(self, edit: Editor, site: LinearSite) -> AdaMixDelta:
+        a = torch.empty(self.adapters, self.bottleneck, site.in_features)
+        bound = site.in_features**-0.5
+        a.uniform_(-bound, bound, generator=edit.generator)
+        ups = 1 if self.shared_up else self.adapters
+        b = torch.zeros(ups, site.out_features, self.bottleneck)
+        return AdaMixDelta(a, b, self.alpha / self.bottleneck).to(edit.like(site))
+
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         here = self.controller(program, self).branches()
-        return {path: {} for path, branch in here if isinstance(branch, AdaMixBranch)}
+        mixed = AdaMixBranch | AdaMixDelta
+        return {path: {} for path, branch in here if isinstance(branch, mixed)}

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.branch import Axes, Serial
 from ...rewriter.branches.input_shift import OutputShift
-from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
@@ -35,56 +33,14 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import EmbeddingSite, SublayerSite
 from ...rewriter.program.state import State
-
-
-class Languages(nn.Module):
-    """Bottlenecks of n languages: `down [n, r, d]`, `up [n, d, r]`, `gamma`, `beta [n, d]`."""
-
-    def __init__(self, down: Tensor, up: Tensor, dropout: float) -> None:
-        super().__init__()
-        count, bottleneck, width = down.shape
-        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-        self.down_bias = nn.Parameter(down.new_zeros(count, bottleneck))
-        self.up_bias = nn.Parameter(down.new_zeros(count, width))
-        self.gamma = nn.Parameter(down.new_ones(count, width))
-        self.beta = nn.Parameter(down.new_zeros(count, width))
-        self.dropout = dropout
-
-    def forward(self, z: Tensor, language: Tensor | None = None) -> Tensor:
-        """U relu(D LN(z)) of a language, or of the only one."""
-        every = self.down, self.down_bias, self.up, self.up_bias, self.gamma, self.beta
-        chosen = [p[0] if language is None else p.index_select(0, language.view(1))[0]
-                  for p in every]  # fmt: skip
-        down, down_bias, up, up_bias, gamma, beta = chosen
-        x = F.layer_norm(z, gamma.shape, gamma.to(z.dtype), beta.to(z.dtype), 1e-6)
-        inner = F.dropout(F.relu(linear(x, down, down_bias)), self.dropout, self.training)
-        return linear(inner, up, up_bias)
-
-    def only(self, language: Tensor) -> Languages:
-        """That of one language."""
-        one = Languages(self.down[:0], self.up[:0], self.dropout)
-        for name, parameter in self.named_parameters():
-            kept = parameter.detach().index_select(0, language.view(1)).clone()
-            one.register_parameter(name, nn.Parameter(kept))
-        return one
-
-    def describe(self) -> str:
-        count, bottleneck, _ = self.down.shape
-        return f"bottleneck={bottleneck}" + (f", {count} languages" if count > 1 else "")
-
-
-_AXES: Axes = {
-    "inner.down": ("language", "rank", "width"), "inner.down_bias": ("language", "rank"),
-    "inner.up": ("language", "width", "rank"), "inner.up_bias": ("language", "width"),
-    "inner.gamma": ("language", "width"), "inner.beta": ("language", "width"),
-}  # fmt: skip
+from .languages import LANGUAGE_AXES, Languages
 
 
 class CIATBranch(Serial):
     """Beside a sublayer."""
 
     not_foldable = BottleneckBranch.not_foldable
-    axes: ClassVar[Axes] = {**_AXES, "seen": ("...", "width")}
+    axes: ClassVar[Axes] = {**LANGUAGE_AXES, "seen": ("...", "width")}
 
     def __init__(self, inner: Languages) -> None:
         super().__init__()
@@ -94,8 +50,8 @@ class CIATBranch(Serial):
         """`seen`: z, of the shape of h."""
         return self.inner(self.features_last(seen), language)
 
-    def settled(self, language: Tensor, **decided: Any) -> Self:
-        return type(self)(self.inner.only(language))
+    def settled(self, **decided: Any) -> Self:
+        return type(self)(self.inner.only(decided["language"]))
 
     def describe(self) -> str:
         return self.inner.describe()
@@ -106,7 +62,7 @@ class CIATEmbedding(OutputShift):
 
     not_foldable = BottleneckBranch.not_foldable
     axes: ClassVar[Axes] = {
-        n: tuple("out" if a == "width" else a for a in axes) for n, axes in _AXES.items()
+        n: tuple("out" if a == "width" else a for a in axes) for n, axes in LANGUAGE_AXES.items()
     }
 
     def __init__(self, inner: Languages) -> None:
@@ -116,8 +72,8 @@ class CIATEmbedding(OutputShift):
     def shift(self, e: Tensor, language: Tensor | None = None) -> Tensor:
         return self.inner(e, language)
 
-    def settled(self, language: Tensor, **decided: Any) -> Self:
-        return type(self)(self.inner.only(language))
+    def settled(self, **decided: Any) -> Self:
+        return type(self)(self.inner.only(decided["language"]))
 
     def describe(self) -> str:
         return self.inner.describe()

@@ -16,16 +16,13 @@ on 1. The base's norms train, too. The task is an input: one a batch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ...rewriter.branches.branch import Serial
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
@@ -34,68 +31,7 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State
-
-
-class Generator(nn.Module):
-    """`forward(z [dim]) -> [sites, size]`: one row of adapter weights a site of a stream, whose
-    rows of the tables `layers` and `blocks` are in `places [sites, 2]`."""
-
-    places: Tensor
-
-    def __init__(self, places: Tensor, dims: tuple[int, int, int], size: int) -> None:
-        super().__init__()
-        dim, hidden, projected = dims
-        layers, blocks = (places.amax(0) + 1).tolist()
-        self.register_buffer("places", places, persistent=False)
-        self.layers = nn.Parameter(torch.empty(layers, dim))
-        self.blocks = nn.Parameter(torch.empty(blocks, dim))
-        self.inner, self.outer = nn.Linear(3 * dim, hidden), nn.Linear(hidden, projected)
-        self.norm = nn.LayerNorm(projected, eps=1e-6)
-        self.heads = nn.Linear(projected, size)
-
-    def forward(self, task: Tensor) -> Tensor:
-        layer, block = self.places.unbind(1)
-        where = [task.expand(len(layer), -1), self.layers[layer], self.blocks[block]]
-        return self.heads(self.norm(self.outer(F.relu(self.inner(torch.cat(where, 1))))))
-
-
-class Projector(nn.Sequential):
-    """`W2 ReLU(W1 z)` of a task's embedding z `[dim]`: `[projected]`."""
-
-    def __init__(self, dim: int, hidden: int, projected: int) -> None:
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, projected))
-
-
-class HyperFormerBranch(Serial):
-    """An adapter of generated weights or, once settled, of its own: one tensor each of `shapes`."""
-
-    def __init__(self, width: int, bottleneck: int) -> None:
-        super().__init__()
-        self.shapes = {
-            "down": (bottleneck, width), "down_bias": (bottleneck,), "up": (width, bottleneck),
-            "up_bias": (width,), "scale": (width,), "shift": (width,),
-        }  # fmt: skip
-        self.sizes = [torch.Size(s).numel() for s in self.shapes.values()]
-
-    def parts(self, weights: Tensor) -> dict[str, Tensor]:
-        """The adapter's tensors from one row of what a generator gives."""
-        flat = zip(self.shapes.items(), weights.split(self.sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in flat}
-
-    def update(self, h: Tensor, weights: Tensor | None = None) -> Tensor:
-        own = {n: getattr(self, n) for n in self.shapes} if weights is None else self.parts(weights)
-        down, bias, up, up_bias, scale, shift = (own[n].to(h.dtype) for n in self.shapes)
-        y = F.linear(F.gelu(F.linear(h, down, bias), approximate="tanh"), up, up_bias)
-        return F.layer_norm(y, y.shape[-1:], scale, shift)
-
-    def settled(self, **decided: Tensor) -> Self:
-        fixed = copy.deepcopy(self)
-        for name, part in self.parts(decided["weights"]).items():
-            fixed.register_parameter(name, nn.Parameter(part.clone()))
-        return fixed
-
-    def describe(self) -> str:
-        return f"bottleneck={self.shapes['down'][0]}"
+from .generated_adapters import Generator, HyperFormerBranch, Projector, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +86,12 @@ class HyperFormer(Method):
 
     def _insert_own(self, edit: Editor, sites: Sequence[SublayerSite], table: Value) -> None:
         projector = Projector(self.dim, self.hidden, self.projected)
-        _initialise(projector, edit.generator)
+        initialise(projector, edit.generator)
         task = edit.share("projector", projector.to(edit.like(sites[0])), input=table)
         for site in sites:
             branch = HyperFormerBranch(site.width, self.bottleneck)
             head = nn.Linear(self.projected, sum(branch.sizes))
-            _initialise(head, edit.generator)
+            initialise(head, edit.generator)
             name = edit.name(site).replace(".", "_")
             weights = edit.share(f"head_{name}", head.to(edit.like(site)), input=task)
             edit.after(site, branch, weights=weights)
@@ -169,7 +105,7 @@ class HyperFormer(Method):
         generator = Generator(torch.tensor(places), dims, size)
         for parameter in (generator.layers, generator.blocks):
             nn.init.normal_(parameter, generator=edit.generator)
-        _initialise(generator, edit.generator)
+        initialise(generator, edit.generator)
         return generator.to(edit.like(sites[0]))
 
     def settle(
@@ -181,10 +117,3 @@ class HyperFormer(Method):
         if not 0 <= chosen < self.tasks:
             raise PassError(f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}.")
         return constant_reads(program, program.attached_by(self.adapter), {self.task: chosen})
-
-
-def _initialise(module: nn.Module, drawn: torch.Generator) -> None:
-    """Linears become N(0, 0.01^2), their biases zero."""
-    for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
-        nn.init.normal_(linear.weight, std=0.01, generator=drawn)
-        nn.init.zeros_(linear.bias)

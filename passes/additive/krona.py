@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Delta, Serial
 from ...rewriter.branches.kronecker import kronecker
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import SelectorError
 from ...rewriter.pipeline.method import Method
-from ...rewriter.pipeline.placing import example_word
+from ...rewriter.pipeline.placing import of_kind
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import LinearSite, Site, SublayerSite
 from ...rewriter.program.state import State
@@ -108,19 +107,8 @@ class KronA(Method):
         return "linear" if self.form == "weight" else "sublayer"
 
     def sites(self, program: State) -> list[Site]:
-        sites = [s for s in super().sites(program) if s.kind == self.kind]
-        if not sites:
-            raise SelectorError(self._nowhere(program))
-        return sites
-
-    def _nowhere(self, program: State) -> str:
-        example = example_word(program, (self.kind,))
-        form = "" if self.form == "weight" else f"form={self.form},"
-        remedy = f"Say where, for example krona{{{form}where={example}}}"
-        return (
-            f"krona: form={self.form} stands beside {self.kind} sites, and where={self.where!r} "
-            f"matches none. {remedy if example else 'Choose another method, or another form'}."
-        )
+        form = f"krona{{form={self.form}}}"
+        return of_kind(program, super().sites(program), self.kind, form, self.where)
 
     def obstacle(self, site: LinearSite | SublayerSite) -> str:
         out, size = _sizes(site)

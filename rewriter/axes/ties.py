@@ -193,7 +193,7 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
     ranks = {n: t.dim() for n, t in tensors.items()} | read
     if any(len(branch.axes.get(n, ())) != rank for n, rank in ranks.items()):
         return relations
-    if any({branch.reads, branch.writes}.intersection(branch.axes[n]) for n in read):
+    if any({branch.reads, branch.writes}.intersection(branch.axes.get(n, ())) for n in read):
         return relations  # others may read that, too, so it cannot be cut with the channels
     declared = [(n, k, a) for n in tensors for k, a in enumerate(branch.axes[n])]
     own = None if branch.features is None else branch.features.cpu() - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ..errors import SelectorError
 from ..program.selector import WORDS
 from ..program.sites import Site
 from ..program.state import State
@@ -18,6 +19,27 @@ def example_word(program: State, kinds: Sequence[str]) -> str:
     role = Counter(s.role for s in sites).most_common(1)[0][0]
     site = next(s for s in sites if s.role == role)
     return max(sorted(site.tags & WORDS), key=len)
+
+
+def of_kind(program: State, sites: Sequence[Site], kind: str, form: str, where: str) -> list[Site]:
+    """The sites of the kind that a form of a method stands beside.
+
+    Args:
+        form: the method with the option, such as `krona{form=block}`.
+
+    Raises:
+        SelectorError: there is none.
+    """
+    found = [s for s in sites if s.kind == kind]
+    if found:
+        return found
+    example = example_word(program, (kind,))
+    remedy = (
+        f"Say where, for example {form[:-1]},where={example}}}" if example else "Choose another"
+    )
+    raise SelectorError(
+        f"{form} stands beside {kind} sites, and where={where!r} matches none. {remedy}."
+    )
 
 
 def left_out(program: State, sites: Sequence[Site], why: Callable[[str], str]) -> dict[str, str]:

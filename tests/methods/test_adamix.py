@@ -14,7 +14,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx.exporters.formats import load_adapter, save_adapter
-from peftfx.rewriter.errors import OptionError, PassError
+from peftfx.rewriter.errors import OptionError, PassError, SelectorError
 
 from ..formats.adapterhub_models import output
 from ..formats.write_with_peftfx import program as of_hub
@@ -173,6 +173,48 @@ def test_encoder_decoders_and_images(captured: Any, zoo: Any) -> None:
     assert len(program.history[-1].edited) == 4
     assert moved(first(base(**inputs)), first(program(**inputs))) > 0.01
     assert len(peftfx.run(zoo["vit"], SMALL).history[-1].edited) == 2
+
+
+LORA = "adamix{form=lora,adapters=3,bottleneck=2,alpha=4,shared_up=false,where=q|v}"
+
+
+def test_low_rank_experts(captured: Any, tmp_path: Path) -> None:
+    """W x + alpha / r B_j A_i x: one drawn in training, the means afterwards, which fold."""
+    base = captured.double("decoder")
+    fresh, inputs = peftfx.run(base, LORA), batch(4, 11, pad=3)
+    assert torch.equal(first(fresh(**inputs)), first(base(**inputs)))
+    program = randomise(fresh, 0.3)
+    branch: Any = program.branch(program.attachments[0])
+    a, b = branch.a.detach(), branch.b.detach()
+    assert sum(p.numel() for p in program.trainable_parameters()) == 3 * 2 * 2 * (32 + 32 + 32 + 16)
+    x = torch.randn(2, 5, 32).double()
+    wanted = [2 * x @ a[i].T @ b[j].T for i in range(3) for j in range(3)]
+    found, drawn = set[int](), branch.train()
+    torch.manual_seed(0)
+    for _ in range(60):
+        y = drawn(x)
+        found |= {k for k, w in enumerate(wanted) if torch.allclose(y, w)} or {-1}
+    assert found == set(range(9))
+    branch.eval()
+    torch.testing.assert_close(branch(x), 2 * x @ a.mean(0).T @ b.mean(0).T)
+    want = first(program(**inputs))
+    assert moved(first(base(**inputs)), want) > 0.01
+    baked = peftfx.run(program, peftfx.controllers(program).finish())
+    assert {type(baked.branch(t)).__name__ for t in baked.attachments} == {"LoRABranch"}
+    for one in (baked, peftfx.run(baked, "fold")):
+        assert float((first(one(**inputs)) - want).detach().abs().max()) <= 1e-12
+    peftfx.save(baked, tmp_path / "a")
+    assert torch.equal(first(peftfx.load(base, tmp_path / "a")(**inputs)), first(baked(**inputs)))
+
+
+def test_each_form_has_its_places(captured: Any) -> None:
+    _, base = captured["decoder"]
+    with pytest.raises(SelectorError, match=r"stands beside linear sites.*where=linear"):
+        peftfx.run(base, "adamix{form=lora,where=ffn and sublayer}")
+    with pytest.raises(SelectorError, match="stands beside sublayer sites"):
+        peftfx.run(base, "adamix{where=q}")
+    with pytest.raises(OptionError, match="rank 40 exceeds 32"):
+        peftfx.run(base, "adamix{form=lora,bottleneck=40,where=q}")
 
 
 def test_bad_options() -> None:

@@ -111,5 +111,5 @@ def test_bad_options(captured: Any) -> None:
     for options in ("scale=0", "a=[0,4]", "form=whole"):
         with pytest.raises(OptionError, match="krona"):
             peftfx.parse(f"krona{{{options}}}")
-    with pytest.raises(SelectorError, match="form=block stands beside sublayer sites"):
+    with pytest.raises(SelectorError, match=r"form=block. stands beside sublayer sites"):
         peftfx.run(base, "krona{form=block,where=q}")
