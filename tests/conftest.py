@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import getpass
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +24,7 @@ from peftfx.rewriter.capture.capture import capture
 from . import models, recipes
 from .captures import ROOT, captures
 from .cpu import BUDGET, Seconds, methods_of, shared
+from .temporary import remove
 from .zoo import ZOO
 
 CAPTURING = (
@@ -28,6 +32,9 @@ CAPTURING = (
     "test_threads", "test_zoo_capture",
 )  # fmt: skip
 """Files about capturing itself, or that seed faults: nothing of their own is stored or recalled."""
+
+KEPT_BY_OTHERS = (".ses", "torchinductor_")
+"""What ONNX Runtime and torch's compiler leave in the system's temporary folder, for the next time."""
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.expect")
@@ -131,6 +138,22 @@ class Zoo:
         return self.made[name]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The system's temporary folder is one of the session's own, and empty again at its end: what
+    tests, the code under test, and the processes of both put there, they remove."""
+    folder, usual = tmp_path_factory.mktemp("system"), tempfile.gettempdir()
+    with pytest.MonkeyPatch.context() as patch:
+        if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # what stays there on purpose
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{usual}/torchinductor_{getpass.getuser()}")
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("TMPDIR", str(folder))
+        yield
+    remove()
+    left = sorted(p.name for p in folder.iterdir() if not p.name.startswith(KEPT_BY_OTHERS))
+    assert not left, f"left in the system's temporary folder: {left}. Use tmp_path, or lasting()"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def recalled(request: pytest.FixtureRequest) -> Iterator[None]:
     """A model that another test captured, too, is recalled, unless a file is about capturing."""
@@ -189,9 +212,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: the collector of garbage need not look at it again and again."""
+    """What is imported stays: the collector of garbage need not look at it again and again, nor
+    soon at what the session keeps."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 10, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from .recipes import METHODS
 
-ARGUMENTS = ("method", "name", "pair", "one", "two")
+ARGUMENTS = ("method", "methods", "name", "pair", "one", "two")
 BUDGET = 12.0
 """Seconds that the registered tests of one method may take."""
 FILES = 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state
 
 from . import fuzzing_adapters, writers
+from .temporary import lasting
 from .writers import WRITERS
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -92,8 +92,8 @@ def _graph(data: bytes) -> None:
 
 @functools.cache
 def _place() -> Path:
-    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    return Path(tempfile.mkdtemp(prefix="peftfx-fuzz-", dir=shared))
+    shared = Path("/dev/shm")
+    return lasting("peftfx-fuzz", shared if shared.is_dir() else None)
 
 
 def _on_disk(name: str, path: str, data: bytes) -> Path:

@@ -34,6 +34,7 @@ from peftfx.rewriter.files.files import parse_json, write_tensors
 from peftfx.rewriter.files.torch_bin import parse_torch_bin, write_torch_bin
 
 from . import writers
+from .temporary import lasting
 
 CORPUS = Path(__file__).parent / "corpus"
 LARGEST = 2**20
@@ -45,7 +46,7 @@ Document = Mapping[str, Any]
 @functools.cache
 def _place() -> Path:
     shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None, prefix="peftfx-fuzz-"))
+    return lasting("peftfx-fuzz", shared if shared.is_dir() else None)
 
 
 def _tensors(header: Any) -> bytes:

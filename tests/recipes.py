@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peftfx
+from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 
@@ -66,3 +68,20 @@ def start(base: peftfx.Program, name: str) -> tuple[peftfx.Program, str]:
     """The program that a recipe's last pass is run on, and that pass as text."""
     *before, last = peftfx.parse(RECIPES[name])
     return (peftfx.run(base, before) if before else base), str(last)
+
+
+def stacked(captured: Any, base: str, names: Sequence[str]) -> list[peftfx.Program]:
+    """Programs that hold all methods together: one that does not stack begins another program.
+
+    Args:
+        captured: the fixture, or what else places a method on a base by name.
+    """
+    programs: list[peftfx.Program] = []
+    for name in names:
+        try:
+            below = programs[-1] if programs else captured[base][1]
+            programs[-1:] = [peftfx.run(below, RECIPES[name])]
+        except RewriteError:
+            programs.append(captured.placed(base, name))
+    assert {adapter for program in programs for adapter in program.adapters} >= set(names)
+    return programs

@@ -225,7 +225,7 @@ def test_a_module_like_others(captured: Any) -> None:
 
 
 def test_compiles_in_one_piece(captured: Any) -> None:
-    program = tuned(captured, "block").eval()
+    program = tuned(captured, "tiny").eval()
     module = peftfx.outline(program, checkpoint=[0]).eval()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (2, 7)):

@@ -20,8 +20,20 @@ from peftfx.rewriter.capture import cache, graphfile
 from peftfx.rewriter.files.files import parse_json, write_json
 from peftfx.rewriter.graph.aten import shape, source_line
 from peftfx.rewriter.graph.symbols import Symbols
+from peftfx.rewriter.tracing.propagate import fake_mode
 
-from .models import Convolutional, Decoder, Encoder, batch, bert, first, llama, moved, randomise
+from .models import (
+    Convolutional,
+    Decoder,
+    Encoder,
+    batch,
+    bert,
+    build,
+    first,
+    llama,
+    moved,
+    randomise,
+)
 from .rooms import FILES, IMPORTS, room
 
 FRESH: dict[str, Callable[[], Any]] = {
@@ -442,3 +454,12 @@ def test_guards_that_are_read(guard: str, holds: bool | None) -> None:
         said = "does not hold" if holds is False else "not an expression of sizes|boolean|Boolean"
         with pytest.raises((ValueError, TypeError), match=said):
             Symbols(data)
+
+
+def test_torch_looks_nothing_up(tmp_path: Path) -> None:
+    """Its own cache of fake evaluations, which costs more than it saves, is empty, as recalled."""
+    for note in ("stored", "recalled"):
+        base = peftfx.capture(build("tiny"), kwargs=batch(), cache=tmp_path)
+        mode = fake_mode(peftfx.run(base, "lora{rank=2}").module)
+        assert base.cached == note
+        assert not mode.cache_enabled and not mode.shape_env.fake_tensor_cache

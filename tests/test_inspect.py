@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from peftfx.rewriter.errors import BaseMismatchError, BaseNeededError, OptionErr
 
 from .formats.peft_cases import CASES, base
 from .formats.test_convert import adapter, directory
+from .temporary import lasting
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,7 +35,7 @@ def merged(case: str) -> Path:
     import peft
 
     model = peft.PeftModel.from_pretrained(base(CASES[case][0]), str(adapter(case)[0]))
-    folder = Path(tempfile.mkdtemp(prefix="merged-"))
+    folder = lasting("merged")
     model.merge_and_unload().save_pretrained(folder)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -37,11 +38,17 @@ def layer(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax."""
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> set[str]:
     """First parts of everything a file imports; relative imports resolved inside the package."""
     found: set[str] = set()
     depth = len(path.relative_to(ROOT).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {a.name.partition(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -82,15 +89,15 @@ def test_methods_touch_no_graph_nodes() -> None:
         path = Path(inspect.getfile(cls))
         text = path.read_text()
         assert "torch.fx" not in text and "graph_module" not in text and "Node" not in text, path
-        code = [
+        lines = [
             line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")
         ]
-        assert len(code) < 130, path
+        assert len(lines) < 130, path
 
 
 def test_no_forbidden_constructs() -> None:
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             where = f"{path}:{getattr(node, 'lineno', 0)}"
             assert not isinstance(node, ast.Assert), where
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), where
@@ -115,12 +122,19 @@ def test_one_file_one_pass() -> None:
         assert len(list((ROOT / "passes").glob(f"*/{name}.py"))) == 1
 
 
-def identifiers(path: Path) -> set[str]:
+@functools.cache
+def identifiers(path: Path) -> frozenset[str]:
     """All names that a file's code uses."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(tree(path)))
     names = {n.id for n in nodes if isinstance(n, ast.Name)}
     names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
-    return names | {n.name for n in nodes if isinstance(n, ast.alias)}
+    return frozenset(names | {n.name for n in nodes if isinstance(n, ast.alias)})
+
+
+@functools.cache
+def code(path: Path) -> str:
+    """A file without its docstrings and comments."""
+    return re.sub(r'"""(?s:.*?)"""|#.*', "", path.read_text())
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -141,8 +155,7 @@ def test_a_method_is_three_files(name: str) -> None:
         if layer(path) == "exporters":  # other libraries' types have the names of methods
             assert METHODS[name].__name__ not in identifiers(path), path
         if known or (path.parent == ROOT / "peftfx" and path.suffix == ".py"):
-            code = re.sub(r'"""(?s:.*?)"""|#.*', "", path.read_text())
-            assert not word.search(code), path
+            assert not word.search(code(path)), path
 
 
 TOY = '''"""Toy: adds a trained multiple of one fixed direction beside a linear.

@@ -20,7 +20,7 @@ from peftfx.rewriter.measure.compare import compare
 from peftfx.rewriter.measure.still import Expected
 
 from .cpu import shared
-from .models import Decoder, batch, build, first, moved, randomise
+from .models import Decoder, Tiny, batch, build, first, moved, randomise
 from .recipes import METHODS, RECIPES, method_class, start, stated, turn
 
 
@@ -161,7 +161,7 @@ def test_the_way_back_into_the_model(captured: Any, method: str) -> None:
 def hollow() -> peftfx.Program:
     """The block without values."""
     with torch.device("meta"):
-        model = Decoder(layers=1).eval()
+        model = Tiny().eval()
     with shared():
         return peftfx.capture(model, kwargs=batch())
 
@@ -171,9 +171,9 @@ def test_on_the_meta_device(
     captured: Any, hollow: peftfx.Program, method: str, tmp_path: Path
 ) -> None:
     """Placed without weights, then given them: the same program. Or refused for want of values."""
-    model = build("block")
+    model = build("tiny")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    want = captured.placed("block", method)
+    want = captured.placed("tiny", method)
     try:
         program = peftfx.run(hollow, RECIPES[method])
     except MetaTensorError as error:

@@ -13,18 +13,28 @@ from peftfx.exporters.onnx import export as onnx_export
 from peftfx.rewriter.errors import ExportError, NonFiniteError
 
 from .models import batch, first, moved, randomise
-from .recipes import METHODS, least_change, stated
+from .recipes import METHODS, least_change, stacked, stated
 
 onnx = pytest.importorskip("onnx")
 
+STACKED = 3
+"""Methods in one file: half of an export's time is that of the model below."""
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_exports(captured: Any, method: str, tmp_path: Path) -> None:
-    """On one block: a second one is the first once more, and costs as much."""
-    program = randomise(captured.placed("tiny", method), stated(method, "STRENGTH", 0.3))
-    share = moved(first(captured["tiny"][1](**batch())), first(program(**batch())))
-    assert share > least_change(method, "tiny")
-    exports(program, "output_0", tmp_path)
+
+@pytest.mark.parametrize(
+    "methods", [METHODS[i : i + STACKED] for i in range(0, len(METHODS), STACKED)], ids="-".join
+)
+def test_every_method_exports(captured: Any, methods: tuple[str, ...], tmp_path: Path) -> None:
+    """On one block (a second one is the first once more), together with others that it stacks with."""
+    base = captured["tiny"][1]
+    for method in methods:
+        alone = randomise(captured.placed("tiny", method), stated(method, "STRENGTH", 0.3))
+        share = moved(first(base(**batch())), first(alone(**batch())))
+        assert share > least_change(method, "tiny")
+    for number, program in enumerate(stacked(captured, "tiny", methods)):
+        strength = min(stated(a, "STRENGTH", 0.3) for a in program.adapters)
+        (tmp_path / str(number)).mkdir()
+        exports(randomise(program, strength), "output_0", tmp_path / str(number))
 
 
 def test_an_encoder_exports(captured: Any, tmp_path: Path) -> None:

@@ -126,10 +126,12 @@ def test_autocast(captured: Any, dtype: torch.dtype) -> None:
     same(*results)
 
 
-@pytest.mark.parametrize("recipe", ["lora{where=linear}", "lora{where=linear};lower"])
-def test_compiled(captured: Any, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("bert", "lora{where=linear}"), ("tiny", "lora{where=linear};lower")]
+)
+def test_compiled(captured: Any, name: str, recipe: str) -> None:
     """A compiler keeps as little."""
-    program = tuned(captured, "bert", recipe)
+    program = tuned(captured, name, recipe)
     module = peftfx.outline(program, recompute=True)
     module.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (16, 32)):

@@ -230,7 +230,7 @@ def test_offload(captured: Any) -> None:
 
 
 def test_compiles_in_one_piece(captured: Any) -> None:
-    program = routed(captured, "block", TEXTS["decoder"]).eval()
+    program = routed(captured, "tiny", TEXTS["decoder"]).eval()
     module = peftfx.outline(program, checkpoint=[0]).eval()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (2, 7)):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpo
 from peftfx.rewriter.storage.artifact import read as read_artifact
 from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state, state_bytes
+
+from .temporary import lasting
 
 
 class Net(nn.Module):
@@ -283,7 +284,7 @@ def _read_controllers(folder: Path) -> int:
 @functools.cache
 def _adapter(number: int) -> Path:
     """An adapter in PEFT's form, which says the number in both of its files."""
-    place = Path(tempfile.mkdtemp(prefix="peftfx-adapter-"))
+    place = lasting("peftfx-adapter")
     peftfx.save_peft(_filled(number), place / "a", base=str(number))
     return place / "a"
 

@@ -200,6 +200,7 @@ class Symbols:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.environment: Any = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.environment, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # as in `tracing`: it costs more than it saves
         self.names: dict[str, Any] = {}
         self._made: dict[str, Any] = {}
         self._tensors: dict[str, Any] = {}

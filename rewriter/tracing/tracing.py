@@ -244,12 +244,21 @@ def _export(
     trace = functools.partial(
         torch.export.export, model, (), example, dynamic_shapes=shapes, strict=False
     )
-    with Data(), Bags(), _model_lines():
+    with Data(), Bags(), _model_lines(), _uncached():
         try:
             with Rows():
                 return trace()
         except PiecesUsedError:
             return trace()
+
+
+def _uncached() -> contextlib.AbstractContextManager[None]:
+    """Traces, and whatever is evaluated on their fake values later, without torch's cache of fake
+    evaluations: where sizes are symbols, writing and checking an entry takes as long as evaluating.
+    Evaluations that repeat are remembered in `memo`."""
+    from torch._dynamo import config  # late: it imports triton
+
+    return config.patch(fake_tensor_cache_enabled=False)
 
 
 @contextlib.contextmanager

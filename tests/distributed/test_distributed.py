@@ -203,6 +203,7 @@ def test_the_example_goes_on_with_another_engine_and_launcher(tmp_path: Path) ->
     binaries, root = Path(sys.executable).parent, Path(__file__).parents[2]
     env = os.environ | {
         "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(captures()),
+        "TMPDIR": str(tmp_path),  # where torchrun leaves a folder
     }  # fmt: skip
     script = [str(root / "examples" / "train_distributed.py"), "--folder", str(tmp_path)]
     torchrun = [str(binaries / "torchrun"), "--standalone", "--nproc-per-node", "2", *script]

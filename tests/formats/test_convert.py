@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from peftfx.exporters.base import checkpoint
 from peftfx.exporters.formats import convert, load_adapter, save_adapter
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, OptionError
 
+from ..temporary import lasting
 from .peft_cases import CASES, base, inputs, output, program, write
 from .test_hf_peft import CONFIG, WEIGHTS, near
 from .test_plain_lora import require_plain
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @functools.cache
 def directory(name: str) -> Path:
     """The model, saved."""
-    folder = Path(tempfile.mkdtemp(prefix="base-"))
+    folder = lasting("base")
     base(name).save_pretrained(folder)
     return folder
 
 
 @functools.cache
 def adapter(case: str) -> tuple[Path, Tensor]:
-    folder = Path(tempfile.mkdtemp(prefix="peft-"))
+    folder = lasting("peft")
     return folder, write(case, folder)
 
 

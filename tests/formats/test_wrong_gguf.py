@@ -24,6 +24,7 @@ from peftfx.rewriter.run.run import apply_plan
 from peftfx.rewriter.storage.parts import Parts
 
 from ..mutants import Case, Mutation, applied
+from ..temporary import lasting
 from .gguf_files import in_file, laid, load, lora_of, merged, write_base, write_lora
 from .peft_cases import CASES, base, inputs, output, program, write
 from .test_gguf_adapter import changed, draw
@@ -51,7 +52,7 @@ CASES.update({
 
 @functools.cache
 def stored(case: str) -> tuple[Path, Tensor]:
-    folder = Path(tempfile.mkdtemp(prefix="gguf-"))
+    folder = lasting("gguf")
     return folder, write(case, folder)
 
 
@@ -120,7 +121,7 @@ def turning() -> float:
 
 @functools.cache
 def small_base() -> tuple[Path, dict[str, Tensor]]:
-    path = write_base(Path(tempfile.mkdtemp(prefix="gguf-")) / "m.gguf", base("llama"))
+    path = write_base(lasting("gguf") / "m.gguf", base("llama"))
     return path, load(path).state_dict()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.run.run import apply_plan
 
 from ..mutants import Case, Mutation, applied
+from ..temporary import lasting
 from .peft_cases import CASES, inputs, output, program, write
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -117,7 +117,7 @@ CASES.update({
 
 @functools.cache
 def stored(case: str) -> tuple[Path, Tensor]:
-    folder = Path(tempfile.mkdtemp(prefix="peft-"))
+    folder = lasting("peft")
     return folder, write(case, folder)
 
 
