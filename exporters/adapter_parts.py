@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..passes.interchange.imported import Imported, prefix_sites
+from ..passes.interchange.imported import Imported
+from ..passes.interchange.prompt_parts import prefix_sites
 from ..rewriter.api import Program
-from ..rewriter.branches.branch import Branch, Delta, KeyValue, Scale, Tokens
+from ..rewriter.branches.branch import Branch, Delta, Scale
 from ..rewriter.branches.parts import (
     Bottleneck,
     Change,
@@ -31,6 +32,7 @@ from ..rewriter.branches.parts import (
     Scaling,
     Trained,
 )
+from ..rewriter.branches.prompts import KeyValue, Tokens
 from ..rewriter.errors import ArtifactError, nearest
 from ..rewriter.program.history import Attachment
 from ..rewriter.program.sites import (

@@ -14,14 +14,13 @@ from .rewriter.branches.branch import (
     Delta,
     Expression,
     InputScale,
-    KeyValue,
     OutputScale,
     RowScale,
     Serial,
-    Tokens,
 )
 from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
 from .rewriter.branches.input_shift import InputShift, OutputShift
+from .rewriter.branches.prompts import KeyValue, Tokens
 from .rewriter.branches.routing import Inserted, Routed
 from .rewriter.branches.shapes import Shape, linear
 from .rewriter.edits.calls.call import Value

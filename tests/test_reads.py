@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.branches.branch import (
-    Expression,
-    InputScale,
-    OutputScale,
-    RowScale,
-    Serial,
-    Tokens,
-)
+from peftfx.rewriter.branches.branch import Expression, InputScale, OutputScale, RowScale, Serial
+from peftfx.rewriter.branches.prompts import Tokens
 from peftfx.rewriter.branches.routing import Routed
 from peftfx.rewriter.errors import FoldError, PassError
 from peftfx.rewriter.pipeline.method import Method

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from ...passes.interchange.imported import prefix_sites
+from ...passes.interchange.prompt_parts import prefix_sites
 from ...rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
 from ...rewriter.errors import ArtifactError, BaseMismatchError
 from ..base import Base, snapshot, values

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import KeyValue
+from ...rewriter.branches.prompts import KeyValue
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.branch import Expression, Tokens
+from ...rewriter.branches.branch import Expression
+from ...rewriter.branches.prompts import Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.pipeline.controller import Controller

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import KeyValue
+from ...rewriter.branches.prompts import KeyValue
 from ...rewriter.edits.edit import Editor
 from ...rewriter.measure.constants import constant_reads
 from ...rewriter.pipeline.controller import Controller

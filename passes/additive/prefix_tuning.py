@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Axes, KeyValue
+from ...rewriter.branches.branch import Axes
+from ...rewriter.branches.prompts import KeyValue
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.aliases import Alias, instead, renamed

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Axes, Tokens
+from ...rewriter.branches.branch import Axes
+from ...rewriter.branches.prompts import Tokens
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.pipeline.aliases import Alias, instead, renamed

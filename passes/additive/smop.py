@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Tokens
+from ...rewriter.branches.prompts import Tokens
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes, Reach

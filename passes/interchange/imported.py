@@ -8,7 +8,7 @@ taken out again like an adapter that was inserted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.gated import GatedDelta, GatedKeyValue
+from ...rewriter.branches.gated import GatedDelta
 from ...rewriter.branches.parts import (
     Bottleneck,
     Change,
@@ -37,21 +37,18 @@ from ...rewriter.errors import PassError
 from ...rewriter.pipeline.passes import NAME, Pass, Saved
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import (
-    AttentionSite,
     ConvSite,
-    EmbeddingSite,
     LinearSite,
-    Site,
     WeightSite,
 )
 from ...rewriter.program.state import State
 from ...rewriter.storage.parts import Parts, as_plan, of_plan
 from ..additive.ia3 import IA3Input, IA3Output
-from ..additive.prefix_tuning import PrefixBranch
 from ..additive.prompt_tuning import PromptBranch
 from ..reparameterized.dora import DoRABranch
 from ..reparameterized.lora import LoRABranch
 from ..selective.train_tokens import RowsExpression
+from .prompt_parts import entrance, insert_prefix
 from .sublayer_parts import (
     gate_of,
     insert_bottleneck,
@@ -256,12 +253,12 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
             branch = RowsExpression(part.ids, part.values.to(edit.like(site), copy=True))
             edit.express(site, site.weight, branch)
         case Prompt():
-            site = _entrance(edit.program)
+            site = entrance(edit.program)
             require_size(part.values.shape[1:] == (site.width,), site.weight, part.values)
             branch = PromptBranch(part.values.to(edit.like(site), copy=True))
             edit.prepend_tokens(site, branch, part.place)
         case Prefix():
-            _prefix(edit, part)
+            insert_prefix(edit, part)
         case Bottleneck():
             insert_bottleneck(edit, part)
         case Coupling():
@@ -321,7 +318,7 @@ def _active(edit: Editor, parts: Sequence[Part]) -> Value | None:
     invoked = [p for p in parts if isinstance(p, Invoked)]
     if not invoked:
         return None
-    ids = edit.input(_entrance(edit.program))
+    ids = edit.input(entrance(edit.program))
     return edit.share("invocation", Invocation(invoked[0].ids.tolist()), ids=ids)
 
 
@@ -359,52 +356,3 @@ def _without_bias(program: State, name: str) -> LinearSite | None:
     weight = program.tensors.stored(f"{name.removesuffix('bias')}weight")
     sites = (s for s in program.sites if isinstance(s, LinearSite) and s.weight == weight)
     return next((s for s in sites if name.endswith("bias") and s.bias is None), None)
-
-
-def _entrance(program: State) -> EmbeddingSite:
-    tables = [s for s in program.sites if isinstance(s, EmbeddingSite) and s.role == "token"]
-    if len(tables) != 1:
-        raise PassError(
-            f"a prompt goes in front of the tokens, and this model has {len(tables)} token tables."
-        )
-    return tables[0]
-
-
-def prefix_sites(sites: Iterable[Site]) -> dict[str, list[AttentionSite]]:
-    """The attentions of each `Prefix.place`, in graph order."""
-    every = [s for s in sites if isinstance(s, AttentionSite)]
-    own = [s for s in every if not s.cross]
-    decoders = {s.stream for s in every if s.cross}
-    return {
-        "stack": [] if decoders else own,
-        "decoder": [s for s in own if s.stream in decoders],
-        "own": own,
-        "cross": [s for s in every if s.cross],
-    }
-
-
-_PLACES = {
-    "stack": "of one stack of layers",
-    "decoder": "of a decoder beside an encoder",
-    "own": "of tokens with one another",
-    "cross": "of a decoder with its encoder",
-}
-
-
-def _prefix(edit: Editor, part: Prefix) -> None:
-    sites = prefix_sites(edit.program.sites)
-    here = sites[part.place]
-    if part.layer >= len(here):
-        have = ", ".join(f"{len(s)} {_PLACES[n]}" for n, s in sites.items() if s)
-        raise PassError(
-            f"the adapter has a prefix for attention {part.layer} {_PLACES[part.place]}, and this "
-            f"model has {have or 'none'}. Use the base that the adapter was trained on."
-        )
-    site = here[part.layer]
-    widths = edit.key_value_widths(site)
-    for rows, width in zip((part.key, part.value), widths, strict=True):
-        require_size(rows.shape[1:] == (site.kv_heads, width), site.id, rows)
-    key, value = (t.to(edit.like(site), copy=True) for t in (part.key, part.value))
-    gate = gate_of(edit, site, part)
-    branch = PrefixBranch(key, value)
-    edit.prepend_kv(site, branch if gate is None else GatedKeyValue(branch), gate=gate)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch, KeyValue
+from ..branches.branch import Branch
+from ..branches.prompts import KeyValue
 from ..branches.routing import Inserted
 from ..graph.aten import NORMS, is_op, named_arguments, overloads, submodule
 from ..graph.modes import Attention, BatchNorm

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from ..branches.branch import Branch, KeyValue, RowScale
+from ..branches.branch import Branch, RowScale
 from ..branches.convolutions import ConvolutionShape
+from ..branches.prompts import KeyValue
 from ..branches.shapes import EmbeddingShape
 from ..graph.aten import (
     ATEN,

@@ -11,8 +11,9 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from .branch import Branch, Delta, KeyValue, Serial
+from .branch import Branch, Delta, Serial
 from .parts import Part
+from .prompts import KeyValue
 from .samples import FIRST, Samples
 
 Inner = TypeVar("Inner", bound=Branch)

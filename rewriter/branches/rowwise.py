@@ -15,18 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .branch import (
-    Axes,
-    Branch,
-    Delta,
-    InputScale,
-    KeyValue,
-    OutputScale,
-    RowScale,
-    Scale,
-    Serial,
-    Tokens,
-)
+from .branch import Axes, Branch, Delta, InputScale, OutputScale, RowScale, Scale, Serial
+from .prompts import KeyValue, Tokens
 from .samples import Samples
 from .shapes import ExpertsShape
 

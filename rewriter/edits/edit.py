@@ -13,18 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branches.branch import (
-    Combine,
-    Delta,
-    Expression,
-    InputScale,
-    KeyValue,
-    OutputScale,
-    RowScale,
-    Serial,
-    Tokens,
-)
+from ..branches.branch import Combine, Delta, Expression, InputScale, OutputScale, RowScale, Serial
 from ..branches.input_shift import InputShift, OutputShift
+from ..branches.prompts import KeyValue, Tokens
 from ..branches.routing import Inserted, Routed
 from ..graph.aten import ancestors, set_attribute, users, value
 from ..program.history import ITSELF

@@ -17,13 +17,12 @@ from ...branches.branch import (
     Delta,
     Expression,
     InputScale,
-    KeyValue,
     OutputScale,
     RowScale,
     Serial,
-    Tokens,
 )
 from ...branches.input_shift import InputShift, OutputShift
+from ...branches.prompts import KeyValue, Tokens
 from ...branches.routing import Inserted, Routed
 from ...errors import PassError
 from ...graph.aten import ancestors

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...branches.branch import Branch, Expression, Serial, Tokens
+from ...branches.branch import Branch, Expression, Serial
+from ...branches.prompts import Tokens
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,

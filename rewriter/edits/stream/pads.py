@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ...branches.branch import Tokens
+from ...branches.prompts import Tokens
 from ...errors import PassError
 from ...graph.aten import inputs, shape, submodule, value
 

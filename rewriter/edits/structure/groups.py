@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ...branches.branch import KeyValue
+from ...branches.prompts import KeyValue
 from ...errors import PassError
 from ...graph.aten import ATEN, VIEWS, is_op, named_arguments, overloads, shape, submodule, value
 from ...program.sites import AttentionSite
