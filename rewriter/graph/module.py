@@ -77,10 +77,9 @@ def outdate(gm: CapturedModule) -> None:
 
 def renew(gm: GraphModule) -> None:
     """Makes the code of a graph that was edited, if that is still to be done."""
-    if _is_outdated(gm):
-        with _COMPILING:
-            if _is_outdated(gm):
-                gm.recompile()
+    with _COMPILING:
+        if _is_outdated(gm):
+            gm.recompile()
 
 
 _COMPILING = threading.RLock()
