@@ -112,8 +112,7 @@ def test_settled_programs_save_load_and_go(trained: Any, captured: Any, tmp_path
     torch.testing.assert_close(first(again(**data[0])), first(folded(**data[0])))
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder"])
-@pytest.mark.parametrize("form", ["gated", "settled"])
+@pytest.mark.parametrize(("name", "form"), [("encoder", "gated"), ("block", "settled")])
 def test_both_forms_export(captured: Any, name: str, form: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     _, base = captured[name]
