@@ -16,17 +16,8 @@ Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def prompt(parts: Sequence[Part]) -> Written:
-    """The config and the tensor of a prompt.
-
-    Raises:
-        ArtifactError: there are several.
-    """
-    part, *others = (p for p in parts if isinstance(p, Prompt))
-    if others:
-        raise ArtifactError(
-            f"PEFT's prompt tuning has one prompt, in front of an encoder; this has "
-            f"{len(others) + 1}. Save it with peftfx.save."
-        )
+    """The config and the tensor of a prompt."""
+    part = next(p for p in parts if isinstance(p, Prompt))
     length, width = part.values.shape
     config = {
         "peft_type": "PROMPT_TUNING", "num_virtual_tokens": length, "token_dim": width,
