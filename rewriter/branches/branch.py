@@ -378,10 +378,8 @@ class Tokens(Branch):
     chooses_sizes = True
     """It returns the shape of what it is given, which has more tokens than the prompt."""
 
-    tokens_first: bool = False
-    """It is given `[tokens, batch, width]`."""
-    front: int = 0
-    """How many tokens of other prompts stand in front of its own."""
+    tokens_first: bool = False  # it is given `[tokens, batch, width]`
+    front: int = 0  # how many tokens of other prompts stand in front of its own
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -393,12 +391,10 @@ class Tokens(Branch):
         raise NotImplementedError
 
     def forward(self, embedded: Tensor, **reads: Tensor) -> Tensor:
-        """Overwrites `length` positions from `front` on of `embedded [batch, tokens, width]`, or
-        with `tokens_first` of `[tokens, batch, width]`."""
+        """Overwrites `embedded [batch, tokens, width]` (or `tokens_first`) from `front` on."""
         if self.tokens_first:
             embedded = embedded.transpose(0, 1)
         rows = self.rows(**reads).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        before = [embedded[:, : self.front]] if self.front else []
-        after = embedded[:, self.front + self.length :]
-        prompted = torch.cat([*before, rows, after], dim=1)
+        before, after = embedded[:, : self.front], embedded[:, self.front + self.length :]
+        prompted = torch.cat([before, rows, after] if self.front else [rows, after], dim=1)
         return prompted.transpose(0, 1) if self.tokens_first else prompted
