@@ -19,14 +19,9 @@ def prompt(parts: Sequence[Part]) -> Written:
     """The config and the tensor of a prompt.
 
     Raises:
-        ArtifactError: there are several, or it stands where PEFT has none.
+        ArtifactError: it stands where PEFT has none.
     """
-    part, *others = (p for p in parts if isinstance(p, Prompt))
-    if others:
-        raise ArtifactError(
-            f"PEFT's prompt tuning has one prompt, in front of an encoder; this has "
-            f"{len(others) + 1}. Save it with peftfx.save."
-        )
+    part = next(p for p in parts if isinstance(p, Prompt))
     if part.place != "input":
         raise ArtifactError(
             "PEFT's prompts stand in front of the embedded tokens, and this one stands behind the "

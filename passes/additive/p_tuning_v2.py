@@ -27,7 +27,8 @@ from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import AttentionSite
 from ...rewriter.program.state import State
 from ..merging.bake import Bake
-from .prefix_tuning import PrefixBranch, rows_of, with_rows_of
+from .prefix_tuning import PrefixBranch
+from .prompt_rows import rows_of, with_rows_of
 
 
 class PromptEncoder(nn.Module):
@@ -82,7 +83,7 @@ class PTuningV2(Method):
         projection: width m of the shared encoder, or none.
         std: of the normal initialisation of the rows, or of E.
         dropout: of the rows, in training.
-        init: `normal`, or from `data`, without projection.
+        init: `normal`, or from `data`.
         shift_positions: move the tokens' positions behind the rows, as the authors' code does.
     """
 

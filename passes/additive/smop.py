@@ -120,8 +120,7 @@ class SMoP(Method):
         prompts, length: how many, and how long each is.
         noise: of the router in training: `normal`, or `dropout` of its scores, or none.
         balance: weight of the load-balancing loss.
-        common: how many of the table's first rows to draw initial prompts from.
-        halves: see `prompt_tuning`.
+        common, halves: see `prompt_tuning`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("embedding",)

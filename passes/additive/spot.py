@@ -32,52 +32,11 @@ from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import EmbeddingSite, LinearSite, Site
+from ...rewriter.program.sites import EmbeddingSite, Site
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe
 from ...rewriter.storage.composed import adapters_of
+from .prompt_tasks import activated, prompt_of, similarity
 from .prompt_tuning import PromptBranch
-
-
-def similarity(one: Tensor, other: Tensor, kind: str = "mean") -> float:
-    """Of two tasks by their prompts `[tokens, width]`, in [-1, 1]: the cosine of their mean tokens,
-    or the mean of the cosines of all pairs of tokens."""
-    a, b = one.double(), other.double()
-    if kind == "mean":
-        return float(F.cosine_similarity(a.mean(0), b.mean(0), 0))
-    return float(F.cosine_similarity(a[:, None], b[None], -1).mean())
-
-
-def activated(
-    program: State, site: EmbeddingSite, prompt: Tensor, batch: Mapping[str, Tensor]
-) -> Tensor:
-    """Which neurons a prompt turns on at the first token of a batch behind it, `[neurons]` of 0
-    and 1, float64: the mean over samples, in all feed-forward blocks.
-
-    Raises:
-        PassError: the model has no such neurons by token.
-    """
-    blocks = [s for s in program.sites if isinstance(s, LinearSite)]
-    gates = [s for s in blocks if s.role == "ffn.gate"]
-    neurons = gates or [s for s in blocks if s.role == "ffn.up"]
-    if not neurons:
-        raise PassError("the model has no feed-forward neurons. Choose similarity=mean or pairs.")
-    edit = Editor(program.fork(), "spot", method="spot")
-    edit.prepend_tokens(site, PromptBranch(prompt.to(edit.like(site), copy=True)))
-    edit.finish()
-    values = {s.id: s for s in neurons}
-
-    def on(value: Tensor) -> Tensor:
-        if value.dim() != 3 or len(value) != samples:
-            raise PassError(
-                "the neurons are not [batch, tokens, width], so those of one token cannot be told. "
-                "Choose similarity=mean or pairs."
-            )
-        return (value[:, len(prompt)] > 0).double().mean(0)
-
-    samples = len(next(iter(batch.values())))
-    seen = observe(edit.program, [batch], values, on)
-    return torch.cat([seen[name] for name in values])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +44,7 @@ class SPoT(Method):
     """Prepends a prompt that starts as those of the sources.
 
     Attributes:
-        target: which source is the target task's own early prompt, counted from 0; none for the
-            generic form.
+        target: which source is the target task's own early prompt, from 0; none: generic.
         top: how many of the nearest sources to average; 1 takes the nearest.
         similarity: `mean`, `pairs`, or `neurons` (which needs data).
         halves: see `prompt_tuning`.
@@ -116,7 +74,7 @@ class SPoT(Method):
 
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         plan = super().plan(program, data, sources)
-        named = [(f"{n} {s.name}", _prompt(s.tensors, s.name))
+        named = [(f"{n} {s.name}", prompt_of(s.tensors, s.name))
                  for n, s in enumerate(adapters_of(program, sources))]  # fmt: skip
         if not named:
             raise PassError(
@@ -129,8 +87,7 @@ class SPoT(Method):
         sizes = {tuple(prompt.shape) for prompt, _ in chosen}
         if len(sizes) > 1:
             raise PassError(
-                f"the prompts to average are of different sizes: {sorted(sizes)}. Choose sources "
-                "of one length, or top=1."
+                f"the prompts are of different sizes: {sorted(sizes)}. Choose one length, or top=1."
             )
         if (own := chosen[0][0].shape[1]) != site.width:
             raise PassError(
@@ -184,22 +141,8 @@ class SPoT(Method):
         on = {n: activated(program, site, prompt, batch) for n, prompt in prompts.items()}
         return {n: float(F.cosine_similarity(on[n], on[target], 0)) for n in others}
 
-    def insert_all(self, edit: Editor, sites: Sequence[Any], plan: Plan) -> None:
-        shares = plan.decisions["weights"].items()
-        edit.note("starts from " + ", ".join(f"{share:.3g} of source {n}" for n, share in shares))
-        super().insert_all(edit, sites, plan)
-
     def insert(self, edit: Editor, site: EmbeddingSite) -> None:
+        shares = edit.decided["weights"].items()
+        edit.note("starts from " + ", ".join(f"{share:.3g} of source {n}" for n, share in shares))
         start = edit.tensors["prompt"].to(edit.like(site), copy=True)
         edit.prepend_tokens(site, PromptBranch(start))
-
-
-def _prompt(tensors: Any, name: str) -> Tensor:
-    """The prompt `[length, width]` of a saved adapter."""
-    found = [t for n, t in tensors.items() if n.rpartition(".")[2] == "prompt" and t.dim() == 2]
-    if len(found) != 1 or len(tensors) != 1:
-        raise PassError(
-            f"the source {name!r} has {len(tensors)} tensors, not the vectors of one prompt. Give "
-            "adapters of prompt_tuning, or of p_tuning after bake."
-        )
-    return found[0]

@@ -26,7 +26,7 @@ from ...rewriter.branches.routing import Inserted
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
-from ...rewriter.program.sites import SublayerSite
+from ...rewriter.program.sites import ConvSite, SublayerSite
 
 
 class VPTBranch(Inserted):
@@ -84,7 +84,7 @@ class VPT(Method):
 
 def _fan_in(edit: Editor, width: int) -> int:
     """Of the patch embedding: the first convolution that gives this width."""
-    for site in edit.program.sites.of("conv"):
-        if edit.weight(site).out_features == width:
+    for site in edit.program.sites:
+        if isinstance(site, ConvSite) and edit.weight(site).out_features == width:
             return edit.stored(site.weight)[0].numel()
     return width

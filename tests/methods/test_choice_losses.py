@@ -49,12 +49,18 @@ def example(seed: int = 0) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("floor", [0.0, 0.01])
 def test_the_equations(floor: float) -> None:
     given = example()
-    of = [torch.tensor(x) for x in given]
+    logits, labels, answer = (torch.tensor(x) for x in given)
     want = by_equation(*given, floor)
-    assert float(unlikelihood(*of, CHOICES, floor)) == pytest.approx(want[0], rel=1e-12)
-    assert float(length_normalised(*of, CHOICES)) == pytest.approx(want[1], rel=1e-12)
+    assert float(unlikelihood(logits, labels, answer, CHOICES, floor)) == pytest.approx(
+        want[0], rel=1e-12
+    )
+    assert float(length_normalised(logits, labels, answer, CHOICES)) == pytest.approx(
+        want[1], rel=1e-12
+    )
     swapped = torch.tensor((given[2] + 1) % CHOICES)  # another answer costs otherwise
-    assert float(length_normalised(*of[:2], swapped, CHOICES)) != pytest.approx(want[1], rel=1e-3)
+    assert float(length_normalised(logits, labels, swapped, CHOICES)) != pytest.approx(
+        want[1], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["decoder", "t5"])

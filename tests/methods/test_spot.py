@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import peftfx
-from peftfx.passes.additive.spot import similarity
+from peftfx.passes.additive.prompt_tasks import similarity
 from peftfx.rewriter.errors import OptionError, PassError, RewriteError
 
 from ..models import batch, first, moved, randomise
