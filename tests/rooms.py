@@ -31,6 +31,7 @@ ROOMS = (
     "edits/calls",
     "edits/linear",
     "edits/attention",
+    "edits/prompts",
     "edits/stream",
     "edits/structure",
     "edits/folding",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.edits.stream.tokens import meaning_of
+from ...rewriter.edits.prompts.tokens import meaning_of
 from ...rewriter.errors import ExportError
 from ...rewriter.graph.aten import placeholders, shape, value
 from .translate import Exported

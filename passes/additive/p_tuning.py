@@ -20,7 +20,7 @@ from torch import Tensor
 from ...rewriter.branches.branch import Expression
 from ...rewriter.branches.prompts import Tokens
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.stream.tokens import Halves, entrances, separate
+from ...rewriter.edits.prompts.tokens import Halves, entrances, separate
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.branch import Axes
 from ...rewriter.branches.prompts import Tokens
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.stream.tokens import Halves, entrances, separate
+from ...rewriter.edits.prompts.tokens import Halves, entrances, separate
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ...rewriter.branches.prompts import Tokens
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.prompts.tokens import Halves, entrances, separate
 from ...rewriter.edits.stream.hidden import Axes, Reach
-from ...rewriter.edits.stream.tokens import Halves, entrances, separate
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.stream.tokens import Halves, entrances, separate
+from ...rewriter.edits.prompts.tokens import Halves, entrances, separate
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

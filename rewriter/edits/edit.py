@@ -37,13 +37,13 @@ from .linear.combine import combine_serial, hold, member_paths
 from .linear.compose import compose
 from .linear.expression import express, remember, remove, settle, widened
 from .linear.quantise import quantise_weight
+from .prompts.positions import shift_positions
+from .prompts.tokens import beside, prepend_tokens
 from .read import Reading
 from .stream.beginning import keep_positions, put_behind, stream_start
 from .stream.inserted import run_on_more
-from .stream.positions import shift_positions
 from .stream.region import find_region, require_attention
 from .stream.route import run_on_chosen
-from .stream.tokens import beside, prepend_tokens
 from .structure.axes import Channels
 from .structure.cut import cut_channels
 from .structure.groups import part_groups

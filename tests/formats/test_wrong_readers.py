@@ -68,7 +68,7 @@ WRONG = (
      "stack[:, p, 1], layers - 1 - i,", "prefix"),
     ("a pair a layer", f"{CHANGES}:prefixes", "2 * i % layers", "i", "prefix of bart"),
     ("positions as they are", f"{IMPORTED}:Imported.apply", "if shifted:", "if False:", "prefix"),
-    ("rows at no distance", "rewriter/edits/stream/positions.py:_widen_bias", "(-length, 0)",
+    ("rows at no distance", "rewriter/edits/prompts/positions.py:_widen_bias", "(-length, 0)",
      "(0, length)", "prefix of t5"),
     ("scales of rows dropped", f"{FORMULAS}:_boft", "scale[:, None] * turned.mT", "turned.mT", "boft"),
     ("no skew part", f"{FORMULAS}:_boft", "(blocks - blocks.mT) / 2", "blocks", "boft"),

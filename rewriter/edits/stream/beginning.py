@@ -14,7 +14,7 @@ from ...program.sites import EmbeddingSite, LinearSite, NormSite, SublayerSite
 from ...program.state import State
 from ..calls.call import branch_call, latest
 from ..calls.values import input_of
-from .positions import angles
+from ..prompts.positions import angles
 from .region import stream_before
 
 

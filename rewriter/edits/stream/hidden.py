@@ -33,7 +33,7 @@ from ...program.state import State
 from ..calls.call import Value, latest
 from ..calls.samples import ShownAxes
 from ..calls.values import input_of
-from .packed_rows import packed_by
+from ..prompts.packed_rows import packed_by
 from .padding import valid_of
 
 _TOKEN_NORMS = overloads("layer_norm", "rms_norm")

@@ -14,7 +14,7 @@ from ...graph.modes import Attention
 from ...program.state import State
 from ..attention.keyvalue import add_call
 from ..calls.call import given
-from .pads import InsertedCausal, StripTokens
+from ..prompts.pads import InsertedCausal, StripTokens
 from .region import Region
 from .route import Rewrite, known
 

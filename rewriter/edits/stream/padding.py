@@ -13,8 +13,8 @@ from ...graph.aten import ATEN, is_op, placeholders, shape, submodule, users, va
 from ...program.state import State
 from ..calls.call import Value
 from ..calls.samples import ShownAxes
-from .pads import PadTokens
-from .tokens import meaning_of
+from ..prompts.pads import PadTokens
+from ..prompts.tokens import meaning_of
 
 
 def valid_of(program: State, axes: ShownAxes, states: Node) -> Value | None:

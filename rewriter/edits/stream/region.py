@@ -41,8 +41,8 @@ from ...graph.weighted_call import data_of
 from ...program.sites import AttentionSite, EmbeddingSite, LinearSite, SublayerSite, WeightSite
 from ...program.state import State
 from ..calls.samples import ShownAxes
-from .packed_rows import packed_by
-from .pads import StripTokens
+from ..prompts.packed_rows import packed_by
+from ..prompts.pads import StripTokens
 
 _ORDERED = CONVS | overloads(
     "slice", "select", "narrow", "split", "chunk", "unbind", "cumsum", "roll", "flip", "unfold",
