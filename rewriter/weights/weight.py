@@ -197,7 +197,7 @@ class Weight:
             set_attribute(self.module, name, nn.Parameter(placed, old.requires_grad))
 
 
-def put_format(gm: GraphModule, name: str, tensors: Mapping[str, Tensor]) -> None:
+def put_format(gm: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Stores tensors under a weight's name or below it, in the place of what is there.
 
     Integers become buffers, and floating-point numbers Parameters, which train where those of the
