@@ -1,0 +1,286 @@
+"""What each method learns of the sentiment of short texts: `python -m benchmarks.learning DATA`.
+
+DATA is the folder of the unpacked source distribution of vaderSentiment 2.5 (MIT licence):
+
+    pip download --no-deps --no-binary :all: vaderSentiment==2.5
+    tar xzf vaderSentiment-2.5.tar.gz
+
+It holds 23,703 rated texts of four domains (Hutto and Gilbert 2014). MiniLM (22 M parameters, mean
+of the last hidden states) with a linear head tells the sign of the rating. Every row trains the
+head and one method, for the same steps on the same batches, each batch of one domain; the rate is
+chosen on validation texts, held-out texts are scored once. The first row trains the head alone, on
+the untouched model. Accuracy on held-out texts by domain, and its difference from the first row
+with a paired bootstrap interval over texts.
+
+Rows are written to `benchmarks/learning.json` as they come and not computed twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.demo.encoder import Tokenizer, load_model, load_tokenizer
+from peftfx.demo.evaluation import paired_bootstrap
+
+ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+DOMAINS = {
+    "tweets": "tweets",
+    "movies": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
+    "editorials": "nytEditorialSnippets",
+}
+HEAD = "train{where=head}"
+LONGEST = 48
+"""Tokens of a text; longer ones are cut."""
+BATCH = 16
+TRAIN, VALIDATION, HELD_OUT = 512, 128, 400
+"""Texts of each domain."""
+
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "head alone": ("", (3e-3, 1e-2)),
+    "LoRA": ("lora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
+    "DoRA": ("dora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
+    "BitFit": ("bitfit", (3e-3, 1e-2)),
+    "(IA)3": ("ia3", (1e-2, 3e-2)),
+    "serial adapter": ("serial_adapter{bottleneck=32}", (1e-3, 3e-3)),
+    "serial adapter, Pfeiffer": ("serial_adapter{placement=pfeiffer,bottleneck=32}", (1e-3, 3e-3)),
+    "parallel adapter": ("parallel_adapter{bottleneck=32}", (1e-3, 3e-3)),
+    "KronA": ("krona", (3e-3, 1e-2)),
+    "AdaMix": ("adamix{bottleneck=32}", (1e-3, 3e-3)),
+    "prompt tuning": ("prompt_tuning{length=10}", (1e-2, 3e-2)),
+    "P-tuning": ("p_tuning{length=10}", (1e-3, 3e-3)),
+    "P-tuning v2": ("p_tuning_v2{length=10}", (1e-2, 3e-2)),
+    "prefix-tuning": ("prefix_tuning{length=10}", (1e-2, 3e-2)),
+    "APT": ("apt{length=10}", (1e-2, 3e-2)),
+    "SMoP": ("smop", (1e-2, 3e-2)),
+    "HyperFormer++": ("hyperformer{tasks=4}", (1e-3, 3e-3)),
+    "CoDA": ("coda", (1e-3, 3e-3)),
+    "UniPELT": ("unipelt", (1e-3, 3e-3)),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of a domain (an index), and whether its mean rating is above 0."""
+
+    domain: int
+    words: str
+    positive: bool
+
+
+def texts(folder: Path) -> list[list[Text]]:
+    """All rated texts by domain; those of a mean rating of exactly 0 have no sign."""
+    domains: list[list[Text]] = []
+    with tarfile.open(folder / ARCHIVE) as archive:
+        for index, name in enumerate(DOMAINS.values()):
+            file = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            if file is None:
+                raise SystemExit(f"{folder / ARCHIVE} has no texts of {name}.")
+            lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace").read().splitlines()
+            rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+            domains.append([Text(index, w, float(r) > 0) for _, r, w in rows if float(r) != 0])
+    return domains
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts to learn from, to choose a rate on, and to be judged on."""
+
+    train: list[Text]
+    validation: list[Text]
+    held_out: list[Text]
+
+
+def split_of(domains: Sequence[Sequence[Text]], seed: int = 0) -> Split:
+    """The same numbers of each domain."""
+    split = Split([], [], [])
+    for index, all_texts in enumerate(domains):
+        order = list(all_texts)
+        random.Random(seed + index).shuffle(order)
+        sizes = itertools.accumulate((TRAIN, VALIDATION, HELD_OUT), initial=0)
+        for part, (start, stop) in zip(
+            (split.train, split.validation, split.held_out), itertools.pairwise(sizes), strict=True
+        ):
+            part += order[start:stop]
+    return split
+
+
+class Classifier(nn.Module):
+    """MiniLM, the mean over real tokens, and a head `[hidden] -> [2]` that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = load_model()
+        self.head = nn.Linear(384, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        outputs = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        weight = attention_mask.unsqueeze(-1).to(torch.float32)
+        hidden = outputs.last_hidden_state
+        return self.head((hidden * weight).sum(1) / weight.sum(1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A program, how texts become its inputs, and how it learns and is judged."""
+
+    program: peftfx.Program
+    tokenizer: Tokenizer
+
+    def logits(self, chosen: Sequence[Text]) -> Tensor:
+        """`[texts, 2]`, of texts of one domain."""
+        ids, mask = self.tokenizer([t.words for t in chosen], LONGEST).tensors()
+        task = {}
+        if "task" in self.program.spec.names:
+            task = {"task": torch.tensor([chosen[0].domain])}
+        return self.program(input_ids=ids, attention_mask=mask, **task)
+
+    def loss(self, chosen: Sequence[Text]) -> Tensor:
+        """Cross-entropy of the signs."""
+        target = torch.tensor([int(t.positive) for t in chosen])
+        return nn.functional.cross_entropy(self.logits(chosen), target)
+
+    def right(self, chosen: Sequence[Text]) -> np.ndarray:
+        """For each text whether the sign is right, in order."""
+        self.program.eval()
+        rows: list[float] = []
+        with torch.inference_mode():
+            for _, group in itertools.groupby(chosen, key=lambda t: t.domain):
+                for batch in _batched(list(group), 32):
+                    found = self.logits(batch).argmax(1).tolist()
+                    rows += [float(a == t.positive) for a, t in zip(found, batch, strict=True)]
+        return np.asarray(rows)
+
+
+def _batched(items: Sequence[Text], size: int) -> Iterator[Sequence[Text]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def batches(train: Sequence[Text], steps: int) -> list[Sequence[Text]]:
+    """Batches of one domain each, the domains by turns; the same for every method."""
+    queues = [[t for t in train if t.domain == d] for d in range(len(DOMAINS))]
+    shuffle = random.Random(0)
+    for queue in queues:
+        shuffle.shuffle(queue)
+    return [
+        (queues[s % len(queues)] * 2)[(at := s // len(queues) * BATCH % TRAIN) : at + BATCH]
+        for s in range(steps)
+    ]
+
+
+def row(base: peftfx.Program, name: str, split: Split, steps: int) -> dict[str, Any]:
+    """Trains a method at each of its rates and judges the one that validation prefers."""
+    recipe, rates = METHODS[name]
+    tokenizer, chosen = load_tokenizer(), batches(split.train, steps)
+    best: tuple[float, float, Run, float, int] | None = None
+    validation: dict[str, float] = {}
+    for rate in rates:
+        program = peftfx.run(base, ";".join(filter(None, (recipe, HEAD))))
+        count = sum(p.numel() for p in program.trainable_parameters())
+        learning = Run(program, tokenizer)
+        done = peftfx.fit(
+            program, chosen, lr=rate, steps=steps, seed=0, dropout=False,
+            forward=learning.loss, progress=False,
+        )  # fmt: skip
+        run = Run(done.program, tokenizer)
+        accuracy = float(run.right(split.validation).mean())
+        validation[f"{rate:g}"] = round(accuracy, 4)
+        if best is None or accuracy > best[0]:
+            best = (accuracy, rate, run, done.step_seconds, count)
+    if best is None:
+        raise SystemExit(f"{name} has no rates.")
+    _, rate, run, seconds, count = best
+    right = run.right(split.held_out)
+    return {
+        "recipe": recipe,
+        "trained": count,
+        "rate": rate,
+        "validation": validation,
+        "step [CPU s]": round(seconds, 3),
+        "accuracy": {"all": round(float(right.mean()), 4)}
+        | {
+            d: round(float(right[i * HELD_OUT : (i + 1) * HELD_OUT].mean()), 4)
+            for i, d in enumerate(DOMAINS)
+        },
+        "right": "".join(str(int(r)) for r in right),
+    }
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The rows in Markdown, with intervals against the first."""
+    first = _bits(rows["head alone"])
+    lines = [
+        f"| method | trained | all | {' | '.join(DOMAINS)} | over the head alone |",
+        f"|---|{'---|' * (3 + len(DOMAINS))}",
+    ]
+    for name, values in rows.items():
+        cells = [f"{values['trained']:,}"]
+        cells += [f"{100 * values['accuracy'][d]:.1f}" for d in ("all", *DOMAINS)]
+        gain = paired_bootstrap(_bits(values), first)
+        text = f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {'' if values is rows['head alone'] else text} |"
+        )
+    return "\n".join(lines)
+
+
+def _bits(values: dict[str, Any]) -> np.ndarray:
+    return np.asarray([float(b) for b in values["right"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--again", action="store_true", help="compute rows that are there, too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    file = Path(__file__).with_suffix(".json")
+    figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    about = f"{options.steps} steps of {BATCH} texts, {TRAIN} texts a domain to learn from"
+    if figures.get("task") != about:
+        figures = {"task": about, "rows": {}}
+    figures["machine"] = (
+        f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, 1 thread"
+    )
+    split = split_of(texts(options.data))
+    ids = torch.arange(32).view(2, 16)
+    model = Classifier().eval().requires_grad_(False)
+    base = peftfx.capture(model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for name in options.methods:
+        if options.again or name not in figures["rows"]:
+            begun = time.process_time()
+            figures["rows"][name] = row(base, name, split, options.steps)
+            print(name, figures["rows"][name]["accuracy"], f"{time.process_time() - begun:.0f} s")
+            ordered = {n: figures["rows"][n] for n in METHODS if n in figures["rows"]}
+            file.write_text(json.dumps(figures | {"rows": ordered}, indent=1) + "\n")
+    print(table(json.loads(file.read_text())["rows"]))
+
+
+if __name__ == "__main__":
+    main()
