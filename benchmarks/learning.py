@@ -27,7 +27,7 @@ import platform
 import random
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,18 +168,17 @@ class Run:
     program: peftfx.Program
     tokenizer: Tokenizer
 
-    def logits(self, chosen: Sequence[Text]) -> Tensor:
-        """`[texts, 2]`, of texts of one domain."""
+    def inputs(self, chosen: Sequence[Text]) -> dict[str, Tensor]:
+        """Of texts of one domain."""
         ids, mask = self.tokenizer([t.words for t in chosen], LONGEST).tensors()
-        task = {}
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if "task" in self.program.spec.names:
-            task = {"task": torch.tensor([chosen[0].domain])}
-        return self.program(input_ids=ids, attention_mask=mask, **task)
+            inputs["task"] = torch.tensor([chosen[0].domain])
+        return inputs
 
-    def loss(self, chosen: Sequence[Text]) -> Tensor:
-        """Cross-entropy of the signs."""
-        target = torch.tensor([int(t.positive) for t in chosen])
-        return nn.functional.cross_entropy(self.logits(chosen), target)
+    def batch(self, chosen: Sequence[Text]) -> dict[str, Tensor]:
+        """The same with the signs."""
+        return {**self.inputs(chosen), "positive": torch.tensor([int(t.positive) for t in chosen])}
 
     def right(self, chosen: Sequence[Text]) -> np.ndarray:
         """For each text whether the sign is right, in order."""
@@ -188,7 +187,7 @@ class Run:
         with torch.inference_mode():
             for _, group in itertools.groupby(chosen, key=lambda t: t.domain):
                 for batch in _batched(list(group), 32):
-                    found = self.logits(batch).argmax(1).tolist()
+                    found = self.program(**self.inputs(batch)).argmax(1).tolist()
                     rows += [float(a == t.positive) for a, t in zip(found, batch, strict=True)]
         return np.asarray(rows)
 
@@ -210,6 +209,11 @@ def batches(train: Sequence[Text], steps: int) -> list[Sequence[Text]]:
     ]
 
 
+def loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of the signs."""
+    return nn.functional.cross_entropy(logits, batch["positive"])
+
+
 def row(base: peftfx.Program, name: str, split: Split, steps: int) -> dict[str, Any]:
     """Trains a method at each of its rates and judges the one that validation prefers."""
     recipe, rates = METHODS[name]
@@ -221,8 +225,8 @@ def row(base: peftfx.Program, name: str, split: Split, steps: int) -> dict[str, 
         count = sum(p.numel() for p in program.trainable_parameters())
         learning = Run(program, tokenizer)
         done = peftfx.fit(
-            program, chosen, lr=rate, steps=steps, seed=0, dropout=False,
-            forward=learning.loss, progress=False,
+            program, [learning.batch(c) for c in chosen], loss, lr=rate, steps=steps, seed=0,
+            dropout=False, progress=False,
         )  # fmt: skip
         run = Run(done.program, tokenizer)
         accuracy = float(run.right(split.validation).mean())

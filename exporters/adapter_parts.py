@@ -79,6 +79,8 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
+        elif isinstance(part, Prompt) and part.place == "input":
+            parts.append(part)  # files that have it so name no table
         elif isinstance(part, Rows | Invoked | Coupling | Prompt) and isinstance(site, WeightSite):
             parts.append(replace(part, target=weight_name(program, site)))
         elif isinstance(part, Bottleneck | Fusion):

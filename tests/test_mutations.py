@@ -19,7 +19,7 @@ CHOSEN = (
     ("dora.py:squared_norms", "dim=0"),
     ("ia3.py:IA3Output.scale", "2 - self.l"),
     ("shapes.py:linear", "float16"),
-    ("branch.py:KeyValue._join", "[x, "),
+    ("prompts.py:KeyValue._join", "[x, "),
     ("rowwise.py:RowwiseLowRank.branch", "ids.flip(0)"),
     ("rules.py:_fold_delta", "weight"),
     ("format.py:Dense.rows_scaled", "flip(0)"),

@@ -108,7 +108,14 @@ def test_a_branch_for_another_word(captured: Any, toy: Toy) -> None:
 
 def test_a_site_of_another_kind(captured: Any, toy: Toy) -> None:
     method = toy(lambda self, edit, site: edit.after(site, Behind()))
-    refused(captured, method(), Q, "edit.after takes sublayer sites", "of kind linear", "kinds = (")
+    refused(
+        captured,
+        method(),
+        Q,
+        "edit.after takes sublayer or embedding sites",
+        "of kind linear",
+        "kinds = (",
+    )
 
 
 def test_a_value_read_too_late(captured: Any, toy: Toy) -> None:

@@ -63,13 +63,23 @@ def test_samples_of_a_tokens_first_model_do_not_mix(
     gated = randomise(peftfx.run(program, "unipelt{rank=2,length=2,bottleneck=2}"), 0.3)
     assert torch.equal(gated(x)[:, 0], gated(y)[:, 0])
     assert not torch.equal(gated(x)[:, 1], gated(y)[:, 1])
-    if dynamic is None:
-        with pytest.raises(PassError, match="no axis for the 7 tokens alone"):
-            peftfx.run(program, "coda{bottleneck=2}")
-    else:
-        routed = randomise(peftfx.run(program, "coda{bottleneck=2}"), 0.3)
-        assert torch.equal(routed(x)[:, 0], routed(y)[:, 0])
-        assert not torch.equal(routed(x)[:, 1], routed(y)[:, 1])
+    routed = randomise(peftfx.run(program, "coda{bottleneck=2}"), 0.3)
+    assert torch.equal(routed(x)[:, 0], routed(y)[:, 0])
+    assert not torch.equal(routed(x)[:, 1], routed(y)[:, 1])
+
+
+def test_fixed_tokens_are_routed_as_those_of_any_number() -> None:
+    model, x = transformer(), torch.randn(7, 2, 16)
+    fixed, free = (
+        peftfx.run(peftfx.capture(model, (x,), dynamic=d), "coda{bottleneck=2}")
+        for d in (None, "auto")
+    )
+    randomise(fixed, 0.3)
+    own = dict(fixed.module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in free.module.named_parameters():
+            parameter.copy_(own[name])
+    assert torch.equal(fixed(x), free(x))
 
 
 @pytest.mark.parametrize("dynamic", ["auto", TIME_FIRST])

@@ -41,7 +41,7 @@ WRONG = (
      "if True", "bert-scaled_par_bn"),
     ("down for up", f"{READING}:_with_tensors", '("up", "adapter_up")', '("up", "adapter_down.0")',
      "bert-seq_bn"),
-    ("norm before forgotten", f"{BRANCH}:BottleneckBranch.update",
+    ("norm before forgotten", f"{BRANCH}:BottleneckBranch.units",
      "self.before_weight is not None", "False", "bert-normed"),
     ("norm outside", f"{BRANCH}:BottleneckBranch.transform", 'self.options["inside"]', "False",
      "bert-normed_inside"),

@@ -284,7 +284,7 @@ def test_another_architecture_is_refused(architecture: str, text: str, tmp_path:
 
 def test_what_files_cannot_say_is_refused(tmp_path: Path) -> None:
     made = peftfx.run(program("llama"), "lora{rank=2,where=q};prompt_tuning{length=2}")
-    with pytest.raises(ArtifactError, match="prompt parts"):
+    with pytest.raises(ArtifactError, match="has a prompt"):
         save_adapter(made, tmp_path / "a.gguf", "gguf", "prompt_tuning")
     with pytest.raises(ArtifactError, match="no architecture"):
         save_adapter(peftfx.run(program("attention"), "lora{rank=2}"), tmp_path / "a.gguf", "gguf")

@@ -321,7 +321,7 @@ def test_refusals(captured: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("swin", "no axis for the 64 tokens alone"), ("bloom", "merged or missing batch rows"),
+    [("swin", "no axis for the 64 tokens"), ("bloom", "merged or missing batch rows"),
      ("segformer", "mixes tokens by their order"), ("gpt_oss", "works along the tokens")],
 )  # fmt: skip
 def test_regions_that_cannot_lose_tokens(zoo: Any, name: str, why: str) -> None:
