@@ -173,7 +173,7 @@ class Run:
         ids, mask = self.tokenizer([t.words for t in chosen], LONGEST).tensors()
         inputs = {"input_ids": ids, "attention_mask": mask}
         if "task" in self.program.spec.names:
-            inputs["task"] = torch.tensor([chosen[0].domain])
+            inputs["task"] = torch.tensor(chosen[0].domain)
         return inputs
 
     def batch(self, chosen: Sequence[Text]) -> dict[str, Tensor]:
