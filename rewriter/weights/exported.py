@@ -76,9 +76,20 @@ def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
         raise ExportError(
             f"{len(extra)} tensors have no place in the original model: "
             f"{', '.join(extra[:6])}{more}. So load_state_dict(strict=True) cannot be "
-            "promised. Fold the branches first (run(program, 'fold')), or take everything "
-            "with export_state_dict(strict=False)."
+            f"promised. {_remedy(program)}, or take everything with "
+            "export_state_dict(strict=False)."
         )
     if not strict:
         state.update({n: whole(stored[n]).detach() for n in extra})
     return state
+
+
+def _remedy(program: State) -> str:
+    """What to do about branches that are left."""
+    reasons = {program.branch(a).not_foldable for a in program.attachments} - {""}
+    if not reasons:
+        return "Fold the branches first (run(program, 'fold'))"
+    return (
+        f"What is left does not fold ({'; '.join(sorted(reasons))}): keep it as an adapter beside "
+        "the base (peftfx.save), save the whole program (peftfx.save_program)"
+    )
