@@ -72,9 +72,9 @@ so few steps show no difference.
 {table}
 
 Two rows stay below the head alone. CoDA starts from a model whose blocks skip two thirds of the
-tokens (`python -m benchmarks.coda_learning` shows what that costs); HyperFormer++ starts from random
-adapters that all layers share, and each of its four tasks gets a quarter of the steps. Prompts in
-front of the input, and P-tuning v2, learn more slowly than the rest.
+tokens (`python -m benchmarks.coda_learning` shows what that costs); HyperFormer++ starts from
+random adapters that all layers share, and each of its four tasks gets a quarter of the steps.
+Prompts in front of the input, and P-tuning v2, learn more slowly than the rest.
 
 CPU seconds of a step are in `benchmarks/learning.json`. Made by `python -m benchmarks.learning
 DATA`, which says where the texts come from, on {machine}.
