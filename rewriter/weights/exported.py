@@ -86,7 +86,7 @@ def export_state_dict(program: State, strict: bool) -> dict[str, Tensor]:
 
 def _remedy(program: State) -> str:
     """What to do about branches that are left."""
-    reasons = {program.branch(a).not_foldable for a in program.attachments} - {""}
+    reasons = {str(program.branch(a).not_foldable) for a in program.attachments} - {""}
     if not reasons:
         return "Fold the branches first (run(program, 'fold'))"
     return (
