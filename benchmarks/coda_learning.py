@@ -42,8 +42,8 @@ RATE = 3e-3
 ANNEALED = (1, 1, 2, 2, 3, 3, 3, 3)
 """n / k of the tokens in each eighth of the steps."""
 ROWS: dict[str, tuple[str, tuple[int, ...], bool]] = {
-    "all tokens": ("coda", (1,), False),
-    "half": ("coda", (2,), False),
+    "all tokens": ("coda{reduction=1}", (1,), False),
+    "half": ("coda{reduction=2}", (2,), False),
     "a third": ("coda", (3,), False),
     "a third, annealed": ("coda", ANNEALED, False),
     "a third, annealed, one direction": ("coda", ANNEALED, True),
