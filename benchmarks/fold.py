@@ -30,7 +30,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import safetensors.torch
+import safetensors
 import torch
 
 from benchmarks.fold_variants import (
