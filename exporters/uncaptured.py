@@ -6,6 +6,7 @@ parts say all that folding needs. Whatever else it holds takes a captured model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,25 +16,25 @@ from torch import Tensor
 from ..passes.interchange.imported import branch_of
 from ..rewriter.branches.branch import Branch
 from ..rewriter.branches.parts import Change, LowRank, Part, Trained
-from ..rewriter.errors import ArtifactError, CorruptFileError
+from ..rewriter.errors import ArtifactError, CorruptFileError, FoldError
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import LinearSite
 from ..rewriter.program.tensors import Tensors
 from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
-from ..rewriter.storage.folding import LayoutFolder
+from ..rewriter.storage.folding import LayoutFolder, Rest
 from ..rewriter.storage.parts import Parts
 from ..rewriter.storage.safetensors_checkpoint import Checkpoint
 from ..rewriter.storage.stream import Base
 from ..rewriter.tracing.reads import Layout
 from .adapter_changes import saved_parts
 from .base import Files, checkpoint, require_fit
-from .formats import format_of, read_adapter
+from .formats import format_of, read_adapter, write_adapter
 from .hf_peft.adapter import name_of
 
 
 def uncaptured(
-    layout: Layout, source: Checkpoint, adapter: str | Path
+    layout: Layout, source: Checkpoint, adapter: str | Path, least: float = 0.0, rank: int = 0
 ) -> tuple[LayoutFolder, Base] | None:
     """How an adapter folds into a checkpoint, and what that has to hold; None where only a captured
     model tells.
@@ -42,9 +43,11 @@ def uncaptured(
         layout: of the model.
         source: its checkpoint.
         adapter: of any format that is read.
+        least, rank: see `Folding`; what stays is written as a LoRA of PEFT.
 
     Raises:
         CorruptFileError: the adapter is damaged.
+        FoldError: what would stay has no such form.
     """
     base = Base(str(adapter))
     try:
@@ -62,8 +65,27 @@ def uncaptured(
         raise
     except ArtifactError:  # of another model, or of places that files do not tell: capture says it
         return None
-    folder = _folder(layout, source, files, parts, name)
+    rest = _rest(files, parts, least, rank) if least or rank else None
+    folder = _folder(layout, source, files, parts, name, rest)
     return None if folder is None else (folder, base)
+
+
+def _rest(files: Files, parts: Parts, least: float, rank: int) -> Rest:
+    """What is not folded, written as PEFT writes LoRA."""
+    whole = [p for p in parts.parts if isinstance(p, Change)]
+    if least and whole:
+        raise FoldError(
+            f"{whole[0].target}: its change has no factors, so it cannot stay beside the weight. "
+            "Use mode=residual, or mode=fold."
+        )
+
+    def write(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor] | None]) -> None:
+        stays = [n for n, pair in factors.items() if pair is None]
+        kept = [p for p in parts.parts if files.tensors.stored(p.target) in stays]
+        made = [LowRank(n, pair[1], pair[0], 1.0) for n, pair in factors.items() if pair]
+        write_adapter(files, Parts((*kept, *made), parts.source), folder, "peft")
+
+    return Rest(least, rank, write)
 
 
 def _files(layout: Layout, source: Checkpoint) -> Files:
@@ -93,7 +115,12 @@ def _parts(artifact: Artifact) -> Parts | None:
 
 
 def _folder(
-    layout: Layout, source: Checkpoint, files: Files, parts: Parts, called: str
+    layout: Layout,
+    source: Checkpoint,
+    files: Files,
+    parts: Parts,
+    called: str,
+    rest: Rest | None,
 ) -> LayoutFolder | None:
     branches: dict[str, list[Branch]] = {}
     trained: dict[str, Tensor] = {}
@@ -106,7 +133,7 @@ def _folder(
             branches.setdefault(name, []).append(branch_of(part, torch.empty(0, dtype=wide)))
         else:
             return None
-    return LayoutFolder(layout, source, branches, trained, called)
+    return LayoutFolder(layout, source, branches, trained, called, rest)
 
 
 def _plain(part: Part) -> bool:

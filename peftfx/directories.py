@@ -16,7 +16,7 @@ from .exporters.uncaptured import uncaptured
 from .models import Named, is_gguf_model, load_model
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
-from .rewriter.errors import OptionError
+from .rewriter.errors import FoldError, OptionError
 from .rewriter.files.directory import new_directory
 from .rewriter.files.job import finished
 from .rewriter.files.leftovers import clean, make_parents, real_path, temporary
@@ -45,6 +45,7 @@ class Directory:
         notes: what to know about it.
         shares: by site, (what rounding left of what was learnt along its own direction, its errors
             relative to the size of what was learnt).
+        beside: weights of which not all was folded; `adapter/` in the directory has the rest.
         resumed: files that a killed run of the same had written.
         nothing_to_do: it was there already, from the same base and adapter.
     """
@@ -53,6 +54,7 @@ class Directory:
     left_out: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     shares: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
+    beside: list[str] = field(default_factory=list[str])
     resumed: list[str] = field(default_factory=list[str])
     nothing_to_do: bool = False
 
@@ -66,6 +68,8 @@ def to_directory(
     progress: Callable[[str], None] | None = None,
     capturing: Mapping[str, Any] | None = None,
     allow_base_mismatch: bool = False,
+    least: float = 0.0,
+    rank: int = 0,
 ) -> Directory:
     """Writes a directory that `from_pretrained` loads, with an adapter folded in.
 
@@ -82,9 +86,14 @@ def to_directory(
         progress: called with the name of each file before it is written.
         capturing: `cache` and `dynamic` of `capture`.
         allow_base_mismatch: see `load`.
+        least: weights where rounding would leave less of the change stay as they are; `adapter/`
+            in the target is then an adapter of PEFT with their branches (`fold{mode=keep}`).
+        rank: above 0, the largest part of each change is not folded: `adapter/` has it as a LoRA
+            of this rank (`fold{mode=residual}`).
 
     Raises:
         OptionError: there is nothing to fold.
+        FoldError: with `least` or `rank`, the adapter holds more than changes of linears.
         RewriteError: of `load_adapter`, `write_directory` and `fold_checkpoint`.
     """
     if adapter is None:
@@ -96,12 +105,28 @@ def to_directory(
         with new_directory(target, None) as fresh:
             return Directory(notes=write_directory(base, fresh, progress=progress).notes)
     made_of = identity(base, adapter, weights)
+    if least or rank:
+        made_of |= {"least": least, "rank": rank}
     if (record := finished(target, RECORD, made_of)) is not None:
         return _said(said_again(target, record))
     with _checkpoint(base, weights, target, progress) as (source, read):
         named = load_model(str(base), hollow=True)
         called = Path(base).resolve().name
-        direct = None if allow_base_mismatch else _uncaptured(named, source, adapter)
+        some = bool(least or rank)
+        if some and allow_base_mismatch:
+            raise OptionError(
+                "what is left beside a model is left for the base that it was trained on. Leave "
+                "out --mode, or --allow-base-mismatch."
+            )
+        direct = None
+        if not allow_base_mismatch:
+            direct = _uncaptured(named, source, adapter, least, rank)
+        if direct is None and some:
+            raise FoldError(
+                f"{adapter} holds more than changes of linears' weights that nothing else reads, "
+                "and of others nothing can stay beside a model's files. Leave --mode out, or fold "
+                "in memory: run(program, 'fold{mode=...}')."
+            )
         if direct is not None:
             folder, wanted = direct
             wanted.model = called
@@ -115,17 +140,20 @@ def to_directory(
 
 
 def _uncaptured(
-    named: Named, source: Path, adapter: str | Path
+    named: Named, source: Path, adapter: str | Path, least: float, rank: int
 ) -> tuple[LayoutFolder, Base] | None:
     layout = named.layout()
-    return None if layout is None else uncaptured(layout, Checkpoint.read(source), adapter)
+    if layout is None:
+        return None
+    return uncaptured(layout, Checkpoint.read(source), adapter, least, rank)
 
 
 def _said(done: FoldedCheckpoint, notes: Sequence[str] = ()) -> Directory:
     notes = [*notes, *(f"{site}: {about}" for site, about in done.notes)]
     return Directory(
-        done.changed, done.left_out, notes, done.shares, done.resumed, done.nothing_to_do
-    )
+        done.changed, done.left_out, notes, done.shares, done.beside, done.resumed,
+        done.nothing_to_do,
+    )  # fmt: skip
 
 
 def identity(

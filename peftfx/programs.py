@@ -96,12 +96,12 @@ def report(options: Any, program: Program) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_model(options: Any, weights: str | None = None) -> Any:
+def write_model(options: Any, weights: str | None = None, least: float = 0.0, rank: int = 0) -> Any:
     """A base and an adapter, if there is one, as a Hugging Face directory; returns what was done.
 
     Args:
         options: with `model`, `adapter` and `out`, the new directory.
-        weights: see `to_directory`.
+        weights, least, rank: see `to_directory`.
     """
     check_directory(options.out, RECORD)
     if options.adapter:
@@ -110,7 +110,7 @@ def write_model(options: Any, weights: str | None = None) -> Any:
         done = to_directory(
             options.model, options.out, options.adapter, weights=weights,
             capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
-            allow_base_mismatch=options.allow_base_mismatch,
+            allow_base_mismatch=options.allow_base_mismatch, least=least, rank=rank,
         )  # fmt: skip
     say_directory(options, done)
     return {**asdict(done), "out": options.out}
@@ -122,6 +122,9 @@ def say_directory(options: Any, done: Directory | FoldedCheckpoint) -> None:
         say(options, f"nothing to do: {options.out} is this adapter in this base already")
     else:
         say(options, f"{len(done.changed)} tensors folded: {options.out}")
+    if done.beside:
+        count = len(done.beside)
+        say(options, f"not all was folded at {count} weights: {options.out}/adapter has the rest")
     if done.resumed:
         say(options, f"{len(done.resumed)} files were written by a run that was stopped")
     for name in done.left_out:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftfx
 from peftfx import directories, many
+from peftfx.cli import main
 from peftfx.directories import to_directory
 from peftfx.models import load_model
 from peftfx.rewriter.edits.folding import apart
-from peftfx.rewriter.errors import BaseMismatchError, FoldError, VerifyError
+from peftfx.rewriter.errors import (
+    BaseMismatchError,
+    FoldError,
+    OptionError,
+    PathError,
+    VerifyError,
+)
 from peftfx.rewriter.storage.folding import LayoutFolder
 from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.rewriter.tracing.reads import layout_of
@@ -161,3 +170,132 @@ def test_a_missing_tensor_is_an_error(made: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(FoldError, match=r"q_proj\.weight: its weight is not in the checkpoint"):
         folder.finish()
+
+
+def left_beside(
+    made: Any, tmp_path: Path, recipe: str = "lora{rank=3,where=linear and not head}", **mode: Any
+) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Folds weights in part: (what was done, and in float64 the base, what the branches compute,
+    and what the directory with its adapter computes)."""
+    root, program = made("llama")
+    adapted = randomise(peftfx.run(program, recipe), 1e-3)
+    peftfx.save_peft(adapted, tmp_path / "adapter")
+    done = to_directory(root / "base", tmp_path / "done", tmp_path / "adapter", **mode)
+    old = matrices(root / "base", None)
+    return (
+        done, old, matrices(root / "base", tmp_path / "adapter"),
+        matrices(tmp_path / "done", tmp_path / "done" / "adapter"),
+    )  # fmt: skip
+
+
+def matrices(folder: Path, adapter: Path | None) -> dict[str, Tensor]:
+    """The matrices of a checkpoint, with a LoRA of PEFT, in float64."""
+    stored = {n: t.double() for n, t in Checkpoint.read(folder).all_mapped().items()}
+    if adapter is not None and adapter.exists():
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+        scale = config["lora_alpha"] / config["r"]
+        assert not config["alpha_pattern"] and not config["rank_pattern"]
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        for name, a in tensors.items():
+            if "lora_A" in name:
+                b = tensors[name.replace("lora_A", "lora_B")].double()
+                target = name.removeprefix("base_model.model.").replace("lora_A.", "")
+                stored[target] = stored[target] + scale * b @ a.double()
+    return {n: t for n, t in stored.items() if t.dim() == 2}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def off(want: dict[str, Tensor], got: dict[str, Tensor], old: dict[str, Tensor]) -> float:
+    """The largest error of a change, relative to it."""
+    changed = [n for n in want if not torch.equal(want[n], old[n])]
+    assert len(changed) == 14
+    return max(float((want[n] - got[n]).norm() / (want[n] - old[n]).norm()) for n in changed)
+
+
+def test_what_rounding_would_lose_stays_beside_the_files(made: Any, tmp_path: Path) -> None:
+    done, old, want, got = left_beside(made, tmp_path, rank=3)
+    assert len(done.beside) == 14 and off(want, got, old) < 1e-6
+    folded = matrices(tmp_path / "done", None)
+    assert all(torch.equal(folded[n], old[n]) for n in old)  # all of it is of rank 3
+    assert "At 14 weights" in (tmp_path / "done" / "README.md").read_text()
+    other, old, want, got = left_beside(made, tmp_path / "less", rank=1)
+    plain = left_beside(made, tmp_path / "plain")
+    lost = off(plain[2], matrices(tmp_path / "plain" / "done", None), plain[1])
+    assert 1e-3 < off(want, got, old) < lost and not other.nothing_to_do
+    with pytest.raises(PathError, match="with other options"):
+        left_beside(made, tmp_path / "less", rank=2)
+    again = left_beside(made, tmp_path / "less", rank=1)[0]
+    assert again.nothing_to_do and again.beside == other.beside
+
+
+def test_branches_stay_where_too_little_would_survive(made: Any, tmp_path: Path) -> None:
+    done, old, want, got = left_beside(made, tmp_path, least=1.0)
+    assert len(done.beside) == 14 and done.changed == [] and off(want, got, old) == 0
+    done = left_beside(made, tmp_path / "few", least=0.02)[0]
+    assert done.beside == [] and len(done.changed) == 14
+    assert not (tmp_path / "few" / "done" / "adapter").exists()
+
+
+def test_what_stays_beside_is_the_same_after_a_kill(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = left_beside(made, tmp_path, rank=2)[0]
+    files = everything(tmp_path / "done")
+    root = made("llama")[0]
+    shards = Checkpoint.read(root / "base").shards
+    last = [*shards][-1]
+
+    def stop(file: str) -> None:
+        if file == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_directory(root / "base", tmp_path / "out", tmp_path / "adapter", rank=2, progress=stop)
+    done = to_directory(root / "base", tmp_path / "out", tmp_path / "adapter", rank=2)
+    assert len(done.resumed) == len(shards) - 1 > 1 and done.beside == want.beside
+    assert everything(tmp_path / "out") == files
+
+
+def test_what_cannot_stay_is_refused(made: Any, tmp_path: Path) -> None:
+    root, program = made("llama")
+    peftfx.save(randomise(peftfx.run(program, "ia3"), 0.05), tmp_path / "ia3")
+    with pytest.raises(FoldError, match="nothing can stay beside"):
+        to_directory(root / "base", tmp_path / "out", tmp_path / "ia3", rank=2)
+    with pytest.raises(OptionError, match="allow-base-mismatch"):
+        to_directory(
+            root / "base", tmp_path / "out", tmp_path / "ia3", rank=2, allow_base_mismatch=True
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--mode", "residual", "--rank", "0"], "--rank at least 1"),
+        (["--mode", "keep", "--least", "1.5"], "at most 1"),
+        (["--rank", "4"], "--rank goes with --mode residual"),
+        (["--mode", "residual", "--least", "0.5"], "--least goes with --mode keep"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_first(
+    typed: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fold", str(tmp_path), "none", "--out", str(tmp_path / "out"), *typed]) == 2
+    assert said in capsys.readouterr().err
+    file = ["--out", str(tmp_path / "out.safetensors"), "--mode", "keep"]
+    assert main(["fold", str(tmp_path), "none", *file]) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+
+
+def test_the_command_line_leaves_an_adapter_beside(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left_beside(made, tmp_path, rank=3)
+    out = tmp_path / "typed"
+    typed = ["fold", str(made("llama")[0] / "base"), str(tmp_path / "adapter"), "--out", str(out)]
+    assert main([*typed, "--mode", "residual", "--rank", "3"]) == 0
+    assert "at 14 weights" in capsys.readouterr().out
+    assert everything(out / "adapter") == everything(tmp_path / "done" / "adapter")

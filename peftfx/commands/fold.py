@@ -6,7 +6,8 @@ without `--stream`, the model is loaded, and what folding promises is measured o
 
 A directory's files are written one after the other: killed at any time, the same command goes on,
 and once all are there, it has nothing to do. It says what rounding to the files' dtype left of what
-was learnt, by place, and `peftfx-fold.json` in the directory by weight.
+was learnt, by place, and `peftfx-fold.json` in the directory by weight. Where that is too little,
+`--mode` leaves some of the adapter in `adapter/` beside the files, in PEFT's format.
 
 JSON: `{records, tensors, out}`; of a directory also `{changed, left_out, shares, resumed,
 nothing_to_do}`, with `--stream` those and `{notes, out}`.
@@ -44,6 +45,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="DIR", help=about)
     about = "an adapter on a table that is the head, too: see peftfx passes fold (default: refuse)"
     parser.add_argument("--tied", choices=["refuse", "keep", "untie", "both"], help=about)
+    about = (
+        "into a directory: keep leaves the branches of weights where less than --least of their "
+        "change would survive rounding, residual a branch of --rank beside each weight"
+    )
+    parser.add_argument("--mode", choices=["fold", "keep", "residual"], default="fold", help=about)
+    about = "with --mode keep: the share of a change that has to survive (default: 0.5)"
+    parser.add_argument("--least", type=float, metavar="SHARE", help=about)
+    about = "with --mode residual: the rank of what is not folded (default: 8)"
+    parser.add_argument("--rank", type=int, help=about)
     about = "into a directory: draw what rounding left of each change, in .svg or .png"
     parser.add_argument("--draw", metavar="FILE", help=about)
     add_mismatch(parser)
@@ -56,10 +66,11 @@ def command(options: Any) -> Any:
         check_drawing(options.draw)
         if file:
             raise OptionError("--draw goes with a directory: --out DIR. Give one, or leave it out.")
+    least, rank = _left_beside(options, file)
     if options.stream or not file:
         _check_directory(options)
-    if options.stream:
-        return write_model(options, options.weights)
+    if options.stream or least or rank:
+        return write_model(options, options.weights, least, rank)
     if options.weights:
         raise OptionError("--weights goes with --stream; without, MODEL has its own weights.")
     if not file:
@@ -71,6 +82,23 @@ def command(options: Any) -> Any:
     write_file(options.out, write_tensors(state))
     say(options, f"{len(state)} tensors under their original names: {options.out}")
     return {"records": records, "tensors": len(state), "out": options.out}
+
+
+def _left_beside(options: Any, file: bool) -> tuple[float, int]:
+    """What `--mode`, `--least` and `--rank` say, as `to_directory` takes it."""
+    mode = options.mode
+    for option, needs in (("least", "keep"), ("rank", "residual")):
+        if getattr(options, option) is not None and mode != needs:
+            raise OptionError(f"--{option} goes with --mode {needs}. Add that, or leave it out.")
+    if mode == "fold":
+        return 0.0, 0
+    if file:
+        raise OptionError(f"--mode {mode} leaves an adapter beside the model: give --out DIR.")
+    least = 0.5 if options.least is None else options.least
+    rank = 8 if options.rank is None else options.rank
+    if not 0 < least <= 1 or rank < 1:
+        raise OptionError("--least is above 0 and at most 1, --rank at least 1. Give such a one.")
+    return (least, 0) if mode == "keep" else (0.0, rank)
 
 
 def _fold_into_directory(options: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,11 @@ class Folder(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Everything that was not written before was folded, or it is an error."""
+
+    def leave(self, folder: Path) -> list[str]:
+        """Writes what was not folded into a new folder; gives the weights' names."""
+        del folder
+        return []
 
     def _if_changed(self, canonical: str, current: Tensor) -> Tensor | None:
         """A tensor as the files store it (what trained may be wider); None if it is the same."""
@@ -224,6 +231,25 @@ class ShardFolder(Folder):
             raise FoldError(f"{left[0].site}: its weight is not in the checkpoint.")
 
 
+Leave = Callable[[Path, Mapping[str, tuple[Tensor, Tensor] | None]], None]
+"""Writes an adapter into a new folder: weight -> the factors `(b, a)` beside it, or None where its
+branches stay as they are."""
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is not folded.
+
+    Attributes:
+        least, rank: see `Folding`.
+        write: of what stays.
+    """
+
+    least: float
+    rank: int
+    write: Leave
+
+
 class LayoutFolder(Folder):
     """Branches beside the matrices of a model that was not captured."""
 
@@ -234,15 +260,19 @@ class LayoutFolder(Folder):
         branches: Mapping[str, Sequence[Branch]],
         trained: Mapping[str, Tensor],
         called: str,
+        rest: Rest | None = None,
     ) -> None:
         """
         Args:
             branches: of `layout.matrices`, by their names.
             trained: values of other tensors, by their first names.
             called: the adapter's name.
+            rest: what is to stay, else all is folded.
         """
         names = checkpoint.places(layout.state_names, layout.aliases, layout.tensors)
-        super().__init__(checkpoint, names, layout.state_names, layout.aliases, Folding())
+        result = Folding() if rest is None else Folding(least=rest.least, rank=rest.rank)
+        super().__init__(checkpoint, names, layout.state_names, layout.aliases, result)
+        self.rest = rest
         self.layout, self.branches, self.trained = layout, branches, trained
         self.called = called
         self.weight_of = {name: name for name in branches}
@@ -259,9 +289,19 @@ class LayoutFolder(Folder):
         return Counter(_kind(b) for beside in self.branches.values() for b in beside)
 
     def finish(self) -> None:
-        left = {*self.branches} - {*self.result.shares} - self.resumed
+        left = {*self.branches} - {*self.result.shares, *self.result.kept} - self.resumed
         if left:
             raise FoldError(f"{min(left)}: its weight is not in the checkpoint.")
+
+    def leave(self, folder: Path) -> list[str]:
+        if self.rest is None:
+            return []
+        for weight in sorted(self.resumed & {*self.branches}):  # written before a kill: once more
+            self._fold(weight)
+        factors = dict.fromkeys(self.result.kept) | self.result.parts
+        if factors:
+            self.rest.write(folder, factors)
+        return sorted(factors)
 
 
 def _kind(branch: nn.Module) -> str:

@@ -34,6 +34,9 @@ WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ck
                   ".onnx", ".npz", ".index.json")  # fmt: skip
 """Files that hold weights: not copied beside folded ones, which would contradict them."""
 
+BESIDE = "adapter"
+"""The folder with what was not folded, as an adapter for the folded checkpoint."""
+
 RECORD = "peftfx-fold.json"
 """The file that says what a folded checkpoint was made of, and what is left of each change."""
 
@@ -51,6 +54,8 @@ class FoldedCheckpoint:
         shares: by site, (what rounding to the storage dtype left of the change along its own
             direction, its errors relative to the size of the change).
         notes: (site, what to know about it): where rounding left nothing of what was learnt.
+        beside: weights of which not all was folded; the adapter in the folder `adapter` has the
+            rest, for this checkpoint.
         resumed: shards that a killed run of the same job had written.
         nothing_to_do: the directory was there already, from the same job.
     """
@@ -63,6 +68,7 @@ class FoldedCheckpoint:
     gap: float = 0.0
     shares: dict[str, tuple[float, float]] = field(default_factory=dict[str, tuple[float, float]])
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    beside: list[str] = field(default_factory=list[str])
     resumed: list[str] = field(default_factory=list[str])
     nothing_to_do: bool = False
 
@@ -78,6 +84,7 @@ class FoldedCheckpoint:
         return {
             "changed": self.changed, "copied": self.copied, "left_out": self.left_out,
             "lost": self.lost, "gap": self.gap, "shares": self.shares, "notes": self.notes,
+            "beside": self.beside,
         }  # fmt: skip
 
 
@@ -211,6 +218,7 @@ def writing(
             result.take(mine.done[file])
         folder.finish()
         _copy_others(checkpoint, mine.folder, result)
+        result.beside = folder.leave(mine.folder / BESIDE)
         (mine.folder / CARD).write_text(_card(folder, result, base), encoding="utf-8")
     warn_of(result.notes)
     return result
@@ -220,6 +228,7 @@ def said_again(target: str | Path, record: Mapping[str, Any]) -> FoldedCheckpoin
     """The result of a fold that was finished before."""
     result = FoldedCheckpoint(Path(target), nothing_to_do=True)
     result.copied, result.left_out = record["copied"], record["left_out"]
+    result.beside = record.get("beside", [])
     result.take(record)
     return result
 
@@ -312,6 +321,11 @@ def _card(folder: Folder, result: FoldedCheckpoint, base: Base) -> str:
             f"{result.gap:.1g} at most, relatively). Rounding to the files' dtype left between "
             f"{left[0]:.1%} and {left[-1]:.1%} of each change along its direction, with errors of "
             f"at most {result.lost:.1%} of its size; `{RECORD}` has them by weight."
+        )
+    if result.beside:
+        said.append(
+            f"At {len(result.beside)} weights the adapter in `{BESIDE}/` has what was not folded: "
+            "load it, too."
         )
     return whole_card(f"{model}, with {folder.called} folded in", [model], said)
 

@@ -33,6 +33,8 @@ from .result import Folding
 
 _SPARE, _ROUNDS = 8, 4
 """Of the subspace iteration (Halko et al. 2011, algorithm 4.4): further columns, and rounds."""
+_ALIKE = 1.5
+"""Where the rest is larger than what rounding loses, both errors are a last bit's noise."""
 _SMALL = 512
 """Up to so many rows or columns, all singular values are computed."""
 
@@ -125,6 +127,31 @@ def largest(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def rest_of(
+    name: str, folded: Weight, old: Tensor, exact: Tensor, rest: Tensor
+) -> tuple[Weight, Verdict]:
+    """A weight that stores the rest of a change, and what is left with the part beside it.
+
+    Args:
+        name: of the weight, for errors.
+        folded: the weight with the whole change.
+        old, exact, rest: see `parted`.
+
+    Raises:
+        VerifyError: that is further off than the folded weight.
+    """
+    stored = folded.packed_again(rest.to(_wide(folded)))
+    verdict = left_of(old, exact, stored.dense() + (exact - rest))
+    before = left_of(old, exact, folded.dense())
+    if verdict.lost > before.lost * _ALIKE + 1e-12:
+        raise VerifyError(
+            f"{name}: with a branch of low rank beside it, the weight is further off than folded "
+            f"({verdict.lost:.3g}, {before.lost:.3g} of the change). Use mode=fold."
+        )
+    return stored, verdict
+
+
+@torch.no_grad()
 def put_rest(
     edit: Attaching, names: Sequence[str], old: Tensor, exact: Tensor, result: Folding
 ) -> None:
@@ -140,15 +167,7 @@ def put_rest(
     sites = [s for s in map(edit.program.sites.__getitem__, names) if isinstance(s, WeightSite)]
     weight, site = edit.weight(sites[0]), sites[0]
     done = parted(exact, old, sites, result.rank, edit.like(site).dtype)
-    rest = weight.packed_again(done.rest.to(_wide(weight)))
-    beside = exact - done.rest
-    verdict = left_of(old, exact, rest.dense() + beside)
-    before = left_of(old, exact, weight.dense())
-    if verdict.lost > before.lost * (1 + 1e-6) + 1e-12:
-        raise VerifyError(
-            f"{site.id}: with a branch of rank {result.rank} beside it, the weight is further off "
-            f"than folded ({verdict.lost:.3g}, {before.lost:.3g} of the change). Use mode=fold."
-        )
+    rest, verdict = rest_of(site.id, weight, old, exact, done.rest)
     if weight.is_dense:
         rest.store()
     else:

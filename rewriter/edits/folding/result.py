@@ -100,7 +100,7 @@ def warn_of(vanished: Sequence[tuple[str, str]]) -> None:
         site, note = vanished[0]
         more = f" (and at {len(vanished) - 1} more sites)" if vanished[1:] else ""
         warnings.warn(
-            f"fold: {site}: {note}{more}. Use more steps or a larger rate, keep the branch, or "
+            f"fold: {site}: {note}{more}. Use mode=residual or mode=keep, train longer, or "
             "capture the model in float32 before folding.",
             stacklevel=3,
         )
