@@ -87,7 +87,9 @@ def entry_scores(
     for name in names:
         stored = look.stored(name).detach()
         if stored.is_meta:
-            raise MetaTensorError(f"{name} has no values to score. Load the weights first.")
+            raise MetaTensorError(
+                f"{name} has no values to score. Load the weights first: peftfx.load_weights."
+            )
         yield name, stored.abs()
 
 

@@ -81,7 +81,9 @@ def _parts(stored: Mapping[str, Tensor], room: int) -> list[list[str]]:
     left = room
     for name, tensor in stored.items():
         if tensor.is_meta:
-            raise MetaTensorError(f"{name} has no values to score. Load the weights first.")
+            raise MetaTensorError(
+                f"{name} has no values to score. Load the weights first: peftfx.load_weights."
+            )
         size = 4 * tensor.numel()
         if parts[-1] and size > left:
             parts.append([])
