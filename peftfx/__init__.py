@@ -25,8 +25,8 @@ from .rewriter.pipeline.passes import REGISTRY, Pass
 from .rewriter.pipeline.syntax import Pipeline, parse
 from .rewriter.program.site_table import Sites
 from .rewriter.program.sites import Site
-from .rewriter.run.observe import observe, tap
 from .rewriter.run.run import run
+from .rewriter.scores.observe import observe, tap
 from .rewriter.storage.artifact import VERSION, save
 from .rewriter.storage.filling import load_weights
 from .rewriter.storage.loading import load

@@ -42,6 +42,8 @@ from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
+from .passes.selective.sam import SAM as SAM
+from .passes.selective.spt import SPT as SPT
 from .passes.selective.train import Train as Train
 from .passes.selective.train_tokens import TrainTokens as TrainTokens
 from .rewriter.api import Program as Program
@@ -54,9 +56,9 @@ from .rewriter.pipeline.syntax import Pipeline as Pipeline
 from .rewriter.pipeline.syntax import parse as parse
 from .rewriter.program.site_table import Sites as Sites
 from .rewriter.program.sites import Site as Site
-from .rewriter.run.observe import observe as observe
-from .rewriter.run.observe import tap as tap
 from .rewriter.run.run import run as run
+from .rewriter.scores.observe import observe as observe
+from .rewriter.scores.observe import tap as tap
 from .rewriter.storage.artifact import save as save
 from .rewriter.storage.filling import load_weights as load_weights
 from .rewriter.storage.loading import load as load

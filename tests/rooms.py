@@ -38,6 +38,7 @@ ROOMS = (
     "edits",
     "pipeline",
     "verify",
+    "scores",
     "run",
     "training",
     "api",

@@ -13,11 +13,11 @@ from peftfx.rewriter.edits.linear.sparse import (
     DenseDelta,
     Part,
     SparseDelta,
-    keep_largest,
-    largest,
     parts_of,
 )
 from peftfx.rewriter.errors import NonFiniteError
+from peftfx.rewriter.scores.allocate import largest
+from peftfx.rewriter.scores.entries import keep_largest
 
 
 class Plain(DenseDelta):
@@ -34,18 +34,20 @@ class Plain(DenseDelta):
 def test_the_largest_are_exactly_so_many() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = {n: torch.rand(7, 5, generator=generator) for n in "abc"}
-    kept = largest(scores, 20)
+    kept = largest(scores.items(), 20)
     inside = torch.cat([scores[n].flatten()[kept[n]] for n in "abc"])
     assert inside.numel() == 20
     assert float(inside.min()) >= float(torch.cat([*scores.values()]).flatten().sort().values[-20])
-    ties = largest({"a": torch.tensor([1.0, 3.0, 1.0]), "b": torch.tensor([[1.0], [2.0]])}, 3)
+    ties = largest(
+        {"a": torch.tensor([1.0, 3.0, 1.0]), "b": torch.tensor([[1.0], [2.0]])}.items(), 3
+    )
     assert ties["a"].tolist() == [0, 1] and ties["b"].tolist() == [1]
-    level = largest({"a": torch.zeros(4), "b": torch.zeros(3)}, 5)
+    level = largest({"a": torch.zeros(4), "b": torch.zeros(3)}.items(), 5)
     assert level["a"].tolist() == [0, 1, 2, 3] and level["b"].tolist() == [0]
-    everything = largest({"a": torch.tensor([0.0, -1.0])}, 2)
+    everything = largest({"a": torch.tensor([0.0, -1.0])}.items(), 2)
     assert everything["a"].tolist() == [0, 1]
     with pytest.raises(NonFiniteError, match="no largest"):
-        largest({"a": torch.tensor([0.0, float("nan")])}, 1)
+        largest({"a": torch.tensor([0.0, float("nan")])}.items(), 1)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -14,7 +14,7 @@ from peftfx.rewriter.errors import VerifyError
 from peftfx.rewriter.measure.compare import compare
 from peftfx.rewriter.measure.still import Expected, still
 from peftfx.rewriter.measure.witness import Witness
-from peftfx.rewriter.run.observe import observe
+from peftfx.rewriter.scores.observe import observe
 from peftfx.rewriter.verify.verify import difference
 
 from .models import batch, first, randomise

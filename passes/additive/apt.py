@@ -28,7 +28,7 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import AttentionSite, Site, SublayerSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe
+from ...rewriter.scores.observe import observe
 from .prefix_tuning import PrefixBranch
 
 

@@ -11,7 +11,7 @@ from ...rewriter.errors import PassError
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import AttentionSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe_keys
+from ...rewriter.scores.observe import observe_keys
 
 
 def with_rows_of(plan: Plan, program: State, data: Any, length: int) -> Plan:

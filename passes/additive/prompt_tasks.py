@@ -13,7 +13,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
 from ...rewriter.program.sites import EmbeddingSite, LinearSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe
+from ...rewriter.scores.observe import observe
 from .prompt_tuning import PromptBranch
 
 

@@ -38,7 +38,7 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import AttentionSite, LinearSite, Site, SublayerSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe
+from ...rewriter.scores.observe import observe
 from ..additive.prefix_tuning import PrefixTuning
 from ..additive.serial_adapter import SerialAdapter
 from ..reparameterized.lora import LoRA

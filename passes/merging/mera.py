@@ -31,7 +31,7 @@ from torch import Tensor
 from ...rewriter.errors import OptionError, PassError
 from ...rewriter.program.history import Plan
 from ...rewriter.program.state import BRANCHES, State
-from ...rewriter.run.observe import operand_rows
+from ...rewriter.scores.observe import operand_rows
 from ...rewriter.storage.composed import Source
 from .averaged import Averaged, Values, alone, mean
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...rewriter.edits.linear.sparse import largest
 from ...rewriter.errors import OptionError
+from ...rewriter.scores.allocate import largest
 
 TRIMS = ("none", "magnitude", "random", "outliers", "ranked")
 RESCALES = ("none", "expected", "l1")
@@ -185,7 +185,7 @@ def _mask(change: Tensor, how: str, trim: Trim) -> Tensor:
 def _largest(sizes: Tensor, count: int) -> Tensor:
     mask = torch.zeros_like(sizes)
     if count:
-        mask[largest({"": sizes}, count)[""]] = 1
+        mask[largest([("", sizes)], count)[""]] = 1
     return mask
 
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
-from ...rewriter.run.pruning import Pruning
+from ...rewriter.scores.pruning import Pruning
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelPruning(Pruning):
-    """Shrinks feed-forward blocks; see `rewriter/run/pruning.py` for the other options.
+    """Shrinks feed-forward blocks; see `rewriter/scores/pruning.py` for the other options.
 
     Attributes:
         where: which blocks.

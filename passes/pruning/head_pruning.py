@@ -23,12 +23,12 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.structure.groups import part_groups
 from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
-from ...rewriter.run.pruning import Pruning
+from ...rewriter.scores.pruning import Pruning
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPruning(Pruning):
-    """Removes heads; see `rewriter/run/pruning.py` for the other options.
+    """Removes heads; see `rewriter/scores/pruning.py` for the other options.
 
     Attributes:
         where: which attentions.

@@ -18,12 +18,12 @@ from typing import ClassVar
 
 from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
-from ...rewriter.run.pruning import Pruning
+from ...rewriter.scores.pruning import Pruning
 
 
 @dataclass(frozen=True, kw_only=True)
 class WidthPruning(Pruning):
-    """Narrows streams; see `rewriter/run/pruning.py` for the other options.
+    """Narrows streams; see `rewriter/scores/pruning.py` for the other options.
 
     Attributes:
         where: which streams, by their sublayers.

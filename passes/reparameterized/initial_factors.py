@@ -17,7 +17,6 @@ and the diagonal raised by 1 % of its mean, as in PEFT, whose IncrementalPCA `ev
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
@@ -33,8 +32,9 @@ from ...rewriter.errors import MetaTensorError, OptionError, PassError
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ...rewriter.program.state import State
-from ...rewriter.run.gradients import gradients
-from ...rewriter.run.observe import observe_rows
+from ...rewriter.scores.allocate import most
+from ...rewriter.scores.gradients import gradients
+from ...rewriter.scores.observe import observe_rows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -262,13 +262,11 @@ def _explaining(
     program: State, sites: Sequence[WeightSite], rank: int, rho: float, batches: Sequence[Any]
 ) -> dict[str, Tensor]:
     """`a` of each site: the directions that explain most, `rank` a site on average."""
-    most = {s.id: min(round(rank * rho), *s.matrices[1:]) for s in sites}
+    limits = {s.id: min(round(rank * rho), *s.matrices[1:]) for s in sites}
     each = _moments(program, sites, batches, centred=True)
-    known = {i: principal(moment, most[i]) for i, moment in each}
-    shares = torch.cat([known[s.id][1] for s in sites])
-    owners = [s.id for s in sites for _ in range(most[s.id])]
-    taken = shares.argsort(descending=True, stable=True)[: rank * len(sites)].tolist()
-    ranks = Counter(owners[index] for index in taken)
+    known = {i: principal(moment, limits[i]) for i, moment in each}
+    taken = most([known[s.id][1] for s in sites], rank * len(sites))
+    ranks = {s.id: int(t.sum()) for s, t in zip(sites, taken, strict=True)}
     return {s.id: known[s.id][0][: ranks[s.id]].float() for s in sites}
 
 

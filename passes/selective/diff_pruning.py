@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from ...kernels.hard_concrete import gate_noise, hard_concrete, open_probability
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.linear.sparse import DenseDelta, Part, keep_largest, parts_of
+from ...rewriter.edits.linear.sparse import DenseDelta, Part, parts_of
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
+from ...rewriter.scores.entries import keep_largest
 from ..merging.bake import Bake
 
 

@@ -11,7 +11,7 @@ arXiv:1710.01878.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -23,6 +23,7 @@ from ..pipeline.aliases import PLACES, Alias, renamed, started_by
 from ..pipeline.controller import Controller
 from ..pipeline.method import Method
 from ..program.state import State
+from ..scores.allocate import most
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,6 @@ class Sensitivity:
         self.mean, self.spread = (
             {n: t.detach().to(parameters[n].device, copy=True) for n, t in g.items()} for g in given
         )
-
-
-def most(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Which entries are among the `budget` largest of all; of equals, the first.
-
-    Args:
-        scores: vectors of any lengths.
-
-    Returns:
-        A bool vector for each.
-    """
-    order = torch.cat(list(scores)).argsort(descending=True, stable=True)
-    kept = torch.zeros_like(order, dtype=torch.bool)
-    kept[order[:budget]] = True
-    return list(kept.split([len(s) for s in scores]))
 
 
 @dataclass(frozen=True, kw_only=True)

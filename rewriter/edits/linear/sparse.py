@@ -1,10 +1,10 @@
-"""Changes of stored tensors entry by entry: what chosen sites hold of them, the expressions that
-add to all of that or to a few entries, and the choice of the largest."""
+"""Changes of stored tensors entry by entry: what chosen sites hold of them, and the expressions
+that add to all of that or to a few entries (`scores/entries.py` chooses them)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...branches.branch import Expression
-from ...errors import MetaTensorError, NonFiniteError
 from ...graph.aten import attribute
 from ...program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, NormSite, Site
 from ...program.state import State
@@ -48,6 +47,17 @@ class Part:
         if self.rows is not None:
             sizes[self.axis] = len(self.rows)
         return tuple(sizes)
+
+    @property
+    def count(self) -> int:
+        """How many entries the part has."""
+        return math.prod(self.own_shape)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """The part of a tensor of the whole shape."""
+        if self.rows is None:
+            return whole
+        return whole.index_select(self.axis, torch.tensor(self.rows, device=whole.device))
 
     def whole(self, index: Tensor) -> Tensor:
         """Flat indices into the whole tensor for flat indices into the part (int64)."""
@@ -186,59 +196,3 @@ class SparseDelta(Expression):
 
     def describe(self) -> str:
         return f"{self.values.numel():,} entries"
-
-
-def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The `count` largest of all scores together, by one threshold.
-
-    Args:
-        scores: tensors by name, any shapes.
-        count: at least 1, at most as many as there are scores.
-
-    Returns:
-        By name, flat int64 indices in ascending order. Of equal scores at the threshold, the
-        first ones are taken, so that the number is exact.
-
-    Raises:
-        NonFiniteError: a score is NaN or infinite.
-    """
-    flat = torch.cat([s.detach().flatten() for s in scores.values()])
-    if not bool(torch.isfinite(flat).all()):
-        raise NonFiniteError("scores hold NaN or infinity, so there are no largest ones.")
-    cut = flat.topk(count, sorted=False).values.min()
-    kept = flat > cut
-    level = (flat == cut).nonzero().flatten()
-    kept[level[: count - int(kept.sum())]] = True
-    pieces = kept.split([s.numel() for s in scores.values()])
-    return {n: p.nonzero().flatten() for n, p in zip(scores, pieces, strict=True)}
-
-
-def keep_largest(
-    branches: Mapping[str, DenseDelta], density: float
-) -> dict[str, dict[str, Tensor]]:
-    """What `Method.settle` returns to keep the largest entries of dense deltas.
-
-    Args:
-        branches: by path.
-        density: the share of all their entries together, by magnitude, at least one entry.
-
-    Raises:
-        MetaTensorError: the deltas have no values.
-        NonFiniteError: a delta holds NaN or infinity.
-    """
-    with torch.no_grad():
-        scores = {path: b.delta(False).abs() for path, b in branches.items()}
-    if not scores:
-        return {}
-    if any(s.is_meta for s in scores.values()):
-        raise MetaTensorError(
-            "deltas on the meta device have no largest entries. Load weights and train first "
-            "(peftfx.load_weights)."
-        )
-    kept = largest(scores, max(1, round(density * sum(s.numel() for s in scores.values()))))
-    masks: dict[str, dict[str, Tensor]] = {}
-    for path, branch in branches.items():
-        small = math.prod(branch.piece.shape) <= torch.iinfo(torch.int32).max
-        index = branch.piece.whole(kept[path])
-        masks[path] = {"indices": index.to(torch.int32) if small else index}
-    return masks

@@ -22,6 +22,7 @@ from ..program.history import Contract, Plan
 from ..program.sites import LinearSite, Site
 from ..program.state import State
 from ..weights.weight import Weight, stored_weights, weights_at
+from .allocate import most
 from .gradients import gradients
 
 
@@ -38,7 +39,7 @@ class Pruning(Pass, abstract=True):
 
     Attributes:
         ratio: the share of channels that is removed.
-        score: `magnitude`, or `taylor`, which needs `data` (see `rewriter/run/gradients.py`).
+        score: `magnitude`, or `taylor`, which needs `data` (see `rewriter/scores/gradients.py`).
         scope: rank the channels of each place (`local`) or of all places together (`global`).
         round_to: how many are left is a multiple of it (rounded up).
     """
@@ -139,17 +140,17 @@ class Pruning(Pass, abstract=True):
         """The channels that each block keeps, in order."""
         counts = {i: len(s) * (1 - self.ratio) for i, s in scores.items()}
         if self.scope == "global":
-            pool = torch.cat(list(scores.values())).sort(descending=True).values
-            limit = pool[max(1, round(len(pool) * (1 - self.ratio))) - 1]
-            counts = {i: int((s >= limit).sum()) for i, s in scores.items()}
-        kept: dict[str, list[int]] = {}
+            every = sum(len(s) for s in scores.values())
+            kept = most(list(scores.values()), max(1, round(every * (1 - self.ratio))))
+            counts = {i: int(k.sum()) for i, k in zip(scores, kept, strict=True)}
+        chosen: dict[str, list[int]] = {}
         for site_id, score in scores.items():
             steps = -(-round(counts[site_id], 6) // self.round_to)
             width = min(len(score), max(1, int(steps)) * self.round_to)
             roots = groups[site_id].roots
             order = score.sort(descending=True, stable=True).indices[:width]
-            kept[site_id] = torch.isin(roots, roots[order]).nonzero().flatten().tolist()
-        return kept
+            chosen[site_id] = torch.isin(roots, roots[order]).nonzero().flatten().tolist()
+        return chosen
 
 
 def _size(program: State) -> int:
