@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, RowScale
+from ...rewriter.branches.formula_parts import Butterfly
 from ...rewriter.branches.input_map import InputMap
-from ...rewriter.branches.parts import Butterfly, Part
+from ...rewriter.branches.parts import Part
 from ...rewriter.branches.rotations import butterfly, cayley
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
@@ -77,7 +78,7 @@ class BOFTRows(RowScale):
         return self.features_back(torch.addcmul(rest, own, c).to(y.dtype))
 
     def part(self) -> Part:
-        return Butterfly("", rows=self.s.detach())
+        return Butterfly("", s=self.s.detach())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.formula_parts import Hadamard
 from ...rewriter.branches.hadamard import hadamard, pairs
-from ...rewriter.branches.parts import Hadamard, Part
+from ...rewriter.branches.parts import Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
@@ -60,7 +61,8 @@ class LoHaBranch(Delta):
         return (*self._pair(), self.scale) if self.at_linear and self._small else None
 
     def part(self) -> Part:
-        return Hadamard("", *(getattr(self, n).detach() for n in self.axes), scale=self.scale)
+        one, b1, two, b2 = (getattr(self, n).detach() for n in self.axes)
+        return Hadamard("", self.spread(one, 0.0), b1, self.spread(two, 0.0), b2, self.scale)
 
     def describe(self) -> str:
         return f"rank={self.w1_b.shape[-2]}, scale={self.scale:g}"
@@ -118,7 +120,8 @@ class LoHa(Method):
         self.require(math.isfinite(self.alpha) and self.alpha != 0, "alpha", "finite and not 0")
 
     def obstacle(self, site: WeightSite) -> str:
-        _, out, size = site.matrices
+        count, out, size = site.matrices
+        out = out if site.kind == "experts" else count * out
         small = self.rank <= min(out, size)
         return "" if small else f"rank={self.rank} exceeds its size {out} x {size}"
 

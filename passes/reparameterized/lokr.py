@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Delta
+from ...rewriter.branches.formula_parts import KRONECKER, Kronecker
 from ...rewriter.branches.kronecker import kronecker
-from ...rewriter.branches.parts import KRONECKER, Kronecker, Part
+from ...rewriter.branches.parts import Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
@@ -53,7 +54,9 @@ class LoKrBranch(Delta):
     def delta(self) -> Tensor:
         return torch.kron(self._factor("w1") * self.scale, self._factor("w2"))
 
-    def part(self) -> Part:
+    def part(self) -> Part | None:
+        if self.features is not None:
+            return None  # rows of a fused weight are no Kronecker product of it
         own = {n: p.detach() for n, p in self.named_parameters()}
         return Kronecker("", scale=self.scale, rank=self.rank, **own)
 
@@ -63,10 +66,10 @@ class LoKrBranch(Delta):
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
-    """Two factors of a size, the smaller one first: `factor` where it divides, else the nearest
-    divisor below; -1: as near to its square root as can be."""
+    """Two factors of a size: `factor` first where it divides, else the largest divisor below it
+    that is no more than the square root; -1: the largest such."""
     if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
+        return factor, size // factor
     most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
     small = next(d for d in range(most, 0, -1) if size % d == 0)
     return small, size // small
@@ -123,7 +126,9 @@ class LoKr(Method):
                 shapes = {f"{name}_a": (rows, self.rank), f"{name}_b": (self.rank, columns)}
             nothing = f"{name}_{'a' if name == 'w1' else 'b'}" if product else name
             for own, shape in shapes.items():
-                bound = 0.0 if zero and own == nothing else shape[1] ** -0.5  # Kaiming's, a = sqrt 5
+                bound = (
+                    0.0 if zero and own == nothing else shape[1] ** -0.5
+                )  # Kaiming's, a = sqrt 5
                 tensors[own] = torch.empty(shape).uniform_(-bound, bound, generator=edit.generator)
         branch = LoKrBranch(tensors, self.alpha / self.rank, self.rank)
         edit.add(site, branch.to(edit.like(site)))

@@ -3,8 +3,8 @@
 Qiu et al., NeurIPS 2023, arXiv:2306.07280. Each block is Cayley's map of a skew matrix Q, of which
 the numbers above the diagonal train: `R = (1 - Q)(1 + Q)^-1`, in float32 at least. Q is zero, so
 step 0 is the base model. As in PEFT it is the inputs that turn, which costs less than turning W.
-`coft` keeps Q within `eps` of zero after each step, `share` has one block for all, and `terms` takes
-that many terms of a series for R^T, cheaper, and no rotation once Q is large (Qiu et al. 2025,
+`coft` keeps Q within `eps` of zero after each step, `share` has one block for all, and `terms`
+takes that many terms of a series for R^T, no rotation once Q is large (Qiu et al. 2025,
 arXiv:2506.19847). Folds exactly.
 """
 
@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...rewriter.branches.formula_parts import Rotation
 from ...rewriter.branches.input_map import InputMap
-from ...rewriter.branches.parts import Part, Rotation
+from ...rewriter.branches.parts import Part
 from ...rewriter.branches.rotations import cayley, places, series, skew, turned
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
@@ -26,8 +27,6 @@ from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.sites import WeightSite
-
-
 
 
 class OFTBranch(InputMap):

@@ -8,11 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-
-from .hadamard import hadamard
-from .rotations import butterfly, cayley, places, series, side, skew, turned
 
 PARTS: dict[str, type[Part]] = {}
 """Kind -> class; filled by subclassing."""
@@ -80,133 +76,6 @@ class Change(Part):
 
     delta: Tensor
     method: str = ""
-
-
-@dataclass(frozen=True)
-class Formula(Part):
-    """`W + change(W)` of the tensors that a method here trains."""
-
-    method: ClassVar[str] = ""
-    of_numbers: ClassVar[bool] = False
-    """Whether the change depends on the numbers of the weight, not on its sizes alone."""
-
-    def change(self, weight: Tensor) -> Tensor:
-        """The change of a weight `[count * out, in]`, in its dtype."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Hadamard(Formula):
-    """`W + scale (w1_a w1_b) o (w2_a w2_b)`.
-
-    Attributes:
-        w1_a, w2_a: `[count * out, rank]`, or of experts `[count, out, rank]`.
-        w1_b, w2_b: `[rank, in]`, or `[count, rank, in]`.
-    """
-
-    method = "loha"
-
-    w1_a: Tensor
-    w1_b: Tensor
-    w2_a: Tensor
-    w2_b: Tensor
-    scale: float = 1.0
-
-    def change(self, weight: Tensor) -> Tensor:
-        factors = (t.to(weight) for t in (self.w1_a, self.w1_b, self.w2_a, self.w2_b))
-        return hadamard(*factors).reshape(-1, self.w1_b.shape[-1]) * self.scale
-
-
-KRONECKER = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
-"""The tensors of a Kronecker product: each factor whole, or the two of its own."""
-
-
-@dataclass(frozen=True)
-class Kronecker(Formula):
-    """`W + scale (w1 (x) w2)`, where a factor is whole or `w_a w_b`.
-
-    Attributes:
-        w1: `[o1, i1]`, or `w1_a [o1, rank]` and `w1_b [rank, i1]`.
-        w2: `[o2, i2]`, of a convolution `[o2, i2 * kernel]`.
-        rank: that was asked for.
-    """
-
-    method = "lokr"
-
-    scale: float = 1.0
-    rank: int = 1
-    w1: Tensor | None = None
-    w1_a: Tensor | None = None
-    w1_b: Tensor | None = None
-    w2: Tensor | None = None
-    w2_a: Tensor | None = None
-    w2_b: Tensor | None = None
-
-    def factor(self, name: str, like: Tensor) -> Tensor:
-        """`w1` or `w2`.
-
-        Raises:
-            KeyError: it is missing.
-        """
-        whole, a, b = (getattr(self, n) for n in (name, f"{name}_a", f"{name}_b"))
-        if whole is None and (a is None or b is None):
-            raise KeyError(name)
-        return a.to(like) @ b.to(like) if whole is None else whole.to(like)
-
-    def change(self, weight: Tensor) -> Tensor:
-        one, two = (self.factor(n, weight) for n in ("w1", "w2"))
-        return torch.kron(one * self.scale, two.contiguous())
-
-
-@dataclass(frozen=True)
-class Rotation(Formula):
-    """`W R^T`, R of blocks: Cayley's map of skew matrices, or the first terms of a series.
-
-    Attributes:
-        vectors: the numbers above the diagonals, `[blocks, size (size - 1) / 2]`.
-        share: the one block is of all features alike.
-        terms: of the series, 0 for Cayley's map.
-        eps: how far training lets it go from the identity (`coft`), 0 for anywhere.
-    """
-
-    method = "oft"
-    of_numbers = True
-
-    vectors: Tensor
-    share: bool = False
-    terms: int = 0
-    eps: float = 0.0
-
-    def change(self, weight: Tensor) -> Tensor:
-        q = skew(self.vectors.to(weight), places(side(self.vectors.shape[1])).to(weight.device))
-        r = series(q, self.terms) if self.terms else cayley(q)
-        if not self.share and len(r) * r.shape[-1] != weight.shape[1]:
-            raise ValueError(f"{len(r)} blocks of {r.shape[-1]} for {weight.shape[1]} inputs")
-        return turned(weight, r.mT) - weight
-
-
-@dataclass(frozen=True)
-class Butterfly(Formula):
-    """`diag(s) W M^T`, M a butterfly of Cayley's maps.
-
-    Attributes:
-        blocks: `[factors, blocks, size, size]`, of which the skew parts count; None where only
-            rows are scaled.
-        rows: s, `[out]`, or None for ones.
-    """
-
-    method = "boft"
-    of_numbers = True
-
-    blocks: Tensor | None = None
-    rows: Tensor | None = None
-
-    def change(self, weight: Tensor) -> Tensor:
-        moved = weight
-        if self.blocks is not None:
-            own = self.blocks.to(weight)
-            moved = butterfly(moved, cayley((own - own.mT) / 2), back=True)
-        return (moved if self.rows is None else self.rows.to(weight)[:, None] * moved) - weight
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,13 @@ def series(q: Tensor, terms: int) -> Tensor:
     """The first terms of the series of the rotation's inverse, as PEFT counts them: `1 + 2 Q` of
     two, `1 + 2 Q + 2 Q^2 + Q^3` of three and of four, `... + 2 Q^3 + Q^4` of five. Near a rotation
     only where Q is small."""
-    total, power = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + 2 * q, q
-    for _ in range(2, max(terms, 4) - 1 if terms > 2 else 2):
-        power = power @ q
-        total = total + 2 * power
-    return total if terms == 2 else total + power @ q
+    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms == 2:
+        return one + 2 * q
+    inner = 2 * one + q
+    for _ in range(max(terms, 4) - 3):
+        inner = torch.baddbmm(2 * one, q, inner)
+    return torch.baddbmm(one, q, inner)
 
 
 def turned(x: Tensor, r: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ what only looks in `read`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -114,8 +115,10 @@ class Editor(Reading):
         elif reason := self.obstacle(site):
             self.skip(site, reason)
         else:
-            with self.below(site.role.replace(".", "_") if site.features else ""):
-                self.express(site, site.weight, MappedWeight(branch, self.shape(site), site.features))
+            expression = MappedWeight(branch, self.shape(site), site.features)
+            folder = self.below(site.role.replace(".", "_")) if site.features else nullcontext()
+            with folder:
+                self.express(site, site.weight, expression)
 
     def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a weight, below all its other branches."""

@@ -1,7 +1,7 @@
 """Composing the branches of one call of a weight: always emitted in one fixed order.
 
-Input shift, input scale, input map, base (its weight maybe an expression), row scale, deltas (or what combines
-them), output scale: so the order of passes does not change the graph.
+Input shift, input scale, input map, base (its weight maybe an expression), row scale, deltas (or
+what combines them), output scale: so the order of passes does not change the graph.
 """
 
 from __future__ import annotations
