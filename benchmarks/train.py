@@ -50,7 +50,7 @@ METHODS = {
     "loha": "loha{rank=8,alpha=16,where=linear and not head}",
     "lokr": "lokr{rank=8,alpha=16,where=linear and not head}",
     "oft": "oft{block=32,where=linear and not head}",
-    "oft by series": "oft{block=32,terms=5,where=linear and not head}",
+    "oft by series": "oft{block=32,series=true,where=linear and not head}",
     "boft": "boft{block=4,where=linear and not head}",
     "serial_adapter": "serial_adapter{bottleneck=64}",
     "prefix_tuning": "prefix_tuning{length=20,shift_positions=true}",

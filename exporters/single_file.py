@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.formula_parts import KRONECKER, Hadamard, Kronecker
+from ..rewriter.branches.formula_parts import KRONECKER, Formula, Hadamard, Kronecker
 from ..rewriter.branches.parts import Change, LowRank, Part
 from ..rewriter.errors import (
     ArtifactError,
@@ -36,7 +36,7 @@ from .base import GIVE_BASE, Base, snapshot
 from .hf_peft.config import Config
 from .hf_peft.lora import lora_parts
 from .hf_peft.products import through
-from .plain_lora import no_form
+from .plain_lora import change_of, no_form
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 FLAT = ("lycoris", "lora_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3")
@@ -307,7 +307,7 @@ def kohya_file(
     """
     tensors: dict[str, Tensor] = {}
     for part in parts.parts:
-        form = isinstance(part, Change | Hadamard | Kronecker) or (
+        form = isinstance(part, Change | Formula) or (
             isinstance(part, LowRank) and part.a.dim() == 2 == part.b.dim() and not part.lookup
         )
         if not form:
@@ -330,6 +330,8 @@ def kohya_file(
             tensors[f"{path}.alpha"] = torch.tensor(part.scale * len(part.w1_b))
         elif isinstance(part, Kronecker):
             tensors |= {f"{path}.{n}": t for n, t in _kronecker(part, kernel).items()}
+        elif isinstance(part, Formula):
+            tensors[f"{path}.diff"] = _unflat(change_of(program, part).float(), kernel)
     return tensors, {"ss_network_module": "networks.lora"}
 
 

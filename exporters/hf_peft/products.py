@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...passes.reparameterized.lokr import divided
-from ...passes.reparameterized.oft import nearest_divisor, project
+from ...passes.reparameterized.oft import nearest_divisor
 from ...rewriter.branches.formula_parts import (
     KRONECKER,
     Butterfly,
@@ -134,12 +134,9 @@ def _oft(config: Config, path: str, name: str, own: Leaves) -> Part:
             f"{config.where}: num_cayley_neumann_terms={terms}, and 2 to {_TERMS} are read. Save "
             "the adapter again, with use_cayley_neumann=false."
         )
-    q = own["oft_R.weight"]
-    if constrained:  # PEFT does so before it reads them
-        q = q.clone()
-        project(q, eps)
     share = config.take("block_share", False)
-    return Rotation(name, q, share, terms if series else 0, eps if constrained else 0.0)
+    terms, eps = terms if series else 0, eps if constrained else 0.0
+    return Rotation(name, own["oft_R.weight"], share, terms, eps)
 
 
 def _boft(config: Config, path: str, name: str, own: Leaves) -> Part:
@@ -293,7 +290,10 @@ def _written_boft(modules: Sequence[Module], _: object) -> Any:
     sides = [(p.blocks.shape[-1], m.sizes[1]) for m, p in zip(modules, parts, strict=True)]
     config = {"boft_n_butterfly_factor": factors.pop()}
     config |= _blocks(modules, sides, ("boft_block_size", "boft_block_num"), lambda _, n: n)
-    return config, [{"boft_R": p.blocks, "boft_s": p.s[:, None]} for p in parts]
+    return config, [
+        {"boft_R": p.blocks, "boft_s": p.s[None] if m.kernel else p.s[:, None]}
+        for m, p in zip(modules, parts, strict=True)
+    ]
 
 
 def _blocks(

@@ -3,8 +3,8 @@
 Qiu et al., NeurIPS 2023, arXiv:2306.07280. Each block is Cayley's map of a skew matrix Q, of which
 the numbers above the diagonal train: `R = (1 - Q)(1 + Q)^-1`, in float32 at least. Q is zero, so
 step 0 is the base model. As in PEFT it is the inputs that turn, which costs less than turning W.
-`coft` keeps Q within `eps` of zero after each step, `share` has one block for all, and `terms`
-takes that many terms of a series for R^T, no rotation once Q is large (Qiu et al. 2025,
+`coft` keeps each Q within `eps / sqrt(blocks)` of zero, `share` has one block for all, and `series`
+takes the first terms of one for R^T, which is no rotation once Q is large (Qiu et al. 2025,
 arXiv:2506.19847). Folds exactly.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...rewriter.branches.formula_parts import Rotation
 from ...rewriter.branches.input_map import InputMap
 from ...rewriter.branches.parts import Part
-from ...rewriter.branches.rotations import cayley, places, series, skew, turned
+from ...rewriter.branches.rotations import cayley, places, series, skew, turned, within
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.controller import Controller
@@ -42,7 +42,7 @@ class OFTBranch(InputMap):
 
     def rotation(self) -> Tensor:
         """R, `[blocks, size, size]`."""
-        q = skew(self.q, self.index)
+        q = skew(within(self.q, self.eps) if self.eps else self.q, self.index)
         return series(q, self.terms) if self.terms else cayley(q)
 
     def mapped(self, x: Tensor) -> Tensor:
@@ -59,22 +59,15 @@ class OFTBranch(InputMap):
 
 
 class Within(Controller):
-    """Keeps every block within its distance of the identity, `eps / sqrt(blocks)`."""
+    """Keeps what trains within its distance of zero, as the forward pass does."""
 
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         super().after_step(step)
         for _, branch in self.branches():
             own = getattr(branch, "map", branch)
             if own.eps:
-                project(own.q, own.eps)
-
-
-@torch.no_grad()
-def project(q: Tensor, eps: float) -> None:
-    """Scales the blocks of `q [blocks, n]` whose skew matrices are longer than `eps / sqrt(blocks)`
-    to that length."""
-    most = eps / (2 * len(q)) ** 0.5  # a skew matrix has every number twice
-    q.mul_((most / q.norm(dim=1, keepdim=True)).clamp(max=1.0))
+                own.q.copy_(within(own.q, own.eps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +83,8 @@ class OFT(Method):
         coft: keep Q near zero.
         eps: how near, see `coft`.
         share: one block for all features.
-        terms: of the series in place of the exact map, at least 2; 0 for the map.
+        series: the first terms of a series in place of the exact map.
+        terms: of the series, at least 2.
         where: the paper adapts the attention's projections.
     """
 
@@ -101,8 +95,7 @@ class OFT(Method):
         **renamed(oft_block_size="block", r="blocks", block_share="share"),
         "init_weights": started_by(),
         "module_dropout": instead("leave it out", 0.0, 0),
-        "use_cayley_neumann": lambda value: {} if value else {"terms": 0},
-        "num_cayley_neumann_terms": renamed(n="terms")["n"],
+        **renamed(use_cayley_neumann="series", num_cayley_neumann_terms="terms"),
     }
 
     block: int = 32
@@ -110,18 +103,24 @@ class OFT(Method):
     coft: bool = False
     eps: float = 6e-5
     share: bool = False
-    terms: int = 0
+    series: bool = False
+    terms: int = 5
     where: str = "q|k|v|o"
 
     def check(self) -> None:
         self.require(self.block >= 2 or self.blocks > 0, "block", "at least 2")
         self.require(self.blocks >= 0, "blocks", "at least 0")
         self.require(self.eps > 0, "eps", "above 0")
-        self.require(self.terms == 0 or 2 <= self.terms <= 100, "terms", "0, or 2 to 100")
+        self.require(2 <= self.terms <= 100, "terms", "2 to 100")
 
     def obstacle(self, site: WeightSite) -> str:
         size = self.size(site.matrices[2])
         return "" if size > 1 else f"blocks of one of its {site.matrices[2]} inputs cannot turn"
+
+    @property
+    def form(self) -> tuple[bool, int, float]:
+        """`share`, `terms` and `eps` of a `Rotation`."""
+        return self.share, self.terms if self.series else 0, self.eps if self.coft else 0.0
 
     def size(self, inputs: int) -> int:
         """Of the blocks of a weight."""
@@ -133,14 +132,13 @@ class OFT(Method):
         inputs = site.matrices[2]
         size = self.size(inputs)
         q = torch.zeros(1 if self.share else inputs // size, size * (size - 1) // 2)
-        branch = OFTBranch(q, size, self.share, self.terms, self.eps if self.coft else 0.0)
-        edit.map(site, branch.to(edit.like(site)))
+        edit.map(site, OFTBranch(q, size, *self.form).to(edit.like(site)))
 
     def saved_part(self, saved: Saved) -> Part | None:
         q = saved.tensors.get("q")
         if q is None or saved.slot != InputMap.slot:
             return None
-        return Rotation(saved.target, q, self.share, self.terms, self.eps if self.coft else 0.0)
+        return Rotation(saved.target, q, *self.form)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .hadamard import hadamard
 from .parts import Part
-from .rotations import butterfly, cayley, places, series, side, skew, turned
+from .rotations import butterfly, cayley, places, series, side, skew, turned, within
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class Rotation(Formula):
         return side(self.q.shape[1])
 
     def change(self, weight: Tensor) -> Tensor:
-        q = skew(self.q.to(weight), places(self.size).to(weight.device))
+        q = self.q.to(weight)
+        q = within(q, self.eps) if self.eps else q
+        q = skew(q, places(self.size).to(weight.device))
         r = series(q, self.terms) if self.terms else cayley(q)
         return turned(weight, r.mT) - weight
 

@@ -41,6 +41,13 @@ def skew(vectors: Tensor, index: Tensor) -> Tensor:
     return own.index_select(1, index).unflatten(1, (size, size))
 
 
+def within(q: Tensor, eps: float) -> Tensor:
+    """Vectors of skew matrices, `[blocks, n]`, of which those of a norm above `eps / sqrt(blocks)`
+    are scaled to that."""
+    most = eps / (2 * len(q)) ** 0.5  # a skew matrix has every number twice
+    return q * (most / q.norm(dim=1, keepdim=True).clamp(min=most))
+
+
 def cayley(q: Tensor) -> Tensor:
     """The rotations of skew matrices, in their dtype."""
     one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)

@@ -36,7 +36,7 @@ def rotation(q: Tensor, size: int, inputs: int, terms: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", ["block=8", "blocks=2", "block=8,share=true", "block=8,terms=5"]
+    "options", ["block=8", "blocks=2", "block=8,share=true", "block=8,series=true"]
 )
 def test_oft_equals_its_reference(hand: Any, options: str) -> None:
     """y = W R^T x + b."""
@@ -47,7 +47,7 @@ def test_oft_equals_its_reference(hand: Any, options: str) -> None:
         layer: Any = model.get_submodule(name)
         inputs = layer.in_features
         size = inputs // 2 if "blocks" in options else 8
-        r = rotation(t["q"], size, inputs, 5 if "terms" in options else 0)
+        r = rotation(t["q"], size, inputs, 5 if "series" in options else 0)
         hooks[name] = lambda i, o, w=layer.weight, r=r: o + i[0] @ (w @ r.T - w).T
     inputs = batch(4, 11, pad=3)
     with hooked(model, hooks):
@@ -59,7 +59,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "block=8": {"oft_block_size": 8, "use_cayley_neumann": False},
     "blocks=2,share=true": {"r": 2, "oft_block_size": 0, "block_share": True,
                             "use_cayley_neumann": False},
-    **{f"block=8,terms={n}": {"oft_block_size": 8, "num_cayley_neumann_terms": n}
+    **{f"block=8,series=true,terms={n}": {"oft_block_size": 8, "num_cayley_neumann_terms": n}
        for n in (2, 3, 4, 5, 6)},
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_trainable_count(captured: Any) -> None:
         assert sum(p.numel() for p in program.trainable_parameters()) == 2 * 2 * count
 
 
-@pytest.mark.parametrize("options", ["", ",terms=5"])
+@pytest.mark.parametrize("options", ["", ",series=true"])
 def test_it_folds_exactly_in_double_precision(captured: Any, options: str) -> None:
     base = captured.double("decoder")
     program = randomise(peftfx.run(base, f"oft{{block=8,where=linear{options}}}"), 0.3)
