@@ -118,7 +118,7 @@ def _lokr(config: Config, path: str, name: str, own: Leaves) -> Part:
     if core is None and (two is None or two.dim() in (2, 4)):
         return Kronecker(name, scale, rank, **{n: t.flatten(1) for n, t in tensors.items()})
     first = {n: t for n, t in tensors.items() if n.startswith("w1")}
-    w1 = Kronecker(name, **first).factor("w1", torch.empty(0))
+    w1 = Kronecker(name, 1.0, 1, **first).factor("w1", torch.empty(0))
     w2 = through(own["lokr_t2"], tensors["w2_a"], tensors["w2_b"]) if two is None else two.float()
     w1 = w1[..., None, None] if w2.dim() == 4 else w1  # of one axis PEFT multiplies other axes
     return Change(name, torch.kron(w1, w2.contiguous()) * scale, config.type)

@@ -64,6 +64,9 @@ class BOFTRows(RowScale):
     def rows(self, weight: Tensor) -> Tensor:
         return self.s
 
+    def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], len(self.s))  # nothing is added to the rows
+
     def delta(self) -> Tensor:
         return self.s.new_zeros(len(self.s), self.inputs)
 
