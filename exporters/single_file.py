@@ -220,13 +220,19 @@ def _changed(name: str, delta: Tensor, kind: str, matrix: Tensor, where: str) ->
     return Change(name, delta.reshape(matrix.shape), kind)
 
 
+def _fitting(part: Formula, matrix: Tensor, where: str) -> Formula:
+    fits = part.fits(*matrix.shape)
+    if not fits:
+        part.change(torch.empty(0))  # which fails where its tensors do not belong together
+    _require_fit(fits, where)
+    return part
+
+
 def _loha(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: str) -> Part:
     factors = [_needed(wide, f"hada_w{i}_{side}", where) for i in (1, 2) for side in "ab"]
     scale = _scale(alpha, factors[1].shape[0], where)
     if "hada_t1" not in wide and "hada_t2" not in wide:
-        part = Hadamard(name, *factors, scale=scale)
-        _require_fit(part.fits(*matrix.shape), where)
-        return part
+        return _fitting(Hadamard(name, *factors, scale=scale), matrix, where)
     one, two = (
         through(_needed(wide, f"hada_t{i + 1}", where), *factors[2 * i : 2 * i + 2]) for i in (0, 1)
     )
@@ -243,8 +249,7 @@ def _lokr(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: 
     scale = 1.0 if ranked is None else _scale(alpha, rank, where)
     part = Kronecker(name, scale, rank, **{n: t.flatten(1) for n, t in own.items()})
     if "lokr_t2" not in wide:
-        _require_fit(part.fits(*matrix.shape), where)
-        return part
+        return _fitting(part, matrix, where)
     two = through(wide["lokr_t2"], own["w2_a"], own["w2_b"])
     one = part.factor("w1", two)[..., None, None]
     return _changed(name, torch.kron(one, two) * scale, "LoKr", matrix, where)
