@@ -114,13 +114,29 @@ def peer(method: str, base: Base, model: Any, **options: Any) -> nn.Module:
         return peft.get_peft_model(
             model, peft.IA3Config(target_modules=base.scaled, feedforward_modules=base.inner)
         )
+    if method in OTHERS:
+        return peft.get_peft_model(model, OTHERS[method](peft, {"target_modules": base.linears}))
     dora = method == "dora"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
     return peft.get_peft_model(model, config, **options)
 
 
+OTHERS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "loha": lambda peft, options: peft.LoHaConfig(r=8, alpha=16, **options),
+    "lokr": lambda peft, options: peft.LoKrConfig(r=8, alpha=16, **options),
+    "oft": lambda peft, options: peft.OFTConfig(
+        oft_block_size=32, use_cayley_neumann=False, **options
+    ),
+    "oft by series": lambda peft, options: peft.OFTConfig(oft_block_size=32, **options),
+    "boft": lambda peft, options: peft.BOFTConfig(boft_block_size=4, **options),
+}
+"""PEFT's configurations of further types, by method."""
+
 SUFFIXES = {"a": "lora_A.default.weight", "b": "lora_B.default.weight",
-            "m": "lora_magnitude_vector.default.weight", "l": "ia3_l.default"}  # fmt: skip
+            "m": "lora_magnitude_vector.default.weight", "l": "ia3_l.default",
+            **{f"w{i}_{side}": f"hada_w{i}_{side}.default" for i in (1, 2) for side in "ab"},
+            "q": "oft_R.default.weight", "blocks": "boft_R.default", "s": "boft_s.default",
+            }  # fmt: skip
 
 
 def match(program: peftfx.Program, other: Any) -> None:
@@ -135,7 +151,7 @@ def match(program: peftfx.Program, other: Any) -> None:
             swap = next(bottlenecks)
         for leaf, parameter in branch.named_parameters():
             noise = (torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter)
-            parameter.data.add_(noise) if leaf in "ml" else parameter.data.copy_(noise)
+            parameter.data.add_(noise) if leaf in "mls" else parameter.data.copy_(noise)
             if swap is not None:
                 part = getattr(swap, leaf.partition("_")[0])
                 target = part.bias if leaf.endswith("bias") else part.weight
@@ -144,7 +160,9 @@ def match(program: peftfx.Program, other: Any) -> None:
                 continue
             else:
                 module = attachment.site.removesuffix(".weight")
-                target = theirs[f"base_model.model.{module}.{SUFFIXES[leaf]}"]
+                path = f"base_model.model.{module}"
+                keys = (f"{path}.{own}" for own in (SUFFIXES.get(leaf), f"lokr_{leaf}.default"))
+                target = next(theirs[key] for key in keys if key in theirs)
             target.data.copy_(parameter.data.view(target.shape))
     if prefix:
         theirs["prompt_encoder.default.embedding.weight"].data.copy_(torch.cat(prefix, 1))

@@ -47,6 +47,11 @@ METHODS = {
     "lora": "lora{rank=8,alpha=16,where=linear and not head}",
     "dora": "dora{rank=8,alpha=16,where=linear and not head}",
     "ia3": "ia3",
+    "loha": "loha{rank=8,alpha=16,where=linear and not head}",
+    "lokr": "lokr{rank=8,alpha=16,where=linear and not head}",
+    "oft": "oft{block=32,where=linear and not head}",
+    "oft by series": "oft{block=32,series=true,where=linear and not head}",
+    "boft": "boft{block=4,where=linear and not head}",
     "serial_adapter": "serial_adapter{bottleneck=64}",
     "prefix_tuning": "prefix_tuning{length=20,shift_positions=true}",
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import BaseMismatchError, BaseNeededError
 from ..rewriter.pipeline.passes import Saved
@@ -245,7 +246,7 @@ def place_of(part: Part, base: Base | None, method: str = "") -> Place:
     method = method or _METHODS.get(part.kind, part.kind)
     if isinstance(part, LowRank) and part.magnitude is not None:
         method = "dora" if method == "lora" else method
-    if isinstance(part, Change) and part.method:
+    if isinstance(part, Change | Formula) and part.method:
         method = part.method.lower()
     change, unknown = _change(part, base)
     return _place(
@@ -264,7 +265,9 @@ def _change(part: Part, base: Base | None) -> tuple[Factors | Tensor | None, str
         return Factors(part.a.double(), part.b.double() * part.scale), ""
     if isinstance(part, Change):
         return part.delta.double(), ""
-    if not isinstance(part, LowRank | Scaling | Trained | Rows):
+    if isinstance(part, Formula) and not part.of_numbers:
+        return part.change(torch.empty(0, dtype=torch.float64)), ""
+    if not isinstance(part, LowRank | Formula | Scaling | Trained | Rows):
         return None, "no change of a weight"
     if base is None or (isinstance(base, Files) and base.knows == "sizes"):
         return None, NEEDS_BASE

@@ -18,6 +18,7 @@ from ..passes.interchange.imported import Imported
 from ..passes.interchange.prompt_parts import prefix_sites
 from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, Scale
+from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import (
     Bottleneck,
     Change,
@@ -72,6 +73,7 @@ def adapter_parts(
 
 def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
+    formulas: dict[tuple[str, str], list[Formula]] = {}
     parts: list[Part] = []
     for attachment in (a for a in program.attachments if a.adapter == name):
         site, part = program.sites[attachment.site], _part(program, attachment, beside)
@@ -79,6 +81,9 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
             pieces.setdefault((site.weight, attachment.slot), []).append((site, part))
+        elif isinstance(part, Formula) and isinstance(site, WeightSite):
+            of_one = formulas.setdefault((site.weight, part.kind), [])
+            of_one.append(replace(part, target=weight_name(program, site)))
         elif isinstance(part, Prompt) and part.place == "input":
             parts.append(part)  # files that have it so name no table
         elif isinstance(part, Rows | Invoked | Coupling | Prompt) and isinstance(site, WeightSite):
@@ -88,6 +93,7 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
         else:
             parts.append(part)
     parts += [_joined(program, each) for each in pieces.values()]
+    parts += [_one_formula(each) for each in formulas.values()]
     own = program.tensors.owned.get(name, ())
     parts += [Trained(n, program.module.get_parameter(n).detach()) for n in own]
     return parts
@@ -228,6 +234,18 @@ def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
     if isinstance(first, Scaling):
         return replace(first, target=name, vector=_spread(pieces, lambda p: p.vector, out, 1.0))
     return replace(first, target=name, delta=_spread(pieces, lambda p: p.delta, out, 0.0))
+
+
+def _one_formula(pieces: Sequence[Formula]) -> Formula:
+    """One part of those of a weight, which several branches may be together."""
+    held = [{n: v for n, v in vars(p).items() if isinstance(v, Tensor)} for p in pieces]
+    own = {name: tensor for tensors in held for name, tensor in tensors.items()}
+    if len(own) < sum(map(len, held)):
+        raise ArtifactError(
+            f"{pieces[0].target}: {len(pieces)} parts of a fused weight have a {pieces[0].method} "
+            "each, which no other library has. Fold it, or save it with peftfx.save."
+        )
+    return replace(pieces[0], **own)
 
 
 def _outputs(program: Program, site: WeightSite) -> int:

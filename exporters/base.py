@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
+from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import (
     BaseMismatchError,
@@ -246,6 +247,9 @@ def _fits(part: Part, shape: Shape) -> bool:
             return _is_matrix((ends[1], ends[0]) if lookup else ends, shape)
         case Change(delta=delta):
             return _is_matrix((delta.shape[0], delta.shape[1]), shape)
+        case Formula():
+            patch = math.prod(shape[1:])
+            return part.fits(shape[0], patch) or (len(shape) == 2 and part.fits(patch, shape[0]))
         case Scaling(vector=vector):
             return len(vector) in shape[:2]
         case Trained(values=own):

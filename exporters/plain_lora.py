@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
@@ -74,7 +75,7 @@ def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
         ArtifactError: it holds more than changes of linears and tables.
         OptionError: the rank is below 1, or left out where nothing has one.
     """
-    other = next((p for p in parts.parts if not isinstance(p, LowRank | Change)), None)
+    other = next((p for p in parts.parts if not isinstance(p, LowRank | Change | Formula)), None)
     if other is not None:
         raise no_form("plain LoRA holds changes of weights alone", other)
     own = [p.a.shape[-2] for p in parts.parts if isinstance(p, LowRank)]
@@ -141,6 +142,9 @@ def _delta(program: Base, part: Part, site: LinearSite) -> Tensor:
     """The change `[out, in]` of a weight."""
     if isinstance(part, Change):
         return part.delta.float()
+    if isinstance(part, Formula):
+        like = torch.empty(0, dtype=torch.float64)
+        return change_of(program, part) if part.of_numbers else part.change(like)
     if not isinstance(part, LowRank):
         raise ArtifactError(f"{part.target}: a part of kind {part.kind} is no change of a weight.")
     if part.magnitude is None:
@@ -166,6 +170,8 @@ def change_of(program: Base, part: Part) -> Tensor:
     sites = program.sites.by_weight.get(name, [])
     in_out = any(isinstance(s, LinearSite) and s.in_out for s in sites)
     weight = stored.mT if in_out else stored.flatten(1)
+    if isinstance(part, Formula):
+        return part.change(weight)
     if isinstance(part, Scaling):
         vector = part.vector.double() - 1
         return weight * (vector[:, None] if part.side == "out" else vector)

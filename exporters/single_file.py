@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rewriter.branches.formula_parts import KRONECKER, Formula, Hadamard, Kronecker
 from ..rewriter.branches.parts import Change, LowRank, Part
 from ..rewriter.errors import (
     ArtifactError,
@@ -34,7 +35,8 @@ from ..rewriter.storage.parts import Parts
 from .base import GIVE_BASE, Base, snapshot
 from .hf_peft.config import Config
 from .hf_peft.lora import lora_parts
-from .plain_lora import no_form
+from .hf_peft.products import through
+from .plain_lora import change_of, no_form
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 FLAT = ("lycoris", "lora_unet", "lora_transformer", "lora_te", "lora_te1", "lora_te2", "lora_te3")
@@ -205,37 +207,52 @@ def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Pa
     if magnitude is not None:
         raise ArtifactError(f"{where}: dora_scale is read beside LoRA only. Fold it there.")
     if "hada_w1_a" in wide:
-        rank = _needed(wide, "hada_w1_b", where).shape[0]
-        one, two = (_through(wide, f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b", where)
-                    for i in (1, 2))  # fmt: skip
-        delta, kind = one * two * _scale(alpha, rank, where), "LoHa"
-    elif any(k.startswith("lokr") for k in wide):
-        delta, kind = _lokr(wide, alpha, where), "LoKr"
-    elif "diff" in wide and "diff_b" not in wide:
-        delta, kind = wide["diff"], "whole"
-    else:
-        raise ArtifactError(f"{where}: {', '.join(sorted(leaves))} is no form that is read.")
+        return "LoHa", _loha(name, wide, alpha, matrix, where)
+    if any(k.startswith("lokr") for k in wide):
+        return "LoKr", _lokr(name, wide, alpha, matrix, where)
+    if "diff" in wide and "diff_b" not in wide:
+        return "whole", _changed(name, wide["diff"], "whole", matrix, where)
+    raise ArtifactError(f"{where}: {', '.join(sorted(leaves))} is no form that is read.")
+
+
+def _changed(name: str, delta: Tensor, kind: str, matrix: Tensor, where: str) -> Change:
     _require_fit(delta.numel() == matrix.numel(), where)
-    return kind, Change(name, delta.reshape(matrix.shape), kind)
+    return Change(name, delta.reshape(matrix.shape), kind)
 
 
-def _lokr(wide: Leaves, alpha: Tensor | None, where: str) -> Tensor:
-    whole = "lokr_w1" in wide and "lokr_w2" in wide
-    one = wide.get("lokr_w1")
-    one = _through(wide, "", "lokr_w1_a", "lokr_w1_b", where) if one is None else one
-    two = wide.get("lokr_w2")
-    two = _through(wide, "lokr_t2", "lokr_w2_a", "lokr_w2_b", where) if two is None else two
-    one = one[..., None, None] if two.dim() == 4 else one
-    first = next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in wide), "")
-    scale = 1.0 if whole else _scale(alpha, wide[first].shape[0], where)
-    return torch.kron(one, two.contiguous()) * scale
+def _fitting(part: Formula, matrix: Tensor, where: str) -> Formula:
+    fits = part.fits(*matrix.shape)
+    if not fits:
+        part.change(torch.empty(0))  # which fails where its tensors do not belong together
+    _require_fit(fits, where)
+    return part
 
 
-def _through(wide: Leaves, core: str, a: str, b: str, where: str) -> Tensor:
-    first, second = _needed(wide, a, where), _needed(wide, b, where)
-    if core in wide:
-        return torch.einsum("ijkl,ip,jr->prkl", wide[core], first, second)
-    return first @ second
+def _loha(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: str) -> Part:
+    factors = [_needed(wide, f"hada_w{i}_{side}", where) for i in (1, 2) for side in "ab"]
+    scale = _scale(alpha, factors[1].shape[0], where)
+    if "hada_t1" not in wide and "hada_t2" not in wide:
+        return _fitting(Hadamard(name, *factors, scale=scale), matrix, where)
+    one, two = (
+        through(_needed(wide, f"hada_t{i + 1}", where), *factors[2 * i : 2 * i + 2]) for i in (0, 1)
+    )
+    return _changed(name, one * two * scale, "LoHa", matrix, where)
+
+
+def _lokr(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: str) -> Part:
+    own = {n: wide[f"lokr_{n}"] for n in KRONECKER if f"lokr_{n}" in wide}
+    for factor in ("w1", "w2"):
+        for half in () if factor in own else ("a", "b"):
+            _needed(wide, f"lokr_{factor}_{half}", where)
+    ranked = own.get("w2_b", own.get("w1_b"))
+    rank = max(own["w2"].shape[:2]) if ranked is None else len(ranked)
+    scale = 1.0 if ranked is None else _scale(alpha, rank, where)
+    part = Kronecker(name, scale, rank, **{n: t.flatten(1) for n, t in own.items()})
+    if "lokr_t2" not in wide:
+        return _fitting(part, matrix, where)
+    two = through(wide["lokr_t2"], own["w2_a"], own["w2_b"])
+    one = part.factor("w1", two)[..., None, None]
+    return _changed(name, torch.kron(one, two) * scale, "LoKr", matrix, where)
 
 
 def _needed(wide: Leaves, name: str, where: str) -> Tensor:
@@ -290,11 +307,12 @@ def kohya_file(
     """Parts as kohya's scripts write them: tensors by key, and the header's metadata.
 
     Raises:
-        ArtifactError: it holds more than LoRA and whole changes of linears and convolutions.
+        ArtifactError: it holds more than LoRA, LoHa, LoKr and whole changes of linears and
+            convolutions.
     """
     tensors: dict[str, Tensor] = {}
     for part in parts.parts:
-        form = isinstance(part, Change) or (
+        form = isinstance(part, Change | Formula) or (
             isinstance(part, LowRank) and part.a.dim() == 2 == part.b.dim() and not part.lookup
         )
         if not form:
@@ -311,7 +329,26 @@ def kohya_file(
                 tensors[f"{path}.dora_scale"] = part.magnitude.view(-1, 1, *(1 for _ in kernel))
         elif isinstance(part, Change):
             tensors[f"{path}.diff"] = _unflat(part.delta, kernel)
+        elif isinstance(part, Hadamard):
+            own = {f"hada_{n}": t for n, t in vars(part).items() if isinstance(t, Tensor)}
+            tensors |= {f"{path}.{n}": t for n, t in own.items()}
+            tensors[f"{path}.alpha"] = torch.tensor(part.scale * len(part.w1_b))
+        elif isinstance(part, Kronecker):
+            tensors |= {f"{path}.{n}": t for n, t in _kronecker(part, kernel).items()}
+        elif isinstance(part, Formula):
+            tensors[f"{path}.diff"] = _unflat(change_of(program, part).float(), kernel)
     return tensors, {"ss_network_module": "networks.lora"}
+
+
+def _kronecker(part: Kronecker, kernel: tuple[int, ...]) -> Leaves:
+    """As LyCORIS has it, whose scale is 1 where both factors are whole."""
+    own, scale = part.tensors(), part.scale
+    if "w1" in own and "w2" in own:
+        own["w1"], scale = own["w1"] * scale, 1.0
+    if "w2" in own:
+        own["w2"] = _unflat(own["w2"], kernel)
+    leaves = {f"lokr_{n}": t for n, t in own.items()}
+    return leaves | {"alpha": torch.tensor(scale * part.rank)}
 
 
 def _unflat(matrix: Tensor, kernel: tuple[int, ...]) -> Tensor:

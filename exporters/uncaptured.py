@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..passes.interchange.formula_parts import branches_of
 from ..passes.interchange.imported import branch_of
 from ..rewriter.branches.branch import Branch
+from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError, CorruptFileError, FoldError
 from ..rewriter.program.site_table import Sites
@@ -72,11 +74,11 @@ def uncaptured(
 
 def _rest(files: Files, parts: Parts, least: float, rank: int) -> Rest:
     """What is not folded, written as PEFT writes LoRA."""
-    whole = [p for p in parts.parts if isinstance(p, Change)]
+    whole = [p for p in parts.parts if isinstance(p, Change | Formula)]
     if least and whole:
         raise FoldError(
-            f"{whole[0].target}: its change has no factors, so it cannot stay beside the weight. "
-            "Use mode=residual, or mode=fold."
+            f"{whole[0].target}: its change is no LoRA, so it cannot stay beside the weight. Use "
+            "mode=residual, or mode=fold."
         )
 
     def write(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor] | None]) -> None:
@@ -128,11 +130,18 @@ def _folder(
         name = files.tensors.stored(part.target)
         if isinstance(part, Trained) and files.tensors.names(name) == [part.target]:
             trained[name] = part.values
-        elif name in layout.matrices and isinstance(part, LowRank | Change) and _plain(part):
-            wide = torch.promote_types(files.stored[name].dtype, torch.float32)
-            branches.setdefault(name, []).append(branch_of(part, torch.empty(0, dtype=wide)))
+            continue
+        if name not in layout.matrices:
+            return None
+        stored = files.stored[name]
+        like = torch.empty(0, dtype=torch.promote_types(stored.dtype, torch.float32))
+        if isinstance(part, Formula):
+            own = branches_of(part, stored.shape[0 if layout.matrices[name] else 1], like)
+        elif isinstance(part, LowRank | Change) and _plain(part):
+            own = [branch_of(part, like)]
         else:
             return None
+        branches.setdefault(name, []).extend(own)
     return LayoutFolder(layout, source, branches, trained, called, rest)
 
 

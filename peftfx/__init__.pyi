@@ -38,8 +38,12 @@ from .passes.pruning.width_pruning import WidthPruning as WidthPruning
 from .passes.quantization.peqa import PEQA as PEQA
 from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
+from .passes.reparameterized.boft import BOFT as BOFT
 from .passes.reparameterized.dora import DoRA as DoRA
+from .passes.reparameterized.loha import LoHa as LoHa
+from .passes.reparameterized.lokr import LoKr as LoKr
 from .passes.reparameterized.lora import LoRA as LoRA
+from .passes.reparameterized.oft import OFT as OFT
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
 from .passes.selective.sam import SAM as SAM

@@ -19,6 +19,7 @@ from .rewriter.branches.branch import (
     Serial,
 )
 from .rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
+from .rewriter.branches.input_map import InputMap
 from .rewriter.branches.input_shift import InputShift, OutputShift
 from .rewriter.branches.prompts import KeyValue, Tokens
 from .rewriter.branches.routing import Inserted, Routed
@@ -64,6 +65,7 @@ __all__ = [
     "GatedDelta",
     "GatedKeyValue",
     "GatedSerial",
+    "InputMap",
     "InputScale",
     "InputShift",
     "Inserted",

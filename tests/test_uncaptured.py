@@ -60,6 +60,10 @@ CASES = (
     ("llama", "peftfx", "lora{rank=2};lora{rank=3,name=more}"),
     ("llama", "peftfx", "dora{rank=2};train{where=norm}"),
     ("gpt2", "peft", "lora{rank=3,where=o|ffn.up|ffn.down}"),
+    ("llama", "peft", "loha{rank=2}"),
+    ("llama", "peftfx", "lokr{rank=2};oft{block=4}"),
+    ("gpt2", "peft", "oft{block=8,where=o|ffn.up|ffn.down}"),
+    ("llama", "peft", "boft{block=8}"),
 )
 
 

@@ -48,11 +48,12 @@ from .changes import biases, norms, prefixes, prompts, scalings, token_rows
 from .config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .formulas import changes
 from .lora import lora_parts
+from .products import products
 from .writing import VERSION, with_head, written
 
 Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
 
-_CHANGES = ("LOHA", "LOKR", "SHIRA", "MISS", "OFT", "BOFT", "HIRA", "HRA", "C3A")
+_CHANGES = ("SHIRA", "MISS", "HIRA", "HRA", "C3A")
 """Types that come in as their exact change."""
 
 READERS: Mapping[str, tuple[Reader, ...]] = {
@@ -68,6 +69,7 @@ READERS: Mapping[str, tuple[Reader, ...]] = {
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
     **dict.fromkeys(("VERA", "DELORA", *_CHANGES), (changes,)),
+    **dict.fromkeys(("LOHA", "LOKR", "OFT", "BOFT"), (products,)),
 }
 
 _MERGE = "no formula of it is known here. Merge it there (merge_and_unload), and take that model"

@@ -12,7 +12,7 @@ from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
 from ...rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..base import GIVE_BASE, Base
 from .changes import weight_of
-from .config import Config, by_module, resolved
+from .config import Config, by_module
 
 Leaves = dict[str, Tensor]
 Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
@@ -27,8 +27,8 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
         for leaf in own:
             del tensors[f"{path}.{leaf}"]
         name = weight_of(program, path, config)
-        site = _site(program, name, config)
-        matrix = _matrix(program, site)
+        site = site_of(program, name, config)
+        matrix = matrix_of(program, site)
         if config.type == "VERA":
             parts.append(_vera(config, name, own, shared, matrix))
             continue
@@ -57,49 +57,20 @@ def _computed(formula: Formula, config: Config, path: str, own: Leaves, matrix: 
             "The file is not whole; save the adapter again."
         ) from error
     except (ArithmeticError, RuntimeError, ValueError, IndexError) as error:
-        raise _misfit(config, path, own) from error
+        raise misfit(config, path, own) from error
 
 
 def _require(fits: bool, config: Config, path: str, own: Leaves) -> None:
     if not fits:
-        raise _misfit(config, path, own)
+        raise misfit(config, path, own)
 
 
-def _misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
+def misfit(config: Config, path: str, own: Leaves) -> ArtifactError:
     sizes = ", ".join(f"{k} {list(t.shape)}" for k, t in own.items())
     return ArtifactError(
         f"{config.where}: the tensors of {path} ({sizes}) do not belong together, or to this base. "
         "Use the base that the adapter was trained on, or save it again."
     )
-
-
-def _scale(config: Config, path: str) -> float:
-    rank = resolved(config.take("rank_pattern", {}), path, config.take("r", 8), config.where)
-    if not isinstance(rank, int) or rank < 1:
-        raise ArtifactError(f"{config.where}: the rank of {path} is {rank!r}. Save it again.")
-    alphas = config.take("alpha_pattern", {})
-    return float(resolved(alphas, path, config.take("alpha", 8, int, float), config.where)) / rank
-
-
-def _through(tensor: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`a b`, or of a convolution's core tensor `[rank, rank, *kernel]`."""
-    return a @ b if tensor is None else torch.einsum("ijkl,ip,jr->prkl", tensor, a, b)
-
-
-def _loha(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    one, two = (
-        _through(own.get(f"hada_t{i}"), own[f"hada_w{i}_a"], own[f"hada_w{i}_b"]) for i in (1, 2)
-    )
-    return one * two * _scale(config, path)
-
-
-def _lokr(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    w1 = own["lokr_w1"] if "lokr_w1" in own else own["lokr_w1_a"] @ own["lokr_w1_b"]
-    w2 = own["lokr_w2"] if "lokr_w2" in own else _through(
-        own.get("lokr_t2"), own["lokr_w2_a"], own["lokr_w2_b"]
-    )  # fmt: skip
-    w1 = w1[..., None, None] if w2.dim() == 4 else w1
-    return torch.kron(w1, w2.contiguous()) * _scale(config, path)
 
 
 def _shira(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
@@ -119,69 +90,6 @@ def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
         raise ArtifactError(f"{config.where}: MISS with init_weights={start!r} is not read.")
     block = own["miss_block"]
     return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
-
-
-_TERMS = 100
-"""Most terms of a series in OFT: PEFT takes 5, and more add nothing long before that."""
-
-
-def _oft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """`W (R^T - 1)`, R block-diagonal, of skew matrices Q: `(1 - Q)(1 + Q)^-1`, or the first
-    terms of its series, which are no exact rotation."""
-    config.take("r", 0), config.take("oft_block_size", 32), config.take("eps", 6e-5)
-    terms = config.take("num_cayley_neumann_terms", 5)
-    if not 2 <= terms <= _TERMS:
-        raise ArtifactError(
-            f"{config.where}: num_cayley_neumann_terms={terms}, and 2 to {_TERMS} are read. Save "
-            "the adapter again, with use_cayley_neumann=false."
-        )
-    vector = own["oft_R.weight"]
-    size = round((1 + (1 + 8 * vector.shape[1]) ** 0.5) / 2)
-    upper = torch.triu_indices(size, size, 1)
-    q = torch.zeros(len(vector), size, size)
-    q[:, upper[0], upper[1]] = vector
-    q = q - q.mT
-    one = torch.eye(size)
-    if config.take("use_cayley_neumann", True):
-        powers = [torch.linalg.matrix_power(q, i) for i in range(1, terms)]
-        rotation = one + 2 * sum(powers[:-1], torch.zeros(1)) + powers[-1]
-    else:
-        rotation = torch.linalg.solve(one + q, one - q, left=False)
-    if config.take("block_share", False):
-        rotation = rotation.repeat(matrix.shape[1] // size, 1, 1)
-    turned = torch.block_diag(*rotation).mT - torch.eye(matrix.shape[1])
-    return _numbers(config, path, matrix) @ turned
-
-
-def _boft(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
-    """`diag(s) W M^T - W`, M the product of factors `P R P^T`: R block-diagonal, of rotations
-    `(1 - Q)(1 + Q)^-1` with Q the skew part of what is stored, P a permutation."""
-    blocks, scale = own["boft_R"], own["boft_s"].flatten()
-    config.take("bias", "none"), config.take("boft_n_butterfly_factor", 1)
-    factors, count, size, _ = blocks.shape
-    said = config.take("boft_block_size", 4), config.take("boft_block_num", 0)
-    if said not in ((size, 0), (0, count)) or count * size != matrix.shape[1]:
-        raise ArtifactError(
-            f"{config.where}: {path} has {count} blocks of {size} for {matrix.shape[1]} inputs, "
-            f"and the config says boft_block_size={said[0]}, boft_block_num={said[1]}. The files "
-            "do not belong together; save the adapter again."
-        )
-    _require(len(scale) == len(matrix), config, path, own)
-    q, one = (blocks - blocks.mT) / 2, torch.eye(size)
-    rotations = torch.linalg.solve(one + q, one - q, left=False)
-    turned = _numbers(config, path, matrix).mT
-    for index in range(factors):
-        order = torch.arange(count * size)
-        if index > 0:
-            order = _butterfly(order, size * 2**index, size // 2)
-        turned = (torch.block_diag(*rotations[index]) @ turned[order.argsort()])[order]
-    return scale[:, None] * turned.mT - matrix.float()
-
-
-def _butterfly(order: Tensor, width: int, step: int) -> Tensor:
-    """Of each `width` features, every other `step` first."""
-    pieces = order.view(-1, width // step, step)
-    return torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
 
 
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
@@ -250,14 +158,9 @@ def _none(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
 
 
 _FORMULAS: dict[str, tuple[Formula, list[str]]] = {
-    "LOHA": (_loha, ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"]),
-    "LOKR": (_lokr, ["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
-                     "lokr_t2"]),
     "VERA": (_none, ["vera_lambda_b", "vera_lambda_d"]),
     "SHIRA": (_shira, ["shira_weight", "shira_indices"]),
     "MISS": (_miss, ["miss_block"]),
-    "OFT": (_oft, ["oft_R.weight"]),
-    "BOFT": (_boft, ["boft_R", "boft_s"]),
     "DELORA": (_none, ["delora_A", "delora_B", "delora_lambda", "delora_w_norm"]),
     "HIRA": (_hira, ["hira_A", "hira_B"]),
     "HRA": (_hra, ["hra_u"]),
@@ -273,7 +176,7 @@ def _numbers(config: Config, path: str, matrix: Tensor) -> Tensor:
     return matrix.float()
 
 
-def _site(program: Base, name: str, config: Config) -> WeightSite:
+def site_of(program: Base, name: str, config: Config) -> WeightSite:
     stored = program.tensors.stored(name)
     for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, ConvSite) and site.transposed:
@@ -286,7 +189,7 @@ def _site(program: Base, name: str, config: Config) -> WeightSite:
     raise ArtifactError(f"{config.where}: no call of this model multiplies by {name!r}.")
 
 
-def _matrix(program: Base, site: WeightSite) -> Tensor:
+def matrix_of(program: Base, site: WeightSite) -> Tensor:
     """The base's weight as `[out, in]`; on meta, where only its size is known."""
     weight = program.base.base_tensors()[site.weight]
     return weight.mT if getattr(site, "in_out", False) else weight.flatten(1)

@@ -42,6 +42,10 @@ METHODS: Mapping[str, Method] = {
     "IA3": Method("ia3", ignored=frozenset({"feedforward_modules"})),
     "PREFIX_TUNING": Method("prefix_tuning", {"std": 1.0, "shift_positions": True}, _DERIVED),
     "PROMPT_TUNING": Method("prompt_tuning", {"init": "normal"}, _DERIVED),
+    "LOHA": Method("loha"),
+    "LOKR": Method("lokr"),
+    "OFT": Method("oft", {"series": True}),
+    "BOFT": Method("boft"),
     "LN_TUNING": Method("train", {"where": "norm"}),
     "TRAINABLE_TOKENS": Method("train_tokens"),
 }
@@ -49,7 +53,7 @@ METHODS: Mapping[str, Method] = {
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks whose head PEFT trains, said or not."""
 
-SILENT = {"megatron_core", "qalora_group_size", "runtime_config", "init_weights"}
+SILENT = {"megatron_core", "qalora_group_size", "runtime_config"}
 """Options that say nothing by themselves, whatever PEFT writes for them."""
 
 _TOKENS = "trainable_token_indices"

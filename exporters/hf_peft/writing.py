@@ -10,14 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...rewriter.branches.parts import (
-    Invoked,
-    LowRank,
-    Part,
-    Rows,
-    Scaling,
-    Trained,
-)
+from ...rewriter.branches.formula_parts import Formula
+from ...rewriter.branches.parts import Invoked, LowRank, Part, Rows, Scaling, Trained
 from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import (
     ConvSite,
@@ -31,12 +25,16 @@ from ...rewriter.storage.parts import Parts
 from ..base import Base, snapshot
 from .config import PREFIX, resolved
 from .lora import TWICE, require_first
+from .products import Module, written_products
 from .soft_prompts import Written, prefix, prompt
 
 _HEADS = {
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+_HEADED = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT")
+"""Types whose adapters of a task hold its head."""
 
 VERSION = "0.21.2"
 """Of PEFT, whose keys these are."""
@@ -58,6 +56,8 @@ def written(program: Base, parts: Parts) -> Written:
         config, tensors = _ia3(program, parts.parts)
     elif kinds == {"rows"} and not trained and len(parts.parts) == 1:
         config, tensors = _tokens(parts.parts)
+    elif len(kinds) == 1 and any(isinstance(p, Formula) for p in parts.parts):
+        config, tensors = _products(program, parts.parts, trained)
     elif kinds == {"prompt"} and len(parts.parts) == 1:
         config, tensors = prompt(parts.parts)
     elif kinds == {"prefix"}:
@@ -169,10 +169,10 @@ def _is_added(program: Base, name: str) -> bool:
     return name.endswith("bias") and name not in base and weight in base
 
 
-def _site(program: Base, part: LowRank) -> WeightSite:
-    stored = program.tensors.stored(part.target)
+def _site(program: Base, part: Part) -> WeightSite:
+    stored, lookup = program.tensors.stored(part.target), getattr(part, "lookup", False)
     for site in program.sites.by_weight.get(stored, []):
-        if isinstance(site, EmbeddingSite) == part.lookup:
+        if isinstance(site, EmbeddingSite) == lookup:
             return site
     raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
 
@@ -270,6 +270,22 @@ def target_modules(program: Base, modules: Collection[str]) -> list[str] | str:
     return "|".join(re.escape(m) for m in sorted(modules))
 
 
+def _products(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> Written:
+    """LOHA, LOKR, OFT or BOFT."""
+    modules = [
+        Module(p.target.removesuffix(".weight"), p, _site(program, p))
+        for p in parts
+        if isinstance(p, Formula)
+    ]
+    config, tensors = written_products(modules, patterns)
+    targets = [m.path for m in modules]
+    config["target_modules"] = target_modules(program, targets)
+    if biases := _lone_biases(trained):
+        own = {b.removesuffix(".bias") for b in biases} <= set(targets)
+        config["bias"] = f"{config['peft_type'].lower()}_only" if own else "all"
+    return config, {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+
+
 def _ia3(program: Base, parts: Sequence[Part]) -> Written:
     tensors: dict[str, Tensor] = {}
     sides: dict[str, str] = {}
@@ -353,7 +369,7 @@ def with_head(
         if wanted and key not in tensors:
             missing[key] = tensor.detach()
             saved.append(module)
-    if not missing or config["peft_type"] not in ("LORA", "IA3"):
+    if not missing or config["peft_type"] not in _HEADED:
         return config, tensors
     return config | {"modules_to_save": sorted(set(saved))}, missing | tensors
 

@@ -1,7 +1,8 @@
 """Operators that `torch.onnx` has no translation for, written in ONNX operators.
 
 A grouped product (the experts of transformers 5) becomes a loop over groups, each a product of a
-slice of the rows: no more work than in torch, and the stack of matrices stays one tensor.
+slice of the rows: no more work than in torch, and the stack of matrices stays one tensor. Inverses
+of matrices are an operator of ONNX Runtime's own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union
 
+import onnx
 import onnxscript
 import torch
 from onnxscript import values
@@ -62,13 +64,26 @@ def _grouped_mm(
     return grouped_product(x, matrices, offs)
 
 
+def _inverse(matrices: Any, check_errors: bool = False) -> Any:
+    """`[..., n, n]`; with a state, which is of no use without an error."""
+    del check_errors
+    schema = onnx.defs.OpSchema
+    floats = ["tensor(float16)", "tensor(float)", "tensor(double)"]
+    declared = schema(
+        "Inverse", "com.microsoft", 1, inputs=[schema.FormalParameter("X", "T")],
+        outputs=[schema.FormalParameter("Y", "T")], type_constraints=[("T", floats, "")],
+    )  # fmt: skip
+    inverse: Any = values.Op(values.Opset("com.microsoft", 1), "Inverse", declared)
+    return inverse(matrices), op.Constant(value_int=0)
+
+
 def operators() -> Mapping[Any, Callable[..., Any]]:
     """A table for `torch.onnx.export(custom_translation_table=...)`, of the operators that this
     process knows."""
     names = {
         "aten": "_grouped_mm", "transformers": "grouped_mm_fallback", "peftfx": "grouped_product",
     }  # fmt: skip
-    table: dict[Any, Callable[..., Any]] = {}
+    table: dict[Any, Callable[..., Any]] = {torch.ops.aten.linalg_inv_ex.default: _inverse}
     for space, name in names.items():
         operator = getattr(getattr(torch.ops, space), name, None)
         if operator is not None:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
+from ...rewriter.branches.formula_parts import Formula, Hadamard, Kronecker, Rotation
 from ...rewriter.branches.gated import GatedDelta
+from ...rewriter.branches.input_map import MappedWeight
 from ...rewriter.branches.parts import (
     Bottleneck,
     Change,
@@ -48,6 +50,7 @@ from ..additive.prompt_tuning import PromptBranch
 from ..reparameterized.dora import DoRABranch
 from ..reparameterized.lora import LoRABranch
 from ..selective.train_tokens import RowsExpression
+from .formula_parts import insert_formula
 from .prompt_parts import entrance, insert_prefix
 from .sublayer_parts import (
     gate_of,
@@ -192,7 +195,9 @@ class Imported(Pass):
     def saved_part(self, saved: Saved) -> Part | None:
         tensors = saved.tensors
         parts = (p for p in of_plan(saved.plan).parts if p.target == saved.target)
-        found = next((p for p in parts if isinstance(p, LowRank | Scaling | Change)), None)
+        found = next(
+            (p for p in parts if isinstance(p, LowRank | Scaling | Change | Formula)), None
+        )
         match found:
             case LowRank() if {"a", "b"} <= set(tensors) <= {"a", "b", "m"}:
                 a, b = tensors["a"], tensors["b"]
@@ -202,6 +207,8 @@ class Imported(Pass):
                 return replace(found, vector=tensors["l"])
             case Change() if "change" in tensors:
                 return replace(found, delta=tensors["change"])
+            case Hadamard() | Kronecker() | Rotation() if saved.slot != MappedWeight.slot:
+                return replace(found, **tensors)
             case _:
                 return None
 
@@ -243,6 +250,8 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
             for site in sites_of(edit.program, part.target, False):
                 own = _own(site, part.delta, site.matrices[0])
                 edit.add(site, ChangeBranch(own.to(edit.like(site)), part.method))
+        case Formula():
+            insert_formula(edit, part)
         case Scaling():
             _scaling(edit, part)
         case Trained():

@@ -7,6 +7,7 @@ what only looks in `read`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branches.branch import Combine, Delta, Expression, InputScale, OutputScale, RowScale, Serial
+from ..branches.input_map import InputMap, MappedWeight
 from ..branches.input_shift import InputShift, OutputShift
 from ..branches.prompts import KeyValue, Tokens
 from ..branches.routing import Inserted, Routed
@@ -48,7 +50,7 @@ from .structure.axes import Channels
 from .structure.cut import cut_channels
 from .structure.groups import part_groups
 
-Linear = Delta | InputShift | OutputShift | InputScale | OutputScale | RowScale | Combine
+Linear = Delta | InputMap | InputShift | OutputShift | InputScale | OutputScale | RowScale | Combine
 
 
 class Editor(Reading):
@@ -103,6 +105,20 @@ class Editor(Reading):
         table give, `y = e + branch(e)`."""
         require_fit(self.method, "shift", site, branch)
         self._attach_linear(replace(site, features=None), branch, reads)
+
+    def map(self, site: WeightSite, branch: InputMap) -> None:
+        """Maps what a linear reads, `y = base(M x)`; of other weights, and of the own features of a
+        fused one, the weight is mapped, in an expression."""
+        require_fit(self.method, "map", site, branch)
+        if isinstance(site, LinearSite) and site.features is None:
+            self._attach_linear(site, branch)
+        elif reason := self.obstacle(site):
+            self.skip(site, reason)
+        else:
+            expression = MappedWeight(branch, self.shape(site), site.features)
+            folder = self.below(site.role.replace(".", "_")) if site.features else nullcontext()
+            with folder:
+                self.express(site, site.weight, expression)
 
     def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a weight, below all its other branches."""

@@ -13,7 +13,16 @@ from ..program.history import Attachment
 from ..program.state import State
 
 _ON_THE_WAY = frozenset(
-    {"input_shift", "input_scale", "row_scale", "delta", "output_scale", "output_shift", "serial"}
+    {
+        "input_shift",
+        "input_scale",
+        "input_map",
+        "row_scale",
+        "delta",
+        "output_scale",
+        "output_shift",
+        "serial",
+    }
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
+from ..branches.input_map import InputMap
 from ..errors import NonFiniteError, VerifyError
 from ..measure.compare import all_finite
 from .added import clearly_added
@@ -54,6 +55,13 @@ class _Exact:
         self.weight *= factor
         self.size *= magnitude
         self.slack = self.slack * magnitude
+
+    def map(self, adjoint: Callable[[Tensor], Tensor], rounded: bool) -> None:
+        """Its columns are mixed: each is as uncertain as the row is large, even to the storage
+        dtype where rows were `rounded` before."""
+        self.weight, norms = adjoint(self.weight), self.size.norm(dim=1, keepdim=True)
+        self.size = torch.maximum(self.weight.abs(), norms if rounded else self.weight.abs())
+        self.slack = self.slack + norms
 
     def loosen(self) -> None:
         """Its rows are scaled by what was computed from the weight."""
@@ -200,6 +208,9 @@ def _steps(
     def scales_columns(factor: Tensor) -> _Step:
         return lambda exact, rows: exact.scale(factor[rows])
 
+    def maps(branch: InputMap) -> _Step:
+        return lambda exact, rows: exact.map(branch.full_adjoint, len(branches) > 1)
+
     for path, branch in branches.items():
         if isinstance(branch, RowScale):
             factor = branch.full_rows(_as_stored(branch, old)).to(old)
@@ -209,11 +220,13 @@ def _steps(
         elif isinstance(branch, InputScale):  # also scales what deltas read
             factor = branch.shape.columns(branch.full_scale().detach().to(old), old)
             columns.append(scales_columns(factor))
+        elif isinstance(branch, InputMap):
+            columns.append(maps(branch))
         elif isinstance(branch, OutputScale):
             factor = branch.full_scale().detach().to(old)
             steps.append(scales(factor))
             bias = None if bias is None else bias * factor
-    return [*steps, *columns], bias
+    return [*steps, *reversed(columns)], bias  # the last one is next to the weight
 
 
 def _as_stored(branch: RowScale, matrix: Tensor) -> Tensor:
@@ -252,6 +265,9 @@ def _gap(
             scale = branch.full_scale().to(old)
             got = shape.applied(branch(x, **operands), old, **operands)
             want = call(old * shape.columns(scale, old), None)
+        elif isinstance(branch, InputMap):
+            got = shape.applied(branch(x, **operands), old, **operands)
+            want = call(branch.full_adjoint(old), None)
         elif isinstance(branch, Scale):
             rows = branch.full_scale().to(old)
             got = branch(call(old, bias), **operands)

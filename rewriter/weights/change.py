@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
+from ..branches.input_map import InputMap
 from .verdict import alone_in
 
 
@@ -19,7 +20,7 @@ def change_of(
 
     Args:
         branches: of one weight, in the order of composition (row scale, deltas, output scale; the
-            place of an input scale does not matter).
+            places of what changes inputs do not matter).
         weight: `[count * out, in]`, the whole of a fused one.
         bias: of the weight, or None.
 
@@ -42,9 +43,11 @@ def change_of(
         elif isinstance(branch, OutputScale):
             moved = moved * branch.full_scale()[:, None]
             new_bias = None if new_bias is None else new_bias * branch.full_scale()
-    for branch in own:
+    for branch in reversed(own):  # the last one is next to the weight
         if isinstance(branch, InputScale):
             moved = moved * branch.shape.columns(branch.full_scale(), moved)
+        elif isinstance(branch, InputMap):
+            moved = branch.full_adjoint(moved)
     scaled = any(isinstance(b, Scale) and not isinstance(b, InputScale) for b in own)
     change = None if new_bias is None or old_bias is None or not scaled else new_bias - old_bias
     return moved - old, change

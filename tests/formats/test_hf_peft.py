@@ -94,6 +94,16 @@ OURS = {
     "train_tokens{ids=[3,9]}": "llama",
     "lora{rank=2,where=embedding.token|k}": "llama",
     "lora{rank=2,where=experts}": "qwen3_moe",
+    "loha{rank=3,alpha=5,where=q|ffn.down}": "llama",
+    "loha{rank=2,where=conv}": "unet",
+    "lokr{rank=2,alpha=5,where=q|ffn.down}": "llama",
+    "lokr{rank=1,decompose_both=true,factor=4,where=q|v}": "llama",
+    "lokr{rank=9,where=conv}": "unet",
+    "oft{block=8,where=q|ffn.down}": "llama",
+    "oft{blocks=2,share=true,where=q|ffn.down}": "llama",
+    "oft{block=8,series=true,terms=4,coft=true,eps=1.5,where=q}": "llama",
+    "boft{block=8,where=q|ffn.down}": "llama",
+    "boft{block=4,where=name:a}": "convolutions",
 }
 
 
@@ -106,7 +116,8 @@ def test_what_is_trained_here_is_loaded_there(recipe: str, tmp_path: Path) -> No
     made = randomise(made, 0.2)
     first = made.adapters[0]
     alone = made.without(*made.adapters[1:]) if len(made.adapters) > 1 else made
-    peftfx.save_peft(made, tmp_path / "a", first, task="CAUSAL_LM")
+    task = None if name in ("unet", "convolutions") else "CAUSAL_LM"
+    peftfx.save_peft(made, tmp_path / "a", first, task=task)
     theirs = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "a")).eval()
     near(computed(theirs, name, ""), output(alone(**inputs(name))))
     read = peftfx.load_peft(program(name), tmp_path / "a")
@@ -155,9 +166,9 @@ def test_peft_finds_the_head_of_a_task_in_the_file(tmp_path: Path) -> None:
 
 
 def test_what_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
-    """LoHa has no form once its whole change trained; LoRA does."""
-    write("loha", tmp_path / "loha")
-    moved = randomise(peftfx.load_peft(program("llama"), tmp_path / "loha"))
+    """What has no form here has none there once its whole change trained; LoRA does."""
+    write("shira", tmp_path / "shira")
+    moved = randomise(peftfx.load_peft(program("llama"), tmp_path / "shira"))
     with pytest.raises(ArtifactError, match="no type of PEFT holds change"):
         peftfx.save_peft(moved, tmp_path / "b")
     write("pissa", tmp_path / "pissa")

@@ -35,7 +35,10 @@ def theirs(config: Any, model: Any) -> tuple[set[str], int]:
         adapted = peft.get_peft_model(llama().eval().requires_grad_(False), config)
     del model
     named = [n for n, p in adapted.named_parameters() if p.requires_grad]
-    ends = (".lora_A.", ".lora_magnitude_vector.", ".ia3_l.")
+    ends = (
+        ".lora_A.", ".lora_magnitude_vector.", ".ia3_l.", ".hada_w1_a.", ".lokr_w1.", ".lokr_w1_b.",
+        ".oft_R.", ".boft_R.",
+    )  # fmt: skip
     modules = {n.split(e)[0] for n in named for e in ends if e in n}
     count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return {n.removeprefix("base_model.model.") for n in modules}, count
@@ -63,6 +66,17 @@ CONFIGS: dict[str, Any] = {
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
+    "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj", "down_proj"]),
+    "lokr": peft.LoKrConfig(
+        r=2, alpha=5, target_modules=["q_proj", "down_proj"], decompose_both=True,
+        init_weights="lycoris",
+    ),
+    "oft": peft.OFTConfig(oft_block_size=6, target_modules=["q_proj", "down_proj"]),
+    "exact oft": peft.OFTConfig(
+        r=2, oft_block_size=0, use_cayley_neumann=False, coft=True, block_share=True,
+        target_modules=["q_proj"],
+    ),
+    "boft": peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "down_proj"]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),

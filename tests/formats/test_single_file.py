@@ -119,6 +119,36 @@ def test_loha_and_lokr_and_whole_changes(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     got = load_adapter(program("unet"), tmp_path / "a.safetensors")
     near(output(got(**inputs("unet"))), moved({QUERY: one, CONV: two, LINEAR: whole}))
+    kinds = {a.site: type(got.branch(a)).__name__ for a in got.attachments}
+    assert kinds[f"{QUERY}.weight"] == "LoHaBranch" and kinds[f"{CONV}.weight"] == "LoKrBranch"
+    save_adapter(got, tmp_path / "b.safetensors", "kohya")
+    again = load_file(tmp_path / "b.safetensors")
+    for key, tensor in tensors.items():
+        assert key == f"{flat(CONV)}.alpha" or torch.equal(again[key], tensor), key
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_products_of_convolutions(core: bool, tmp_path: Path) -> None:
+    """Of patches, or with a core tensor, which comes in as the change."""
+    rows, columns, *kernel = shape_of(CONV)
+    patch = 9 * columns
+    if core:
+        hada = {
+            f"hada_w{i}_{s}": draw(2, n, seed=i)
+            for i in (1, 2)
+            for s, n in (("a", rows), ("b", columns))
+        }
+        hada |= {f"hada_t{i}": draw(2, 2, *kernel, seed=i + 5) for i in (1, 2)}
+        products = [torch.einsum("ijkl,ip,jr->prkl", hada[f"hada_t{i}"], hada[f"hada_w{i}_a"],
+                                 hada[f"hada_w{i}_b"]) for i in (1, 2)]  # fmt: skip
+    else:
+        hada = {f"hada_w{i}_{s}": draw(*n, seed=i) for i in (1, 2)
+                for s, n in (("a", (rows, 2)), ("b", (2, patch)))}  # fmt: skip
+        products = [hada[f"hada_w{i}_a"] @ hada[f"hada_w{i}_b"] for i in (1, 2)]
+    tensors = {f"{flat(CONV)}.{n}": t for n, t in hada.items()}
+    save_file(tensors | {f"{flat(CONV)}.alpha": torch.tensor(3.0)}, tmp_path / "a.safetensors")
+    got = load_adapter(program("unet"), tmp_path / "a.safetensors")
+    near(output(got(**inputs("unet"))), moved({CONV: products[0] * products[1] * 1.5}))
 
 
 def test_dora_of_rows(tmp_path: Path) -> None:
@@ -143,8 +173,14 @@ def test_each_component_of_one_file(tmp_path: Path) -> None:
     near(output(got(**inputs("unet"))), moved({QUERY: change}))
 
 
-def test_what_trained_here_goes_to_kohya(tmp_path: Path) -> None:
-    made = randomise(peftfx.run(program("unet"), "dora{rank=2,where='to_q|conv1'}"), 0.1)
+@pytest.mark.parametrize(
+    "recipe",
+    ["dora{rank=2", "loha{rank=2,alpha=3", "lokr{rank=1,decompose_both=true", "lokr{rank=20,alpha=3",
+     "oft{block=4"],
+)  # fmt: skip
+def test_what_trained_here_goes_to_kohya(recipe: str, tmp_path: Path) -> None:
+    """What has no form there as the whole change."""
+    made = randomise(peftfx.run(program("unet"), f"{recipe},where='to_q|conv1'}}"), 0.1)
     save_adapter(made, tmp_path / "a.safetensors", "kohya")
     again = load_adapter(program("unet"), tmp_path / "a.safetensors")
     near(output(again(**inputs("unet"))), output(made(**inputs("unet"))))

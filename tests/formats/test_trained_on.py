@@ -24,7 +24,7 @@ def logits(model: Any) -> Tensor:
         return model(**TEXT, labels=IDS).logits
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "token rows"])
+@pytest.mark.parametrize("case", ["lora", "dora", "token rows", "lokr", "oft"])
 def test_an_adapter_of_peft_trains_on_with_the_trainer(case: str, tmp_path: Path) -> None:
     import peft
     import transformers

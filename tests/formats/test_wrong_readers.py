@@ -20,7 +20,9 @@ from .peft_cases import CASES, inputs, output, program, write
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LORA, CHANGES = "exporters/hf_peft/lora.py", "exporters/hf_peft/changes.py"
-FORMULAS = "exporters/hf_peft/formulas.py"
+FORMULAS, PRODUCTS = "exporters/hf_peft/formulas.py", "exporters/hf_peft/products.py"
+FORMULA_PARTS = "passes/interchange/formula_parts.py"
+LOKR, OFT, BOFT = (f"passes/reparameterized/{n}.py" for n in ("lokr", "oft", "boft"))
 CONFIG, IMPORTED = "exporters/hf_peft/config.py", "passes/interchange/imported.py"
 
 WRONG = (
@@ -70,8 +72,9 @@ WRONG = (
     ("positions as they are", f"{IMPORTED}:Imported.apply", "if shifted:", "if False:", "prefix"),
     ("rows at no distance", "rewriter/edits/prompts/positions.py:_widen_bias", "(-length, 0)",
      "(0, length)", "prefix of t5"),
-    ("scales of rows dropped", f"{FORMULAS}:_boft", "scale[:, None] * turned.mT", "turned.mT", "boft"),
-    ("no skew part", f"{FORMULAS}:_boft", "(blocks - blocks.mT) / 2", "blocks", "boft"),
+    ("scales of rows dropped", f"{FORMULA_PARTS}:branches_of", "part.s is None", "True", "boft"),
+    ("no skew part", f"{BOFT}:BOFTBranch.rotations", "(self.blocks - self.blocks.mT) / 2",
+     "self.blocks", "boft"),
     ("one task's columns", f"{CHANGES}:prompts", "rows * (columns[0] @ wide[0])", "rows", "multitask"),
     ("rows added", f"{CHANGES}:token_rows", "torch.tensor(ids)", "torch.tensor(ids).flip(0)",
      "token rows"),
@@ -82,18 +85,20 @@ WRONG = (
     ("circulant the other way", f"{FORMULAS}:_c3a", "places - places[:, None]",
      "places[:, None] - places", "c3a"),
     ("vectors for rows", f"{CHANGES}:biases", "vector.float()", "vector.float().flip(0)", "beft"),
-    ("sum for product", f"{FORMULAS}:_loha", "one * two", "(one + two)", "loha"),
-    ("alpha of full lokr", f"{FORMULAS}:_scale", 'config.take("alpha", 8, int, float)', "2", "lokr"),
-    ("kron the other way", f"{FORMULAS}:_lokr", "torch.kron(w1, w2.contiguous())",
-     "torch.kron(w2, w1.contiguous())", "lokr"),
+    ("one product twice", f"{PRODUCTS}:_loha", "*factors, scale", "*factors[:2], *factors[:2], scale",
+     "loha"),
+    ("alpha of full lokr", f"{PRODUCTS}:_rank_and_scale", 'config.take("alpha", 8, int, float)', "2",
+     "lokr"),
+    ("kron the other way", f"{LOKR}:LoKrBranch.branch", 'self._factor("w1") * self.scale, self._factor("w2")',
+     'self._factor("w2") * self.scale, self._factor("w1")', "lokr"),
     ("vectors exchanged", f"{FORMULAS}:_vera", 'shared["vera_A"][:, :size]',
      'shared["vera_A"][:, -size:]', "narrow vera"),
     ("entries at their transpose", f"{FORMULAS}:_shira", "(rows, columns), own",
      "(columns, rows), own", "square shira"),
     ("blocks in a row", f"{FORMULAS}:_miss", "block.repeat(-(-matrix.shape[1] // len(block)), 1)",
      "block.repeat_interleave(-(-matrix.shape[1] // len(block)), 0)", "miss"),
-    ("rotated back", f"{FORMULAS}:_oft", ".mT - torch.eye", " - torch.eye", "oft"),
-    ("an exact rotation", f"{FORMULAS}:_oft", 'config.take("use_cayley_neumann", True)', "False",
+    ("rotated back", f"{OFT}:OFTBranch.mapped", "self.rotation()", "self.rotation().mT", "oft"),
+    ("an exact rotation", f"{PRODUCTS}:_oft", 'config.take("use_cayley_neumann", True)', "False",
      "oft"),
     ("features of the first", f"{IMPORTED}:_own", "stack[:, list(site.features)]",
      "stack[:, : len(site.features)]", "fused"),

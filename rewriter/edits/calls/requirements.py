@@ -21,6 +21,7 @@ from ...branches.branch import (
     RowScale,
     Serial,
 )
+from ...branches.input_map import InputMap
 from ...branches.input_shift import InputShift, OutputShift
 from ...branches.prompts import KeyValue, Tokens
 from ...branches.routing import Inserted, Routed
@@ -31,7 +32,7 @@ from ...program.state import State
 
 _WORDS: dict[type[Branch], str] = {
     Delta: "add", InputScale: "scale", OutputScale: "scale", RowScale: "rescale",
-    InputShift: "shift", OutputShift: "shift",
+    InputShift: "shift", OutputShift: "shift", InputMap: "map",
     Expression: "express", Serial: "after", Combine: "combine", KeyValue: "prepend_kv",
     Tokens: "prepend_tokens", Routed: "wrap", Inserted: "insert_tokens",
 }  # fmt: skip
@@ -40,7 +41,7 @@ _WORDS: dict[type[Branch], str] = {
 _WEIGHTS = ("linear", "conv", "embedding", "experts")
 _KINDS = {
     "add": _WEIGHTS, "scale": _WEIGHTS, "rescale": _WEIGHTS, "after": ("sublayer", "embedding"),
-    "shift": ("linear", "embedding"),
+    "shift": ("linear", "embedding"), "map": _WEIGHTS,
     "combine": ("linear", "sublayer"), "prepend_kv": ("attention",),
     "prepend_tokens": ("embedding",), "wrap": ("sublayer",), "insert_tokens": ("sublayer",),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...branches.branch import Branch
+from ...branches.input_map import InputMap
 from ...branches.shapes import Shape
 from ...errors import NonFiniteError
 from ...graph.aten import set_attribute
@@ -44,6 +45,7 @@ def fold_apart(
     """
     shelf = nn.Module()
     ordered = sorted(branches, key=lambda branch: ORDER[branch.slot])
+    ordered.sort(key=lambda branch: isinstance(branch, InputMap))  # maps what deltas read, too
     mine = [(f"{name}, {b.slot} {count}", b) for count, b in enumerate(ordered, 1)]
 
     def weight_of(tensor: Tensor) -> Weight:

@@ -4,6 +4,7 @@
     row_scale(linear)      ->  diag(c) (W + dW)
     linear(x) + delta(x)   ->  W + dW
     output_scale(linear)   ->  diag(s) W, s b
+    linear(input_map(x))   ->  W M
     linear(input_scale(x)) ->  W diag(s)
 
 A rule matches only when nothing stands between, so order takes care of itself.
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...branches.branch import Branch, Delta, InputScale, OutputScale, RowScale, Scale
+from ...branches.input_map import InputMap
 from ...errors import FoldError, NonFiniteError
 from ...graph.aten import VIEWS, expression_of, strip
 from ...graph.sharded import whole
@@ -48,6 +50,11 @@ def output_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Ter
 @pattern
 def input_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
     return op.linear(op.module(InputScale, branch, x), w, b)  # pyright: ignore[reportArgumentType]
+
+
+@pattern
+def map_rule(op: Ops, x: object, w: object, b: object, branch: object) -> Term:
+    return op.linear(op.module(InputMap, branch, x), w, b)  # pyright: ignore[reportArgumentType]
 
 
 Fold = Callable[[Weight, Branch], Weight]
@@ -86,11 +93,20 @@ def _fold_input(weight: Weight, branch: Branch) -> Weight:
     return weight.with_columns(branch.full_scale().detach())
 
 
+@torch.no_grad()
+def _fold_map(weight: Weight, branch: Branch) -> Weight:
+    if not isinstance(branch, InputMap):
+        raise FoldError(f"{type(branch).__name__} is not an input map.")
+    alone = alone_in(branch, widest(weight.dense()))
+    return weight.with_rows_changed(lambda block, _: block.copy_(alone.full_adjoint(block)))
+
+
 RULES: tuple[tuple[Pattern, Fold], ...] = (
     (rows_rule, _fold_rows),
     (delta_rule, _fold_delta),
     (output_rule, _fold_output),
     (input_rule, _fold_input),
+    (map_rule, _fold_map),
 )
 
 
@@ -98,7 +114,7 @@ def folded(weight: Weight, branch: Branch) -> Weight:
     """A weight with a branch that stands right beside it in all calls of the weight."""
     matching = (
         (RowScale, _fold_rows), (Delta, _fold_delta), (OutputScale, _fold_output),
-        (InputScale, _fold_input),
+        (InputScale, _fold_input), (InputMap, _fold_map),
     )  # fmt: skip
     for kind, action in matching:
         if isinstance(branch, kind):

@@ -1,7 +1,7 @@
 """Composing the branches of one call of a weight: always emitted in one fixed order.
 
-Input shift, input scale, base (its weight maybe an expression), row scale, deltas (or what combines
-them), output scale: so the order of passes does not change the graph.
+Input shift, input scale, input map, base (its weight maybe an expression), row scale, deltas (or
+what combines them), output scale: so the order of passes does not change the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ...branches.branch import Delta, RowScale, Scale
+from ...branches.input_map import InputMap
 from ...errors import PassError
 from ...graph.aten import (
     ATEN,
@@ -37,6 +38,7 @@ ORDER = {
         (
             "input_shift",
             "input_scale",
+            "input_map",
             "row_scale",
             "delta",
             "combine",
@@ -71,13 +73,15 @@ def adapted_weight(program: State, site: LinearSite, weight: Weight, scales: boo
     dense = weight.dense()
     stored = weight.shape.stored(dense)
     attached = [a for a in at_weight(program, site.weight, call=site.nodes[0]) if not a.reads]
-    order = ("row_scale", "delta", "input_scale", "output_scale")
+    order = ("row_scale", "delta", "input_map", "input_scale", "output_scale")
     for attachment in sorted(attached, key=lambda a: order.index(a.slot)):
         branch = program.branch(attachment)
         if isinstance(branch, Delta | RowScale):
             dense = dense + branch.full_delta().detach()
         if isinstance(branch, RowScale) and scales:
             dense = dense * branch.full_rows(stored).detach()[:, None]
+        elif isinstance(branch, InputMap) and scales:
+            dense = branch.full_adjoint(dense).detach()
         elif isinstance(branch, Scale) and scales:
             scale = branch.full_scale().detach()
             dense = dense * (scale if attachment.slot == "input_scale" else scale[:, None])
@@ -99,7 +103,7 @@ def compose(program: State, call: Node, weight: str, first: frozenset[str] = fro
             raise PassError(f"{mine[0].site}: {call.name} multiplies by no weight.")
         return
     x = chain.source(parts.x)
-    for attachment in (*of_slot("input_shift"), *of_slot("input_scale")):
+    for attachment in (*of_slot("input_shift"), *of_slot("input_scale"), *of_slot("input_map")):
         x = chain.branch(attachment, (x,), before=call, instead=x)
     if x is not parts.x:
         redirect(call, x)
