@@ -21,7 +21,7 @@ _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 _WORD = 2**64 - 1
 
 ONE = 4096
-"""What normal numbers are multiplied by, so that they are integers; it is how many there are, too."""
+"""What normal numbers are multiplied by, so that they are integers; how many there are, too."""
 
 
 def stream(*numbers: int) -> int:

@@ -50,18 +50,27 @@ _LIBRARY.define(f"random_projection_adjoint(Tensor g, {_OPTIONS.format('dimensio
 def reference(theta: Tensor, seed: int, index: int, size: int, dense: bool = False) -> Tensor:
     """The formula, with whole matrices."""
     if dense:
-        key = stream(VERSION, _DENSE, seed, index)
-        entries = normals(key, 0, size * len(theta)).view(size, -1).to(theta)
-        return entries * (DEVIATION / ONE) @ theta
-    length, draws = _plan(seed, index, size, len(theta))
+        return dense_matrix(seed, index, 0, size, len(theta)).to(theta) @ theta
+    signs_of, place, g = tables(seed, index, size, len(theta))
+    h = hadamard_matrix(place.shape[1]).to(theta)
+    u = h @ F.pad(theta * signs_of.to(theta), (0, len(h) - len(theta)))
+    return ((g.to(theta) * u[place]) @ h).flatten()[:size]
+
+
+def tables(seed: int, index: int, size: int, dimension: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B `[d]`, and for all blocks Pi `[blocks, L]` (int64) and s G `[blocks, L]` (float64)."""
+    length, first, places = _plan(seed, index, size, dimension)
     s, t, z = _pools(seed, length)
-    h, (first, *rest) = hadamard_matrix(length).to(theta), draws
-    u = h @ F.pad(theta * z[first : first + len(theta)], (0, length - len(theta)))
-    blocks: list[Tensor] = []
-    for c, o, k in zip(*[iter(rest)] * 3, strict=True):
-        g = (t[o : o + length] * z[k : k + length]).to(theta)
-        blocks.append(h @ (g * u[s.roll(-c)]) / (size * g.square().sum()).sqrt())
-    return torch.cat(blocks)[:size]
+    order = torch.stack([s.roll(-c) for c, _, _ in places])
+    g = torch.stack([t[o : o + length] * z[k : k + length] for _, o, k in places]).double()
+    return z[first : first + dimension], order, g / (size * g.square().sum(1, True)).sqrt()
+
+
+def dense_matrix(seed: int, index: int, start: int, stop: int, dimension: int) -> Tensor:
+    """Rows of the dense P, float64 `[stop - start, d]`."""
+    key, count = stream(VERSION, _DENSE, seed, index), (stop - start) * dimension
+    entries = normals(key, start * dimension, count).view(-1, dimension)
+    return entries.double() * (DEVIATION / ONE)
 
 
 def random_projection(
@@ -70,7 +79,7 @@ def random_projection(
     """`P theta [size]`, differentiable in theta.
 
     Args:
-        theta: `[d]`, float32 or float64, which is the dtype of the result.
+        theta: `[d]`, any floating dtype, which is that of the result; half precision is widened.
         seed, index: of the projection, and of a tensor of those that share theta.
         size: D.
         dense: normal entries instead of Fastfood, which takes D d numbers to make.
@@ -82,13 +91,17 @@ def _power(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+Places = tuple[int, int, int]
+
+
 @lru_cache(maxsize=4096)
-def _plan(seed: int, index: int, size: int, dimension: int) -> tuple[int, tuple[int, ...]]:
-    """(L, (p, c, o, z, c, o, z, ...)) of a tensor's blocks."""
+def _plan(seed: int, index: int, size: int, dimension: int) -> tuple[int, int, tuple[Places, ...]]:
+    """L, p, and (c, o, z) of each block."""
     length = max(_power(dimension), _power(min(size, BLOCK)))
     key = stream(VERSION, _PLACES, seed, index)
     drawn = words(key, 0, 1 + 3 * -(-size // length)) & (length - 1)
-    return length, tuple(drawn.tolist())
+    first, rest = int(drawn[0]), drawn[1:].view(-1, 3).tolist()
+    return length, first, tuple((c, o, z) for c, o, z in rest)
 
 
 @lru_cache(maxsize=16)
@@ -149,7 +162,7 @@ class _Fastfood:
     """P of one tensor."""
 
     def __init__(self, like: Tensor, seed: int, index: int, size: int, dimension: int) -> None:
-        self.length, (first, *self.places) = _plan(seed, index, size, dimension)
+        self.length, first, self.places = _plan(seed, index, size, dimension)
         self.size, self.narrow = size, _power(dimension)
         self.pools = _ready(seed, self.length, self.narrow, like.dtype, like.device)
         self.signs = self.pools.sign[first : first + dimension]
@@ -157,14 +170,13 @@ class _Fastfood:
     def blocks(self) -> Iterator[_Block]:
         """All blocks; a smaller last one needs fewer rows."""
         pools, length = self.pools, self.length
-        for start, c, o, z in zip(
-            range(0, self.size, length), *[iter(self.places)] * 3, strict=True
-        ):
+        for number, (c, o, z) in enumerate(self.places):
+            start = number * length
             own = slice(start, min(start + length, self.size))
             squares = int(pools.squares[o + length] - pools.squares[o])
-            g = pools.normal[o : o + length], pools.sign[z : z + length]
+            normal, sign = pools.normal[o : o + length], pools.sign[z : z + length]
             rows = _power(own.stop - start)
-            yield _Block(own, rows, c, *g, (self.size * squares) ** -0.5)
+            yield _Block(own, rows, c, normal, sign, (self.size * squares) ** -0.5)
 
     def forward(self, theta: Tensor) -> Tensor:
         """`P theta`. Of H_L, the first rows are H of their number, over and over."""
@@ -196,6 +208,8 @@ class _Fastfood:
 
 
 def _forward(theta: Tensor, seed: int, index: int, size: int, dense: bool) -> Tensor:
+    if theta.dtype.itemsize < 4:
+        return _forward(theta.float(), seed, index, size, dense).to(theta.dtype)
     if not dense:
         return _Fastfood(theta, seed, index, size, len(theta)).forward(theta)
     rows = _dense(theta, seed, index, size, len(theta))
@@ -203,6 +217,8 @@ def _forward(theta: Tensor, seed: int, index: int, size: int, dense: bool) -> Te
 
 
 def _adjoint(g: Tensor, seed: int, index: int, dimension: int, dense: bool) -> Tensor:
+    if g.dtype.itemsize < 4:
+        return _adjoint(g.float(), seed, index, dimension, dense).to(g.dtype)
     if not dense:
         return _Fastfood(g, seed, index, len(g), dimension).adjoint(g, dimension)
     rows = _dense(g, seed, index, len(g), dimension)
@@ -213,11 +229,10 @@ def _dense(
     like: Tensor, seed: int, index: int, size: int, dimension: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """The dense matrix, some rows at a time."""
-    key, step = stream(VERSION, _DENSE, seed, index), max(1, (1 << 20) // dimension)
+    step = max(1, (1 << 20) // dimension)
     for start in range(0, size, step):
         stop = min(start + step, size)
-        entries = normals(key, start * dimension, (stop - start) * dimension)
-        yield slice(start, stop), entries.view(-1, dimension).to(like) * (DEVIATION / ONE)
+        yield slice(start, stop), dense_matrix(seed, index, start, stop, dimension).to(like)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

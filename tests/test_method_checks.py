@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.branches.branch import Delta, RowScale
-from peftfx.rewriter.errors import ExportError, MetaTensorError, RewriteError
+from peftfx.rewriter.errors import ExportError, MetaTensorError, PassError, RewriteError
 from peftfx.rewriter.measure.compare import compare
 from peftfx.rewriter.measure.still import Expected
 
@@ -206,7 +206,12 @@ def test_folding_one_of_two(captured: Any, one: str, two: str) -> None:
     """The other keeps its values and trains on; without it, the folded one is left alone."""
     items = [list(peftfx.parse(RECIPES[n]))[-1] for n in (one, two)]
     _, block = captured["block"]
-    both = randomise(peftfx.run(block, [replace(i, where="v|ffn.down") for i in items]))  # pyright: ignore[reportCallIssue]
+    placed = [replace(i, where="v|ffn.down") for i in items]  # pyright: ignore[reportCallIssue]
+    try:
+        both = randomise(peftfx.run(block, placed))
+    except PassError as error:  # weights in few bits are of the base, not of an expression
+        assert "fold that adapter first" in str(error)
+        return
     owned = both.owned.get(two, ())
     trained = {n for n in both.named_trainable_parameters() if f".{two}." in n or n in owned}
     assert trained

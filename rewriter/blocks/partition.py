@@ -175,8 +175,9 @@ def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[s
     for i, node in enumerate(flow.nodes):
         if not _is_parameter(gm, node) or str(node.target).startswith(f"{BRANCHES}."):
             continue
-        readers = {k for k, s in sets.items() if flow.after[i] & s}
-        if len(readers) == 1 and flow.after[i] <= sets[next(iter(readers))]:
+        users = _beyond_expressions(flow, i)
+        readers = {k for k, s in sets.items() if users & s}
+        if len(readers) == 1 and users <= sets[next(iter(readers))]:
             own[readers.pop()].append(str(node.target))
     paths = {label: _common(names) for label, names in own.items()}
     for label, path in paths.items():
@@ -193,6 +194,16 @@ def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[s
             "module of its own. Keep the program as one module (program.module)."
         )
     return paths
+
+
+def _beyond_expressions(flow: Flow, stored: int) -> set[int]:
+    """What reads a stored tensor, or an expression of it."""
+    readers: set[int] = set()
+    for i in flow.after[stored]:
+        meta = flow.nodes[i].meta
+        inner = "expression" in meta or "expressions" in meta
+        readers |= _beyond_expressions(flow, i) if inner else {i}
+    return readers
 
 
 def _is_parameter(gm: GraphModule, node: Node) -> bool:
