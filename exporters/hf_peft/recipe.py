@@ -39,6 +39,7 @@ _DERIVED = frozenset({"token_dim", "num_attention_heads", "num_layers", "tokeniz
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora"),
     "ADALORA": Method("adalora", ignored=frozenset({"r"})),
+    "VERA": Method("vera"),
     "IA3": Method("ia3", ignored=frozenset({"feedforward_modules"})),
     "PREFIX_TUNING": Method("prefix_tuning", {"std": 1.0, "shift_positions": True}, _DERIVED),
     "PROMPT_TUNING": Method("prompt_tuning", {"init": "normal"}, _DERIVED),

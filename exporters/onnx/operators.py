@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union
 
-import onnxscript
 import numpy as np
+import onnxscript
 import torch
 from onnxscript import ir, values
 from onnxscript.onnx_types import DOUBLE, FLOAT, FLOAT16, INT32, INT64

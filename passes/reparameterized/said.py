@@ -1,4 +1,4 @@
-"""Intrinsic SAID and DID: `theta_i = theta_i0 + lambda_i P_i theta`, one short theta for all tensors.
+"""Intrinsic SAID and DID: `theta_i = theta_i0 + lambda_i P_i theta`, one theta for all tensors.
 
 Aghajanyan, Gupta and Zettlemoyer, ACL 2021, arXiv:2012.13255. P_i is a fixed random projection of
 theta `[d]` to the entries of stored tensor i, Fastfood or dense (`kernels/random_projection.py`),
