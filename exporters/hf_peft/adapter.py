@@ -48,6 +48,7 @@ from .changes import biases, norms, prefixes, prompts, scalings, token_rows
 from .config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .formulas import changes
 from .lora import lora_parts
+from .shared import vector_bank
 from .writing import VERSION, with_head, written
 
 Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
@@ -64,6 +65,7 @@ READERS: Mapping[str, tuple[Reader, ...]] = {
     "MULTITASK_PROMPT_TUNING": (prompts,),
     "PREFIX_TUNING": (prefixes,),
     "CARTRIDGE": (prefixes,),
+    "VBLORA": (vector_bank,),
     "BEFT": (biases,),
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
@@ -76,7 +78,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "ADAMSS", "DEFT", "FOURIERFT", "FROD", "GLORA", "GRALORA", "OSF", "PEANUT", "PSOFT",
-            "PVERA", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
+            "PVERA", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "WAVEFT",
         ), _MERGE,
     ),
     "ADAPTION_PROMPT": _STAYS.format("its layers attend to rows of their own behind a gate"),

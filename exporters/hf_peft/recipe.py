@@ -40,6 +40,7 @@ METHODS: Mapping[str, Method] = {
     "LORA": Method("lora"),
     "ADALORA": Method("adalora", ignored=frozenset({"r"})),
     "VERA": Method("vera"),
+    "VBLORA": Method("vb_lora", ignored=frozenset({"save_only_topk_weights"})),
     "IA3": Method("ia3", ignored=frozenset({"feedforward_modules"})),
     "PREFIX_TUNING": Method("prefix_tuning", {"std": 1.0, "shift_positions": True}, _DERIVED),
     "PROMPT_TUNING": Method("prompt_tuning", {"init": "normal"}, _DERIVED),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...rewriter.branches.parts import Part
-from ...rewriter.branches.shared_parts import Vera
+from ...rewriter.branches.shared_parts import Mixture, Vera
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program.sites import LinearSite
+from ..reparameterized.vb_lora import Bank, VBLoRABranch
 from ..reparameterized.vera import Projection, VeRABranch
 from .sublayer_parts import sites_of
 
@@ -25,10 +26,13 @@ def insert_shared(edit: Editor, part: Part, known: dict[int, Value]) -> bool:
     if isinstance(part, Vera) and part.whole() and (site := _linear(edit, part)):
         _vera(edit, site, part, known)
         return True
+    if isinstance(part, Mixture) and part.whole() and (site := _linear(edit, part)):
+        _mixture(edit, site, part, known)
+        return True
     return False
 
 
-def _linear(edit: Editor, part: Vera) -> LinearSite | None:
+def _linear(edit: Editor, part: Vera | Mixture) -> LinearSite | None:
     """The linear beside which it stands, if it is all of a weight."""
     sites = sites_of(edit.program, part.target, part.lookup)
     site = sites[0]
@@ -48,3 +52,19 @@ def _vera(edit: Editor, site: LinearSite, part: Vera, known: dict[int, Value]) -
     if both is not None:
         branch = VeRABranch(own[0], own[1], site.in_features, part.dropout)
         edit.add(site, branch, down=edit.item(both, 0), up=edit.item(both, 1))
+
+
+def _mixture(edit: Editor, site: LinearSite, part: Mixture, known: dict[int, Value]) -> None:
+    if part.bank is None or part.logits_a is None or part.logits_b is None:
+        return
+    like = edit.like(site)
+    bank = known.get(id(part.bank))
+    if bank is None:
+        number = f"_{len(known)}" if known else ""
+        shared = Bank(part.bank.to(like, copy=True))
+        bank = known[id(part.bank)] = edit.share(f"bank{number}", shared)
+    logits = part.logits_a.to(like, copy=True), part.logits_b.to(like, copy=True)
+    places = None
+    if part.places_a is not None and part.places_b is not None:
+        places = part.places_a.to(like.device), part.places_b.to(like.device)
+    edit.add(site, VBLoRABranch(logits, part.topk, part.dropout, places), bank=bank)
