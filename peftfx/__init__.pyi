@@ -40,6 +40,9 @@ from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
+from .passes.reparameterized.said import SAID as SAID
+from .passes.reparameterized.vb_lora import VBLoRA as VBLoRA
+from .passes.reparameterized.vera import VeRA as VeRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
 from .passes.selective.train import Train as Train

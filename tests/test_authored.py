@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.rewriter.errors import OptionError, PassError
+from peftfx.rewriter.errors import OptionError
 from peftfx.rewriter.pipeline.method import Method
 from peftfx.rewriter.pipeline.passes import REGISTRY
 
 from .methods.common import check, hooked, tensors
-from .models import batch, first, randomise
+from .models import randomise
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from ...rewriter.branches.shared_parts import Mixture, Vera
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.program.sites import LinearSite
-from ..reparameterized.vb_lora import Bank, VBLoRABranch
+from ..reparameterized.vector_bank import Bank, VBLoRABranch
 from ..reparameterized.vera import Projection, VeRABranch
 from .sublayer_parts import sites_of
 

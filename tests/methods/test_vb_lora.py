@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftfx
-from peftfx.passes.reparameterized.vb_lora import VBLoRABranch
+from peftfx.passes.reparameterized.vector_bank import VBLoRABranch
 from peftfx.rewriter.errors import ArtifactError, BaseMismatchError, OptionError
 
 from ..formats.peft_cases import base, inputs, output, program, write
@@ -52,9 +52,7 @@ def test_it_is_its_equations(hand: Any, k: int) -> None:
     bank, hooks = bank_of(program).detach(), dict[str, Callable[..., Tensor]]()
     for attachment in program.attachments:
         a, b = factors(program.branch(attachment), bank, k)
-        hooks[attachment.site.removesuffix(".weight")] = lambda i, o, a=a, b=b: (
-            o + i[0] @ a.T @ b.T
-        )
+        hooks[attachment.site.removesuffix(".weight")] = lambda i, o, a=a, b=b: o + i[0] @ a.T @ b.T
     assert len(hooks) == 6
     data = batch(4, 11, pad=3)
     with hooked(model, hooks):

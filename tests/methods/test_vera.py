@@ -236,7 +236,7 @@ def test_files_without_matrices_must_say_so(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     del tensors["base_model.vera_A"], tensors["base_model.vera_B"]
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ArtifactError, match="not in the file.*Save the adapter again"):
+    with pytest.raises(ArtifactError, match=r"not in the file.*Save the adapter again"):
         peftfx.load_peft(program("llama"), tmp_path / "a")
 
 
