@@ -114,6 +114,8 @@ def peer(method: str, base: Base, model: Any, **options: Any) -> nn.Module:
         return peft.get_peft_model(
             model, peft.IA3Config(target_modules=base.scaled, feedforward_modules=base.inner)
         )
+    if method == "vera":  # of one seed, so with our matrices
+        return peft.get_peft_model(model, peft.VeraConfig(r=256, target_modules=base.linears))
     dora = method == "dora"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
     return peft.get_peft_model(model, config, **options)
@@ -144,7 +146,8 @@ def match(program: peftfx.Program, other: Any) -> None:
                 continue
             else:
                 module = attachment.site.removesuffix(".weight")
-                target = theirs[f"base_model.model.{module}.{SUFFIXES[leaf]}"]
+                suffix = f"vera_lambda_{leaf}.default" if hasattr(branch, "d") else SUFFIXES[leaf]
+                target = theirs[f"base_model.model.{module}.{suffix}"]
             target.data.copy_(parameter.data.view(target.shape))
     if prefix:
         theirs["prompt_encoder.default.embedding.weight"].data.copy_(torch.cat(prefix, 1))

@@ -47,6 +47,7 @@ METHODS = {
     "lora": "lora{rank=8,alpha=16,where=linear and not head}",
     "dora": "dora{rank=8,alpha=16,where=linear and not head}",
     "ia3": "ia3",
+    "vera": "vera{rank=256,where=linear and not head}",
     "serial_adapter": "serial_adapter{bottleneck=64}",
     "prefix_tuning": "prefix_tuning{length=20,shift_positions=true}",
 }
