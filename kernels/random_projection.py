@@ -134,8 +134,10 @@ class _Pools:
 def _ready(seed: int, length: int, narrow: int, dtype: torch.dtype, device: torch.device) -> _Pools:
     order, normal, sign = _pools(seed, length)
     squares = F.pad(normal.square().cumsum(0), (1, 0))
-    ready = (order & (narrow - 1), order.argsort(), normal.to(dtype), sign.to(dtype))
-    return _Pools(*(t.to(device) for t in ready), squares)
+    return _Pools(
+        (order & (narrow - 1)).to(device), order.argsort().to(device), normal.to(device, dtype),
+        sign.to(device, dtype), squares,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
