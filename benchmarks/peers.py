@@ -116,6 +116,8 @@ def peer(method: str, base: Base, model: Any, **options: Any) -> nn.Module:
         )
     if method in OTHERS:
         return peft.get_peft_model(model, OTHERS[method](peft, {"target_modules": base.linears}))
+    if method == "vera":  # of one seed, so with our matrices
+        return peft.get_peft_model(model, peft.VeraConfig(r=256, target_modules=base.linears))
     dora = method == "dora"
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=base.linears, use_dora=dora)
     return peft.get_peft_model(model, config, **options)
@@ -161,7 +163,8 @@ def match(program: peftfx.Program, other: Any) -> None:
             else:
                 module = attachment.site.removesuffix(".weight")
                 path = f"base_model.model.{module}"
-                keys = (f"{path}.{own}" for own in (SUFFIXES.get(leaf), f"lokr_{leaf}.default"))
+                names = (f"vera_lambda_{leaf}.default", SUFFIXES.get(leaf), f"lokr_{leaf}.default")
+                keys = (f"{path}.{own}" for own in names)
                 target = next(theirs[key] for key in keys if key in theirs)
             target.data.copy_(parameter.data.view(target.shape))
     if prefix:

@@ -52,6 +52,7 @@ METHODS = {
     "oft": "oft{block=32,where=linear and not head}",
     "oft by series": "oft{block=32,series=true,where=linear and not head}",
     "boft": "boft{block=4,where=linear and not head}",
+    "vera": "vera{rank=256,where=linear and not head}",
     "serial_adapter": "serial_adapter{bottleneck=64}",
     "prefix_tuning": "prefix_tuning{length=20,shift_positions=true}",
 }

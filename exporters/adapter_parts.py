@@ -34,7 +34,9 @@ from ..rewriter.branches.parts import (
     Trained,
 )
 from ..rewriter.branches.prompts import KeyValue, Tokens
+from ..rewriter.branches.shared_parts import unshared
 from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.measure.constants import constant_reads
 from ..rewriter.program.history import Attachment
 from ..rewriter.program.sites import (
     EmbeddingSite,
@@ -75,8 +77,11 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     formulas: dict[tuple[str, str], list[Formula]] = {}
     parts: list[Part] = []
-    for attachment in (a for a in program.attachments if a.adapter == name):
-        site, part = program.sites[attachment.site], _part(program, attachment, beside)
+    own = [a for a in program.attachments if a.adapter == name]
+    constants = constant_reads(program, [a for a in own if a.slot == Delta.slot])
+    for attachment in own:
+        known = constants.get(attachment.path, {})
+        site, part = program.sites[attachment.site], _part(program, attachment, beside, known)
         if isinstance(part, Prefix):
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
@@ -128,10 +133,15 @@ def _chosen(program: Program, adapter: str) -> str:
     )
 
 
-def _part(program: Program, attachment: Attachment, beside: bool) -> Part:
+def _part(
+    program: Program, attachment: Attachment, beside: bool, constants: Mapping[str, Tensor]
+) -> Part:
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
     part = _own_part(program, attachment)
+    if constants and constants.keys() == attachment.reads.keys() and isinstance(branch, Delta):
+        branch = branch.bound(**constants)
+        attachment, part = replace(attachment, reads={}), branch.part()
     if (attachment.reads or attachment.members) and not beside:
         part = part if isinstance(part, Invoked) else None
         reason = "it reads other values of the graph, which this format has no form for"
@@ -230,7 +240,8 @@ def _joined(program: Program, pieces: Sequence[Piece[Any]]) -> Part:
         )
     out = _outputs(program, site)
     if isinstance(first, LowRank):
-        return replace(_low_rank(pieces, out), target=name, lookup=lookup)
+        own = [(site, unshared(part)) for site, part in pieces]
+        return replace(_low_rank(own, out), target=name, lookup=lookup)
     if isinstance(first, Scaling):
         return replace(first, target=name, vector=_spread(pieces, lambda p: p.vector, out, 1.0))
     return replace(first, target=name, delta=_spread(pieces, lambda p: p.delta, out, 0.0))

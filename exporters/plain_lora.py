@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
+from ..rewriter.branches.shared_parts import unshared
 from ..rewriter.errors import ArtifactError, OptionError
 from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ..rewriter.storage.parts import Parts
@@ -40,10 +41,11 @@ def no_form(rule: str, part: Part) -> ArtifactError:
         rule: what the format holds.
         part: the first that it does not.
     """
-    said = _SAID.get(part.kind, "has more, at {}").format(part.target)
+    kind = LowRank.kind if isinstance(part, LowRank) else part.kind
+    said = _SAID.get(kind, "has more, at {}").format(part.target)
     remedy = (
         "Fold it into a whole model (peftfx convert --to hf), or write it with --to peft."
-        if part.kind in _INTO_WEIGHTS
+        if kind in _INTO_WEIGHTS
         else "No weight holds that. Write it with --to peft or --to peftfx."
     )
     return ArtifactError(f"{rule}, and this adapter {said}. {remedy}")
@@ -135,7 +137,7 @@ def _filled(part: LowRank, rank: int) -> LowRank:
     if missing:
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], 1)
-    return replace(part, a=a, b=b, scale=1.0, magnitude=None, dropout=0.0)
+    return replace(unshared(part), a=a, b=b, scale=1.0, magnitude=None, dropout=0.0)
 
 
 def _delta(program: Base, part: Part, site: LinearSite) -> Tensor:

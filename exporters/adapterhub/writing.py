@@ -60,6 +60,7 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
     kinds: dict[str, list[Any]] = {}
     for part in parts:
         kind = "bottleneck" if isinstance(part, Coupling) else part.kind
+        kind = LowRank.kind if isinstance(part, LowRank) else kind
         kinds.setdefault(kind, []).append(part)
     odd = kinds.keys() - _WRITERS.keys()
     if odd or kinds.keys() >= {"lowrank", "scaling"}:

@@ -49,6 +49,7 @@ from .config import CONFIG, PICKLED, PREFIX, TENSORS, Config
 from .formulas import changes
 from .lora import lora_parts
 from .products import products
+from .shared import vector_bank
 from .writing import VERSION, with_head, written
 
 Reader = Callable[[Config, dict[str, Tensor], Base], list[Part]]
@@ -65,6 +66,7 @@ READERS: Mapping[str, tuple[Reader, ...]] = {
     "MULTITASK_PROMPT_TUNING": (prompts,),
     "PREFIX_TUNING": (prefixes,),
     "CARTRIDGE": (prefixes,),
+    "VBLORA": (vector_bank,),
     "BEFT": (biases,),
     "TRAINABLE_TOKENS": (token_rows,),
     "LN_TUNING": (norms,),
@@ -78,7 +80,7 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         (
             "ADAMSS", "DEFT", "FOURIERFT", "FROD", "GLORA", "GRALORA", "OSF", "PEANUT", "PSOFT",
-            "PVERA", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "WAVEFT",
+            "PVERA", "RANDLORA", "ROAD", "SUPERTUNING", "TINYLORA", "UNILORA", "WAVEFT",
         ), _MERGE,
     ),
     "ADAPTION_PROMPT": _STAYS.format("its layers attend to rows of their own behind a gate"),

@@ -37,7 +37,7 @@ INERT = {
     "use_effective_conv2d", "decompose_both", "decompose_factor", "megatron_config",
     "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "qalora_group_size", "save_projection", "projection_prng_key", "vera_dropout", "d_initial",
+    "qalora_group_size", "d_initial",
     "mask_type", "random_seed", "boft_dropout", "miss_dropout", "target_r", "init_r", "tinit",
     "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "prompt_tuning_init",
     "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",

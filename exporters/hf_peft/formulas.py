@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ...passes.reparameterized.vera import projections
 from ...rewriter.branches.parts import Change, LowRank, Part
+from ...rewriter.branches.shared_parts import vera
 from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
 from ...rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..base import GIVE_BASE, Base
@@ -21,9 +23,12 @@ Formula = Callable[[Config, str, Leaves, Tensor], Tensor]
 def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
     """The exact change of each weight; VERA and DELORA are low-rank."""
     formula, leaves = _FORMULAS[config.type]
-    shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
+    modules, shared = by_module(tensors, leaves), Leaves()
+    if config.type == "VERA":
+        places = [_site(program, weight_of(program, p, config), config) for p in modules]
+        shared = _projections(config, tensors, [_matrix(program, s).shape for s in places])
     parts: list[Part] = []
-    for path, own in by_module(tensors, leaves).items():
+    for path, own in modules.items():
         for leaf in own:
             del tensors[f"{path}.{leaf}"]
         name = weight_of(program, path, config)
@@ -92,21 +97,37 @@ def _miss(config: Config, path: str, own: Leaves, matrix: Tensor) -> Tensor:
     return block.repeat(-(-matrix.shape[1] // len(block)), 1)[: matrix.shape[1]].mT
 
 
+_RANK = 1 << 16
+"""Largest rank of matrices that are drawn again."""
+
+
 def _vera(config: Config, name: str, own: Leaves, shared: Leaves, matrix: Tensor) -> Part:
     """`diag(b) B diag(d) A`, of which each weight has the first rows and columns."""
-    config.take("r", 256)
-    if len(shared) != 2:
-        raise ArtifactError(
-            f"{config.where}: vera_A and vera_B are not in the file (save_projection=False), and "
-            "no generator makes them again on every machine. Save it with save_projection=True."
-        )
     if len(own) != 2:
         raise ArtifactError(f"{config.where}: {name} has {', '.join(own)} alone. Save it again.")
     out, size = matrix.shape
     sides = own["vera_lambda_d"].numel(), own["vera_lambda_b"].numel()
     _require(sides == (len(shared["vera_A"]), out), config, name, own)
-    a, b = shared["vera_A"][:, :size], shared["vera_B"][:out]
-    return LowRank(name, own["vera_lambda_d"][:, None] * a, own["vera_lambda_b"][:, None] * b, 1.0)
+    vectors = own["vera_lambda_d"], own["vera_lambda_b"]
+    dropout = float(config.take("vera_dropout", 0.0, int, float))
+    return vera(name, *vectors, shared["vera_A"], shared["vera_B"], size, dropout)
+
+
+def _projections(config: Config, tensors: dict[str, Tensor], sizes: Sequence[torch.Size]) -> Leaves:
+    """VeRA's shared matrices: of the file, or drawn again as PEFT draws them where they are not."""
+    rank, key = config.take("r", 256), config.take("projection_prng_key", 0)
+    left_out = not config.take("save_projection", True)
+    shared = {k: tensors.pop(k) for k in ("vera_A", "vera_B") if k in tensors}
+    if len(shared) == 2 or not sizes:
+        return shared
+    if not left_out or shared or not 1 <= rank <= _RANK:
+        raise ArtifactError(
+            f"{config.where}: vera_A and vera_B are not in the file, and the config does not say "
+            "that they are left out (save_projection=False). Save the adapter again."
+        )
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    generator = torch.Generator().manual_seed(key)
+    return dict(zip(("vera_A", "vera_B"), projections(rank, width, height, generator), strict=True))
 
 
 def _delora(config: Config, path: str, name: str, own: Leaves, matrix: Tensor) -> Part:

@@ -39,6 +39,8 @@ _DERIVED = frozenset({"token_dim", "num_attention_heads", "num_layers", "tokeniz
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora"),
     "ADALORA": Method("adalora", ignored=frozenset({"r"})),
+    "VERA": Method("vera"),
+    "VBLORA": Method("vb_lora", ignored=frozenset({"save_only_topk_weights"})),
     "IA3": Method("ia3", ignored=frozenset({"feedforward_modules"})),
     "PREFIX_TUNING": Method("prefix_tuning", {"std": 1.0, "shift_positions": True}, _DERIVED),
     "PROMPT_TUNING": Method("prompt_tuning", {"init": "normal"}, _DERIVED),

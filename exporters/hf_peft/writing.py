@@ -26,6 +26,7 @@ from ..base import Base, snapshot
 from .config import PREFIX, resolved
 from .lora import TWICE, require_first
 from .products import Module, written_products
+from .shared import modules_of, shared_form
 from .soft_prompts import Written, prefix, prompt
 
 _HEADS = {
@@ -46,11 +47,14 @@ def written(program: Base, parts: Parts) -> Written:
     Raises:
         ArtifactError: PEFT has no type that holds all of it.
     """
-    kinds = {p.kind for p in parts.parts} - {"trained"}
+    kinds = {LowRank.kind if isinstance(p, LowRank) else p.kind for p in parts.parts} - {"trained"}
     trained = [p for p in parts.parts if isinstance(p, Trained)]
     if kinds == {"invoked"}:
         return _invoked(program, parts)
-    if "lowrank" in kinds and kinds <= {"lowrank", "rows"}:
+    if (native := shared_form(program, parts.parts)) is not None:
+        config, tensors = native
+        config["target_modules"] = target_modules(program, modules_of(parts.parts))
+    elif "lowrank" in kinds and kinds <= {"lowrank", "rows"}:
         config, tensors = _lora(program, parts.parts, trained)
     elif kinds == {"scaling"}:
         config, tensors = _ia3(program, parts.parts)

@@ -33,6 +33,7 @@ from ...rewriter.branches.parts import (
     Scaling,
     Trained,
 )
+from ...rewriter.branches.shared_parts import unshared
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
@@ -52,6 +53,7 @@ from ..reparameterized.lora import LoRABranch
 from ..selective.train_tokens import RowsExpression
 from .formula_parts import insert_formula
 from .prompt_parts import entrance, insert_prefix
+from .shared import insert_shared
 from .sublayer_parts import (
     gate_of,
     insert_bottleneck,
@@ -215,8 +217,10 @@ class Imported(Pass):
     def apply(self, edit: Editor, plan: Plan) -> None:
         parts = of_plan(plan)
         active = _active(edit, parts.parts)
+        known: dict[int, Value] = {}
         for part in parts.parts:
-            insert(edit, part, active)
+            if not insert_shared(edit, part, known):
+                insert(edit, part, active)
         prefixes = [p for p in parts.parts if isinstance(p, Prefix)]
         moved = [p for p in prefixes if p.keys_moved]
         shifted = moved or [p for p in prefixes if p.shifted]
@@ -300,7 +304,7 @@ def _low_rank(edit: Editor, site: WeightSite, part: LowRank) -> None:
     b = part.b if count == 1 else part.b.flatten(0, 1)
     b = _own(site, b, count)
     b = b if count == 1 else b.unflatten(0, (count, -1))
-    own = replace(part, b=b)
+    own = replace(unshared(part), b=b)
     if part.magnitude is not None:
         own = replace(own, magnitude=_own(site, part.magnitude, count))
     branch = branch_of(own, like)

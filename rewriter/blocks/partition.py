@@ -19,7 +19,7 @@ from ..api import Program
 from ..branches.routing import TakeTokens
 from ..edits.stream.region import stream_before, stream_behind
 from ..errors import BlockError, PassError
-from ..graph.aten import NORMS, attribute, expression_of, inputs, is_op, submodule
+from ..graph.aten import NORMS, attribute, inputs, is_op, submodule
 from ..graph.flow import Flow, site_nodes
 from ..graph.modes import MODES
 from ..program.sites import SublayerSite
@@ -175,9 +175,9 @@ def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[s
     for i, node in enumerate(flow.nodes):
         if not _is_parameter(gm, node) or str(node.target).startswith(f"{BRANCHES}."):
             continue
-        reading = _readers(flow, i)
-        readers = {k for k, s in sets.items() if reading & s}
-        if len(readers) == 1 and reading <= sets[next(iter(readers))]:
+        users = _beyond_expressions(flow, i)
+        readers = {k for k, s in sets.items() if users & s}
+        if len(readers) == 1 and users <= sets[next(iter(readers))]:
             own[readers.pop()].append(str(node.target))
     paths = {label: _common(names) for label, names in own.items()}
     for label, path in paths.items():
@@ -196,18 +196,14 @@ def _paths(program: Program, flow: Flow, sets: Mapping[str, set[int]]) -> dict[s
     return paths
 
 
-def _readers(flow: Flow, index: int) -> set[int]:
-    """What reads a stored tensor, or what expresses it alone."""
-    found: set[int] = set()
-    stack = list(flow.after[index])
-    while stack:
-        reader = stack.pop()
-        alone = expression_of(flow.nodes[reader]) and len(inputs(flow.nodes[reader])) == 1
-        if alone:
-            stack.extend(flow.after[reader])
-        else:
-            found.add(reader)
-    return found
+def _beyond_expressions(flow: Flow, stored: int) -> set[int]:
+    """What reads a stored tensor, or an expression of it."""
+    readers: set[int] = set()
+    for i in flow.after[stored]:
+        meta = flow.nodes[i].meta
+        inner = "expression" in meta or "expressions" in meta
+        readers |= _beyond_expressions(flow, i) if inner else {i}
+    return readers
 
 
 def _is_parameter(gm: GraphModule, node: Node) -> bool:

@@ -48,6 +48,7 @@ def constant_reads(
             varying.add(node)
     order = {node: place for place, node in enumerate(nodes.values())}
     constants: dict[str, dict[str, Tensor]] = {}
+    copies: dict[Node, Tensor] = {}
     with torch.no_grad():
         for attachment in wanted:
             for argument, name in attachment.reads.items():
@@ -59,7 +60,8 @@ def constant_reads(
                         run.env[node] = run.run_node(node)
                 value = run.env[read]
                 if isinstance(value, Tensor) and not value.is_meta:
-                    constants.setdefault(attachment.path, {})[argument] = value.detach().clone()
+                    own = copies.setdefault(read, value.detach().clone())
+                    constants.setdefault(attachment.path, {})[argument] = own
     return constants
 
 

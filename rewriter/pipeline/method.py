@@ -199,13 +199,7 @@ class Method(Pass, abstract=True):
     def insert_all(self, edit: Editor, sites: Sequence[Any], plan: Plan) -> None:
         """Edits all sites; for methods that do not edit one by one."""
         del plan
-        for site in sites:
-            if self._fixed(site):
-                edit.skip(site, site.obstacle)
-                continue
-            if site.kind in self.named and (reason := edit.obstacle(site)):
-                edit.skip(site, reason)
-                continue
+        for site in self.free(edit, sites):
             done = len(edit.edited), len(edit.skipped)
             self.insert(edit, site)
             if done == (len(edit.edited), len(edit.skipped)):
@@ -214,6 +208,19 @@ class Method(Pass, abstract=True):
                     "editor (edit.add, edit.after, edit.express, ...), or say why it leaves the "
                     "site alone (edit.skip)."
                 )
+
+    def free(self, edit: Editor, sites: Sequence[Any]) -> list[Any]:
+        """The sites where a branch can stand; the others are skipped, with the reason."""
+        taken: list[Any] = []
+        for site in sites:
+            reason = site.obstacle if self._fixed(site) else ""
+            if not reason and site.kind in self.named:
+                reason = edit.obstacle(site)
+            if reason:
+                edit.skip(site, reason)
+            else:
+                taken.append(site)
+        return taken
 
     def _fixed(self, site: Site) -> bool:
         """Whether no branch can stand at a site, whatever the options are."""

@@ -18,6 +18,8 @@ from ..errors import CorruptFileError
 from ..program.history import Plan
 
 _ORIGINAL = "original."
+_SAME = "same"
+"""What says that several parts share a tensor: the place of the first."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ def as_plan(parts: Parts) -> Plan:
     """The parts as strict JSON and tensors."""
     listed: list[dict[str, Any]] = []
     tensors = {f"{_ORIGINAL}{n}": t for n, t in parts.original.items()}
+    places: dict[int, str] = {}
     for index, part in enumerate(parts.parts):
         values = {f.name: getattr(part, f.name) for f in fields(part)}
         own = {n: v for n, v in values.items() if isinstance(v, Tensor)}
-        tensors |= {f"{index}.{n}": t for n, t in own.items()}
-        listed.append({"kind": part.kind} | {n: v for n, v in values.items() if n not in own})
+        for name, tensor in own.items():
+            values[name] = {_SAME: places.setdefault(id(tensor), f"{index}.{name}")}
+        tensors |= {p: t for n, t in own.items() if (p := values[n][_SAME]) == f"{index}.{n}"}
+        fresh = {n for n in own if values[n][_SAME] == f"{index}.{n}"}
+        listed.append({"kind": part.kind} | {n: v for n, v in values.items() if n not in fresh})
     about = {"source": parts.source, "notes": list(parts.notes), "config": dict(parts.config)}
     return Plan({"parts": listed, **about}, tensors)
 
@@ -65,6 +71,7 @@ def of_plan(plan: Plan) -> Parts:
             raise CorruptFileError(f"{where} is of no kind that is known. The file was altered.")
         cls = PARTS[str(given["kind"])]  # pyright: ignore[reportUnknownArgumentType]
         values: dict[str, Any] = {k: v for k, v in given.items() if k != "kind"}  # pyright: ignore
+        values |= {n: _found(plan, v, where) for n, v in values.items() if isinstance(v, Mapping)}
         values |= _below(plan, f"{index}.")
         parts.append(_part(cls, values, where))
     about = plan.decisions
@@ -76,6 +83,14 @@ def of_plan(plan: Plan) -> Parts:
 def _below(plan: Plan, prefix: str) -> dict[str, Tensor]:
     mine = ((n, t) for n, t in plan.tensors.items() if n.startswith(prefix))
     return {n.removeprefix(prefix): t for n, t in mine}
+
+
+def _found(plan: Plan, said: Mapping[str, Any], where: str) -> Tensor:
+    """The tensor that a part shares with an earlier one."""
+    tensor = plan.tensors.get(str(said.get(_SAME)))
+    if tensor is None:
+        raise CorruptFileError(f"{where} shares a tensor that is not there. The file was altered.")
+    return tensor
 
 
 def same(one: Part, other: Part) -> bool:

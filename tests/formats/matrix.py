@@ -32,6 +32,7 @@ ROWS: dict[str, str] = {
     "`LORA`": "patterns", "`LORA`, `use_dora`": "dora", "`LORA`, `pissa`": "pissa",
     "`LORA`, `bias`": "own biases", "`LORA`, `modules_to_save`": "head saved",
     "`LORA`, `trainable_token_indices`": "token rows", "`ADALORA`": "adalora", "`VERA`": "vera",
+    "`VBLORA`": "vblora",
     "`DELORA`": "delora", "`IA3`": "ia3", "`PREFIX_TUNING`": "prefix", "`CARTRIDGE`": "cartridge",
     "`PROMPT_TUNING`": "prompt", "`P_TUNING`": "p-tuning",
     "`MULTITASK_PROMPT_TUNING`": "multitask", "`LN_TUNING`": "norms", "`BEFT`": "beft",

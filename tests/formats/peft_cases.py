@@ -108,6 +108,7 @@ def lora(*modules: str, **options: Any) -> tuple[str, dict[str, Any]]:
 
 _PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
 _BOTH = {"target_modules": list(TYPES)}
+_BANK = {"num_vectors": 12, "vector_length": 8, "topk": 2, **_BOTH}
 
 CASES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
     "lora": ("llama", lora(lora_alpha=16)),
@@ -145,6 +146,10 @@ CASES: dict[str, tuple[str, tuple[str, dict[str, Any]]]] = {
     "loha": ("llama", ("LoHaConfig", {"r": 4, **_BOTH})),
     "lokr": ("llama", ("LoKrConfig", {"r": 2, "alpha": 6, **_BOTH})),
     "vera": ("llama", ("VeraConfig", {"r": 4, **_BOTH})),
+    "vera of a key": ("llama", ("VeraConfig", {"r": 4, "save_projection": False, **_BOTH})),
+    "vblora": ("llama", ("VBLoRAConfig", _BANK)),
+    "vblora, largest": ("llama", ("VBLoRAConfig", {**_BANK, "topk": 3,
+                                                   "save_only_topk_weights": True})),
     "norms": ("llama", ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]})),
     "shira": ("llama", ("ShiraConfig", {"r": 2, **_BOTH})),
     "oft": ("llama", ("OFTConfig", {"oft_block_size": 4, **_BOTH})),

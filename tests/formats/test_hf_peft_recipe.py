@@ -190,8 +190,8 @@ def test_words_of_another_meaning_are_refused(text: str, said: str) -> None:
 
 
 def test_configurations_that_have_no_recipe(base: peftfx.Program) -> None:
-    with pytest.raises(OptionError, match=r"no method here for PEFT's type VERA.*load_peft"):
-        peftfx.from_peft_config(peft.VeraConfig())
+    with pytest.raises(OptionError, match=r"no method here for PEFT's type FOURIERFT.*load_peft"):
+        peftfx.from_peft_config(peft.FourierFTConfig())
     with pytest.raises(OptionError, match=r"layer_replication=.* has no word here"):
         peftfx.from_peft_config(peft.LoraConfig(layer_replication=[(0, 2)]))
     with pytest.raises(OptionError, match="one of PEFT's, or a dict, not str"):

@@ -18,6 +18,7 @@ from ...errors import PassError
 from ...graph.aten import (
     ATEN,
     VIEWS,
+    ancestors,
     dense_of,
     entry_of,
     expressed,
@@ -124,7 +125,7 @@ def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
 
 
 def _evaluated(edit: Attaching, site: WeightSite, node: Any) -> Any:
-    """The value of a stored tensor, of an expression, or of one that computes several."""
+    """The value of a stored tensor, of an expression, or of a module that reads constants."""
     if (name := dense_of(node)) is not None:
         source = stored_site(edit.program, name) or site
         return edit.weight(source).tensor()
@@ -133,12 +134,13 @@ def _evaluated(edit: Attaching, site: WeightSite, node: Any) -> Any:
     values = [_evaluated(edit, site, i) for i in node.args if isinstance(i, Node)]
     if node.op == "call_function":
         return values[0][entry_of(node)]
-    if node.kwargs:
+    if any(n.op == "placeholder" for n in ancestors(node)):
         raise PassError(
             f"{site.id}: its weight is computed from {', '.join(node.kwargs)} on every forward, so "
             "it has no value yet. Bake that adapter first, or select other sites with where=."
         )
-    return edit.graph_module.get_submodule(str(node.target))(*values)
+    reads = {k: _evaluated(edit, site, n) for k, n in node.kwargs.items()}
+    return edit.graph_module.get_submodule(str(node.target))(*values, **reads)
 
 
 def _own_rows(dense: Tensor, weight: Weight, site: WeightSite) -> Tensor:

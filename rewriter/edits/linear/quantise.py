@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from ...errors import ExportError, PassError
 from ...files.identity import merkle_root, tensor_digest
-from ...graph.aten import SLICES, VIEWS, is_op, shape, users
+from ...graph.aten import SLICES, VIEWS, expression_of, is_op, shape, users
 from ...graph.stored_call import StoredCall
 from ...graph.weighted_call import linear_call, linear_parts
 from ...measure.compare import all_finite
@@ -148,6 +148,8 @@ def _obstacle(edit: Attaching, site: WeightSite, calls: Sequence[Node]) -> str:
         for reader in users(stack.pop()):
             if is_op(reader, VIEWS) or is_op(reader, SLICES):
                 stack.append(reader)
+            elif expression_of(reader) is not None:
+                return f"its weight is computed afresh by {reader.name}; fold that adapter first"
             elif reader not in calls and reader.meta.get("composed") not in keys:
                 return f"its weight is also read by {reader.name}"
     for call in calls if isinstance(site, LinearSite) else ():

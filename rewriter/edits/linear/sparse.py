@@ -142,19 +142,20 @@ class DenseDelta(Expression):
         rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
         self.register_buffer("rows", rows, persistent=False)
 
-    def delta(self, random: bool) -> Tensor:
+    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
         """What is added, of the part's shape, in w's dtype or a wider one.
 
         Args:
             random: as a forward in training has it, else as in evaluation.
+            reads: other values of the graph.
         """
         raise NotImplementedError
 
-    def forward(self, w: Tensor) -> Tensor:
-        return self._added(w, self.training)
+    def forward(self, w: Tensor, **reads: Tensor) -> Tensor:
+        return self._added(w, self.training, **reads)
 
-    def _added(self, w: Tensor, random: bool) -> Tensor:
-        delta = self.delta(random)
+    def _added(self, w: Tensor, random: bool, **reads: Tensor) -> Tensor:
+        delta = self.delta(random, **reads)
         if self.rows is None:
             return (w + delta).to(w.dtype)
         return w.index_add(self.piece.axis, self.rows, delta.to(w.dtype))
