@@ -25,8 +25,8 @@ def changes(config: Config, tensors: dict[str, Tensor], program: Base) -> list[P
     formula, leaves = _FORMULAS[config.type]
     modules, shared = by_module(tensors, leaves), Leaves()
     if config.type == "VERA":
-        places = [_site(program, weight_of(program, p, config), config) for p in modules]
-        shared = _projections(config, tensors, [_matrix(program, s).shape for s in places])
+        places = [site_of(program, weight_of(program, p, config), config) for p in modules]
+        shared = _projections(config, tensors, [matrix_of(program, s).shape for s in places])
     parts: list[Part] = []
     for path, own in modules.items():
         for leaf in own:
