@@ -39,7 +39,10 @@ from .passes.quantization.peqa import PEQA as PEQA
 from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
+from .passes.reparameterized.dylora import DyLoRA as DyLoRA
 from .passes.reparameterized.lora import LoRA as LoRA
+from .passes.reparameterized.lora_fa import LoRAFA as LoRAFA
+from .passes.reparameterized.sora import SoRA as SoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
 from .passes.selective.train import Train as Train
