@@ -34,10 +34,7 @@ from .lora import LoRA, LoRABranch
 
 class DyLoRABranch(LoRABranch):
     """A LoRA with `drawn []`, how many ranks act in training; 0 between steps: all act and learn.
-
-    Args:
-        power: the scale of n ranks falls by `n^-power`.
-        frozen: of the ranks that act, the last one alone learns.
+    The scale of n ranks falls by `n^-power`.
     """
 
     drawn: Tensor
@@ -92,6 +89,8 @@ class DrawController(FactorController):
 
     def begin_forward(self, batch: Any) -> None:
         most = max((b.a.shape[-2] for b in self.nested()), default=0)
+        if not most:
+            return
         self.drawn.append(int(torch.randint(1, most + 1, (), generator=self.generator)))
         for branch in self.nested():
             branch.drawn.fill_(self.drawn[-1])
@@ -124,6 +123,8 @@ class DyLoRA(LoRA):
     Attributes:
         rank: the largest; with one for each site, those with a smaller one draw up to that.
         frozen: of the ranks that act in a step, the last one alone learns.
+        one_scale: alpha / rank for every n: what the first ranks add does not depend on n then, and
+            cuts come closer to LoRAs that were trained at their rank.
     """
 
     controller: ClassVar[type[Controller]] = DrawController
@@ -131,16 +132,17 @@ class DyLoRA(LoRA):
     aliases: ClassVar[Mapping[str, Alias]] = LoRA.aliases
 
     frozen: bool = False
+    one_scale: bool = False
 
     def check(self) -> None:
         super().check()
         require_random(self)
 
     def scale(self, rank: int) -> float:
-        return self.alpha / rank ** (0.5 if self.rslora else 1.0)
+        return self.alpha / (self.rank if self.one_scale else rank) ** (0.5 if self.rslora else 1.0)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
-        power = 0.5 if self.rslora else 1.0
+        power = 0.0 if self.one_scale else 0.5 if self.rslora else 1.0
         edit.add(site, DyLoRABranch(self.made(edit, site), power, self.frozen))
 
     def settle(
