@@ -4,6 +4,7 @@ in every spelling, and in every file."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,20 @@ def test_files_hold_ranks_and_scales(captured: Any, ranked: peftfx.Program, tmp_
     torch.testing.assert_close(first(again(**batch())), want)
     renamed = peftfx.load(model, tmp_path / "own", name="other")
     assert made(renamed) == made(ranked)
+
+
+@pytest.mark.parametrize("altered", [None, [], {}, {"layers.0.q_proj.weight": {"rank": 4}}, "x", 0])
+def test_an_altered_plan_is_named(ranked: peftfx.Program, altered: Any) -> None:
+    record = ranked.history[0]
+    plan = replace(record.plan, decisions={**record.plan.decisions, "options": altered})
+    item: Any = record.applied
+    with pytest.raises(
+        OptionError, match=r"does not say rank and alpha of layers.*save the adapter"
+    ):
+        item.at(plan, "layers.0.q_proj.weight")
+    with pytest.raises(OptionError, match="at least 1"):
+        zero = {"layers.0.q_proj.weight": {"rank": 0, "alpha": 1.0}}
+        item.at(replace(plan, decisions={"options": zero}), "layers.0.q_proj.weight")
 
 
 def test_pefts_patterns_mean_the_same() -> None:

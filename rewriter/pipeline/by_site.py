@@ -47,7 +47,8 @@ def values_at(item: Any, sites: Sequence[Site], every: Sequence[Site]) -> dict[s
 
 def site_of(plan: Plan, module: str) -> str:
     """The site with options of its own in whose name a saved branch lies; '' without one."""
-    ids = plan.decisions.get("options", {})
+    stated: Any = plan.decisions.get("options")
+    ids: list[str] = list(stated) if isinstance(stated, Mapping) else []
     return next((i for i in ids if i.removesuffix(".weight").replace(":", ".") == module), "")
 
 

@@ -6,6 +6,7 @@ An option that is declared `BySite[int]` takes an int, or a map from selectors t
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ KEY = re.compile(r"[\w.|:*-]+")
 """A key of a map that needs no quotes."""
 
 
+@functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
     """Declared types of a pass's options, `BySite` with them."""
     return get_type_hints(cls, include_extras=True)

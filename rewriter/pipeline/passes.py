@@ -122,9 +122,22 @@ class Pass(metaclass=Worded):
         values by site, it is asked of each site's."""
 
     def at(self, plan: Plan, site: str) -> Self:
-        """This pass with the values that its options have at a site, by its id."""
-        values = plan.decisions.get("options", {}).get(site)
-        return replace(self, **values) if values else self
+        """This pass with the values that its options have at a site, by its id.
+
+        Raises:
+            OptionError: the plan does not say them.
+        """
+        maps = maps_of(self)
+        if not maps:
+            return self
+        stated: Any = plan.decisions.get("options")
+        values: Any = stated.get(site) if isinstance(stated, Mapping) else None
+        if not isinstance(values, Mapping) or set(values) != set(maps):
+            raise OptionError(
+                f"{self.text}: the plan does not say {' and '.join(maps)} of {site or 'a branch'}. "
+                "It was altered: save the adapter again, or leave that adapter out."
+            )
+        return replace(self, **values)
 
     def require(self, holds: bool, option: str, rule: str, remedy: str = "") -> None:
         """Raises OptionError unless `holds`.

@@ -126,7 +126,7 @@ def test_tokens_and_heads_are_passes_of_their_own() -> None:
          "lora{rank={name:q_proj=3,name:layers.0.v_proj=2,default=4},"
          "alpha={name:v_proj=5,default=16}}"),
         ("dora{rank_pattern={'.*[qv]_proj'=3},r=2}",
-         r"dora{rank={'re:\'^(.*\.)?(.*[qv]_proj)$\''=3,default=2}}"),
+         r"dora{rank={'re:\'^(.*\\.)?(.*[qv]_proj)$\''=3,default=2}}"),
         ("dora{use_dora=true}", "dora"),
         ("adalora{init_r=6,target_r=3,tinit=5,tfinal=9,deltaT=2,total_step=40}",
          "adalora{rank=6,target=3,warmup=5,final=9,interval=2}"),
