@@ -33,7 +33,7 @@ def low_rank_parameters(
     return a.unflatten(0, (count, rank)), b.unflatten(0, (count, out))
 
 
-class FactorController(Controller):
+class FactorController(Controller, whole=False):
     """What multiplies outputs (`b`, and magnitudes `m`) learns `lr_ratio` times as fast as `a`."""
 
     def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
