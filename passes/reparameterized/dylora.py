@@ -33,7 +33,7 @@ from .lora import LoRA, LoRABranch
 
 
 class DyLoRABranch(LoRABranch):
-    """A LoRA with `drawn []`, how many ranks act in training; 0 between steps: all act and learn.
+    """A LoRA with `drawn []`, how many ranks act in a step; 0 between steps: all act and learn.
     The scale of n ranks falls by `n^-power`.
     """
 
@@ -54,9 +54,8 @@ class DyLoRABranch(LoRABranch):
         return self.a, self.b
 
     def acting(self) -> tuple[Tensor, Tensor]:
-        """The drawn scale is in A, with zero for the ranks that do not act."""
-        if not self.training:
-            return self.lasting()
+        """The drawn scale is in A, with zero for ranks that do not act; in evaluation mode, too,
+        in which some train."""
         rank = self.a.shape[-2]
         now = torch.where(self.drawn == 0, rank, self.drawn.clamp(max=rank))
         acts = torch.arange(rank, device=now.device) < now

@@ -84,7 +84,11 @@ def test_a_draw_is_a_cut(captured: Any, n: int, frozen: bool) -> None:
         torch.testing.assert_close(branch.b.grad, theirs["b"].grad * learns)
         assert torch.equal(learns, branch.learning(branch.drawn))
     full = first(reference(model, tensors(program), inputs, 6, 4))
-    torch.testing.assert_close(first(program.eval()(**inputs)), full, rtol=1e-5, atol=1e-5)
+    for mode in (False, True):  # between steps all act
+        drawn(program, n)
+        torch.testing.assert_close(first(program.train(mode)(**inputs)), want, rtol=1e-5, atol=1e-5)
+        drawn(program, 0)
+        torch.testing.assert_close(first(program(**inputs)), full, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["", "rslora", "one_scale"])
