@@ -83,6 +83,10 @@ DATA`, which says where the texts come from, on {machine}.
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "head alone": ("", (3e-3, 1e-2)),
     "LoRA": ("lora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
+    "LoRA+": ("lora{rank=8,lr_ratio=16,where=linear and not head}", (1e-4, 3e-4)),
+    "LoRA-FA": ("lora_fa{rank=8,where=linear and not head}", (1e-3, 3e-3)),
+    "DyLoRA": ("dylora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
+    "SoRA": ("sora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
     "DoRA": ("dora{rank=8,where=linear and not head}", (1e-3, 3e-3)),
     "BitFit": ("bitfit", (3e-3, 1e-2)),
     "(IA)3": ("ia3", (1e-2, 3e-2)),

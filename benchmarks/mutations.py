@@ -75,7 +75,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      reference(_LORA)),
     ("seed", f"{_METHODS}/lora.py:LoRA.made", "self.rank, edit.generator", "self.rank, None",
      probe.same_seed("lora")),
-    ("initial value", f"{_METHODS}/lora.py:low_rank_parameters", "torch.zeros(", "torch.ones(",
+    ("initial value", f"{_METHODS}/factors.py:low_rank_parameters", "torch.zeros(", "torch.ones(",
      runs(_LORA)),
     ("scale", f"{_METHODS}/lora.py:LoRABranch.factors", "self.scale", "self.scale / 2",
      probe.each_branch("lora")),

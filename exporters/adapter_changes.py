@@ -17,6 +17,7 @@ from torch import Tensor
 from ..rewriter.branches.formula_parts import Formula
 from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import BaseMismatchError, BaseNeededError
+from ..rewriter.pipeline.by_site import site_of
 from ..rewriter.pipeline.passes import Saved
 from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
@@ -218,7 +219,11 @@ def saved_parts(
         method = rest.partition(".")[0] if step is None else step[0].text
         module, _, slot = rest.partition(".")[2].rpartition(".")
         target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
-        part = None if step is None else step[0].saved_part(Saved(target, slot, leaves, step[1]))
+        part = None
+        if step is not None:
+            item, plan, _ = step
+            own = item.at(plan, site_of(plan, module))
+            part = own.saved_part(Saved(target, slot, leaves, plan))
         yield method, target, leaves, part
 
 

@@ -30,6 +30,7 @@ from .rewriter.errors import OptionError, PassError
 from .rewriter.pipeline.aliases import Alias, instead, renamed
 from .rewriter.pipeline.controller import Controller
 from .rewriter.pipeline.method import Method
+from .rewriter.pipeline.options import BySite
 from .rewriter.pipeline.passes import Pass
 from .rewriter.program.history import Contract, Plan
 from .rewriter.program.sites import (
@@ -52,6 +53,7 @@ __all__ = [
     "AttentionSite",
     "Axes",
     "Branch",
+    "BySite",
     "Combine",
     "Contract",
     "Controller",

@@ -6,10 +6,10 @@ import inspect
 import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from .methods import split_docstring
-from .rewriter.pipeline.options import type_name, write_value
+from .rewriter.pipeline.options import hints_of, type_name, write_value
 from .rewriter.pipeline.passes import Pass
 
 
@@ -84,7 +84,7 @@ def page(cls: type[Pass]) -> Page:
     text = (sys.modules[cls.__module__].__doc__ or "").strip()
     about = " ".join(text.partition("\n\n")[0].split())
     source = split_docstring(text)[1] or ", ".join(dict.fromkeys(_PAPER.findall(text)))
-    hints, meanings = get_type_hints(cls), meanings_of(cls)
+    hints, meanings = hints_of(cls), meanings_of(cls)
     options = tuple(
         Option(f.name, _type(hints[f.name]), _default(f), meanings.get(f.name, ""))
         for f in sorted(fields(cls), key=lambda f: _LAST.index(f.name) if f.name in _LAST else -1)

@@ -221,7 +221,7 @@ def test_pages_of_passes(run: Any) -> None:
     rank = next(o for o in said["options"] if o["name"] == "rank")
     assert (
         code == 0
-        and (rank["type"], rank["default"]) == ("int", "8")
+        and (rank["type"], rank["default"]) == ("int, or a map from selectors to it", "8")
         and "branch" in rank["meaning"]
     )
     assert "arXiv:2106.09685" in said["source"] and said["example"].startswith("lora{rank=8")

@@ -1,9 +1,10 @@
 """Bake: put what training decided in the place of what it decided it with.
 
-Ranks that a budget pruned go, gates become constants, a generator becomes what it generates, a
-learnt mask becomes indices. Which of it a method does is said in its own file; the replaced
-tensors are gone afterwards, the decisions stay in the history, and what is left trains on. Where
-calibration data is given, the certificate says how far the outputs moved on it.
+Ranks that a budget pruned go, nested ones are cut to the wanted number, gates become constants, a
+generator becomes what it generates, a learnt mask becomes indices. Which of it a method does is
+said in its own file; the replaced tensors are gone afterwards, the decisions stay in the history,
+and what is left trains on. Where calibration data is given, the certificate says how far the
+outputs moved on it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Bake(Pass):
     Attributes:
         names: which adapters; all that have something to settle by default.
         inputs: inputs of the program that become constants, such as `{task=2}`.
+        rank: how many ranks are left of adapters whose ranks are nested.
     """
 
     contract: ClassVar[Contract] = Contract("trainable")
@@ -38,6 +40,7 @@ class Bake(Pass):
 
     names: tuple[str, ...] | None = None
     inputs: dict[str, int] | None = None
+    rank: int | None = None
 
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         data = None if data is None else list(data)
@@ -45,11 +48,17 @@ class Bake(Pass):
         inputs = self.inputs or {}
         if unknown := [n for n in inputs if n not in program.spec.names]:
             raise PassError(f"bake: the program has no input {unknown[0]!r} ({program.spec}).")
+        if self.rank is not None and not any(_method(program, n).nested for n in wanted):
+            raise PassError(
+                f"bake: rank={self.rank} cuts adapters with nested ranks, and there is none. Leave "
+                "it out."
+            )
+        said = inputs if self.rank is None else {**inputs, "rank": self.rank}
         settled: dict[str, dict[str, Any]] = {}
         tensors: dict[str, Tensor] = {}
         for name in wanted:
             method = _method(program, name)
-            decisions = method.settle(program, data, inputs)
+            decisions = method.settle(program, data, said)
             if not decisions and self.names is not None:
                 raise PassError(
                     f"bake: the adapter {name!r} ({method.text}) has nothing to settle."

@@ -24,6 +24,7 @@ from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import Alias, renamed
 from ...rewriter.pipeline.controller import Controller, Forward
+from ...rewriter.pipeline.options import BySite
 from ...rewriter.pipeline.passes import Pass, Saved
 from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
@@ -97,9 +98,9 @@ class AdaLoRA(Budgeted):
     """Adds branches whose ranks are pruned to a common budget in training.
 
     Attributes:
-        rank: of every branch at first; sites with min(in, out) below it are skipped.
+        rank: of a branch at first, maybe by site; sites with min(in, out) below it are skipped.
         target: the budget at the end, in ranks a site on average; two thirds of rank by default.
-        alpha: numerator of the scale.
+        alpha: numerator of the scale, maybe by site.
         dropout: probability on the branch's input, in training.
         gamma: weight of the orthogonality loss; 0 for none.
         orth: `mean` of all Frobenius norms, as released, or `squared_sum`, as in the paper.
@@ -113,9 +114,9 @@ class AdaLoRA(Budgeted):
         init_r="rank", target_r="target", lora_dropout="dropout", orth_reg_weight="gamma"
     )
 
-    rank: int = 12
-    target: int | None = None
-    alpha: float = 16.0
+    rank: BySite[int] = 12
+    target: BySite[int | None] = None
+    alpha: BySite[float] = 16.0
     dropout: float = 0.0
     gamma: float = 0.1
     orth: Literal["mean", "squared_sum"] = "mean"
@@ -135,8 +136,7 @@ class AdaLoRA(Budgeted):
         self.require(0 <= self.gamma < math.inf, "gamma", "finite and not negative")
 
     def obstacle(self, site: WeightSite) -> str:
-        count, _, _ = site.matrices
-        if count > 1:
+        if (count := site.matrices[0]) > 1:
             return f"its {count} matrices would be left with different ranks. Use lora there"
         return rank_obstacle(self.rank, self.dropout, site)
 
@@ -144,8 +144,8 @@ class AdaLoRA(Budgeted):
         like, (_, out, size) = edit.like(site), site.matrices
         shapes = (out, self.rank), (self.rank, size)
         p, q = (torch.randn(s, generator=edit.generator) * 0.02 for s in shapes)
-        e, scale = torch.zeros(self.rank), self.alpha / self.rank
-        edit.add(site, AdaLoRABranch(p.to(like), e.to(like), q.to(like), scale, self.dropout))
+        branch = p.to(like), like.new_zeros(self.rank), q.to(like), self.alpha / self.rank
+        edit.add(site, AdaLoRABranch(*branch, self.dropout))
 
     def saved_part(self, saved: Saved) -> Part | None:
         p, e, q = (saved.tensors[name] for name in "peq")

@@ -25,7 +25,7 @@ from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import Alias
 from ...rewriter.program.sites import WeightSite
-from .initial_factors import RANDOM
+from .initial_factors import require_random
 from .lora import LoRA, LoRABranch
 
 
@@ -108,8 +108,7 @@ class DoRA(LoRA):
 
     def check(self) -> None:
         super().check()
-        remedy = "Choose lora for starts whose product is not zero."
-        self.require(self.init in RANDOM, "init", " or ".join(RANDOM), remedy)
+        require_random(self)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
         m = root(squared_norms(edit.matrix(site)))

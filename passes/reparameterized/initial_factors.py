@@ -44,6 +44,13 @@ RANDOM = ("kaiming", "gaussian")
 OF_DATA = ("eva", "corda", "corda_kpm", "lora_ga")
 """Starts that need batches, and know linears only."""
 
+
+def require_random(method: Any) -> None:
+    """Raises OptionError for starts whose product is not zero, or that the method does not plan."""
+    remedy = "Choose lora for starts whose product is not zero."
+    method.require(method.init in RANDOM, "init", " or ".join(RANDOM), remedy)
+
+
 START = re.compile(r"kaiming|gaussian|pissa(_niter_[1-9]\d{0,2})?|olora|eva|corda(_kpm)?|lora_ga")
 
 _ROOM = 1 << 30
@@ -162,6 +169,10 @@ class Options(Protocol):
     def dropout(self) -> float: ...
     @property
     def random_seed(self) -> int: ...
+    def at(self, plan: Plan, site: str) -> Options:
+        """The options at a site."""
+        ...
+
     def scale(self, rank: int) -> float:
         """Of a branch of this rank."""
         ...
@@ -205,11 +216,12 @@ def started(program: State, plan: Plan, options: Options, data: Any) -> Plan:
     """
     every: list[Any] = [program.sites[i] for i in plan.decisions["sites"]]
     sites: list[WeightSite] = [s for s in every if not s.obstacle]
+    own = {s.id: options.at(plan, s.id) for s in sites}
     if options.init != "eva":
-        factors = _factors(program, sites, options, data)
+        factors = _factors(program, sites, own, _data_of(options, data))
         named = {f"{i}.{n}": t for i, ab in factors for n, t in zip("ab", ab, strict=True)}
         return replace(plan, tensors={n: t.contiguous() for n, t in named.items()})
-    directions = _explaining(program, sites, options.rank, options.rho, _batches("eva", data))
+    directions = _explaining(program, sites, own, _data_of(options, data))
     none = {i: "its inputs vary too little for a rank" for i, a in directions.items() if not len(a)}
     decisions = dict(plan.decisions) | {"sites": [s.id for s in every if s.id not in none]}
     if none:
@@ -238,39 +250,52 @@ def planned_branch(edit: Editor, site: WeightSite, options: Options) -> StartedB
 
 
 def _factors(
-    program: State, sites: Sequence[WeightSite], options: Options, data: Any
+    program: State,
+    sites: Sequence[WeightSite],
+    own: Mapping[str, Options],
+    batches: Sequence[Any],
 ) -> Iterator[tuple[str, Pair]]:
-    """(site id, factors), in float32 at least."""
-    start, rank, scale = options.init, options.rank, options.scale(options.rank)
+    """(site id, factors), in float32 at least; the options by site."""
+    start = next((options.init for options in own.values()), "")
     if start == "lora_ga":
-        slopes = _slopes(program, sites, _batches(start, data))
-        yield from ((i, lora_ga(slope, rank)) for i, slope in slopes.items())
+        slopes = _slopes(program, sites, batches)
+        yield from ((i, lora_ga(slope, own[i].rank)) for i, slope in slopes.items())
         return
     weights = _matrices(program, sites)
     if start.startswith("corda"):
         last = start == "corda_kpm"
-        for i, moment in _moments(program, sites, _batches(start, data), centred=False):
-            yield i, corda(weights[i], moment, rank, scale, last)
+        for i, moment in _moments(program, sites, batches, centred=False):
+            rank = own[i].rank
+            yield i, corda(weights[i], moment, rank, own[i].scale(rank), last)
         return
     niter = int(start.rpartition("_")[2]) if "niter" in start else 0
     for i, weight in weights.items():
-        drawn = rank, scale, niter, options.random_seed
+        rank = own[i].rank
+        drawn = rank, own[i].scale(rank), niter, own[i].random_seed
         yield i, olora(weight, rank) if start == "olora" else pissa(weight, *drawn)
 
 
 def _explaining(
-    program: State, sites: Sequence[WeightSite], rank: int, rho: float, batches: Sequence[Any]
+    program: State,
+    sites: Sequence[WeightSite],
+    own: Mapping[str, Options],
+    batches: Sequence[Any],
 ) -> dict[str, Tensor]:
-    """`a` of each site: the directions that explain most, `rank` a site on average."""
-    limits = {s.id: min(round(rank * rho), *s.matrices[1:]) for s in sites}
+    """`a` of each site: the directions that explain most, as many as all have ranks."""
+    limits = {s.id: min(round(own[s.id].rank * own[s.id].rho), *s.matrices[1:]) for s in sites}
+    budget = sum(options.rank for options in own.values())
     each = _moments(program, sites, batches, centred=True)
     known = {i: principal(moment, limits[i]) for i, moment in each}
-    taken = most([known[s.id][1] for s in sites], rank * len(sites))
+    taken = most([known[s.id][1] for s in sites], budget)
     ranks = {s.id: int(t.sum()) for s, t in zip(sites, taken, strict=True)}
     return {s.id: known[s.id][0][: ranks[s.id]].float() for s in sites}
 
 
-def _batches(start: str, data: Any) -> list[Any]:
+def _data_of(options: Options, data: Any) -> list[Any]:
+    """The batches that a start decides from, if it does."""
+    start = options.init
+    if start not in OF_DATA:
+        return []
     batches: list[Any] = list(data) if isinstance(data, Iterable) else []  # pyright: ignore
     if not batches:
         raise OptionError(

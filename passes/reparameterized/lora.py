@@ -4,6 +4,8 @@ Hu et al., ICLR 2022, arXiv:2106.09685. `s = alpha / rank`, or `alpha / sqrt(ran
 stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732). A is Kaiming uniform (a = sqrt 5), B zero,
 so step 0 is the base model. Folds exactly: `W + s B A`.
 
+With `lr_ratio=16`, B learns faster than A (LoRA+: Hayou et al., ICML 2024, arXiv:2402.12354).
+
 With `init=` factors begin otherwise (`initial_factors`). Where their product `B0 A0` is not zero,
 it is what PiSSA and its kind subtract from W: the branch is `s (B A - B0 A0)`, W stays as it is,
 and step 0 is the base model, bit for bit. Other libraries get a LoRA of twice the rank.
@@ -16,26 +18,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
+from ...rewriter.pipeline.aliases import PLACES, Alias, by_pattern, instead, renamed, started_by
+from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.options import BySite
 from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, WeightSite
 from ...rewriter.program.state import State
-from .initial_factors import (
-    RANDOM,
-    START,
-    planned_branch,
-    rank_obstacle,
-    start_obstacle,
-    started,
-)  # fmt: skip
+from . import initial_factors as starts
+from .factors import FactorController, low_rank_parameters
 
 
 class LoRABranch(Delta):
@@ -48,37 +45,30 @@ class LoRABranch(Delta):
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.scale, self.dropout = scale, dropout
 
+    def acting(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of a call."""
+        return self.a, self.b
+
+    def lasting(self) -> tuple[Tensor, Tensor]:
+        """(A, B) once training is over."""
+        return self.acting()
+
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
-        return self.shape.low_rank(self.dropped(x), self.a, self.b, self.scale, **operands)
+        return self.shape.low_rank(self.dropped(x), *self.acting(), self.scale, **operands)
 
     def delta(self) -> Tensor:
-        return self.shape.product(self.b * self.scale, self.a)
+        a, b = self.lasting()
+        return self.shape.product(b * self.scale, a)
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        return (self.a, self.b, self.scale) if self.at_linear else None
+        return (*self.acting(), self.scale) if self.at_linear else None
 
     def part(self) -> Part:
-        a, b = self.a.detach(), self.b.detach()
+        a, b = (t.detach() for t in self.lasting())
         return LowRank("", a, b, self.scale, dropout=self.dropout)
 
     def describe(self) -> str:
         return f"rank={self.a.shape[-2]}, scale={self.scale:g}"
-
-
-def low_rank_parameters(
-    site: WeightSite, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """`(a [rank, in], b [out, rank])`, or with the number of matrices in front, whose product is
-    zero. An embedding's a is zero, so that only rows that are looked up ever change."""
-    count, out, size = site.matrices
-    a, b = torch.empty(count * rank, size), torch.zeros(count * out, rank)
-    if isinstance(site, EmbeddingSite):
-        nn.init.zeros_(a), nn.init.normal_(b, generator=generator)
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-    if count == 1:
-        return a, b
-    return a.unflatten(0, (count, rank)), b.unflatten(0, (count, out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,30 +79,38 @@ class LoRA(Method):
     experts, each has factors of its own; of an embedding, the rows of `A^T` are looked up.
 
     Attributes:
-        rank: of the branch; sites with min(in, out) below it are skipped.
-        alpha: numerator of the scale.
+        rank: of the branch; sites with min(in, out) below it are skipped. By site, such as
+            `{q=8,ffn=16,default=4}`: the first entry that matches counts.
+        alpha: numerator of the scale; by site, too.
         dropout: probability on the branch's input, in training.
         rslora: scale by alpha / sqrt(rank).
         init: `kaiming`, `gaussian` (A of deviation 1 / rank), `pissa` (`pissa_niter_4`: by that
             many rounds), `olora`; and of batches (`data=`) `eva`, `corda`, `corda_kpm`, `lora_ga`.
         rho: `eva` moves ranks between sites, up to so many times rank.
+        lr_ratio: LoRA+: the learning rate of B (and of magnitudes), in rates of A; the paper's is
+            16. Beside embeddings, where A is the one that starts at zero, both keep theirs.
         where: the paper adapts queries and values.
     """
 
+    controller: ClassVar[type[Controller]] = FactorController
     folds: ClassVar[str] = "exactly"
     named: ClassVar[tuple[str, ...]] = ("conv", "embedding", "experts")
     aliases: ClassVar[Mapping[str, Alias]] = PLACES | {
         **renamed(r="rank", lora_alpha="alpha", lora_dropout="dropout", use_rslora="rslora"),
+        **renamed(loraplus_lr_ratio="lr_ratio"),
         "init_lora_weights": started_by("init", "kaiming"),
+        "rank_pattern": by_pattern("rank"),
+        "alpha_pattern": by_pattern("alpha"),
         "use_dora": instead("write dora{...} in place of lora{...}"),
     }
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: BySite[int] = 8
+    alpha: BySite[float] = 16.0
     dropout: float = 0.0
     rslora: bool = False
     init: str = "kaiming"
     rho: float = 2.0
+    lr_ratio: float = 1.0
     where: str = "q|v"
 
     def check(self) -> None:
@@ -120,21 +118,22 @@ class LoRA(Method):
         self.require(math.isfinite(self.alpha), "alpha", "finite")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         words = "kaiming, gaussian, pissa, pissa_niter_4, olora, eva, corda, corda_kpm or lora_ga"
-        self.require(START.fullmatch(self.init) is not None, "init", words)
+        self.require(starts.START.fullmatch(self.init) is not None, "init", words)
         self.require(1 <= self.rho < math.inf, "rho", "at least 1")
+        self.require(0 < self.lr_ratio < math.inf, "lr_ratio", "positive")
         roots = self.init.startswith(("pissa", "corda"))
         self.require(self.alpha > 0 or not roots, "alpha", f"above 0 with init={self.init}")
 
     def obstacle(self, site: WeightSite) -> str:
-        started = start_obstacle(self.init, self.rank, site)
-        return started or rank_obstacle(self.rank, self.dropout, site)
+        why = starts.start_obstacle(self.init, self.rank, site)
+        return why or starts.rank_obstacle(self.rank, self.dropout, site)
 
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         plan = super().plan(program, data, sources)
-        return plan if self.init in RANDOM else started(program, plan, self, data)
+        return plan if self.init in starts.RANDOM else starts.started(program, plan, self, data)
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
-        edit.add(site, planned_branch(edit, site, self) or self.made(edit, site))
+        edit.add(site, starts.planned_branch(edit, site, self) or self.made(edit, site))
 
     def scale(self, rank: int) -> float:
         """Of a branch of this rank: where `eva` moved ranks, alpha moved along."""

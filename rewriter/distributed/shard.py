@@ -28,7 +28,6 @@ from ..graph.aten import set_attribute
 from ..graph.module import device_of
 from ..graph.placement import relocate
 from ..graph.sharded import has_shards, is_sharded, placed_like, whole
-from ..pipeline.controller import Controller
 from ..pipeline.method import Method
 from ..program.state import BRANCHES
 
@@ -118,7 +117,7 @@ def _unsharded(module: Outlined) -> set[nn.Parameter]:
     program = names(module).flat.program
     controlled = [
         r.adapter or "" for r in program.history
-        if isinstance(r.applied, Method) and r.applied.controller is not Controller
+        if isinstance(r.applied, Method) and r.applied.controller.whole
     ]  # fmt: skip
     owned = {n for adapter in controlled for n in program.owned.get(adapter, ())}
     inside = tuple(f"{BRANCHES}.{adapter}." for adapter in controlled)

@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import OptionError
+from .options import DEFAULT
 
 AND = "and"
 """A condition beside `where`, as if it were an option."""
 
 Alias = Callable[[Any], Mapping[str, Any] | str]
 """Options of a pass for a foreign value, or what to write instead."""
+
+
+class Entries(dict[str, Any]):
+    """Values of an option by site, for which another word, or the usual value, is the default."""
 
 
 def _same(option: str) -> Alias:
@@ -69,6 +74,25 @@ def _modules(value: Any) -> str:
     return "|".join(
         f"name:{name}" if plain else rf"re:'(^|\.){re.escape(name)}$'" for name in names
     )
+
+
+def _ending(pattern: str) -> str:
+    """The selector of modules whose whole name, or dotted end, a pattern of PEFT's matches."""
+    if re.fullmatch(r"[\w.-]+", pattern):
+        return f"name:{pattern}"
+    return rf"re:'^(.*\.)?({pattern})$'"
+
+
+def by_pattern(option: str) -> Alias:
+    """PEFT's word for values of an option by patterns of names; there, too, the first counts."""
+
+    def entries(value: Any) -> Mapping[str, Any] | str:
+        if not isinstance(value, Mapping):
+            return {} if says_nothing(value) else "it must be a map from names to values"
+        found: Mapping[Any, Any] = value
+        return {option: Entries({_ending(str(k)): v for k, v in found.items()})} if found else {}
+
+    return entries
 
 
 def _targets(value: Any) -> Mapping[str, Any] | str:
@@ -136,7 +160,12 @@ def translated(
             if option == AND:
                 conditions.append(own)
                 continue
-            if option in options:
+            held = options.get(option)
+            if isinstance(own, Entries) and held is not None and not isinstance(held, Mapping):
+                own = {**own, DEFAULT: held}
+            elif isinstance(held, Entries) and not isinstance(own, Mapping):
+                own = {**held, DEFAULT: own}
+            elif option in options:
                 raise OptionError(
                     f"{name}: {words[option]} and {word} say the same; leave one out."
                 )

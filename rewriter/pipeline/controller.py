@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,22 @@ def usual(parameter: nn.Parameter) -> Mapping[str, Any]:
 class Controller:
     """The controller of one adapter. The base class is that of a method that needs nothing.
 
+    Class attributes:
+        whole: the adapter's parameters stay whole on every rank, since their values matter here:
+            of each subclass that does not say `whole=False` (one that chooses rates alone).
+
     Attributes:
         program: the program in training.
         method: the pass that inserted the adapter, with its options.
         adapter: the name of the adapter.
         optimizer, total_steps: known from `start` on.
     """
+
+    whole: ClassVar[bool] = False
+
+    def __init_subclass__(cls, whole: bool = True, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.whole = whole
 
     def __init__(self, program: State, method: Pass) -> None:
         self.program, self.method = program, method

@@ -17,6 +17,7 @@ from ..program.history import Contract, Plan
 from ..program.selector import Selection, meaning, named_alone, select, words
 from ..program.sites import LinearSite, Site, listed
 from ..program.state import State
+from .by_site import values_at
 from .controller import Controller
 from .passes import NAME, REGISTRY, Pass
 from .placing import example_word, left_out
@@ -32,6 +33,7 @@ class Method(Pass, abstract=True):
             one alone, or it matches nothing else.
         controller: what it needs while it trains.
         folds: what becomes of it after training, in a few words (`exactly`, `no: not linear`).
+        nested: its ranks are nested, so that `bake` may be asked for one.
 
     Attributes:
         where: selector of the sites (see `rewriter/program/selector.py`).
@@ -45,6 +47,7 @@ class Method(Pass, abstract=True):
     contract: ClassVar[Contract] = Contract("identity")
     controller: ClassVar[type[Controller]] = Controller
     folds: ClassVar[str] = ""
+    nested: ClassVar[bool] = False
 
     where: str = ""
     name: str = ""
@@ -172,11 +175,15 @@ class Method(Pass, abstract=True):
         selection, absent = self._selection(program)
         sites = self.sites(program)
         free = [s for s in sites if not self._fixed(s)]
-        misfits = {s.id: reason for s in free if (reason := self.obstacle(s))}
+        values = values_at(self, free, program.sites.items)
+        stated = Plan({"options": values})
+        misfits = {s.id: why for s in free if (why := self.at(stated, s.id).obstacle(s))}
         if free and len(misfits) == len(free):
             where, reason = next(iter(misfits.items()))
             raise OptionError(f"{self.text}: no selected site fits. {where}: {reason}.")
         decisions: dict[str, Any] = {"sites": [s.id for s in sites if s.id not in misfits]}
+        if values:
+            decisions["options"] = {i: v for i, v in values.items() if i not in misfits}
         if absent:
             decisions["absent"] = absent
         if named := sorted({s.kind for s in sites} & set(self.named)):
@@ -198,10 +205,9 @@ class Method(Pass, abstract=True):
 
     def insert_all(self, edit: Editor, sites: Sequence[Any], plan: Plan) -> None:
         """Edits all sites; for methods that do not edit one by one."""
-        del plan
         for site in self.free(edit, sites):
             done = len(edit.edited), len(edit.skipped)
-            self.insert(edit, site)
+            self.at(plan, site.id).insert(edit, site)
             if done == (len(edit.edited), len(edit.skipped)):
                 raise PassError(
                     f"{self.text}: insert did nothing at {site.id}. It must hand a branch to the "
@@ -241,7 +247,8 @@ class Method(Pass, abstract=True):
         Args:
             program: the trained program.
             data: batches to calibrate on, or None.
-            inputs: inputs that shall be constants from now on.
+            inputs: inputs that shall be constants from now on; of nested ranks also `rank`, how
+                many shall be left.
         """
         del program, data, inputs
         return {}

@@ -1,15 +1,47 @@
-"""Option values of passes: what fits a declared type, and how they are written as text."""
+"""Option values of passes: what fits a declared type, and how they are written as text.
+
+An option that is declared `BySite[int]` takes an int, or a map from selectors to ints, see
+`by_site.py`.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+BySite = Annotated[T, "by site"]
+"""One value for all sites, or a map from selectors to values, which `Pass.at` resolves: where a
+site is at hand, methods read the one value."""
+
+DEFAULT = "default"
+"""The key of such a map for what no selector of it matches."""
+
+KEY = re.compile(r"[\w.|:*-]+")
+"""A key of a map that needs no quotes."""
+
+
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Declared types of a pass's options, `BySite` with them."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def is_by_site(hint: Any) -> bool:
+    """Whether an option may have a value for each site."""
+    return get_origin(hint) is Annotated
 
 
 def adapt(item: Any, hint: Any) -> Any:
     """Lists become tuples, whole numbers floats, and one word a tuple of one, where declared."""
+    if is_by_site(hint):
+        inner = get_args(hint)[0]
+        each: Any = item if isinstance(item, Mapping) else None
+        return adapt(item, inner) if each is None else {k: adapt(v, inner) for k, v in each.items()}
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for kind in kinds:
         if get_origin(kind) is tuple and isinstance(item, list):
@@ -25,6 +57,9 @@ def adapt(item: Any, hint: Any) -> Any:
 def fits(got: Any, hint: Any) -> bool:
     """Whether a value is of a declared type; numbers are not converted."""
     origin = get_origin(hint)
+    if origin is Annotated:
+        inner = get_args(hint)[0]
+        return fits(got, dict[str, inner]) and bool(got) if type(got) is dict else fits(got, inner)
     if origin in (Union, types.UnionType):
         return any(fits(got, h) for h in get_args(hint))
     if origin is dict:
@@ -50,6 +85,8 @@ def fits(got: Any, hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """A declared type in the words of an error message."""
+    if is_by_site(hint):
+        return f"{type_name(get_args(hint)[0])}, or a map from selectors to it"
     if hint is int:
         return "int (of at most 64 bits)"
     if get_origin(hint) is not None and getattr(get_origin(hint), "__name__", "") == "Literal":
@@ -68,7 +105,7 @@ def write_value(item: Any) -> str:
     if isinstance(item, tuple | list):
         return f"[{','.join(write_value(i) for i in item)}]"  # pyright: ignore[reportUnknownVariableType]
     if isinstance(item, Mapping):
-        return "{" + ",".join(f"{k}={write_value(v)}" for k, v in item.items()) + "}"  # pyright: ignore[reportUnknownVariableType]
+        return "{" + ",".join(f"{_key(k)}={write_value(v)}" for k, v in item.items()) + "}"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     text = str(item)
     balanced = re.sub(r"[^()]", "", text)
     while "()" in balanced:
@@ -77,5 +114,13 @@ def write_value(item: Any) -> str:
     number = re.fullmatch(r"[-+]?(\d|\.\d|inf|nan).*", text, re.IGNORECASE)
     if plain and not number and text not in ("true", "false", "none") and text == text.strip():
         return text
+    return _quoted(text)
+
+
+def _key(key: Any) -> str:
+    return key if KEY.fullmatch(str(key)) else _quoted(str(key))
+
+
+def _quoted(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from abc import ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
@@ -19,8 +19,9 @@ from ..edits.edit import Editor
 from ..errors import OptionError, nearest
 from ..program.history import Contract, Plan
 from ..program.state import State
-from .aliases import Alias, translated
-from .options import adapt, fits, type_name, write_value
+from .aliases import Alias, Entries, translated
+from .by_site import maps_of
+from .options import DEFAULT, adapt, fits, hints_of, type_name, write_value
 
 REGISTRY: dict[str, type[Pass]] = {}
 """Text name -> pass class; filled by subclassing."""
@@ -99,7 +100,7 @@ class Pass(metaclass=Worded):
         REGISTRY[stem] = cls
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = hints_of(type(self))
         for option in fields(self):
             got = getattr(self, option.name)
             if not fits(got, hints[option.name]):
@@ -108,10 +109,35 @@ class Pass(metaclass=Worded):
                     f"{self.text}: option {option.name} must be {wanted}, not {got!r} "
                     f"({type(got).__name__})."
                 )
-        self.check()
+        maps = maps_of(self)
+        if not maps:
+            self.check()
+        if len(maps) == 1:  # of several, only sites say which values meet
+            ((option, entries),) = maps.items()
+            for value in entries.values():
+                replace(self, **{option: value})
 
     def check(self) -> None:
-        """Raises OptionError for values out of range; overridden by methods."""
+        """Raises OptionError for values out of range; overridden by methods. Where options have
+        values by site, it is asked of each site's."""
+
+    def at(self, plan: Plan, site: str) -> Self:
+        """This pass with the values that its options have at a site, by its id.
+
+        Raises:
+            OptionError: the plan does not say them.
+        """
+        maps = maps_of(self)
+        if not maps:
+            return self
+        stated: Any = plan.decisions.get("options")
+        values: Any = stated.get(site) if isinstance(stated, Mapping) else None
+        if not isinstance(values, Mapping) or set(values) != set(maps):
+            raise OptionError(
+                f"{self.text}: the plan does not say {' and '.join(maps)} of {site or 'a branch'}. "
+                "It was altered: save the adapter again, or leave that adapter out."
+            )
+        return replace(self, **values)
 
     def require(self, holds: bool, option: str, rule: str, remedy: str = "") -> None:
         """Raises OptionError unless `holds`.
@@ -207,7 +233,7 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     """
     cls = lookup(name)
     values = in_own_words(cls, options)
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     new = cls(**{option: adapt(item, hints[option]) for option, item in values.items()})
     object.__setattr__(new, "typed", frozenset(values))
     return new
@@ -230,5 +256,10 @@ def in_own_words(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
                 f"{cls.text} has no option {option!r}. Nearest: {close}. "
                 f"Options: {', '.join(known)}."
             )
-    hints = get_type_hints(cls)
-    return {option: adapt(item, hints[option]) for option, item in given.items()}
+    hints = hints_of(cls)
+    usual = {f.name: f.default for f in fields(cls)}
+    complete = {
+        option: {**item, DEFAULT: usual[option]} if isinstance(item, Entries) else item
+        for option, item in given.items()
+    }
+    return {option: adapt(item, hints[option]) for option, item in complete.items()}

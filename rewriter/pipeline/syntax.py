@@ -3,6 +3,8 @@
     pipeline := pass (";" pass)*
     pass     := name [ "{" option "=" value ("," option "=" value)* "}" ]
     value    := number | true | false | none | 'quoted' | [list] | {map} | word
+    map      := key "=" value ("," key "=" value)*, with a key of letters, digits and . | : * _ -,
+                or 'quoted'
 
 A comma at depth 0 ends a value, so words may hold spaces and `|` (`where=q|v and layer>=6`).
 Text is bounded in size, depth and digits, so that reading it never takes long.
@@ -21,6 +23,7 @@ import yaml
 
 from ..errors import ArtifactError, OptionError
 from ..files.files import read_file
+from .options import KEY
 from .passes import Pass, make
 
 
@@ -122,9 +125,12 @@ def _parse_map(body: str, where: str) -> dict[str, Any]:
     if not body.strip():
         return options
     for item in _split(body, ","):
+        quoted = re.match(r"\s*('(?:[^'\\]|\\.)*')\s*(=)", item, re.DOTALL)
         key, equals, raw = item.partition("=")
         key = key.strip()
-        if not equals or not re.fullmatch(r"\w+", key):
+        if quoted is not None:
+            key, equals, raw = parse_value(quoted[1]), "=", item[quoted.end() :]
+        elif not equals or not KEY.fullmatch(key):
             raise OptionError(
                 f"{_short(item.strip())} in {_short(where.strip())} is not option=value."
             )

@@ -18,7 +18,6 @@ import torch
 import peftfx
 import peftfx.distributed as pd
 from peftfx.rewriter.errors import CorruptFileError, RanksError
-from peftfx.rewriter.pipeline.controller import Controller
 
 from ..captures import captures
 from ..recipes import METHODS, method_class
@@ -70,8 +69,9 @@ def test_every_method_shards_by_block(folder: Path) -> None:
         assert got["losses"][0] == pytest.approx(got["losses"][1], rel=1e-5), name
         assert abs(got["losses"][0][0] - got["losses"][0][-1]) > 1e-5, name
         assert got["tensors"] < 1e-4, name
-    watched = {n for n in METHODS if method_class(n).controller is not Controller}
-    assert {n for n, got in ours.items() if got["whole"]} == watched and "adalora" in watched
+    watched = {n for n in METHODS if method_class(n).controller.whole}
+    assert {n for n, got in ours.items() if got["whole"]} == watched
+    assert {"adalora", "sora", "dylora"} <= watched and not {"lora", "dora"} & watched
 
 
 def test_checkpoints_fit_any_number_of_ranks(folder: Path) -> None:

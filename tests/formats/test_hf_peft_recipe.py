@@ -59,6 +59,9 @@ CONFIGS: dict[str, Any] = {
     "layers": peft.LoraConfig(r=4, target_modules=["v_proj"], layers_to_transform=[1]),
     "one layer": peft.LoraConfig(r=4, target_modules=["v_proj"], layers_to_transform=0),
     "excluded": peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=["o_proj"]),
+    "ranks": peft.LoraConfig(
+        r=4, target_modules="all-linear", rank_pattern={"q_proj": 2, r".*1\.mlp\.up_proj": 3, "up_proj": 5},
+    ),
     "dora": peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
     "saved": peft.LoraConfig(
         r=4, target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"]
@@ -133,6 +136,11 @@ def test_tokens_and_heads_are_passes_of_their_own() -> None:
         ("lora{layers_to_transform=[0,1]}", "lora{where=(q|v) and (layer in [0,1])}"),
         ("lora{init_lora_weights=pissa,fan_in_fan_out=false}", "lora{init=pissa}"),
         ("lora{bias=none,rank_pattern={},use_dora=false}", "lora"),
+        ("lora{r=4,rank_pattern={q_proj=3,layers.0.v_proj=2},alpha_pattern={v_proj=5}}",
+         "lora{rank={name:q_proj=3,name:layers.0.v_proj=2,default=4},"
+         "alpha={name:v_proj=5,default=16}}"),
+        ("dora{rank_pattern={'.*[qv]_proj'=3},r=2}",
+         r"dora{rank={'re:\'^(.*\\.)?(.*[qv]_proj)$\''=3,default=2}}"),
         ("dora{use_dora=true}", "dora"),
         ("adalora{init_r=6,target_r=3,tinit=5,tfinal=9,deltaT=2,total_step=40}",
          "adalora{rank=6,target=3,warmup=5,final=9,interval=2}"),
@@ -157,7 +165,8 @@ def test_words_in_python(base: peftfx.Program) -> None:
     assert [r.applied for r in direct.history] == [mine, peftfx.IA3(where="k")]
     for wrong, said in (
         (lambda: peftfx.LoRA(rnk=3), "no option 'rnk'. Nearest: rank, r"),  # type: ignore
-        (lambda: peftfx.LoRA(rank_pattern={"q": 2}), "a pass for each rank"),  # type: ignore
+        (lambda: peftfx.IA3(rank_pattern={"q": 2}), "a pass for each rank"),  # type: ignore
+        (lambda: peftfx.LoRA(rank_pattern=3), "a map from names to values"),  # type: ignore
         (lambda: peftfx.LoRA(8), "takes its options by name"),  # type: ignore
         (lambda: peftfx.run(base, 3), "a configuration .of peft., not int"),  # type: ignore
     ):
@@ -171,7 +180,8 @@ def test_words_in_python(base: peftfx.Program) -> None:
         ("lora{modules_to_save=[score]}", r"train\{where=head\}"),
         ("lora{use_dora=true}", r"dora\{\.\.\.\} in place of lora"),
         ("lora{bias=all}", r"bitfit\{add=false"),
-        ("lora{rank_pattern={q_proj=3}}", "a pass for each rank"),
+        ("ia3{rank_pattern={q_proj=3}}", "a pass for each rank"),
+        ("lora{rank={q=3},rank_pattern={q_proj=3}}", "rank and rank_pattern say the same"),
         ("lora{r=2,rank=2}", "r and rank say the same"),
         ("lora{where=q,target_modules=[q_proj]}", "where and target_modules say the same"),
         ("lora{target_modules=[]}", "selects nothing"),

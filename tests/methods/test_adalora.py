@@ -388,6 +388,50 @@ def test_trainable_count(captured: Any) -> None:
     assert count == layers * sum(4 * (k + o + 1) for k, o in sizes)
 
 
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.two(x)
+
+
+def test_planted_ranks_get_the_budget() -> None:
+    """The targets are those of weights that differ by a rank of 1 and of 5: of a budget of 6 each
+    gets its own, although both begin with 6."""
+    torch.manual_seed(3)
+    model = Linears().eval().requires_grad_(False)
+    planted = {"one": 1, "two": 5}
+    deltas = {n: torch.randn(24, r) @ torch.randn(r, 24) / 8 for n, r in planted.items()}
+    base = peftfx.capture(model, (torch.randn(4, 24),))
+    program = peftfx.run(base, "adalora{rank=6,target=3,where=linear}").train()
+    controllers = peftfx.controllers(program)
+    optimizer = torch.optim.Adam(controllers.param_groups(0.02))
+    controllers.start(optimizer, 500)
+    for step in range(500):
+        x = torch.randn(64, 24)
+        outputs = program(x)
+        loss = torch.stack([
+            (y - (model.get_submodule(n)(x) + x @ deltas[n].T)).square().mean()
+            for n, y in zip(planted, outputs, strict=True)
+        ]).sum()  # fmt: skip
+        (loss + controllers.loss(outputs)).backward()
+        controllers.before_step(step)
+        optimizer.step()
+        controllers.after_step(step)
+        optimizer.zero_grad()
+    found: dict[str, int] = {}
+    for attachment in program.attachments:
+        branch = program.branch(attachment)
+        assert isinstance(branch, AdaLoRABranch)
+        name = attachment.site.removesuffix(".weight")
+        found[name] = len(branch.kept())
+        left = (branch.delta().detach() - deltas[name]).norm() / deltas[name].norm()
+        assert left < 0.15, (name, left)
+    assert found == planted
+
+
 OTHERS = ("lora{rank=4}", "ia3", "serial_adapter{bottleneck=6}", "prefix_tuning{length=5}",
           "prompt_tuning{length=4}", "bitfit", "adalora{rank=2,target=1,name=more}")  # fmt: skip
 
