@@ -42,7 +42,7 @@ METHODS: Mapping[str, Method] = {
     "IA3": Method("ia3", ignored=frozenset({"feedforward_modules"})),
     "PREFIX_TUNING": Method("prefix_tuning", {"std": 1.0, "shift_positions": True}, _DERIVED),
     "PROMPT_TUNING": Method("prompt_tuning", {"init": "normal"}, _DERIVED),
-    "LN_TUNING": Method("train", {"where": "norm"}),
+    "LN_TUNING": Method("norm_tuning"),
     "TRAINABLE_TOKENS": Method("train_tokens"),
 }
 

@@ -1,0 +1,183 @@
+"""FAR: train some neurons of each feed-forward block, chosen by how far priming moves them.
+
+Vucetic et al., ISCAS 2022, arXiv:2205.01541. A neuron is its row of the first matrix (and of a
+gate's), its entry of their biases, and its column of the last matrix. Two stages:
+
+1.  Priming: the blocks train whole, for a small share of the steps.
+2.  `bake` keeps the share `share` of neurons whose rows moved most (L1 norm); what they learnt
+    stays, and the others are the base's again. From here on the learners are dense parts of their
+    own, `[n, in]` and `[out, n]`, and nothing else has gradients or moments. After `lower`,
+    backward computes no others: as much as with matrices split in two, which need not be permuted.
+
+    program = peftfx.run(program, "far")                                # prime with its controllers
+    program = peftfx.run(program, [*peftfx.controllers(program).finish(), "lower"])   # train again
+
+The paper leaves open whether neurons compete within a layer or in the model (`scope`), and whether
+the last matrix counts (`metric`). Biases and norms elsewhere train with `bitfit` beside it. What
+trains is the difference from the base, so weight decay draws to that. Folds exactly at each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...rewriter.edits.edit import Editor
+from ...rewriter.edits.linear.sparse import DenseDelta, Part, SliceDelta, largest, parts_of
+from ...rewriter.errors import MetaTensorError
+from ...rewriter.pipeline.controller import Controller
+from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.passes import Pass
+from ...rewriter.program.history import Plan
+from ...rewriter.program.sites import FeedForwardSite, LinearSite
+from ...rewriter.program.state import State
+from ..merging.bake import Bake
+
+
+class PrimedDelta(DenseDelta):
+    """All of a block's tensor trains; settles to the slices of the learners along `slices`."""
+
+    def __init__(self, part: Part, stored: Tensor, slices: int) -> None:
+        super().__init__(part, stored)
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        self.w = nn.Parameter(torch.zeros(part.shape, dtype=wide, device=stored.device))
+        self.slices = slices
+
+    def delta(self, random: bool) -> Tensor:
+        del random
+        return self.w
+
+    def settled(self, **decided: Any) -> SliceDelta | None:
+        indices: Tensor = decided["indices"].to(self.w.device)
+        if not len(indices):
+            return None
+        values = self.w.detach().index_select(self.slices, indices)
+        return SliceDelta(indices, values * decided["kept"], self.slices)
+
+
+class Priming(Controller):
+    """Ends with the choice of the learners."""
+
+    def primed(self) -> dict[str, tuple[str, PrimedDelta]]:
+        """The branches that are not settled yet, with their paths, by the name of their tensor."""
+        return {b.piece.name: (p, b) for p, b in self.branches() if isinstance(b, PrimedDelta)}
+
+    def finish(self) -> tuple[Pass, ...]:
+        return (Bake(names=(self.adapter,)),) if self.primed() else ()
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """Where the neurons of a block lie in one stored tensor: `index [k, neurons]` along `axis`."""
+
+    site: LinearSite
+    axis: int
+    index: Tensor
+    moves: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Far(Method):
+    """Trains some neurons of feed-forward blocks.
+
+    Attributes:
+        share: of neurons that learn, after `bake`.
+        scope: among which they are chosen: each `layer`'s own, or all of the `model`.
+        metric: what of a neuron has moved: its `rows` of the first matrix, or `all` its weights.
+        keep: what the learners learnt while priming stays; else they start at the base again.
+        bias: also the neurons' biases.
+        where: feed-forward blocks.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("feedforward",)
+    controller: ClassVar[type[Controller]] = Priming
+    folds: ClassVar[str] = "exactly"
+
+    share: float = 0.3
+    scope: Literal["layer", "model"] = "layer"
+    metric: Literal["rows", "all"] = "rows"
+    keep: bool = True
+    bias: bool = True
+    where: str = "feedforward"
+
+    def check(self) -> None:
+        self.require(0 < self.share <= 1, "share", "in (0, 1]")
+
+    def obstacle(self, site: FeedForwardSite) -> str:
+        stacks = "its neurons are those of experts. Select dense blocks with where="
+        return stacks if site.experts else ""
+
+    def insert_all(self, edit: Editor, sites: Sequence[FeedForwardSite], plan: Plan) -> None:
+        del plan
+        done: set[str] = set()
+        for site in sites:
+            neurons = self._neurons(edit.program, site)
+            _, left = parts_of(edit.program, [n.site for n in neurons.values()])
+            if reason := next((why for _, why in left if site.down not in done), ""):
+                edit.skip(site, reason)
+                continue
+            for name, own in neurons.items():
+                if name not in done:  # layers may share their weights
+                    part = Part((own.site,), name, tuple(edit.stored(name).shape))
+                    edit.express(own.site, name, PrimedDelta(part, edit.stored(name), own.axis))
+            done.update(neurons)
+            edit.edited.append(site.id)
+
+    def _neurons(self, program: State, site: FeedForwardSite) -> dict[str, _Neurons]:
+        """By stored tensor; one that is fused holds the rows of two matrices."""
+        found: dict[str, _Neurons] = {}
+        for id in (site.up, site.gate, site.down):
+            matrix = program.sites[id] if id else None
+            if not isinstance(matrix, LinearSite):
+                continue
+            last = id == site.down
+            own = range(matrix.in_features if last else matrix.out_features)
+            index = torch.tensor(own if last or matrix.features is None else matrix.features)[None]
+            names = {matrix.weight: int(matrix.in_out != last)}
+            if self.bias and matrix.bias and not last:
+                names[matrix.bias] = 0
+            for name, axis in names.items():
+                rows = torch.cat([found[name].index, index]) if name in found else index
+                moves = name == matrix.weight and (self.metric == "all" or not last)
+                found[name] = _Neurons(matrix, axis, rows, moves)
+        return found
+
+    def settle(
+        self, program: State, data: Any, inputs: Mapping[str, int]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        primed = Priming(program, self).primed()
+        if any(b.w.is_meta for _, b in primed.values()):
+            raise MetaTensorError(
+                "weights on the meta device have not moved. Load weights and train first "
+                "(peftfx.load_weights)."
+            )
+        every = [s for s in program.sites if isinstance(s, FeedForwardSite)]
+        held = {s.down: self._neurons(program, s) for s in every}
+        blocks = {down: own for down, own in held.items() if own and own.keys() <= primed.keys()}
+        moved = {down: _moved(neurons, primed) for down, neurons in blocks.items()}
+        groups = [moved] if self.scope == "model" else [{d: m} for d, m in moved.items()]
+        decided: dict[str, dict[str, Any]] = {}
+        for group in groups:
+            count = max(1, round(self.share * sum(m.numel() for m in group.values())))
+            for down, chosen in largest(group, count).items():
+                for name, neurons in blocks[down].items():
+                    index = neurons.index.to(chosen.device)[:, chosen].flatten().to(torch.int32)
+                    decided[primed[name][0]] = {"indices": index, "kept": int(self.keep)}
+        return decided
+
+
+def _moved(
+    neurons: Mapping[str, _Neurons], primed: Mapping[str, tuple[str, PrimedDelta]]
+) -> Tensor:
+    """How far each neuron's weights have moved, `[neurons]`."""
+    total: Any = 0
+    for name, own in neurons.items():
+        if own.moves:
+            w = primed[name][1].w.detach()
+            rows = w.abs().sum(1 - own.axis)
+            total = total + rows[own.index.to(w.device)].sum(0)
+    return total
