@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...rewriter.errors import SelectorError
 from ...rewriter.program.sites import AttentionSite, EmbeddingSite, LinearSite, NormSite, Site
 from ...rewriter.program.state import State
 from ...rewriter.sites.order import downstream
@@ -26,22 +25,17 @@ class CrossAttention(Train):
     Attributes:
         norms: with the normalisations of their sublayers.
         embeddings: also the tables (and their norms) of the side that is new: `source` (what the
-            keys are computed from), `target` (with the head), `both` or `none`.
+            keys are computed from), `target` (with the head), `both` or `frozen`.
         where: other projections of attentions instead, such as those of some layers.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "norm", "embedding")
 
     norms: bool = True
-    embeddings: Literal["none", "source", "target", "both"] = "none"
+    embeddings: Literal["frozen", "source", "target", "both"] = "frozen"
     where: str = "linear and cross"
 
     def sites(self, program: State) -> list[Site]:
-        if not self.placed and not _cross(program):
-            raise SelectorError(
-                f"{self.text}: no attention of this model has keys from another stream than its "
-                "queries. Choose another method, such as train{where=attn}."
-            )
         chosen = super().sites(program)
         places = {
             (s.stream, s.layer, "cross" if s.cross else "attn")
@@ -55,9 +49,15 @@ class CrossAttention(Train):
         taken = {*chosen, *(norms if self.norms else ()), *self._side(program)}
         return [s for s in program.sites if s in taken]
 
+    def _nowhere(self, program: State) -> str:
+        return (
+            f"{self.text}: no attention of this model has keys from another stream than its "
+            "queries. Choose another method, such as train{where=attn}."
+        )
+
     def _side(self, program: State) -> set[Site]:
         """The embeddings of the sides that train, with what belongs to them."""
-        if self.embeddings == "none":
+        if self.embeddings == "frozen":
             return set()
         flows = downstream(program)
         cross = _cross(program)
@@ -69,8 +69,8 @@ class CrossAttention(Train):
         wanted = ("source", "target") if self.embeddings == "both" else (self.embeddings,)
         for side in wanted:
             found = any(isinstance(s, EmbeddingSite) for s in sides[side])
-            rule = f"none: there are no tables on the side of the {side}"
-            self.require(found, "embeddings", rule, "Choose embeddings=none.")
+            rule = f"frozen: there are no tables on the side of the {side}"
+            self.require(found, "embeddings", rule, "Choose embeddings=frozen.")
         return {site for side in wanted for site in sides[side]}
 
 
