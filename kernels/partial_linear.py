@@ -78,7 +78,8 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,) = grads
         read, weight, values, indices = ctx.saved_tensors
         need_x, need_weight, need_bias, need_values = ctx.needs_input_grad[:4]
         down = dy.reshape(-1, dy.shape[-1])

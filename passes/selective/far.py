@@ -27,15 +27,23 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.linear.sparse import DenseDelta, Part, SliceDelta, largest, parts_of
+from ...rewriter.edits.linear.sparse import (
+    DenseDelta,
+    Part,
+    PartialDelta,
+    SliceDelta,
+    largest,
+    parts_of,
+)
 from ...rewriter.errors import MetaTensorError
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Plan
-from ...rewriter.program.sites import FeedForwardSite, LinearSite
+from ...rewriter.program.sites import FeedForwardSite
 from ...rewriter.program.state import State
 from ..merging.bake import Bake
+from .neurons import Neurons, neurons_of
 
 
 class PrimedDelta(DenseDelta):
@@ -47,11 +55,11 @@ class PrimedDelta(DenseDelta):
         self.w = nn.Parameter(torch.zeros(part.shape, dtype=wide, device=stored.device))
         self.slices = slices
 
-    def delta(self, random: bool) -> Tensor:
-        del random
+    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
+        del random, reads
         return self.w
 
-    def settled(self, **decided: Any) -> SliceDelta | None:
+    def settled(self, **decided: Any) -> PartialDelta | None:
         indices: Tensor = decided["indices"].to(self.w.device)
         if not len(indices):
             return None
@@ -59,25 +67,18 @@ class PrimedDelta(DenseDelta):
         return SliceDelta(indices, values * decided["kept"], self.slices)
 
 
+Primed = Mapping[str, tuple[str, PrimedDelta]]
+
+
 class Priming(Controller):
     """Ends with the choice of the learners."""
 
-    def primed(self) -> dict[str, tuple[str, PrimedDelta]]:
+    def primed(self) -> Primed:
         """The branches that are not settled yet, with their paths, by the name of their tensor."""
         return {b.piece.name: (p, b) for p, b in self.branches() if isinstance(b, PrimedDelta)}
 
     def finish(self) -> tuple[Pass, ...]:
         return (Bake(names=(self.adapter,)),) if self.primed() else ()
-
-
-@dataclass(frozen=True)
-class _Neurons:
-    """Where the neurons of a block lie in one stored tensor: `index [k, neurons]` along `axis`."""
-
-    site: LinearSite
-    axis: int
-    index: Tensor
-    moves: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class Far(Method):
         del plan
         done: set[str] = set()
         for site in sites:
-            neurons = self._neurons(edit.program, site)
+            neurons = neurons_of(edit.program, site, self.bias)
             _, left = parts_of(edit.program, [n.site for n in neurons.values()])
             if reason := next((why for _, why in left if site.down not in done), ""):
                 edit.skip(site, reason)
@@ -127,25 +128,6 @@ class Far(Method):
             done.update(neurons)
             edit.edited.append(site.id)
 
-    def _neurons(self, program: State, site: FeedForwardSite) -> dict[str, _Neurons]:
-        """By stored tensor; one that is fused holds the rows of two matrices."""
-        found: dict[str, _Neurons] = {}
-        for id in (site.up, site.gate, site.down):
-            matrix = program.sites[id] if id else None
-            if not isinstance(matrix, LinearSite):
-                continue
-            last = id == site.down
-            own = range(matrix.in_features if last else matrix.out_features)
-            index = torch.tensor(own if last or matrix.features is None else matrix.features)[None]
-            names = {matrix.weight: int(matrix.in_out != last)}
-            if self.bias and matrix.bias and not last:
-                names[matrix.bias] = 0
-            for name, axis in names.items():
-                rows = torch.cat([found[name].index, index]) if name in found else index
-                moves = name == matrix.weight and (self.metric == "all" or not last)
-                found[name] = _Neurons(matrix, axis, rows, moves)
-        return found
-
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
@@ -156,28 +138,24 @@ class Far(Method):
                 "(peftfx.load_weights)."
             )
         every = [s for s in program.sites if isinstance(s, FeedForwardSite)]
-        held = {s.down: self._neurons(program, s) for s in every}
-        blocks = {down: own for down, own in held.items() if own and own.keys() <= primed.keys()}
-        moved = {down: _moved(neurons, primed) for down, neurons in blocks.items()}
+        blocks = {s.down: neurons_of(program, s, self.bias) for s in every}
+        blocks = {down: own for down, own in blocks.items() if own and own.keys() <= primed.keys()}
+        moved = {down: self._moved(own, primed) for down, own in blocks.items()}
         groups = [moved] if self.scope == "model" else [{d: m} for d, m in moved.items()]
         decided: dict[str, dict[str, Any]] = {}
         for group in groups:
             count = max(1, round(self.share * sum(m.numel() for m in group.values())))
             for down, chosen in largest(group, count).items():
-                for name, neurons in blocks[down].items():
-                    index = neurons.index.to(chosen.device)[:, chosen].flatten().to(torch.int32)
+                for name, own in blocks[down].items():
+                    index = own.index.to(chosen.device)[:, chosen].flatten().to(torch.int32)
                     decided[primed[name][0]] = {"indices": index, "kept": int(self.keep)}
         return decided
 
-
-def _moved(
-    neurons: Mapping[str, _Neurons], primed: Mapping[str, tuple[str, PrimedDelta]]
-) -> Tensor:
-    """How far each neuron's weights have moved, `[neurons]`."""
-    total: Any = 0
-    for name, own in neurons.items():
-        if own.moves:
-            w = primed[name][1].w.detach()
-            rows = w.abs().sum(1 - own.axis)
-            total = total + rows[own.index.to(w.device)].sum(0)
-    return total
+    def _moved(self, block: Mapping[str, Neurons], primed: Primed) -> Tensor:
+        """How far each neuron's weights have moved, `[neurons]`."""
+        total: Any = 0
+        for name, own in block.items():
+            if own.matrix and (own.first or self.metric == "all"):
+                w = primed[name][1].w.detach()
+                total = total + w.abs().sum(1 - own.axis)[own.index.to(w.device)].sum(0)
+        return total

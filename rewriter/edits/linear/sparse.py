@@ -19,6 +19,8 @@ from ...program.sites import ConvSite, EmbeddingSite, ExpertsSite, LinearSite, N
 from ...program.state import State
 from ...weights.weight import stored_weights
 
+EMPTY: Mapping[str, Any] = {}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -133,31 +135,32 @@ class DenseDelta(Expression):
         rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
         self.register_buffer("rows", rows, persistent=False)
 
-    def delta(self, random: bool) -> Tensor:
+    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
         """What is added, of the part's shape, in w's dtype or a wider one.
 
         Args:
             random: as a forward in training has it, else as in evaluation.
+            reads: what the graph gives it.
         """
         raise NotImplementedError
 
-    def forward(self, w: Tensor) -> Tensor:
-        return self._added(w, self.training)
+    def forward(self, w: Tensor, **reads: Tensor) -> Tensor:
+        return self._added(w, self.delta(self.training, **reads))
 
-    def _added(self, w: Tensor, random: bool) -> Tensor:
-        delta = self.delta(random)
+    def _added(self, w: Tensor, delta: Tensor) -> Tensor:
         if self.rows is None:
             return (w + delta).to(w.dtype)
         return w.index_add(self.piece.axis, self.rows, delta.to(w.dtype))
 
-    def settled(self, **decided: Any) -> SparseDelta | None:
-        """What the flat `indices` into the whole tensor keep of it; None if they are none."""
-        indices: Tensor = decided["indices"]
+    def settled(self, **decided: Any) -> PartialDelta | None:
+        """What the flat `indices` into the whole tensor keep of it, with the values of all that it
+        reads; None if they are none."""
+        indices: Tensor = decided.pop("indices")
         if not indices.numel():
             return None
         with torch.no_grad():
-            like = self.delta(False)
-            whole = self._added(like.new_zeros(self.piece.shape), False)
+            like = self.delta(False, **decided)
+            whole = self._added(like.new_zeros(self.piece.shape), like)
             values = whole.flatten()[indices.to(whole.device, torch.int64)]
         return SparseDelta(indices if whole.is_meta else indices.to(whole.device), values)
 
@@ -268,20 +271,23 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def keep_largest(
-    branches: Mapping[str, DenseDelta], density: float
+    branches: Mapping[str, DenseDelta],
+    density: float,
+    reads: Mapping[str, Mapping[str, Tensor]] = EMPTY,
 ) -> dict[str, dict[str, Tensor]]:
     """What `Method.settle` returns to keep the largest entries of dense deltas.
 
     Args:
         branches: by path.
         density: the share of all their entries together, by magnitude, at least one entry.
+        reads: what they read, by path (`measure.constants`); it is decided with them.
 
     Raises:
         MetaTensorError: the deltas have no values.
         NonFiniteError: a delta holds NaN or infinity.
     """
     with torch.no_grad():
-        scores = {path: b.delta(False).abs() for path, b in branches.items()}
+        scores = {p: b.delta(False, **reads.get(p, EMPTY)).abs() for p, b in branches.items()}
     if not scores:
         return {}
     if any(s.is_meta for s in scores.values()):
@@ -295,4 +301,5 @@ def keep_largest(
         small = math.prod(branch.piece.shape) <= torch.iinfo(torch.int32).max
         index = branch.piece.whole(kept[path])
         masks[path] = {"indices": index.to(torch.int32) if small else index}
+        masks[path] |= reads.get(path, EMPTY)
     return masks
