@@ -77,7 +77,6 @@ class _Partial(torch.autograd.Function):
         return F.linear(x, _changed(weight, values, indices, axis), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (dy,) = grads
         read, weight, values, indices = ctx.saved_tensors

@@ -41,7 +41,11 @@ from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
+from .passes.selective.cross_attention import CrossAttention as CrossAttention
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
+from .passes.selective.far import Far as Far
+from .passes.selective.freeze import Freeze as Freeze
+from .passes.selective.norm_tuning import NormTuning as NormTuning
 from .passes.selective.train import Train as Train
 from .passes.selective.train_tokens import TrainTokens as TrainTokens
 from .rewriter.api import Program as Program
