@@ -99,8 +99,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results: dict[str, Any] = {
-        "environment": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, 1 thread, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, CPU seconds"
+        "environment": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, "
+        f"1 thread, Python {platform.python_version()}, torch {torch.__version__}, CPU seconds"
     }
     minilm = next(base for name, base in BASES.items() if "MiniLM" in name)
     models = {"MiniLM, 8 x 64": lambda: (minilm.make(None), minilm.inputs)}

@@ -12,9 +12,8 @@ gate's), its entry of their biases, and its column of the last matrix. Two stage
     program = peftfx.run(program, "far")                                # prime with its controllers
     program = peftfx.run(program, [*peftfx.controllers(program).finish(), "lower"])   # train again
 
-The paper leaves open whether neurons compete within a layer or in the model (`scope`), and whether
-the last matrix counts (`metric`). Biases and norms elsewhere train with `bitfit` beside it. What
-trains is the difference from the base, so weight decay draws to that. Folds exactly at each stage.
+`scope` and `metric` are readings that the paper leaves open. Biases and norms elsewhere train with
+`bitfit` beside it. What trains is the difference from the base, so weight decay draws to that.
 """
 
 from __future__ import annotations
@@ -24,14 +23,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.linear.sparse import (
-    DenseDelta,
     Part,
-    PartialDelta,
-    SliceDelta,
     largest,
     parts_of,
 )
@@ -43,29 +39,7 @@ from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import FeedForwardSite
 from ...rewriter.program.state import State
 from ..merging.bake import Bake
-from .neurons import Neurons, neurons_of
-
-
-class PrimedDelta(DenseDelta):
-    """All of a block's tensor trains; settles to the slices of the learners along `slices`."""
-
-    def __init__(self, part: Part, stored: Tensor, slices: int) -> None:
-        super().__init__(part, stored)
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        self.w = nn.Parameter(torch.zeros(part.shape, dtype=wide, device=stored.device))
-        self.slices = slices
-
-    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
-        del random, reads
-        return self.w
-
-    def settled(self, **decided: Any) -> PartialDelta | None:
-        indices: Tensor = decided["indices"].to(self.w.device)
-        if not len(indices):
-            return None
-        values = self.w.detach().index_select(self.slices, indices)
-        return SliceDelta(indices, values * decided["kept"], self.slices)
-
+from .neurons import Neurons, PrimedDelta, neurons_of
 
 Primed = Mapping[str, tuple[str, PrimedDelta]]
 

@@ -1,12 +1,14 @@
-"""Where the neurons of a feed-forward block lie in its stored tensors."""
+"""Where the neurons of a feed-forward block lie in its stored tensors, and what trains these."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...rewriter.edits.linear.sparse import DenseDelta, Part, PartialDelta, SliceDelta
 from ...rewriter.program.sites import FeedForwardSite, LinearSite
 from ...rewriter.program.state import State
 
@@ -53,3 +55,24 @@ def neurons_of(program: State, block: FeedForwardSite, bias: bool) -> dict[str, 
             rows = torch.cat([found[name].index, index]) if name in found else index
             found[name] = Neurons(matrix, axis, rows, first, name == matrix.weight)
     return found
+
+
+class PrimedDelta(DenseDelta):
+    """All of a block's tensor trains; settles to the slices of the learners along `slices`."""
+
+    def __init__(self, part: Part, stored: Tensor, slices: int) -> None:
+        super().__init__(part, stored)
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        self.w = nn.Parameter(torch.zeros(part.shape, dtype=wide, device=stored.device))
+        self.slices = slices
+
+    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
+        del random, reads
+        return self.w
+
+    def settled(self, **decided: Any) -> PartialDelta | None:
+        indices: Tensor = decided["indices"].to(self.w.device)
+        if not len(indices):
+            return None
+        values = self.w.detach().index_select(self.slices, indices)
+        return SliceDelta(indices, values * decided["kept"], self.slices)
