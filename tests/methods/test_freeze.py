@@ -99,6 +99,9 @@ def test_layers_are_counted_from_the_outputs(zoo: Any) -> None:
     program = peftfx.run(zoo["t5"], "freeze{layers=2}")
     assert all(n.startswith("decoder.") for n in names(program))
     assert "lm_head.weight: it is tied to shared.weight" in str(program.history[-1])
+    three = names(peftfx.run(zoo["t5"], "freeze{layers=3}"))
+    assert "shared.weight" not in three  # the decoder's, but the encoder's, too
+    assert "encoder.block.1.layer.0.SelfAttention.q.weight" in three
     tied = peftfx.run(zoo["t5"], "freeze{layers=2,embeddings=true}")
     assert "shared.weight" in names(tied)
     swin = layers_above(zoo["swin"])
