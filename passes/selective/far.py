@@ -91,7 +91,7 @@ class Far(Method):
         done: set[str] = set()
         for site in sites:
             neurons = neurons_of(edit.program, site, self.bias)
-            _, left = parts_of(edit.program, [n.site for n in neurons.values()])
+            _, left = parts_of(edit.program, [n.site for n in neurons.values()], self.bias)
             if reason := next((why for _, why in left if site.down not in done), ""):
                 edit.skip(site, reason)
                 continue
