@@ -15,9 +15,11 @@ from peftfx.rewriter.edits.linear.sparse import (
     SparseDelta,
     parts_of,
 )
-from peftfx.rewriter.errors import NonFiniteError
+from peftfx.rewriter.errors import NonFiniteError, PassError
 from peftfx.rewriter.scores.allocate import largest
 from peftfx.rewriter.scores.entries import keep_largest
+
+from .models import batch, first, randomise
 
 
 class Plain(DenseDelta):
@@ -27,7 +29,7 @@ class Plain(DenseDelta):
         super().__init__(part, stored)
         self.d = d
 
-    def delta(self, random: bool) -> Tensor:
+    def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
         return self.d * (2 if random else 1)
 
 
@@ -112,3 +114,46 @@ def test_each_stored_tensor_is_one_part(captured: Any) -> None:
     (weight,), ((site, reason),) = parts_of(trained, q)
     assert site == q[0]
     assert reason == "the adapter 'bitfit' trains layers.0.qkv.bias already"
+
+
+def settled(base: peftfx.Program, text: str) -> peftfx.Program:
+    program = randomise(peftfx.run(base, text), 0.3)
+    return randomise(peftfx.run(program, peftfx.controllers(program).finish()), 0.3)
+
+
+LOWERED = {"diff_pruning{density=0.05}": "SparseDelta", "far{share=0.25}": "SliceDelta"}
+
+
+@pytest.mark.parametrize("text", LOWERED)
+def test_lowered_beside_their_linears(captured: Any, text: str) -> None:
+    """The same numbers and gradients, less kept, and all that comes after sees the plain form."""
+    _, base = captured["encoder"]
+    program = settled(base, text)
+    lowered = peftfx.run(program, "lower")
+    matrices = [a for a in program.attachments if a.path.endswith(".weight.expression")]
+    assert len(lowered.history[-1].edited) == len(matrices) > 3
+    assert lowered.text().count("linear(") < program.text().count("linear(")
+    gradients: list[list[Tensor]] = []
+    for one in (program, lowered):
+        output = first(one(**batch()))
+        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+        trained = [p for n, p in one.named_trainable_parameters().items() if "pooler" not in n]
+        gradients.append([output.detach(), *torch.autograd.grad((output * weights).sum(), trained)])
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    copies = sum(base.module.get_parameter(p.path.split(".", 2)[2].removesuffix(".expression")).nbytes
+                 for p in matrices)  # fmt: skip
+    assert lowered.memory(4, 32).saved <= program.memory(4, 32).saved - 0.9 * copies
+    off = peftfx.run(lowered, "lower{target=off}")
+    assert sorted(off.text().splitlines()) == sorted(program.text().splitlines())
+    for after in ("fold", "dora{rank=2}", "lora{rank=2};lower", "quantise{where=q}", "lower"):
+        got, want = (first(peftfx.run(p.fork(), after)(**batch())) for p in (lowered, program))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(c.holds for c in lowered.verify())
+
+
+def test_what_cannot_be_lowered_is_said(captured: Any, zoo: Any) -> None:
+    gpt2 = peftfx.run(settled(zoo["gpt2"], "far{share=0.25}"), "lower")
+    assert "is not what one linear multiplies by" in str(gpt2.history[-1])
+    with pytest.raises(PassError, match=r"no low-rank branch to lower, nor a change"):
+        peftfx.run(captured["encoder"][1], "bitfit;lower")

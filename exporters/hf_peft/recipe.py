@@ -48,7 +48,7 @@ METHODS: Mapping[str, Method] = {
     "LOKR": Method("lokr"),
     "OFT": Method("oft", {"series": True}),
     "BOFT": Method("boft"),
-    "LN_TUNING": Method("train", {"where": "norm"}),
+    "LN_TUNING": Method("norm_tuning"),
     "TRAINABLE_TOKENS": Method("train_tokens"),
 }
 

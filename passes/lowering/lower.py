@@ -1,4 +1,5 @@
-"""Lower: replace a linear and its low-rank branch by one fused operator, and back.
+"""Lower: replace a linear and its low-rank branch, or a change of some entries or rows of its
+weight, by one fused operator, and back.
 
 What it becomes saves less for its backward and writes no temporaries, by torch's operators
 (`target=cpu`, right on GPUs, too) or by Triton kernels; `target=off` restores the plain graph.
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ...kernels.lora_linear import lora_linear, require_triton, triton_lora_linear
+from ...kernels.partial_linear import partial_linear
+from ...rewriter.branches.branch import Delta, RowScale
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.folding.lower import fuse_deltas, restore_deltas
+from ...rewriter.edits.folding.lower import fuse_deltas, fuse_partial, restore_deltas
+from ...rewriter.edits.linear.sparse import PartialDelta
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Contract, Plan
@@ -40,12 +44,19 @@ class Lower(Pass):
                 require_triton()
             except RuntimeError as error:
                 raise PassError(f"lower: {error}") from error
-        slots = {a.slot for a in program.attachments}
-        if self.target != "off" and slots.isdisjoint(("delta", "row_scale")):
-            raise PassError("lower: there is no low-rank branch to lower. Run lora or dora first.")
+        branches = [program.branch(a) for a in program.attachments]
+        if self.target != "off" and not any(isinstance(b, _LOWERED) for b in branches):
+            raise PassError(
+                "lower: there is no low-rank branch to lower, nor a change of some entries or rows "
+                "of a weight. Use lora or dora first."
+            )
         return Plan()
 
     def apply(self, edit: Editor, plan: Plan) -> None:
         restore_deltas(edit)
         if self.target != "off":
             fuse_deltas(edit, triton_lora_linear if self.target == "triton" else lora_linear)
+            fuse_partial(edit, partial_linear)
+
+
+_LOWERED = Delta, RowScale, PartialDelta

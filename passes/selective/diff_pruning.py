@@ -3,9 +3,10 @@
 Guo et al., ACL 2021, arXiv:2012.07463. Three stages:
 
 1.  z are random hard-concrete gates (`kernels/hard_concrete.py`), and `l0 sum P(z > 0)` is added
-    to the loss. Structured: z = z_entry z_group with one group a stored tensor, and P(z > 0) is
-    the product. w starts at zero, so step 0 is the base model. Evaluation, folding and export
-    take the gates without noise.
+    to the loss. Structured: z = z_entry z_group, and P(z > 0) is the product; groups are stored
+    tensors (the paper's), layers (an option of the released code), or the rows, columns or
+    feed-forward neurons of matrices. w starts at zero, so step 0 is the base model. Evaluation,
+    folding and export take the gates without noise.
 2.  `bake` keeps exactly the share `density` of all entries, those with the largest |z w|. Tensors
     that keep none lose their expression.
 3.  The values at these places train on: a vector as long as what trains, so that an optimiser
@@ -17,8 +18,9 @@ Guo et al., ACL 2021, arXiv:2012.07463. Three stages:
 
 Memory, in units of the selected tensors: stage 1 holds theta_0, w, alpha, two gradients and four
 moments of AdamW, 9 (full fine-tuning: 4), and keeps 4 or, structured, 5 more from forward to
-backward. Stage 3 holds theta_0 and keeps the computed weight, 2, and one gradient at a time. Folds
-exactly at each stage. A tied tensor is one tensor: all its readers see the difference.
+backward. Stage 3 holds theta_0 and keeps the computed weight, 2, and one gradient at a time, or
+after `lower` neither. Folds exactly at each stage. A tied tensor is one tensor: all its readers
+see the difference.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.hard_concrete import gate_noise, hard_concrete, open_probability
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.linear.sparse import DenseDelta, Part, parts_of
+from ...rewriter.edits.linear.sparse import parts_of
+from ...rewriter.measure.constants import constant_reads
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Pass
@@ -42,37 +44,7 @@ from ...rewriter.program.sites import Site
 from ...rewriter.program.state import State
 from ...rewriter.scores.entries import keep_largest
 from ..merging.bake import Bake
-
-
-class GatedDelta(DenseDelta):
-    """`z w`; parameters w and alpha of the part's shape, and the scalar group."""
-
-    def __init__(self, part: Part, stored: Tensor, method: DiffPruning) -> None:
-        super().__init__(part, stored)
-        self.stretch = method.low, method.high
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        zeros = torch.zeros(part.own_shape, dtype=wide, device=stored.device)
-        alpha = zeros + method.alpha
-        self.w, self.alpha = nn.Parameter(zeros), nn.Parameter(alpha)
-        self.group = nn.Parameter(alpha.new_tensor(method.alpha)) if method.structured else None
-
-    def _gate(self, alpha: Tensor, random: bool) -> Tensor:
-        return hard_concrete(alpha, gate_noise(alpha) if random else None, *self.stretch)
-
-    def delta(self, random: bool) -> Tensor:
-        z = self._gate(self.alpha, random)
-        return (z if self.group is None else z * self._gate(self.group, random)) * self.w
-
-    def expected(self, separate: bool) -> Tensor:
-        """The expected number of open gates."""
-        entries = open_probability(self.alpha, *self.stretch).sum()
-        if self.group is None:
-            return entries
-        group = open_probability(self.group, *self.stretch)
-        return entries + group if separate else entries * group
-
-    def describe(self) -> str:
-        return "structured" if self.group is not None else ""
+from .gates import GatedDelta, Gates, SharedGates
 
 
 class GateController(Controller):
@@ -89,9 +61,14 @@ class GateController(Controller):
 
     def loss(self, outputs: Any, batch: Any, forward: Forward) -> Tensor | None:
         method, gated = cast(DiffPruning, self.method), self.gated().values()
-        if gated and method.l0:
-            return method.l0 * torch.stack([b.expected(method.compat) for b in gated]).sum()
-        return None
+        if not gated or not method.l0:
+            return None
+        modules = {b.shared: self.program.module.get_submodule(b.shared) for b in gated if b.shared}
+        shared = {p: m.open() for p, m in modules.items() if isinstance(m, SharedGates)}
+        terms = [b.expected(method.compat, shared.get(b.shared)) for b in gated]
+        if method.compat:
+            terms += [gates.sum() for gates in shared.values()]
+        return method.l0 * torch.stack(terms).sum()
 
     def finish(self) -> tuple[Pass, ...]:
         return (Bake(names=(self.adapter,)),) if self.gated() else ()
@@ -103,7 +80,10 @@ class DiffPruning(Method):
 
     Attributes:
         density: share of all selected entries that `bake` keeps.
-        structured: with a gate for each tensor beside those of its entries.
+        structured: with gates of groups of entries beside those of entries.
+        groups: what has one: each `tensor`, `layer`, `row` (of one output's weights), `column` (of
+            one input's) or `neuron` (its row before and its column behind the activation). Vectors
+            and, for layers and neurons, what stands outside have one a tensor.
         l0: weight of the penalty.
         alpha: where gates start; 5 is open.
         alpha_lr: learning rate of the gates, relative to that of w.
@@ -119,6 +99,7 @@ class DiffPruning(Method):
 
     density: float = 0.005
     structured: bool = True
+    groups: Literal["tensor", "layer", "row", "column", "neuron"] = "tensor"
     l0: float = 1.25e-7
     alpha: float = 5.0
     alpha_lr: float = 1e4
@@ -127,6 +108,10 @@ class DiffPruning(Method):
     bias: bool = True
     compat: bool = False
     where: str = "linear and not head|conv|experts"
+
+    @property
+    def stretch(self) -> tuple[float, float]:
+        return self.low, self.high
 
     def check(self) -> None:
         self.require(0 < self.density <= 1, "density", "in (0, 1]")
@@ -143,13 +128,18 @@ class DiffPruning(Method):
         return Plan({**decided, "tensors": tensors, "left": reasons})
 
     def insert_all(self, edit: Editor, sites: Sequence[Site], plan: Plan) -> None:
-        for part in parts_of(edit.program, sites, self.bias)[0]:
-            if part.name in plan.decisions["tensors"]:
-                edit.express(part.site, part.name, GatedDelta(part, edit.stored(part.name), self))
-                edit.edited.extend(site.id for site in part.sites)
+        parts = [p for p in parts_of(edit.program, sites, self.bias)[0]
+                 if p.name in plan.decisions["tensors"]]  # fmt: skip
+        make = Gates(edit, parts, self.groups if self.structured else "", self.alpha, self.stretch)
+        for part in parts:
+            branch, reads = make.branch(part)
+            edit.express(part.site, part.name, branch, **reads)
+            edit.edited.extend(site.id for site in part.sites)
         edit.skipped.extend((site, why) for site, why in plan.decisions["left"])
 
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        return keep_largest(GateController(program, self).gated(), self.density)
+        gated = GateController(program, self).gated()
+        reads = constant_reads(program, [a for a in program.attachments if a.path in gated])
+        return keep_largest(gated, self.density, reads)

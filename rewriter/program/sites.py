@@ -334,10 +334,12 @@ class ConvSite(WeightSite):
 
 @dataclass(frozen=True)
 class NormSite(Site):
-    """A normalisation with learnt scale (`weight`) and maybe `bias`."""
+    """A normalisation with learnt scale (`weight`) and maybe `bias`; `sublayer` is the kind of the
+    one that it begins or ends (`attn`, `cross`, `ffn`, ...), '' if none."""
 
     weight: str = ""
     bias: str | None = None
+    sublayer: str = ""
 
     @property
     def module(self) -> str:

@@ -78,7 +78,7 @@ def require_owned(program: State) -> None:
         more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
         raise PassError(
             f"{stray[0]}{more} require gradients, but no pass trains them, so what they learn "
-            "would not be saved. Freeze them again with requires_grad_(False) and say what to "
+            "would not be saved. Set requires_grad_(False) on them again, and say what to "
             "train: run(program, 'train{where=...}')."
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..edits.calls.call import EMPTY
 from ..edits.edit import Editor
 from ..edits.linear.sparse import DenseDelta, Part, SparseDelta, parts_of
 from ..edits.read import Reading
@@ -238,13 +239,16 @@ def _train(edit: Editor, site: Site, name: str, indices: Tensor) -> None:
 
 
 def keep_largest(
-    branches: Mapping[str, DenseDelta], density: float
+    branches: Mapping[str, DenseDelta],
+    density: float,
+    reads: Mapping[str, Mapping[str, Tensor]] = EMPTY,
 ) -> dict[str, dict[str, Tensor]]:
     """What `Method.settle` returns to keep the largest entries of dense deltas.
 
     Args:
         branches: by path.
         density: the share of all their entries together, by magnitude, at least one entry.
+        reads: what they read, by path (`measure.constants`); it is decided with them.
 
     Raises:
         MetaTensorError: the deltas have no values.
@@ -257,6 +261,12 @@ def keep_largest(
         )
     every = sum(b.piece.count for b in branches.values())
     with torch.no_grad():
-        sizes = ((path, branch.delta(False).abs()) for path, branch in branches.items())
+        sizes = (
+            (path, branch.delta(False, **reads.get(path, EMPTY)).abs())
+            for path, branch in branches.items()
+        )
         kept = largest(sizes, max(1, round(density * every)))
-    return {path: {"indices": stored_index(b.piece, kept[path])} for path, b in branches.items()}
+    return {
+        path: {"indices": stored_index(b.piece, kept[path]), **reads.get(path, EMPTY)}
+        for path, b in branches.items()
+    }

@@ -193,12 +193,13 @@ def norms(graph: Walk, owner: Mapping[Node, Sublayer], sublayers: Sequence[Subla
         sites[weights[0]] = NormSite(
             id=weights[0], kind="norm", role="norm", layer=sub.layer if sub else None,
             stream=sub.stream if sub else "", nodes=(node.name,), weight=weights[0],
-            bias=weights[1],
+            bias=weights[1], sublayer=sub.kind if sub else "",
         )  # fmt: skip
     post = {sub.stream for node, sub in after.values() if node in roots}
     for name, (_, sub) in after.items():
         if sub.stream in post:
-            sites[name] = replace(sites[name], layer=sub.layer, stream=sub.stream)
+            own = {"layer": sub.layer, "stream": sub.stream, "sublayer": sub.kind}
+            sites[name] = replace(sites[name], **own)
     return list(sites.values())
 
 

@@ -278,7 +278,7 @@ def require_recorded(replayed: State, program: State) -> None:
         if fixed & own and own - fixed:
             raise VerifyError(
                 f"{min(fixed & own)} requires no gradients, but the adapter {adapter!r} trains it. "
-                "Freeze all of an adapter, or none."
+                "Leave all of an adapter frozen, or none."
             )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.passes.selective.diff_pruning import GatedDelta
+from peftfx.passes.selective.gates import GatedDelta
 from peftfx.rewriter.errors import MetaTensorError
 from peftfx.rewriter.program.sites import LinearSite
 from peftfx.rewriter.storage.artifact import read

@@ -1,19 +1,27 @@
-"""Fusing a linear and the branch beside it into one call, by pattern, reversibly.
+"""Fusing a linear and the branch beside it, or a change of some of its weight, into one call, by
+pattern, reversibly.
 
 The branch module stays where it is, with its parameters; only its call changes: from `branch(x)`
 to `branch(x, weight, bias)`, which runs the fused operator on the branch's factors; a row scale's
-`branch(linear, x, weight, bias)` loses the linear.
+`branch(linear, x, weight, bias)` loses the linear. A `PartialDelta` of the weight goes from
+`linear(x, branch(weight), bias)` to `branch(x, weight, bias)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from ...branches.branch import Delta, Fused, RowScale
+from ...graph.aten import LINEAR, is_op, value
+from ...graph.weighted_call import linear_parts
 from ...program.sites import LinearSite, Site
 from ..calls.attach import Attaching
 from ..linear.compose import fold_ready
+from ..linear.sparse import PartialDelta
 from .pattern import Match
 from .rules import delta_rule, rows_rule
 
@@ -80,10 +88,40 @@ def _fuse(gm: GraphModule, match: Match, operator: Fused) -> None:
     gm.graph.erase_node(linear)
 
 
+def fuse_partial(edit: Attaching, operator: Callable[..., Tensor]) -> None:
+    """Lowers every partial delta of a weight that one linear reads; reports the others."""
+    gm = edit.graph_module
+    branches = {a.path: edit.program.branch(a) for a in edit.program.attachments}
+    sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
+    for call in list(gm.graph.nodes):
+        branch = branches.get(str(call.target)) if call.op == "call_module" else None
+        if not isinstance(branch, PartialDelta):
+            continue
+        linear = next(iter(call.users))
+        parts = linear_parts(linear) if is_op(linear, LINEAR) and len(call.users) == 1 else None
+        if parts is None or parts[1] is not call:
+            if value(call).dim() > 1:  # a bias has nothing to save
+                name = call.meta["expression"]
+                edit.skip(sites[str(call.target)], f"{name} is not what one linear multiplies by")
+            continue
+        x, _, bias = parts
+        with gm.graph.inserting_before(linear):
+            fused = gm.graph.call_module(str(call.target), (x, call.args[0], bias))
+        fused.meta = {
+            **linear.meta, "call": linear.meta.get("call", linear.name),
+            "expressed": (call.name, dict(call.meta)),
+        }  # fmt: skip
+        linear.replace_all_uses_with(fused)
+        gm.graph.erase_node(linear)
+        gm.graph.erase_node(call)
+        branch.lowered = operator  # pyright: ignore[reportAttributeAccessIssue]
+        edit.edited.append(sites[str(call.target)].id)
+
+
 def restore_deltas(edit: Attaching) -> None:
-    """Undoes `fuse_deltas`."""
+    """Undoes `fuse_deltas` and `fuse_partial`."""
     fold_ready(edit.program)
     for attachment in edit.program.attachments:
         branch = edit.program.branch(attachment)
-        if isinstance(branch, Delta | RowScale):
+        if isinstance(branch, Delta | RowScale | PartialDelta):
             branch.lowered = None

@@ -273,10 +273,15 @@ def _raise(gm: GraphModule, call: Node) -> Node:
     """Turns a lowered call back into the bare linear it stands for."""
     if call.op != "call_module":
         return call
+    x, weight, bias = call.args[-3:]
     with gm.graph.inserting_before(call):
+        if (expressed := call.meta.get("expressed")) is not None:
+            weight = gm.graph.create_node("call_module", call.target, (weight,), name=expressed[0])
+            weight.meta = dict(expressed[1])
         name = str(call.meta.get("call", call.name))
-        linear = gm.graph.create_node("call_function", LINEAR, call.args[-3:], {}, name=name)
-    linear.meta.update({k: v for k, v in call.meta.items() if k != "composed"})
+        linear = gm.graph.create_node("call_function", LINEAR, (x, weight, bias), {}, name=name)
+    own = ("composed", "expressed")
+    linear.meta.update({k: v for k, v in call.meta.items() if k not in own})
     call.replace_all_uses_with(linear)
     gm.graph.erase_node(call)
     return linear
@@ -305,6 +310,8 @@ def _composed(call: Node, key: str) -> list[Node]:
 
 def fold_ready(program: State, first: frozenset[str] = frozenset()) -> None:
     """Brings every composed call into its plain, unlowered form, `first` innermost."""
+    for node in [n for n in program.module.graph.nodes if "expressed" in n.meta]:
+        _raise(program.module, node)
     attached = {a.site for a in program.attachments if a.slot in ORDER}
     weights = {s.weight for s in program.sites if isinstance(s, WeightSite) and s.id in attached}
     nodes = site_nodes(program.module)

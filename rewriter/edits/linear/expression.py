@@ -115,7 +115,12 @@ def widened(edit: Attaching, name: str) -> Tensor:
 
 def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
     """See `Editor.matrix`."""
-    parts, weight = WeightedCall.of(edit.node(site.nodes[0])), edit.weight(site)
+    call, weight = edit.node(site.nodes[0]), edit.weight(site)
+    if "expressed" in call.meta:  # lowered: the expression is called beside its linear
+        with torch.no_grad():
+            branch: Any = edit.graph_module.get_submodule(str(call.target))
+            return _own_rows(branch(_evaluated(edit, site, call.args[1])), weight, site)
+    parts = WeightedCall.of(call)
     node = None if parts is None else strip(parts.weight, VIEWS)
     if not isinstance(node, Node) or expression_of(node) is None:
         return _own_rows(weight.dense(), weight, site)

@@ -1,5 +1,5 @@
 """Changes of stored tensors entry by entry: what chosen sites hold of them, and the expressions
-that add to all of that or to a few entries (`scores/entries.py` chooses them)."""
+that add to all of that, to a few entries or to some rows (`scores/entries.py` chooses them)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...branches.branch import Expression
@@ -152,36 +153,62 @@ class DenseDelta(Expression):
         raise NotImplementedError
 
     def forward(self, w: Tensor, **reads: Tensor) -> Tensor:
-        return self._added(w, self.training, **reads)
+        return self._added(w, self.delta(self.training, **reads))
 
-    def _added(self, w: Tensor, random: bool, **reads: Tensor) -> Tensor:
-        delta = self.delta(random, **reads)
+    def _added(self, w: Tensor, delta: Tensor) -> Tensor:
         if self.rows is None:
             return (w + delta).to(w.dtype)
         return w.index_add(self.piece.axis, self.rows, delta.to(w.dtype))
 
-    def settled(self, **decided: Any) -> SparseDelta | None:
-        """What the flat `indices` into the whole tensor keep of it; None if they are none."""
-        indices: Tensor = decided["indices"]
+    def settled(self, **decided: Any) -> PartialDelta | None:
+        """What the flat `indices` into the whole tensor keep of it, with the values of all that it
+        reads; None if they are none."""
+        indices: Tensor = decided.pop("indices")
         if not indices.numel():
             return None
         with torch.no_grad():
-            like = self.delta(False)
-            whole = self._added(like.new_zeros(self.piece.shape), False)
+            like = self.delta(False, **decided)
+            whole = self._added(like.new_zeros(self.piece.shape), like)
             values = whole.flatten()[indices.to(whole.device, torch.int64)]
         return SparseDelta(indices if whole.is_meta else indices.to(whole.device), values)
 
 
-class SparseDelta(Expression):
+class PartialDelta(Expression):
+    """`w' = w`, plus something at places that stay the same. Other entries stay as they are, bit
+    for bit, whatever the optimiser does.
+
+    A forward makes one copy of w, which lives until the backward pass; that makes one gradient of
+    w's size for the moment in which the part that trains is taken. Lowered, it is called beside its
+    linear and needs neither for longer than that call.
+    """
+
+    def added(self, w: Tensor) -> Tensor:
+        """w', of w's shape and dtype."""
+        raise NotImplementedError
+
+    def places(self) -> tuple[Tensor, Tensor, int | None]:
+        """(values, indices, axis) of what is added: at slices along an axis, or None for entries
+        of the flat tensor."""
+        raise NotImplementedError
+
+    def forward(
+        self, w: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """w'; lowered, `linear(x, weight', bias)` for x `[..., in]` in the place of w."""
+        if weight is None:
+            return self.added(w)
+        if self.lowered is None:
+            return F.linear(w, self.added(weight), bias)
+        operator: Any = self.lowered
+        return operator(w, weight, bias, *self.places())
+
+
+class SparseDelta(PartialDelta):
     """`w' = w`, plus `values [n]` at the flat `indices [n]` of w.
 
-    Indices are distinct. Other entries stay as they are, bit for bit, whatever the optimiser
-    does. A forward makes one copy of w, which lives until the backward pass; that makes one
-    gradient of w's size for the moment in which n of its entries are taken.
-
     Args:
-        indices: int32 or int64. They are not part of the state dict: the plan that decided them
-            stores them.
+        indices: int32 or int64, distinct. They are not part of the state dict: the plan that
+            decided them stores them.
         values: of the dtype of w, or wider.
     """
 
@@ -191,9 +218,36 @@ class SparseDelta(Expression):
         self.register_buffer("indices", indices, persistent=False)
         self.values = nn.Parameter(values)
 
-    def forward(self, w: Tensor) -> Tensor:
+    def added(self, w: Tensor) -> Tensor:
         flat, values = w.flatten(), self.values.to(w.dtype)
         return flat.scatter_add(0, self.indices.long(), values).view(w.shape)
 
+    def places(self) -> tuple[Tensor, Tensor, int | None]:
+        return self.values, self.indices, None
+
     def describe(self) -> str:
         return f"{self.values.numel():,} entries"
+
+
+class SliceDelta(PartialDelta):
+    """`w' = w`, plus `values` at the slices `indices [n]` along one axis of w.
+
+    Args:
+        indices: as of a `SparseDelta`.
+        values: of w's shape but for `axis`, which has n slices; of the dtype of w, or wider.
+    """
+
+    def __init__(self, indices: Tensor, values: Tensor, axis: int) -> None:
+        super().__init__()
+        self.indices: Tensor
+        self.register_buffer("indices", indices, persistent=False)
+        self.values, self.slices = nn.Parameter(values), axis
+
+    def added(self, w: Tensor) -> Tensor:
+        return w.index_add(self.slices, self.indices, self.values.to(w.dtype))
+
+    def places(self) -> tuple[Tensor, Tensor, int | None]:
+        return self.values, self.indices, self.slices
+
+    def describe(self) -> str:
+        return f"{len(self.indices):,} {'rows' if self.slices == 0 else 'columns'}"
