@@ -23,6 +23,7 @@ from ..rewriter.branches.parts import (
     Change,
     Coupling,
     Fusion,
+    Hypercomplex,
     Invoked,
     LowRank,
     Part,
@@ -34,6 +35,7 @@ from ..rewriter.branches.parts import (
 )
 from ..rewriter.branches.prompts import KeyValue, Tokens
 from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.measure.constants import constant_reads
 from ..rewriter.program.history import Attachment
 from ..rewriter.program.sites import (
     EmbeddingSite,
@@ -73,8 +75,11 @@ def adapter_parts(
 def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     parts: list[Part] = []
-    for attachment in (a for a in program.attachments if a.adapter == name):
-        site, part = program.sites[attachment.site], _part(program, attachment, beside)
+    attached = program.attached_by(name)
+    fixed = constant_reads(program, attached)
+    for attachment in attached:
+        site = program.sites[attachment.site]
+        part = _part(program, attachment, fixed.get(attachment.path, {}), beside)
         if isinstance(part, Prefix):
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
@@ -83,7 +88,7 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
             parts.append(part)  # files that have it so name no table
         elif isinstance(part, Rows | Invoked | Coupling | Prompt) and isinstance(site, WeightSite):
             parts.append(replace(part, target=weight_name(program, site)))
-        elif isinstance(part, Bottleneck | Fusion):
+        elif isinstance(part, Bottleneck | Hypercomplex | Fusion):
             parts.append(replace(part, target=_last_product(program, site)))
         else:
             parts.append(part)
@@ -122,10 +127,16 @@ def _chosen(program: Program, adapter: str) -> str:
     )
 
 
-def _part(program: Program, attachment: Attachment, beside: bool) -> Part:
+def _part(
+    program: Program, attachment: Attachment, fixed: Mapping[str, Tensor], beside: bool
+) -> Part:
+    """What a branch is; `fixed`: what it reads that depends on stored tensors alone."""
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
-    part = _own_part(program, attachment)
+    if fixed and isinstance(branch, Branch):
+        reads = {k: n for k, n in attachment.reads.items() if k not in fixed}
+        branch, attachment = branch.bound(**fixed), replace(attachment, reads=reads)
+    part = branch.part() if isinstance(branch, Branch) else None
     if (attachment.reads or attachment.members) and not beside:
         part = part if isinstance(part, Invoked) else None
         reason = "it reads other values of the graph, which this format has no form for"

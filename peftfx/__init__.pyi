@@ -38,6 +38,7 @@ from .passes.pruning.width_pruning import WidthPruning as WidthPruning
 from .passes.quantization.peqa import PEQA as PEQA
 from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
+from .passes.reparameterized.compacter import Compacter as Compacter
 from .passes.reparameterized.dora import DoRA as DoRA
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit

@@ -22,6 +22,7 @@ from ...rewriter.branches.parts import (
     Change,
     Coupling,
     Fusion,
+    Hypercomplex,
     Invoked,
     LowRank,
     Part,
@@ -52,6 +53,7 @@ from .prompt_parts import entrance, insert_prefix
 from .sublayer_parts import (
     gate_of,
     insert_bottleneck,
+    insert_compacter,
     insert_coupling,
     insert_fusion,
     require_size,
@@ -209,7 +211,9 @@ class Imported(Pass):
         parts = of_plan(plan)
         active = _active(edit, parts.parts)
         for part in parts.parts:
-            insert(edit, part, active)
+            if not isinstance(part, Hypercomplex):
+                insert(edit, part, active)
+        insert_compacter(edit, [p for p in parts.parts if isinstance(p, Hypercomplex)])
         prefixes = [p for p in parts.parts if isinstance(p, Prefix)]
         moved = [p for p in prefixes if p.keys_moved]
         shifted = moved or [p for p in prefixes if p.shifted]
