@@ -24,7 +24,7 @@ from ...rewriter.program.sites import EmbeddingSite, Site, SublayerSite, WeightS
 from ...rewriter.program.state import State
 from ..additive.adapter_fusion import AdapterFusionBranch
 from ..hybrid.unipelt import Gate
-from ..reparameterized.compacter import insert_hypercomplex
+from ..reparameterized.kronecker_sums import insert_hypercomplex
 
 
 def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:

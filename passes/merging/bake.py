@@ -42,24 +42,28 @@ class Bake(Pass):
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         data = None if data is None else list(data)
         wanted = program.adapters if self.names is None else self.names
-        inputs = self.inputs or {}
+        inputs = dict(self.inputs or {})
         if unknown := [n for n in inputs if n not in program.spec.names]:
             raise PassError(f"bake: the program has no input {unknown[0]!r} ({program.spec}).")
         settled: dict[str, dict[str, Any]] = {}
         tensors: dict[str, Tensor] = {}
+        shown: list[str] = []
         for name in wanted:
             method = _method(program, name)
+            inputs |= method.chosen(program, data, inputs)
             decisions = method.settle(program, data, inputs)
             if not decisions and self.names is not None:
                 raise PassError(
                     f"bake: the adapter {name!r} ({method.text}) has nothing to settle."
                 )
+            shown += [n for n in method.shown if decisions and n in program.outputs_added]
             for path, decided in decisions.items():
                 settled[path] = {}
                 _sort(path, decided, settled[path], tensors)
         if not settled:
             raise PassError("bake: no adapter has anything to settle.")
-        plan = Plan({"branches": settled, "inputs": inputs}, tensors)
+        decisions = {"branches": settled, "inputs": inputs} | ({"outputs": shown} if shown else {})
+        plan = Plan(decisions, tensors)
         if data is None or is_meta(program):
             return plan
         return replace(
@@ -83,7 +87,11 @@ class Bake(Pass):
                 n.removeprefix(prefix): t for n, t in plan.tensors.items() if n.startswith(prefix)
             }
             edit.settle(path, {**decided, **tensors})
+        for name in plan.decisions.get("outputs", ()):
+            edit.drop_output(name)
         for name, fixed in plan.decisions["inputs"].items():
+            if name not in (self.inputs or {}):
+                edit.note(f"the data chose {name}={fixed}")
             edit.drop_input(name, f"it was fixed to {fixed}: {self}")
 
 

@@ -17,13 +17,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...rewriter.branches.bottleneck import ACTIVATIONS, BottleneckBranch
-from ...rewriter.branches.branch import Serial
-from ...rewriter.branches.kronecker import hypercomplex, hypercomplex_matrix
-from ...rewriter.branches.parts import Bottleneck, Hypercomplex, Part
-from ...rewriter.edits.calls.call import Value
+from ...rewriter.branches.parts import Hypercomplex
 from ...rewriter.edits.edit import Editor
 from ...rewriter.measure.constants import constant_reads
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
@@ -31,71 +27,7 @@ from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State
-
-
-class Rule(nn.Module):
-    """`forward() -> A [n, n, n]`."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = nn.Parameter(a)
-
-    def forward(self) -> Tensor:
-        return self.a
-
-
-class CompacterBranch(Serial):
-    """The tensors of a `Hypercomplex` part but for A, which it reads."""
-
-    not_foldable = BottleneckBranch.not_foldable
-
-    down_left: Tensor
-    down_right: Tensor | None
-    up_left: Tensor
-    up_right: Tensor | None
-    down_bias: Tensor
-    up_bias: Tensor
-
-    def __init__(self, part: Hypercomplex, like: Tensor) -> None:
-        super().__init__()
-        for name in ("down_left", "down_right", "down_bias", "up_left", "up_right", "up_bias"):
-            tensor = getattr(part, name)
-            own = None if tensor is None else nn.Parameter(tensor.to(like, copy=True))
-            self.register_parameter(name, own)
-        names = "activation", "scale", "dropout"
-        self.options: dict[str, Any] = {name: getattr(part, name) for name in names}
-        self.dropout = part.dropout
-
-    def update(self, h: Tensor, down_rule: Tensor, up_rule: Tensor) -> Tensor:
-        """`down_rule`, `up_rule`: A of each projection, `[n, n, n]`."""
-        inner = hypercomplex(h, down_rule, self.down_left, self.down_right)
-        inner = ACTIVATIONS[self.options["activation"]](inner + self.down_bias.to(h.dtype))
-        up = hypercomplex(inner, up_rule, self.up_left, self.up_right)
-        return self.dropped((up + self.up_bias.to(h.dtype)) * self.options["scale"])
-
-    def settled(self, **decided: Tensor) -> BottleneckBranch:
-        down, up = (
-            hypercomplex_matrix(rule, left, right).mT.detach().contiguous()
-            for rule, left, right in (
-                (decided["down_rule"], self.down_left, self.down_right),
-                (decided["up_rule"], self.up_left, self.up_right),
-            )
-        )
-        biases = self.down_bias.detach(), self.up_bias.detach()
-        part = Bottleneck("", down, up, *biases, **self.options)
-        return BottleneckBranch(part, self.down_bias)
-
-    def part(self) -> Part | None:
-        """Of a branch that is `bound`."""
-        if not self.constants:
-            return None
-        own: dict[str, Any] = {n: p.detach() for n, p in self.named_parameters()}
-        return Hypercomplex("", **own, **self.constants, **self.options)
-
-    def describe(self) -> str:
-        n, _, rank = self.down_left.shape
-        factors = "" if self.down_right is None else f", rank={rank}"
-        return f"n={n}, bottleneck={len(self.down_bias)}{factors}, {self.options['activation']}"
+from .kronecker_sums import insert_hypercomplex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +101,3 @@ class Compacter(Method):
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:
         return constant_reads(program, program.attached_by(self.adapter))
-
-
-def insert_hypercomplex(edit: Editor, parts: Sequence[tuple[SublayerSite, Hypercomplex]]) -> None:
-    """Puts the branches of parts behind sublayers; equal A_i are one that all share."""
-    (site, part), *_ = parts
-    one = all(torch.equal(a, part.down_rule) for _, p in parts for a in (p.down_rule, p.up_rule))
-    shared = edit.share("rule", _rule(edit, site, part.down_rule)) if one else None
-    for site, part in parts:
-        rules: dict[str, Value | None] = {"down_rule": shared, "up_rule": shared}
-        for name in rules if shared is None else ():
-            rule = _rule(edit, site, getattr(part, name))
-            rules[name] = edit.share(f"{edit.name(site)}.{name}", rule)
-        edit.after(site, CompacterBranch(part, edit.like(site)), **rules)
-
-
-def _rule(edit: Editor, site: SublayerSite, a: Tensor) -> Rule:
-    return Rule(a.to(edit.like(site), copy=True))

@@ -18,92 +18,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from ...rewriter.branches.branch import Delta, Expression
-from ...rewriter.branches.kronecker import hypercomplex, hypercomplex_matrix
-from ...rewriter.branches.parts import LowRank, Part
-from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import LinearSite
-from .compacter import Rule
-
-
-class RankOneRule(nn.Module):
-    """`forward() -> (l [n, n], r [n, n])`, rows l_i and r_i, `A_i = l_i r_i`."""
-
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        super().__init__()
-        self.left, self.right = nn.Parameter(left), nn.Parameter(right)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.left, self.right
-
-
-class KAdaptationDelta(Delta):
-    """`s x H`; parameters `u [n, in / n, rank]`, `v [n, rank, out / n]`. It reads `rule` A, or
-    `left` and `right`."""
-
-    def __init__(self, u: Tensor, v: Tensor, scale: float, entries: float) -> None:
-        super().__init__()
-        self.u, self.v = nn.Parameter(u), nn.Parameter(v)
-        self.scale, self.entries = scale, entries
-
-    def branch(self, x: Tensor, **reads: Tensor) -> Tensor:
-        if self.training and self.entries:
-            return linear(x, F.dropout(self.delta(**reads), self.entries))
-        if "rule" in reads:
-            return hypercomplex(x, reads["rule"], self.u, self.v) * self.scale
-        a, b = self.low_rank(**reads)
-        return linear(linear(x, a), b) * self.scale
-
-    def low_rank(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """`(a [n rank, in], b [out, n rank])`, `H^T = b a`."""
-        a = torch.einsum("ia,ipr->irap", left, self.u).flatten(2).flatten(0, 1)
-        b = torch.einsum("ib,irq->bqir", right, self.v).flatten(2).flatten(0, 1)
-        return a, b
-
-    def delta(self, **reads: Tensor) -> Tensor:
-        if "rule" in reads:
-            return hypercomplex_matrix(reads["rule"], self.u, self.v).mT * self.scale
-        a, b = self.low_rank(**reads)
-        return b @ a * self.scale
-
-    def part(self) -> Part | None:
-        """Of a branch that is `bound`: a LoRA of rank n, where the rules are of rank one."""
-        if "left" not in self.constants:
-            return None
-        a, b = self.low_rank(**self.constants)
-        return LowRank("", a.detach(), b.detach(), self.scale)
-
-    def describe(self) -> str:
-        return f"n={len(self.u)}, rank={self.v.shape[1]}, scale={self.scale:g}"
-
-
-class SharedBias(Expression):
-    """Adds one vector `bias [out]` to stored biases, or to features of theirs, one set behind the
-    other."""
-
-    def __init__(self, bias: Tensor, features: Sequence[Sequence[int]]) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-        for number, own in enumerate(features):
-            index = torch.tensor(own, dtype=torch.long, device=bias.device)
-            self.register_buffer(f"features{number}", index, persistent=False)
-
-    def forward(self, *w: Tensor) -> Any:
-        added = [self._added(t, getattr(self, f"features{k}")) for k, t in enumerate(w)]
-        return added[0] if len(added) == 1 else tuple(added)
-
-    def _added(self, w: Tensor, features: Tensor) -> Tensor:
-        bias = self.bias.to(w.dtype)
-        if not len(features):
-            return w + bias
-        return w.index_add(0, features, bias.repeat(len(features) // len(bias)))
+from .kronecker_sums import KAdaptationDelta, RankOneRule, Rule, SharedBias
 
 
 @dataclass(frozen=True, kw_only=True)

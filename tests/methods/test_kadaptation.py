@@ -77,12 +77,16 @@ def test_one_bias_of_a_fused_weight(captured: Any) -> None:
     """It is added to queries and values, and not to keys."""
     _, base = captured["fused"]
     program = peftfx.run(base, "kadaptation{n=4}")
-    (name,) = [n for n in program.named_trainable_parameters() if "layers.0" in n and n.endswith("bias")]
+    (name,) = [
+        n for n in program.named_trainable_parameters() if "layers.0" in n and n.endswith("bias")
+    ]
     with torch.no_grad():
         program.named_trainable_parameters()[name].fill_(3.0)
     folded = peftfx.run(program, "fold").export_state_dict()
     was = base.export_state_dict()
-    changed = {n: folded[n] - was[n] for n in was if n in folded and not torch.equal(folded[n], was[n])}
+    changed = {
+        n: folded[n] - was[n] for n in was if n in folded and not torch.equal(folded[n], was[n])
+    }
     (added,) = [t for t in changed.values() if t.dim() == 1]
     assert added.view(3, -1).mean(1).tolist() == pytest.approx([3, 0, 3], abs=1e-6)
 
