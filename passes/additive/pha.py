@@ -8,8 +8,8 @@ the embedding of its layer e_l,
 beside feed-forward blocks, z being what the block reads: those of the decoder; an encoder has
 ordinary ones, of all tasks. A retriever encodes samples, `q = MLP(mean over real tokens)` of the
 stream behind the encoder. Other models have ordinary adapters in the first half of their layers,
-and encode in front of the first generated one: behind it, an encoding would tell whose adapters
-made it. Two losses join the task's, of unit vectors, with temperature 0.1: a contrast of a batch's
+and encode what is behind those: behind generated ones, an encoding would tell whose adapters made
+it. Two losses join the task's, of unit vectors, with temperature 0.1: a contrast of a batch's
 samples, in which those of one task attract one another, and one of each sample with the prototypes,
 its own against all; in the authors' code against all others (`compat=true`). The task is an input,
 one a sample; the encodings are an output, `query`. G starts uniform in +-1e-3 sqrt(3 / (projected
@@ -98,15 +98,13 @@ class PHA(Method):
         table = torch.empty(count, self.dim).normal_(generator=edit.generator)
         task = edit.add_input(self.task, torch.tensor(0), per_sample=True, values=(0, count - 1))
         prototypes = edit.share("prototypes", Prototypes(table.to(like)))
-        own, ordinary = (
-            later(edit.program, sites),
-            ParallelAdapter(bottleneck=self.bottleneck, scale=1.0),
-        )
-        for site in (s for s in sites if s not in own):
+        own = later(edit.program, sites)
+        ordinary = ParallelAdapter(bottleneck=self.bottleneck, scale=1.0)
+        before = [s for s in sites if s not in own]
+        for site in before:
             if (seen := edit.operand(site)) is not None:
                 edit.after(site, ordinary.made(edit, site, site.width), seen=seen)
-        encoder = [s for s in sites if s.stream != own[0].stream and s not in own]
-        place = (encoder[-1], True) if encoder else (own[0], False)
+        place = (before[-1], True) if before else (own[0], False)
         edit.add_output(self.query, encodings(edit, self, *place))
         for stream, width in dict.fromkeys((s.stream, s.width) for s in own):
             here = [s for s in own if (s.stream, s.width) == (stream, width)]
