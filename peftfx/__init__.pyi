@@ -15,6 +15,7 @@ from .passes.additive.krona import KronA as KronA
 from .passes.additive.p_tuning import PTuning as PTuning
 from .passes.additive.p_tuning_v2 import PTuningV2 as PTuningV2
 from .passes.additive.parallel_adapter import ParallelAdapter as ParallelAdapter
+from .passes.additive.pha import PHA as PHA
 from .passes.additive.prefix_tuning import PrefixTuning as PrefixTuning
 from .passes.additive.prompt_tuning import PromptTuning as PromptTuning
 from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
@@ -40,6 +41,7 @@ from .passes.quantization.quantise import Quantise as Quantise
 from .passes.reparameterized.adalora import AdaLoRA as AdaLoRA
 from .passes.reparameterized.compacter import Compacter as Compacter
 from .passes.reparameterized.dora import DoRA as DoRA
+from .passes.reparameterized.kadaptation import KAdaptation as KAdaptation
 from .passes.reparameterized.lora import LoRA as LoRA
 from .passes.selective.bitfit import BitFit as BitFit
 from .passes.selective.diff_pruning import DiffPruning as DiffPruning
