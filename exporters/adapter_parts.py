@@ -24,6 +24,7 @@ from ..rewriter.branches.parts import (
     Change,
     Coupling,
     Fusion,
+    Hypercomplex,
     Invoked,
     LowRank,
     Part,
@@ -77,11 +78,11 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
     pieces: dict[tuple[str, str], list[Piece[Any]]] = {}
     formulas: dict[tuple[str, str], list[Formula]] = {}
     parts: list[Part] = []
-    own = [a for a in program.attachments if a.adapter == name]
-    constants = constant_reads(program, [a for a in own if a.slot == Delta.slot])
-    for attachment in own:
-        known = constants.get(attachment.path, {})
-        site, part = program.sites[attachment.site], _part(program, attachment, beside, known)
+    attached = program.attached_by(name)
+    fixed = constant_reads(program, attached)
+    for attachment in attached:
+        site = program.sites[attachment.site]
+        part = _part(program, attachment, fixed.get(attachment.path, {}), beside)
         if isinstance(part, Prefix):
             parts.append(_placed(program, attachment, part, PLACES[2:] if beside else PLACES[:2]))
         elif isinstance(part, LowRank | Change | Scaling) and isinstance(site, WeightSite):
@@ -93,7 +94,7 @@ def _parts_of(program: Program, name: str, beside: bool) -> list[Part]:
             parts.append(part)  # files that have it so name no table
         elif isinstance(part, Rows | Invoked | Coupling | Prompt) and isinstance(site, WeightSite):
             parts.append(replace(part, target=weight_name(program, site)))
-        elif isinstance(part, Bottleneck | Fusion):
+        elif isinstance(part, Bottleneck | Hypercomplex | Fusion):
             parts.append(replace(part, target=_last_product(program, site)))
         else:
             parts.append(part)
@@ -134,14 +135,15 @@ def _chosen(program: Program, adapter: str) -> str:
 
 
 def _part(
-    program: Program, attachment: Attachment, beside: bool, constants: Mapping[str, Tensor]
+    program: Program, attachment: Attachment, fixed: Mapping[str, Tensor], beside: bool
 ) -> Part:
+    """What a branch is; `fixed`: what it reads that depends on stored tensors alone."""
     branch = program.branch(attachment)
     reason = "no other library has a form for it"
-    part = _own_part(program, attachment)
-    if constants and constants.keys() == attachment.reads.keys() and isinstance(branch, Delta):
-        branch = branch.bound(**constants)
-        attachment, part = replace(attachment, reads={}), branch.part()
+    if fixed and isinstance(branch, Branch):
+        reads = {k: n for k, n in attachment.reads.items() if k not in fixed}
+        branch, attachment = branch.bound(**fixed), replace(attachment, reads=reads)
+    part = branch.part() if isinstance(branch, Branch) else None
     if (attachment.reads or attachment.members) and not beside:
         part = part if isinstance(part, Invoked) else None
         reason = "it reads other values of the graph, which this format has no form for"

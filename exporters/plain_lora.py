@@ -27,6 +27,7 @@ _SAID = {
     "scaling": "scales what {} reads or gives", "prompt": "has a prompt",
     "prefix": "has rows in front of keys and values",
     "bottleneck": "has an adapter behind the sublayer of {}",
+    "hypercomplex": "has an adapter behind the sublayer of {}",
     "coupling": "has an invertible adapter behind {}", "fusion": "weighs other adapters",
     "invoked": "acts on some tokens alone at {}",
     "lowrank": "has factors of another shape, or of what is looked up, at {}",

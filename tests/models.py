@@ -283,7 +283,8 @@ def first(output: Any) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if hasattr(output, name):
             return getattr(output, name)
-    return output[0] if isinstance(output, tuple) else output
+    beside = type(output).__name__ == "Outputs"  # a value beside those that a method adds
+    return output[0] if isinstance(output, tuple) or beside else output
 
 
 def scramble(model: nn.Module) -> nn.Module:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from ...rewriter.branches.parts import Coupling, Part, Prompt
 from ...rewriter.errors import ArtifactError
 from .config import INVERTIBLE, Options
+from .leaves import popped
 from .places import Places, attentions
-from .reading import File, popped
+from .reading import File
 
 COUPLED = {
     f"{side}_{name}_bias" if leaf == "bias" else f"{side}_{name}": f"{letter}.{index}.{leaf}"

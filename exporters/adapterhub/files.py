@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import Part, Trained
+from ...rewriter.branches.parts import Hypercomplex, Part, Trained
 from ...rewriter.errors import ArtifactError, RewriteError, nearest
 from ...rewriter.files.directory import Folder, reading
 from ...rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
@@ -134,8 +134,9 @@ def _again(program: Program, parts: list[Part], name: str, tensors: Mapping[str,
 
 def _notes(options: list[Options], parts: list[Part]) -> tuple[str, ...]:
     notes: list[str] = []
-    if any(o.data.get("phm_layer") for o in options):
-        notes.append("came in as whole matrices: sums of Kronecker products are no method here")
+    factors = any(isinstance(p, Hypercomplex) for p in parts)
+    if any(o.data.get("phm_layer") for o in options) and not factors:
+        notes.append("came in as whole matrices: no method here has Kronecker products like these")
     if any(o.architecture == PREFIX and not o.data.get("flat") for o in options):
         notes.append("came in as the rows that its embedding and two linears make")
     if any(o.data.get("use_dora") for o in options) and any(isinstance(p, Trained) for p in parts):

@@ -14,8 +14,9 @@ from ...rewriter.branches.parts import LowRank, Part, Scaling, Trained
 from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import LinearSite
 from .config import Options
+from .leaves import Leaves, needed, popped
 from .places import Places, sites_at
-from .reading import File, Leaves, gate_leaves, needed, popped
+from .reading import File, gate_leaves
 
 _FUSED = ("q", "k", "v")
 

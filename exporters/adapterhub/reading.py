@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rewriter.branches.bottleneck import ACTIVATIONS
-from ...rewriter.branches.parts import Bottleneck, Part, Prefix
+from ...rewriter.branches.parts import Bottleneck, Hypercomplex, Part, Prefix
 from ...rewriter.edits.stream.hidden import post_norm
 from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import SublayerSite
 from .config import INVERTIBLE, Options
+from .hypercomplex import dense, factored
+from .leaves import Leaves, needed, popped
 from .places import LOCATIONS, Places, ordinal
-
-Leaves = dict[str, Tensor]
 
 _KINDS = (
     "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters",
@@ -94,15 +94,17 @@ def grouped(tensors: Mapping[str, Tensor], name: str, where: str) -> File:
 
 
 def bottlenecks(options: Options, file: File, places: Places) -> list[Part]:
-    """Houlsby's, Pfeiffer's and parallel adapters, and Compacter's as whole matrices."""
+    """Houlsby's, Pfeiffer's, parallel adapters and Compacter's."""
     plain = _plan(options, places)
     shared = {k: t for leaves in file.take("shared_parameters").values() for k, t in leaves.items()}
     learnt = options.take("scaling", float, int, str) in ("learned", "channel")
     parts: list[Part] = []
     for path, leaves in file.take("adapters").items():
         target = places.sublayer(path)
-        part = _with_tensors(options, plain, dict(leaves), shared, f"{file.where}: {path}")
-        if learnt == (part.factor is None):
+        here = f"{file.where}: {path}"
+        part = factored(options, plain, dict(leaves), shared, here)
+        part = part or _with_tensors(options, plain, dict(leaves), shared, here)
+        if isinstance(part, Bottleneck) and learnt == (part.factor is None):
             raise options.refuse("scaling", f"{path} has {'no' if learnt else 'a'} learnt one")
         parts.append(replace(part, target=target))
     _require_places(options, parts, places)
@@ -167,7 +169,7 @@ def _with_tensors(
             raise ArtifactError(f"{where}: the norm before is there twice, with other values.")
     for name, module in (("down", f"adapter_down.{int(before)}"), ("up", "adapter_up")):
         whole = options.take("phm_layer", bool)
-        read = _hypercomplex if whole else _linear
+        read = dense if whole else _linear
         matrix, bias = read(options, leaves, shared, module, name, where)
         wanted[name] = matrix
         wanted |= {} if bias is None else {f"{name}_bias": bias}
@@ -186,36 +188,6 @@ def _linear(
     return popped(leaves, f"{module}.weight", where), popped(leaves, f"{module}.bias", where)
 
 
-def _hypercomplex(
-    options: Options, leaves: Leaves, shared: Leaves, module: str, name: str, where: str
-) -> tuple[Tensor, Tensor | None]:
-    """`sum_i kron(A_i, W_i)`, `[in, out]`, transposed; either factor may be of low rank, and be
-    shared by all layers."""
-    own = {
-        leaf: leaves.pop(f"{module}.{leaf}")
-        for leaf in [k.removeprefix(f"{module}.") for k in leaves if k.startswith(f"{module}.")]
-    }
-    rules = shared if options.take("shared_phm_rule", bool) else own
-    rule = _product(rules, "phm_rule", options.take("factorized_phm_rule", bool), where)
-    across = options.take("shared_W_phm", bool)
-    weights, stem = (shared, f"W_{name}") if across else (own, "W")
-    weight = _product(weights, stem, options.take("factorized_phm_W", bool), where)
-    if len(rule) != options.take("phm_dim", int) or len(weight) != len(rule):
-        raise ArtifactError(
-            f"{where}: there are {len(rule)} rules and {len(weight)} matrices, and phm_dim is "
-            f"{options.take('phm_dim', int)}. The files do not belong together."
-        )
-    dense = sum(torch.kron(a, w) for a, w in zip(rule.float(), weight.float(), strict=True))
-    return torch.as_tensor(dense).mT.contiguous(), own.get("b")
-
-
-def _product(leaves: Leaves, name: str, factored: bool, where: str) -> Tensor:
-    if not factored:
-        return needed(leaves, name, where)
-    left, right = (needed(leaves, f"{name}_{side}", where) for side in ("left", "right"))
-    return torch.bmm(left, right)
-
-
 def _require_places(options: Options, parts: list[Part], places: Places) -> None:
     """Raises ArtifactError where the sublayers with adapters, or their sizes, are not as said."""
     roles = {places.role(p.target) for p in parts}
@@ -232,17 +204,17 @@ def _require_places(options: Options, parts: list[Part], places: Places) -> None
             )
     factors = options.take("reduction_factor", float, int, dict)
     for part in parts:
-        if not isinstance(part, Bottleneck):
+        if not isinstance(part, Bottleneck | Hypercomplex):
             continue
-        layer, width = str(places.layer(part.target)), len(part.up)
+        layer, width = str(places.layer(part.target)), part.width
         factor = (
             factors.get(layer, factors.get("default")) if isinstance(factors, dict) else factors
         )
         rank = max(int(width // float(factor or 1)), 1)
-        if factor is None or rank != len(part.down):
+        if factor is None or rank != part.rank:
             raise ArtifactError(
                 f"{options.where}: reduction_factor={factor} makes {rank} of {width} features, and "
-                f"the adapter behind {part.target} has {len(part.down)}. The files do not belong "
+                f"the adapter behind {part.target} has {part.rank}. The files do not belong "
                 "together; save the adapter again."
             )
 
@@ -336,18 +308,3 @@ def gate_leaves(leaves: Leaves, prefix: str, where: str) -> Leaves:
     """A gate's tensors, by the parts' names; they are taken out."""
     weight, bias = (popped(leaves, f"{prefix}{leaf}", where) for leaf in ("weight", "bias"))
     return {"gate": weight, "gate_bias": bias}
-
-
-def needed(leaves: Leaves, name: str, where: str) -> Tensor:
-    """A tensor; an ArtifactError if there is none."""
-    if name not in leaves:
-        have = ", ".join(sorted(leaves)) or "nothing"
-        raise ArtifactError(f"{where}: {name} is missing beside {have}. Save the adapter again.")
-    return leaves[name]
-
-
-def popped(leaves: Leaves, name: str, where: str) -> Tensor:
-    """A tensor that is taken out; an ArtifactError if there is none."""
-    tensor = needed(leaves, name, where)
-    del leaves[name]
-    return tensor

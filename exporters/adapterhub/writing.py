@@ -13,6 +13,7 @@ from ...rewriter.api import Program
 from ...rewriter.branches.parts import (
     Bottleneck,
     Coupling,
+    Hypercomplex,
     LowRank,
     Part,
     Prefix,
@@ -29,6 +30,7 @@ from .config import (
     PROMPT_DEFAULTS,
 )
 from .embeddings import COUPLED, PLACES
+from .hypercomplex import is_shared, leaves_of, options_of_parts, shared_tensors, style
 from .places import (
     attention_path,
     attentions,
@@ -41,6 +43,8 @@ from .places import (
 )
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
+Behind = Bottleneck | Hypercomplex
+"""What stands behind a sublayer."""
 
 _READS = {
     ("output", "output"): {"original_ln_before": False},
@@ -59,7 +63,7 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
     """
     kinds: dict[str, list[Any]] = {}
     for part in parts:
-        kind = "bottleneck" if isinstance(part, Coupling) else part.kind
+        kind = "bottleneck" if isinstance(part, Coupling | Hypercomplex) else part.kind
         kind = LowRank.kind if isinstance(part, LowRank) else kind
         kinds.setdefault(kind, []).append(part)
     odd = kinds.keys() - _WRITERS.keys()
@@ -83,10 +87,10 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
 # Bottlenecks.
 
 
-def _bottlenecks(program: Program, parts: Sequence[Bottleneck | Coupling], name: str) -> Written:
+def _bottlenecks(program: Program, parts: Sequence[Behind | Coupling], name: str) -> Written:
     """Adapters behind sublayers, the one where the stream begins, or both."""
     couplings = [p for p in parts if isinstance(p, Coupling)]
-    behind = [p for p in parts if isinstance(p, Bottleneck)]
+    behind = [p for p in parts if not isinstance(p, Coupling)]
     own = _behind(program, behind, name) if behind else (_NOWHERE, {})
     if not couplings:
         return own
@@ -111,7 +115,7 @@ _NOWHERE = {
 """The config of no adapter behind any sublayer."""
 
 
-def _behind(program: Program, parts: Sequence[Bottleneck], name: str) -> Written:
+def _behind(program: Program, parts: Sequence[Behind], name: str) -> Written:
     first = parts[0]
     if (first.reads, first.skips) not in _READS:
         raise ArtifactError(
@@ -124,23 +128,35 @@ def _behind(program: Program, parts: Sequence[Bottleneck], name: str) -> Written
                 f"AdapterHub's adapters are alike at all places, and that behind {part.target} is "
                 f"not as that behind {first.target}. Write them as adapters of their own."
             )
-    tensors: dict[str, Tensor] = {}
+    factored = [p for p in parts if isinstance(p, Hypercomplex)]
+    own_rules = bool(factored) and not is_shared(factored)
+    tensors = shared_tensors(program, factored, name) if factored else {}
     for part in parts:
         path = f"{sublayer_path(program, part.target)}.{name}"
-        tensors |= {f"{path}.{leaf}": t for leaf, t in _leaves(part).items()}
-    scaling: Any = first.scale
-    if first.factor is not None:
-        scaling = "learned" if first.factor.numel() == 1 else "channel"
+        named = leaves_of(part, own_rules) if isinstance(part, Hypercomplex) else _leaves(part)
+        tensors |= {f"{path}.{leaf}": t for leaf, t in named.items()}
+    more = options_of_parts(factored) if isinstance(first, Hypercomplex) else _options(first)
     config = {
         **BOTTLENECK_DEFAULTS, **_places(program, parts), **_READS[first.reads, first.skips],
-        "non_linearity": first.activation, "scaling": scaling, "dropout": first.dropout,
-        "ln_before": first.before_weight is not None, "ln_after": first.after_weight is not None,
-        "adapter_residual_before_ln": first.inside, "use_gating": first.gate is not None,
+        "non_linearity": first.activation, "scaling": first.scale, "dropout": first.dropout, **more,
     }  # fmt: skip
     return config, tensors
 
 
-def _style(part: Bottleneck) -> tuple[Any, ...]:
+def _options(first: Bottleneck) -> dict[str, Any]:
+    """What the config says of plain bottlenecks alone."""
+    options = {
+        "ln_before": first.before_weight is not None, "ln_after": first.after_weight is not None,
+        "adapter_residual_before_ln": first.inside, "use_gating": first.gate is not None,
+    }  # fmt: skip
+    if first.factor is None:
+        return options
+    return {**options, "scaling": "learned" if first.factor.numel() == 1 else "channel"}
+
+
+def _style(part: Behind) -> tuple[Any, ...]:
+    if isinstance(part, Hypercomplex):
+        return style(part)
     optional = (part.before_weight, part.after_weight, part.gate, part.down_bias, part.up_bias)
     factor = None if part.factor is None else part.factor.shape
     return (
@@ -173,7 +189,7 @@ def _bias(bias: Tensor | None, matrix: Tensor) -> Tensor:
     return matrix.new_zeros(len(matrix)) if bias is None else bias
 
 
-def _places(program: Program, parts: Sequence[Bottleneck]) -> dict[str, Any]:
+def _places(program: Program, parts: Sequence[Behind]) -> dict[str, Any]:
     """Which sublayers of which blocks have adapters, and of which size."""
     every = blocks(program)
     roles: dict[int, set[str]] = {}
@@ -182,7 +198,7 @@ def _places(program: Program, parts: Sequence[Bottleneck]) -> dict[str, Any]:
         site = next(s for s in sites_at(program, part.target) if isinstance(s, LinearSite))
         index = every.index((site.stream, site.layer))
         roles.setdefault(index, set()).add("cross" if site.cross else site.role)
-        ranks.setdefault(index, set()).add(len(part.down))
+        ranks.setdefault(index, set()).add(part.rank)
     wanted = set[str]().union(*roles.values())
     decoders = {s.stream for s in attentions(program) if s.cross}
     for index, there in roles.items():
@@ -192,7 +208,7 @@ def _places(program: Program, parts: Sequence[Bottleneck]) -> dict[str, Any]:
                 "AdapterHub puts adapters of one size behind the same sublayers of all blocks, "
                 f"and block {index} has others. Leave whole blocks out, or write two adapters."
             )
-    width = len(parts[0].up)
+    width = parts[0].width
     factors = {str(i): _factor(width, *r) for i, r in sorted(ranks.items())}
     same = len(set(factors.values())) == 1
     return {

@@ -1,8 +1,9 @@
-"""Bottlenecks whose tensors are generated, and what `hyperformer` generates them with."""
+"""Bottlenecks whose tensors are generated, and what `hyperformer` and `pha` generate them with."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -14,25 +15,36 @@ from ...rewriter.branches.branch import Serial
 
 class Generator(nn.Module):
     """`forward(z [dim]) -> [sites, size]`: one row of adapter weights a site of a stream, whose
-    rows of the tables `layers` and `blocks` are in `places [sites, 2]`."""
+    rows of the tables (`layers` and `blocks`) are in `places [sites, tables]`; of several tasks,
+    `[tasks, dim] -> [sites, tasks, size]`."""
 
     places: Tensor
 
-    def __init__(self, places: Tensor, dims: tuple[int, int, int], size: int) -> None:
+    def __init__(
+        self,
+        places: Tensor,
+        dims: tuple[int, int, int],
+        size: int,
+        tables: Sequence[str] = ("layers", "blocks"),
+    ) -> None:
         super().__init__()
         dim, hidden, projected = dims
-        layers, blocks = (places.amax(0) + 1).tolist()
         self.register_buffer("places", places, persistent=False)
-        self.layers = nn.Parameter(torch.empty(layers, dim))
-        self.blocks = nn.Parameter(torch.empty(blocks, dim))
-        self.inner, self.outer = nn.Linear(3 * dim, hidden), nn.Linear(hidden, projected)
+        self.tables = tuple(tables)
+        for name, rows in zip(tables, (places.amax(0) + 1).tolist(), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(rows, dim)))
+        inside = (1 + len(tables)) * dim
+        self.inner, self.outer = nn.Linear(inside, hidden), nn.Linear(hidden, projected)
         self.norm = nn.LayerNorm(projected, eps=1e-6)
         self.heads = nn.Linear(projected, size)
 
     def forward(self, task: Tensor) -> Tensor:
-        layer, block = self.places.unbind(1)
-        where = [task.expand(len(layer), -1), self.layers[layer], self.blocks[block]]
-        return self.heads(self.norm(self.outer(F.relu(self.inner(torch.cat(where, 1))))))
+        sites, ones = len(self.places), (1,) * (task.dim() - 1)
+        where = [task.expand(sites, *task.shape)]
+        for name, rows in zip(self.tables, self.places.unbind(1), strict=True):
+            own = self.get_parameter(name)[rows].view(sites, *ones, -1)
+            where.append(own.expand(sites, *task.shape))
+        return self.heads(self.norm(self.outer(F.relu(self.inner(torch.cat(where, -1))))))
 
 
 class Projector(nn.Sequential):

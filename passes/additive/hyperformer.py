@@ -103,7 +103,8 @@ class HyperFormer(Method):
         size = sum(HyperFormerBranch(sites[0].width, self.bottleneck).sizes)
         dims = (self.dim, self.hidden, self.projected)
         generator = Generator(torch.tensor(places), dims, size)
-        for parameter in (generator.layers, generator.blocks):
+        for table in generator.tables:
+            parameter = generator.get_parameter(table)
             nn.init.normal_(parameter, generator=edit.generator)
         initialise(generator, edit.generator)
         return generator.to(edit.like(sites[0]))

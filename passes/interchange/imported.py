@@ -24,6 +24,7 @@ from ...rewriter.branches.parts import (
     Change,
     Coupling,
     Fusion,
+    Hypercomplex,
     Invoked,
     LowRank,
     Part,
@@ -57,6 +58,7 @@ from .shared import insert_shared
 from .sublayer_parts import (
     gate_of,
     insert_bottleneck,
+    insert_compacter,
     insert_coupling,
     insert_fusion,
     require_size,
@@ -219,8 +221,9 @@ class Imported(Pass):
         active = _active(edit, parts.parts)
         known: dict[int, Value] = {}
         for part in parts.parts:
-            if not insert_shared(edit, part, known):
+            if not isinstance(part, Hypercomplex) and not insert_shared(edit, part, known):
                 insert(edit, part, active)
+        insert_compacter(edit, [p for p in parts.parts if isinstance(p, Hypercomplex)])
         prefixes = [p for p in parts.parts if isinstance(p, Prefix)]
         moved = [p for p in prefixes if p.keys_moved]
         shifted = moved or [p for p in prefixes if p.shifted]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.coupling import CouplingBranch
-from ...rewriter.branches.parts import Bottleneck, Coupling, Fusion, LowRank, Prefix
+from ...rewriter.branches.parts import (
+    Bottleneck,
+    Coupling,
+    Fusion,
+    Hypercomplex,
+    LowRank,
+    Prefix,
+)
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError, nearest
@@ -15,6 +24,7 @@ from ...rewriter.program.sites import EmbeddingSite, Site, SublayerSite, WeightS
 from ...rewriter.program.state import State
 from ..additive.adapter_fusion import AdapterFusionBranch
 from ..hybrid.unipelt import Gate
+from ..reparameterized.kronecker_sums import insert_hypercomplex
 
 
 def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
@@ -98,6 +108,18 @@ def insert_bottleneck(edit: Editor, part: Bottleneck) -> None:
     seen = seen_of(edit, site, part.reads)
     gate = gate_of(edit, site, part, edit.output(site) if seen is None else seen)
     edit.after(site, BottleneckBranch(part, edit.like(site)), gate=gate, seen=seen)
+
+
+def insert_compacter(edit: Editor, parts: Sequence[Hypercomplex]) -> None:
+    """Puts all such parts of an adapter behind their sublayers."""
+    placed: list[tuple[SublayerSite, Hypercomplex]] = []
+    for part in parts:
+        site = sublayer_of(edit.program, part.target)
+        n, rows, _ = part.down_left.shape
+        require_size(n * rows == part.width == site.width, part.target, part.down_left)
+        placed.append((site, part))
+    if placed:
+        insert_hypercomplex(edit, placed)
 
 
 def insert_coupling(edit: Editor, part: Coupling) -> None:

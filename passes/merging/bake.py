@@ -45,7 +45,7 @@ class Bake(Pass):
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         data = None if data is None else list(data)
         wanted = program.adapters if self.names is None else self.names
-        inputs = self.inputs or {}
+        inputs = dict(self.inputs or {})
         if unknown := [n for n in inputs if n not in program.spec.names]:
             raise PassError(f"bake: the program has no input {unknown[0]!r} ({program.spec}).")
         if self.rank is not None and not any(_method(program, n).nested for n in wanted):
@@ -53,22 +53,26 @@ class Bake(Pass):
                 f"bake: rank={self.rank} cuts adapters with nested ranks, and there is none. Leave "
                 "it out."
             )
-        said = inputs if self.rank is None else {**inputs, "rank": self.rank}
+        asked = {} if self.rank is None else {"rank": self.rank}
         settled: dict[str, dict[str, Any]] = {}
         tensors: dict[str, Tensor] = {}
+        shown: list[str] = []
         for name in wanted:
             method = _method(program, name)
-            decisions = method.settle(program, data, said)
+            inputs |= method.chosen(program, data, inputs)
+            decisions = method.settle(program, data, {**inputs, **asked})
             if not decisions and self.names is not None:
                 raise PassError(
                     f"bake: the adapter {name!r} ({method.text}) has nothing to settle."
                 )
+            shown += [n for n in method.shown if decisions and n in program.outputs_added]
             for path, decided in decisions.items():
                 settled[path] = {}
                 _sort(path, decided, settled[path], tensors)
         if not settled:
             raise PassError("bake: no adapter has anything to settle.")
-        plan = Plan({"branches": settled, "inputs": inputs}, tensors)
+        decisions = {"branches": settled, "inputs": inputs} | ({"outputs": shown} if shown else {})
+        plan = Plan(decisions, tensors)
         if data is None or is_meta(program):
             return plan
         return replace(
@@ -92,7 +96,11 @@ class Bake(Pass):
                 n.removeprefix(prefix): t for n, t in plan.tensors.items() if n.startswith(prefix)
             }
             edit.settle(path, {**decided, **tensors})
+        for name in plan.decisions.get("outputs", ()):
+            edit.drop_output(name)
         for name, fixed in plan.decisions["inputs"].items():
+            if name not in (self.inputs or {}):
+                edit.note(f"the data chose {name}={fixed}")
             edit.drop_input(name, f"it was fixed to {fixed}: {self}")
 
 

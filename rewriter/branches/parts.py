@@ -187,6 +187,53 @@ class Bottleneck(Part):
     gate_bias: Tensor | None = None
     dropout: float = 0.0
 
+    @property
+    def rank(self) -> int:
+        """Its inner width."""
+        return len(self.down)
+
+    @property
+    def width(self) -> int:
+        """Of what it changes."""
+        return len(self.up)
+
+
+@dataclass(frozen=True)
+class Hypercomplex(Part):
+    """A `Bottleneck` on the output alone, whose D and U are transposes of `sum_i A_i (x) B_i`.
+
+    Attributes:
+        target, activation, scale, dropout, down_bias, up_bias: as of `Bottleneck`.
+        down_rule, up_rule: A of each projection, `[n, n, n]`.
+        down_left, up_left: `[n, in / n, rank]`; without right factors B, `[n, in / n, out / n]`.
+        down_right, up_right: `[n, rank, out / n]`: `B_i = left_i right_i`.
+    """
+
+    reads: ClassVar[str] = "output"
+    skips: ClassVar[str] = "output"
+
+    down_rule: Tensor
+    up_rule: Tensor
+    down_left: Tensor
+    up_left: Tensor
+    down_bias: Tensor
+    up_bias: Tensor
+    down_right: Tensor | None = None
+    up_right: Tensor | None = None
+    activation: str = "gelu"
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Its inner width."""
+        return len(self.down_bias)
+
+    @property
+    def width(self) -> int:
+        """Of what it changes."""
+        return len(self.up_bias)
+
 
 @dataclass(frozen=True)
 class Coupling(Part):

@@ -26,7 +26,7 @@ from .attention.keyvalue import key_value_widths
 from .calls.attach import Attaching
 from .calls.call import Value, given, latest
 from .calls.samples import ShownAxes
-from .calls.signature import add_input, add_output, drop_input
+from .calls.signature import add_input, add_output, drop_input, drop_output
 from .calls.values import input_of, item_of
 from .linear.compose import composed_value
 from .linear.expression import matrix_of
@@ -131,7 +131,8 @@ class Reading(Attaching):
 
         It is a copy, so that branches put on the sublayer's output later do not change it.
         """
-        behind = behind_of(self.graph_module, self.output(site), self.node(site.nodes[1]))
+        site_value, add = (self.node(name) for name in site.nodes)
+        behind = behind_of(self.graph_module, self.output(site), add, site_value)
         if behind is None:
             self.skip(site, "its output and the stream have different shapes")
         return behind
@@ -191,6 +192,10 @@ class Reading(Attaching):
             PassError: there is one of that name.
         """
         add_output(self.program, name, value)
+
+    def drop_output(self, name: str) -> None:
+        """Takes an output away that `add_output` added."""
+        drop_output(self.program, name)
 
     def drop_input(self, name: str, reason: str) -> None:
         """Removes an input that nothing reads any more."""

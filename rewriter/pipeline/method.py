@@ -238,6 +238,20 @@ class Method(Pass, abstract=True):
         """Edits one site."""
         raise NotImplementedError
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Outputs that it adds for training, which go once it is settled."""
+        return ()
+
+    def chosen(self, program: State, data: Any, inputs: Mapping[str, int]) -> Mapping[str, int]:
+        """Inputs that data choose, beside those that shall be constants already. None by default.
+
+        Args:
+            program, data, inputs: as of `settle`.
+        """
+        del program, data, inputs
+        return {}
+
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]
     ) -> Mapping[str, Mapping[str, Any]]:

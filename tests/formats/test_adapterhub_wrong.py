@@ -15,6 +15,7 @@ from .test_adapterhub import HERE, program, said
 
 READING, LORA = "exporters/adapterhub/reading.py", "exporters/adapterhub/lora.py"
 PLACES, CONFIG = "exporters/adapterhub/places.py", "exporters/adapterhub/config.py"
+HYPER, KRONECKER = "exporters/adapterhub/hypercomplex.py", "rewriter/branches/kronecker.py"
 BRANCH, INSERT = "rewriter/branches/bottleneck.py", "passes/interchange/sublayer_parts.py"
 
 LIMIT = 1e-5
@@ -49,14 +50,19 @@ WRONG = (
     ("gate without bias", f"{INSERT}:gate_of", "copy_(part.gate_bias)", "zero_()", "bert-unipelt"),
     ("gate beside the scale", f"{LORA}:_product", 'where), 1.0', 'where), scale',
      "bert-unipelt"),
-    ("kron the other way", f"{READING}:_hypercomplex", "torch.kron(a, w)", "torch.kron(w, a)",
-     "bert-compacter"),
-    ("rules of the next", f"{READING}:_hypercomplex", "zip(rule.float(),",
-     "zip(rule.float().flip(0),", "bert-phm_whole"),
-    ("rules transposed", f"{READING}:_hypercomplex", "zip(rule.float(),", "zip(rule.float().mT,",
-     "bert-compacter"),
-    ("up's matrices for down's", f"{READING}:_hypercomplex", 'f"W_{name}"',
+    ("kron the other way", f"{KRONECKER}:hypercomplex_matrix", "->apbq", "->paqb", "bert-phm_whole"),
+    ("rules of the next", f"{HYPER}:dense", "rule.float(), weight", "rule.float().flip(0), weight",
+     "bert-phm_whole"),
+    ("rules transposed", f"{HYPER}:dense", "rule.float(), weight", "rule.float().mT, weight",
+     "bert-phm_shared"),
+    ("up's matrices for down's", f"{HYPER}:dense", 'f"W_{name}"',
      """f"W_{'up' if name == 'down' else 'down'}\"""", "bert-phm_shared"),
+    ("values the other way", f"{KRONECKER}:hypercomplex", "(rule.shape[1], left.shape[1]))",
+     "(left.shape[1], rule.shape[1])).mT", "bert-compacter"),
+    ("rules of factors transposed", f"{HYPER}:factored", 'needed(rules, "phm_rule", where)',
+     'needed(rules, "phm_rule", where).mT', "bert-compacter"),
+    ("an activation forgotten", f"{HYPER}:factored", "plain.activation", '"linear"',
+     "llama-compacter"),
     ("alpha for the scale", f"{LORA}:_product", "float)) / rank", "float)) / 1", "bert-lora"),
     ("groups interleaved", f"{LORA}:_product", "*b.chunk(groups)",
      "*b.unflatten(0, (-1, groups)).unbind(1)", "gpt2-lora"),

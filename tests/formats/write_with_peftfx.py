@@ -34,6 +34,12 @@ RECIPES: dict[str, str] = {
     "bert-gated": "unipelt{rank=2,length=3,bottleneck=4,padding=true,placement=houlsby}",
     "bert-fusion": "serial_adapter{bottleneck=4,norms=false,name=one};"
     "serial_adapter{bottleneck=4,activation=relu,norms=false,name=two};adapter_fusion{name=both}",
+    "bert-compacter": "compacter{n=2,bottleneck=4,rank=2,norms=false}",
+    "bert-phm": "compacter{n=4,bottleneck=4,rank=none,shared=false,activation=gelu_new,norms=false,"
+    "where=ffn and sublayer}",
+    "llama-compacter": "compacter{n=4,bottleneck=8,norms=false}",
+    "t5-compacter": "compacter{n=2,bottleneck=4,norms=false}",
+    "vit-compacter": "compacter{n=2,bottleneck=4,norms=false}",
     "llama-serial": "serial_adapter{bottleneck=4,norms=false}",
     "llama-lora": "lora{rank=2,where=q|k|v}",
     "llama-down": "lora{rank=2,where=ffn.down}",
@@ -51,7 +57,7 @@ RECIPES: dict[str, str] = {
 }
 AGAIN = (
     "bert-normed", "bert-normed_inside", "bert-scaled_par_bn", "bert-residual_after",
-    "bert-unipelt", "bert-mam", "bert-compacter", "llama-seq_bn", "llama-par_bn",
+    "bert-unipelt", "bert-mam", "bert-compacter", "llama-compacter", "bert-phm_whole", "llama-seq_bn", "llama-par_bn",
     "gpt2-lora", "bert-fusion", "bart-prefix", "vit-lora", "vit-double_seq_bn",
     "t5-prefix_flat", "bert-double_seq_bn_inv", "bert-inv_alone", "gpt2-seq_bn_inv",
     "llama-par_bn_inv", "llama-unipelt", "bert-prompt", "bert-prompt_behind_first",

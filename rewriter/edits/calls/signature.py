@@ -140,6 +140,26 @@ def add_output(program: State, name: str, read: Node) -> None:
     program.outputs_added = (*program.outputs_added, name)
 
 
+def drop_output(program: State, name: str) -> None:
+    """See `Editor.drop_output`."""
+    gm, end = program.module, output_node(program.module)
+    place = program.outputs_added.index(name)
+    program.outputs_added = tuple(n for n in program.outputs_added if n != name)
+    leaves: Any = list(end.args[0])  # pyright: ignore[reportArgumentType]
+    del leaves[place - len(program.outputs_added) - 1]
+    end.args = (leaves,)
+    structure = _tree(program.base.module).out_spec
+    for left in program.outputs_added:
+        structure = extended(structure, left)
+    info = _tree(gm)
+    gm.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(info.orig_args, info.in_spec, structure)))
+
+
+def _tree(gm: GraphModule) -> _PyTreeInfo:
+    codegen: Any = gm.graph._codegen
+    return codegen.pytree_info
+
+
 def drop_input(program: State, name: str, reason: str) -> None:
     """Removes an input that nothing reads; `reason` is what a call that gives it is told.
 

@@ -194,9 +194,9 @@ def is_causal(program: State, site: Site) -> bool:
     return any(isinstance(s, MixerSite) or (s.causal and not s.cross) for s in near)
 
 
-def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
+def behind_of(gm: GraphModule, output: Node, add: Node, like: Node) -> Value | None:
     """See `Editor.behind`: copies what lies between a sublayer's output and the stream, and moves
-    the axes back; None if the shape changes for another reason."""
+    the axes back; None if the shape, that of `like`, changes for another reason."""
     above = set(ancestors(add))
     path: dict[Node, None] = {output: None}
     for node in gm.graph.nodes:
@@ -216,7 +216,7 @@ def behind_of(gm: GraphModule, output: Node, add: Node) -> Value | None:
     for move in reversed(moves):
         order: Any = move.args[1]
         place = _permuted(gm, place, [order.index(i) for i in range(len(order))])
-    return place if str(shape(place)) == str(shape(output)) else None
+    return place if str(shape(place)) == str(shape(like)) else None
 
 
 def _permuted(gm: GraphModule, states: Node, order: list[int]) -> Node:
