@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..program.state import State
+from ..program.state import BRANCHES, State
 from .passes import Pass
 
 Forward = Callable[..., Any]
@@ -26,8 +26,11 @@ class Controller:
         program: the program in training.
         method: the pass that inserted the adapter, with its options.
         adapter: the name of the adapter.
+        folder: what the paths of its branches begin with below the adapter's name; '' for all.
         optimizer, total_steps: known from `start` on.
     """
+
+    folder: str = ""
 
     def __init__(self, program: State, method: Pass) -> None:
         self.program, self.method = program, method
@@ -37,8 +40,9 @@ class Controller:
 
     def branches(self) -> Iterator[tuple[str, Any]]:
         """(path, module) of each of the adapter's branches, in the order of insertion."""
+        mine = f"{BRANCHES}.{self.adapter}.{self.folder}"
         for attachment in self.program.attachments:
-            if attachment.adapter == self.adapter:
+            if attachment.path.startswith(mine):
                 yield attachment.path, self.program.branch(attachment)
 
     def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
