@@ -117,7 +117,9 @@ class ParallelAdapter(Method):
         factor = torch.ones(1) if self.scale is None else None
         sizes = (self.bottleneck, out)
         biases = tuple(torch.zeros(n) if self.biases else None for n in sizes)
-        part = Bottleneck("", down, up, biases[0], biases[1], self.activation, scale, factor, self.reads)
+        part = Bottleneck(
+            "", down, up, biases[0], biases[1], self.activation, scale, factor, self.reads
+        )
         branch = BottleneckBranch(part, edit.like(site))
         branch.inner_dropout = self.dropout
         return branch

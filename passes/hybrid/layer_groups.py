@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +32,7 @@ def group_sizes(depth: int, grouping: str) -> tuple[int, ...]:
     """How many of `depth` layers each group has; few layers leave groups empty."""
     shares = GROUPINGS[grouping]
     ends = [math.floor(depth * sum(shares[:k]) / sum(shares) + 0.5) for k in range(5)]
-    return tuple(end - start for start, end in zip(ends, ends[1:], strict=False))
+    return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def grouped(program: State, grouping: str) -> tuple[list[Site], ...]:

@@ -53,7 +53,9 @@ class LLMAdapters(Preset):
     alpha: float = 16.0
     dropout: float = 0.05
     length: int = 10
-    where: str = "attention and self|attn and self and sublayer|ffn and sublayer|q|k|v|ffn and linear"
+    where: str = (
+        "attention and self|attn and self and sublayer|ffn and sublayer|q|k|v|ffn and linear"
+    )
 
     def check(self) -> None:
         fits = self.form != "prefix" or self.at in ("best", "attention")

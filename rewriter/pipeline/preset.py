@@ -20,7 +20,7 @@ from .passes import Pass, Saved
 from .syntax import parse
 
 MEMBERS = "members"
-"""The decision that holds each member's text and what it decided, by its name."""
+"""The decision that holds each member's name, its text and what it decided, in order."""
 
 
 class MemberControllers(Controller):
@@ -98,7 +98,7 @@ class Preset(Method, abstract=True):
     def plan(self, program: State, data: Any = None, sources: Sequence[Any] = ()) -> Plan:
         selection, absent = self._selection(program)
         wanted = {site.id for site in selection.taken}
-        decided: dict[str, Any] = {}
+        decided: list[dict[str, Any]] = []
         skipped: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
         for name, member in self.members(program).items():
@@ -111,10 +111,10 @@ class Preset(Method, abstract=True):
             own = [i for i in own if member.takes(program.sites[i])]
             kept = plan.decisions.get("skipped", {})
             kept = {i: why for i, why in kept.items() if i in wanted}
-            about = {"pass": str(member.method), "sites": own, "skipped": kept}
-            decided[name] = {**plan.decisions, **about}
+            about = {"name": name, "pass": str(member.method), "sites": own, "skipped": kept}
+            decided.append({**plan.decisions, **about})
             tensors |= {f"{name}/{n}": t for n, t in plan.tensors.items()}
-        sites = list(dict.fromkeys(i for each in decided.values() for i in each["sites"]))
+        sites = list(dict.fromkeys(i for each in decided for i in each["sites"]))
         if not sites:
             missing = "".join(f" {why}" for why in skipped.values())
             raise SelectorError(
@@ -125,8 +125,8 @@ class Preset(Method, abstract=True):
         return Plan({"sites": sites, MEMBERS: decided, "skipped": skipped}, tensors)
 
     def apply(self, edit: Editor, plan: Plan) -> None:
-        for name, member, decisions in _decided(plan, self.adapter):
-            with edit.below(name), edit.deciding(name, (MEMBERS, name)):
+        for index, (name, member, decisions) in enumerate(_decided(plan, self.adapter)):
+            with edit.below(name), edit.deciding(name, (MEMBERS, index)):
                 member.apply(edit, Plan(decisions, edit.tensors))
         edit.skipped.extend(plan.decisions.get("skipped", {}).items())
 
@@ -155,11 +155,11 @@ def _planned(member: Method, program: State, data: Any, sources: Sequence[Any]) 
 
 def _decided(plan: Plan, adapter: str) -> Iterator[tuple[str, Method, Mapping[str, Any]]]:
     """(name, method, decisions) of each member of a plan."""
-    for name, decisions in plan.decisions[MEMBERS].items():
+    for decisions in plan.decisions[MEMBERS]:
         (member,) = parse(decisions["pass"])
         if not isinstance(member, Method):
-            raise PassError(f"{name} is {member}, which inserts no adapter. Save it again.")
-        yield name, replace(member, name=adapter), decisions
+            raise PassError(f"{member} inserts no adapter, so it is no member. Save it again.")
+        yield decisions["name"], replace(member, name=adapter), decisions
 
 
 def _recorded(program: State, adapter: str) -> Iterator[tuple[str, Method, Mapping[str, Any]]]:

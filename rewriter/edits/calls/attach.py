@@ -120,7 +120,7 @@ class Attaching:
             self._folder = outer
 
     @contextlib.contextmanager
-    def deciding(self, name: str, keys: Sequence[str]) -> Generator[None]:
+    def deciding(self, name: str, keys: Sequence[Any]) -> Generator[None]:
         """Meanwhile `tensors` are those of the plan below `name`, and `decided` is what the plan
         holds below `keys`."""
         tensors, decided = self.tensors, self.decided
