@@ -9,7 +9,7 @@ placement) reads the stream behind the block, the parallel one what the block re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,9 +30,10 @@ class AutoPEFT(Preset):
 
     Attributes:
         layers: numbers of the layers that are tuned, in each stream; none: all.
-        serial, parallel: inner widths of the adapters; 0: there is none.
-        prefix: rows before keys and values; 0: none.
-        lora: rank at queries and values; 0: none.
+        serial, parallel: inner widths of the adapters.
+        prefix: rows before keys and values.
+        lora: rank at queries and values. Kinds of size 0 are not there, and neither are those that
+            are left out where another one is given; without any, 48, 48 and 10 rows.
         scale: of the parallel adapter.
         projection: of the prefix, see `prefix_tuning`.
     """
@@ -42,17 +43,17 @@ class AutoPEFT(Preset):
     folds: ClassVar[str] = "its LoRA; the rest is not linear"
 
     layers: tuple[int, ...] | None = None
-    serial: int = 48
-    parallel: int = 48
-    prefix: int = 10
-    lora: int = 0
+    serial: int | None = None
+    parallel: int | None = None
+    prefix: int | None = None
+    lora: int | None = None
     scale: float = 4.0
     projection: int | None = None
     where: str = "q|v|attention and self|ffn and sublayer"
 
     def check(self) -> None:
-        for size in ("serial", "parallel", "prefix", "lora"):
-            self.require(getattr(self, size) >= 0, size, "at least 0")
+        for kind, size in self._given().items():
+            self.require(size >= 0, kind, "at least 0")
         self.require(self.layers != (), "layers", "none, or numbers of layers")
         if not self._methods():
             raise OptionError(
@@ -72,16 +73,18 @@ class AutoPEFT(Preset):
         return taken
 
     def _methods(self) -> dict[str, Method]:
-        """By kind, those that are not of size 0."""
-        found: dict[str, Method] = {}
-        if self.lora:
-            found["lora"] = LoRA(rank=self.lora)
-        if self.prefix:
-            found["prefix"] = PrefixTuning(length=self.prefix, projection=self.projection)
-        if self.serial:
-            found["serial"] = SerialAdapter(
-                bottleneck=self.serial, placement="pfeiffer", activation="relu", norms=False
-            )
-        if self.parallel:
-            found["parallel"] = ParallelAdapter(bottleneck=self.parallel, scale=self.scale)
-        return found
+        """By kind, those that are not of size 0; the serial adapter reads what no other changed."""
+        sizes = self._given() or {"serial": 48, "parallel": 48, "prefix": 10}
+        makers: dict[str, Callable[[int], Method]] = {
+            "lora": lambda size: LoRA(rank=size),
+            "prefix": lambda size: PrefixTuning(length=size, projection=self.projection),
+            "serial": lambda size: SerialAdapter(
+                bottleneck=size, placement="pfeiffer", activation="relu", norms=False
+            ),
+            "parallel": lambda size: ParallelAdapter(bottleneck=size, scale=self.scale),
+        }
+        return {kind: make(sizes[kind]) for kind, make in makers.items() if sizes.get(kind)}
+
+    def _given(self) -> dict[str, int]:
+        sizes = {kind: getattr(self, kind) for kind in ("serial", "parallel", "prefix", "lora")}
+        return {kind: size for kind, size in sizes.items() if size is not None}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewriter.api import Program
-from ..rewriter.errors import ArtifactError, OptionError, PassError
+from ..rewriter.errors import ArtifactError, OptionError, PassError, SelectorError
 from ..rewriter.files.files import parse_json, read_file, write_file, write_json
 from ..rewriter.run.run import run
 
@@ -92,6 +92,12 @@ def staged(
 
     def choose(stage: str, alternatives: Mapping[str, Design]) -> None:
         means = {n: scored.mean(draws, {**fixed, **a}) for n, a in alternatives.items()}
+        means = {n: mean for n, mean in means.items() if mean is not None}
+        if not means:
+            raise OptionError(
+                f"no design with {fixed} has a place in this model, whatever its {stage}. Give "
+                "other parts=, or groupings=."
+            )
         stages[stage] = means
         best = max(means, key=lambda n: means[n])
         fixed.update(alternatives[best])
@@ -161,15 +167,22 @@ class _Scored:
         given += [f"allocation={design['allocation']}", *filter(None, [self.options])]
         return ";".join(filter(None, (f"{self.method}{{{','.join(given)}}}", self.rest)))
 
-    def mean(self, draws: Sequence[Design], fixed: Design) -> float:
-        """Over the draws."""
-        return statistics.fmean(self.score(self.text(draw, fixed)) for draw in draws)
+    def mean(self, draws: Sequence[Design], fixed: Design) -> float | None:
+        """Over the draws that have a place in the model; None if none has one (few layers leave
+        groups empty)."""
+        scores = [self.score(self.text(draw, fixed)) for draw in draws]
+        there = [s for s in scores if s is not None]
+        return statistics.fmean(there) if there else None
 
-    def score(self, recipe: str) -> float:
-        """Of one configuration, recorded as soon as it is known."""
+    def score(self, recipe: str) -> float | None:
+        """Of one configuration, recorded as soon as it is known; None where it has no place."""
         if recipe in self.known:
             return self.known[recipe]
-        score = float(self.evaluate(run(self.program, recipe)))
+        try:
+            candidate = run(self.program, recipe)
+        except SelectorError:
+            return None
+        score = float(self.evaluate(candidate))
         if not math.isfinite(score):
             raise PassError(
                 f"evaluate gave {score} for {recipe}, not a finite number. Scores before it are "

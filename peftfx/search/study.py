@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from ..rewriter.api import Program
 from ..rewriter.errors import OptionError, PassError, SystemFailedError
@@ -159,7 +159,8 @@ class _Worker:
         candidate = run(self.program, recipe)
         count = sum(p.numel() for p in candidate.trainable_parameters())
         got = self.evaluate(candidate)
-        values = tuple(float(v) for v in (got if isinstance(got, Sequence) else (got,)))
+        each = got if isinstance(got, Sequence) else (got,)
+        values = tuple(float(v) if isinstance(v, SupportsFloat) else math.nan for v in each)
         if len(values) != len(self.scores) or not all(map(math.isfinite, values)):
             raise PassError(
                 f"evaluate gave {got!r} for {recipe}, but it must give a finite number for each of "
