@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,9 @@ class SerialAdapterBranch(Serial):
         return ACTIVATIONS[self.activation](inner)
 
     def part(self) -> Part:
-        own = {n: p.detach() for n, p in self.named_parameters()}
-        return Bottleneck("", **own, activation=self.activation)
+        own = (self.down, self.up, self.down_bias, self.up_bias)
+        tensors: Any = (None if p is None else p.detach() for p in own)
+        return Bottleneck("", *tensors, activation=self.activation)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"

@@ -84,6 +84,6 @@ def sizes_within(
     below 1 where that is too few."""
     costs = {letter: cost(letter, program, sites) for letter in word}
     sized = [letter for letter, (_, by) in costs.items() if by]
-    fixed = sum(first for letter, (first, by) in costs.items() if not by)
+    fixed = sum(first for first, by in costs.values() if not by)
     share = (parameters - fixed) / max(1, len(sized))
     return {n: math.floor((share - costs[n][0]) / costs[n][1]) for n in sized}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.preset import Member, Preset
@@ -73,7 +73,11 @@ class LLMAdapters(Preset):
 
     def _method(self, place: str) -> Method:
         """The form at one place."""
-        narrow = {"activation": "tanh", "biases": False, "bottleneck": self.bottleneck}
+        narrow: dict[str, Any] = {
+            "activation": "tanh",
+            "biases": False,
+            "bottleneck": self.bottleneck,
+        }
         match self.form:
             case "series":
                 return SerialAdapter(**narrow, std=0.02, norms=False, where=SUBLAYERS[place])
@@ -82,7 +86,7 @@ class LLMAdapters(Preset):
                     **narrow, scale=self.scale, init="bert", joins="output", where=SUBLAYERS[place]
                 )
             case "lora":
-                options = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-                return LoRA(**options, where=LINEARS[place])
+                options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha}
+                return LoRA(**options, dropout=self.dropout, where=LINEARS[place])
             case "prefix":
                 return PrefixTuning(length=self.length)

@@ -158,7 +158,7 @@ class _Worker:
     def _evaluated(self, recipe: str) -> Values:
         candidate = run(self.program, recipe)
         count = sum(p.numel() for p in candidate.trainable_parameters())
-        got = self.evaluate(candidate)
+        got: Any = self.evaluate(candidate)
         each = got if isinstance(got, Sequence) else (got,)
         values = tuple(float(v) if isinstance(v, SupportsFloat) else math.nan for v in each)
         if len(values) != len(self.scores) or not all(map(math.isfinite, values)):

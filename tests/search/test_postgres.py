@@ -17,6 +17,7 @@ import pytest
 
 from peftfx.rewriter.errors import SystemFailedError
 from peftfx.search import search
+from peftfx.search.sampling import library
 
 from .common import command, distinct, environment, recipes, score, small, space
 
@@ -82,9 +83,7 @@ def server() -> Generator[str]:
 
 def test_workers_share_a_server(server: str) -> None:
     """Two processes and two threads: each configuration once, and all see all."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    library().logging.set_verbosity(library().logging.ERROR)
     base = small()
     options: Any = {"sampler": "random", "storage": server}
     first = search(base, space(), score, trials=2, **options)

@@ -14,6 +14,7 @@ import pytest
 import peftfx
 from peftfx.rewriter.errors import OptionError, PassError, SystemFailedError
 from peftfx.search import Space, search
+from peftfx.search.sampling import library
 
 from .common import command, distinct, environment, recipes, score, small, space
 
@@ -29,9 +30,7 @@ def base() -> peftfx.Program:
 
 @pytest.fixture(autouse=True)
 def quiet() -> None:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    library().logging.set_verbosity(library().logging.ERROR)
 
 
 def test_spaces_are_the_papers(base: peftfx.Program) -> None:
@@ -70,9 +69,10 @@ def test_resumed_is_as_if_never_stopped(base: peftfx.Program, tmp_path: Path) ->
     for count in (4, 7, 9):
         parts = search(base, space(), score, trials=count, storage=tmp_path / "a.db", **options)
     assert recipes(parts) == recipes(whole) and distinct(recipes(whole))
-    other = search(base, space(), score, trials=9, **{**options, "seed": 4})
+    options["seed"] = 4
+    other = search(base, space(), score, trials=9, **options)
     assert recipes(other) != recipes(whole)
-    again = search(base, space(), score, trials=9, storage=tmp_path / "a.db", **options)
+    again = search(base, space(), score, trials=9, storage=tmp_path / "a.db")
     assert again == parts
 
 
@@ -187,7 +187,7 @@ def test_spaces_that_are_empty_or_refused(base: peftfx.Program) -> None:
         search(base, attention, asked.append, trials=2)  # pyright: ignore[reportArgumentType]
     with pytest.raises(OptionError, match=r"no layer 7.*Leave serial out"):
         search(base, Space((0, 7), {"serial": (0, 2)}), score)
-    taken = peftfx.run(base, "autopeft{prefix=0}")
+    taken = peftfx.run(base, "autopeft{serial=2}")
     with pytest.raises(OptionError, match="there is an adapter 'autopeft' already"):
         search(taken, space(), score)
     with pytest.raises(OptionError, match=r"no sampler 'best'.*Choose one of tpe"):
