@@ -121,8 +121,8 @@ class GatedAttention(Attention):
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = (query @ key.mT).float() * scale
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (query @ key.mT).float() * factor
         scores = gated_columns(scores, gate, self.length, keys.shape[-2])
         if mask is not None:
             added = mask.is_floating_point()
@@ -136,13 +136,18 @@ class GatedAttention(Attention):
 
 def add_call(gm: GraphModule, kind: str, module: nn.Module, args: tuple[Any, ...]) -> Node:
     """A new call of `module`, registered as `soft.<kind>_<number>`, at the insertion point."""
+    path = _registered(gm, kind, module)
+    return gm.graph.create_node("call_module", path, args, {}, name=path.replace(".", "_"))
+
+
+def _registered(gm: GraphModule, kind: str, module: nn.Module) -> str:
     index = 0
     soft = gm._modules.get("soft")
     while soft is not None and f"{kind}_{index}" in soft._modules:
         index += 1
     path = f"soft.{kind}_{index}"
     gm.add_submodule(path, module)
-    return gm.graph.create_node("call_module", path, args, {}, name=path.replace(".", "_"))
+    return path
 
 
 def _widened(gm: GraphModule, mask: Node, length: int, fill: float) -> Node:
@@ -240,17 +245,19 @@ def _gate_columns(
     """Has an attention scale the columns in front of its former keys for each query."""
     reads = {"gate": gate, "keys": attention.key}
     if attention.fused:
-        old = submodule(gm, core)
-        new = GatedAttention(old.dropout, length).train(old.training)
-        new.steady = old.steady
-        gm.set_submodule(str(core.target), new)
-        core.kwargs = {**core.kwargs, **reads}
+        old: Any = submodule(gm, core)
+        new = GatedAttention(old.dropout, length)
+        new.training, new.steady = old.training, old.steady
+        core.target = _registered(gm, "gated_attention", new)
+        for keyword, read in reads.items():
+            core.update_kwarg(keyword, read)
         return
     weights = inputs(core)[0]
     for value, place in ((attention.product, users(attention.product)), (weights, [core])):
         with gm.graph.inserting_before(core if value is weights else place[0]):
             call = add_call(gm, "gate_columns", GateColumns(length), (value,))
-        call.kwargs = reads
+        for keyword, read in reads.items():
+            call.update_kwarg(keyword, read)
         for user in place:
             user.replace_input_with(value, call)
 
