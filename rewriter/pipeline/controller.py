@@ -26,11 +26,13 @@ class Controller:
         program: the program in training.
         method: the pass that inserted the adapter, with its options.
         adapter: the name of the adapter.
-        folder: what the paths of its branches begin with below the adapter's name; '' for all.
+        folder, sites: as a member of a preset, what the paths of its branches begin with below the
+            adapter's name, and the sites that it was put at; '' and None: all.
         optimizer, total_steps: known from `start` on.
     """
 
     folder: str = ""
+    sites: frozenset[str] | None = None
 
     def __init__(self, program: State, method: Pass) -> None:
         self.program, self.method = program, method
@@ -44,6 +46,11 @@ class Controller:
         for attachment in self.program.attachments:
             if attachment.path.startswith(mine):
                 yield attachment.path, self.program.branch(attachment)
+
+    def edited(self) -> list[str]:
+        """The sites that were edited, also those whose branches are gone by now."""
+        edited = next(r.edited for r in self.program.history if r.adapter == self.adapter)
+        return [site for site in edited if self.sites is None or site in self.sites]
 
     def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         """Optimiser options of one of the adapter's parameters that differ from the usual ones.

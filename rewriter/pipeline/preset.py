@@ -29,9 +29,9 @@ class MemberControllers(Controller):
     def __init__(self, program: State, method: Pass) -> None:
         super().__init__(program, method)
         self.each: dict[str, Controller] = {}
-        for name, member, _ in _recorded(program, self.adapter):
-            self.each[name] = member.controller(program, member)
-            self.each[name].folder = f"{name}."
+        for name, member, decisions in _recorded(program, self.adapter):
+            self.each[name] = own = member.controller(program, member)
+            own.folder, own.sites = f"{name}.", frozenset(decisions["sites"])
 
     def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         prefix = f"{BRANCHES}.{self.adapter}."
@@ -141,8 +141,9 @@ class Preset(Method, abstract=True):
         return settled
 
     def saved_part(self, saved: Saved) -> Part | None:
-        parts = (m.saved_part(saved) for _, m, _ in _decided(saved.plan, self.adapter))
-        return next((p for p in parts if p is not None), None)
+        members = {name: member for name, member, _ in _decided(saved.plan, self.adapter)}
+        owner = members.get(saved.member)
+        return None if owner is None else owner.saved_part(saved)
 
 
 def _planned(member: Method, program: State, data: Any, sources: Sequence[Any]) -> Plan | str:

@@ -202,9 +202,8 @@ class BudgetController(Controller):
                 f"{self.adapter}: warmup={warmup} and final={final} leave none of "
                 f"{self.total_steps} steps to prune in. Make them smaller, or below 1 for shares."
             )
-        edited = next(r.edited for r in self.program.history if r.adapter == self.adapter)
         first = sum(self.parts(branch) for _, branch in self.branches())
-        last = min(first, self.options.left * len(edited))
+        last = min(first, self.options.left * len(self.edited()))
         ends = self.total_steps - final
         self.budget = CubicBudget(first, last, warmup, ends, self.total_steps)
 
