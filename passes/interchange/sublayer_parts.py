@@ -14,7 +14,7 @@ from ...rewriter.errors import PassError, nearest
 from ...rewriter.program.sites import EmbeddingSite, Site, SublayerSite, WeightSite
 from ...rewriter.program.state import State
 from ..additive.adapter_fusion import AdapterFusionBranch
-from ..hybrid.unipelt import Gate
+from ..hybrid.mean_gate import Gate
 
 
 def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
