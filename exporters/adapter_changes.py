@@ -218,12 +218,14 @@ def saved_parts(
         )
         method = rest.partition(".")[0] if step is None else step[0].text
         module, _, slot = rest.partition(".")[2].rpartition(".")
+        member, _, below = module.partition(".")  # of a preset
+        module = below if f"{below}.weight" in artifact.base else module
         target = f"{module}.weight" if f"{module}.weight" in artifact.base else module
         part = None
         if step is not None:
             item, plan, _ = step
             own = item.at(plan, site_of(plan, module))
-            part = own.saved_part(Saved(target, slot, leaves, plan))
+            part = own.saved_part(Saved(target, slot, leaves, plan, member))
         yield method, target, leaves, part
 
 

@@ -21,6 +21,10 @@ from .passes.additive.serial_adapter import SerialAdapter as SerialAdapter
 from .passes.additive.smop import SMoP as SMoP
 from .passes.additive.spot import SPoT as SPoT
 from .passes.additive.vpt import VPT as VPT
+from .passes.hybrid.autopeft import AutoPEFT as AutoPEFT
+from .passes.hybrid.llm_adapters import LLMAdapters as LLMAdapters
+from .passes.hybrid.mam import MAM as MAM
+from .passes.hybrid.s4 import S4 as S4
 from .passes.hybrid.unipelt import UniPELT as UniPELT
 from .passes.interchange.imported import Imported as Imported
 from .passes.lowering.causal import Causal as Causal

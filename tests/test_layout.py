@@ -210,7 +210,7 @@ def test_a_new_file_is_all_a_method_needs(captured: Any, tmp_path: Path) -> None
 
 
 def test_importing_needs_no_extras_and_shadows_no_package() -> None:
-    extras = ("transformers", "onnx", "onnxruntime", "gguf", "triton", "PIL")
+    extras = ("transformers", "onnx", "onnxruntime", "gguf", "triton", "PIL", "optuna")
     code = (
         f"import sys, peftfx; print([m for m in {extras} if m in sys.modules]); import transformers"
     )

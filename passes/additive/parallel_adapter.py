@@ -60,6 +60,7 @@ class ParallelAdapter(Method):
         bottleneck: inner width r.
         scale: s; none for a learnt number that starts at 1.
         activation: between the projections.
+        biases: of both projections.
         reads: z is what the sublayer reads (`input`), or the residual also where that is normed
             first (`residual`), as in AdapterHub.
         joins: where the update of an attention's adapter is added: `heads` or `output`.
@@ -74,7 +75,8 @@ class ParallelAdapter(Method):
 
     bottleneck: int = 64
     scale: float | None = 4.0
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    biases: bool = True
     reads: Literal["input", "residual"] = "input"
     joins: Literal["heads", "output"] = "heads"
     dropout: float = 0.0
@@ -113,8 +115,11 @@ class ParallelAdapter(Method):
                 matrix.normal_(0.0, 0.02, generator=edit.generator)
         scale = 1.0 if self.scale is None else self.scale
         factor = torch.ones(1) if self.scale is None else None
-        biases = torch.zeros(self.bottleneck), torch.zeros(out)
-        part = Bottleneck("", down, up, *biases, self.activation, scale, factor, self.reads)
+        sizes = (self.bottleneck, out)
+        biases = tuple(torch.zeros(n) if self.biases else None for n in sizes)
+        part = Bottleneck(
+            "", down, up, biases[0], biases[1], self.activation, scale, factor, self.reads
+        )
         branch = BottleneckBranch(part, edit.like(site))
         branch.inner_dropout = self.dropout
         return branch

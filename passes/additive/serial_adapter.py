@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...rewriter.branches.bottleneck import ACTIVATIONS
 from ...rewriter.branches.branch import Axes, Serial
 from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
@@ -38,11 +38,11 @@ class SerialAdapterBranch(Serial):
         "up": ("width", "rank"), "up_bias": ("width",), "seen": ("...", "width"),
     }  # fmt: skip
 
-    def __init__(self, down: Tensor, up: Tensor, activation: str) -> None:
+    def __init__(self, down: Tensor, up: Tensor, activation: str, biases: bool = True) -> None:
         super().__init__()
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
-        self.down_bias = nn.Parameter(down.new_zeros(down.shape[0]))
-        self.up_bias = nn.Parameter(up.new_zeros(up.shape[0]))
+        self.down_bias = nn.Parameter(down.new_zeros(down.shape[0])) if biases else None
+        self.up_bias = nn.Parameter(up.new_zeros(up.shape[0])) if biases else None
         self.activation = activation
 
     def update(self, h: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -53,12 +53,12 @@ class SerialAdapterBranch(Serial):
     def units(self, z: Tensor) -> Tensor:
         """What the r inner units give for what D reads."""
         inner = linear(z, self.down, self.down_bias)
-        return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[self.activation](inner)
+        return ACTIVATIONS[self.activation](inner)
 
     def part(self) -> Part:
         own = (self.down, self.up, self.down_bias, self.up_bias)
-        down, up, down_bias, up_bias = (p.detach() for p in own)
-        return Bottleneck("", down, up, down_bias, up_bias, self.activation)
+        tensors: Any = (None if p is None else p.detach() for p in own)
+        return Bottleneck("", *tensors, activation=self.activation)
 
     def describe(self) -> str:
         return f"bottleneck={self.down.shape[0]}, {self.activation}"
@@ -71,6 +71,7 @@ class SerialAdapter(Method):
     Attributes:
         bottleneck: inner width r.
         activation: between the projections.
+        biases: of both projections.
         std: of the truncated normal initialisation (cut at two deviations).
         norms: also train all normalisation parameters, as the paper does.
         placement: `houlsby` or, as AdapterHub's SeqBn (which has std=0.02, activation=relu,
@@ -87,7 +88,8 @@ class SerialAdapter(Method):
     }
 
     bottleneck: int = 64
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    biases: bool = True
     std: float = 1e-3
     norms: bool = True
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
@@ -124,4 +126,4 @@ class SerialAdapter(Method):
         for matrix in (down, up):
             bounds = (-2 * self.std, 2 * self.std)
             nn.init.trunc_normal_(matrix, 0.0, self.std, *bounds, generator=edit.generator)
-        return SerialAdapterBranch(down.to(like), up.to(like), self.activation)
+        return SerialAdapterBranch(down.to(like), up.to(like), self.activation, self.biases)

@@ -14,7 +14,8 @@ does its gate. Unlike in the authors' code, padding does not count, unless `padd
 
 Where attention is causal, a mean over all tokens would tell each of later ones. There, a gate is
 the mean over the tokens so far, equal to the authors' at the last token; and the prefix, whose
-rows all queries share, is gated by what they all see: the first token. A gate depends on the
+rows all queries share, is gated by what they all see: the first token; or with `prefix_gate=past`
+for each query by the tokens up to it, which takes an attention in parts. A gate depends on the
 input, so nothing folds, until `bake` with calibration data makes the gates numbers: their mean
 over the samples. Then LoRA folds, and the certificate says how far the outputs moved on that data.
 """
@@ -26,13 +27,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
 
-from ...rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial
-from ...rewriter.branches.shapes import linear
+from ...rewriter.branches.gated import GatedDelta, GatedKeyValue, GatedSerial, QueryGatedKeyValue
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
-from ...rewriter.edits.stream.hidden import Axes, Reach
+from ...rewriter.edits.stream.hidden import Reach
 from ...rewriter.errors import PassError
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
@@ -42,29 +41,7 @@ from ...rewriter.scores.observe import observe
 from ..additive.prefix_tuning import PrefixTuning
 from ..additive.serial_adapter import SerialAdapter
 from ..reparameterized.lora import LoRA
-
-
-class Gate(nn.Module):
-    """`mean_t sigmoid(w h_t + b)`; parameters `weight [1, width]`, `bias [1]`."""
-
-    reach: Reach
-
-    def __init__(self, weight: Tensor, axes: Axes, reach: Reach) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(weight.new_zeros(1))
-        self.axes, self.reach = axes, reach
-
-    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
-        opened = torch.sigmoid(linear(hidden, self.weight, self.bias))
-        return self.axes.mean(opened, valid, self.reach)
-
-    def extra_repr(self) -> str:
-        return self.reach
-
-    def total(self, gate: Tensor) -> Tensor:
-        """The sum over samples, of each over all its tokens, and their number, `[2]`."""
-        whole = gate.select(self.axes.tokens[0], -1) if self.reach == "past" else gate
-        return torch.stack([whole.double().sum(), whole.new_tensor(whole.numel()).double()])
+from .mean_gate import Gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +53,7 @@ class UniPELT(Method):
         length, projection: of the prefix, see `prefix_tuning`.
         bottleneck, activation: of the adapter.
         placement: the adapter reads the stream behind the block, or (`houlsby`) its output.
+        prefix_gate: what opens the prefix where attention is causal, see above.
         padding: let padding count in the gates, as in the authors' code.
         std: of the normal initialisation of gates, prefixes and adapters.
     """
@@ -91,6 +69,7 @@ class UniPELT(Method):
     bottleneck: int = 48
     activation: Literal["relu", "gelu", "silu"] = "relu"
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    prefix_gate: Literal["first", "past"] = "first"
     padding: bool = False
     std: float = 0.02
     where: str = "q|v|attention and self|ffn and sublayer"
@@ -116,26 +95,32 @@ class UniPELT(Method):
             seen = edit.behind(site) if self.placement == "pfeiffer" else edit.output(site)
             if seen is None:
                 return
-        gate = self.gate(edit, site, seen)
-        if gate is None:
+        made = self.gate(edit, site, seen)
+        if made is None:
             return
+        gate, reach = made
         if isinstance(site, LinearSite):
             edit.add(site, GatedDelta(lora.made(edit, site), edit.samples(site)), gate=gate)
+        elif isinstance(site, AttentionSite) and reach == "past":
+            edit.prepend_kv(site, QueryGatedKeyValue(prefix.made(edit, site)), gates=gate)
         elif isinstance(site, AttentionSite):
             edit.prepend_kv(site, GatedKeyValue(prefix.made(edit, site)), gate=gate)
         else:
             edit.after(site, GatedSerial(adapter.made(edit, site)), gate=gate, seen=seen)
 
-    def gate(self, edit: Editor, site: Site, seen: Value | None) -> Value | None:
+    def gate(self, edit: Editor, site: Site, seen: Value | None) -> tuple[Value, Reach] | None:
         """The gate of one site, evaluated once a forward; None where its tokens are unknown."""
         hidden = edit.hidden(site, seen)
         if hidden is None:
             return None
-        shared = hidden.causal and isinstance(site, AttentionSite)
+        prefix = hidden.causal and isinstance(site, AttentionSite)
+        reach = self.prefix_gate if prefix else hidden.reach
         weight = torch.randn(1, hidden.width, generator=edit.generator) * self.std
-        gate = Gate(weight.to(edit.like(site)), hidden.axes, "first" if shared else hidden.reach)
+        gate = Gate(weight.to(edit.like(site)), hidden.axes, reach)
+        gate.by_query = prefix and reach == "past"
         valid = None if self.padding else hidden.valid
-        return edit.share(f"{edit.name(site)}.gate", gate, hidden=hidden.value, valid=valid)
+        value = edit.share(f"{edit.name(site)}.gate", gate, hidden=hidden.value, valid=valid)
+        return value, reach
 
     def settle(
         self, program: State, data: Any, inputs: Mapping[str, int]

@@ -23,7 +23,7 @@ from ...rewriter.errors import PassError, nearest
 from ...rewriter.program.sites import EmbeddingSite, Site, SublayerSite, WeightSite
 from ...rewriter.program.state import State
 from ..additive.adapter_fusion import AdapterFusionBranch
-from ..hybrid.unipelt import Gate
+from ..hybrid.mean_gate import Gate
 from ..reparameterized.kronecker_sums import insert_hypercomplex
 
 

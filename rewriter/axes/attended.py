@@ -63,6 +63,11 @@ def _scores(gm: GraphModule, weights: Node) -> Node | None:
             if below:
                 return operands(node)[-2]
             continue
-        if is_op(node, _UP) or isinstance(submodule(gm, node), nn.Dropout):
+        module = submodule(gm, node)
+        if (
+            is_op(node, _UP)
+            or isinstance(module, nn.Dropout)
+            or getattr(module, "pointwise", False)
+        ):
             stack += [(i, below or is_op(node, SOFTMAX)) for i in inputs(node)]
     return None

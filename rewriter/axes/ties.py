@@ -72,7 +72,7 @@ def relations(gm: GraphModule, node: Node) -> list[Relation]:
     module = submodule(gm, node)
     if isinstance(module, Branch):
         return _branch(node, module)
-    if isinstance(module, nn.Dropout | AlphaDropout):
+    if isinstance(module, nn.Dropout | AlphaDropout) or getattr(module, "pointwise", False):
         return elementwise(node)
     if isinstance(module, BatchNorm):
         return [tie(a, 0 if i else 1, node, 1) for i, a in enumerate(tensors(node.args))]

@@ -80,6 +80,25 @@ class GatedKeyValue(Gated[KeyValue], KeyValue):
         return key * factor, value * factor
 
 
+class QueryGatedKeyValue(KeyValue):
+    """Rows that each query meets with a gate of its own: its scores with them are `g q P_k`, and
+    what they give it is `g P_v`. The attention gates their columns, so the rows are as without."""
+
+    by_query = True
+
+    def __init__(self, inner: KeyValue) -> None:
+        super().__init__(inner.length)
+        self.inner = inner
+
+    def rows(self, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`gates`: `[batch, tokens, 1]`."""
+        del gates
+        return self.inner.rows()
+
+    def describe(self) -> str:
+        return f"{self.inner.describe()}, gated by query"
+
+
 class GatedSerial(Gated[Serial], Serial):
     """`h' = h + g f(z)` with z = h, or another value that f reads instead."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ class KeyValue(Branch):
     """Rows prepended to the keys and values of an attention."""
 
     slot = "key_value"
+    by_query: ClassVar[bool] = False
+    """Its read `gates`, `[batch, tokens, 1]`, scales what each query sees of the rows."""
+
     not_foldable = "extra keys and values take softmax mass, which no weight can express"
 
     def __init__(self, length: int) -> None:

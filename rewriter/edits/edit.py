@@ -31,7 +31,7 @@ from ..program.sites import (
     WeightSite,
 )
 from ..program.trained import chosen, train_only
-from .attention.keyvalue import prepend_key_value, remove_key_value
+from .attention.keyvalue import gated_by_query, prepend_key_value, remove_key_value
 from .calls.call import EMPTY, Value, given, latest
 from .calls.requirements import require_fit, require_names
 from .linear.bias import add_bias
@@ -185,8 +185,12 @@ class Editor(Reading):
             reader.replace_input_with(current, new)
 
     def prepend_kv(self, site: AttentionSite, branch: KeyValue, **reads: Value | None) -> None:
-        """Prepends rows to keys and values (after rotation), widening the mask."""
+        """Prepends rows to keys and values (after rotation), widening the mask. Where the branch is
+        `by_query`, its read `gates` says how much of them each query sees."""
         require_fit(self.method, "prepend_kv", site, branch)
+        if branch.by_query and gated_by_query(self.graph_module, self.node(site.nodes[0])):
+            self.skip(site, "it has rows already that each query gates")
+            return
         path = self._attach(site, branch, reads)
         core = self.node(site.nodes[0])
         prepend_key_value(self.graph_module, core, path, branch.length, given(reads))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..program.state import State
+from ..program.state import BRANCHES, State
 from .passes import Pass
 
 Forward = Callable[..., Any]
@@ -30,6 +30,8 @@ class Controller:
         program: the program in training.
         method: the pass that inserted the adapter, with its options.
         adapter: the name of the adapter.
+        folder, sites: as a member of a preset, what the paths of its branches begin with below the
+            adapter's name, and the sites that it was put at; '' and None: all.
         optimizer, total_steps: known from `start` on.
     """
 
@@ -39,6 +41,9 @@ class Controller:
         super().__init_subclass__(**kwargs)
         cls.whole = whole
 
+    folder: str = ""
+    sites: frozenset[str] | None = None
+
     def __init__(self, program: State, method: Pass) -> None:
         self.program, self.method = program, method
         self.adapter = method.adapter or ""
@@ -47,9 +52,15 @@ class Controller:
 
     def branches(self) -> Iterator[tuple[str, Any]]:
         """(path, module) of each of the adapter's branches, in the order of insertion."""
+        mine = f"{BRANCHES}.{self.adapter}.{self.folder}"
         for attachment in self.program.attachments:
-            if attachment.adapter == self.adapter:
+            if attachment.path.startswith(mine):
                 yield attachment.path, self.program.branch(attachment)
+
+    def edited(self) -> list[str]:
+        """The sites that were edited, also those whose branches are gone by now."""
+        edited = next(r.edited for r in self.program.history if r.adapter == self.adapter)
+        return [site for site in edited if self.sites is None or site in self.sites]
 
     def group(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         """Optimiser options of one of the adapter's parameters that differ from the usual ones.

@@ -43,12 +43,14 @@ class Saved:
         slot: of the branch.
         tensors: by the names that they have in it.
         plan: what its pass decided.
+        member: of a preset, the name of the member that it is of.
     """
 
     target: str
     slot: str
     tensors: Mapping[str, Tensor]
     plan: Plan
+    member: str = ""
 
 
 class Worded(ABCMeta):

@@ -44,6 +44,7 @@ class Reference:
     Attributes:
         tensors: our parameters by name, without the adapter's name.
         valid: bool [batch, tokens], None if no token is padding.
+        prefix_gate: what its gate is the mean over, where attention is causal.
         rows: of prefixes, left by hooks on query projections for the attention behind them.
     """
 
@@ -51,6 +52,7 @@ class Reference:
     valid: Tensor | None
     causal: bool
     scale: float = 1.0
+    prefix_gate: str = "first"
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
 
     def gate(self, name: str, hidden: Tensor, reach: str) -> Tensor:
@@ -63,8 +65,10 @@ class Reference:
         return lambda i, o: o + self.gate(name, i[0], reach) * self.scale * (i[0] @ a.T @ b.T)
 
     def prefix(self, name: str, hidden: Tensor) -> None:
-        """Leaves the rows of one attention, [batch, length, heads, dim], to the patched one."""
-        gate = self.gate(name, hidden, "first" if self.causal else "all")[..., None]
+        """Leaves the rows of one attention, [batch, 1 or tokens, length, heads, dim], to the
+        patched one."""
+        reach = self.prefix_gate if self.causal else "all"
+        gate = self.gate(name, hidden, reach)[..., None, None]  # one a sample, or one a query
         key, value = (self.tensors[f"{name}.key_value.inner.{n}"] for n in ("key", "value"))
         self.rows.append((gate * key, gate * value))
 
@@ -76,6 +80,17 @@ class Reference:
         return gate * (torch.relu(seen @ down.T + down_bias) @ up.T + up_bias)
 
 
+def attended(q: Tensor, own: Tensor, v: Tensor, rows: Any, scale: float = 1.0) -> Tensor:
+    """One query after the other: the softmax of its scores with its rows and (`own`) with keys."""
+    found: list[Tensor] = []
+    for t in range(q.shape[2]):
+        mine = (r[:, min(t, r.shape[1] - 1)].transpose(1, 2) for r in rows)
+        pk, pv = (r.repeat_interleave(v.shape[1] // r.shape[1], 1) for r in mine)
+        scores = torch.cat([q[:, :, t : t + 1] @ pk.mT * scale, own[:, :, t : t + 1]], -1)
+        found.append(scores.softmax(-1) @ torch.cat([pv, v], 2))
+    return torch.cat(found, 2)
+
+
 @contextlib.contextmanager
 def attention_with_gated_rows(reference: Reference) -> Generator[None]:
     """Explicit attention, with the rows that the query projection's hook has left."""
@@ -83,12 +98,9 @@ def attention_with_gated_rows(reference: Reference) -> Generator[None]:
 
     def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float = 0.0) -> Tensor:
         assert not p
-        rows = (r.transpose(1, 2) for r in reference.rows.pop(0))
-        pk, pv = (r.repeat_interleave(k.shape[1] // r.shape[1], 1) for r in rows)
-        scores = q @ torch.cat([pk, k], 2).mT / q.shape[-1] ** 0.5
-        seen = torch.ones(*mask.shape[:-1], pk.shape[2], dtype=torch.bool)
-        scores = scores.masked_fill(~torch.cat([seen, mask], -1), float("-inf"))
-        return scores.softmax(-1) @ torch.cat([pv, v], 2)
+        scale = q.shape[-1] ** -0.5
+        own = (q @ k.mT * scale).masked_fill(~mask, float("-inf"))
+        return attended(q, own, v, reference.rows.pop(0), scale)
 
     F.scaled_dot_product_attention = explicit  # type: ignore[assignment]
     try:
@@ -142,23 +154,29 @@ def reference_by_hand(
             assert not ref.rows
 
 
-@pytest.mark.parametrize("option", ["", "alpha=6", "placement=houlsby"])
+@pytest.mark.parametrize("option", ["", "alpha=6", "placement=houlsby", "prefix_gate=past"])
 def test_it_equals_its_reference(hand: Any, option: str) -> None:
     _, model, base = hand
     text = RECIPE.replace("}", f",{option}}}") if option else RECIPE
     program = randomise(peftfx.run(base, text), 0.5)
     inputs = batch(4, 11, pad=3)
-    options = {"alpha=6": {"scale": 3.0}, "placement=houlsby": {"houlsby": True}}
+    options = {
+        "alpha=6": {"scale": 3.0},
+        "placement=houlsby": {"houlsby": True},
+        "prefix_gate=past": {"prefix_gate": "past"},
+    }
     want = reference_by_hand(model, program, inputs, **options.get(option, {}))
     check(program, base, want, inputs)
 
 
-def reference_t5(model: Any, program: peftfx.Program, inputs: Mapping[str, Tensor]) -> Any:
+def reference_t5(
+    model: Any, program: peftfx.Program, inputs: Mapping[str, Tensor], prefix_gate: str
+) -> Any:
     """Both streams of an encoder-decoder; the encoder's values are gated over the encoder."""
     held = parameters(program)
     streams = {
         "encoder": Reference(held, inputs["attention_mask"].bool(), causal=False),
-        "decoder": Reference(held, None, causal=True),
+        "decoder": Reference(held, None, causal=True, prefix_gate=prefix_gate),
     }
     hooks: dict[str, Callable[..., Any]] = {}
     patched: list[Any] = []
@@ -170,7 +188,6 @@ def reference_t5(model: Any, program: peftfx.Program, inputs: Mapping[str, Tenso
             q, k, v = (
                 m(x).view(b, t, 4, 8).transpose(1, 2) for m in (module.q, module.k, module.v)
             )
-            pk, pv = (r.transpose(1, 2) for r in ref.rows.pop())
             if position_bias is None:
                 position_bias = module.compute_bias(t, t)
             seen = torch.ones(b, 1, t, t, dtype=torch.bool)
@@ -179,8 +196,7 @@ def reference_t5(model: Any, program: peftfx.Program, inputs: Mapping[str, Tenso
             if ref.causal:
                 seen = seen.tril()
             own = (q @ k.mT + position_bias).masked_fill(~seen, float("-inf"))
-            weights = torch.cat([q @ pk.mT, own], -1).softmax(-1)
-            y = weights @ torch.cat([pv, v], 2)
+            y = attended(q, own, v, ref.rows.pop())
             return module.o(y.transpose(1, 2).reshape(b, t, -1)), position_bias, None
 
         module.forward = forward
@@ -208,15 +224,18 @@ def reference_t5(model: Any, program: peftfx.Program, inputs: Mapping[str, Tenso
             del module.forward
 
 
-def test_encoder_decoder_equals_its_reference(zoo: Any) -> None:
+@pytest.mark.parametrize("prefix_gate", ["first", "past"])
+def test_encoder_decoder_equals_its_reference(zoo: Any, prefix_gate: str) -> None:
     model, base = zoo.model("t5"), zoo["t5"]
-    program = randomise(peftfx.run(base, RECIPE), 0.3)
+    recipe = RECIPE.replace("}", f",prefix_gate={prefix_gate}}}")
+    program = randomise(peftfx.run(base, recipe), 0.3)
     g = torch.Generator().manual_seed(0)
     ids = [torch.randint(3, 90, (3, n), generator=g) for n in (8, 6)]
     mask = torch.ones_like(ids[0])
     mask[0, -3:] = 0
     inputs = {"input_ids": ids[0], "attention_mask": mask, "decoder_input_ids": ids[1]}
-    got, want = program(**inputs).logits, reference_t5(model, program, inputs).logits
+    got = program(**inputs).logits
+    want = reference_t5(model, program, inputs, prefix_gate).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert moved(base(**inputs).logits, got) > 0.01
 
@@ -283,10 +302,12 @@ def test_padding_does_not_count_unless_asked(captured: Any) -> None:
     torch.testing.assert_close(got, first(ours(**alone)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefix_gate", ["first", "past"])
 @pytest.mark.parametrize("name", ["decoder", "fused", "llama"])
-def test_no_token_learns_of_later_ones(captured: Any, name: str) -> None:
+def test_no_token_learns_of_later_ones(captured: Any, name: str, prefix_gate: str) -> None:
     _, base = captured[name]
-    program = randomise(peftfx.run(base, RECIPE), 0.5)
+    recipe = RECIPE.replace("}", f",prefix_gate={prefix_gate}}}")
+    program = randomise(peftfx.run(base, recipe), 0.5)
     taken = program.spec.names
     inputs = {n: t for n, t in batch(3, 9).items() if n in taken}
     later = {n: t.clone() for n, t in inputs.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -73,15 +74,80 @@ class CausalMask(nn.Module):
         return f"length={self.length}"
 
 
+def gated_columns(x: Tensor, gate: Tensor, length: int, behind: int) -> Tensor:
+    """Scores or weights `[..., S, T]` whose `length` columns in front of the last `behind` are
+    scaled by a gate of their query, `[batch, S, 1]`; axis 0 is the batch, maybe with heads."""
+    heads = gate[:, None] if x.dim() == 4 else gate.repeat_interleave(len(x) // len(gate), 0)
+    start = x.shape[-1] - behind - length
+    own = x[..., start : start + length] * heads.to(x.dtype)
+    return torch.cat([x[..., :start], own, x[..., start + length :]], dim=-1)
+
+
+class GateColumns(nn.Module):
+    """See `gated_columns`; `keys` is what the columns behind are of, tokens on its last axis."""
+
+    keeps_axes = pointwise = True
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, x: Tensor, *, gate: Tensor, keys: Tensor) -> Tensor:
+        return gated_columns(x, gate, self.length, keys.shape[-1])
+
+
+class GatedAttention(Attention):
+    """Fused attention with rows in front of keys and values that each query gates."""
+
+    def __init__(self, dropout: float, length: int) -> None:
+        super().__init__(dropout)
+        self.length = length
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        gate: Tensor,
+        keys: Tensor,
+    ) -> Tensor:
+        """The mask stands for causality, too, as where rows are prepended."""
+        del is_causal
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (query @ key.mT).float() * factor
+        scores = gated_columns(scores, gate, self.length, keys.shape[-2])
+        if mask is not None:
+            added = mask.is_floating_point()
+            scores = scores + mask if added else scores.masked_fill(~mask, float("-inf"))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        return gated_columns(weights, gate, self.length, keys.shape[-2]).to(value.dtype) @ value
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, length={self.length}"
+
+
 def add_call(gm: GraphModule, kind: str, module: nn.Module, args: tuple[Any, ...]) -> Node:
     """A new call of `module`, registered as `soft.<kind>_<number>`, at the insertion point."""
+    path = _registered(gm, kind, module)
+    return gm.graph.create_node("call_module", path, args, {}, name=path.replace(".", "_"))
+
+
+def _registered(gm: GraphModule, kind: str, module: nn.Module) -> str:
     index = 0
     soft = gm._modules.get("soft")
     while soft is not None and f"{kind}_{index}" in soft._modules:
         index += 1
     path = f"soft.{kind}_{index}"
     gm.add_submodule(path, module)
-    return gm.graph.create_node("call_module", path, args, {}, name=path.replace(".", "_"))
+    return path
 
 
 def _widened(gm: GraphModule, mask: Node, length: int, fill: float) -> Node:
@@ -161,6 +227,39 @@ def prepend_key_value(
     if not attention.fused:
         product.update_arg(attention.index, new_key)
         core.update_arg(1, new_value)
+    if "gates" in reads and getattr(gm.get_submodule(path), "by_query", False):
+        _gate_columns(gm, core, attention, length, reads["gates"])
+
+
+def gated_by_query(gm: GraphModule, core: Node) -> bool:
+    """Whether an attention has rows already that each query gates."""
+    attention = core_operands(gm, core)
+    return isinstance(submodule(gm, core), GatedAttention) or any(
+        isinstance(submodule(gm, user), GateColumns) for user in attention.product.users
+    )
+
+
+def _gate_columns(
+    gm: GraphModule, core: Node, attention: _Operands, length: int, gate: Node
+) -> None:
+    """Has an attention scale the columns in front of its former keys for each query."""
+    reads = {"gate": gate, "keys": attention.key}
+    if attention.fused:
+        old: Any = submodule(gm, core)
+        new = GatedAttention(old.dropout, length)
+        new.training, new.steady = old.training, old.steady
+        core.target = _registered(gm, "gated_attention", new)
+        for keyword, read in reads.items():
+            core.update_kwarg(keyword, read)
+        return
+    weights = inputs(core)[0]
+    for value, place in ((attention.product, users(attention.product)), (weights, [core])):
+        with gm.graph.inserting_before(core if value is weights else place[0]):
+            call = add_call(gm, "gate_columns", GateColumns(length), (value,))
+        for keyword, read in reads.items():
+            call.update_kwarg(keyword, read)
+        for user in place:
+            user.replace_input_with(value, call)
 
 
 def _scores(core: Node) -> Node | None:
@@ -207,6 +306,11 @@ def _change_masks(product: Node, core: Node, change: Callable[[Node, float], Nod
 
 def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
     """Undoes `prepend_key_value`: takes the call of `path` out, and its keys out of the masks."""
+    if gated_by_query(gm, core):
+        raise PassError(
+            f"the attention at {core.name} has rows that each query gates, and no others can be "
+            "taken out. Leave the adapter out: program.without(name)."
+        )
     attention = core_operands(gm, core)
     both = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,11 +113,27 @@ class Attaching:
     @contextlib.contextmanager
     def below(self, name: str) -> Generator[None]:
         """Branches inserted meanwhile go below `name` in this pass's own adapter."""
-        self._folder = f"{name}."
+        outer, self._folder = self._folder, f"{self._folder}{name}."
         try:
             yield
         finally:
-            self._folder = ""
+            self._folder = outer
+
+    @contextlib.contextmanager
+    def deciding(self, name: str, keys: Sequence[Any]) -> Generator[None]:
+        """Meanwhile `tensors` are those of the plan below `name`, and `decided` is what the plan
+        holds below `keys`."""
+        tensors, decided = self.tensors, self.decided
+        prefix, inner = f"{name}/", decided
+        self.tensors = {
+            n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+        }
+        for key in keys:
+            inner = inner[key]
+        self.decided = inner
+        yield
+        self.decided = decided
+        self.tensors = tensors | {f"{prefix}{n}": t for n, t in self.tensors.items()}
 
     def _owner(self) -> str:
         if self.adapter is None:

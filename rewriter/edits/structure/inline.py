@@ -80,11 +80,14 @@ def inline_calls(program: State) -> None:
         return
     traced = _traced(gm, calls)
     translate = _Translation(gm, traced, calls)
+    named = {name for site in program.sites for name in site.nodes}
     results: list[Node] = list(output_node(traced).args[0])  # pyright: ignore
     for index, call in enumerate(calls):
         count = len(pytree.tree_leaves(value(call)))
         mine, results = results[:count], results[count:]
-        _place(gm, traced, calls, index, mine, translate)
+        new = _place(gm, traced, calls, index, mine, translate)
+        if call.name in named and new is not None:
+            new.name = call.name  # sites name it so
     for path in dict.fromkeys(str(c.target) for c in calls):
         _dissolve(gm, path)
     program.attachments, program.shared = (), ()
@@ -126,8 +129,9 @@ def _traced(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
 def _place(
     gm: GraphModule, traced: GraphModule, calls: Sequence[Node], index: int, results: list[Node],
     translate: _Translation,
-) -> None:  # fmt: skip
-    """Puts the part of `traced` that computes `results` where call number `index` was."""
+) -> Node | None:  # fmt: skip
+    """Puts the part of `traced` that computes `results` where call number `index` was; returns the
+    value of a call that gives one."""
     call = calls[index]
     copies: dict[Node, Node] = {}
     sources = _sources(index, call)
@@ -153,6 +157,8 @@ def _place(
             copies[result].meta["val"] = val
     if isinstance(given, Tensor):
         call.replace_all_uses_with(copies[results[0]])
+        gm.graph.erase_node(call)
+        return copies[results[0]]
     keys: list[Any] = list(given) if isinstance(given, Mapping) else list(range(len(results)))
     for user in list(call.users):
         if not is_op(user, GETITEM) or not isinstance(value(user), Tensor):
