@@ -120,7 +120,8 @@ def variants(
         match(method, ours, other)
         found[name] = ours.module, ours.trainable_parameters()
         if name == "lowered":
-            found["recompute"] = peftfx.outline(ours, recompute=True), ours.trainable_parameters()
+            outlined = peftfx.outline(ours, recompute=True, fuse_loss=True)
+            found["recompute"] = outlined, ours.trainable_parameters()
     if lowers and getattr(base, "dtype", torch.float32) != torch.float32:
         narrow = peer(method, base, base.make(layers), autocast_adapter_dtype=False).train()
         for own, like in zip(narrow.parameters(), other.parameters(), strict=True):

@@ -7,6 +7,9 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
@@ -17,8 +20,11 @@ from ..linear.compose import fold_ready
 from .pattern import Match
 from .rules import delta_rule, rows_rule
 
+Chooses = Callable[[Tensor, tuple[Tensor, Tensor, float]], Fused]
+"""The operator for a weight `[out, in]` and the factors of the branch beside it."""
 
-def fuse_deltas(edit: Attaching, operator: Fused) -> None:
+
+def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
     """Lowers every innermost delta that has factors; reports the others with the reason."""
     gm = edit.graph_module
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
@@ -35,7 +41,7 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
         if obstacle is not None:
             edit.skip(site, obstacle)
             continue
-        _fuse(gm, match, operator)
+        _fuse(gm, match, operator(edit.weight(site).dense(), branch.factors()))  # pyright: ignore
         fused.add(path)
         edit.edited.append(site.id)
     skipped = {site_id for site_id, _ in edit.skipped}
