@@ -147,7 +147,8 @@ def _product(
     else:
         y, s = F.linear(rows, weight, bias), thin(rows, a, form)
         y.addmm_(s, b.t(), alpha=scale)
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+    shape = (*x.shape[:-1], weight.shape[0])
+    return torch.ops.aten._unsafe_view.default(y, shape), s  # no view: it may be written to
 
 
 def _backward(

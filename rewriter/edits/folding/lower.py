@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from ...branches.branch import Delta, Fused, RowScale
+from ...graph.aten import SLICES, VIEWS, strip, written
 from ...program.sites import LinearSite, Site
 from ..calls.attach import Attaching
 from ..linear.compose import fold_ready
@@ -29,6 +30,7 @@ def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
     gm = edit.graph_module
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
     fused: set[str] = set()
+    changed = {strip(n, VIEWS | SLICES) for n in map(written, gm.graph.nodes) if n is not None}
     for root in list(gm.graph.nodes):
         matches = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
         match = next((m for m in matches if isinstance(m, Match)), None)
@@ -42,6 +44,8 @@ def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
             edit.skip(site, obstacle)
             continue
         _fuse(gm, match, operator(edit.weight(site).dense(), branch.factors()))  # pyright: ignore
+        if isinstance(branch, RowScale):
+            branch.in_place = root not in changed
         fused.add(path)
         edit.edited.append(site.id)
     skipped = {site_id for site_id, _ in edit.skipped}
@@ -93,3 +97,5 @@ def restore_deltas(edit: Attaching) -> None:
         branch = edit.program.branch(attachment)
         if isinstance(branch, Delta | RowScale):
             branch.lowered = None
+        if isinstance(branch, RowScale):
+            branch.in_place = False
