@@ -76,7 +76,7 @@ def lora_linear(
         a: `[R, K]`; b: `[N, R]`, also wider than x, whose dtype is computed in (autocast is
             respected).
         scale: of the low-rank product.
-        form: how eager steps compute it; a compiler has the first.
+        form: how eager training computes it; inference and compilers have the first.
 
     Returns:
         `[..., N]`.
@@ -106,6 +106,9 @@ def _compute(
     a, b = a.to(x.dtype), b.to(x.dtype)
     triton = triton and x.dtype.itemsize == 2
     if type(x) is Tensor and not torch.compiler.is_compiling():
+        # What a machine finds cheapest for training does not change a bit of what it infers.
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weight))
+        form = form if learning else PLAIN
         return _Eager.apply(x, weight, bias, a, b, scale, triton, form)
     return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale, triton)
 
