@@ -9,10 +9,12 @@ exact, and the same in every run, as is what autograd keeps of a forward pass fo
 system's word, a process a variant.
 
 PEFT has no bottleneck adapter: there, the peer is the usual module swap. `ours` is the rewritten
-graph, `lowered` the same after `lower{target=cpu}`. A Llama without padding runs after
-`causal`, except with a prefix, whose mask is not causal. `--directory` adds a real model of that
-kind. Methods are the lines of `peers.ENTRIES`; those that are not run keep their figures in
-`benchmarks/train.json`.
+graph, `lowered` the same after `lower{target=cpu}`, `recompute` that with cheap values computed
+again and the loss with its gradient, `budget` that with as few blocks computed again as keep it
+within `SAVED`, if it is not. `mixed` is inference: eight adapters in one batch. A Llama without
+padding runs after `causal`, except with a prefix, whose mask is not causal. `--directory` adds a
+real model of that kind. Methods are the lines of `peers.ENTRIES`; those that are not run keep their
+figures in `benchmarks/train.json`.
 
 `--device cuda` has models, clock and memory of `gpu.py` instead, and both targets of `lower`;
 writes `benchmarks/train-cuda.json`. In bfloat16 losses should agree to 1 %, in float32 to 1e-4.
@@ -45,6 +47,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.rewriter.blocks.substitutes import watched
+
+SAVED = {"lora": 0.45, "dora": 0.3}
+"""What `budget` may keep for the backward pass, of what PEFT keeps."""
 
 Step = Callable[[], float]
 
@@ -122,6 +127,12 @@ def variants(
         if name == "lowered":
             outlined = peftfx.outline(ours, recompute=True, fuse_loss=True)
             found["recompute"] = outlined, ours.trainable_parameters()
+            budget = int(SAVED[method] * saved(other, base.inputs))
+            if isinstance(base, gpu.DeviceBase) or saved(outlined, base.inputs) <= budget:
+                continue
+            within = peftfx.outline(ours, recompute=True, fuse_loss=True)
+            within.peftfx_outlined.checkpoint(budget, base.inputs)
+            found["budget"] = within, ours.trainable_parameters()
     if lowers and getattr(base, "dtype", torch.float32) != torch.float32:
         narrow = peer(method, base, base.make(layers), autocast_adapter_dtype=False).train()
         for own, like in zip(narrow.parameters(), other.parameters(), strict=True):
@@ -171,6 +182,33 @@ def measured(made: dict[str, Any], base: Base, rounds: int, compiled: bool) -> d
     }
 
 
+def mixed(base: Base, program: peftfx.Program, rounds: int, layers: int | None) -> dict[str, Any]:
+    """A forward pass in which every row has its own of eight LoRAs, and of one that is folded."""
+    names = [f"a{index}" for index in range(8)]
+    rows = len(base.inputs["input_ids"])
+    text, inputs = ENTRIES["lora"].recipe, base.inputs
+    one = peftfx.run(program, text)
+    each = [text.replace("lora{", f"lora{{name={n},") for n in names]
+    bank = peftfx.run(program, ";".join((*each, "bank")))
+    lowered = peftfx.run(bank, "lower")
+    other: Any = peer("lora", base, base.make(layers), adapter_name=names[0])
+    for name in names[1:]:
+        other.add_adapter(name, other.peft_config[names[0]])
+    ids, own = torch.arange(rows) % 8, [names[i % 8] for i in range(rows)]
+    folded = peftfx.run(one, "fold")
+    for module in (other, bank, lowered, folded):
+        module.eval()
+    calls: dict[str, Callable[[], object]] = {
+        "peft": lambda: other(**inputs, adapter_names=own),
+        "bank": lambda: bank(**inputs, adapter=ids),
+        "lowered": lambda: lowered(**inputs, adapter=ids),
+        "one, folded": lambda: folded(**inputs),
+    }
+    with torch.no_grad():
+        times = interleaved({n: (lambda c=c: cpu(c)) for n, c in calls.items()}, rounds)
+    return {"forward [s]": summary(times, "peft")}
+
+
 def megabytes(held: dict[str, int]) -> dict[str, float]:
     """With ratios to PEFT's."""
     ratios = {f"{n}/peft": round(b / held["peft"], 3) for n, b in held.items() if n != "peft"}
@@ -197,11 +235,12 @@ def all_rss(name: str, method: str, options: argparse.Namespace) -> dict[str, An
     same = [*["--quick"] * options.quick]
     if options.directory:
         same += ["--directory", str(options.directory)]
-    for variant in ("peft", "ours", "lowered", "recompute"):
+    variants = ("peft", "ours", "lowered", "recompute")
+    for variant in variants:
         command = [sys.executable, __file__, "--rss", name, method, variant, *same]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[variant] = json.loads(done.stdout.splitlines()[-1])
-    for variant in ("ours", "lowered", "recompute"):
+    for variant in variants[1:]:
         pairs = ((k, found[variant][k], v) for k, v in found["peft"].items())
         found[f"{variant}/peft"] = {k: round(mine / v, 3) for k, mine, v in pairs}
     return found
@@ -213,7 +252,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two layers, one round")
     parser.add_argument("--methods", nargs="*", default=list(ENTRIES))
     parser.add_argument("--models", nargs="*", help="words of their names; default all")
-    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "rss"])
+    parser.add_argument("--modes", nargs="*", default=["eager", "compiled", "rss", "mixed"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--directory", type=Path, help="of a real model of Llama's kind")
@@ -246,6 +285,10 @@ def main() -> None:
         example = getattr(base, "example", base.inputs)
         program = peftfx.capture(model, kwargs=example, cache=True)
         print(name, "captured", flush=True)
+        if "mixed" in options.modes and not on_device and "lora" in options.methods:
+            row = mixed(base, program, rounds, layers)
+            found["eight adapters in one batch"] = row
+            print(name, json.dumps(row), flush=True)
         for method in options.methods:
             modes = [m for m in options.modes if m in timed(base, method)]
             made = variants(method, base, program, layers) if modes else {}

@@ -34,7 +34,9 @@ def test_a_result_that_is_changed_in_place_is_not_kept(changed: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=changed), nn.Linear(5, 3))
     x = torch.randn(4, 6)
-    plain = peftfx.run(peftfx.capture(model.requires_grad_(False), (x,)), "dora{rank=2,where=linear}")
+    plain = peftfx.run(
+        peftfx.capture(model.requires_grad_(False), (x,)), "dora{rank=2,where=linear}"
+    )
     for parameter in plain.trainable_parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     lowered = peftfx.run(plain, "lower")

@@ -146,6 +146,9 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
+    fuses_reads: ClassVar[bool] = False
+    """Whether `forward` computes the linear, too, in less than apart, with all that it reads."""
+
     def branch(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -43,7 +44,9 @@ def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
         if obstacle is not None:
             edit.skip(site, obstacle)
             continue
-        _fuse(gm, match, operator(edit.weight(site).dense(), branch.factors()))  # pyright: ignore
+        factors: Any = branch.factors()  # pyright: ignore
+        by = _itself if factors is None else operator(edit.weight(site).dense(), factors)
+        _fuse(gm, match, by)
         if isinstance(branch, RowScale):
             branch.in_place = root not in changed
         fused.add(path)
@@ -55,13 +58,19 @@ def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
             edit.skip(site, "another branch stands between it and the linear")
 
 
+def _itself(*_: Any) -> Tensor:
+    """Marks a branch that computes its linear itself."""
+    raise NotImplementedError
+
+
 def _obstacle(edit: Attaching, site: Site, branch: Module, call: Node) -> str | None:
     """Why no fused operator computes a branch together with what it stands beside, if so."""
     if not isinstance(site, LinearSite):
         return f"it is no linear ({site.kind}): there is no fused operator for that"
-    if call.kwargs:
+    fuses = isinstance(branch, Delta) and branch.fuses_reads
+    if call.kwargs and not fuses:
         return f"its branch reads {', '.join(call.kwargs)}"
-    if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
+    if not fuses and (not isinstance(branch, Delta | RowScale) or branch.factors() is None):
         return "its branch has no low-rank factors"
     if branch.dropout or branch.features is not None:
         return "its branch has dropout, or is for a part of a fused weight"
