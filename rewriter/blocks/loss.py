@@ -91,7 +91,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore
         loss, logits = grads
         rows, weight, *made = ctx.saved_tensors
         found = [None if g is None or loss is None else g * loss.to(g.dtype) for g in made]

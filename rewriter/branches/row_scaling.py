@@ -36,7 +36,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore
         y, c, bias = ctx.saved_tensors
         (dy,) = grads
         need_own, need_c, need_bias = ctx.needs_input_grad

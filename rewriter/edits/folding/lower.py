@@ -45,7 +45,8 @@ def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
             edit.skip(site, obstacle)
             continue
         factors: Any = branch.factors()  # pyright: ignore
-        by = _itself if factors is None else operator(edit.weight(site).dense(), factors)
+        weight: Any = edit.weight(site).dense()  # pyright: ignore
+        by = _itself if factors is None else operator(weight, factors)
         _fuse(gm, match, by)
         if isinstance(branch, RowScale):
             branch.in_place = root not in changed
