@@ -181,7 +181,8 @@ def test_lowered_it_adds_to_the_linears_own_result(captured: Any, name: str) -> 
     bank = peftfx.run(members(base), "bank")
     lowered = peftfx.run(bank, "lower")
     assert lowered.history[-1].edited
-    inputs = {**batch(5, 11), "adapter": IDS}
+    inputs = {"input_ids": batch(5, 11)["input_ids"], "adapter": IDS}
+    inputs = {**batch(5, 11), **inputs} if "attention_mask" in bank.spec.names else inputs
     with torch.no_grad(), torch.profiler.profile() as seen:
         torch.testing.assert_close(first(lowered(**inputs)), first(bank(**inputs)))
     added = [e for e in seen.events() if e.name == "aten::baddbmm_"]  # pyright: ignore
