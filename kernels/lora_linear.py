@@ -3,15 +3,15 @@
     y = x W^T + bias + s (x A^T) B^T        x [..., K], W [N, K], A [R, K], B [N, R]
 
 Forward: S = x A^T, then the low-rank product is accumulated into the linear's own output, so no
-second [M, N] tensor exists. Backward saves only x (S = x A^T is recomputed, R is small) and never
-forms a gradient of shape [N, K] for the frozen weight:
+second [M, N] tensor exists. Backward never forms a gradient of shape [N, K] for the frozen weight:
 
     dS = s dy B,   dx = dy W + dS A,   dA = dS^T x,   dB = s dy^T S,   dbias = sum dy
 
-The products of rank R are computed transposed, [R, M]: with the short axis first, a CPU's matrix
-product is 2 to 5 times faster. On CUDA tensors, `triton_lora_linear` runs the kernels of
-`gpu/lora_linear.py` instead. LoRA: Hu et al. 2021, arXiv:2106.09685. Split after the rank-R
-product: LoRAFusion, arXiv:2510.00206.
+A `Form` says whether S is kept for the backward pass or computed again, which axis of the thin
+products is first, and whether W + s B A takes the place of W in both passes (RunLoRA, Cherniuk et
+al. 2023, arXiv:2312.03415); `low_rank_forms` chooses. On CUDA tensors, `triton_lora_linear` runs
+the kernels of `gpu/lora_linear.py` instead. LoRA: Hu et al. 2021, arXiv:2106.09685. Split after the
+rank-R product: LoRAFusion, arXiv:2510.00206.
 """
 
 from __future__ import annotations
@@ -20,11 +20,42 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+
+
+class Form(NamedTuple):
+    """How the low-rank product is computed.
+
+    Attributes:
+        kept: S is kept for the backward pass.
+        rank_first: thin products are computed `[R, M]`, else `[M, R]`.
+        merged: W + s B A is formed, in float32 and wider alone.
+    """
+
+    kept: bool = False
+    rank_first: bool = True
+    merged: bool = False
+
+    def __str__(self) -> str:
+        order = "[rank, tokens]" if self.rank_first else "[tokens, rank]"
+        product = "x (W + s B A)^T" if self.merged else "x W^T + s (x A^T) B^T"
+        return f"{product}, x A^T {'kept' if self.kept else 'computed again'} as {order}"
+
+    def of(self, weight: Tensor) -> Form:
+        """The form where the weight is so precise that merging rounds as the product does."""
+        return self if weight.dtype.itemsize >= 4 else self._replace(merged=False)
+
+
+PLAIN = Form()
+
+
+def thin(x: Tensor, a: Tensor, form: Form) -> Tensor:
+    """`x a^T` for `a [R, K]`, `[M, R]`."""
+    return (a @ x.t()).t() if form.rank_first else x @ a.t()
 
 
 def reference(
@@ -35,8 +66,9 @@ def reference(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    form: Form = PLAIN,
+) -> Tensor:  # fmt: skip
     """`x W^T + bias + scale (x A^T) B^T`, differentiable in every tensor.
 
     Args:
@@ -44,11 +76,12 @@ def lora_linear(
         a: `[R, K]`; b: `[N, R]`, also wider than x, whose dtype is computed in (autocast is
             respected).
         scale: of the low-rank product.
+        form: how eager training computes it; inference and compilers have the first.
 
     Returns:
         `[..., N]`.
     """
-    return _compute(x, weight, bias, a, b, scale, False)
+    return _compute(x, weight, bias, a, b, scale, False, form)
 
 
 def triton_lora_linear(
@@ -62,8 +95,9 @@ def triton_lora_linear(
 
 
 def _compute(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, triton: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    triton: bool, form: Form = PLAIN,
+) -> Tensor:  # fmt: skip
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask for
         dtype = torch.get_autocast_dtype(device)
@@ -72,7 +106,10 @@ def _compute(
     a, b = a.to(x.dtype), b.to(x.dtype)
     triton = triton and x.dtype.itemsize == 2
     if type(x) is Tensor and not torch.compiler.is_compiling():
-        return _Eager.apply(x, weight, bias, a, b, scale, triton)
+        # What a machine finds cheapest for training does not change a bit of what it infers.
+        learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weight))
+        form = form if learning else PLAIN
+        return _Eager.apply(x, weight, bias, a, b, scale, triton, form)
     return torch.ops.peftfx.lora_linear(x, weight, bias, a, b, scale, triton)
 
 
@@ -97,18 +134,29 @@ def _gpu() -> Any:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, triton: bool
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    return _product(x, weight, bias, a, b, scale, triton, PLAIN)[0]
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    triton: bool, form: Form,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The result, and S where there is one."""
+    rows, s = x.reshape(-1, x.shape[-1]), None
     if triton:
         y = _gpu().forward(rows, weight, bias, a, b, scale)
+    elif form.of(weight).merged:
+        y = F.linear(rows, torch.addmm(weight, b, a, alpha=scale), bias)
     else:
-        y = F.linear(rows, weight, bias)
-        y.addmm_((a @ rows.t()).t(), b.t(), alpha=scale)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        y, s = F.linear(rows, weight, bias), thin(rows, a, form)
+        y.addmm_(s, b.t(), alpha=scale)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return torch.ops.aten._unsafe_view.default(y, shape), s  # no view: it may be written to
 
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, triton: bool,
-    needs: Sequence[bool],
+    needs: Sequence[bool], form: Form = PLAIN, s: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias, a and b, where needed."""
     rows, down = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
@@ -116,10 +164,14 @@ def _backward(
     if triton:
         dx, da, db = _gpu().backward(down, rows, weight, a, b, scale, need_x, need_a, need_b)
     else:
-        ds = (b.t() @ down.t()).mul_(scale) if need_x or need_a else down  # dS^T
-        dx = (down @ weight).addmm_(ds.t(), a) if need_x else None
-        da = ds @ rows if need_a else None
-        db = ((a @ rows.t()) @ down).mul_(scale).t() if need_b else None
+        merged = form.of(weight).merged
+        ds = thin(down, b.t(), form).mul_(scale) if need_a or (need_x and not merged) else down
+        dx = _input_gradient(down, weight, a, b, scale, ds, merged) if need_x else None
+        da = ds.t() @ rows if need_a else None
+        db = None
+        if need_b:
+            s = thin(rows, a, form) if s is None else s
+            db = (s.t() @ down).mul_(scale).t()
     return (
         None if dx is None else dx.view(x.shape),
         down.t() @ rows if need_weight else None,
@@ -129,24 +181,34 @@ def _backward(
     )
 
 
+def _input_gradient(
+    down: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, ds: Tensor, merged: bool
+) -> Tensor:
+    if merged:
+        return down @ torch.addmm(weight, b, a, alpha=scale)
+    return (down @ weight).addmm_(ds, a)
+
+
 class _Eager(torch.autograd.Function):
     """The operator without its dispatch, which costs a tenth of a small linear's time."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-        scale: float, triton: bool,
+        scale: float, triton: bool, form: Form,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.options = scale, triton
-        return _forward(x, weight, bias, a, b, scale, triton)
+        y, s = _product(x, weight, bias, a, b, scale, triton, form)
+        ctx.save_for_backward(x, weight, a, b, s if form.kept else None)
+        ctx.options = scale, triton, form
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        scale, triton = ctx.options
+        x, weight, a, b, s = ctx.saved_tensors
+        scale, triton, form = ctx.options
         needs = ctx.needs_input_grad[:5]
-        return (*_backward(grads[0], x, weight, a, b, scale, triton, needs), None, None)
+        gradients = _backward(grads[0], x, weight, a, b, scale, triton, needs, form, s)
+        return (*gradients, None, None, None)
 
 
 def _operator_backward(

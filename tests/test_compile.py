@@ -225,4 +225,7 @@ def test_evaluation_compiles_once(captured: Any, name: str) -> None:
             held = program.trainable_parameters()
             pair = [torch.autograd.grad(y.pow(2).sum(), held, allow_unused=True)
                     for y in (got, want)]  # fmt: skip
-            torch.testing.assert_close(pair[0], pair[1])
+            gradients: list[Any] = list(pair[1])  # None where nothing is read
+            scale = max(float(g.abs().max()) for g in gradients if g is not None)
+            # eager steps may compute a lowered product in another form than a compiler
+            torch.testing.assert_close(pair[0], pair[1], rtol=1e-4, atol=1e-5 * max(1.0, scale))

@@ -130,13 +130,14 @@ def test_autocast(captured: Any, dtype: torch.dtype) -> None:
     ("name", "recipe"), [("bert", "lora{where=linear}"), ("tiny", "lora{where=linear};lower")]
 )
 def test_compiled(captured: Any, name: str, recipe: str) -> None:
-    """A compiler keeps as little."""
+    """A compiler keeps as little, and computes as eager steps but for the forms of products."""
     program = tuned(captured, name, recipe)
     module = peftfx.outline(program, recompute=True)
     module.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, tokens in ((4, 11), (16, 32)):
         inputs = batch(rows, tokens)
-        torch.testing.assert_close(step(module, inputs), step(program.module, inputs))
+        ours, plain = step(module, inputs), step(program.module, inputs)
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=5e-5)
     assert held(module, inputs) < 0.95 * held(program.module, inputs)
     torch._dynamo.reset()
 

@@ -21,6 +21,7 @@ from ..graph.aten import value
 from ..graph.module import CapturedModule, copy_graph, sharing_module
 from ..graph.sharded import reshard
 from .hidden_names import TRACED, names, yielding
+from .loss import fuse_losses
 from .module import Block, Flat, Outlined, Region
 from .offload import offload as move_out
 from .partition import Part, partition
@@ -32,6 +33,7 @@ def outline(
     checkpoint: bool | int | Sequence[int] = False,
     offload: bool = False,
     recompute: bool = False,
+    fuse_loss: bool = False,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> Outlined:
     """The program's module with every transformer block as a callable submodule.
@@ -51,6 +53,9 @@ def outline(
             again for the backward pass, at little cost and bit for bit. A compiler computes again
             all but matrix products, attention and what is random or an operator of our own; it
             decides by itself for a block in which something is changed in place.
+        fuse_loss: the cross entropy of a linear's outputs is computed with its gradient, some rows
+            at a time, which keeps no log-probabilities; equal to rounding. Where the program has
+            no such loss, nothing changes. Not twice differentiable.
         inputs: what a budget is measured on (default: the sample of the capture).
 
     Raises:
@@ -82,6 +87,8 @@ def outline(
         move_out(module)
     if recompute:
         compute_again(module)
+    if fuse_loss and fuse_losses(names(module).graph):
+        names(module).trace(names(module).graph)
     if checkpoint is not False:
         names(module).checkpoint(checkpoint, inputs)
     return module

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import Part
+from .row_scaling import scaled_rows
 from .shapes import LinearShape, Shape
 
 Axes = Mapping[str, tuple[str | tuple[str, ...], ...]]
@@ -145,6 +146,9 @@ class Delta(Branch):
     slot = "delta"
     reads, writes = "in", "out"
 
+    fuses_reads: ClassVar[bool] = False
+    """Whether `forward` computes the linear, too, in less than apart, with all that it reads."""
+
     def branch(self, x: Tensor, /, *_: Any, **reads: Any) -> Tensor:
         """`f(x, **reads)`: `[..., in] -> [..., out]`; f is linear in x."""
         raise NotImplementedError
@@ -225,6 +229,9 @@ class RowScale(Branch):
     own: Tensor | None
     """For a part of a fused weight: its rows, `[count * own features]`."""
 
+    in_place: bool = False
+    """Whether a lowered branch may keep its result, which nothing changes in place."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("own", None, persistent=False)
@@ -266,7 +273,7 @@ class RowScale(Branch):
         factors = self.factors() if self.lowered is not None else None
         if self.lowered is not None and factors is not None:
             own = self.lowered(x, weight, None, *factors)
-            return (own * c if bias is None else torch.addcmul(bias, own, c)).to(own.dtype)
+            return scaled_rows(own, c, bias, self.in_place)
         f = self.branch(self.features_last(x), **self.constants, **reads)
         own = self.features_last(y) + self.spread_last(f, 0.0)
         c = self.shape.along(c, own, **operands) if c.dim() == 1 else c

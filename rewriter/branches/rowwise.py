@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .branch import Axes, Branch, Delta, InputScale, OutputScale, RowScale, Scale, Serial
@@ -111,6 +112,7 @@ class RowwiseLowRank(Delta):
     """
 
     not_foldable = _REASON
+    fuses_reads = True
     axes: ClassVar[Axes] = {
         "a": ("adapter", "rank", "in"),
         "b": ("adapter", "out", "rank"),
@@ -139,11 +141,29 @@ class RowwiseLowRank(Delta):
 
     def branch(self, x: Tensor, ids: Tensor) -> Tensor:
         """`ids [batch]`, int64; x has samples where `samples` says."""
+        rows, inner, b = self._narrowed(x, ids)
+        return self.samples.back((inner @ b.mT).view(*rows.shape[:-1], -1))
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **reads: Tensor
+    ) -> Tensor:
+        """As of a `Delta`; lowered, the products are added to the linear's own result."""
+        if weight is None or x.requires_grad:
+            return super().forward(x, weight, bias, **reads)
+        y = F.linear(x, weight, bias)
+        own = self.samples.first(y, reads["ids"].shape[0])
+        if own.dim() < 3 or self.samples.order != "alone" or not own.is_contiguous():
+            return y + self.branch(x, **reads)  # where own is no view of y
+        _, inner, b = self._narrowed(x, reads["ids"])
+        own.flatten(1, -2).baddbmm_(inner.to(y.dtype), b.mT.to(y.dtype))
+        return y
+
+    def _narrowed(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x with samples in front, `s x A^T [batch, places, rank]`, and B, of each."""
         rows = self.samples.first(x, ids.shape[0])
         flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
         a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
-        inner = flat @ a.mT * scale[:, None, None]
-        return self.samples.back((inner @ b.mT).view(*rows.shape[:-1], -1))
+        return rows, (a @ flat.mT).mT * scale[:, None, None], b
 
     def describe(self) -> str:
         return f"{len(self.a) - 1} adapters, rank={self.a.shape[1]}"

@@ -173,3 +173,18 @@ def test_members_must_be_there_and_samples_told_apart(captured: Any) -> None:
     fixed = peftfx.capture(Decoder(layers=1), kwargs=batch(), dynamic={})
     with pytest.raises(peftfx.RewriteError, match="no input has a dynamic batch size"):
         peftfx.run(fixed, "lora;bank")
+
+
+@pytest.mark.parametrize("name", ["encoder", "fused"])
+def test_lowered_it_adds_to_the_linears_own_result(captured: Any, name: str) -> None:
+    _, base = captured[name]
+    bank = peftfx.run(members(base), "bank")
+    lowered = peftfx.run(bank, "lower")
+    assert lowered.history[-1].edited
+    inputs = {"input_ids": batch(5, 11)["input_ids"], "adapter": IDS}
+    inputs = {**batch(5, 11), **inputs} if "attention_mask" in bank.spec.names else inputs
+    with torch.no_grad(), torch.profiler.profile() as seen:
+        torch.testing.assert_close(first(lowered(**inputs)), first(bank(**inputs)))
+    added = [e for e in seen.events() if e.name == "aten::baddbmm_"]  # pyright: ignore
+    assert len(added) >= len(lowered.history[-1].edited)
+    assert peftfx.run(lowered, "lower{target=off}").text() == bank.text()

@@ -10,13 +10,14 @@ to `branch(x, weight, bias)`, which runs the fused operator on the branch's fact
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from ...branches.branch import Delta, Fused, RowScale
-from ...graph.aten import LINEAR, is_op, value
+from ...graph.aten import LINEAR, SLICES, VIEWS, is_op, strip, value, written
 from ...graph.weighted_call import linear_parts
 from ...program.sites import LinearSite, Site
 from ..calls.attach import Attaching
@@ -25,12 +26,16 @@ from ..linear.sparse import PartialDelta
 from .pattern import Match
 from .rules import delta_rule, rows_rule
 
+Chooses = Callable[[Tensor, tuple[Tensor, Tensor, float]], Fused]
+"""The operator for a weight `[out, in]` and the factors of the branch beside it."""
 
-def fuse_deltas(edit: Attaching, operator: Fused) -> None:
+
+def fuse_deltas(edit: Attaching, operator: Chooses) -> None:
     """Lowers every innermost delta that has factors; reports the others with the reason."""
     gm = edit.graph_module
     sites = {a.path: edit.program.sites[a.site] for a in edit.program.attachments}
     fused: set[str] = set()
+    changed = {strip(n, VIEWS | SLICES) for n in map(written, gm.graph.nodes) if n is not None}
     for root in list(gm.graph.nodes):
         matches = (rule.match(gm, root) for rule in (delta_rule, rows_rule))
         match = next((m for m in matches if isinstance(m, Match)), None)
@@ -43,7 +48,12 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
         if obstacle is not None:
             edit.skip(site, obstacle)
             continue
-        _fuse(gm, match, operator)
+        factors: Any = branch.factors()  # pyright: ignore
+        weight: Any = edit.weight(site).dense()  # pyright: ignore
+        by = _itself if factors is None else operator(weight, factors)
+        _fuse(gm, match, by)
+        if isinstance(branch, RowScale):
+            branch.in_place = root not in changed
         fused.add(path)
         edit.edited.append(site.id)
     skipped = {site_id for site_id, _ in edit.skipped}
@@ -53,13 +63,19 @@ def fuse_deltas(edit: Attaching, operator: Fused) -> None:
             edit.skip(site, "another branch stands between it and the linear")
 
 
+def _itself(*_: Any) -> Tensor:
+    """Marks a branch that computes its linear itself."""
+    raise NotImplementedError
+
+
 def _obstacle(edit: Attaching, site: Site, branch: Module, call: Node) -> str | None:
     """Why no fused operator computes a branch together with what it stands beside, if so."""
     if not isinstance(site, LinearSite):
         return f"it is no linear ({site.kind}): there is no fused operator for that"
-    if call.kwargs:
+    fuses = isinstance(branch, Delta) and branch.fuses_reads
+    if call.kwargs and not fuses:
         return f"its branch reads {', '.join(call.kwargs)}"
-    if not isinstance(branch, Delta | RowScale) or branch.factors() is None:
+    if not fuses and (not isinstance(branch, Delta | RowScale) or branch.factors() is None):
         return "its branch has no low-rank factors"
     if branch.dropout or branch.features is not None:
         return "its branch has dropout, or is for a part of a fused weight"
@@ -125,3 +141,5 @@ def restore_deltas(edit: Attaching) -> None:
         branch = edit.program.branch(attachment)
         if isinstance(branch, Delta | RowScale | PartialDelta):
             branch.lowered = None
+        if isinstance(branch, RowScale):
+            branch.in_place = False
