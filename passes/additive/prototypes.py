@@ -21,7 +21,7 @@ from ...rewriter.errors import PassError
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State
-from ...rewriter.run.observe import observe
+from ...rewriter.scores.observe import observe
 from .generated_adapters import Generator
 
 

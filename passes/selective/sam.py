@@ -12,6 +12,8 @@ without a step,
     squared     sum_b g_b^2                    the diagonal of the empirical Fisher matrix
     newton      (sum_b g_b)^2 / sum_b g_b^2    H is that diagonal
     magnitude   |theta|                        needs no batches
+    change      |theta_tuned - theta|          of a program that was trained whole (`sources=`), as
+                                               Ansell et al., ACL 2022, arXiv:2110.07560
 
 The chosen entries then train as a vector, `theta' = theta + scatter(values)`, which starts at zero
 and is all that an optimiser sees: no moment and no weight decay reaches another entry. An artifact
@@ -51,7 +53,7 @@ class SAM(Method):
 
     Attributes:
         density: the share of entries that train.
-        score: see above; all but `magnitude` need batches with a loss (`data=`).
+        score: see above; the first three need batches with a loss (`data=`).
         scope: so many of each stored tensor that has a score, at least one, as released
             (`tensor`), or of all selected together (`all`).
         bias: also the biases of linears, convolutions and norms.
@@ -62,7 +64,7 @@ class SAM(Method):
     folds: ClassVar[str] = "exactly"
 
     density: float = 0.005
-    score: Literal["gradient", "squared", "newton", "magnitude"] = "gradient"
+    score: Literal["gradient", "squared", "newton", "magnitude", "change"] = "gradient"
     scope: Literal["tensor", "all"] = "tensor"
     bias: bool = True
     where: str = "linear and not head|conv|experts|norm"
@@ -74,7 +76,9 @@ class SAM(Method):
         decided = super().plan(program, data, sources).decisions
         scored, left = scored_parts(program, self.sites(program), self.bias, self.score)
         parts = {p.name: p for p in scored}
-        chosen = self._chosen(parts, entry_scores(program, list(parts), self.score, data))
+        tuned = sources[0] if len(sources) == 1 else None
+        scores = entry_scores(program, list(parts), self.score, data, tuned)
+        chosen = self._chosen(parts, scores)
         indices = {n: stored_index(parts[n], index) for n, index in chosen.items()}
         return planned(decided, scored, indices, left)
 

@@ -97,7 +97,7 @@ def _entry(stored: Tensor, unit: Unit) -> float:
     """What training one entry of a tensor costs: a share of what one of a hundred costs."""
     count = max(1, stored.numel() // 100)
     index = torch.arange(count, dtype=torch.int32, device=stored.device)
-    sparse = SparseDelta(index, torch.zeros(count, device=stored.device))
+    sparse = SparseDelta(index, torch.zeros(count, dtype=_wide(stored), device=stored.device))
     return cost(sparse, [stored], unit) / count or 1.0  # it is added, and no product
 
 
@@ -108,14 +108,20 @@ def _place(options: Options, look: Reading, piece: Part, entry: float, stored: T
     site: Any = piece.site
     if options.form is None or len(piece.sites) > 1 or not _fits(options, look, site):
         return Place(piece, entry)
-    module = module_at(options, site, torch.Generator()).to(stored.device)
+    module = module_at(options, site, torch.Generator()).to(stored.device, _wide(stored))
     width = site.in_features if options.form == "lora" else site.out_features
-    price = cost(module, [torch.zeros(_TOKENS, width, device=stored.device)], options.unit)
+    x = torch.zeros(_TOKENS, width, dtype=_wide(stored), device=stored.device)
+    price = cost(module, [x], options.unit)
     if price >= entry * piece.count:
         return Place(piece, entry)
     return Place(
         piece, entry, options.form, price, max(1, math.ceil(price / options.alpha / entry))
     )
+
+
+def _wide(stored: Tensor) -> torch.dtype:
+    """What trains at a tensor."""
+    return torch.promote_types(stored.dtype, torch.float32)
 
 
 def _fits(options: Options, look: Reading, site: Any) -> bool:

@@ -38,7 +38,7 @@ def cost(module: nn.Module, operands: Sequence[Tensor], unit: Unit) -> float:
 
 
 def _flops(module: nn.Module, operands: Sequence[Tensor]) -> float:
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, where there is one
 
     with FlopCounterMode(display=False) as counter:
         module(*operands)

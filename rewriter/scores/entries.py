@@ -18,6 +18,7 @@ from ..errors import MetaTensorError, OptionError, PassError
 from ..program.history import Plan
 from ..program.sites import Site
 from ..program.state import State
+from ..weights.weight import stored_weights
 from .allocate import largest, most
 from .gradients import gradient_sums
 
@@ -70,28 +71,52 @@ def scored_parts(
 
 
 def entry_scores(
-    program: State, names: Sequence[str], score: str, data: Any = None
+    program: State, names: Sequence[str], score: str, data: Any = None, tuned: Any = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, a score of each entry of the stored tensor), in order, not negative.
 
     Args:
         program: not changed.
         names: of stored tensors.
-        score: one of `OF_GRADIENTS`, of batches with a loss, or `magnitude`, of the values alone.
+        score: one of `OF_GRADIENTS`, of batches with a loss; `magnitude`, of the values alone; or
+            `change`, of how far they are from those of a tuned program.
         data: see `gradient_sums`, which also says the errors.
+        tuned: a program of the same base, some of whose stored tensors were trained.
+
+    Raises:
+        OptionError: what a score needs is not given.
+        MetaTensorError: there are no values.
     """
-    if score != "magnitude":
+    if score in OF_GRADIENTS:
         batchwise, finish = OF_GRADIENTS[score]
         yield from ((n, finish(s)) for n, s in gradient_sums(program, data, names, batchwise))
         return
-    look = Reading(program)
+    values = _values(program, names)
+    if score == "magnitude":
+        yield from ((name, value.abs()) for name, value in values)
+        return
+    if not isinstance(tuned, State):
+        raise OptionError(
+            "score=change compares with a program whose stored tensors were trained (train{...}). "
+            "Give it: run(program, ..., sources=[tuned])."
+        )
+    for (name, value), (_, other) in zip(values, _values(tuned, names), strict=True):
+        yield name, (other.to(value.device) - value).abs()
+
+
+def _values(program: State, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors in float32 at least."""
+    look, stored = Reading(program), dict(program.module.named_parameters())
+    packed = stored_weights(program)
     for name in names:
-        stored = look.stored(name).detach()
-        if stored.is_meta:
+        if name not in stored and name not in packed:
+            raise OptionError(f"the tuned program has no {name}. Give one of the same base.")
+        value = look.stored(name).detach()
+        if value.is_meta:
             raise MetaTensorError(
                 f"{name} has no values to score. Load the weights first: peftfx.load_weights."
             )
-        yield name, stored.abs()
+        yield name, value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def stored_index(part: Part, index: Tensor) -> Tensor:

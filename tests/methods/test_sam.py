@@ -150,6 +150,21 @@ def test_what_no_batch_moves_is_left_alone(captured: Any) -> None:
         peftfx.run(few, "sam{score=squared,where=q,bias=false}", data=losses())
 
 
+def test_entries_that_full_tuning_moved_most(captured: Any) -> None:
+    _, base = captured["decoder"]
+    tuned = randomise(peftfx.run(base, "train{where=q|v}"), 0.1)
+    program = peftfx.run(base, "sam{score=change,density=0.05}", sources=[tuned])
+    for name, own in entries(program).items():
+        change = (tuned.module.get_parameter(name) - base.module.get_parameter(name)).abs()
+        want = change.detach().flatten().topk(own.numel()).indices.sort().values
+        assert torch.equal(own, want) and own.numel() == round(0.05 * change.numel())
+    assert len(entries(program)) == 4  # the others did not move
+    with pytest.raises(OptionError, match=r"Give it: run\(program, \.\.\., sources=\[tuned\]"):
+        peftfx.run(base, "sam{score=change}")
+    with pytest.raises(OptionError, match=r"the tuned program has no .*Give one of the same base"):
+        peftfx.run(base, "sam{score=change}", sources=[captured["encoder"][1]])
+
+
 def test_bad_input_changes_nothing(captured: Any) -> None:
     _, base = captured["tiny"]
     text = base.text()

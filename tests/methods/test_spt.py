@@ -231,6 +231,8 @@ def test_fused_projections_are_parted_and_tied_weights_are_not(captured: Any, fo
     program = peftfx.run(tied, f"spt{{budget=0.4,rank=1,form={form},{where}}}", data=losses())
     assert not any("head" in m or "embed" in m for m in decided(program)["modules"])
     assert any("embed" in n for n in entries(program))
+    alone = peftfx.run(tied, f"spt{{budget=0.4,rank=1,form={form},where=head}}", data=losses())
+    assert not decided(alone)["modules"] and sum(map(len, entries(alone).values())) > 64
     randomise(program, 0.1)
     want = first(program(**batch()))
     if form == "lora":
