@@ -110,15 +110,12 @@ class Editor(Reading):
         """Maps what a linear reads, `y = base(M x)`; of other weights, and of the own features of a
         fused one, the weight is mapped, in an expression."""
         require_fit(self.method, "map", site, branch)
-        if isinstance(site, LinearSite) and site.features is None:
-            self._attach_linear(site, branch)
-        elif reason := self.obstacle(site):
-            self.skip(site, reason)
-        else:
-            expression = MappedWeight(branch, self.shape(site), site.features)
-            folder = self.below(site.role.replace(".", "_")) if site.features else nullcontext()
-            with folder:
-                self.express(site, site.weight, expression)
+        if (isinstance(site, LinearSite) and site.features is None) or self.obstacle(site):
+            self._attach_linear(site, branch)  # or reports the obstacle
+            return
+        with self.below(site.role.replace(".", "_")) if site.features else nullcontext():
+            mapped = MappedWeight(branch, self.shape(site), site.features)
+            self.express(site, site.weight, mapped)
 
     def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a weight, below all its other branches."""
