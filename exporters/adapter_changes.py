@@ -224,7 +224,7 @@ def saved_parts(
         part = None
         if step is not None:
             item, plan, _ = step
-            own = item.at(plan, site_of(plan, module))
+            own = item.at_site(plan, site_of(plan, module))
             part = own.saved_part(Saved(target, slot, leaves, plan, member))
         yield method, target, leaves, part
 

@@ -247,10 +247,10 @@ def test_an_altered_plan_is_named(ranked: peftfx.Program, altered: Any) -> None:
     with pytest.raises(
         OptionError, match=r"does not say rank and alpha of layers.*save the adapter"
     ):
-        item.at(plan, "layers.0.q_proj.weight")
+        item.at_site(plan, "layers.0.q_proj.weight")
     with pytest.raises(OptionError, match="at least 1"):
         zero = {"layers.0.q_proj.weight": {"rank": 0, "alpha": 1.0}}
-        item.at(replace(plan, decisions={"options": zero}), "layers.0.q_proj.weight")
+        item.at_site(replace(plan, decisions={"options": zero}), "layers.0.q_proj.weight")
 
 
 def test_pefts_patterns_mean_the_same() -> None:

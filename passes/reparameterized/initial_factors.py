@@ -169,7 +169,7 @@ class Options(Protocol):
     def dropout(self) -> float: ...
     @property
     def random_seed(self) -> int: ...
-    def at(self, plan: Plan, site: str) -> Options:
+    def at_site(self, plan: Plan, site: str) -> Options:
         """The options at a site."""
         ...
 
@@ -216,7 +216,7 @@ def started(program: State, plan: Plan, options: Options, data: Any) -> Plan:
     """
     every: list[Any] = [program.sites[i] for i in plan.decisions["sites"]]
     sites: list[WeightSite] = [s for s in every if not s.obstacle]
-    own = {s.id: options.at(plan, s.id) for s in sites}
+    own = {s.id: options.at_site(plan, s.id) for s in sites}
     if options.init != "eva":
         factors = _factors(program, sites, own, _data_of(options, data))
         named = {f"{i}.{n}": t for i, ab in factors for n, t in zip("ab", ab, strict=True)}

@@ -177,7 +177,7 @@ class Method(Pass, abstract=True):
         free = [s for s in sites if not self._fixed(s)]
         values = values_at(self, free, program.sites.items)
         stated = Plan({"options": values})
-        misfits = {s.id: why for s in free if (why := self.at(stated, s.id).obstacle(s))}
+        misfits = {s.id: why for s in free if (why := self.at_site(stated, s.id).obstacle(s))}
         if free and len(misfits) == len(free):
             where, reason = next(iter(misfits.items()))
             raise OptionError(f"{self.text}: no selected site fits. {where}: {reason}.")
@@ -207,7 +207,7 @@ class Method(Pass, abstract=True):
         """Edits all sites; for methods that do not edit one by one."""
         for site in self.free(edit, sites):
             done = len(edit.edited), len(edit.skipped)
-            self.at(plan, site.id).insert(edit, site)
+            self.at_site(plan, site.id).insert(edit, site)
             if done == (len(edit.edited), len(edit.skipped)):
                 raise PassError(
                     f"{self.text}: insert did nothing at {site.id}. It must hand a branch to the "

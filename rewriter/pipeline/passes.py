@@ -123,7 +123,7 @@ class Pass(metaclass=Worded):
         """Raises OptionError for values out of range; overridden by methods. Where options have
         values by site, it is asked of each site's."""
 
-    def at(self, plan: Plan, site: str) -> Self:
+    def at_site(self, plan: Plan, site: str) -> Self:
         """This pass with the values that its options have at a site, by its id.
 
         Raises:

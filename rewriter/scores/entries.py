@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits.calls.call import EMPTY
 from ..edits.edit import Editor
 from ..edits.linear.sparse import DenseDelta, Part, SparseDelta, parts_of
 from ..edits.read import Reading
@@ -266,7 +265,7 @@ def _train(edit: Editor, site: Site, name: str, indices: Tensor) -> None:
 def keep_largest(
     branches: Mapping[str, DenseDelta],
     density: float,
-    reads: Mapping[str, Mapping[str, Tensor]] = EMPTY,
+    reads: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """What `Method.settle` returns to keep the largest entries of dense deltas.
 
@@ -285,13 +284,13 @@ def keep_largest(
             "(peftfx.load_weights)."
         )
     every = sum(b.piece.count for b in branches.values())
+    given = {path: dict((reads or {}).get(path, {})) for path in branches}
     with torch.no_grad():
         sizes = (
-            (path, branch.delta(False, **reads.get(path, EMPTY)).abs())
-            for path, branch in branches.items()
+            (path, branch.delta(False, **given[path]).abs()) for path, branch in branches.items()
         )
         kept = largest(sizes, max(1, round(density * every)))
     return {
-        path: {"indices": stored_index(b.piece, kept[path]), **reads.get(path, EMPTY)}
+        path: {"indices": stored_index(b.piece, kept[path]), **given[path]}
         for path, b in branches.items()
     }

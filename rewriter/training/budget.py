@@ -190,7 +190,7 @@ class BudgetController(Controller):
             )
         record = next(r for r in self.program.history if r.adapter == self.adapter)
         first = sum(self.parts(branch) for _, branch in self.branches())
-        last = min(first, sum(self.options.at(record.plan, i).left for i in self.edited()))
+        last = min(first, sum(self.options.at_site(record.plan, i).left for i in self.edited()))
         ends = self.total_steps - final
         self.budget = CubicBudget(first, last, warmup, ends, self.total_steps)
 
