@@ -31,7 +31,7 @@ from ..program.sites import (
     WeightSite,
 )
 from ..program.trained import chosen, train_only
-from .attention.keyvalue import gated_by_query, prepend_key_value, remove_key_value
+from .attention.keyvalue import gated_by_query, prepend_key_value, remove_rows
 from .calls.call import EMPTY, Value, given, latest
 from .calls.requirements import require_fit, require_names
 from .linear.bias import add_bias
@@ -56,8 +56,7 @@ Linear = Delta | InputMap | InputShift | OutputShift | InputScale | OutputScale 
 class Editor(Reading):
     """Edits a fork of a program, see `Attaching`; inherits what a pass may look at.
 
-    Methods name sites and hand over branches; values that a branch reads beside its own operand
-    are keyword arguments.
+    Methods name sites and hand over branches; what these read beside their operand are keywords.
     """
 
     def quantise(self, site: WeightSite, operator: Callable[..., Tensor], **options: Any) -> bool:
@@ -114,8 +113,7 @@ class Editor(Reading):
             self._attach_linear(site, branch)  # or reports the obstacle
             return
         with self.below(site.role.replace(".", "_")) if site.features else nullcontext():
-            mapped = MappedWeight(branch, self.shape(site), site.features)
-            self.express(site, site.weight, mapped)
+            self.express(site, site.weight, MappedWeight(branch, self.shape(site), site.features))
 
     def rescale(self, site: WeightSite, branch: RowScale, **reads: Value | None) -> None:
         """Rescales the rows of a weight, below all its other branches."""
@@ -324,12 +322,7 @@ class Editor(Reading):
         branch = self.graph_module.get_submodule(path)
         remember(self.program, path)
         if isinstance(branch, KeyValue):
-            attachment = next(a for a in self.program.attachments if a.path == path)
-            core = self.node(self.program.sites[attachment.site].nodes[0])
-            remove_key_value(self.graph_module, core, path, branch.length)
-            rest = (a for a in self.program.attachments if a is not attachment)
-            self.program.attachments = tuple(rest)
-            self.graph_module.delete_submodule(path)
+            remove_rows(self, path, branch.length)
         else:
             remove(self, path)
         self.refresh()

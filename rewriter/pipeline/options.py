@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 T = TypeVar("T")
 
 BySite = Annotated[T, "by site"]
-"""One value for all sites, or a map from selectors to values, which `Pass.at_site` resolves: where a
+"""One value for all sites, or a map from selectors to values, which `Pass.at_site` resolves: where
 site is at hand, methods read the one value."""
 
 DEFAULT = "default"

@@ -34,6 +34,7 @@ from ...graph.aten import (
     users,
 )  # fmt: skip
 from ...graph.modes import Attention
+from ..calls.attach import Attaching
 from ..calls.call import branch_call, move_before
 
 _FILLS = overloads("masked_fill", "masked_fill_")
@@ -304,7 +305,16 @@ def _change_masks(product: Node, core: Node, change: Callable[[Node, float], Nod
         current = following
 
 
-def remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
+def remove_rows(edit: Attaching, path: str, length: int) -> None:
+    """Takes the rows of a branch out, and the branch."""
+    attachment = next(a for a in edit.program.attachments if a.path == path)
+    core = edit.node(edit.program.sites[attachment.site].nodes[0])
+    _remove_key_value(edit.graph_module, core, path, length)
+    edit.program.attachments = tuple(a for a in edit.program.attachments if a is not attachment)
+    edit.graph_module.delete_submodule(path)
+
+
+def _remove_key_value(gm: GraphModule, core: Node, path: str, length: int) -> None:
     """Undoes `prepend_key_value`: takes the call of `path` out, and its keys out of the masks."""
     if gated_by_query(gm, core):
         raise PassError(
