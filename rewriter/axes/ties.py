@@ -196,7 +196,7 @@ def _branch(node: Node, branch: Branch) -> list[Relation]:
         return relations
     if any({branch.reads, branch.writes}.intersection(branch.axes.get(n, ())) for n in read):
         return relations  # others may read that, too, so it cannot be cut with the channels
-    declared = [(n, k, a) for n in tensors for k, a in enumerate(branch.axes[n])]
+    declared = [(n, k, a) for n in tensors for k, a in enumerate(branch.axes.get(n, ()))]
     own = None if branch.features is None else branch.features.cpu() - 1
     kernel = isinstance(branch.shape, ConvolutionShape)
     for name, k, label in declared:
