@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.formula_parts import Formula
-from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import BaseMismatchError, BaseNeededError
+from ..rewriter.parts.formula_parts import Formula
+from ..rewriter.parts.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.pipeline.by_site import site_of
 from ..rewriter.pipeline.passes import Saved
 from ..rewriter.storage.artifact import Artifact

@@ -1,4 +1,4 @@
-"""What an adapter of a program is in parts (`rewriter/branches/parts.py`), for all writers.
+"""What an adapter of a program is in parts (`rewriter/parts/parts.py`), for all writers.
 
 Pieces of a fused weight become one part: with one `a` where all share it, else with their
 ranks side by side.
@@ -18,8 +18,11 @@ from ..passes.interchange.imported import Imported
 from ..passes.interchange.prompt_parts import prefix_sites
 from ..rewriter.api import Program
 from ..rewriter.branches.branch import Branch, Delta, Scale
-from ..rewriter.branches.formula_parts import Formula
-from ..rewriter.branches.parts import (
+from ..rewriter.branches.prompts import KeyValue, Tokens
+from ..rewriter.errors import ArtifactError, nearest
+from ..rewriter.measure.constants import constant_reads
+from ..rewriter.parts.formula_parts import Formula
+from ..rewriter.parts.parts import (
     Bottleneck,
     Change,
     Coupling,
@@ -34,10 +37,7 @@ from ..rewriter.branches.parts import (
     Scaling,
     Trained,
 )
-from ..rewriter.branches.prompts import KeyValue, Tokens
-from ..rewriter.branches.shared_parts import unshared
-from ..rewriter.errors import ArtifactError, nearest
-from ..rewriter.measure.constants import constant_reads
+from ..rewriter.parts.shared_parts import unshared
 from ..rewriter.program.history import Attachment
 from ..rewriter.program.sites import (
     EmbeddingSite,

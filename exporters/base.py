@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from ..rewriter.api import Program
-from ..rewriter.branches.formula_parts import Formula
-from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.errors import (
     BaseMismatchError,
     BaseNeededError,
@@ -29,6 +27,8 @@ from ..rewriter.errors import (
     nearest,
 )
 from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file
+from ..rewriter.parts.formula_parts import Formula
+from ..rewriter.parts.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import ConvSite, EmbeddingSite, LinearSite, NormSite, Site
 from ..rewriter.program.tensors import Tensors

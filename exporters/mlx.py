@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..rewriter.branches.parts import LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError, BaseMismatchError, nearest
 from ..rewriter.files.directory import Folder, reading
 from ..rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
+from ..rewriter.parts.parts import LowRank, Part, Trained
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts
 from .base import Base

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.formula_parts import Formula
-from ..rewriter.branches.parts import Change, LowRank, Part, Rows, Scaling, Trained
-from ..rewriter.branches.shared_parts import unshared
 from ..rewriter.errors import ArtifactError, OptionError
+from ..rewriter.parts.formula_parts import Formula
+from ..rewriter.parts.parts import Change, LowRank, Part, Rows, Scaling, Trained
+from ..rewriter.parts.shared_parts import unshared
 from ..rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ..rewriter.storage.parts import Parts
 from .base import Base, values

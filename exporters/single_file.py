@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewriter.branches.formula_parts import KRONECKER, Formula, Hadamard, Kronecker
-from ..rewriter.branches.parts import Change, LowRank, Part
 from ..rewriter.errors import (
     ArtifactError,
     BaseMismatchError,
@@ -29,6 +27,8 @@ from ..rewriter.errors import (
     nearest,
 )
 from ..rewriter.files.files import header_metadata, parse_json, parse_tensors, read_file
+from ..rewriter.parts.formula_parts import KRONECKER, Formula, Hadamard, Kronecker
+from ..rewriter.parts.parts import Change, LowRank, Part
 from ..rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..rewriter.storage.artifact import require_finite
 from ..rewriter.storage.parts import Parts

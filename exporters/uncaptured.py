@@ -16,9 +16,9 @@ from torch import Tensor
 from ..passes.interchange.formula_parts import branches_of
 from ..passes.interchange.imported import branch_of
 from ..rewriter.branches.branch import Branch
-from ..rewriter.branches.formula_parts import Formula
-from ..rewriter.branches.parts import Change, LowRank, Part, Trained
 from ..rewriter.errors import ArtifactError, CorruptFileError, FoldError
+from ..rewriter.parts.formula_parts import Formula
+from ..rewriter.parts.parts import Change, LowRank, Part, Trained
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import LinearSite
 from ..rewriter.program.tensors import Tensors

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .exporters.adapter_changes import ROWS, Described, Place, rows_of, size_of
-from .rewriter.branches.parts import Scaling
 from .rewriter.errors import BaseNeededError
+from .rewriter.parts.parts import Scaling
 from .rewriter.storage.safetensors_checkpoint import Checkpoint, header
 
 _SLACK = 8.0

@@ -18,6 +18,8 @@ PICTURE = ROOT / "docs" / "rooms.svg"
 
 ROOMS = (
     "errors",
+    "products",
+    "parts",
     "branches",
     "graph",
     "inputs",

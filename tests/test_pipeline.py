@@ -88,7 +88,7 @@ def test_pipelines_survive_text(
         ("lora{dropout=1}", r"in \[0, 1\)"), ("lora{rank=2", "not closed"), ("lora}", "closes nothing"),
         ("lora{rank=1,rank=2}", "given twice"), ("lora{rank}", "not option=value"),
         ("lora{rank=}", "empty"), ("lora{name='a.b'}", "not a name"), ("lora{rank=true}", "must be int"),
-        ("serial_adapter{activation=tanh}", "one of gelu, relu, silu"), ("lora{where='q}", "not closed"),
+        ("serial_adapter{activation=sine}", "one of gelu, relu, silu"), ("lora{where='q}", "not closed"),
         ("lora;;{}", "not a pass"), ("missing.yaml", "cannot be read"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from peftfx.exporters.adapter_changes import saved_parts
 from peftfx.passes.additive.prefix_tuning import PrefixTuning
 from peftfx.passes.reparameterized.adalora import AdaLoRA
 from peftfx.passes.reparameterized.lora import LoRA
-from peftfx.rewriter.branches.parts import LowRank
+from peftfx.rewriter.parts.parts import LowRank
 from peftfx.rewriter.pipeline.passes import REGISTRY
 from peftfx.rewriter.pipeline.preset import Member, Preset
 from peftfx.rewriter.program.history import Contract

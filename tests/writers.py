@@ -21,9 +21,9 @@ import peftfx
 from peftfx.exporters.formats import convert
 from peftfx.exporters.hf_peft.adapter import read_peft
 from peftfx.exporters.merge import merge
-from peftfx.rewriter.branches.parts import LowRank
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
+from peftfx.rewriter.parts.parts import LowRank
 from peftfx.rewriter.storage.artifact import read as read_artifact
 from peftfx.rewriter.storage.safetensors_checkpoint import Checkpoint
 from peftfx.training.state import read_state, state_bytes

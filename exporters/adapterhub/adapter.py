@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import Fusion
 from ...rewriter.files.directory import reading, write_directory
+from ...rewriter.parts.parts import Fusion
 from ...rewriter.pipeline.passes import NAME
 from ...rewriter.run.run import run
 from ..adapter_parts import adapter_parts

@@ -7,8 +7,8 @@ with another, prompts look at padding, too).
 
 from __future__ import annotations
 
-from ...rewriter.branches.parts import Coupling, Part, Prompt
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import Coupling, Part, Prompt
 from .config import INVERTIBLE, Options
 from .leaves import popped
 from .places import Places, attentions

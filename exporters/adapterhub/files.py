@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import Hypercomplex, Part, Trained
 from ...rewriter.errors import ArtifactError, RewriteError, nearest
 from ...rewriter.files.directory import Folder, reading
 from ...rewriter.files.files import JSON_LIMIT, parse_json, parse_tensors
 from ...rewriter.files.torch_bin import LIMIT, parse_torch_bin, write_torch_bin
+from ...rewriter.parts.parts import Hypercomplex, Part, Trained
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.storage.artifact import require_finite
 from ...rewriter.storage.parts import Parts

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...passes.interchange.imported import Imported
 from ...rewriter.api import Program
 from ...rewriter.branches.branch import Branch
-from ...rewriter.branches.parts import Bottleneck, Fusion, Part
 from ...rewriter.errors import ArtifactError
 from ...rewriter.files.directory import Folder, new_directory, reading
+from ...rewriter.parts.parts import Bottleneck, Fusion, Part
 from ...rewriter.run.run import run
 from ...rewriter.storage.parts import Parts
 from ..adapter_parts import adapter_parts, unchanged

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.branches.kronecker import hypercomplex_matrix
-from ...rewriter.branches.parts import Bottleneck, Hypercomplex
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import Bottleneck, Hypercomplex
+from ...rewriter.products.kronecker import hypercomplex_matrix
 from ...rewriter.program.sites import ConvSite, EmbeddingSite
 from .config import Options
 from .leaves import Leaves, needed

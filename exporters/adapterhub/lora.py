@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import LowRank, Part, Scaling, Trained
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import LowRank, Part, Scaling, Trained
 from ...rewriter.program.sites import LinearSite
 from .config import Options
 from .leaves import Leaves, needed, popped

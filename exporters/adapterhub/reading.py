@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...rewriter.branches.bottleneck import ACTIVATIONS
-from ...rewriter.branches.parts import Bottleneck, Hypercomplex, Part, Prefix
 from ...rewriter.edits.stream.hidden import post_norm
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import Bottleneck, Hypercomplex, Part, Prefix
 from ...rewriter.program.sites import SublayerSite
 from .config import INVERTIBLE, Options
 from .hypercomplex import dense, factored

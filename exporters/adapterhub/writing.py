@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import (
+from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import (
     Bottleneck,
     Coupling,
     Hypercomplex,
@@ -20,7 +21,6 @@ from ...rewriter.branches.parts import (
     Prompt,
     Scaling,
 )
-from ...rewriter.errors import ArtifactError
 from ...rewriter.program.sites import LinearSite
 from .config import (
     BOTTLENECK_DEFAULTS,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import LowRank, Part, Trained
 from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
 from ...rewriter.files.files import fill, new_file
+from ...rewriter.parts.parts import LowRank, Part, Trained
 from ...rewriter.storage.artifact import require_finite
 from ...rewriter.storage.parts import Parts
 from ..base import CAPTURE, GIVE_BASE, Base, snapshot

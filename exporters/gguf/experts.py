@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...rewriter.branches.parts import LowRank
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import LowRank
 from ..base import Base
 from .names import Names
 

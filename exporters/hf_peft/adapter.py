@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ...passes.interchange.imported import Imported
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import Invoked, Part, Trained
 from ...rewriter.capture.capture import capture
 from ...rewriter.errors import (
     ArtifactError,
@@ -34,6 +33,7 @@ from ...rewriter.errors import (
 from ...rewriter.files.directory import Folder, reading, write_directory
 from ...rewriter.files.files import JSON_LIMIT, Content, parse_json, parse_tensors, tensor_pieces
 from ...rewriter.files.torch_bin import LIMIT, parse_torch_bin
+from ...rewriter.parts.parts import Invoked, Part, Trained
 from ...rewriter.program.history import Certificate
 from ...rewriter.program.unchanged import require_unchanged
 from ...rewriter.run.run import apply_plan

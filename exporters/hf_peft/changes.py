@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...passes.interchange.prompt_parts import prefix_sites
-from ...rewriter.branches.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
 from ...rewriter.errors import ArtifactError, BaseMismatchError
+from ...rewriter.parts.parts import Part, Prefix, Prompt, Rows, Scaling, Trained
 from ..base import Base, snapshot, values
 from .config import Config, by_module
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...passes.reparameterized.vera import projections
-from ...rewriter.branches.parts import Change, LowRank, Part
-from ...rewriter.branches.shared_parts import vera
 from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, RewriteError
+from ...rewriter.parts.parts import Change, LowRank, Part
+from ...rewriter.parts.shared_parts import vera
 from ...rewriter.program.sites import ConvSite, LinearSite, WeightSite
 from ..base import GIVE_BASE, Base
 from .changes import weight_of

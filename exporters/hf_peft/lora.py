@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...passes.reparameterized.initial_factors import olora, pissa
-from ...rewriter.branches.parts import Invoked, LowRank, Part
 from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
+from ...rewriter.parts.parts import Invoked, LowRank, Part
 from ...rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from ..base import CAPTURE, GIVE_BASE, Base, snapshot, values
 from .changes import bias_with, no_module

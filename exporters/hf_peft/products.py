@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...passes.reparameterized.lokr import divided
 from ...passes.reparameterized.oft import nearest_divisor
-from ...rewriter.branches.formula_parts import (
+from ...rewriter.errors import ArtifactError, BaseMismatchError, RewriteError
+from ...rewriter.parts.formula_parts import (
     KRONECKER,
     Butterfly,
     Formula,
@@ -20,8 +21,7 @@ from ...rewriter.branches.formula_parts import (
     Kronecker,
     Rotation,
 )
-from ...rewriter.branches.parts import Change, Part
-from ...rewriter.errors import ArtifactError, BaseMismatchError, RewriteError
+from ...rewriter.parts.parts import Change, Part
 from ...rewriter.program.sites import ConvSite, WeightSite
 from ..base import Base
 from .changes import weight_of

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import Part, Trained
-from ...rewriter.branches.shared_parts import Mixture, Vera, bank_part, shared
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import Part, Trained
+from ...rewriter.parts.shared_parts import Mixture, Vera, bank_part, shared
 from ...rewriter.program.sites import LinearSite
 from ..base import Base
 from .changes import weight_of

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import Part, Prefix, Prompt
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.parts import Part, Prefix, Prompt
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 """A config, and tensors by key."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...rewriter.branches.formula_parts import Formula
-from ...rewriter.branches.parts import Invoked, LowRank, Part, Rows, Scaling, Trained
 from ...rewriter.errors import ArtifactError
+from ...rewriter.parts.formula_parts import Formula
+from ...rewriter.parts.parts import Invoked, LowRank, Part, Rows, Scaling, Trained
 from ...rewriter.program.sites import (
     ConvSite,
     EmbeddingSite,

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.errors import ArtifactError, BaseMismatchError, nearest
 from ...rewriter.files.files import read_file, write_file
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.storage.artifact import require_finite
 from ...rewriter.storage.parts import Parts
 from ..base import Base

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...passes.interchange.imported import Imported
 from ...rewriter.api import Program
-from ...rewriter.branches.parts import LowRank
 from ...rewriter.errors import ArtifactError, ExportError
+from ...rewriter.parts.parts import LowRank
 from ...rewriter.program.sites import WeightSite
 from ...rewriter.run.run import run
 from ..adapter_parts import adapter_parts, weight_name

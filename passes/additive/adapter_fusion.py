@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Combine
-from ...rewriter.branches.parts import Fusion, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Fusion, Part
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...rewriter.branches.branch import Axes, InputScale, OutputScale
-from ...rewriter.branches.parts import Part, Scaling
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
+from ...rewriter.parts.parts import Part, Scaling
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, started_by
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.method import Method

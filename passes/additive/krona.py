@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Delta, Serial
-from ...rewriter.branches.kronecker import kronecker
 from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.placing import of_kind
+from ...rewriter.products.kronecker import kronecker
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import LinearSite, Site, SublayerSite
 from ...rewriter.program.state import State

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.bottleneck import ACTIVATIONS, BottleneckBranch
 from ...rewriter.branches.branch import Axes, Delta, Serial
-from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
+from ...rewriter.parts.parts import Bottleneck, Part
 from ..reparameterized.lora import LoRABranch
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.branch import Axes
 from ...rewriter.branches.input_shift import InputShift
-from ...rewriter.branches.parts import Bottleneck
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Bottleneck
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract
 from ...rewriter.program.sites import AttentionSite, LinearSite, Site, SublayerSite

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.branch import Axes as BranchAxes
 from ...rewriter.branches.branch import Serial
-from ...rewriter.branches.parts import Bottleneck
 from ...rewriter.branches.samples import Samples
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.stream.hidden import Axes
 from ...rewriter.errors import PassError
+from ...rewriter.parts.parts import Bottleneck
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.program.sites import SublayerSite
 from ...rewriter.program.state import State

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.bottleneck import ACTIVATIONS
 from ...rewriter.branches.branch import Axes, Serial
-from ...rewriter.branches.parts import Bottleneck, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Bottleneck, Part
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

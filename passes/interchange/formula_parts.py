@@ -7,10 +7,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...rewriter.branches.branch import Branch, Delta, RowScale
-from ...rewriter.branches.formula_parts import Butterfly, Formula, Hadamard, Kronecker, Rotation
 from ...rewriter.branches.input_map import InputMap
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
+from ...rewriter.parts.formula_parts import Butterfly, Formula, Hadamard, Kronecker, Rotation
 from ..reparameterized.boft import BOFTBranch, BOFTRows
 from ..reparameterized.loha import LoHaBranch
 from ..reparameterized.lokr import LoKrBranch

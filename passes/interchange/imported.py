@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.formula_parts import Formula, Hadamard, Kronecker, Rotation
 from ...rewriter.branches.gated import GatedDelta
 from ...rewriter.branches.input_map import MappedWeight
-from ...rewriter.branches.parts import (
+from ...rewriter.edits.calls.call import Value
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError
+from ...rewriter.parts.formula_parts import Formula, Hadamard, Kronecker, Rotation
+from ...rewriter.parts.parts import (
     Bottleneck,
     Change,
     Coupling,
@@ -34,10 +37,7 @@ from ...rewriter.branches.parts import (
     Scaling,
     Trained,
 )
-from ...rewriter.branches.shared_parts import unshared
-from ...rewriter.edits.calls.call import Value
-from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError
+from ...rewriter.parts.shared_parts import unshared
 from ...rewriter.pipeline.passes import NAME, Pass, Saved
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...rewriter.branches.gated import GatedKeyValue
-from ...rewriter.branches.parts import Prefix
 from ...rewriter.edits.edit import Editor
 from ...rewriter.errors import PassError
+from ...rewriter.parts.parts import Prefix
 from ...rewriter.program.sites import AttentionSite, EmbeddingSite, Site
 from ...rewriter.program.state import State
 from ..additive.prefix_tuning import PrefixBranch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...rewriter.branches.parts import Part
-from ...rewriter.branches.shared_parts import Mixture, Vera
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Part
+from ...rewriter.parts.shared_parts import Mixture, Vera
 from ...rewriter.program.sites import LinearSite
 from ..reparameterized.vector_bank import Bank, VBLoRABranch
 from ..reparameterized.vera import Projection, VeRABranch

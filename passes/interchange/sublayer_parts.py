@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.coupling import CouplingBranch
-from ...rewriter.branches.parts import (
+from ...rewriter.edits.calls.call import Value
+from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError, nearest
+from ...rewriter.parts.parts import (
     Bottleneck,
     Coupling,
     Fusion,
@@ -17,9 +20,6 @@ from ...rewriter.branches.parts import (
     LowRank,
     Prefix,
 )
-from ...rewriter.edits.calls.call import Value
-from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError, nearest
 from ...rewriter.program.sites import EmbeddingSite, Site, SublayerSite, WeightSite
 from ...rewriter.program.state import State
 from ..additive.adapter_fusion import AdapterFusionBranch

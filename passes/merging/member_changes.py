@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...rewriter.branches.branch import Branch, Delta
-from ...rewriter.branches.parts import LowRank
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.folding.fold import branch_of
 from ...rewriter.edits.linear.compose import ORDER
 from ...rewriter.errors import PassError
 from ...rewriter.measure.constants import constant_reads
+from ...rewriter.parts.parts import LowRank
 from ...rewriter.program.sites import WeightSite
 from ...rewriter.program.state import State
 from ...rewriter.weights.change import change_of

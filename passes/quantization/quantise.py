@@ -64,6 +64,7 @@ class Quantise(Pass):
         format: see above.
         group: inputs that share a scale, of whole bytes; by default 64 of a codebook, 32 of
             integers, a row of signs. Of fewer inputs, a row is one group.
+        budget: bytes that the weights may take together, of `format=mixed`.
         where: which linears; of a fused weight, all parts. Convolutions, embeddings and experts
             where it names them. Lookups gather codes; convolutions and experts multiply by the
             dense weight, computed anew at each call.

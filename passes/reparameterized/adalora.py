@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ...kernels.orthogonality import orthogonality_gap
 from ...rewriter.branches.branch import Delta
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.pipeline.aliases import Alias, renamed
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.options import BySite

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, RowScale
-from ...rewriter.branches.formula_parts import Butterfly
 from ...rewriter.branches.input_map import InputMap
-from ...rewriter.branches.parts import Part
-from ...rewriter.branches.rotations import butterfly, cayley
 from ...rewriter.edits.edit import Editor
+from ...rewriter.errors import PassError
+from ...rewriter.parts.formula_parts import Butterfly
+from ...rewriter.parts.parts import Part
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
+from ...rewriter.products.rotations import butterfly, cayley
 from ...rewriter.program.sites import WeightSite
 
 
@@ -129,6 +130,10 @@ class BOFT(Method):
         return "" if whole else f"factors={self.factors} with {said} do not fit {inputs} inputs"
 
     def insert(self, edit: Editor, site: WeightSite) -> None:
+        if reason := self.obstacle(site):
+            raise PassError(
+                f"{self.text}: {site.id}: {reason}. The plan was altered: save the adapter again."
+            )
         count, out, inputs = site.matrices
         size = inputs // self.blocks if self.blocks else self.block
         like = edit.like(site)

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import Hypercomplex
 from ...rewriter.edits.edit import Editor
 from ...rewriter.measure.constants import constant_reads
+from ...rewriter.parts.parts import Hypercomplex
 from ...rewriter.pipeline.aliases import Alias, instead, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Contract, Plan

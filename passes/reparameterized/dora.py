@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import RowScale
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.pipeline.aliases import Alias
 from ...rewriter.program.sites import WeightSite
 from .initial_factors import require_random

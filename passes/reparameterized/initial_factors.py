@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.read import Reading
 from ...rewriter.errors import MetaTensorError, OptionError, PassError
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.program.history import Plan
 from ...rewriter.program.sites import EmbeddingSite, LinearSite, WeightSite
 from ...rewriter.program.state import State

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ...rewriter.branches.bottleneck import ACTIVATIONS, BottleneckBranch
 from ...rewriter.branches.branch import Delta, Expression, Serial
-from ...rewriter.branches.kronecker import hypercomplex, hypercomplex_matrix
-from ...rewriter.branches.parts import Bottleneck, Hypercomplex, LowRank, Part
 from ...rewriter.branches.shapes import linear
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Bottleneck, Hypercomplex, LowRank, Part
+from ...rewriter.products.kronecker import hypercomplex, hypercomplex_matrix
 from ...rewriter.program.sites import SublayerSite
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.formula_parts import Hadamard
-from ...rewriter.branches.hadamard import hadamard, pairs
-from ...rewriter.branches.parts import Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.formula_parts import Hadamard
+from ...rewriter.parts.parts import Part
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
+from ...rewriter.products.hadamard import hadamard, pairs
 from ...rewriter.program.sites import WeightSite
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Delta
-from ...rewriter.branches.formula_parts import KRONECKER, Kronecker
-from ...rewriter.branches.kronecker import kronecker
-from ...rewriter.branches.parts import Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.formula_parts import KRONECKER, Kronecker
+from ...rewriter.parts.parts import Part
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
+from ...rewriter.products.kronecker import kronecker
 from ...rewriter.program.sites import WeightSite
 
 

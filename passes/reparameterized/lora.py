@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.pipeline.aliases import PLACES, Alias, by_pattern, instead, renamed, started_by
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method

@@ -17,15 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...rewriter.branches.formula_parts import Rotation
 from ...rewriter.branches.input_map import InputMap
-from ...rewriter.branches.parts import Part
-from ...rewriter.branches.rotations import cayley, places, series, skew, turned, within
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.formula_parts import Rotation
+from ...rewriter.parts.parts import Part
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
+from ...rewriter.products.rotations import cayley, places, series, skew, turned, within
 from ...rewriter.program.sites import WeightSite
 
 

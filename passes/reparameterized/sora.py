@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes
-from ...rewriter.branches.parts import LowRank, Part
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import LowRank, Part
 from ...rewriter.pipeline.controller import Controller, Forward
 from ...rewriter.pipeline.passes import Pass, Saved
 from ...rewriter.program.sites import WeightSite

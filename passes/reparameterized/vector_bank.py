@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Delta
-from ...rewriter.branches.parts import Part
-from ...rewriter.branches.shared_parts import bank_part, mixtures
+from ...rewriter.parts.parts import Part
+from ...rewriter.parts.shared_parts import bank_part, mixtures
 
 
 class Bank(nn.Module):

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Delta
-from ...rewriter.branches.parts import Part
-from ...rewriter.branches.shared_parts import vera
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Part
+from ...rewriter.parts.shared_parts import vera
 from ...rewriter.pipeline.aliases import PLACES, Alias, renamed, started_by
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan

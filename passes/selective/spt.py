@@ -27,9 +27,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...rewriter.branches.parts import LowRank
 from ...rewriter.edits.edit import Editor
 from ...rewriter.edits.read import Reading
+from ...rewriter.parts.parts import LowRank
 from ...rewriter.pipeline.method import Method
 from ...rewriter.pipeline.passes import Saved
 from ...rewriter.program.history import Plan

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...rewriter.branches.branch import Axes, Expression
-from ...rewriter.branches.parts import Part, Rows
 from ...rewriter.edits.edit import Editor
+from ...rewriter.parts.parts import Part, Rows
 from ...rewriter.pipeline.aliases import PLACES, Alias, renamed
 from ...rewriter.pipeline.method import Method
 from ...rewriter.program.history import Plan

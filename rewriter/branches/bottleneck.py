@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..parts.parts import Bottleneck, Part
 from .branch import Axes, Serial
-from .parts import Bottleneck, Part
 from .shapes import linear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import Part
+from ..parts.parts import Part
 from .row_scaling import scaled_rows
 from .shapes import LinearShape, Shape
 

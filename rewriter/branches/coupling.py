@@ -7,9 +7,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from ..parts.parts import Coupling, Part
 from .bottleneck import ACTIVATIONS
 from .branch import Serial
-from .parts import Coupling, Part
 from .shapes import linear
 
 TENSORS = tuple(f.name for f in fields(Coupling) if f.name not in ("target", "activation"))

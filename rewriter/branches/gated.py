@@ -11,8 +11,8 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor
 
+from ..parts.parts import Part
 from .branch import Branch, Delta, Serial
-from .parts import Part
 from .prompts import KeyValue
 from .samples import FIRST, Samples
 

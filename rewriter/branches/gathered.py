@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..parts.parts import Bottleneck, LowRank
 from .bottleneck import ACTIVATIONS
 from .branch import Axes, Branch, Delta, Serial
 from .convolutions import ConvolutionShape
-from .parts import Bottleneck, LowRank
 from .rowwise import Rowwise
 from .samples import Samples
 from .shapes import EmbeddingShape

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts.parts import Part
 from .branch import Branch, Expression
-from .parts import Part
 from .shapes import Shape
 
 

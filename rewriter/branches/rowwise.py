@@ -163,7 +163,7 @@ class RowwiseLowRank(Delta):
         rows = self.samples.first(x, ids.shape[0])
         flat = rows.flatten(1, -2) if rows.dim() > 2 else rows[:, None]
         a, b, scale = (t[ids].to(x.dtype) for t in (self.a, self.b, self.scale))
-        return rows, (a @ flat.mT).mT * scale[:, None, None], b
+        return rows, flat @ a.mT * scale[:, None, None], b
 
     def describe(self) -> str:
         return f"{len(self.a) - 1} adapters, rank={self.a.shape[1]}"

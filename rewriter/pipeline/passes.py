@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
-from ..branches.parts import Part
 from ..edits.edit import Editor
 from ..errors import OptionError, nearest
+from ..parts.parts import Part
 from ..program.history import Contract, Plan
 from ..program.state import State
 from .aliases import Alias, Entries, translated

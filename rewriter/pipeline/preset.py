@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..branches.parts import Part
 from ..edits.edit import Editor
 from ..errors import PassError, SelectorError
+from ..parts.parts import Part
 from ..program.history import Plan
 from ..program.sites import Site
 from ..program.state import BRANCHES, State

@@ -13,8 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from ..branches.parts import PARTS, Part
 from ..errors import CorruptFileError
+from ..parts.parts import PARTS, Part
 from ..program.history import Plan
 
 _ORIGINAL = "original."

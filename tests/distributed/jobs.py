@@ -72,7 +72,7 @@ def methods(folder: Path) -> Any:
         module = sharded(alone.fork())
         parts = peftfx.inline(module)
         full = alone.spec.bind((), models.batch(job.ROWS))
-        rows = {n: t if n not in models.batch() else job.mine({n: t})[n] for n, t in full.items()}
+        rows = {n: job.mine({n: t})[n] if t.dim() else t for n, t in full.items()}
         found[name] = {
             "gradients": gap(gradients(alone.module, full), gradients(module, rows)),
             "losses": [controlled(alone, alone.module, full), controlled(parts, module, rows)],

@@ -22,8 +22,8 @@ import peftfx
 from peftfx.exporters.adapterhub.files import read_adapterhub
 from peftfx.exporters.adapterhub.writing import written
 from peftfx.exporters.formats import load_adapter, save_adapter
-from peftfx.rewriter.branches.parts import Coupling
 from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, PassError
+from peftfx.rewriter.parts.parts import Coupling
 
 from .adapterhub_models import output
 from .write_with_peftfx import AGAIN, RECIPES, changed, program, trained

@@ -15,7 +15,7 @@ from .test_adapterhub import HERE, program, said
 
 READING, LORA = "exporters/adapterhub/reading.py", "exporters/adapterhub/lora.py"
 PLACES, CONFIG = "exporters/adapterhub/places.py", "exporters/adapterhub/config.py"
-HYPER, KRONECKER = "exporters/adapterhub/hypercomplex.py", "rewriter/branches/kronecker.py"
+HYPER, KRONECKER = "exporters/adapterhub/hypercomplex.py", "rewriter/products/kronecker.py"
 BRANCH, INSERT = "rewriter/branches/bottleneck.py", "passes/interchange/sublayer_parts.py"
 
 LIMIT = 1e-5

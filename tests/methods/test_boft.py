@@ -89,8 +89,8 @@ def test_boft_equals_peft(make: Any) -> None:
 
 def test_a_butterfly_reaches_all_features_with_few_numbers() -> None:
     """log2 of the number of blocks, and one: as the paper has it."""
-    from peftfx.rewriter.branches.rotations import butterfly as mapped
-    from peftfx.rewriter.branches.rotations import cayley
+    from peftfx.rewriter.products.rotations import butterfly as mapped
+    from peftfx.rewriter.products.rotations import cayley
 
     blocks = torch.randn(4, 4, 8, 8, dtype=torch.float64)
     r = cayley((blocks - blocks.mT) / 2)

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import peftfx
 from peftfx.exporters.formats import load_adapter, save_adapter
-from peftfx.rewriter.branches.kronecker import hypercomplex, hypercomplex_matrix
 from peftfx.rewriter.errors import ArtifactError, OptionError
+from peftfx.rewriter.products.kronecker import hypercomplex, hypercomplex_matrix
 
 from ..models import batch, first, moved, randomise
 from .common import LAST, hooked, subject

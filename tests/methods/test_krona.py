@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.branches.kronecker import kronecker
 from peftfx.rewriter.errors import OptionError, SelectorError
+from peftfx.rewriter.products.kronecker import kronecker
 
 from ..models import batch, first, moved, randomise
 from .common import LAST, check, hooked, tensors

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import peftfx
-from peftfx.rewriter.branches.hadamard import hadamard, pairs
 from peftfx.rewriter.errors import OptionError
+from peftfx.rewriter.products.hadamard import hadamard, pairs
 
 from ..models import batch, bert, first, llama, randomise
 from ..test_weight_shapes import IDS, Mixed

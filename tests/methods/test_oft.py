@@ -11,8 +11,8 @@ from torch import Tensor
 
 import peftfx
 from peftfx.passes.reparameterized.oft import nearest_divisor
-from peftfx.rewriter.branches.rotations import places, skew
 from peftfx.rewriter.errors import OptionError
+from peftfx.rewriter.products.rotations import places, skew
 
 from ..models import batch, bert, first, llama, randomise
 from ..test_weight_shapes import IDS, Mixed
@@ -84,7 +84,7 @@ def test_oft_equals_peft(options: str) -> None:
 
 def test_a_rotation_is_one_to_rounding() -> None:
     """Far from the identity, too, and it turns back."""
-    from peftfx.rewriter.branches.rotations import cayley
+    from peftfx.rewriter.products.rotations import cayley
 
     for dtype, most in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
         q = skew(torch.randn(6, 28, dtype=dtype) * 3, places(8))

@@ -23,6 +23,7 @@ from ...graph.aten import (
     entry_of,
     expressed,
     expression_of,
+    inputs,
     outdate,
     strip,
     value,
@@ -119,7 +120,8 @@ def matrix_of(edit: Attaching, site: WeightSite) -> Tensor:
     if "expressed" in call.meta:  # lowered: the expression is called beside its linear
         with torch.no_grad():
             branch: Any = edit.graph_module.get_submodule(str(call.target))
-            return _own_rows(branch(_evaluated(edit, site, call.args[1])), weight, site)
+            _, stored, *_ = inputs(call)
+            return _own_rows(branch(_evaluated(edit, site, stored)), weight, site)
     parts = WeightedCall.of(call)
     node = None if parts is None else strip(parts.weight, VIEWS)
     if not isinstance(node, Node) or expression_of(node) is None:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .hadamard import hadamard
+from ..products.hadamard import hadamard
+from ..products.rotations import butterfly, cayley, places, series, side, skew, turned, within
 from .parts import Part
-from .rotations import butterfly, cayley, places, series, side, skew, turned, within
 
 
 @dataclass(frozen=True)
