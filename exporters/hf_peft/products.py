@@ -21,7 +21,7 @@ from ...rewriter.branches.formula_parts import (
     Rotation,
 )
 from ...rewriter.branches.parts import Change, Part
-from ...rewriter.errors import ArtifactError, BaseMismatchError, RewriteError
+from ...rewriter.errors import ArtifactError, BaseMismatchError, NoFormError, RewriteError
 from ...rewriter.program.sites import ConvSite, WeightSite
 from ..base import Base
 from .changes import weight_of
@@ -320,8 +320,8 @@ def _blocks(
     raise _no_form(modules, "PEFT has blocks of one size, or as many, in all modules")
 
 
-def _no_form(modules: Collection[Module], rule: str) -> ArtifactError:
+def _no_form(modules: Collection[Module], rule: str) -> NoFormError:
     names = ", ".join(m.path for m in list(modules)[:3])
-    return ArtifactError(
+    return NoFormError(
         f"{rule}, and this adapter ({names}, ...) has not. Save it with peftfx.save, or fold it."
     )
