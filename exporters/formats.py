@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..rewriter.api import Program
-from ..rewriter.errors import ArtifactError, BaseNeededError, OptionError, PathError
+from ..rewriter.errors import ArtifactError, BaseNeededError, NoFormError, OptionError, PathError
 from ..rewriter.files.files import (
     JSON_LIMIT,
     open_regular,
@@ -173,7 +173,7 @@ def write_adapter(
     """Writes parts in another library's format; see `save_adapter`.
 
     Raises:
-        ArtifactError: there is no such form, or `peftfx`, which is saved from a program.
+        NoFormError: there is no such form, or `peftfx`, which is saved from a program.
     """
     _check(to, rank)
     if to in _WRITERS:
@@ -181,12 +181,12 @@ def write_adapter(
     if to in ("peft", "plain-lora"):
         return write_peft(base, parts, path, parts, plain=to == "plain-lora", rank=rank)
     if to == "adapterhub":
-        raise ArtifactError(
+        raise NoFormError(
             "AdapterHub's files name the places of a captured model. Load the adapter onto a "
             "program and save that, or convert with --capture."
         )
     if to == "peftfx":
-        raise ArtifactError(
+        raise NoFormError(
             "peftfx saves what a program holds, with hashes of its base. Load the adapter onto "
             "a program and save that, or convert with --capture."
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import ArtifactError, OptionError
+from ..rewriter.errors import ArtifactError, NoFormError, OptionError
 from ..rewriter.parts.formula_parts import Formula
 from ..rewriter.parts.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.parts.shared_parts import unshared
@@ -35,7 +35,7 @@ _SAID = {
 _INTO_WEIGHTS = ("trained", "rows", "scaling", "lowrank")
 
 
-def no_form(rule: str, part: Part) -> ArtifactError:
+def no_form(rule: str, part: Part) -> NoFormError:
     """The error for a part that a format cannot hold.
 
     Args:
@@ -49,7 +49,7 @@ def no_form(rule: str, part: Part) -> ArtifactError:
         if kind in _INTO_WEIGHTS
         else "No weight holds that. Write it with --to peft or --to peftfx."
     )
-    return ArtifactError(f"{rule}, and this adapter {said}. {remedy}")
+    return NoFormError(f"{rule}, and this adapter {said}. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def plain_lora(program: Base, parts: Parts, rank: int | None = None) -> Plain:
     own = [p.a.shape[-2] for p in parts.parts if isinstance(p, LowRank)]
     wanted = max(own, default=0) if rank is None else rank
     if wanted < 1:
-        raise OptionError("nothing of the adapter has a rank. Say which to give it: rank=16.")
+        said = "nothing of the adapter has a rank. Say which to give it: rank=16 (--rank 16)."
+        raise OptionError(said)
     lost: dict[str, float] = {}
     plain = tuple(_plain(program, p, wanted, lost) for p in parts.parts)
     return Plain(replace(parts, parts=plain, original={}), lost)
@@ -114,13 +115,13 @@ def _plain(program: Base, part: Part, rank: int, lost: dict[str, float]) -> LowR
     site = _site(program, part)
     if isinstance(part, LowRank) and part.magnitude is None and part.a.shape[-2] <= rank:
         if part.a.dim() > 2:
-            raise ArtifactError(
+            raise NoFormError(
                 f"{part.target}: serving engines have no common form for LoRA on stacks of "
                 "matrices. Fold it, or write PEFT's own form."
             )
         return _filled(part, rank)
     if not isinstance(site, LinearSite):
-        raise ArtifactError(f"{part.target}: only changes of linears are made low-rank.")
+        raise NoFormError(f"{part.target}: only changes of linears are made low-rank.")
     delta = _delta(program, part, site)
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
     total, kept = float(s.square().sum()), float(s[:rank].square().sum())

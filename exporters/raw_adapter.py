@@ -106,7 +106,8 @@ def raw_adapter(path: str | Path, kind: str) -> Raw:
 
 _SAID = (
     "r", "lora_alpha", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save",
-    "num_virtual_tokens", "task_type", "peft_version",
+    "num_virtual_tokens", "task_type", "peft_version", "alpha", "reduction_factor", "non_linearity",
+    "prefix_length", "prompt_length",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def _adapterhub(folder: Path) -> Raw:
     configs = sorted(folder.glob(f"**/{CONFIG}"))
     tensors: dict[str, Tensor] = {}
     methods: list[str] = []
-    base = ""
+    base, about = "", dict[str, str]()
     for config in configs:
         inner = config.parent.relative_to(folder).as_posix()
         data, own = reading(config.parent, f"a directory with a {CONFIG}", _member)
@@ -131,9 +132,10 @@ def _adapterhub(folder: Path) -> Raw:
         said = data.get("config", {})
         methods.append(str(said.get("architecture") or "bottleneck"))
         base = str(data.get("model_name") or "")
+        about |= _words(said)
     if not tensors:
         raise ArtifactError(f"{folder} holds no adapter's tensors. Save it again.")
-    return Raw(tensors, "/".join(dict.fromkeys(methods)), base)
+    return Raw(tensors, "/".join(dict.fromkeys(methods)), base, about=about)
 
 
 def _member(folder: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

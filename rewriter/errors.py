@@ -113,6 +113,12 @@ class BaseNeededError(ArtifactError):
     kind = "usage"
 
 
+class NoFormError(ArtifactError):
+    """An adapter has no form in the format that it is to be written in."""
+
+    kind = "usage"
+
+
 class SystemFailedError(ArtifactError):
     """The system does not read or write: a full disk, no permission, a broken device."""
 

@@ -22,6 +22,7 @@ from peftfx.programs import dynamic_of
 from peftfx.rewriter.errors import (
     BaseMismatchError,
     CorruptFileError,
+    NoFormError,
     OptionError,
     PathError,
     RewriteError,
@@ -66,7 +67,7 @@ def test_the_page_is_current() -> None:
         (refused(OSError(2, "No such file"), "x"), "usage"), (MemoryError(), "system"),
         (torch.OutOfMemoryError("x"), "system"), (OSError(28, "No space"), "system"),
         (FileNotFoundError(2, "No such file"), "usage"), (KeyboardInterrupt(), "interrupted"),
-        (KeyError("x"), "internal"),
+        (KeyError("x"), "internal"), (NoFormError("x"), "usage"),
     ],
 )  # fmt: skip
 def test_exit_codes(

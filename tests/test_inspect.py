@@ -111,6 +111,12 @@ def test_formats_tell_the_same(run: Any, tmp_path: Path) -> None:
     assert said["pairs"][0]["sign_conflicts"] == 0
 
 
+def test_what_adapterhub_says_of_itself(run: Any) -> None:
+    """Its places are those of a captured model; its options are in the file."""
+    said = run("inspect", Path(__file__).parent / "formats" / "adapterhub" / "bert-lora")[1]
+    assert said["about"]["r"] and said["about"]["alpha"] and said["methods"] == ["lora"]
+
+
 def test_our_own(captured: Any, tmp_path: Path) -> None:
     """Norms of what folding adds, from the artifact alone."""
     model, program = captured["decoder"]

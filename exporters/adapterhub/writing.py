@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...rewriter.api import Program
-from ...rewriter.errors import ArtifactError
+from ...rewriter.errors import NoFormError
 from ...rewriter.parts.parts import (
     Bottleneck,
     Coupling,
@@ -59,7 +59,7 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
     """The config and the tensors by key, with an adapter's name in them.
 
     Raises:
-        ArtifactError: the library has no architecture that holds all of it.
+        NoFormError: the library has no architecture that holds all of it.
     """
     kinds: dict[str, list[Any]] = {}
     for part in parts:
@@ -68,7 +68,7 @@ def written(program: Program, parts: Sequence[Part], name: str) -> Written:
         kinds.setdefault(kind, []).append(part)
     odd = kinds.keys() - _WRITERS.keys()
     if odd or kinds.keys() >= {"lowrank", "scaling"}:
-        raise ArtifactError(
+        raise NoFormError(
             f"AdapterHub has no form for {', '.join(sorted(odd or kinds))} in one adapter. Save it "
             "with peftfx.save, or write its adapters one by one."
         )
@@ -97,7 +97,7 @@ def _bottlenecks(program: Program, parts: Sequence[Behind | Coupling], name: str
     config, tensors = own
     coupling = couplings[0]
     if behind and coupling.activation != behind[0].activation:
-        raise ArtifactError(
+        raise NoFormError(
             f"AdapterHub has one activation for an adapter, and here are {coupling.activation} at "
             f"the embeddings and {behind[0].activation} behind sublayers. Write two adapters."
         )
@@ -118,13 +118,13 @@ _NOWHERE = {
 def _behind(program: Program, parts: Sequence[Behind], name: str) -> Written:
     first = parts[0]
     if (first.reads, first.skips) not in _READS:
-        raise ArtifactError(
+        raise NoFormError(
             f"AdapterHub has no adapter that reads the {first.reads} of a sublayer and skips to "
             f"its {first.skips}, as that behind {first.target} does. Choose reads=residual."
         )
     for part in parts:
         if _style(part) != _style(first):
-            raise ArtifactError(
+            raise NoFormError(
                 f"AdapterHub's adapters are alike at all places, and that behind {part.target} is "
                 f"not as that behind {first.target}. Write them as adapters of their own."
             )
@@ -204,7 +204,7 @@ def _places(program: Program, parts: Sequence[Behind]) -> dict[str, Any]:
     for index, there in roles.items():
         has = wanted if every[index][0] in decoders else wanted - {"cross"}
         if there != has or len(ranks[index]) > 1:
-            raise ArtifactError(
+            raise NoFormError(
                 "AdapterHub puts adapters of one size behind the same sublayers of all blocks, "
                 f"and block {index} has others. Leave whole blocks out, or write two adapters."
             )
@@ -232,7 +232,7 @@ def _factor(width: int, rank: int) -> float:
 def _low_rank(program: Program, parts: Sequence[LowRank], name: str) -> Written:
     gated, dora = (len({getattr(p, k) is None for p in parts}) for k in ("gate", "magnitude"))
     if gated > 1 or dora > 1 or any(p.lookup or p.a.dim() != 2 for p in parts):
-        raise ArtifactError(
+        raise NoFormError(
             "AdapterHub's LoRA is alike at all weights, which are linears: with gates or without, "
             "with magnitudes or without. Write others as adapters of their own."
         )
@@ -269,7 +269,7 @@ def _padded(part: LowRank, rank: int, scale: float) -> LowRank:
 
 def _require_no_bias(program: Program, part: LowRank) -> None:
     if any(s.bias is not None for s in sites_at(program, part.target)):
-        raise ArtifactError(
+        raise NoFormError(
             f"{part.target}: AdapterHub's DoRA scales the layer's bias, too, and this one does "
             "not. Fold it, or write it with save_peft."
         )
@@ -279,7 +279,7 @@ def _scalings(program: Program, parts: Sequence[Scaling], name: str) -> Written:
     tensors: dict[str, Tensor] = {}
     for part in parts:
         if part.side == "in":
-            raise ArtifactError(
+            raise NoFormError(
                 f"{part.target}: AdapterHub's (IA)3 scales what layers give, and this one what "
                 "they read. Insert it with where=k|v, or fold it."
             )
@@ -293,7 +293,7 @@ def _fused(program: Program, target: str) -> bool:
     """Whether a weight is the projections of q, k and v in this order, one third each.
 
     Raises:
-        ArtifactError: it is fused in another way.
+        NoFormError: it is fused in another way.
     """
     sites = [s for s in sites_at(program, target) if s.features is not None]
     if not sites:
@@ -302,7 +302,7 @@ def _fused(program: Program, target: str) -> bool:
     third = sum(len(f or ()) for _, f in roles) // 3
     ordered = [(r, tuple(range(i * third, (i + 1) * third))) for i, r in enumerate("qkv")]
     if roles != ordered:
-        raise ArtifactError(
+        raise NoFormError(
             f"{target} is fused in a way that AdapterHub has no LoRA for. Fold it, or write it "
             "with save_peft."
         )
@@ -314,7 +314,7 @@ def _matrices(program: Program, parts: Sequence[Part]) -> dict[str, Any]:
     names in some models, so both of them get one where one has it: the other's changes nothing."""
     roles = {s.role for p in parts for s in sites_at(program, p.target)}
     if other := roles - {"q", "k", "v", "ffn.up", "ffn.down"}:
-        raise ArtifactError(
+        raise NoFormError(
             f"AdapterHub adapts q, k, v and the feed-forward's up and down, not {min(other)}. "
             "Write it with save_peft."
         )
@@ -351,13 +351,13 @@ def _prefixes(program: Program, parts: Sequence[Prefix], name: str) -> Written:
         blocks(program).index((s.stream, s.layer)) not in left_out for s in every
     )
     if len(lengths) > 1 or len(gates) > 1 or not whole or any(p.shifted for p in parts):
-        raise ArtifactError(
+        raise NoFormError(
             "AdapterHub's prefixes are at all attentions of a block, of one length, and do not "
             "move positions; this one is not so. Insert it with prefix_tuning{where=attention}."
         )
     relative = any(s.kind == "embedding" and s.role == "relative" for s in program.sites)
     if any(p.keys_moved != relative for p in parts):
-        raise ArtifactError(
+        raise NoFormError(
             "AdapterHub moves the relative positions of keys behind a prefix, and prefixes here do "
             "not. Save it with peftfx.save."
         )
@@ -378,7 +378,7 @@ def _prompts(program: Program, parts: Sequence[Prompt], name: str) -> Written:
     (part, *more) = parts
     combine = next((c for c, place in PLACES.items() if place == part.place), None)
     if combine is None or more:
-        raise ArtifactError(
+        raise NoFormError(
             "AdapterHub's prompt is one, behind the position embeddings and their norm, and this "
             "one stands in front of them. Write it with save_peft."
         )

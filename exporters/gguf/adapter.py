@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError, nearest
+from ...rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    BaseNeededError,
+    NoFormError,
+    nearest,
+)
 from ...rewriter.files.files import fill, new_file
 from ...rewriter.parts.parts import LowRank, Part, Trained
 from ...rewriter.storage.artifact import require_finite
@@ -186,12 +192,12 @@ def write_gguf_adapter(
 def _in_file(program: Base, names: Names, part: Part) -> list[tuple[str, LowRank]]:
     """What a part is called in the file, with its factors there."""
     if not isinstance(part, LowRank):
-        raise ArtifactError(f"{part.target}: files hold pairs of factors. Fold it.")
+        raise NoFormError(f"{part.target}: files hold pairs of factors. Fold it.")
     if part.target in names.halves:
         return list(parted(program, names, part))
     file = names.files.get(part.target)
     if file is None or (part.a.dim() > 2) != file.endswith(STACK):
-        raise ArtifactError(
+        raise NoFormError(
             f"{part.target}: files of architecture {names.architecture} have no name for it. Fold "
             "it, or write PEFT's format."
         )
@@ -214,7 +220,7 @@ def _factors(program: Base, names: Names, file: str, part: LowRank) -> dict[str,
     """The tensors of one weight, by what files call them."""
     tied = len(program.tensors.names(program.tensors.stored(part.target))) > 1
     if tied or part.lookup != (file == TABLE):
-        raise ArtifactError(
+        raise NoFormError(
             f"{part.target}: GGUF files have one tensor for a table and a head that share it, and "
             "no way to change one of both. Leave it out of the adapter, or fold it and untie."
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...passes.reparameterized.lokr import divided
 from ...passes.reparameterized.oft import nearest_divisor
-from ...rewriter.errors import ArtifactError, BaseMismatchError, RewriteError
+from ...rewriter.errors import ArtifactError, BaseMismatchError, NoFormError, RewriteError
 from ...rewriter.parts.formula_parts import (
     KRONECKER,
     Butterfly,
@@ -320,8 +320,8 @@ def _blocks(
     raise _no_form(modules, "PEFT has blocks of one size, or as many, in all modules")
 
 
-def _no_form(modules: Collection[Module], rule: str) -> ArtifactError:
+def _no_form(modules: Collection[Module], rule: str) -> NoFormError:
     names = ", ".join(m.path for m in list(modules)[:3])
-    return ArtifactError(
+    return NoFormError(
         f"{rule}, and this adapter ({names}, ...) has not. Save it with peftfx.save, or fold it."
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rewriter.errors import ArtifactError
+from ...rewriter.errors import ArtifactError, NoFormError
 from ...rewriter.parts.parts import Part, Prefix, Prompt
 
 Written = tuple[dict[str, Any], dict[str, Tensor]]
@@ -19,11 +19,11 @@ def prompt(parts: Sequence[Part]) -> Written:
     """The config and the tensor of a prompt.
 
     Raises:
-        ArtifactError: it stands where PEFT has none.
+        NoFormError: it stands where PEFT has none.
     """
     part = next(p for p in parts if isinstance(p, Prompt))
     if part.place != "input":
-        raise ArtifactError(
+        raise NoFormError(
             "PEFT's prompts stand in front of the embedded tokens, and this one stands behind the "
             "position embeddings. Write it for AdapterHub."
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...rewriter.errors import ArtifactError
+from ...rewriter.errors import NoFormError
 from ...rewriter.parts.formula_parts import Formula
 from ...rewriter.parts.parts import Invoked, LowRank, Part, Rows, Scaling, Trained
 from ...rewriter.program.sites import (
@@ -45,7 +45,7 @@ def written(program: Base, parts: Parts) -> Written:
     """The config and the tensors by key.
 
     Raises:
-        ArtifactError: PEFT has no type that holds all of it.
+        NoFormError: PEFT has no type that holds all of it.
     """
     kinds = {LowRank.kind if isinstance(p, LowRank) else p.kind for p in parts.parts} - {"trained"}
     trained = [p for p in parts.parts if isinstance(p, Trained)]
@@ -69,9 +69,14 @@ def written(program: Base, parts: Parts) -> Written:
     elif not kinds and (norms := _norms(program, trained)) is not None:
         return norms
     else:
-        raise ArtifactError(
+        remedy = (
+            "Give it a rank (--rank), and be told what that loses, or save it whole (--to peftfx)."
+            if kinds & {"change"} and kinds <= {"change", "lowrank"}
+            else "Save it with peftfx.save, or write its adapters one by one."
+        )
+        raise NoFormError(
             f"no type of PEFT holds {', '.join(sorted(kinds)) or 'only whole parameters'} in one "
-            "adapter. Save it with peftfx.save, or write its adapters one by one."
+            f"adapter. {remedy}"
         )
     saved, keys = _modules_to_save(program, trained, config)
     level = "base_model." if kinds & {"prompt", "prefix"} else PREFIX
@@ -91,7 +96,7 @@ def _lora(program: Base, parts: Sequence[Part], trained: Sequence[Trained]) -> W
     low = [p for p in parts if isinstance(p, LowRank)]
     if len({p.magnitude is None for p in low}) > 1:
         said = "PEFT has magnitudes at all modules of an adapter or at none; this has both."
-        raise ArtifactError(said)
+        raise NoFormError(said)
     sites = [_site(program, p) for p in low]
     experts = [p.target for p, s in zip(low, sites, strict=True) if s.kind == "experts"]
     stacks = _nested(program, experts)
@@ -178,7 +183,7 @@ def _site(program: Base, part: Part) -> WeightSite:
     for site in program.sites.by_weight.get(stored, []):
         if isinstance(site, EmbeddingSite) == lookup:
             return site
-    raise ArtifactError(f"no call of this model reads {part.target!r} as the adapter does.")
+    raise NoFormError(f"no call of this model reads {part.target!r} as the adapter does.")
 
 
 def _path(name: str, attention: Collection[str]) -> str:
@@ -210,12 +215,12 @@ def _leaves(part: LowRank, site: WeightSite) -> dict[str, Tensor]:
         leaves = {"lora_A.weight": a.flatten(0, 1), "lora_B.weight": b.permute(1, 2, 0).flatten(1)}
     elif isinstance(site, ConvSite):
         if site.transposed:
-            raise ArtifactError(
+            raise NoFormError(
                 f"{part.target}: PEFT has no LoRA of transposed convolutions. Fold it, or save it "
                 "with peftfx.save."
             )
         if a.dim() > 2:
-            raise ArtifactError(
+            raise NoFormError(
                 f"{part.target}: PEFT's factors read all groups of a convolution, and these one "
                 "each, as the convolution does. Fold them, or write plain tensors."
             )
@@ -246,7 +251,7 @@ def patterns(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str,
     for wanted, key, default in ((ranks, "rank_pattern", rank), (alphas, "alpha_pattern", alpha)):
         for module, value in wanted.items():
             if resolved(said[key], module, default, key) != value:
-                raise ArtifactError(
+                raise NoFormError(
                     f"PEFT's {key} cannot tell {module} from a module whose path ends like it. "
                     "Give both one rank and one alpha."
                 )
@@ -297,7 +302,7 @@ def _ia3(program: Base, parts: Sequence[Part]) -> Written:
         if isinstance(part, Scaling):
             path = part.target.removesuffix(".weight")
             if path in sides:
-                raise ArtifactError(f"PEFT scales inputs or outputs of {path}, not both.")
+                raise NoFormError(f"PEFT scales inputs or outputs of {path}, not both.")
             sides[path] = part.side
             shape = (1, -1) if part.side == "in" else (-1, 1)
             tensors[f"{PREFIX}{path}.ia3_l"] = part.vector.view(shape)
@@ -313,7 +318,7 @@ def _ia3(program: Base, parts: Sequence[Part]) -> Written:
 def _tokens(parts: Sequence[Part]) -> Written:
     (part,) = parts
     if not isinstance(part, Rows):
-        raise ArtifactError(f"{part.kind} is no table of rows.")
+        raise NoFormError(f"{part.kind} is no table of rows.")
     path = part.target.removesuffix(".weight")
     config = {
         "peft_type": "TRAINABLE_TOKENS", "token_indices": part.ids.tolist(),
