@@ -106,15 +106,24 @@ class PHA(Method):
                 edit.after(site, ordinary.made(edit, site, site.width), seen=seen)
         place = (before[-1], True) if before else (own[0], False)
         edit.add_output(self.query, encodings(edit, self, *place))
+        done = 0
         for stream, width in dict.fromkeys((s.stream, s.width) for s in own):
             here = [s for s in own if (s.stream, s.width) == (stream, width)]
-            self._generated(edit, here, prototypes, task)
+            done += self._generated(edit, here, prototypes, task)
+        if not done:
+            raise PassError(
+                f"{self.text}: no sublayer of {own[0].id} and what is behind it can have generated "
+                "adapters. Choose serial_adapter, or other places with where=."
+            )
 
     def _generated(
         self, edit: Editor, sites: Sequence[SublayerSite], prototypes: Value, task: Value
-    ) -> None:
+    ) -> int:
+        """How many sublayers of one stream and width have adapters now."""
         read = [(s, edit.operand(s), edit.samples(s, output=True)) for s in sites]
         able = [(s, seen, rows) for s, seen, rows in read if seen is not None and rows is not None]
+        if not able:
+            return 0
         branches = [PHABranch(s.width, self.bottleneck, rows) for s, _, rows in able]
         places = torch.arange(len(able))[:, None]
         dims = self.dim, self.hidden, self.projected
@@ -124,6 +133,7 @@ class PHA(Method):
         weights = edit.share(name, generator.to(edit.like(sites[0])), task=prototypes)
         for row, ((site, seen, _), branch) in enumerate(zip(able, branches, strict=True)):
             edit.after(site, branch, seen=seen, weights=edit.item(weights, row), task=task)
+        return len(able)
 
     def chosen(self, program: State, data: Any, inputs: Mapping[str, int]) -> Mapping[str, int]:
         if self.task in inputs or data is None or self.query not in program.outputs_added:
