@@ -285,6 +285,17 @@ def test_branches_at_parts_of_fused_weights_fold_by_shard(
     assert done.changed and all(torch.equal(t, want[n]) for n, t in found.items())
 
 
+def test_branches_without_values_are_refused(stored: Any, tmp_path: Path) -> None:
+    s = stored("gpt2")
+    for text in ("lora", "oft{block=4,where=k}"):
+        program = peftfx.run(s.hollow, text)
+        with pytest.raises(
+            MetaTensorError, match=r"peftfx\..* is on the meta device.*load_weights"
+        ):
+            peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_head_tied_to_an_embedding_is_refused(stored: Any, tmp_path: Path) -> None:
     s = stored("gpt2")
     with pytest.raises(

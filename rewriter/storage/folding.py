@@ -216,11 +216,6 @@ class ShardFolder(Folder):
                 f"{reason.removeprefix('not foldable: ')}."
             )
         values = {member: gm.get_parameter(member).detach() for member in members}
-        if hollow := [member for member, value in values.items() if value.is_meta]:
-            raise FoldError(
-                f"{hollow[0]}: a branch beside it has tensors without values, on the meta device. "
-                "Give the program its weights first: peftfx.load_weights(program, directory)."
-            )
         for member, value in values.items():
             set_attribute(gm, member, nn.Parameter(value.to("meta"), False))
         return values
