@@ -168,3 +168,11 @@ def test_wrong_options_are_said() -> None:
     for text, words in (("least=0", "above 0"), ("rank=0", "at least 1"), ("mode=half", "mode")):
         with pytest.raises((OptionError, FoldError), match=words):
             peftfx.run(adapted(4), f"fold{{{text}}}")
+
+
+def test_where_nothing_folds_no_residual_is_left() -> None:
+    base = peftfx.capture(Net().eval(), (X,))
+    trained = peftfx.run(base, "bitfit{where=linear}")
+    assert not peftfx.run(trained, "fold").attachments
+    with pytest.raises(FoldError, match=r"no adapter has a branch to fold.*Leave mode=residual"):
+        peftfx.run(trained, "fold{mode=residual}")

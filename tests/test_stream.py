@@ -260,6 +260,42 @@ def test_folding_by_shard_equals_folding_in_memory(
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "said{dimension=40,where=q}",
+        "oft{block=4,where=k}",
+        "boft{block=4,where=v}",
+        "kadaptation{n=4,where=q|v}",
+        "vb_lora{vectors=16,length=8,where=q|v};bake",
+    ],
+)
+def test_branches_at_parts_of_fused_weights_fold_by_shard(
+    stored: Any, text: str, tmp_path: Path
+) -> None:
+    s = stored("gpt2")
+    program = randomise(peftfx.run(s.program, text.partition(";")[0]))
+    program = peftfx.run(program, "bake") if ";" in text else program
+    peftfx.save(program, tmp_path / "adapter")
+    want = peftfx.run(program, "fold").export_state_dict()
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    done = peftfx.fold_checkpoint(s.hollow, s.directory, out, adapter=adapter)
+    files = map(safetensors.torch.load_file, out.glob("*.safetensors"))
+    found = {n: t for file in files for n, t in file.items()}
+    assert done.changed and all(torch.equal(t, want[n]) for n, t in found.items())
+
+
+def test_branches_without_values_are_refused(stored: Any, tmp_path: Path) -> None:
+    s = stored("gpt2")
+    for text in ("lora", "oft{block=4,where=k}"):
+        program = peftfx.run(s.hollow, text)
+        with pytest.raises(
+            MetaTensorError, match=r"peftfx\..* is on the meta device.*load_weights"
+        ):
+            peftfx.fold_checkpoint(program, s.directory, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_head_tied_to_an_embedding_is_refused(stored: Any, tmp_path: Path) -> None:
     s = stored("gpt2")
     with pytest.raises(

@@ -104,6 +104,11 @@ class Fold(Pass):
                 )
         wanted = program.adapters if self.names is None else self.names
         folded = [a for a in program.attachments if a.adapter in wanted]
+        if self.mode == "residual" and not folded:
+            raise FoldError(
+                "no adapter has a branch to fold, so nothing would stay beside a weight. Leave "
+                "mode=residual out."
+            )
         return Plan({"branches": [a.path for a in folded]})
 
     def apply(self, edit: Editor, plan: Plan) -> None:

@@ -144,7 +144,8 @@ class SharedBias(Expression):
         super().__init__()
         self.bias = nn.Parameter(bias)
         for number, own in enumerate(features):
-            index = torch.tensor(own, dtype=torch.long, device=bias.device)
+            index = torch.tensor(own, dtype=torch.long)
+            index = index if bias.is_meta else index.to(bias.device)  # there, it keeps its values
             self.register_buffer(f"features{number}", index, persistent=False)
 
     def forward(self, *w: Tensor) -> Any:

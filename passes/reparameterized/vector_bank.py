@@ -68,7 +68,7 @@ class VBLoRABranch(Delta):
             t.detach().gather(-1, p.to(t.device, torch.int64))
             for t, p in zip((self.logits_a, self.logits_b), places, strict=True)
         ]
-        own = [p.to(t.device) for t, p in zip(kept, places, strict=True)]
+        own = [p if t.is_meta else p.to(t.device) for t, p in zip(kept, places, strict=True)]
         return VBLoRABranch((kept[0], kept[1]), self.topk, self.dropout, (own[0], own[1]))
 
     def part(self) -> Part | None:

@@ -31,7 +31,8 @@ class RowsExpression(Expression):
 
     def __init__(self, ids: Tensor, rows: Tensor) -> None:
         super().__init__()
-        self.register_buffer("ids", ids.to(rows.device, torch.long), persistent=False)
+        device = ids.device if rows.is_meta else rows.device
+        self.register_buffer("ids", ids.to(device, torch.long), persistent=False)
         self.rows = nn.Parameter(rows)
 
     def forward(self, w: Tensor) -> Tensor:

@@ -66,6 +66,17 @@ class Branch(nn.Module):
         super().__init__()
         self.register_buffer("features", None, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the tensors; what no file holds (indices) keeps its values where others lose them,
+        on the meta device: a fold by shards reads them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name in self._non_persistent_buffers_set:
+            old, new = before[name], self._buffers[name]
+            if old is not None and new is not None and new.is_meta:
+                self._buffers[name] = old
+        return self
+
     def describe(self) -> str:
         """Options for graph text, such as `rank=8`."""
         return ""

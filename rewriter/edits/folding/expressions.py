@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ...branches.branch import Expression
+from ...branches.branch import Branch, Expression
 from ...errors import MetaTensorError, NonFiniteError
 from ...graph.aten import dense_of, set_attribute
 from ...graph.sharded import placed_like, whole
@@ -34,6 +34,7 @@ def fold_expression(
         return f"not foldable: {edit.weight(site).refuses(branch)}"
     if any(not isinstance(source, Node) or source.op != "get_attr" for source in call.args):
         return "another expression that does not fold stands between it and the stored tensor"
+    require_branch_values(attachment.path, branch)
     old = [gm.get_parameter(name) for name in names]
     for name, tensor in zip(names, old, strict=True):
         if tensor.is_meta:
@@ -66,3 +67,14 @@ def _computed(branch: Expression, stored: Sequence[Tensor]) -> list[Tensor]:
     """What an expression makes of stored tensors, in memory of its own."""
     values = branch(*stored, **branch.constants)
     return [v.clone() for v in (values if len(stored) > 1 else (values,))]
+
+
+def require_branch_values(path: str, branch: Branch) -> None:
+    """Raises MetaTensorError, naming the tensor, where a branch has one without storage: operators
+    that mix devices may read memory that nobody wrote."""
+    for name, tensor in (*branch.named_parameters(), *branch.named_buffers()):
+        if tensor.is_meta:
+            raise MetaTensorError(
+                f"{path}.{name} is on the meta device and has no values, so it cannot be folded. "
+                "Give the program its weights first: peftfx.load_weights(program, directory)."
+            )

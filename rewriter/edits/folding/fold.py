@@ -28,7 +28,7 @@ from ...weights.verdict import Matrix
 from ..calls.attach import Attaching
 from ..linear.compose import ORDER, fold_ready
 from ..linear.expression import remember
-from .expressions import fold_expression
+from .expressions import fold_expression, require_branch_values
 from .packing import while_unpacked
 from .pattern import Match, Mismatch
 from .rest import foreseen, put_rest
@@ -262,6 +262,7 @@ def _try(
         return shared
     weight = edit.weight(shared)
     weight.require_values()
+    require_branch_values(attachment.path, branch)
     require_finite(weight, attachment.path, branch)
     try:
         matches[0][1](weight, branch).store()

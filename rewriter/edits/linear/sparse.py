@@ -140,7 +140,9 @@ class DenseDelta(Expression):
     def __init__(self, part: Part, stored: Tensor) -> None:
         super().__init__()
         self.piece = part
-        rows = None if part.rows is None else torch.tensor(part.rows, device=stored.device)
+        rows = None if part.rows is None else torch.tensor(part.rows)
+        if rows is not None and not stored.is_meta:  # there, it keeps its values here
+            rows = rows.to(stored.device)
         self.register_buffer("rows", rows, persistent=False)
 
     def delta(self, random: bool, /, *_: Any, **reads: Any) -> Tensor:
