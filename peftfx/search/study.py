@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import math
 import random
+import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ Evaluate = Callable[[Program], float | Sequence[float]]
 _REPEAT = "not evaluated"
 """Attribute of a trial whose configuration an earlier one has, or that tunes nothing."""
 
+_UNSAID = 5.0
+"""Seconds that a trial waits for earlier ones that have said nothing: their worker may be gone."""
 _DRAWS = 200
 """Configurations that are drawn to find one that no trial had."""
 
@@ -148,11 +151,17 @@ class _Worker:
         self.study.sampler.at_random = True
 
     def _others(self, trial: Any, recipe: str) -> list[Any]:
-        """Earlier trials of a configuration, those that are done first."""
+        """Earlier trials of a configuration, those that are done first. What other workers began
+        earlier has to say first which configuration it has."""
         wanted = (self.states.COMPLETE, self.states.RUNNING)
-        found = self.study.get_trials(deepcopy=False, states=wanted)
-        same = [t for t in found if t.user_attrs.get("recipe") == recipe]
-        same = [t for t in same if t.number < trial.number]
+        until = time.monotonic() + _UNSAID
+        while True:
+            found = self.study.get_trials(deepcopy=False, states=wanted)
+            before = [t for t in found if t.number < trial.number]
+            if all("recipe" in t.user_attrs for t in before) or time.monotonic() > until:
+                break
+            time.sleep(0.02)
+        same = [t for t in before if t.user_attrs.get("recipe") == recipe]
         return sorted(same, key=lambda t: (t.state != self.states.COMPLETE, t.number))
 
     def _evaluated(self, recipe: str) -> Values:
