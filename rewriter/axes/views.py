@@ -74,7 +74,7 @@ def _turn(node: Node) -> list[Relation]:
         i, j = (int(a) % len(order) for a in node.args[1:3])  # pyright: ignore[reportArgumentType]
         order[i], order[j] = order[j], order[i]
     elif is_op(node, overloads("permute")):
-        order = [int(d) % len(order) for d in node.args[1]]  # pyright: ignore
+        order = [int(d) % len(order) for d in node.args[1]] if order else []  # pyright: ignore
     else:
         order = [*order[:-2], *reversed(order[-2:])]
     return [t for j, i in enumerate(order) for t in aligned(source, i, node, j)]

@@ -77,7 +77,10 @@ def methods(folder: Path) -> Any:
             "gradients": gap(gradients(alone.module, full), gradients(module, rows)),
             "losses": [controlled(alone, alone.module, full), controlled(parts, module, rows)],
             "tensors": gap(trained(alone), trained(pd.gather(parts))),
-            "whole": [n for n, p in module.named_parameters() if not isinstance(p, DTensor)],
+            "whole": [
+                n for n, p in module.named_parameters()
+                if not isinstance(p, DTensor) and p.numel() > 1  # single numbers always are
+            ],
         }  # fmt: skip
     return found
 
