@@ -54,8 +54,8 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      folds(_SQUARE)),
     ("sign", f"{_METHODS}/lora.py:LoRABranch.branch", "self.scale", "-self.scale",
      reference(_LORA)),
-    ("transpose", f"{_METHODS}/lora.py:LoRABranch.branch", "self.a,", "self.a.T,",
-     reference("lora{rank=32,alpha=6,where=q}")),
+    ("transpose", f"{_METHODS}/lora.py:LoRABranch.branch", "*self.acting(),",
+     "self.acting()[0].T, self.acting()[1],", reference("lora{rank=32,alpha=6,where=q}")),
     # What zeros at first hide, and what usual inputs do.
     ("samples", f"{_METHODS}/lora.py:LoRABranch.branch", "self.dropped(x)",
      "x - x.mean(0, keepdim=True)", runs(_LORA)),

@@ -42,10 +42,12 @@ from .prototypes import (
     PHABranch,
     PHAController,
     Prototypes,
+    by_stream,
     encodings,
     later,
     nearest_task,
-)
+    require_generated,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +108,8 @@ class PHA(Method):
                 edit.after(site, ordinary.made(edit, site, site.width), seen=seen)
         place = (before[-1], True) if before else (own[0], False)
         edit.add_output(self.query, encodings(edit, self, *place))
-        done = 0
-        for stream, width in dict.fromkeys((s.stream, s.width) for s in own):
-            here = [s for s in own if (s.stream, s.width) == (stream, width)]
-            done += self._generated(edit, here, prototypes, task)
-        if not done:
-            raise PassError(
-                f"{self.text}: no sublayer of {own[0].id} and what is behind it can have generated "
-                "adapters. Choose serial_adapter, or other places with where=."
-            )
+        done = [self._generated(edit, here, prototypes, task) for here in by_stream(own)]
+        require_generated(self.text, done, own[0])
 
     def _generated(
         self, edit: Editor, sites: Sequence[SublayerSite], prototypes: Value, task: Value

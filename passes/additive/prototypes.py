@@ -214,3 +214,20 @@ def start_linear(linear: nn.Linear, drawn: torch.Generator) -> None:
     bound = linear.in_features**-0.5
     for parameter in (linear.weight, linear.bias):
         nn.init.uniform_(parameter, -bound, bound, generator=drawn)
+
+
+def by_stream(sites: Sequence[SublayerSite]) -> list[list[SublayerSite]]:
+    """Sites of one stream and width, for which one generator serves."""
+    groups: dict[tuple[str, int], list[SublayerSite]] = {}
+    for site in sites:
+        groups.setdefault((site.stream, site.width), []).append(site)
+    return list(groups.values())
+
+
+def require_generated(method: str, counts: Sequence[int], first: SublayerSite) -> None:
+    """Raises PassError where no sublayer has generated adapters."""
+    if not any(counts):
+        raise PassError(
+            f"{method}: no sublayer from {first.id} on can have generated adapters. Choose "
+            "serial_adapter, or other places with where=."
+        )
