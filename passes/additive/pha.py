@@ -103,8 +103,8 @@ class PHA(Method):
         own = later(edit.program, sites)
         ordinary = ParallelAdapter(bottleneck=self.bottleneck, scale=1.0)
         before = [s for s in sites if s not in own]
-        for site in before:
-            if (seen := edit.operand(site)) is not None:
+        for site, seen in ((s, edit.operand(s)) for s in before):
+            if seen is not None:
                 edit.after(site, ordinary.made(edit, site, site.width), seen=seen)
         place = (before[-1], True) if before else (own[0], False)
         edit.add_output(self.query, encodings(edit, self, *place))
@@ -114,15 +114,14 @@ class PHA(Method):
     def _generated(
         self, edit: Editor, sites: Sequence[SublayerSite], prototypes: Value, task: Value
     ) -> int:
-        """How many sublayers of one stream and width have adapters now."""
         read = [(s, edit.operand(s), edit.samples(s, output=True)) for s in sites]
         able = [(s, seen, rows) for s, seen, rows in read if seen is not None and rows is not None]
         if not able:
             return 0
         branches = [PHABranch(s.width, self.bottleneck, rows) for s, _, rows in able]
-        places = torch.arange(len(able))[:, None]
+        places, numbers = torch.arange(len(able))[:, None], sum(branches[0].sizes)
         dims = self.dim, self.hidden, self.projected
-        generator = Generator(places, dims, sum(branches[0].sizes), ("layers",))
+        generator = Generator(places, dims, numbers, ("layers",))
         branches[0].start(generator, edit.generator)
         name = f"{sites[0].stream}_width{sites[0].width}"
         weights = edit.share(name, generator.to(edit.like(sites[0])), task=prototypes)
@@ -142,9 +141,8 @@ class PHA(Method):
         if chosen is None:
             return {}
         if not 0 <= chosen < self.tasks:
-            known = f"0 to {self.tasks - 1}"
             raise PassError(
-                f"{self.adapter}: task {chosen} is not one of {known}. Choose one of these."
+                f"{self.adapter}: task {chosen} is not one of 0 to {self.tasks - 1}. Choose one."
             )
         mine = [a for a in program.attached_by(self.adapter) if "task" in a.reads]
         return constant_reads(program, mine, {self.task: chosen})
