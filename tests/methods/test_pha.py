@@ -254,7 +254,7 @@ def test_tasks_are_learnt_and_a_new_one_finds_its_like(captured: Any) -> None:
 def test_bad_options(captured: Any) -> None:
     _, base = captured["encoder"]
     program = peftfx.run(base, SMALL)
-    with pytest.raises(PassError, match=r"task 3 is not one of 0 to 2\. Choose one of these"):
+    with pytest.raises(PassError, match=r"task 3 is not one of 0 to 2\. Choose one"):
         peftfx.run(program, "bake{inputs={task=3}}")
     with pytest.raises(PassError, match="has an input 'task' already"):
         peftfx.run(program, "pha{name=other}")
