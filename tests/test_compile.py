@@ -141,7 +141,9 @@ def trains_alike(program: peftfx.Program, backend: str, dynamic: bool = True) ->
     want, gradients = train(plain, plain.module, sizes)
     got, same = train(program, compiled(program, backend, dynamic), sizes)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert same.keys() == gradients.keys()
+    unread = same.keys() - gradients.keys()  # compilers give zeros where a loss reads nothing of it
+    assert gradients.keys() <= same.keys() and not any(bool(same[n].any()) for n in unread)
+    same = {n: g for n, g in same.items() if n not in unread}
     scale = max((float(g.abs().max()) for g in gradients.values()), default=1.0)
     for n, gradient in gradients.items():
         torch.testing.assert_close(same[n], gradient, rtol=1e-3, atol=1e-5 * scale, msg=n)

@@ -20,7 +20,7 @@ CHOSEN = (
     ("ia3.py:IA3Output.scale", "2 - self.l"),
     ("shapes.py:linear", "float16"),
     ("prompts.py:KeyValue._join", "[x, "),
-    ("rowwise.py:RowwiseLowRank.branch", "ids.flip(0)"),
+    ("rowwise.py:RowwiseLowRank._narrowed", "ids.flip(0)"),
     ("rules.py:_fold_delta", "weight"),
     ("format.py:Dense.rows_scaled", "flip(0)"),
     ("replay.py:load_values", "pass"),
