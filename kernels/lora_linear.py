@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Form(NamedTuple):
@@ -105,7 +106,8 @@ def _compute(
         bias = None if bias is None else bias.to(dtype)
     a, b = a.to(x.dtype), b.to(x.dtype)
     triton = triton and x.dtype.itemsize == 2
-    if type(x) is Tensor and not torch.compiler.is_compiling():
+    eager = type(x) is Tensor or (type(x) is FakeTensor and not triton)  # fake ones count memory
+    if eager and not torch.compiler.is_compiling():
         # What a machine finds cheapest for training does not change a bit of what it infers.
         learning = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weight))
         form = form if learning else PLAIN

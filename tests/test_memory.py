@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 import peftfx
 from peftfx.cli import main
 from peftfx.demo.encoder import load_model
+from peftfx.kernels.lora_linear import Form
+from peftfx.kernels.low_rank_forms import FORMS
 from peftfx.rewriter.errors import InputError, OptionError
 from peftfx.rewriter.graph.aten import LINEAR
 from peftfx.rewriter.training.memory import STATES
@@ -85,6 +87,13 @@ def test_other_sizes_fused_operators_and_stacks(captured: Any, text: str) -> Non
     program = peftfx.run(base, text).train()
     for rows, tokens in ((2, 5), (5, 17)):
         assert program.memory(rows, tokens).saved == measured(program, batch(rows, tokens))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_of_a_lowered_product(captured: Any, form: Form, monkeypatch: Any) -> None:
+    monkeypatch.setattr("peftfx.passes.lowering.lower.chosen", lambda *_: (form, "as asked"))
+    program = peftfx.run(captured["llama"][1], "lora{where=q};lower").train()
+    assert program.memory(2, 5).saved == measured(program, batch(2, 5))
 
 
 def kept_by_autograd(output: Tensor) -> Iterator[Tensor]:
