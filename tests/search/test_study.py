@@ -107,6 +107,9 @@ def test_a_killed_worker_loses_one_trial_which_is_taken_over(
     assert lost in [peftfx.parse(r) for r in recipes(found)]
 
 
+@pytest.mark.filterwarnings(  # the library's own thread of heartbeats meets the lock, too
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
 def test_a_locked_storage_is_told_and_nothing_is_lost(base: peftfx.Program, tmp_path: Path) -> None:
     path = tmp_path / "locked.db"
     url = f"sqlite:///{path}?timeout=0.2"
