@@ -1,23 +1,30 @@
 """Whether a checkpoint is what folding an adapter into a base gives, tensor by tensor.
 
 It is computed from files alone, apart from the rules that fold: `W + change` in float64, compared
-with what is there. One rounding to the dtype of the files explains a difference, no more.
+with what is there. One rounding to the dtype of the files explains a difference, no more. Where
+`fold --mode residual` (or `keep`) left some of the change in `adapter/`, the files have to hold the
+rest, `W + change - what adapter/ adds`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .exporters.adapter_changes import ROWS, Described, Place, rows_of, size_of
-from .rewriter.errors import BaseNeededError
+from .exporters.adapter_changes import ROWS, Described, Place, describe, rows_of, size_of
+from .exporters.base import checkpoint
+from .exporters.formats import format_of, in_out_of
+from .rewriter.errors import BaseNeededError, CorruptFileError
+from .rewriter.files.job import record_of
 from .rewriter.parts.parts import Scaling
 from .rewriter.storage.safetensors_checkpoint import Checkpoint, header
+from .rewriter.storage.stream import BESIDE, RECORD
 
+WITH_REST = f"with {BESIDE}/"
 _SLACK = 8.0
 """Roundings of the largest change that summing its products may take, in float32 or wider."""
 
@@ -28,11 +35,12 @@ class Verdict:
 
     Attributes:
         name: in the files.
-        state: `equal` (bit for bit), `folded` (as expected, up to one rounding), `differs`,
-            `not folded` (as in the base, though the adapter changes it), `missing`, `extra`,
-            `other shape`.
+        state: `equal` (bit for bit), `folded` (as expected, up to one rounding), `with adapter/`
+            (the same, with what that adds), `differs`, `not folded` (as in the base, though the
+            adapter changes it), `missing`, `extra`, `other shape`.
         roundings: the largest difference, in roundings; 0 where it is not computed.
-        present: which part of the learnt change is there: 1 folded once, 0 not at all, 2 twice.
+        present: which part of the learnt change is there, with `adapter/`: 1 once, 0 not at all, 2
+            twice.
     """
 
     name: str
@@ -43,7 +51,7 @@ class Verdict:
     @property
     def good(self) -> bool:
         """Whether it is as it should be."""
-        return self.state in ("equal", "folded")
+        return self.state in ("equal", "folded", WITH_REST)
 
 
 def opened(path: str | Path) -> Checkpoint:
@@ -59,8 +67,34 @@ def opened(path: str | Path) -> Checkpoint:
     return Checkpoint(file.parent, None, {file.name: tuple(entries)}, entries)
 
 
+def rest_beside(path: str | Path) -> Described | None:
+    """The adapter that a fold left beside the files it wrote; None where it left none.
+
+    Args:
+        path: of a folded checkpoint.
+
+    Raises:
+        CorruptFileError: the folder's record says that there is one, and there is not.
+        ArtifactError: it is damaged, or does not fit.
+    """
+    folder = Path(path) / BESIDE
+    if folder.is_dir():
+        return describe(folder, checkpoint(path, format_of(folder) == "peft" and in_out_of(folder)))
+    left = (record_of(path, RECORD) or {}).get("beside", []) if Path(path).is_dir() else []
+    if left:
+        raise CorruptFileError(
+            f"{folder} is missing: {RECORD} says that it has what was not folded at {len(left)} "
+            f"weights, first {left[0]}. Put it back, or fold again."
+        )
+    return None
+
+
 def check_merge(
-    base: Checkpoint, aliases: Mapping[str, str], adapter: Described, merged: Checkpoint
+    base: Checkpoint,
+    aliases: Mapping[str, str],
+    adapter: Described,
+    merged: Checkpoint,
+    rest: Described | None = None,
 ) -> Iterator[Verdict]:
     """Judges every tensor of both checkpoints; memory holds pieces of one tensor at a time.
 
@@ -69,11 +103,13 @@ def check_merge(
         aliases: other names of its tensors.
         adapter: read with that base.
         merged: what folding is said to have written.
+        rest: what is not folded, see `rest_beside`.
 
     Raises:
         BaseNeededError: what the adapter does is not told by its files.
     """
     changed = _by_target(base, aliases, adapter)
+    beside = {} if rest is None else _by_target(base, aliases, rest)
     transposed = _are_transposed(base, changed)
     scaled_biases = _scaled_biases(base, changed)
     for name in base.entries:
@@ -83,8 +119,9 @@ def check_merge(
             yield Verdict(name, "other shape")
         else:
             old, new = base.mapped(name), merged.mapped(name)
-            if name in changed:
-                yield _folded(name, old, new, changed[name], transposed)
+            if name in changed or name in beside:
+                left = beside.get(name, [])
+                yield _folded(name, old, new, changed.get(name, []), left, transposed)
             elif name in scaled_biases:
                 yield _judged(name, [_scaled_bias(old, new, scaled_biases[name])], new.dtype)
             else:
@@ -139,22 +176,30 @@ def _scaled_biases(
     return found
 
 
-Piece = tuple[Tensor, Tensor, Tensor]
-"""What was there, what should be there, and what is, float64."""
+Piece = tuple[Tensor, Tensor, Tensor, Tensor | float]
+"""What was there, what should be there, and what is, float64; and which part of the change is not
+in the files."""
 
 
 def _scaled_bias(old: Tensor, new: Tensor, scales: Sequence[Tensor]) -> Piece:
     wanted = old.double()
     for scale in scales:
         wanted = wanted * scale
-    return old.double(), wanted, new.double()
+    return old.double(), wanted, new.double(), 0.0
 
 
 def _folded(
-    name: str, old: Tensor, new: Tensor, places: Sequence[Place], transposed: bool
+    name: str,
+    old: Tensor,
+    new: Tensor,
+    places: Sequence[Place],
+    rest: Sequence[Place],
+    transposed: bool,
 ) -> Verdict:
     before, after = (t.mT if transposed and t.dim() == 2 else _flat(t) for t in (old, new))
-    verdict = _judged(name, _pieces(name, before, after, places), new.dtype)
+    verdict = _judged(name, _pieces(name, before, after, places, rest), new.dtype)
+    if rest:
+        return replace(verdict, state=WITH_REST) if verdict.good else verdict
     if not verdict.good and torch.equal(old.to(new.dtype), new):
         return Verdict(name, "not folded", verdict.roundings, 0.0)
     return verdict
@@ -164,11 +209,14 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor[None] if tensor.dim() < 2 else tensor.flatten(1)
 
 
-def _pieces(name: str, old: Tensor, new: Tensor, places: Sequence[Place]) -> Iterator[Piece]:
+def _pieces(
+    name: str, old: Tensor, new: Tensor, places: Sequence[Place], rest: Sequence[Place]
+) -> Iterator[Piece]:
     scales = [p.part for p in places if isinstance(p.part, Scaling)]
-    additive = [p for p in places if not isinstance(p.part, Scaling)]
-    changes = [p.change for p in additive if p.change is not None]
-    for change in changes:
+    additive = [p.change for p in places if not isinstance(p.part, Scaling)]
+    changes = [c for c in additive if c is not None]
+    left = [p.change for p in rest if p.change is not None]
+    for change in (*changes, *left):
         if size_of(change) != tuple(old.shape):
             if size_of(change) == (old.numel() // (c := size_of(change)[1]), c):
                 old, new = old.reshape(-1, c), new.reshape(-1, c)
@@ -177,7 +225,7 @@ def _pieces(name: str, old: Tensor, new: Tensor, places: Sequence[Place]) -> Ite
                     f"{name}: how its {list(old.shape)} hold a change of {list(size_of(change))} "
                     "is not told by files. Fold it with peftfx fold, which measures what it does."
                 )
-    streams = [rows_of(change, ROWS) for change in changes]
+    streams, others = ([rows_of(change, ROWS) for change in own] for own in (changes, left))
     for at in range(0, len(old), ROWS):
         before = old[at : at + ROWS].double()
         wanted = before
@@ -186,16 +234,20 @@ def _pieces(name: str, old: Tensor, new: Tensor, places: Sequence[Place]) -> Ite
         for scale in scales:
             vector = scale.vector.double()
             wanted = wanted * (vector[at : at + ROWS, None] if scale.side == "out" else vector)
-        yield before, wanted, new[at : at + ROWS].double()
+        beside = torch.zeros_like(before)
+        for stream in others:
+            beside += next(stream)
+        yield before, wanted, new[at : at + ROWS].double(), beside
 
 
 def _judged(name: str, pieces: Iterator[Piece] | Sequence[Piece], dtype: torch.dtype) -> Verdict:
     eps = torch.finfo(dtype).eps
     sums = torch.finfo(dtype if eps < 1e-7 else torch.float32).eps
     worst = product = square = 0.0
-    for before, wanted, got in pieces:
-        change = wanted - before
-        allowed = eps * (before.abs() + wanted.abs()) + _SLACK * sums * change.abs().max()
+    for before, wanted, got, beside in pieces:
+        change, got = wanted - before, got + beside
+        stored = before.abs() + (wanted - beside).abs()
+        allowed = eps * stored + _SLACK * sums * change.abs().max()
         allowed = allowed + torch.finfo(dtype).smallest_normal
         worst = max(worst, float(((got - wanted).abs() / allowed).max()))
         product += float(((got - before) * change).sum())

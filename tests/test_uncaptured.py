@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfx
@@ -303,3 +304,28 @@ def test_the_command_line_leaves_an_adapter_beside(
     assert main([*typed, "--mode", "residual", "--rank", "3"]) == 0
     assert "at 14 weights" in capsys.readouterr().out
     assert everything(out / "adapter") == everything(tmp_path / "done" / "adapter")
+
+
+@pytest.mark.parametrize("mode", [{"rank": 1}, {"rank": 3}, {"least": 1.0}])
+def test_a_check_of_a_merge_counts_what_stays_beside(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: dict[str, Any]
+) -> None:
+    left_beside(made, tmp_path, **mode)
+    done, rest = tmp_path / "done", tmp_path / "done" / "adapter"
+    typed = ["check-merge", str(made("llama")[0] / "base"), str(tmp_path / "adapter"), str(done)]
+    assert main([*typed, "--json", "--all"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"]["with adapter/"] == 14 and said["rest"] == str(rest)
+    present = [t["present"] for t in said["tensors"] if t["state"] == "with adapter/"]
+    assert present == pytest.approx([1.0] * 14, abs=0.1)
+    assert main(typed) == 0 and "was not folded, and counts" in capsys.readouterr().out
+    stored = rest / "adapter_model.safetensors"
+    tensors, name = load_file(stored), "base_model.model.lm_head.lora_B.weight"
+    doubled = {n: t * 2 if "layers.1.mlp.up_proj.lora_B" in n else t for n, t in tensors.items()}
+    save_file(doubled, stored, {"format": "pt"})
+    assert name not in tensors and main([*typed, "--json"]) == 1
+    (wrong,) = json.loads(capsys.readouterr().out)["tensors"]
+    assert wrong["state"] == "differs" and "layers.1.mlp.up_proj" in wrong["name"]
+    shutil.rmtree(rest)
+    assert main([*typed, "--json"]) == 4
+    assert "is missing: peftfx-fold.json says" in json.loads(capsys.readouterr().out)["error"]

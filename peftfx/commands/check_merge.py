@@ -5,7 +5,11 @@ tensor is `equal` (bit for bit), `folded` (as expected, up to one rounding), `di
 (as in the base), `missing`, `extra` or of `other shape`; `of the change` is which part of the
 learnt change is there: 1 once, 0 not at all, 2 twice. If one is wrong, the exit code is 1.
 
-JSON: `{good, counts, tensors}`; a tensor is `{name, state, roundings, present}`.
+Where `fold --mode` left an adapter in `adapter/`, a tensor is right `with adapter/`: the files and
+what it adds, together.
+
+JSON: `{good, counts, rest, tensors}`; `rest` is the path of that adapter, or null, and a tensor
+`{name, state, roundings, present}`.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any
 from ..exporters.adapter_changes import describe
 from ..exporters.base import checkpoint
 from ..exporters.formats import format_of, in_out_of
-from ..merge_check import Verdict, check_merge, opened
+from ..merge_check import Verdict, check_merge, opened, rest_beside
 from ..rewriter.errors import VerifyError
 from ..rewriter.storage.safetensors_checkpoint import Checkpoint
 from ..terminal import progress, say, say_table
@@ -40,8 +44,11 @@ def command(options: Any) -> Any:
     base = checkpoint(options.model, kind == "peft" and in_out_of(options.adapter))
     with progress(options, f"reading {options.adapter}"):
         adapter = describe(options.adapter, base, options.component)
+        rest = rest_beside(options.merged)
+    if rest is not None:
+        say(options, f"{rest.path} has what was not folded, and counts: load it with the files")
     with progress(options, "comparing tensor by tensor"):
-        verdicts = list(check_merge(before, base.tensors.aliases, adapter, merged))
+        verdicts = list(check_merge(before, base.tensors.aliases, adapter, merged, rest))
     wrong = [v for v in verdicts if not v.good]
     shown = verdicts if options.all else wrong
     if shown:
@@ -52,6 +59,7 @@ def command(options: Any) -> Any:
     say(options, f"{len(verdicts)} tensors: {summary}")
     report = {
         "good": not wrong, "counts": dict(counted),
+        "rest": None if rest is None else rest.path,
         "tensors": [
             {"name": v.name, "state": v.state, "roundings": v.roundings, "present": v.present}
             for v in shown
