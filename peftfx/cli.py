@@ -108,7 +108,20 @@ def parsed(typed: Sequence[str]) -> Any:
         raise OptionError(
             f"{options.parser.prog} does not take {name!r}.{near} See {options.parser.prog} --help."
         )
+    _require_words(options)
     return options
+
+
+def _require_words(options: Any) -> None:
+    """Raises OptionError for an empty word: it would count as one that was left out."""
+    for action in options.parser._actions:
+        value = getattr(options, action.dest, None)
+        if value != action.default and "" in (value if isinstance(value, list) else [value]):
+            name = action.option_strings[-1] if action.option_strings else action.dest.upper()
+            raise OptionError(
+                f"{name} is empty, as where a variable of the shell is not set. Give it a value, "
+                "or leave it out."
+            )
 
 
 def parser() -> argparse.ArgumentParser:

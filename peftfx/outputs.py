@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from .exporters.formats import MARKS
-from .rewriter.errors import OptionError, PathError, SystemFailedError
+from .rewriter.errors import OptionError, PathError, refused
 from .rewriter.files.directory import require_replaceable
-from .rewriter.files.leftovers import real_path
+from .rewriter.files.leftovers import real_path, temporary
 
 
 def check_directory(path: str | Path, mark: str | None) -> None:
@@ -24,8 +24,20 @@ def check_directory(path: str | Path, mark: str | None) -> None:
     """
     real = real_path(path)
     require_replaceable(real, mark)
-    there = next((p for p in real.parents if p.exists()), Path("/"))
-    _require_writable(path, there)
+    _require_writable(path, real)
+
+
+def check_folder(path: str | Path) -> None:
+    """A folder in which others are made, new or not.
+
+    Raises:
+        PathError: it is a file, or cannot be one.
+        SystemFailedError: nothing can be made there.
+    """
+    real = real_path(path)
+    if os.path.lexists(real) and not real.is_dir():
+        raise PathError(f"{path} is a file. Give the name of a folder.")
+    _require_writable(path, real / "any")
 
 
 def check_file(path: str | Path, *suffixes: str) -> None:
@@ -43,11 +55,11 @@ def check_file(path: str | Path, *suffixes: str) -> None:
     real = real_path(path)
     if suffixes and real.suffix.lower() not in suffixes:
         raise OptionError(f"{path}: its name must end in {' or '.join(suffixes)}.")
-    if real.is_dir():
+    if os.path.isdir(real):
         raise PathError(f"{path} is a directory; give the name of a file.")
-    if not real.parent.is_dir():
+    if not os.path.isdir(real.parent):
         raise PathError(f"{path} cannot be written: the folder {real.parent} does not exist.")
-    _require_writable(path, real.parent)
+    _require_writable(path, real)
 
 
 def check_adapter(path: str | Path, to: str) -> None:
@@ -58,10 +70,16 @@ def check_adapter(path: str | Path, to: str) -> None:
         check_file(path)
 
 
-def _require_writable(path: str | Path, folder: Path) -> None:
+def _require_writable(path: str | Path, real: Path) -> None:
+    """Tries it, under a name as long as those that writing takes: what permissions say is no answer
+    for root, for long names, and on systems of files that only read, or are none."""
+    folder = next((p for p in real.parents if os.path.lexists(p)), Path("/"))
     if not folder.is_dir():
         raise PathError(f"{path} cannot be written: {folder} is no folder.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise SystemFailedError(
-            f"{path} cannot be written: no permission to write in {folder}. Choose another folder."
-        )
+    probe = temporary(folder / max(real.relative_to(folder).parts, key=len, default=""), "new")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        message = f"{path} cannot be written in {folder}: {error.strerror}. Choose another place."
+        raise refused(error, message) from error

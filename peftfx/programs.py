@@ -11,7 +11,7 @@ from .directories import Directory, to_directory
 from .drawing.heat import draw_shares
 from .exporters.formats import format_of, load_adapter
 from .models import load_model
-from .outputs import check_directory
+from .outputs import check_directory, check_folder
 from .rewriter.api import Program
 from .rewriter.capture.capture import capture
 from .rewriter.errors import OptionError
@@ -37,14 +37,13 @@ def program_of(options: Any, passes: str | None = None, hollow: bool = False) ->
     if adapter:
         format_of(adapter)
     pipeline = as_pipeline(passes) if passes else None
-    dynamic = dynamic_of(options.dynamic)
+    capturing = capturing_of(options)
     data = getattr(options, "data", None)
     batches = read_batches(data, options.batch) if data else None
     with progress(options, f"loading {options.model}"):
         named = load_model(options.model, hollow)
     with progress(options, "capturing the model as a graph"):
-        cache = options.cache or False
-        program = capture(named.model, kwargs=named.example, dynamic=dynamic, cache=cache)
+        program = capture(named.model, kwargs=named.example, **capturing)
     if adapter:
         with progress(options, f"loading {adapter}"):
             component = getattr(options, "component", "")
@@ -54,6 +53,17 @@ def program_of(options: Any, passes: str | None = None, hollow: bool = False) ->
         with progress(options, f"running {passes}"):
             program = run(program, pipeline, data=batches)
     return program
+
+
+def capturing_of(options: Any) -> dict[str, Any]:
+    """What `--dynamic` and `--cache` say, as `capture` takes it.
+
+    Raises:
+        RewriteError: it is not understood, or no folder.
+    """
+    if options.cache:
+        check_folder(options.cache)
+    return {"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False}
 
 
 def dynamic_of(said: Sequence[str] | None) -> Dynamic:
@@ -106,11 +116,12 @@ def write_model(options: Any, weights: str | None = None, least: float = 0.0, ra
     check_directory(options.out, RECORD)
     if options.adapter:
         format_of(options.adapter)
+    capturing = capturing_of(options)
     with progress(options, f"writing {options.out} file by file"):
         done = to_directory(
             options.model, options.out, options.adapter, weights=weights,
-            capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
-            allow_base_mismatch=options.allow_base_mismatch, least=least, rank=rank,
+            capturing=capturing, allow_base_mismatch=options.allow_base_mismatch, least=least,
+            rank=rank,
         )  # fmt: skip
     say_directory(options, done)
     return {**asdict(done), "out": options.out}

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import peftfx
-from peftfx import programs
+from peftfx import directories, many, programs
 from peftfx.cli import CODES, main, parsed
 from peftfx.commands import passes
 from peftfx.pass_pages import page
@@ -124,6 +124,8 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(programs, "load_model", loaded)
+    monkeypatch.setattr(many, "load_model", loaded)
+    monkeypatch.setattr(directories, "load_model", loaded)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     file, full = tmp_path / "full" / "notes.txt", tmp_path / "full"
@@ -151,6 +153,32 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
             "--tied untie",
         ),
         (("convert", lora, full, "--to", "peftfx", "--base", TINY), "holds other files"),
+        (("run", TINY, "lora", "--out", tmp_path / ("x" * 240)), "File name too long"),
+        (("run", TINY, "lora", "--out", tmp_path / ("x" * 300) / "y"), "File name too long"),
+        (("run", TINY, "lora", "--out", ""), "--out is empty"),
+        (("export", TINY, "--adapter", "", "--out", tmp_path / "x.onnx"), "--adapter is empty"),
+        (("compare", lora, ""), "ADAPTERS is empty"),
+        (("export", TINY, "--out", tmp_path / "x.onnx", "--opset", "99"), "no opset 99"),
+        (("sites", TINY, "--cache", file), "is a file"),
+        (("fold-all", directory("llama"), lora, "--out", file), "is a file"),
+        (("fold-all", directory("llama"), lora, "--out", full, "--cache", file), "is a file"),
+        (
+            (
+                *("fold", directory("llama"), lora, "--out", tmp_path / "new"),
+                "--draw",
+                full / "x.gif",
+            ),
+            "ends in .svg or .png",
+        ),
+        (
+            (
+                *("fold", directory("llama"), lora, "--out", tmp_path / "new"),
+                "--draw",
+                file / "x.svg",
+            ),
+            "does not exist",
+        ),
+        (("demo", "--out", file), "is a file"),
     ]
     for call, message in calls:
         code, said = run(*call)
@@ -161,9 +189,12 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
 def test_no_permission_is_of_the_system(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
     code, said = run("run", TINY, "lora", "--out", tmp_path / "x")
-    assert code == 5 and "no permission" in said["error"]
+    assert code == 5 and "Permission denied" in said["error"]
 
 
 def test_sizes_by_name() -> None:

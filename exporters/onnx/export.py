@@ -174,8 +174,7 @@ def export_onnx(
             file, or results differ; no file is left and an old one is kept.
         NonFiniteError: a stored value is NaN or infinite, or becomes so in `dtype`.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        require(name)
+    check_opset(opset)
     require_whole(program.module, "export_onnx")
     if is_meta(program):
         raise MetaTensorError("parameters are on the meta device; load weights before exporting.")
@@ -187,7 +186,6 @@ def export_onnx(
         raise ExportError(f"the folder {path.parent} does not exist.")
     if path.is_dir():
         raise ExportError(f"{path} is a folder; give the name of a file.")
-    _check_opset(opset)
     opened = slotted(program, "" if slots is True else slots) if slots else None
     prepared = replace(_prepare(opened.program if opened else program, dtype), slots=opened)
     failures: dict[str, int] = {}
@@ -202,7 +200,10 @@ def export_onnx(
     raise type(last or ExportError())(f"the program cannot be exported. {texts}") from last
 
 
-def _check_opset(opset: int | None) -> None:
+def check_opset(opset: int | None) -> None:
+    """Raises ExportError where a package is missing, or does not have that operator set."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        require(name)
     newest = require("onnx").defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise ExportError(f"there is no opset {opset}; the onnx package installed has 1..{newest}.")

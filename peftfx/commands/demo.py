@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..outputs import check_folder
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what can be typed."""
@@ -20,6 +22,7 @@ def command(options: Any) -> Any:
     """Runs the command."""
     from ..demo import demo as run_demo
 
+    check_folder(options.out)
     return run_demo(
         source=options.source, all_methods=options.all, output=options.out, json=options.json
     )

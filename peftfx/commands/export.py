@@ -33,9 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
-    from ..exporters.onnx.export import export_onnx
+    from ..exporters.onnx.export import check_opset, export_onnx
 
     check_file(options.out, ".onnx")
+    check_opset(options.opset)
     program = program_of(options, options.passes)
     with progress(options, "exporting to ONNX and running it"):
         report = export_onnx(

@@ -64,6 +64,7 @@ def command(options: Any) -> Any:
     file = Path(options.out).suffix.lower() == ".safetensors"
     if options.draw:
         check_drawing(options.draw)
+        check_file(options.draw)
         if file:
             raise OptionError("--draw goes with a directory: --out DIR. Give one, or leave it out.")
     least, rank = _left_beside(options, file)

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..arguments import add_model
 from ..many import REPORT, Outcome, fold_all
-from ..programs import dynamic_of
+from ..outputs import check_folder
+from ..programs import capturing_of
 from ..rewriter.errors import (
     BaseMismatchError,
     CorruptFileError,
@@ -50,11 +51,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    check_folder(options.out)
+    capturing = capturing_of(options)
     with progress(options, f"folding {len(options.adapters)} adapters"):
         outcomes = fold_all(
             options.model, options.adapters, options.out, jobs=options.jobs,
-            weights=options.weights,
-            capturing={"dynamic": dynamic_of(options.dynamic), "cache": options.cache or False},
+            weights=options.weights, capturing=capturing,
         )  # fmt: skip
     say_table(options, HEAD, [_row(o) for o in outcomes], HEAD[2:5])
     say(options, f"told in {options.out}/{REPORT}")

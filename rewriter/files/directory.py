@@ -200,7 +200,7 @@ def new_directory(
 
 def require_replaceable(target: Path, mark: str | None) -> None:
     """Raises PathError unless nothing is there, or what `new_directory` replaces."""
-    if not target.exists():
+    if not os.path.exists(target):  # nor where its name is none, which writing will say
         return
     if not target.is_dir():
         raise PathError(f"{target} is a file; give a directory.")
