@@ -22,6 +22,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 
+from peftfx import many
 from peftfx.exporters import merge
 from peftfx.rewriter.errors import RewriteError
 from peftfx.rewriter.files import directory, files, job
@@ -83,9 +85,10 @@ def _kills(writer: Writer, count: int) -> dict[str, int]:
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    """The files of a folder but the record, which has the times of the source's files."""
-    records = {stream.RECORD, merge.RECORD}
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in records}
+    """The files of a folder but the records, which have the times of files and work."""
+    records = {stream.RECORD, merge.RECORD, many.REPORT}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in records)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def _window(writer: Writer, place: Path) -> float:
@@ -96,6 +99,8 @@ def _window(writer: Writer, place: Path) -> float:
         folder.mkdir(exist_ok=True)
         started: list[float] = []
         _at_start(lambda started=started: started.append(time.perf_counter()))
+        if writer.several:  # perhaps by other processes
+            started.append(time.perf_counter())
         writer.write(folder, 1 + attempt % 2)
         times.append(time.perf_counter() - started[0])
         _at_start(None)
@@ -172,7 +177,7 @@ def _left(writer: Writer, folder: Path) -> int:
         writer.write(folder, 2)
     else:
         files.write_file(folder / "next", b"")
-    return sum(p.name.startswith(".") for p in folder.iterdir())
+    return sum(1 for _ in folder.rglob(".*"))
 
 
 # Flipped bits and truncations.
@@ -232,13 +237,9 @@ def _disk_full(writer: Writer, space: int) -> str:
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
-            if writer.replaces or not mounted:
-                writer.write(folder, 1)
-            else:  # its source has to fit
-                writer.write(folder, 1)
-                for path in (folder / "folded").iterdir():
-                    path.unlink()
-                (folder / "folded").rmdir()
+            writer.write(folder, 1)
+            if mounted and not writer.replaces:  # its source is there now
+                shutil.rmtree(folder / writer.made)
             if mounted:
                 free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
                 (folder / "ballast").write_bytes(bytes(max(0, free - space)))
@@ -252,16 +253,27 @@ def _disk_full(writer: Writer, space: int) -> str:
             except RewriteError:
                 said, want = "refused", 1
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            if not writer.replaces and said == "refused":
-                whole = not (folder / "folded").exists()
-            else:
-                whole = writer.read(folder) == want or not writer.numbered
-            left = [p.name for p in folder.iterdir() if p.name.startswith(".")]
+            whole = _whole(writer, folder, want)
+            left = [str(p) for p in folder.rglob(".*")]
+            (folder / "ballast").unlink(missing_ok=True)
+            writer.write(folder, 2)  # with room, the same call goes on
+            whole = whole and _whole(writer, folder, 2)
             return f"{'ok' if whole and not left else 'BROKEN'}: {said} ({how})"
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             if mounted:
                 subprocess.run(["umount", "-l", place], check=True)
+
+
+def _whole(writer: Writer, folder: Path, want: int) -> bool:
+    """Whether a number is there; or, where nothing is replaced, not more than whole folders."""
+    if not writer.replaces and want == 1:
+        try:
+            writer.read(folder)
+        except RewriteError:
+            return writer.several or not (folder / writer.made).exists()
+        return False
+    return writer.read(folder) == want or not writer.numbered
 
 
 # Fuzzing.

@@ -3,9 +3,12 @@ shard of the base is read once for all."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import json
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -159,6 +162,19 @@ def _made_of(
     return None
 
 
+_ON_PARENTS_END = 1
+"""Linux' PR_SET_PDEATHSIG."""
+
+
+def _end_with(parent: int) -> None:
+    """Makes the system kill this process with its parent, where it can: a command that was killed
+    is typed again, and nothing may still write what that one goes on with."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_ON_PARENTS_END, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 class _Work:
     """The folds of some adapters, shard by shard."""
 
@@ -223,11 +239,12 @@ class _Work:
     def _forked(self, mine: Sequence[int]) -> tuple[int, int]:
         """A child that runs a part: its id, and the pipe that it writes to."""
         reading, writing = os.pipe()
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child:
             os.close(writing)
             return child, reading
         try:
+            _end_with(parent)
             torch.set_num_threads(1)  # those of the parent are not here
             self.progress = None
             self.run(mine)

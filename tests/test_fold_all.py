@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,15 @@ import peftfx
 from peftfx.cli import main
 from peftfx.directories import to_directory
 from peftfx.drawing.heat import draw_shares
+from peftfx import many
 from peftfx.many import REPORT, fold_all
 from peftfx.rewriter.errors import OptionError
+from peftfx.rewriter.files import job
 from peftfx.rewriter.storage.stream import RECORD
 from peftfx.shares import share_rows
 
 from .models import batch, llama, randomise
+from .writers import WRITERS
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +129,55 @@ def test_what_survives_is_shown(
     draw_shares(tmp_path / "shares.png", shares)
     assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
     assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no signal for it")
+def test_processes_end_with_a_command_that_is_killed() -> None:
+    reading, writing = os.pipe()
+    command = os.fork()
+    if command == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            many._end_with(parent)  # pyright: ignore[reportPrivateUsage]
+            os.write(writing, b"begun")
+            time.sleep(5)
+            os.write(writing, b"later")
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 5) == b"begun"
+    os.kill(command, signal.SIGKILL)
+    os.waitpid(command, 0)
+    assert os.read(reading, 5) == b""
+    os.close(reading)
+
+
+def test_a_killed_process_may_let_go_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(job, "_locked", lambda _: next(answers))
+    with job.job(tmp_path / "x", "record.json", {}, lambda _: {}):
+        pass
+    assert (tmp_path / "x" / "record.json").exists() and not [*answers]
+
+
+def test_what_the_kills_of_the_benchmark_write(tmp_path: Path) -> None:
+    for name in ("fold_all", "fold_all, 2 jobs"):
+        (tmp_path / name).mkdir()
+        WRITERS[name].write(tmp_path / name, 2)
+        assert WRITERS[name].read(tmp_path / name) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves nothing")
+def test_a_disk_without_room_is_told_before_the_work(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    (done,) = fold_all(base / "base", [base / "one"], tmp_path / "out", capturing=cached(base))
+    assert (done.status, done.kind) == ("failed", "system") and "No space left" in done.error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [REPORT]

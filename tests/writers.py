@@ -21,6 +21,7 @@ import peftfx
 from peftfx.exporters.formats import convert
 from peftfx.exporters.hf_peft.adapter import read_peft
 from peftfx.exporters.merge import merge
+from peftfx.many import fold_all
 from peftfx.rewriter.capture import cache
 from peftfx.rewriter.distributed.checkpoint import load_checkpoint, save_checkpoint
 from peftfx.rewriter.parts.parts import LowRank
@@ -83,6 +84,7 @@ class Writer:
         state: everything that reading finds, as text, to tell whether a flip changed something.
         files: what it writes, relative to the folder.
         resumes: where it was killed, the same call goes on; what it writes then is in `made`.
+        several: that is several folders, each of which appears whole or not at all.
     """
 
     write: Callable[[Path, int], Any]
@@ -93,6 +95,7 @@ class Writer:
     numbered: bool = True
     resumes: bool = False
     made: str = ""
+    several: bool = False
 
 
 def _save(folder: Path, number: int) -> None:
@@ -124,7 +127,8 @@ def _read_program(folder: Path) -> int:
     return _number(peftfx.load_program(folder / "p").trainable_parameters())
 
 
-def _fold(folder: Path, number: int) -> None:
+def _base(folder: Path) -> Path:
+    """The model's checkpoint, a shard for each tensor."""
     source = folder / "base"
     if not source.exists():
         source.mkdir()
@@ -135,17 +139,60 @@ def _fold(folder: Path, number: int) -> None:
             listed[name] = f"{name}.safetensors"
         index = json.dumps({"metadata": {}, "weight_map": listed})
         (source / "model.safetensors.index.json").write_text(index)
-    peftfx.fold_checkpoint(_filled(number), source, folder / "folded")
+    return source
 
 
-def _folded(folder: Path) -> dict[str, Tensor]:
-    checkpoint = Checkpoint.read(folder / "folded")
+def _fold(folder: Path, number: int) -> None:
+    peftfx.fold_checkpoint(_filled(number), _base(folder), folder / "folded")
+
+
+def _folded(folder: Path, under: str = "folded") -> dict[str, Tensor]:
+    checkpoint = Checkpoint.read(folder / under)
     return {n: checkpoint.tensor(n) for n in checkpoint.entries}
 
 
-def _read_fold(folder: Path) -> int:
-    change = _folded(folder)["up.weight"] - model().up.weight.detach()
+def _read_fold(folder: Path, under: str = "folded") -> int:
+    change = _folded(folder, under)["up.weight"] - model().up.weight.detach()
     return _number([(change / 16).sqrt().round()])  # alpha * number ** 2 everywhere
+
+
+MANY = 3
+"""Adapters of one base: of number n, n + 2, n + 4."""
+
+
+def hollow() -> tuple[Net, dict[str, Tensor]]:
+    """The model without values, as a command line names it."""
+    with torch.device("meta"):
+        return Net().eval(), {"x": torch.randn(2, 3, 16)}
+
+
+@functools.cache
+def _adapters(number: int) -> list[Path]:
+    place = lasting("peftfx-adapters")
+    found = [place / f"a{index}" for index in range(MANY)]
+    for index, adapter in enumerate(found):
+        peftfx.save(_filled(number + 2 * index), adapter)
+    return found
+
+
+def _fold_all(folder: Path, number: int, jobs: int = 1) -> None:
+    done = fold_all(
+        f"{__name__}:hollow", _adapters(number), folder / "folded", weights=_base(folder), jobs=jobs
+    )
+    if failed := [o for o in done if o.status == "failed"]:
+        if {o.kind for o in failed} != {"system"}:
+            raise AssertionError(failed[0].error)
+        raise peftfx.RewriteError(failed[0].error)
+
+
+def _read_fold_all(folder: Path) -> int:
+    """Those that are there are whole; all must be."""
+    names = [f"folded/a{index}" for index in range(MANY)]
+    there = [(i, n) for i, n in enumerate(names) if (folder / n).exists()]
+    numbers = {_read_fold(folder, name) - 2 * index for index, name in there}
+    if len(there) < MANY:
+        raise peftfx.RewriteError(f"{len(there)} of {MANY}")
+    return _number([torch.tensor(sorted(numbers))])
 
 
 def _merge(folder: Path, number: int) -> None:
@@ -314,6 +361,14 @@ WRITERS = {
     "merge": Writer(
         _merge, _read_merge, lambda f: repr({n: t.tolist() for n, t in _folded(f).items()}), (),
         replaces=False, resumes=True, made="folded",
+    ),
+    "fold_all": Writer(
+        _fold_all, _read_fold_all, lambda f: str(_read_fold_all(f)), (),
+        replaces=False, resumes=True, made="folded", several=True,
+    ),
+    "fold_all, 2 jobs": Writer(
+        functools.partial(_fold_all, jobs=2), _read_fold_all, lambda f: str(_read_fold_all(f)), (),
+        replaces=False, resumes=True, made="folded", several=True,
     ),
     "export_onnx": Writer(_export, _read_export, lambda f: str(_read_export(f)), ()),
     "save_checkpoint": Writer(

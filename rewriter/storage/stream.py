@@ -263,7 +263,7 @@ class _Writer:
         """Writes a shard, and notes what was measured of it."""
         folded, path = self.folder.result, self.checkpoint.directory / file
         before, notes, changed = {*folded.shares}, len(folded.vanished), len(self.folder.changed)
-        with mine.file(file) as (new, said), open(path, "rb") as old:
+        with mine.file(file, path.stat().st_size) as (new, said), open(path, "rb") as old:
             new.write(old.read(header_size(path)))
             for name in self.checkpoint.shards[file]:
                 self._tensor(name, new)
