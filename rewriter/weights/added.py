@@ -19,7 +19,6 @@ from .verdict import (
     Verdict,
     drawn,
     largest_gap,
-    product,
     rows_of,
     square,
 )
@@ -89,21 +88,24 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
     slack = sum(size**0.5 for size in sizes) / math.sqrt(max(1, old.numel()))
     allowed = 32 * torch.finfo(first.dtype).eps * slack  # that of all is at most the largest
     written, moved = torch.empty_like(first), torch.empty_like(first)
-    off = along = 0.0
+    off = went = 0.0
     size = sizes[0] if len(deltas) == 1 else 0.0
     for rows in blocks(old, _BLOCK):
-        change, *more = (d.rows(rows) for d in deltas)
-        for other in more:
-            change = change + other
         count = rows.stop - rows.start
         rounded, error = _as(new[rows], written[:count]), moved[:count]
         torch.sub(rounded, _as(old[rows], error), out=error)
-        along += product(error, change)
-        size += square(change) if len(deltas) > 1 else 0.0
-        off += square(error.sub_(change))
+        went += square(error)
+        if len(deltas) == 1:
+            deltas[0].added.to(error, rows, -1.0)
+        else:
+            change = sum((d.rows(rows) for d in deltas[1:]), deltas[0].rows(rows))
+            size += square(change)
+            error.sub_(change)
+        off += square(error)
         torch.abs(rounded, out=written[:count])
         if not float(error.abs_().sub_(written[:count], alpha=relative).amax()) <= allowed:
             return None
+    along = (size + went - off) / 2  # of the change and what was moved
     gap = max(d.gap for d in deltas)
     if not (size and gap <= TOLERANCE / 10):
         return None

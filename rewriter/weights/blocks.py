@@ -57,12 +57,12 @@ class Added:
             a, b, scale = factors
             self.a, self.b = a.detach(), self.branch.spread(b * scale, 0.0).detach()
 
-    def to(self, block: Tensor, rows: slice) -> None:
-        """Adds some rows to those of a block of the same dtype."""
+    def to(self, block: Tensor, rows: slice, times: float = 1.0) -> None:
+        """Adds some rows, `times` over, to those of a block of the same dtype."""
         if self.whole is None:
-            block.addmm_(self.b[rows], self.a)
+            block.addmm_(self.b[rows], self.a, alpha=times)
         else:
-            block.add_(self.whole[rows])
+            block.add_(self.whole[rows], alpha=times)
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         """Some rows; `buffer` holds as many, and may be written."""
