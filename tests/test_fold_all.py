@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import peftfx
+from peftfx import many
 from peftfx.cli import main
 from peftfx.directories import to_directory
 from peftfx.drawing.heat import draw_shares
-from peftfx import many
 from peftfx.many import REPORT, fold_all
 from peftfx.rewriter.errors import OptionError
 from peftfx.rewriter.files import job
