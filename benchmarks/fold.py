@@ -1,15 +1,16 @@
 """Folding a sharded checkpoint, beside the plain loop over its shards and Hugging Face PEFT.
 
     python -m benchmarks.fold [--gb 4] [--rounds 3] [--many-gb 0.5] [--adapters 30]
-        [--sampled 6] [--place FOLDER] [stream] [many] [residual]
+        [--sampled 6] [--place FOLDER] [--mergekit PYTHON] [stream] [many] [merge] [residual]
 
 A Llama of random bfloat16 weights in shards, LoRA of rank 16 on all linears but the head, written
 by PEFT. Each variant is a process of its own with one thread, in turns: CPU seconds of the work
 (imports are apart, and stated), and how much the process's peak of resident memory grew by it.
 With `--place`, each measurement is kept as it is made: killed, the same command goes on.
+mergekit is measured where `--mergekit` names the interpreter of an environment that has it.
 `stream`: one adapter. `many`: several adapters of a smaller base, by `fold_all` in one process,
-beside one process of PEFT each (some of which are measured). `residual`: what `mode=residual`
-loses beside a fold. Writes `benchmarks/fold.json`.
+beside one process of PEFT each (some of which are measured). `merge`: whole models by mergekit's
+configurations. `residual`: what `mode=residual` loses beside a fold. Writes `benchmarks/fold.json`.
 """
 
 from __future__ import annotations
@@ -44,12 +45,19 @@ from benchmarks.fold_variants import (
 
 RESULT = Path(__file__).with_suffix(".json")
 PAGE = Path(__file__).parent.parent / "docs" / "figures.md"
+MERGES: dict[str, dict[str, Any]] = {
+    "linear": {"models": [("a", {"weight": 0.5}), ("b", {"weight": 0.5})]},
+    "ties": {
+        "base_model": "base", "parameters": {"normalize": True},
+        "models": [(n, {"weight": 1.0, "density": 0.5}) for n in "ab"],
+    },
+}  # fmt: skip
 MEASURED = "PEFT's processes measured"
 START, END = "<!-- by benchmarks/fold.py -->", "<!-- end -->"
 
 
-def apart(name: str, *places: Path) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fold_variants", name]
+def apart(name: str, *places: Path, python: str = sys.executable) -> dict[str, float]:
+    command = [python, "-W", "ignore", "-m", "benchmarks.fold_variants", name]
     done = subprocess.run([*command, *map(str, places)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -96,23 +104,25 @@ def fresh(path: Path) -> Path:
     return path
 
 
-def stream(place: Path, gb: float, rounds: int) -> dict[str, Any]:
+def stream(place: Path, gb: float, rounds: int, mergekit: str) -> dict[str, Any]:
     layers = layers_of(gb * 1e9)
     (adapter,) = made(place, layers)
     sizes = [p.stat().st_size for p in (place / "base").glob("*.safetensors")]
     notes = Notes(place / "stream.json", {"layers": layers})
-    seen: dict[str, list[dict[str, float]]] = {n: [] for n in STREAMED}
-    names, same = list(STREAMED), 0.0
+    names, same = [*STREAMED, *(["mergekit"] if mergekit else [])], 0.0
+    seen: dict[str, list[dict[str, float]]] = {n: [] for n in names}
+    pythons = {"mergekit": mergekit}
     for index in range(rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            run = partial(apart, name, place / "base", place / name, adapter)
+            python = pythons.get(name, sys.executable)
+            run = partial(apart, name, place / "base", place / name, adapter, python=python)
             fresh(place / name) if f"{name} {index}" not in notes.kept else None
             seen[name].append(notes.take(f"{name} {index}", run))
         if not index:
             pair = place / "plain loop", place / "peftfx"
             same = notes.take("same", partial(_differing, *pair))
-        for name in names:
+        for name in (*names, "cache"):
             fresh(place / name)
     result: dict[str, Any] = {
         "checkpoint MB": round(sum(sizes) / MB), "shards": len(sizes), "layers": layers,
@@ -124,8 +134,8 @@ def stream(place: Path, gb: float, rounds: int) -> dict[str, Any]:
         medians = {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]}
         result[name] = medians | {
             f"over {other}": _ratio(runs, seen[other])
-            for other in ("plain loop", "PEFT")
-            if name.startswith("peftfx")
+            for other in names
+            if name == "peftfx" != other
         }
     return result
 
@@ -133,6 +143,41 @@ def stream(place: Path, gb: float, rounds: int) -> dict[str, Any]:
 def _ratio(runs: list[dict[str, float]], others: list[dict[str, float]]) -> float:
     pairs = zip(runs, others, strict=True)
     return round(statistics.median(r["seconds"] / o["seconds"] for r, o in pairs), 2)
+
+
+def merge(place: Path, gb: float, rounds: int, mergekit: str) -> dict[str, Any]:
+    """Whole models, two fine-tunes of a base, in turns with mergekit; computed in float32 both."""
+    if not mergekit:
+        raise SystemExit("merge needs --mergekit PYTHON: its interpreter.")
+    layers = layers_of(gb * 1e9)
+    for seed, name in enumerate(("base", "a", "b")):
+        if not (place / name / "model.safetensors.index.json").exists():
+            write_base(fresh(place / name), layers, seed)
+    notes = Notes(place / "merge.json", {"layers": layers})
+    size = sum(p.stat().st_size for p in (place / "base").glob("*.safetensors"))
+    result: dict[str, Any] = {"model MB": round(size / MB), "layers": layers, "rounds": rounds}
+    variants = {"mergekit": mergekit, "peftfx": sys.executable}
+    for method, said in MERGES.items():
+        models = [{"model": str(place / n), "parameters": own} for n, own in said["models"]]
+        base = {"base_model": str(place / said["base_model"])} if "base_model" in said else {}
+        asked = {**said, **base, "merge_method": method, "models": models}
+        config = place / f"{method}.yml"
+        config.write_text(json.dumps({**asked, "dtype": "float32", "out_dtype": "bfloat16"}))
+        seen: dict[str, list[dict[str, float]]] = {n: [] for n in variants}
+        for index in range(rounds):
+            for name, python in [*variants.items()][:: -1 if index % 2 else 1]:
+                out, key = place / name, f"{method} {name} {index}"
+                fresh(out) if key not in notes.kept else None
+                run = partial(apart, f"{name} merge", config, out, python=python)
+                seen[name].append(notes.take(key, run))
+        pair = partial(_differing, *(place / n for n in variants))
+        result[method] = {
+            n: {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]}
+            for n, runs in seen.items()
+        }
+        result[method]["over mergekit"] = _ratio(seen["peftfx"], seen["mergekit"])
+        result[method]["share of numbers that differ"] = notes.take(f"{method} same", pair)
+    return result | {"load": notes.load}
 
 
 def many(place: Path, gb: float, count: int, sampled: int) -> dict[str, Any]:
@@ -228,12 +273,12 @@ def page(result: dict[str, Any]) -> str:
             f"rank {done['rank']} on all linears but the head; medians of {done['rounds']} in "
             f"turns, load of the machine {done['load']:.0f}. Memory is what the process's peak "
             f"grew by (aim: {done['memory allowed MB']:,} MB).",
-            "", "| | CPU s | over the plain loop | over PEFT | memory |", "|---|---|---|---|---|",
+            "", "| | CPU s | peftfx over it | memory |", "|---|---|---|---|",
         ]  # fmt: skip
-        for name in STREAMED:
-            own = done[name]
-            over = [f"{own[k]:.2f}" if (k := f"over {o}") in own else "" for o in STREAMED[:2]]
-            cells = [name, f"{own['seconds']:.1f}", *over, f"{own['added MB']:,.0f} MB"]
+        for name in (n for n in (*STREAMED, "mergekit") if n in done):
+            own, over = done[name], done["peftfx"].get(f"over {name}")
+            cells = [name, f"{own['seconds']:.1f}", f"{over:.2f}" if over else ""]
+            cells.append(f"{own['added MB']:,.0f} MB")
             lines.append(f"| {' | '.join(cells)} |")
         same = done["share of numbers that differ from the loop's"]
         lines += [
@@ -252,6 +297,21 @@ def page(result: dict[str, Any]) -> str:
             f"{done['load']:.0f}.",
             "",
         ]  # fmt: skip
+    if done := result.get("merge"):
+        lines += [
+            f"Whole models of {done['model MB']:,} MB in bfloat16, two merged (TIES onto a third), "
+            f"computed in float32; medians of {done['rounds']} in turns with mergekit, load "
+            f"{done['load']:.0f}.",
+            "", "| | mergekit, CPU s | peftfx | over mergekit | memory | differing numbers |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for method in MERGES:
+            own = done[method]
+            seconds = [f"{own[n]['seconds']:.1f}" for n in ("mergekit", "peftfx")]
+            memory = " / ".join(f"{own[n]['added MB']:,.0f}" for n in ("mergekit", "peftfx"))
+            cells = [method, *seconds, f"{own['over mergekit']:.2f}", f"{memory} MB"]
+            lines.append(f"| {' | '.join(cells)} | {own['share of numbers that differ']:.1g} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -263,6 +323,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=30, help="how many of `many`")
     about = "how many of PEFT's processes of `many` are measured (default: 6)"
     parser.add_argument("--sampled", type=int, default=6, help=about)
+    parser.add_argument("--merge-gb", type=float, default=0.5, help="size of a model of `merge`")
+    about = "the interpreter of an environment that has mergekit, to measure it, too"
+    parser.add_argument("--mergekit", default="", metavar="PYTHON", help=about)
     about = "a folder for checkpoints and measurements; kept, so that the same command goes on"
     parser.add_argument("--place", type=Path, help=about)
     parser.add_argument("sections", nargs="*", default=["stream", "many", "residual"])
@@ -270,8 +333,9 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     sections: dict[str, Callable[[Path], Any]] = {
-        "stream": lambda place: stream(place, options.gb, options.rounds),
+        "stream": lambda place: stream(place, options.gb, options.rounds, options.mergekit),
         "many": lambda place: many(place, options.many_gb, options.adapters, options.sampled),
+        "merge": lambda place: merge(place, options.merge_gb, options.rounds, options.mergekit),
         "residual": lambda _: residual(),
     }
     for section in options.sections:

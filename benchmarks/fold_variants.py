@@ -52,7 +52,7 @@ def layers_of(size: float) -> int:
     return max(1, -int(-(size - 4 * VOCABULARY * WIDTH) // one))
 
 
-def write_base(place: Path, layers: int) -> None:
+def write_base(place: Path, layers: int, seed: int = 0) -> None:
     """A directory that transformers reads, one shard in memory at a time."""
     from transformers import LlamaConfig
 
@@ -62,7 +62,7 @@ def write_base(place: Path, layers: int) -> None:
         num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16,
         tie_word_embeddings=False, dtype="bfloat16", architectures=["LlamaForCausalLM"],
     ).save_pretrained(place)  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     pool = torch.randn(2**23, generator=generator).mul_(0.02).bfloat16()
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
@@ -165,8 +165,46 @@ def together() -> Callable[..., object]:
     return lambda base, out, *adapters: fold_all(base, adapters, out)
 
 
+def mergekit_merge() -> Callable[..., object]:
+    import yaml
+    from mergekit.config import MergeConfiguration  # pyright: ignore
+    from mergekit.merge import run_merge  # pyright: ignore
+    from mergekit.options import MergeOptions  # pyright: ignore
+
+    def work(config: Path, out: Path) -> None:
+        asked: Any = MergeConfiguration.model_validate(yaml.safe_load(config.read_text()))  # pyright: ignore
+        options: Any = MergeOptions(
+            copy_tokenizer=False, quiet=True, out_shard_size=SHARD // 2,
+            lora_merge_cache=str(out.with_name("cache")),
+        )  # pyright: ignore  # fmt: skip
+        run_merge(asked, str(out), options)
+
+    return work
+
+
+def mergekit_fold() -> Callable[..., object]:
+    """A model with a LoRA, as mergekit names it: merged by PEFT into a folder, then copied."""
+    merge = mergekit_merge()
+
+    def work(base: Path, out: Path, adapter: Path) -> None:
+        config = out.with_name("fold.yml")
+        models = [{"model": f"{base}+{adapter}"}]
+        said = {"merge_method": "passthrough", "models": models, "dtype": "bfloat16"}
+        config.write_text(json.dumps(said))
+        merge(config, out)
+
+    return work
+
+
+def peftfx_merge() -> Callable[..., object]:
+    from peftfx.exporters.merge import merge
+
+    return merge
+
+
 VARIANTS: dict[str, Callable[[], Callable[..., object]]] = {
     "plain loop": plain_loop, "PEFT": peft, "peftfx": peftfx, "fold_all": together,
+    "mergekit": mergekit_fold, "mergekit merge": mergekit_merge, "peftfx merge": peftfx_merge,
 }  # fmt: skip
 STREAMED = ("plain loop", "PEFT", "peftfx")
 
