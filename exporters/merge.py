@@ -28,31 +28,15 @@ from ..rewriter.files.job import finished, job
 from ..rewriter.measure.compare import all_finite
 from ..rewriter.storage.artifact import VERSION
 from ..rewriter.storage.card import CARD, whole_card
-from ..rewriter.storage.safetensors_checkpoint import Checkpoint, header_size
+from ..rewriter.storage.safetensors_checkpoint import Entry, header_size
 from ..rewriter.storage.stream import WEIGHT_FORMATS
-from .base import tied_names
-from .mergekit import Config, layers_of, places, read_config
+from .merge_plan import Model, Origin, shards, stack_of
+from .mergekit import Config, read_config
 
 RECORD = "peftfx_merge.json"
 """Says which merge a directory holds."""
 _GIVEN = "mergekit_config.yml"
 _OWN_FILES = (RECORD, _GIVEN, CARD)
-
-
-@dataclass(frozen=True)
-class Model:
-    """One of the checkpoints, with other names of its tensors."""
-
-    name: str
-    files: Checkpoint
-    tied: Mapping[str, str]
-
-    def has(self, tensor: str) -> bool:
-        return tensor in self.files.entries or self.tied.get(tensor) in self.files.entries
-
-    def stored(self, tensor: str) -> str:
-        """What its files call a tensor."""
-        return tensor if tensor in self.files.entries else self.tied[tensor]
 
 
 @dataclass
@@ -129,19 +113,12 @@ def merge(
     return result
 
 
-def _shape(models: Mapping[str, Model], tensor: str) -> tuple[int, ...]:
-    """The shape of a tensor, which is the same in all models."""
-    model = next(iter(models.values()))
-    return model.files.entries[model.stored(tensor)].shape
-
-
 def _model(name: str, beside: Path) -> Model:
     folder = Path(name) if Path(name).exists() else beside / name
     if not folder.is_dir():
         more = " Adapters (model+adapter) are folded first: peftfx fold." if "+" in name else ""
         raise PathError(f"{name} is no directory with a model. Give one that is here.{more}")
-    files = Checkpoint.read(folder)
-    return Model(name, files, tied_names(folder, files))
+    return Model.read(name, folder)
 
 
 def _identity(model: Model) -> str:
@@ -162,58 +139,55 @@ class _Work:
     def __init__(self, config: Config, models: Mapping[str, Model], lead: Model, seed: int) -> None:
         self.config, self.models, self.lead, self.seed = config, models, lead, seed
         self.notes: list[str] = []
-        names = dict.fromkeys(n for m in (lead, *models.values()) for n in m.files.entries)
-        self.names = list(names)
-        for name in self.names:
-            self._require_everywhere(name)
-        self.places = places(self.names)
-        self._require_layers()
-        for name in self.names:
+        self.stack = stack_of(config, models, lead)
+        self.origins = self.stack.origins
+        self.names = list(self.origins)
+        for name, origin in self.origins.items():
+            self._require_everywhere(name, origin)
             if self._floats(name):
-                self._check(name)
+                self._check(name, origin)
         self._compare_tokenizers()
 
-    def _require_everywhere(self, name: str) -> None:
+    def _require_everywhere(self, name: str, origin: Origin) -> None:
         """Raises WeightsError where a model lacks a tensor, or has it in another shape."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for model in self.models.values():
-            if not model.has(name):
+        for model, own in origin.names.items():
+            if not self.models[model].has(own):
                 raise WeightsError(
-                    f"{model.name} has no tensor {name!r}, which another model has. Merge models "
-                    "of one architecture."
+                    f"{model} has no tensor {own!r}, which another model has. Merge models of one "
+                    "architecture."
                 )
-            shapes[model.name] = model.files.entries[model.stored(name)].shape
+            shapes[model] = self._entry(model, own).shape
         if len(set(shapes.values())) > 1:
             said = ", ".join(f"{list(s)} in {m}" for m, s in shapes.items())
             raise WeightsError(f"{name!r} is {said}. Merge models whose tensors have one shape.")
-        kinds = {m.files.entries[m.stored(name)].dtype.is_floating_point
-                 for m in self.models.values()}  # fmt: skip
+        kinds = {self._entry(*each).dtype.is_floating_point for each in origin.names.items()}
         if len(kinds) > 1:
             raise WeightsError(f"{name!r} is of numbers in one model and of integers in another.")
 
-    def _require_layers(self) -> None:
-        count = layers_of(self.names)
-        for line, model, layers in self.config.layers:
-            if layers != count:
-                raise OptionError(
-                    f"{self.config.where}, line {line}: layer_range ends at {layers}, and {model} "
-                    f"has {count} layers. Models are merged whole here."
-                )
+    def _entry(self, model: str, tensor: str) -> Entry:
+        """Where a model's files hold a tensor."""
+        files = self.models[model]
+        return files.files.entries[files.stored(tensor)]
+
+    def _entries(self, name: str) -> list[Entry]:
+        """Of what a merged tensor is made."""
+        return [self._entry(*each) for each in self.origins[name].names.items()]
 
     def _floats(self, name: str) -> bool:
-        return self.lead.files.entries[self.lead.stored(name)].dtype.is_floating_point
+        return self._entries(name)[0].dtype.is_floating_point
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, origin: Origin) -> None:
         """What the method says of a tensor is possible; nothing is computed."""
-        values = self.config.values(name, self.places[name])
-        for model in self.config.others:
+        values = origin.config.values(name, origin.place)
+        for model in origin.config.others:
             own = values[model]
             if "density" in own:
                 self._trim(own).check(self._recipe(values[""]).trim)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a merged tensor: what the configuration says, else what holds all models' numbers."""
-        kinds = [m.files.entries[m.stored(name)].dtype for m in self.models.values()]
+        kinds = [entry.dtype for entry in self._entries(name)]
         if self.config.dtype and kinds[0].is_floating_point:
             return getattr(torch, self.config.dtype)
         found = kinds[0]
@@ -221,20 +195,30 @@ class _Work:
             found = torch.promote_types(found, kind)
         return found
 
+    def size(self, name: str) -> int:
+        """Bytes of a merged tensor."""
+        return torch.Size(self._entries(name)[0].shape).numel() * self.dtype(name).itemsize
+
     def entries(self, names: Sequence[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtypes and shapes of merged tensors, in the order of their file."""
-        return {n: (self.dtype(n), _shape(self.models, n)) for n in names}
+        return {n: (self.dtype(n), self._entries(n)[0].shape) for n in names}
 
     def files(self) -> dict[str, list[str]]:
-        """File -> the tensors that go into it: as in the lead, what it lacks in the last one."""
-        found = {file: list(names) for file, names in self.lead.files.shards.items()}
-        more = [n for n in self.names if n not in self.lead.files.entries]
-        found[list(found)[-1]] += more
+        """File -> the tensors that go into it: as in the lead, what it lacks in the last one; of
+        stacked layers, files as large as the lead's largest."""
+        held = self.lead.files
+        if self.stack.layers is not None:
+            largest = max((held.directory / f).stat().st_size for f in held.shards)
+            return shards({n: self.size(n) for n in self.names}, largest)
+        found = {file: list(names) for file, names in held.shards.items()}
+        found[list(found)[-1]] += [n for n in self.names if n not in held.entries]
         return found
 
     def value(self, name: str) -> Tensor:
         """A merged tensor."""
-        given = {m.name: m.files.tensor(m.stored(name)) for m in self.models.values()}
+        origin = self.origins[name]
+        held = {m: self.models[m] for m in origin.names}
+        given = {m: held[m].files.tensor(held[m].stored(n)) for m, n in origin.names.items()}
         dtype = self.dtype(name)
         if not self._floats(name):
             first, *rest = given.values()
@@ -245,7 +229,8 @@ class _Work:
         for kind in {t.dtype for t in given.values()}:
             wide = torch.promote_types(wide, kind)
         with torch.no_grad():
-            result = self._merged(name, {m: t.to(wide) for m, t in given.items()}).to(dtype)
+            wider = {m: t.to(wide) for m, t in given.items()}
+            result = self._merged(name, origin, wider).to(dtype)
         if not all_finite(result):
             raise NonFiniteError(
                 f"{name}: merged, it holds NaN or infinity in {str(dtype)[6:]}. Look at the models "
@@ -253,9 +238,10 @@ class _Work:
             )
         return result
 
-    def _merged(self, name: str, given: Mapping[str, Tensor]) -> Tensor:
-        values = self.config.values(name, self.places[name])
-        shared, config = values[""], self.config
+    def _merged(self, name: str, origin: Origin, given: Mapping[str, Tensor]) -> Tensor:
+        config = origin.config
+        values = config.values(name, origin.place)
+        shared = values[""]
         if config.method == "linear":
             weights = [values[m]["weight"] for m in config.models]
             if shared["normalize"] and not sum(weights):
@@ -297,7 +283,8 @@ class _Work:
             if words != known[first]:
                 raise WeightsError(
                     f"the tokenizers of {first} and {name} give other ids to words, so rows of "
-                    "their embeddings are of other words. Merge models of one tokenizer."
+                    "their embeddings are of other words, and tokenizer_source moves no rows here. "
+                    "Merge models of one tokenizer."
                 )
 
     def copy_others(self, fresh: Path, text: str) -> None:
@@ -305,10 +292,8 @@ class _Work:
         files = self.files()
         if len(files) > 1 or self.lead.files.index:
             listed = {n: file for file, names in files.items() for n in names}
-            size = sum(
-                torch.Size(_shape(self.models, n)).numel() * self.dtype(n).itemsize for n in listed
-            )
-            index = {"metadata": {"total_size": size}, "weight_map": listed}
+            total = sum(map(self.size, listed))
+            index = {"metadata": {"total_size": total}, "weight_map": listed}
             name = self.lead.files.index or "model.safetensors.index.json"
             (fresh / name).write_bytes(write_json(index))
         (fresh / _GIVEN).write_bytes(text.encode())
@@ -326,10 +311,12 @@ class _Work:
     def _card(self, text: str) -> str:
         """What the merged model says of itself, in the place of the cards of its parts."""
         config, names = self.config, {m: Path(m).name for m in self.models}
+        layers = "" if self.stack.layers is None else f", {len(self.stack.layers)} layers stacked"
         others = [names[m] for m in config.models if m != config.base]
         onto = f", onto {names[config.base]}" if config.base else ""
         said = (
-            f"{len(self.names)} tensors of {', '.join(others)}, merged by `{config.method}`{onto}; "
+            f"{len(self.names)} tensors of {', '.join(others)}, merged by `{config.method}`{onto}"
+            f"{layers}; "
             f"computed in float32 at least, rounded once, and finite. Seed of what is drawn: "
             f"{self.seed}. `{RECORD}` says of which files.",
             f"```yaml\n{text.strip()}\n```",
@@ -342,6 +329,7 @@ class _Work:
             return
         config: Any = parse_json(read_file(path, JSON_LIMIT), str(path))
         if isinstance(config, dict):
+            self.stack.configured(config, self.models)
             kinds = {self.dtype(n) for n in self.names if self._floats(n)}
             if len(kinds) == 1:
                 key = "dtype" if "dtype" in config else "torch_dtype"

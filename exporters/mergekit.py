@@ -1,10 +1,10 @@
 """mergekit's configurations: which models to merge, how, and each parameter's value at each tensor.
 
-The language is mergekit 0.1.5's for `models` and for one slice of whole models: parameters of a
-model come before those of all; a list of numbers is a gradient over layers, one of `value` and
-`filter` takes the first whose filter is part of the tensor's name. What mergekit would ignore
-(unknown keys, parameters that the method does not have) is an error with its line, and so is what
-is not done here.
+The language is mergekit 0.1.5's for `models` and for `slices`: parameters of a model come before
+those of its slice, and these before those of all; a list of numbers is a gradient over the layers
+of a slice, one of `value` and `filter` takes the first whose filter is part of the tensor's name.
+What mergekit would ignore (unknown keys, parameters that the method does not have) is an error with
+its line, and so is what is not done here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from ..rewriter.errors import OptionError, nearest
@@ -24,11 +24,11 @@ _TOP = (
     "tokenizer_source",
 )  # fmt: skip
 _LATER = {
-    "modules": "name models, or one slice of whole models",
+    "modules": "name models, or slices of layers",
     "tokenizer": "leave it out: models of one vocabulary alone are merged",
     "chat_template": "leave it out, and set it in the merged tokenizer_config.json",
 }
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _SHARED, _EACH, _OTHERS = "shared", "each input", "each input but the base"
 
 
@@ -80,7 +80,7 @@ class Config:
         dtype: that the result is in, '' for that of the models.
         tokenizer: whose tokenizer is taken, '' for the base's or the first model's.
         where: what it was read from, for errors.
-        layers: (line, model, layers) that a slice says the model has.
+        slices: of which the result is stacked; none where models are merged whole.
     """
 
     method: str
@@ -90,7 +90,7 @@ class Config:
     dtype: str
     tokenizer: str
     where: str
-    layers: tuple[tuple[int, str, int], ...] = field(default=())
+    slices: tuple[Slice, ...] = field(default=())
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -156,10 +156,30 @@ def _at(node: Node, tensor: str, place: float) -> Any:
     return (1 - part) * values[low] + part * values[high]
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Layers of the result.
+
+    Attributes:
+        line: of the file.
+        config: how they are merged.
+        ranges: model -> (its first layer, the one behind its last); all are as many.
+    """
+
+    line: int
+    config: Config
+    ranges: Mapping[str, tuple[int, int]]
+
+    @property
+    def count(self) -> int:
+        """How many layers it has."""
+        return next(end - first for first, end in self.ranges.values())
+
+
 def places(names: Collection[str]) -> dict[str, float]:
     """Tensor -> where its layer is among all of its stack, from 0 to 1; 0 for those of no layer, 1
     where there is one layer."""
-    found = {n: m for n in names if (m := _LAYER.match(n))}
+    found = {n: m for n in names if (m := LAYER.match(n))}
     last: dict[str, int] = {}
     for match in found.values():
         last[match[1]] = max(last.get(match[1], 0), int(match[2]))
@@ -169,11 +189,6 @@ def places(names: Collection[str]) -> dict[str, float]:
         else 0.0
         for n in names
     }
-
-
-def layers_of(names: Collection[str]) -> int:
-    """How many layers the tallest stack has."""
-    return max((int(m[2]) + 1 for n in names if (m := _LAYER.match(n))), default=0)
 
 
 # Reading.
@@ -187,6 +202,16 @@ def read_config(text: str, where: str) -> Config:
             line.
     """
     return _Reader(where).config(yaml_nodes(text, where))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a file says of all its slices."""
+
+    method: str
+    top: Mapping[str, Node]
+    base: str
+    shared: Mapping[str, Node]
 
 
 class _Reader:
@@ -231,64 +256,81 @@ class _Reader:
                 f"{nearest(method, METHODS)}. Choose among {', '.join(METHODS)}."
             )  # fmt: skip
         base = self.text(top["base_model"], "base_model", root) if "base_model" in top else ""
-        settings: dict[str, Mapping[str, Node]] = {
-            "": self.parameters(top.get("parameters"), method)
-        }
         if ("models" in top) == ("slices" in top):
             raise self.fail(root, "give either models or slices.")
-        listed, layers = self.models(top) if "models" in top else self.slices(top, method, settings)
+        asked = _Asked(method, top, base, self.parameters(top.get("parameters"), method))
+        if "models" in top:
+            entries = self.many(top["models"], "models")
+            models, settings = self.group(asked, entries, ("model", "parameters"), "a model")
+            self.sizes(top, method, models, base)
+            if base and base not in models:
+                models.append(base)
+            slices: tuple[Slice, ...] = ()
+        else:
+            slices = tuple(self.slice(node, asked) for node in self.many(top["slices"], "slices"))
+            models = [*dict.fromkeys(m for s in slices for m in s.config.models)]
+            settings = {"": asked.shared}
+        dtype, tokenizer = self.dtype(top), self.tokenizer(top, models, base)
+        first = base if base in models else ""
+        return Config(method, tuple(models), first, settings, dtype, tokenizer, self.where, slices)
+
+    def group(
+        self, asked: _Asked, entries: Sequence[Node], known: Sequence[str], what: str
+    ) -> tuple[list[str], dict[str, Mapping[str, Node]]]:
+        """Models that are merged with one another, and their parameters."""
         models: list[str] = []
-        for entry in listed:
-            name = self.text(entry.value.get("model"), "model", entry)
+        settings: dict[str, Mapping[str, Node]] = {"": asked.shared}
+        for entry in entries:
+            own = self.mapping(entry, known, what)
+            name = self.text(own.get("model"), "model", entry)
             if name in models:
                 raise self.fail(entry, f"the model {name!r} is given twice.")
             models.append(name)
-            settings[name] = self.parameters(entry.value.get("parameters"), method)
-        self.sizes(top, method, models, base)
-        if base and base not in models:
-            models.append(base)
-        dtype = self.dtype(top)
-        tokenizer = self.tokenizer(top, models, base)
-        sized = tuple((line.line, m, n) for (line, n), m in zip(layers, models, strict=False))
-        return Config(method, tuple(models), base, settings, dtype, tokenizer, self.where, sized)
+            settings[name] = self.parameters(own.get("parameters"), asked.method)
+        return models, settings
 
-    def models(self, top: Mapping[str, Node]) -> tuple[list[Node], list[tuple[Node, int]]]:
-        entries = self.many(top["models"], "models")
-        for entry in entries:
-            self.mapping(entry, ("model", "parameters"), "a model")
-        return list(entries), []
+    def slice(self, node: Node, asked: _Asked) -> Slice:
+        """One slice of the result."""
+        own = self.mapping(node, ("sources", "parameters", "base_model"), "a slice")
+        if "sources" not in own:
+            raise self.fail(node, "the slice has no sources.")
+        base = asked.base
+        if "base_model" in own:
+            base = self.text(own["base_model"], "base_model", node)
+        shared = {**asked.shared, **self.parameters(own.get("parameters"), asked.method)}
+        entries = self.many(own["sources"], "sources")
+        keys = ("model", "layer_range", "parameters")
+        models, settings = self.group(replace(asked, shared=shared), entries, keys, "a source")
+        if asked.method in (_FROM_BASE, *_TASKS) and base and base not in models:
+            raise self.fail(
+                own["sources"], f"the base_model {base!r} is not among the sources of this slice, "
+                "so it has no layers here. Add it, with its layer_range."
+            )  # fmt: skip
+        base = base if base in models else ""
+        self.sizes(asked.top, asked.method, models, base)
+        ranges = {m: self.layers(entry) for m, entry in zip(models, entries, strict=True)}
+        if len({end - first for first, end in ranges.values()}) > 1:
+            said = ", ".join(f"{end - first} of {m}" for m, (first, end) in ranges.items())
+            raise self.fail(node, f"the sources of a slice have as many layers each, not {said}.")
+        config = Config(asked.method, tuple(models), base, settings, self.dtype(asked.top), "",
+                        self.where)  # fmt: skip
+        return Slice(node.line, config, ranges)
 
-    def slices(
-        self, top: Mapping[str, Node], method: str, settings: dict[str, Mapping[str, Node]]
-    ) -> tuple[list[Node], list[tuple[Node, int]]]:
-        """One slice, whose sources must be whole models."""
-        first, *more = self.many(top["slices"], "slices")
-        if more:
-            said = (
-                "models are not cut and stacked here, so there may be one slice: of whole models."
-            )
-            raise self.fail(more[0], said)
-        slice_ = self.mapping(first, ("sources", "parameters"), "a slice")
-        settings[""] = {**settings[""], **self.parameters(slice_.get("parameters"), method)}
-        if "sources" not in slice_:
-            raise self.fail(first, "the slice has no sources.")
-        entries, layers = self.many(slice_["sources"], "sources"), list[tuple[Node, int]]()
-        for entry in entries:
-            own = self.mapping(entry, ("model", "layer_range", "parameters"), "a source")
-            ends = own.get("layer_range", entry).value
-            numbers = [n.value for n in ends] if isinstance(ends, tuple) else []
-            if len(numbers) != 2 or numbers[0] != 0 or type(numbers[1]) is not int:
-                said = "layer_range must be [0, number of layers]: models are merged whole here."
-                raise self.fail(own.get("layer_range", entry), said)
-            layers.append((own["layer_range"], numbers[1]))
-        return list(entries), layers
+    def layers(self, entry: Node) -> tuple[int, int]:
+        ends = entry.value.get("layer_range", entry)
+        found = [n.value for n in ends.value] if isinstance(ends.value, tuple) else []
+        whole = [n for n in found if type(n) is int and n >= 0]
+        if len(found) != 2 or whole != found or not found[0] < found[1]:
+            said = "layer_range must be [first layer, the one behind the last], as [0, 12]."
+            raise self.fail(ends, said)
+        return found[0], found[1]
 
     def sizes(self, top: Mapping[str, Node], method: str, models: list[str], base: str) -> None:
         node = top["merge_method"]
-        if method in ("slerp", *_TASKS) and not base:
+        if method in (_FROM_BASE, *_TASKS) and not base:
             raise self.fail(node, f"{method} needs a base_model.")
         others = [m for m in models if m != base]
-        if method == "slerp" and len(others) != 1:
+        if method == _FROM_BASE and len(others) != 1:
             said = f"slerp goes from the base to one other model, not to {len(others)}."
             raise self.fail(node, said)
         if method == "passthrough" and (len(models) != 1 or (base and others)):
@@ -349,6 +391,7 @@ class _Reader:
 
 
 _TASKS = tuple(m for m in METHODS if "lambda" in METHODS[m])
+_FROM_BASE = "slerp"
 _SHARES = ("density", "gamma")
 
 

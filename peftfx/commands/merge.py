@@ -1,7 +1,7 @@
 """Merge whole models by a mergekit configuration.
 
-Tensor by tensor; the same command goes on where it was killed, and has nothing to do where all is
-there.
+Models are merged whole, or in slices of layers that are stacked. It goes tensor by tensor; the same
+command goes on where it was killed, and has nothing to do where all is there.
 
 JSON: `{out, tensors, resumed, notes}`.
 """

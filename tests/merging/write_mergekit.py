@@ -80,6 +80,36 @@ MERGES: dict[str, dict[str, Any]] = {
             {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"value": 0.5},
         ]},
     },
+    "stacked": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [0, 2]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 3], "parameters": {"scale": 0.5}}]},
+        ],
+    },
+    "stacked_linear": {
+        "merge_method": "linear", "parameters": {"weight": 0.5},
+        "slices": [
+            {"sources": [
+                {"model": "a", "layer_range": [0, 2], "parameters": {"weight": [0.2, 0.8]}},
+                {"model": "b", "layer_range": [1, 3]},
+            ]},
+            {"sources": [
+                {"model": "base", "layer_range": [2, 3]}, {"model": "a", "layer_range": [0, 1]},
+            ], "parameters": {"weight": [{"filter": "mlp", "value": [0.3, 0.9]}, {"value": 0.4}]}},
+        ],
+    },
+    "stacked_ties": {
+        **BASE, "merge_method": "ties", "parameters": {"weight": 0.7, "density": 0.5},
+        "slices": [
+            {"sources": [
+                {"model": "base", "layer_range": [0, 3]}, {"model": "a", "layer_range": [0, 3]},
+            ]},
+            {"sources": [
+                {"model": "base", "layer_range": [1, 2]}, {"model": "b", "layer_range": [2, 3]},
+            ]},
+        ],
+    },
 }  # fmt: skip
 """Name -> configuration, of the models base, a and b."""
 
