@@ -105,6 +105,32 @@ def test_few_bits_with_a_residual_branch_lose_nothing() -> None:
     assert left * 100 < off
 
 
+def test_few_bits_with_a_residual_branch_hold_the_rest_of_a_change_of_higher_rank() -> None:
+    base = peftfx.capture(Net().eval(), (X,))
+    for recipe in ("lora{rank=8,where=linear}", "dora{where=linear}"):
+        stored = peftfx.run(base, "quantise{format=codebook,where=linear}")
+        stored = randomise(peftfx.run(stored, recipe), 0.1)
+        plain, better = (
+            peftfx.run(stored, f"fold{{lossy=true,{more}}}")
+            for more in ("mode=fold", "mode=residual,rank=4")
+        )
+        want = stored(X)
+        assert (better(X) - want).norm() < (plain(X) - want).norm()
+        scale = "first.weight.scale"
+        assert not torch.equal(*(p.module.get_parameter(scale) for p in (stored, better)))
+        assert all(c.holds for c in better.verify())
+
+
+@pytest.mark.parametrize("mode", ["residual", "keep"])
+def test_weights_that_an_expression_computes_leave_nothing_beside_them(mode: str) -> None:
+    base = peftfx.capture(Net().eval(), (X,))
+    stored = peftfx.run(base, "quantise{format=codebook,where=linear}")
+    for program in (base, stored):
+        adapted = randomise(peftfx.run(program, "said{dimension=100}"), 0.03)
+        with pytest.raises(FoldError, match=r"first\.weight: 'said' computes the weight itself"):
+            peftfx.run(adapted, f"fold{{lossy=true,mode={mode}}}")
+
+
 @pytest.mark.parametrize(("scale", "kept"), [(0.002, True), (0.1, False)])
 def test_branches_stay_where_too_little_would_survive(scale: float, kept: bool) -> None:
     program = adapted(4, scale=scale)

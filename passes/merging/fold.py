@@ -53,6 +53,7 @@ class Fold(Pass):
     """
 
     contract: ClassVar[Contract] = Contract("bounded")
+    rewrites: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
 
     names: tuple[str, ...] | None = None

@@ -74,6 +74,7 @@ class Pass(metaclass=Worded):
         portable: part of a saved artifact (a lowering is not: it depends on the machine).
         reshapes: it changes shapes of what earlier passes inserted, so that replaying can only
             load their values behind it.
+        rewrites: it changes stored tensors of the base that no adapter trains.
         sharded: works on weights that are sharded over ranks, on all ranks together.
         sourced: it needs sources, so that its text alone runs nowhere.
         aliases: what other libraries call its options, see `aliases.py`.
@@ -83,6 +84,7 @@ class Pass(metaclass=Worded):
 
     portable: ClassVar[bool] = True
     reshapes: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
     sourced: ClassVar[bool] = False
     aliases: ClassVar[Mapping[str, Alias]] = {}

@@ -145,7 +145,7 @@ def require_others(before: State, after: State, item: Pass, free: bool) -> None:
     mine = {n for n in after.owned.get(owner, ()) if n not in before.owned.get(owner, ())}
     for name, tensor in new.items():
         base = not name.startswith("peftfx.")
-        if name not in old or name in mine or (base and not free):
+        if name not in old or name in mine or (base and (item.rewrites or not free)):
             continue
         if not _same(old[name], tensor):
             of = "the base" if base else f"the adapter {name.split('.')[1]!r}"

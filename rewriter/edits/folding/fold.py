@@ -62,7 +62,9 @@ def fold(
         VerifyError: a weight is not what its branches compute, see `certificate`.
         NonFiniteError: a base tensor or branch is not finite, or the result overflows its dtype.
     """
-    named = (a for a in edit.program.attachments if a.path in paths)
+    named = [a for a in edit.program.attachments if a.path in paths]
+    if least or rank:
+        _require_matrices(edit, named)
     constants = constant_reads(edit.program, named)
     result = Folding(constants=constants, lossy=lossy, least=least, rank=rank)
     fold_ready(edit.program, frozenset(paths))
@@ -83,6 +85,21 @@ def fold(
         if path not in called:  # what only folded branches read leaves with them
             remember(edit.program, path)
     return result
+
+
+def _require_matrices(edit: Attaching, named: Sequence[Attachment]) -> None:
+    """Raises FoldError where a weight is computed by an expression: nothing of that can stay beside
+    the weight, nor can it be told beforehand what rounding leaves."""
+    for attachment in named:
+        site = edit.program.sites[attachment.site]
+        if attachment.slot != Expression.slot or not isinstance(site, WeightSite):
+            continue
+        if _changes(edit, attachment, site.weight):
+            raise FoldError(
+                f"{site.id}: {attachment.adapter!r} computes the weight itself, of which neither "
+                "mode=residual nor mode=keep leaves anything beside it. Use mode=fold, or leave "
+                "this adapter out with names=[...]."
+            )
 
 
 def branch_of(program: State, attachment: Attachment, reads: Mapping[str, Tensor]) -> Branch:
