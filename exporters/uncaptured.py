@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ..passes.interchange.formula_parts import branches_of
 from ..passes.interchange.imported import branch_of
+from ..passes.interchange.shared import bound_branch
 from ..rewriter.branches.branch import Branch
 from ..rewriter.errors import ArtifactError, CorruptFileError, FoldError
 from ..rewriter.parts.formula_parts import Formula
 from ..rewriter.parts.parts import Change, LowRank, Part, Trained
+from ..rewriter.parts.shared_parts import Mixture, Vera
 from ..rewriter.program.site_table import Sites
 from ..rewriter.program.sites import LinearSite
 from ..rewriter.program.tensors import Tensors
@@ -137,6 +139,8 @@ def _folder(
         like = torch.empty(0, dtype=torch.promote_types(stored.dtype, torch.float32))
         if isinstance(part, Formula):
             own = branches_of(part, stored.shape[0 if layout.matrices[name] else 1], like)
+        elif isinstance(part, Vera | Mixture) and _plain(part) and part.whole():
+            own = [bound_branch(part, like)]
         elif isinstance(part, LowRank | Change) and _plain(part):
             own = [branch_of(part, like)]
         else:

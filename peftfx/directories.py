@@ -124,8 +124,9 @@ def to_directory(
         if direct is None and some:
             raise FoldError(
                 f"{adapter} holds more than changes of linears' weights that nothing else reads, "
-                "and of others nothing can stay beside a model's files. Leave --mode out, or fold "
-                "in memory: run(program, 'fold{mode=...}')."
+                "and of others nothing can stay beside a model's files. Leave --mode out; convert "
+                "it first, where PEFT has a form for it (peftfx convert ADAPTER OUT --to peft "
+                "--base MODEL); or fold in memory: run(program, 'fold{mode=...}')."
             )
         if direct is not None:
             folder, wanted = direct

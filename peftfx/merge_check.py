@@ -142,8 +142,10 @@ def _by_target(
         if name not in base.entries or (place.change is None and place.unknown):
             why = place.unknown or "no tensor of the base has its name"
             raise BaseNeededError(
-                f"{adapter.path}: what folding {place.target} ({place.method}) gives is not told "
-                f"by files: {why}. Fold it with peftfx fold, which measures what it does."
+                f"{adapter.path}: what folding {place.target or 'it'} ({place.method}) gives is "
+                f"not told by its files: {why}. Convert it first, where PEFT has a form for it "
+                "(peftfx convert ADAPTER OUT --to peft --base MODEL), or fold it with peftfx fold, "
+                "which measures what it does."
             )
         changed.setdefault(name, []).append(place)
     return changed

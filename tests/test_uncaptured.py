@@ -65,6 +65,8 @@ CASES = (
     ("llama", "peftfx", "lokr{rank=2};oft{block=4}"),
     ("gpt2", "peft", "oft{block=8,where=o|ffn.up|ffn.down}"),
     ("llama", "peft", "boft{block=8}"),
+    ("llama", "peft", "vera{rank=4,where=linear and not head}"),
+    ("llama", "peft", "vb_lora{rank=2,length=8,vectors=16,where=q|ffn.up}"),
 )
 
 
@@ -104,6 +106,40 @@ def test_what_files_do_not_tell_is_captured(
     monkeypatch.setattr(directories, "capture", refuse)
     with pytest.raises(AssertionError, match="captured"):
         to_directory(root / "base", tmp_path / "out", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "recipe", ["vera{rank=4}", "vb_lora{length=8}", "said{dimension=200,where=linear}"]
+)
+def test_what_shared_tensors_make_is_folded_as_in_memory(
+    made: Any,
+    recipe: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is ours: with a captured model; its own files alone do not tell a merge."""
+    root, program = made("llama")
+    adapted = randomise(peftfx.run(program, recipe), 0.3)
+    peftfx.save(adapted, tmp_path / "adapter")
+    monkeypatch.setattr(directories, "capture", lambda *_, **__: program)
+    done = to_directory(root / "base", tmp_path / "done", tmp_path / "adapter")
+    want, got = peftfx.run(adapted, "fold").export_state_dict(), Checkpoint.read(tmp_path / "done")
+    assert len(done.changed) >= 4 and all(torch.equal(got.tensor(n), t) for n, t in want.items())
+    with pytest.raises(FoldError, match="--to peft"):
+        to_directory(root / "base", tmp_path / "rest", tmp_path / "adapter", rank=2)
+    typed = [str(p) for p in (root / "base", tmp_path / "adapter", tmp_path / "done")]
+    assert main(["check-merge", *typed]) == 2 and "--to peft" in capsys.readouterr().err
+
+
+def test_what_is_beside_no_weight_is_refused(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, program = made("llama")
+    peftfx.save(peftfx.run(program, "said{dimension=200}"), tmp_path / "adapter")
+    monkeypatch.setattr(directories, "capture", lambda *_, **__: program)
+    with pytest.raises(FoldError, match=r"changes a norm, .* --out merged\.safetensors"):
+        to_directory(root / "base", tmp_path / "done", tmp_path / "adapter")
 
 
 def test_another_base_is_refused(made: Any, tmp_path: Path) -> None:

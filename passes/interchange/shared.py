@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...rewriter.branches.branch import Branch
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
 from ...rewriter.parts.parts import Part
@@ -30,6 +31,26 @@ def insert_shared(edit: Editor, part: Part, known: dict[int, Value]) -> bool:
         _mixture(edit, site, part, known)
         return True
     return False
+
+
+def bound_branch(part: Vera | Mixture, like: Tensor) -> Branch:
+    """The branch of a part that is `whole`, with what it reads of what is shared."""
+
+    def own(*tensors: Tensor | None) -> list[Tensor]:
+        return [t.to(like) for t in tensors if t is not None]
+
+    if isinstance(part, Vera):
+        d, vector, down, up = own(part.d, part.vector, part.down, part.up)
+        return VeRABranch(d, vector, part.a.shape[1], part.dropout).bound(down=down, up=up)
+    first, second, bank = own(part.logits_a, part.logits_b, part.bank)
+    branch = VBLoRABranch((first, second), part.topk, part.dropout, _places(part, like))
+    return branch.bound(bank=bank)
+
+
+def _places(part: Mixture, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    if part.places_a is None or part.places_b is None:
+        return None
+    return part.places_a.to(like.device), part.places_b.to(like.device)
 
 
 def _linear(edit: Editor, part: Vera | Mixture) -> LinearSite | None:
@@ -64,7 +85,5 @@ def _mixture(edit: Editor, site: LinearSite, part: Mixture, known: dict[int, Val
         shared = Bank(part.bank.to(like, copy=True))
         bank = known[id(part.bank)] = edit.share(f"bank{number}", shared)
     logits = part.logits_a.to(like, copy=True), part.logits_b.to(like, copy=True)
-    places = None
-    if part.places_a is not None and part.places_b is not None:
-        places = part.places_a.to(like.device), part.places_b.to(like.device)
+    places = _places(part, like)
     edit.add(site, VBLoRABranch(logits, part.topk, part.dropout, places), bank=bank)

@@ -172,12 +172,16 @@ class ShardFolder(Folder):
                 )
         for attachment in program.attachments:
             site = program.sites[attachment.site]
-            reason = getattr(program.branch(attachment), "not_foldable", "")
-            if reason or not isinstance(site, WeightSite):
+            if reason := getattr(program.branch(attachment), "not_foldable", ""):
                 raise FoldError(
-                    f"{attachment.site}: the adapter {attachment.adapter!r} cannot be folded"
-                    f"{f': {reason}' if reason else ''}. Fold the others with "
-                    "save(program, directory, adapters=[...])."
+                    f"{attachment.site}: the adapter {attachment.adapter!r} cannot be folded: "
+                    f"{reason}. Fold the others with save(program, directory, adapters=[...])."
+                )
+            if not isinstance(site, WeightSite):
+                raise FoldError(
+                    f"{attachment.site}: the adapter {attachment.adapter!r} changes a {site.kind}, "
+                    "which is not folded file by file. Fold it in memory: run(program, 'fold'), or "
+                    "peftfx fold MODEL ADAPTER --out merged.safetensors."
                 )
         if not program.attachments and not self.owned:
             raise FoldError("there is no adapter to fold. Pass adapter=DIRECTORY.")
