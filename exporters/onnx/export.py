@@ -202,9 +202,8 @@ def export_onnx(
 
 def check_opset(opset: int | None) -> None:
     """Raises ExportError where a package is missing, or does not have that operator set."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        require(name)
-    newest = require("onnx").defs.onnx_opset_version()
+    onnx, *_ = [require(name) for name in ("onnx", "onnxscript", "onnxruntime")]
+    newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise ExportError(f"there is no opset {opset}; the onnx package installed has 1..{newest}.")
 

@@ -96,7 +96,7 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
         torch.sub(rounded, _as(old[rows], error), out=error)
         went += square(error)
         if len(deltas) == 1:
-            deltas[0].added.to(error, rows, -1.0)
+            deltas[0].added.taken(error, rows)
         else:
             change = sum((d.rows(rows) for d in deltas[1:]), deltas[0].rows(rows))
             size += square(change)

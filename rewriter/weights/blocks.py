@@ -57,12 +57,19 @@ class Added:
             a, b, scale = factors
             self.a, self.b = a.detach(), self.branch.spread(b * scale, 0.0).detach()
 
-    def to(self, block: Tensor, rows: slice, times: float = 1.0) -> None:
-        """Adds some rows, `times` over, to those of a block of the same dtype."""
+    def to(self, block: Tensor, rows: slice) -> None:
+        """Adds some rows to those of a block of the same dtype."""
         if self.whole is None:
-            block.addmm_(self.b[rows], self.a, alpha=times)
+            block.addmm_(self.b[rows], self.a)
         else:
-            block.add_(self.whole[rows], alpha=times)
+            block.add_(self.whole[rows])
+
+    def taken(self, block: Tensor, rows: slice) -> None:
+        """Subtracts some rows, for whoever checks what was added: code of its own."""
+        if self.whole is None:
+            block.addmm_(self.b[rows], self.a, alpha=-1)
+        else:
+            block.sub_(self.whole[rows])
 
     def rows(self, rows: slice, buffer: Tensor) -> Tensor:
         """Some rows; `buffer` holds as many, and may be written."""
