@@ -91,7 +91,12 @@ class Stack:
         config[key] = len(self.layers)
         for listed in (k for k in _BY_LAYER if isinstance(config.get(k), list)):
             own = {m: _config(models[m]).get(listed) for m, _ in self.layers}
-            config[listed] = [own[m][layer] for m, layer in self.layers]
+            if lacking := [m for m, said in own.items() if not isinstance(said, list)]:
+                raise WeightsError(
+                    f"the config.json of {lacking[0]} does not say {listed}, by layer, which "
+                    "another model's does. Stack models of one architecture."
+                )
+            config[listed] = [(own[m] or [])[layer] for m, layer in self.layers]
 
 
 def stack_of(config: Config, models: Mapping[str, Model], lead: Model) -> Stack:

@@ -91,6 +91,10 @@ def test_stacked_layers_are_a_model(tmp_path: Path) -> None:
     import transformers
 
     (tmp_path / "out" / "config.json").write_text(json.dumps(said))
+    path = tmp_path / "b" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_types": None}))
+    with pytest.raises(WeightsError, match=r"config\.json of b does not say layer_types"):
+        merge(tmp_path / "merge.yml", tmp_path / "more")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     scaled = model.state_dict()["model.layers.3.mlp.up_proj.weight"]
     assert torch.equal(scaled, tensors("b")["model.layers.2.mlp.up_proj.weight"] * 0.5)
