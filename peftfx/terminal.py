@@ -72,17 +72,23 @@ def folded(head: Row, rows: Sequence[Row], right: Sequence[str], width: int) -> 
 
     Where its columns would be too narrow for that, each row becomes lines of `name  cell`.
     """
+    columns = list(zip(head, *rows, strict=True))
+    whole = [max(map(len, column)) for column in columns]
     least = [
-        max(map(len, column)) if name in right else _least(column)
-        for name, column in zip(head, zip(head, *rows, strict=True), strict=True)
+        most if name in right else _least(column)
+        for name, most, column in zip(head, whole, columns, strict=True)
     ]
-    if sum(least) + 2 * (len(head) - 1) > width:
+    over = sum(whole) + 2 * (len(head) - 1) - width
+    if sum(whole) - sum(least) < over:
         return _lines(head, rows)
+    for index in sorted(range(len(head)), key=lambda i: least[i] - whole[i]):  # the loosest first
+        cut = min(max(over, 0), whole[index] - least[index])
+        whole[index], over = whole[index] - cut, over - cut
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, narrow in zip(head, least, strict=True):
+    for name, size in zip(head, whole, strict=True):
         table.add_column(
             name, justify="right" if name in right else "left", no_wrap=name in right,
-            overflow="fold", min_width=narrow,
+            overflow="fold", width=size,
         )  # fmt: skip
     for row in rows:
         table.add_row(*map(escape, row))

@@ -179,6 +179,10 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
             "does not exist",
         ),
         (("demo", "--out", file), "is a file"),
+        (
+            (*("combine", TINY, lora, full, file, "--method", "slerp"), "--out", tmp_path / "new"),
+            "slerp goes from one adapter to another",
+        ),
     ]
     for call, message in calls:
         code, said = run(*call)
@@ -271,11 +275,27 @@ def test_tables_fit_the_terminal(width: int) -> None:
     ]
     numbers = ("place", "norm a", "norm b", "cosine", "sign conflicts")
     long = [("model.layers.10.self_attn.q_proj.weight", "0.7115", "1.631", "-0.038", "49.7%")]
-    for columns, cells, right in ((head, rows, ()), (numbers, long, numbers[1:])):
+    judged = ("tensor", "is", "of the change", "roundings")
+    verdicts = [("model.layers.0.mlp.down_proj.weight", "not folded", "0.00523", "4.73e+03")]
+    layers = (
+        "layer",
+        "places",
+        "method",
+        "rank",
+        "alpha",
+        "numbers",
+        "dtype",
+        "norm of the change",
+    )
+    layer = [("0", "12", "lora", "2", "16", "224", "float32", "2.014")]
+    for columns, cells, right in (
+        (head, rows, ()), (numbers, long, numbers[1:]), (judged, verdicts, judged[2:]),
+        (layers, layer, ("places", "numbers")),
+    ):  # fmt: skip
         console = Console(width=width, record=True, file=io.StringIO())
         console.print(folded(columns, cells, right, width))
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= width
         text = "".join("".join(line.split()) for line in lines)
-        for cell in (c for row in cells for c in row if len(c) < 12):
-            assert "".join(cell.split()) in text
+        for cell in (c for row in (columns, *cells) for c in row if len(c) < 12):
+            assert all(word in text for word in cell.split())

@@ -106,8 +106,8 @@ class Combine(Pass):
         if weights is not None:
             finite = all(map(math.isfinite, weights))
             self.require(len(weights) > 0 and finite, "weights", "finite numbers")
-            if self.names is not None and len(weights) != len(self.names):
-                self._require_one_each(len(self.names))
+        if self.names is not None:
+            self._weights(len(self.names))
         self.require(self.rank is None or self.rank >= 1, "rank", "at least 1")
         self.require(self.energy is None or 0 < self.energy <= 1, "energy", "in (0, 1]")
         self.require(math.isfinite(self.scale), "scale", "finite")
