@@ -7,14 +7,14 @@ numbers of a base that is not given, or is no change of a tensor at all, the pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..rewriter.errors import BaseMismatchError, BaseNeededError
+from ..rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
 from ..rewriter.parts.formula_parts import Formula
 from ..rewriter.parts.parts import Change, LowRank, Part, Rows, Scaling, Trained
 from ..rewriter.pipeline.by_site import site_of
@@ -23,6 +23,8 @@ from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
 from .base import Base, Files, require_fit
 from .formats import base_of_files, format_of, read_adapter
+from .hf_peft.adapter import peft_parts
+from .hf_peft.config import CONFIG
 from .plain_lora import change_of
 from .raw_adapter import Raw, raw_adapter
 
@@ -31,6 +33,9 @@ ROWS = 1024
 
 NEEDS_BASE = "needs --base"
 """Why a change is not known: it depends on numbers of the base."""
+
+NEEDS_MODEL = "of a captured model: peftfx fold"
+"""It depends on what the model's calls do, too."""
 
 
 @dataclass(frozen=True)
@@ -148,24 +153,59 @@ def _places(
 ) -> tuple[tuple[Place, ...], tuple[str, ...]]:
     """By the format's reader where it can tell without the model, else as the tensors are named."""
     if kind == "adapterhub":
-        return tuple(_raw_places(raw, "of a captured model")), ()
+        return tuple(_raw_places(raw, NEEDS_MODEL)), ()
+    own = base
     try:
         own = base_of_files(path, kind, raw.shapes) if base is None else base
         parts = read_adapter(own, path, component)
         require_fit(own, parts, str(path))
-    except (BaseNeededError, BaseMismatchError) as error:
+    except (BaseNeededError, BaseMismatchError):
         if base is not None:
             raise
-        del error  # factors alone do not tell all shapes
-        return tuple(_raw_places(raw, NEEDS_BASE)), ()
+        peft = (path, own) if kind == "peft" and own is not None else None
+        return tuple(_raw_places(raw, NEEDS_BASE, peft)), ()
     return tuple(place_of(part, own) for part in parts.parts), parts.notes
 
 
-def _raw_places(raw: Raw, unknown: str) -> Iterator[Place]:
+def _raw_places(
+    raw: Raw, unknown: str, peft: tuple[str | Path, Files] | None = None
+) -> Iterator[Place]:
+    """Module by module: what one needs the base for, others may not.
+
+    Args:
+        unknown: why what is not told is not.
+        peft: where it is, of PEFT, and the base as far as its own factors tell it.
+    """
     for module, leaves in raw.modules().items():
-        part = _raw_factors(module, leaves, raw.alpha)
-        known = part and place_of(part, None)
-        yield known or _place(module, raw.method.lower() or "-", leaves.values(), unknown=unknown)
+        tensors = {leaf: raw.tensors[name] for leaf, name in leaves.items()}
+        if peft and (own := _peft_places(*peft, raw, leaves.values())):
+            yield from own
+        elif part := raw.factors.get(module) or _raw_factors(module, tensors, raw.alpha):
+            yield place_of(part, None)
+        else:
+            beside = any(word in name for name in leaves.values() for word in _NO_CHANGE)
+            why = "no change of a weight" if beside else unknown
+            whole = peft and {*leaves} <= {"", "weight"}
+            method = "trained" if whole else raw.method.lower() or "-"
+            yield _place(module, method, tensors.values(), unknown=why)
+
+
+_NO_CHANGE = (
+    "adapters.", "prefix_tuning", "prompt_", "adapter_fusion_layer.", "prefix_gates.",
+    "prefix_task_", "shared_parameters.",
+)  # fmt: skip
+"""In the names of what computes beside weights, in PEFT's files and AdapterHub's."""
+
+
+def _peft_places(path: str | Path, own: Files, raw: Raw, names: Iterable[str]) -> tuple[Place, ...]:
+    """One module of an adapter of PEFT; () where that needs the base."""
+    tensors = {name: raw.tensors[name] for name in names}
+    try:
+        parts = peft_parts(own, raw.config, tensors, str(Path(path) / CONFIG))
+        require_fit(own, parts, str(path))
+    except ArtifactError:
+        return ()
+    return tuple(place_of(part, own) for part in parts.parts)
 
 
 def _raw_factors(module: str, leaves: Mapping[str, Tensor], alpha: float) -> LowRank | None:
@@ -235,7 +275,7 @@ def _saved_place(
     if part is not None:
         return place_of(part, base, method)
     tensors = [t for t in leaves.values() if t.is_floating_point()]
-    return _place(target, method, tensors, unknown="of a captured model")
+    return _place(target, method, tensors, unknown=NEEDS_MODEL)
 
 
 def place_of(part: Part, base: Base | None, method: str = "") -> Place:

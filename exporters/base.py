@@ -10,6 +10,7 @@ rows, each larger one as a convolution.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,27 @@ def sizes(shapes: Mapping[str, Shape], in_out: bool = False) -> Files:
             shape = _beside(leaf, narrow, wide, in_out)
             for path in _paths(key.removesuffix(f".{leaf}")):
                 stored[f"{path}.weight"] = torch.empty(shape, device="meta")
+    for key in shapes:
+        path, _, leaf = key.rpartition(".")
+        if leaf in ("hada_w1_a", "lokr_w1", "lokr_w1_a") and (shape := _product(path, shapes)):
+            for name in _paths(path):
+                stored[f"{name}.weight"] = torch.empty(shape, device="meta")
     return Files(stored, Sites(tuple(_sites(stored, in_out))), knows="sizes")
+
+
+def _product(path: str, shapes: Mapping[str, Shape]) -> Shape:
+    """The shape of the weight beside LoHa's or LoKr's factors; () where these do not tell."""
+
+    def side(name: str) -> Shape:
+        whole, first, second = (shapes.get(f"{path}.{name}{end}", ()) for end in ("", "_a", "_b"))
+        return whole or ((first[0], second[1]) if len(first) == len(second) == 2 else ())
+
+    if any(f"{path}.{name}" in shapes for name in ("hada_t1", "lokr_t2")):
+        return ()
+    left, right = side("lokr_w1"), side("lokr_w2")
+    if len(left) == len(right) == 2:
+        return left[0] * right[0], left[1] * right[1]
+    return side("hada_w1")
 
 
 _PAIRS = {
@@ -213,6 +234,15 @@ def snapshot(base: Base) -> Files:
         return base
     model = type(base.module).__name__
     return Files(base.base.base_tensors(), base.sites, base.tensors, "calls", model)
+
+
+@contextlib.contextmanager
+def fitting(where: str | Path) -> Iterator[None]:
+    """Names the file in errors of adapters that do not fit a program."""
+    try:
+        yield
+    except BaseMismatchError as error:
+        raise BaseMismatchError(f"{where}: {error}") from error
 
 
 def require_fit(base: Base, parts: Parts, where: str) -> None:

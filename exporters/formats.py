@@ -22,7 +22,7 @@ from ..rewriter.storage.safetensors_checkpoint import header
 from .adapter_parts import adapter_parts
 from .adapterhub.adapter import is_adapterhub, load_adapterhub, save_adapterhub
 from .adapterhub.fusion import is_setup
-from .base import GIVE_BASE, Base, Files, checkpoint, require_fit, sizes
+from .base import GIVE_BASE, Base, Files, checkpoint, fitting, require_fit, sizes
 from .gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from .gguf.file import is_gguf
 from .hf_peft.adapter import inserted, name_of, read_peft, save_peft, write_peft
@@ -112,7 +112,9 @@ def load_adapter(
         return load(program, path, name=name or None, allow_base_mismatch=allow_base_mismatch)
     if kind == "adapterhub" and not component:
         return load_adapterhub(program, path, name)
-    return inserted(program, read_adapter(program, path, component), name or name_of(path))
+    parts = read_adapter(program, path, component)
+    with fitting(path):
+        return inserted(program, parts, name or name_of(path))
 
 
 def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:

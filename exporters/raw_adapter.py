@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ from torch import Tensor
 from ..rewriter.errors import ArtifactError
 from ..rewriter.files.directory import reading
 from ..rewriter.files.files import header_metadata, parse_tensors, read_file
+from ..rewriter.parts.parts import LowRank
 from .adapterhub.config import SAFE, TENSORS
 from .adapterhub.files import json_in, tensors_in
+from .adapterhub.lora import factors_alone
 from .gguf.adapter import ALPHA
 from .gguf.file import opened
 from .hf_peft.adapter import peft_files
@@ -39,6 +42,8 @@ class Raw:
         base: what it was trained on, if the file says so.
         alpha: of all factors, where the file has one for all (GGUF).
         about: further words of the file.
+        config: of PEFT, what its file says.
+        factors: of AdapterHub, what its files tell without the model, by module.
     """
 
     tensors: Mapping[str, Tensor]
@@ -46,6 +51,8 @@ class Raw:
     base: str = ""
     alpha: float = 0.0
     about: Mapping[str, str] = field(default_factory=dict[str, str])
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    factors: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,14 +64,15 @@ class Raw:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    def modules(self) -> dict[str, dict[str, Tensor]]:
-        """Module path -> its tensors by the rest of their names."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
+    def modules(self) -> dict[str, dict[str, str]]:
+        """Module path -> the rest of its tensors' names -> their whole names."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self.tensors:
             leaf = _LEAF.search(name)
             module = name[: leaf.start()] if leaf else name.removesuffix(".weight")
+            rest = name[len(module) + 1 :]
             module = module.removeprefix("base_model.model.").removeprefix("base_model.")
-            found.setdefault(module, {})[name[len(module) + 1 :]] = tensor
+            found.setdefault(module, {})[rest] = name
         return found
 
 
@@ -82,7 +90,7 @@ def raw_adapter(path: str | Path, kind: str) -> Raw:
         case "peft":
             config, tensors, _ = reading(path, f"a directory with a {CONFIG}", peft_files)
             base = str(config.get("base_model_name_or_path") or "")
-            return Raw(tensors, str(config["peft_type"]), base, about=_words(config))
+            return Raw(tensors, str(config["peft_type"]), base, 0.0, _words(config), config=config)
         case "mlx":
             folder = Path(path)
             config = reading(folder, f"a directory with a {CONFIG}", lambda f: json_in(f, CONFIG))
@@ -123,7 +131,7 @@ def _adapterhub(folder: Path) -> Raw:
     configs = sorted(folder.glob(f"**/{CONFIG}"))
     tensors: dict[str, Tensor] = {}
     methods: list[str] = []
-    base, about = "", dict[str, str]()
+    base, about, factors = "", dict[str, str](), dict[str, LowRank]()
     for config in configs:
         inner = config.parent.relative_to(folder).as_posix()
         data, own = reading(config.parent, f"a directory with a {CONFIG}", _member)
@@ -133,9 +141,12 @@ def _adapterhub(folder: Path) -> Raw:
         methods.append(str(said.get("architecture") or "bottleneck"))
         base = str(data.get("model_name") or "")
         about |= _words(said)
+        with contextlib.suppress(ArtifactError):  # what is not understood is told as unknown
+            known = factors_alone(data, own, str(config))
+            factors |= {f"{prefix}{path}": part for path, part in known.items()}
     if not tensors:
         raise ArtifactError(f"{folder} holds no adapter's tensors. Save it again.")
-    return Raw(tensors, "/".join(dict.fromkeys(methods)), base, about=about)
+    return Raw(tensors, "/".join(dict.fromkeys(methods)), base, about=about, factors=factors)
 
 
 def _member(folder: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -96,6 +96,8 @@ def _files(layout: Layout, source: Checkpoint) -> Files:
     """The base, with what its calls do with matrices."""
     names = source.places(layout.state_names, layout.aliases, layout.tensors)
     known, mapped = checkpoint(source.directory), source.all_mapped()
+    for name, about in source.wholes.items():
+        mapped[name] = torch.empty(about.shape, dtype=about.dtype, device="meta")
     stored = {first: mapped[name] for first, name in names.items()}
     sites = tuple(_site(name, stored[name], turned) for name, turned in layout.matrices.items())
     return replace(known, stored=stored, sites=Sites(sites), tensors=Tensors(layout.aliases))

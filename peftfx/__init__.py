@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from .drawing import draw_sites
+from .exporters.hf_names import checkpoint_of
 from .exporters.hf_peft.adapter import load_peft, save_peft
 from .exporters.hf_peft.recipe import from_peft_config
 from .registry import load_passes
@@ -64,6 +65,7 @@ __all__ = [
     "Sites",
     "as_hf",
     "capture",
+    "checkpoint_of",
     "controllers",
     "draw_sites",
     "export_onnx",

@@ -12,6 +12,7 @@ from typing import Any
 
 from .exporters.formats import format_of, load_adapter
 from .exporters.gguf.base import Dequantised, write_directory
+from .exporters.hf_names import checkpoint_of
 from .exporters.uncaptured import uncaptured
 from .models import Named, is_gguf_model, load_model
 from .rewriter.api import Program
@@ -119,8 +120,9 @@ def to_directory(
                 "out --mode, or --allow-base-mismatch."
             )
         direct = None
+        files = checkpoint_of(source, named.model)
         if not allow_base_mismatch:
-            direct = _uncaptured(named, source, adapter, least, rank)
+            direct = _uncaptured(named, files, adapter, least, rank)
         if direct is None and some:
             raise FoldError(
                 f"{adapter} holds more than changes of linears' weights that nothing else reads, "
@@ -135,18 +137,18 @@ def to_directory(
         else:
             program = capture(named.model, kwargs=named.example, **(capturing or {}))
             done = _fold(
-                program, source, target, adapter, made_of, progress, allow_base_mismatch, called
+                program, files, target, adapter, made_of, progress, allow_base_mismatch, called
             )
     return _said(done, read.notes)
 
 
 def _uncaptured(
-    named: Named, source: Path, adapter: str | Path, least: float, rank: int
+    named: Named, source: Checkpoint, adapter: str | Path, least: float, rank: int
 ) -> tuple[LayoutFolder, Base] | None:
     layout = named.layout()
     if layout is None:
         return None
-    return uncaptured(layout, Checkpoint.read(source), adapter, least, rank)
+    return uncaptured(layout, source, adapter, least, rank)
 
 
 def _said(done: FoldedCheckpoint, notes: Sequence[str] = ()) -> Directory:
@@ -207,7 +209,7 @@ def _checkpoint(
 
 def _fold(
     program: Program,
-    source: Path,
+    source: Checkpoint,
     target: str | Path,
     adapter: str | Path,
     made_of: Mapping[str, Any],

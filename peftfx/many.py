@@ -20,6 +20,7 @@ import torch
 
 from .directories import identity
 from .exporters.formats import format_of, load_adapter
+from .exporters.hf_names import checkpoint_of
 from .exporters.uncaptured import uncaptured
 from .models import Named, load_model
 from .rewriter.api import Program
@@ -31,7 +32,6 @@ from .rewriter.storage.artifact import read
 from .rewriter.storage.filling import load_weights
 from .rewriter.storage.folding import LayoutFolder
 from .rewriter.storage.loading import attach
-from .rewriter.storage.safetensors_checkpoint import Checkpoint
 from .rewriter.storage.stream import (
     RECORD,
     Base,
@@ -189,7 +189,7 @@ class _Work:
     ) -> None:
         self.named, self.capturing = named, capturing
         self.outcomes, self.made_of = outcomes, made_of
-        self.checkpoint, self.progress = Checkpoint.read(source), progress
+        self.checkpoint, self.progress = checkpoint_of(source, named.model), progress
         self.layout = named.layout()
         self.digests: dict[str, str] = {}
 
@@ -201,7 +201,7 @@ class _Work:
     @functools.cached_property
     def filled(self) -> Program:
         """The same with values, mapped from files."""
-        return load_weights(self.hollow, self.checkpoint.directory)
+        return load_weights(self.hollow, self.checkpoint)
 
     def _direct(self, index: int) -> tuple[LayoutFolder, Base] | None:
         """How an adapter folds without the captured base; None where it needs that."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,22 @@ class Named:
     def layout(self) -> Layout | None:
         """Of a hollow model, see `layout_of`."""
         known = {n: t for n, t in self.example.items() if n != "attention_mask"}  # read as numbers
-        return layout_of(self.model, known)
+        with _runs_hollow(self.model):
+            return layout_of(self.model, known)
+
+
+@contextlib.contextmanager
+def _runs_hollow(model: Any) -> Iterator[None]:
+    """Experts of transformers by the form that runs without values in every dtype, meanwhile."""
+    own = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if own is None or not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(own)
 
 
 def load_model(name: str, hollow: bool = False) -> Named:

@@ -72,6 +72,7 @@ def _single_file(document: Document) -> Path:
 
 _DOCUMENTS: dict[str, Callable[[Document], Path]] = {
     "peft": lambda document: _directory(document, TENSORS),
+    "peft_text": lambda document: _directory(document, TENSORS),
     "mlx": lambda document: _directory(document, MLX_TENSORS),
     "single_file": _single_file,
     "adapterhub": lambda document: _directory(document, SAFE),
@@ -88,7 +89,7 @@ def _document_of(name: str, data: bytes) -> None:
     if name == "adapterhub":
         read_adapterhub(_bert(), path)
         return
-    base = writers.base()
+    base = _text() if name == "peft_text" else writers.base()
     parts = read_adapter(base, path)
     require_fit(base, parts, "it")
     for write in (written, plain_lora):
@@ -122,6 +123,14 @@ def _bert() -> Any:
 
 
 @functools.cache
+def _text() -> Any:
+    """A language model, for prompts, rows of keys, norms and tokens."""
+    from .formats.peft_cases import program
+
+    return program("llama")
+
+
+@functools.cache
 def _llama() -> Files:
     """A layer of Llama as its files' headers tell it."""
     shapes = {"model.embed_tokens": (64, 32), "model.norm": (32,), "lm_head": (64, 32)}
@@ -149,9 +158,18 @@ def _document(folder: Path, tensors: str) -> bytes:
     return json.dumps({"config": config, "header": json.loads(raw[8 : 8 + size])}).encode()
 
 
+_TEXT = {
+    "prompt": "prompt", "prefix": "prefix", "multitask": "multitask", "norms": "norms",
+    "rows": "rows", "lora_rows": "token rows", "invocation": "invocation",
+}  # fmt: skip
+"""Name of a document -> the case of `formats/peft_cases` that it is of."""
+
+
 def _write() -> None:
     import peft
     from safetensors.torch import save_file
+
+    from .formats.peft_cases import CASES, base
 
     both: dict[str, Any] = {"target_modules": ["up", "down"]}
     configs: dict[str, tuple[str, dict[str, Any]]] = {
@@ -165,6 +183,9 @@ def _write() -> None:
         "oft": ("OFT", {"oft_block_size": 4}), "boft": ("BOFT", {"boft_block_size": 4}),
         "hira": ("Hira", {"r": 2}), "hra": ("HRA", {"r": 2}), "c3a": ("C3A", {"block_size": 8}),
         "delora": ("Delora", {"r": 2}), "beft": ("Beft", {}),
+        "vblora": ("VBLoRA", {"num_vectors": 6, "vector_length": 8, "topk": 2}),
+        "vblora_largest": ("VBLoRA", {"num_vectors": 6, "vector_length": 8, "topk": 2,
+                                      "save_only_topk_weights": True}),
     }  # fmt: skip
     documents: dict[tuple[str, str], bytes] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -173,6 +194,11 @@ def _write() -> None:
             config = getattr(peft, f"{kind}Config")(**both, **options)
             peft.get_peft_model(writers.Net(), config).save_pretrained(place)  # pyright: ignore
             documents["peft", name] = _document(folder, TENSORS)
+        for name, case in _TEXT.items():
+            model, (kind, options) = CASES[case]
+            adapted: Any = peft.get_peft_model(base(model), getattr(peft, kind)(**options))
+            adapted.save_pretrained(place)
+            documents["peft_text", name] = _document(folder, TENSORS)
         for name in ("lora", "dora", "full"):
             factors = {"up.lora_a": torch.ones(16, 2), "up.lora_b": torch.ones(2, 48)}
             factors |= {"up.m": torch.ones(48)} if name == "dora" else {}

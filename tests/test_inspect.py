@@ -17,13 +17,15 @@ from peftfx.cli import main
 from peftfx.comparison import compare
 from peftfx.drawing.heat import draw_comparison
 from peftfx.drawing.places import kinds_of
-from peftfx.exporters.adapter_changes import describe
+from peftfx.exporters.adapter_changes import describe, place_of
+from peftfx.exporters.adapterhub.files import read_adapterhub
 from peftfx.exporters.base import checkpoint
 from peftfx.exporters.formats import in_out_of
 from peftfx.rewriter.errors import BaseMismatchError, BaseNeededError, OptionError
 
 from .formats.peft_cases import CASES, base
 from .formats.test_convert import adapter, directory
+from .formats.write_with_peftfx import program
 from .temporary import lasting
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,7 +74,7 @@ def test_norms_are_those_of_what_peft_merges(case: str) -> None:
     assert changed - biases == seen
 
 
-FACTORS = ["lora", "patterns", "rslora", "adalora", "fused", "encoder-decoder"]
+FACTORS = ["lora", "patterns", "rslora", "adalora", "fused", "encoder-decoder", "loha", "lokr"]
 
 
 @pytest.mark.parametrize("case", FACTORS)
@@ -85,9 +87,7 @@ def test_factors_need_no_base(case: str) -> None:
         assert one.norm == pytest.approx(other.norm) and one.rank == other.rank
 
 
-@pytest.mark.parametrize(
-    "case", ["ia3", "loha", "head", "head saved", "norms", "prompt", "dora", "oft"]
-)
+@pytest.mark.parametrize("case", ["ia3", "head", "head saved", "norms", "prompt", "dora", "oft"])
 def test_what_depends_on_the_base_says_so(case: str, run: Any) -> None:
     code, said = run("inspect", adapter(case)[0])
     assert code == 0 and said["parameters"] > 0 and said["places"]
@@ -111,10 +111,41 @@ def test_formats_tell_the_same(run: Any, tmp_path: Path) -> None:
     assert said["pairs"][0]["sign_conflicts"] == 0
 
 
-def test_what_adapterhub_says_of_itself(run: Any) -> None:
-    """Its places are those of a captured model; its options are in the file."""
-    said = run("inspect", Path(__file__).parent / "formats" / "adapterhub" / "bert-lora")[1]
-    assert said["about"]["r"] and said["about"]["alpha"] and said["methods"] == ["lora"]
+@pytest.mark.parametrize("case", ["head saved", "token rows", "biases"])
+def test_one_place_that_needs_the_base_hides_no_other(case: str) -> None:
+    """Norms of all factors, and of each other place why there is none."""
+    folder = adapter(case)[0]
+    with_base = describe(folder, checkpoint(directory(CASES[case][0])))
+    want = {p.target: p.norm for p in with_base.places}
+    alone = describe(folder)
+    told = [p for p in alone.places if p.norm is not None]
+    assert told and len(told) == sum(p.method == "lora" for p in with_base.places)
+    assert all(p.norm == pytest.approx(want[p.target], rel=1e-6) for p in told)
+    rest = [p for p in alone.places if p not in told]
+    assert rest and all(p.norm is None and p.unknown == "needs --base" for p in rest)
+
+
+HUB = {"bert-lora": True, "bert-lora_old": True, "bert-vera": True, "gpt2-lora": True,
+       "t5-lora": True, "bert-unipelt": False, "bert-dora": False, "bert-ia3": False,
+       "bert-seq_bn": False, "bert-prefix": False, "bert-prompt": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*HUB])
+def test_adapterhub_tells_what_its_files_do(case: str, run: Any) -> None:
+    """LoRA's changes are those of the captured model; of others it says why not."""
+    folder = Path(__file__).parent / "formats" / "adapterhub" / case
+    said = run("inspect", folder)[1]
+    assert said["methods"] and said["places"]
+    assert all((p["norm"] is None) == bool(p["unknown"]) for p in said["places"])
+    loras = [p for p in said["places"] if p["unknown"] != "no change of a weight"]
+    assert all((p["norm"] is not None) == HUB[case] for p in loras)
+    assert bool(loras) == (case.rpartition("-")[2] not in ("seq_bn", "prefix", "prompt"))
+    if case in ("bert-lora", "gpt2-lora"):
+        assert said["about"]["r"] and said["about"]["alpha"]
+        parts = read_adapterhub(program(case.partition("-")[0]), folder).parts
+        want = sorted(float(place_of(part, None).norm or 0) for part in parts)
+        got = sorted(p["norm"] for p in said["places"])
+        assert want == pytest.approx(got, rel=1e-6)
 
 
 def test_our_own(captured: Any, tmp_path: Path) -> None:

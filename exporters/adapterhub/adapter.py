@@ -18,6 +18,7 @@ from ...rewriter.parts.parts import Fusion
 from ...rewriter.pipeline.passes import NAME
 from ...rewriter.run.run import run
 from ..adapter_parts import adapter_parts
+from ..base import fitting
 from ..hf_peft.adapter import name_of
 from .config import CONFIG
 from .files import adapter_files, json_in, read_adapterhub
@@ -47,7 +48,8 @@ def load_adapterhub(program: Program, directory: str | Path, name: str = "") -> 
     own = name or name_in(folder)
     own = own if NAME.fullmatch(own) else name_of(folder)
     parts = read_adapterhub(program, folder)
-    return run(program, item_of(program, own, parts), sources=[parts])
+    with fitting(folder):
+        return run(program, item_of(program, own, parts), sources=[parts])
 
 
 def name_in(directory: str | Path) -> str:

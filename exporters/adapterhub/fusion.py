@@ -21,6 +21,7 @@ from ...rewriter.parts.parts import Bottleneck, Fusion, Part
 from ...rewriter.run.run import run
 from ...rewriter.storage.parts import Parts
 from ..adapter_parts import adapter_parts, unchanged
+from ..base import fitting
 from .config import FUSION, FUSION_CONFIG, SAFE_FUSION, SETUP, VERSION
 from .files import (
     adapter_files,
@@ -52,7 +53,8 @@ def load_setup(program: Program, directory: str | Path, name: str) -> Program:
     members = _members(setup.get("adapter_setup"), str(folder / SETUP))
     for member in members:
         parts = read_adapterhub(program, folder / member)
-        program = run(program, item_of(program, member, parts), sources=[parts])
+        with fitting(folder / member):
+            program = run(program, item_of(program, member, parts), sources=[parts])
     fusion = _read_fusion(program, folder / ",".join(members))
     return run(program, Imported(name=name), sources=[fusion])
 

@@ -7,16 +7,19 @@ DoRA divides by the norm of `W + B A` whatever alpha is, and scales the layer's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...rewriter.errors import ArtifactError
 from ...rewriter.parts.parts import LowRank, Part, Scaling, Trained
 from ...rewriter.program.sites import LinearSite
-from .config import Options
+from .config import LORA, Options, options_of
 from .leaves import Leaves, needed, popped
 from .places import Places, sites_at
-from .reading import File, gate_leaves
+from .reading import File, gate_leaves, grouped
 
 _FUSED = ("q", "k", "v")
 
@@ -57,20 +60,12 @@ def _scaling(options: Options, places: Places, name: str, leaves: Leaves, where:
 def _product(
     options: Options, places: Places, name: str, leaves: Leaves, shared: Leaves, where: str
 ) -> list[Part]:
-    rank, dropout = options.take("r", int), float(options.take("dropout", float, int))
-    scale = float(options.take("alpha", int, float)) / rank
+    dropout = float(options.take("dropout", float, int))
     gate: Leaves = {}
     if options.take("use_gating", bool):
-        gate, scale = gate_leaves(leaves, "gate.", where), 1.0
-    a, b = _vera(leaves, shared, where) if shared else (
-        popped(leaves, "lora_A", where), popped(leaves, "lora_B", where)
-    )  # fmt: skip
-    groups = len(a) // rank
-    if len(a) != groups * rank or b.shape[1] != rank or groups not in (1, 2, 3):
-        raise ArtifactError(
-            f"{where}: the config's rank is {rank}, and the tensors are {list(a.shape)} and "
-            f"{list(b.shape)}. The files do not belong together; save the adapter again."
-        )
+        gate = gate_leaves(leaves, "gate.", where)
+    a, b, scale = _factors(options, leaves, shared, where)
+    scale, groups = 1.0 if gate else scale, len(a) // b.shape[1]
     enabled, out = _enabled(options, places, name, len(b), where)
     if gate and len(gate["gate"]) != 1:
         raise options.refuse("use_gating", "a fused projection has one gate here")
@@ -83,6 +78,43 @@ def _product(
     if not options.take("use_dora", bool):
         return [part]
     return _magnitudes(options, places, part, popped(leaves, "m.weight", where).flatten(), where)
+
+
+def factors_alone(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> dict[str, LowRank]:
+    """The changes that files tell without their model, by the module's path in them: LoRA's and
+    VeRA's, but for those behind a gate and those with magnitudes."""
+    found: dict[str, LowRank] = {}
+    for options in options_of(data, where):
+        if options.architecture != LORA or options.take("composition_mode", str) != "add":
+            continue
+        if options.take("use_gating", bool) or options.take("use_dora", bool):
+            continue
+        file = grouped(tensors, str(data.get("name")), where)
+        shared = {k: t for own in file.take("shared_parameters").values() for k, t in own.items()}
+        for path, leaves in file.take("loras").items():
+            a, b, scale = _factors(options, dict(leaves), shared, where)
+            spread = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
+            found[path] = LowRank(path, a, spread, scale)
+    return found
+
+
+def _factors(
+    options: Options, leaves: Leaves, shared: Leaves, where: str
+) -> tuple[Tensor, Tensor, float]:
+    """The factors of a module, of fused projections in groups, and what scales them."""
+    rank = options.take("r", int)
+    a, b = _vera(leaves, shared, where) if shared else (
+        popped(leaves, "lora_A", where), popped(leaves, "lora_B", where)
+    )  # fmt: skip
+    groups = len(a) // rank if rank > 0 else 0
+    if len(a) != groups * rank or b.shape[1] != rank or groups not in (1, 2, 3):
+        raise ArtifactError(
+            f"{where}: the config's rank is {rank}, and the tensors are {list(a.shape)} and "
+            f"{list(b.shape)}. The files do not belong together; save the adapter again."
+        )
+    return a, b, float(options.take("alpha", int, float)) / rank
 
 
 def _vera(leaves: Leaves, shared: Leaves, where: str) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from ...rewriter.storage.card import CARD, is_ours, short_card
 from ...rewriter.storage.parts import Parts
 from ...rewriter.verify.verify import check_graph
 from ..adapter_parts import adapter_parts, unchanged
-from ..base import GIVE_BASE, Base, snapshot
+from ..base import GIVE_BASE, Base, fitting, snapshot
 from ..plain_lora import plain_lora
 from .changes import biases, norms, prefixes, prompts, scalings, token_rows
 from .config import CONFIG, PICKLED, PREFIX, TENSORS, Config
@@ -116,11 +116,13 @@ def load_peft(
 
     Raises:
         ArtifactError: (CorruptFileError, NonFiniteError) a file, key or option that is damaged, not
-            understood, or does not fit this model. Nothing is inserted.
+            understood, or (BaseMismatchError) does not fit this model. Nothing is inserted.
         PassError: the program cannot hold a part of it.
     """
     program = target if isinstance(target, Program) else _captured(target, captured)
-    return inserted(program, read_peft(program, directory), name or name_of(directory))
+    parts = read_peft(program, directory)
+    with fitting(directory):
+        return inserted(program, parts, name or name_of(directory))
 
 
 def inserted(program: Program, parts: Parts, name: str) -> Program:
@@ -238,8 +240,14 @@ def write_peft(
 
 def read_peft(program: Base, directory: str | Path) -> Parts:
     """An adapter of PEFT in parts; see `load_peft`."""
+    return peft_parts(program, *reading(directory, f"a directory with a {CONFIG}", peft_files))
+
+
+def peft_parts(
+    program: Base, data: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> Parts:
+    """The same of what its files hold, or of some of the tensors."""
     program = snapshot(program)
-    data, tensors, where = reading(directory, f"a directory with a {CONFIG}", peft_files)
     config = Config(data, where)
     readers = READERS.get(config.type)
     if readers is None:
@@ -257,7 +265,7 @@ def read_peft(program: Base, directory: str | Path) -> Parts:
     if not parts:
         raise ArtifactError(f"{where}: the adapter holds nothing.")
     source = f"peft {data.get('peft_version') or 'of unknown version'} {config.type}"
-    return Parts(tuple(parts), source, _notes(config), data, tensors)
+    return Parts(tuple(parts), source, _notes(config), dict(data), dict(tensors))
 
 
 def _parts(reader: Reader, config: Config, tensors: dict[str, Tensor], program: Base) -> list[Part]:
@@ -335,7 +343,8 @@ def _whole(config: Config, tensors: dict[str, Tensor], program: Base) -> list[Pa
         if own is None:
             raise BaseMismatchError(
                 f"{config.where}: the key {key!r} belongs to no layer of {config.type} and is no "
-                f"parameter of this model. Nearest: {nearest(name, base)}."
+                f"parameter of this model. Nearest: {nearest(name, base)}. Use the base that the "
+                "adapter was trained on."
             )
         if _same_values(own, tensor):
             continue  # as the base has it

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...rewriter.branches.branch import Branch, Delta, RowScale
 from ...rewriter.branches.input_map import InputMap
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError
+from ...rewriter.errors import BaseMismatchError, PassError
 from ...rewriter.parts.formula_parts import Butterfly, Formula, Hadamard, Kronecker, Rotation
 from ..reparameterized.boft import BOFTBranch, BOFTRows
 from ..reparameterized.loha import LoHaBranch
@@ -22,7 +22,7 @@ def insert_formula(edit: Editor, part: Formula) -> None:
     """Puts a part at all calls of its weight, of a fused one at all of it.
 
     Raises:
-        PassError: the program has no such weight, or its sizes are others.
+        BaseMismatchError: the program has no such weight, or its sizes are others.
     """
     calls: set[tuple[str, ...]] = set()
     for site in sites_of(edit.program, part.target, False):
@@ -32,7 +32,7 @@ def insert_formula(edit: Editor, part: Formula) -> None:
         count, _, size = site.matrices
         weight = edit.weight(site)
         if not part.fits(count * weight.out_features, size):
-            raise PassError(
+            raise BaseMismatchError(
                 f"what the adapter has for {site.weight} does not fit this model. Use the base "
                 "that the adapter was trained on."
             )

@@ -20,7 +20,7 @@ from ...rewriter.branches.gated import GatedDelta
 from ...rewriter.branches.input_map import MappedWeight
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError
+from ...rewriter.errors import BaseMismatchError, PassError
 from ...rewriter.parts.formula_parts import Formula, Hadamard, Kronecker, Rotation
 from ...rewriter.parts.parts import (
     Bottleneck,
@@ -242,7 +242,8 @@ def insert(edit: Editor, part: Part, active: Value | None = None) -> None:
         active: the tokens on which invoked parts act, bool `[batch, tokens]`.
 
     Raises:
-        PassError: the program has no such weight, or its sizes are others.
+        BaseMismatchError: the program has no such weight, or its sizes are others.
+        PassError: it holds no such part.
     """
     match part:
         case LowRank():
@@ -354,7 +355,10 @@ def _trained(edit: Editor, part: Trained) -> None:
     if not edit.is_parameter(name) and (site := _without_bias(edit.program, part.target)):
         name = edit.add_bias(site)
     elif not edit.is_parameter(name):
-        raise PassError(f"this model has no parameter {part.target!r} that could be trained.")
+        raise BaseMismatchError(
+            f"this model has no parameter {part.target!r} that could be trained. Use the base that "
+            "the adapter was trained on."
+        )
     elif name != part.target:
         raise PassError(
             f"{part.target} is {name} by another name here, and the adapter has values for one of "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ...rewriter.branches.gated import GatedKeyValue
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError
+from ...rewriter.errors import BaseMismatchError, PassError
 from ...rewriter.parts.parts import Prefix
 from ...rewriter.program.sites import AttentionSite, EmbeddingSite, Site
 from ...rewriter.program.state import State
@@ -51,7 +51,7 @@ def insert_prefix(edit: Editor, part: Prefix) -> None:
     here = sites[part.place]
     if part.layer >= len(here):
         have = ", ".join(f"{len(s)} {_PLACES[n]}" for n, s in sites.items() if s)
-        raise PassError(
+        raise BaseMismatchError(
             f"the adapter has a prefix for attention {part.layer} {_PLACES[part.place]}, and this "
             f"model has {have or 'none'}. Use the base that the adapter was trained on."
         )

@@ -11,7 +11,7 @@ from ...rewriter.branches.bottleneck import BottleneckBranch
 from ...rewriter.branches.coupling import CouplingBranch
 from ...rewriter.edits.calls.call import Value
 from ...rewriter.edits.edit import Editor
-from ...rewriter.errors import PassError, nearest
+from ...rewriter.errors import BaseMismatchError, PassError, nearest
 from ...rewriter.parts.parts import (
     Bottleneck,
     Coupling,
@@ -31,14 +31,14 @@ def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
     """The sites of a weight by any of its names: its lookups, or its products.
 
     Raises:
-        PassError: there is none.
+        BaseMismatchError: there is none.
     """
     stored = program.tensors.stored(name)
     every = [s for s in program.sites if isinstance(s, WeightSite)]
     sites = [s for s in every if s.weight == stored and isinstance(s, EmbeddingSite) == lookup]
     if not sites:
         what = "looks up" if lookup else "multiplies by"
-        raise PassError(
+        raise BaseMismatchError(
             f"no call of this model {what} {name!r}. Nearest: "
             f"{nearest(name, {s.weight for s in every})}. Use the base that the adapter was "
             "trained on."
@@ -47,9 +47,9 @@ def sites_of(program: State, name: str, lookup: bool) -> list[WeightSite]:
 
 
 def require_size(fits: bool, name: str, tensor: Tensor) -> None:
-    """Raises PassError where a tensor does not fit."""
+    """Raises BaseMismatchError where a tensor does not fit."""
     if not fits:
-        raise PassError(
+        raise BaseMismatchError(
             f"the adapter has {list(tensor.shape)} for {name}, which does not fit this model. Use "
             "the base that the adapter was trained on."
         )
@@ -77,7 +77,7 @@ def sublayer_of(program: State, name: str) -> SublayerSite:
     """The sublayer whose last product is with a weight.
 
     Raises:
-        PassError: there is none.
+        BaseMismatchError: there is none.
     """
     linear = sites_of(program, name, False)[0]
     role = {"o": "attn", "ffn.down": "ffn"}.get(linear.role)
@@ -87,7 +87,10 @@ def sublayer_of(program: State, name: str) -> SublayerSite:
             continue
         if (site.role, site.stream, site.layer, site.cross) == wanted:
             return site
-    raise PassError(f"{name} is no last product of a sublayer of this model.")
+    raise BaseMismatchError(
+        f"{name} is no last product of a sublayer of this model. Use the base that the adapter was "
+        "trained on."
+    )
 
 
 def seen_of(edit: Editor, site: SublayerSite, reads: str) -> Value | None:
@@ -125,7 +128,9 @@ def insert_compacter(edit: Editor, parts: Sequence[Hypercomplex]) -> None:
 def insert_coupling(edit: Editor, part: Coupling) -> None:
     site = sites_of(edit.program, part.target, True)[0]
     if not isinstance(site, EmbeddingSite):
-        raise PassError(f"{part.target} is no table of tokens. Use the base of the adapter.")
+        raise BaseMismatchError(
+            f"{part.target} is no table of tokens. Use the base that the adapter was trained on."
+        )
     first, second = site.width // 2, site.width - site.width // 2
     for down, up, reads, writes in (
         (part.first_down, part.first_up, second, first),

@@ -22,7 +22,8 @@ from typing import Any
 from ..arguments import add_mismatch, add_model
 from ..directories import identity
 from ..drawing import check_drawing
-from ..models import is_gguf_model
+from ..exporters.hf_names import checkpoint_of
+from ..models import is_gguf_model, load_model
 from ..outputs import check_directory, check_file
 from ..programs import program_of, report, say_directory, write_model
 from ..rewriter.errors import OptionError
@@ -115,8 +116,9 @@ def _fold_into_directory(options: Any) -> Any:
         with progress(options, "folding"):
             records = report(options, run(program, "fold"))
         with progress(options, f"writing {options.out} file by file"):
+            files = checkpoint_of(options.model, load_model(options.model, hollow=True).model)
             done = fold_checkpoint(
-                program, options.model, options.out, made_of=made_of,
+                program, files, options.out, made_of=made_of,
                 model=Path(options.model).resolve().name,
             )  # fmt: skip
     say_directory(options, done)

@@ -26,7 +26,7 @@ from .safetensors_checkpoint import Checkpoint
 @outside_inference
 def load_weights(
     program: Program,
-    directory: str | Path,
+    directory: str | Path | Checkpoint,
     *,
     device: str | torch.device = "cpu",
     strict: bool = True,
@@ -46,7 +46,8 @@ def load_weights(
 
     Args:
         program: usually captured on the meta device; it is not changed.
-        directory: `model.safetensors`, or shards with their `*.safetensors.index.json`.
+        directory: `model.safetensors`, or shards with their `*.safetensors.index.json`. Where
+            files have other tensors than the model, see `checkpoint_of`.
         device: where the weights go.
         strict: refuse tensors in the files that the program has no place for.
         buffers: values of buffers that no checkpoint holds, for models whose classes do not
@@ -57,7 +58,8 @@ def load_weights(
             its tensors do not fit).
         MetaTensorError: buffers whose values are not known; pass `buffers`.
     """
-    checkpoint = Checkpoint.read(directory)
+    files = isinstance(directory, Checkpoint)
+    checkpoint = directory if files else Checkpoint.read(directory)
     names = checkpoint.match(program, strict)
     place = torch.device(device)
     base = _filled(program, checkpoint, names, place, buffers or {})

@@ -58,7 +58,8 @@ class Folder(ABC):
         self.resumed: set[str] = set()
 
     def canonical(self, name: str) -> str:
-        return self.aliases.get(name, name)
+        whole = self.checkpoint.whole(name)
+        return self.aliases.get(whole, whole)
 
     def resume(self, names: Iterable[str]) -> None:
         """Leaves out tensors that are written already."""
@@ -71,15 +72,14 @@ class Folder(ABC):
         canonical = self.canonical(name)
         weight = self.weight_of.get(canonical)
         if weight is None:
-            own = self._trained(canonical)
-            changed = None if own is None else self._if_changed(canonical, own)
+            current = self._trained(canonical)
         else:
             if canonical not in self.ready:
                 for member, tensor in self._fold(weight).items():
-                    needed = self.uses[member] > 0
-                    self.ready[member] = self._if_changed(member, tensor) if needed else None
+                    self.ready[member] = tensor if self.uses[member] > 0 else None
             self.uses[canonical] -= 1
-            changed = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
+            current = self.ready[canonical] if self.uses[canonical] else self.ready.pop(canonical)
+        changed = None if current is None else self._if_changed(name, canonical, current)
         if changed is not None:
             self.changed.append(name)
         return changed
@@ -108,19 +108,21 @@ class Folder(ABC):
         del folder
         return []
 
-    def _if_changed(self, canonical: str, current: Tensor) -> Tensor | None:
-        """A tensor as the files store it (what trained may be wider); None if it is the same."""
-        old = self.checkpoint.mapped(self.names[canonical])
-        current = current.detach().cpu().to(old.dtype)
+    def _if_changed(self, name: str, canonical: str, current: Tensor) -> Tensor | None:
+        """What the files store under a name (what trained may be wider); None if it is the same."""
+        old, files = self.checkpoint.mapped(name), self.checkpoint
+        current = current.detach().cpu()
+        whole = files.wholes.get(self.names[canonical], files.entries.get(name))
+        if whole is None or tuple(current.shape) != whole.shape:
+            raise FoldError(
+                f"{canonical}: the folded tensor is {tuple(current.shape)}, but the checkpoint's "
+                f"{name} is {tuple(old.shape)}."
+            )
+        current = files.piece(name, current.to(old.dtype))
         if self._trained(canonical) is not None and not all_finite(current):
             raise NonFiniteError(
                 f"{canonical}: what was learnt gives NaN or infinity in {str(old.dtype)[6:]}, "
                 "the checkpoint's dtype."
-            )
-        if current.shape != old.shape:
-            raise FoldError(
-                f"{canonical}: the folded tensor is {tuple(current.shape)}, but the checkpoint's "
-                f"is {tuple(old.shape)}."
             )
         return None if torch.equal(current, old) else current
 

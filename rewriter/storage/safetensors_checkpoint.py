@@ -3,14 +3,17 @@
 Only headers are read at first; tensors follow one at a time, mapped from their file or copied.
 Everything that does not add up (a missing or truncated shard, an index of other files, tensors
 that do not fit a program) is an error before any tensor is used.
+
+A model may have other tensors than its files: one where they hold its pieces, or a renamed one.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,23 @@ from ..errors import ArtifactError, CorruptFileError, PathError, WeightsError
 from ..files.files import HEADER_LIMIT, parse_json, read_file, require_regular
 from ..files.tensor_header import DTYPES, Entry, entries
 
-__all__ = ["DTYPES", "INDEX", "Checkpoint", "Entry", "header", "header_size"]
+__all__ = ["DTYPES", "INDEX", "Checkpoint", "Entry", "Piece", "header", "header_size"]
 
 INDEX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a file's tensor lies in one of the model's: shape, stride and offset of a view."""
+
+    whole: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of a contiguous tensor."""
+        return whole.as_strided(self.shape, self.stride, whole.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,16 @@ class Checkpoint:
         index: name of the index file, or None for a single file.
         shards: file name -> the names of its tensors in the order of their bytes.
         entries: tensor name -> where it is.
+        pieces: those that lie in tensors of the model -> where.
+        wholes: the tensors that these make up (without bytes; the file is that of the first).
     """
 
     directory: Path
     index: str | None
     shards: Mapping[str, tuple[str, ...]]
     entries: Mapping[str, Entry]
+    pieces: Mapping[str, Piece] = field(default_factory=dict[str, Piece])
+    wholes: Mapping[str, Entry] = field(default_factory=dict[str, Entry])
 
     @staticmethod
     def read(directory: str | Path) -> Checkpoint:
@@ -70,8 +91,54 @@ class Checkpoint:
             raise CorruptFileError(f"{path / str(index)} {what}; it belongs to other files.")
         return Checkpoint(path, index, shards, entries)
 
+    def in_pieces(self, pieces: Mapping[str, Piece], stored: Mapping[str, Tensor]) -> Checkpoint:
+        """The same files for a model whose tensors are in pieces there.
+
+        Args:
+            pieces: where all that the files hold lies in the model's tensors, as far as that is
+                known; what does not fill one of them without a rest is left out.
+            stored: the model's tensors, of which shapes count.
+        """
+        of: dict[str, list[str]] = {}
+        for name, piece in pieces.items():
+            if name != piece.whole and piece.shape == self.entries[name].shape:
+                of.setdefault(piece.whole, []).append(name)
+        wholes: dict[str, Entry] = {}
+        for whole, names in of.items():
+            dtypes = {self.entries[n].dtype for n in names}
+            first = self.entries[names[0]]
+            shape = tuple(stored[whole].shape)
+            full = sum(math.prod(pieces[n].shape) for n in names) == math.prod(shape)
+            if full and len(dtypes) == 1 and whole not in self.entries:
+                wholes[whole] = Entry(first.file, first.dtype, shape, 0, 0)
+        kept = {n: pieces[n] for whole in wholes for n in of[whole]}
+        return replace(self, pieces=kept, wholes=wholes)
+
+    def whole(self, name: str) -> str:
+        """The tensor of the model that a file's tensor is, or lies in."""
+        return self.pieces[name].whole if name in self.pieces else name
+
+    def piece(self, name: str, whole: Tensor) -> Tensor:
+        """What a file has under a name of such a tensor."""
+        return self.pieces[name].of(whole.contiguous()) if name in self.pieces else whole
+
+    def _joined(self, whole: str) -> Tensor:
+        """A tensor made of its pieces; the file's own where there is one, as it lies there."""
+        names = [n for n, p in self.pieces.items() if p.whole == whole]
+        about = self.wholes[whole]
+        made = torch.empty(about.shape, dtype=about.dtype)
+        first = self.pieces[names[0]]
+        if len(names) == 1 and (first.shape, first.stride) == (about.shape, made.stride()):
+            return self.mapped(names[0])
+        for name in names:
+            self.piece(name, made).copy_(self.mapped(name))
+        return made
+
     def mapped(self, name: str) -> Tensor:
-        """A tensor that lives in its file until it is touched (copied if it is not aligned)."""
+        """A tensor that lives in its file until it is touched (copied if it is not aligned, and
+        where it is made of pieces)."""
+        if name in self.wholes:
+            return self._joined(name)
         entry = self.entries[name]
         if entry.begin % entry.dtype.itemsize or entry.begin == entry.end:
             return self.tensor(name)
@@ -132,9 +199,10 @@ class Checkpoint:
         names: dict[str, list[str]] = {}
         for name in state_names:
             names.setdefault(aliases.get(name, name), []).append(name)
-        here = {c: [n for n in group if n in self.entries] for c, group in names.items()}
+        known = {n: e for n, e in self.entries.items() if n not in self.pieces} | {**self.wholes}
+        here = {c: [n for n in group if n in known] for c, group in names.items()}
         missing = sorted(c for c, key in here.items() if not key)
-        unexpected = sorted({*self.entries}.difference(*names.values()))
+        unexpected = sorted({*known}.difference(*names.values()))
         if missing or (unexpected and strict):
             raise WeightsError(
                 f"{self.directory} does not hold this model's tensors: {len(missing)} are missing"
@@ -142,7 +210,7 @@ class Checkpoint:
                 + _advice(missing, unexpected)
             )
         for canonical, key in here.items():
-            entry, want = self.entries[key[0]], stored[canonical]
+            entry, want = known[key[0]], stored[canonical]
             if entry.shape != tuple(want.shape) or entry.dtype != want.dtype:
                 raise WeightsError(
                     f"{key[0]!r} in {self.directory / entry.file} is {_about(entry)}, but the "
@@ -165,8 +233,8 @@ def _some(names: list[str]) -> str:
 def _advice(missing: list[str], unexpected: list[str]) -> str:
     if missing and unexpected:
         return (
-            "The files use other names than the model: write them with "
-            "model.save_pretrained(directory, save_original_format=False)."
+            "The files use other names than the model: give checkpoint_of(directory, model), or "
+            "write them with model.save_pretrained(directory, save_original_format=False)."
         )
     if missing:
         return "The checkpoint is of another model, or incomplete."

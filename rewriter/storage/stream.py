@@ -90,7 +90,7 @@ class FoldedCheckpoint:
 
 def fold_checkpoint(
     program: Program,
-    source: str | Path,
+    source: str | Path | Checkpoint,
     target: str | Path,
     *,
     adapter: str | Path | None = None,
@@ -105,7 +105,8 @@ def fold_checkpoint(
     Args:
         program: the captured model (the meta device is enough), with its adapters in it unless
             `adapter` is given; it is not changed.
-        source: the base model's checkpoint directory; it is only read.
+        source: the base model's checkpoint directory; it is only read. Where its files have other
+            tensors than the model, see `checkpoint_of`.
         target: a new or empty directory. It appears complete, by rename, or not at all; meanwhile
             files are in a hidden folder beside it.
         adapter: what `save` wrote; the source's hashes are checked against it.
@@ -131,7 +132,8 @@ def fold_checkpoint(
         expected = artifact.base
         program = attach(program, artifact, str(adapter))
     where = str(adapter or "the program")
-    steps = folding(program, Checkpoint.read(source), target, expected, where, made_of, model=model)
+    files = source if isinstance(source, Checkpoint) else Checkpoint.read(source)
+    steps = folding(program, files, target, expected, where, made_of, model=model)
     return told(steps, progress)
 
 
@@ -286,11 +288,15 @@ class _Writer:
         """Raises BaseMismatchError unless a tensor is that of the base that adapters are of."""
         canonical, same, base = self.folder.canonical(name), True, self.base
         if base.expected is not None:
-            if name not in base.digests:
-                base.digests[name] = tensor_digest(source)
-            same = base.expected.get(canonical, base.digests[name]) == base.digests[name]
+            whole = self.checkpoint.whole(name)
+            if whole not in base.digests:
+                base.digests[whole] = tensor_digest(
+                    source if whole == name else self.checkpoint.mapped(whole)
+                )
+            same = base.expected.get(canonical, base.digests[whole]) == base.digests[whole]
         elif (known := base.values.get(canonical)) is not None:
-            same = self.checkpoint.holds(known, name) or _same_bytes(known, source)
+            same = self.checkpoint.holds(known, name)
+            same = same or _same_bytes(self.checkpoint.piece(name, known), source)
         if not same:
             raise BaseMismatchError(
                 f"{base.where} was trained on other base weights: {name!r} differs. Fold into the "

@@ -22,7 +22,12 @@ import peftfx
 from peftfx.exporters.adapterhub.files import read_adapterhub
 from peftfx.exporters.adapterhub.writing import written
 from peftfx.exporters.formats import load_adapter, save_adapter
-from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, PassError
+from peftfx.rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    NonFiniteError,
+)
 from peftfx.rewriter.parts.parts import Coupling
 
 from .adapterhub_models import output
@@ -221,7 +226,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], type[Exception], str]] = {
     "place": ("bert-seq_bn", options(mh_adapter=True), ArtifactError, "mh_adapter is True"),
     "no size": ("bert-seq_bn", options(reduction_factor={"0": "x"}), ArtifactError,
                 "do not fit together"),
-    "no rank": ("bert-lora", options(r=0), ArtifactError, "do not fit together"),
+    "no rank": ("bert-lora", options(r=0), ArtifactError, "rank is 0"),
     "factors": ("bert-compacter", retensor(lambda t: {k: v[..., :1] if "W_left" in k else v[:, :0]
                 for k, v in t.items() if v.dim() > 1} | {k: v for k, v in t.items() if v.dim() < 2}),
                 ArtifactError, "do not fit together|there are"),
@@ -251,7 +256,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], type[Exception], str]] = {
         "bert.encoder.layer.0.attention.self.query.loras.theirs.lora_A": torch.ones(2, 16)}}),
         ArtifactError, "tensors of loras"),
     "width": ("bert-lora", retensor(lambda t: {k: v[:, :8] if "lora_A" in k else v
-                                               for k, v in t.items()}), PassError, "does not fit"),
+                                               for k, v in t.items()}), BaseMismatchError, "does not fit"),
     "outputs": ("bert-lora", retensor(lambda t: {k: v[:9] if "lora_B" in k else v
                                                  for k, v in t.items()}), ArtifactError, "9 outputs"),
     "copies": ("bert-prefix_flat", retensor(other_copy), ArtifactError, "3 times, with other values"),

@@ -17,7 +17,13 @@ from torch import Tensor
 
 import peftfx
 from peftfx.exporters.formats import convert, format_of, load_adapter
-from peftfx.rewriter.errors import ArtifactError, CorruptFileError, NonFiniteError, RewriteError
+from peftfx.rewriter.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    CorruptFileError,
+    NonFiniteError,
+    RewriteError,
+)
 
 from ..damage import cuts, flips
 from .peft_cases import CASES, base, inputs, output, program
@@ -94,7 +100,7 @@ EDITS: dict[str, tuple[Edit, type[Exception], str]] = {
     "rank of one factor": (cut(A, 2), ArtifactError, r"\[2, 32\] and lora_B.weight \[32, 4\]"),
     "no rank": (put("r", 0), ArtifactError, "is 0, but its tensors have 4"),
     "a rank as text": (put("r", "4"), ArtifactError, "r must be int, not '4'"),
-    "rows of the weight": (cut(B, 20), RewriteError, "does not fit.*Use the base"),
+    "rows of the weight": (cut(B, 20), BaseMismatchError, "/a: .*adapter has .*does not fit.*Use"),
     "a module of no model": (rename("q_proj", "query_key_value"), ArtifactError,
                              "changes 'model.layers.0.self_attn.query_key_value', and this model has "
                              "no such module.*Use the base"),
@@ -262,7 +268,7 @@ def test_prompts_of_other_sizes(tmp_path: Path) -> None:
     refused(folder, ArtifactError, r"prompt_embeddings is \(4, 64\), which is not 5 tokens")
     folder = copied("prompt", tmp_path / "b")
     save_file({"prompt_embeddings": torch.ones(5, 31)}, folder / WEIGHTS)
-    with pytest.raises(RewriteError, match="does not fit this model"):
+    with pytest.raises(BaseMismatchError, match=r"/b: the adapter has .*does not fit this model"):
         load_adapter(program("llama"), folder)
     want = output(program("llama")(**inputs("llama")))
     assert torch.equal(output(program("llama")(**inputs("llama"))), want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from peftfx.exporters.hf_peft.adapter import READERS as READ
 from peftfx.exporters.hf_peft.adapter import REFUSED
 from peftfx.rewriter.errors import (
     ArtifactError,
+    BaseMismatchError,
     CorruptFileError,
     NoFormError,
     NonFiniteError,
-    PassError,
     RewriteError,
 )
 
@@ -287,14 +288,18 @@ BAD: dict[str, tuple[Change, type[RewriteError], str]] = {
     "type": (_put("peft_type", "LORRA"), ArtifactError, "LORRA are not read. Nearest that are: LORA"),
     "no type": (_put("peft_type", None), ArtifactError, "no peft_type"),
     "new option": (_put("frobnicate", 3), ArtifactError, "frobnicate=3 of LORA is not understood"),
-    "replicated layers": (_put("layer_replication", [[0, 2]]), ArtifactError, "layer_replication"),
+    "replicated layers": (_put("layer_replication", [[0, 2], [1, 2]]), BaseMismatchError,
+                          r"layer_replication=\[\[0, 2\], \[1, 2\]\] makes a model of 3 layers.*"
+                          "this model has 2 layers. Repeat them before the capture"),
     "invocation": (_put("alora_invocation_tokens", ["a"]), ArtifactError, "alora_invocation_tokens"),
     "no diagonal": (_put("kasa_config", {"beta": 0.1}), ArtifactError, "has no lora_diag"),
     "other base": (_put("init_lora_weights", "pissa_niter_4"), ArtifactError, "another base"),
     "wrong kind": (_put("lora_alpha", "16"), ArtifactError, "lora_alpha must be int or float"),
     "pattern": (_put("rank_pattern", {"(": 3}), ArtifactError, "no regular expression"),
     "not a number": (_nan, NonFiniteError, "NaN"),
-    "shape": (_wide, PassError, "does not fit this model"),
+    "shape": (_wide, BaseMismatchError, r"/a: the adapter has .*q_proj.weight, which does not fit this "
+              "model. Use the base"),
+    "replication": (_put("layer_replication", 3), ArtifactError, "layer_replication must be list"),
 }  # fmt: skip
 
 
@@ -436,10 +441,48 @@ def test_prefixes_of_decoders_train_on(case: str, tmp_path: Path) -> None:
 
 def test_a_prefix_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     write("prefix of t5", tmp_path / "a")
-    with pytest.raises(PassError, match="of a decoder beside an encoder, and this model has 2"):
+    with pytest.raises(
+        BaseMismatchError, match=r"/a: .*of a decoder beside an encoder, and this model has 2"
+    ):
         peftfx.load_peft(program("llama"), tmp_path / "a")
     write("prefix", tmp_path / "b")
-    with pytest.raises(PassError, match="of one stack of layers, and this model has"):
+    with pytest.raises(
+        BaseMismatchError, match=r"/b: .*of one stack of layers, and this model has"
+    ):
         peftfx.load_peft(program("t5 of 2"), tmp_path / "b")
     with pytest.raises(ArtifactError, match="is of 2 layers, and this model's decoder has 3"):
         peftfx.load_peft(program("bart"), tmp_path / "a")
+
+
+def test_replicated_layers_of_a_model_that_has_them(tmp_path: Path) -> None:
+    """The same layers once more, each with an adapter of its own; and as the refusal says."""
+    import peft
+    from peft.tuners.tuners_utils import replicate_layers
+
+    repeated = [[0, 2], [1, 2]]
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+    config = peft.LoraConfig(layer_replication=repeated, **options)  # pyright: ignore
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base("llama")), config)
+    theirs = randomised(theirs)
+    theirs.eval().save_pretrained(str(tmp_path / "a"))
+    want = computed(theirs, "llama", "lora")
+    model = copy.deepcopy(base("llama"))
+    layers = [copy.deepcopy(model.model.layers[i]) for a, b in repeated for i in range(a, b)]
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+    model.model.layers = torch.nn.ModuleList(layers)
+    model.config.num_hidden_layers = 3
+    deeper = peftfx.capture(model, kwargs=inputs("llama"))
+    near(output(peftfx.load_peft(deeper, tmp_path / "a")(**inputs("llama"))), want)
+    tied = copy.deepcopy(base("llama"))
+    replicate_layers(tied, repeated)  # pyright: ignore
+    with pytest.raises(BaseMismatchError, match=r"shares weights of its layers.*copy.deepcopy"):
+        peftfx.load_peft(peftfx.capture(tied, kwargs=inputs("llama")), tmp_path / "a")
+
+
+def randomised(model: Any) -> Any:
+    """With noise on all that trains."""
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
