@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,3 +185,36 @@ def no_module(config: Config, module: str, names: Collection[str]) -> ArtifactEr
         f"{config.where}: the adapter changes {module!r}, and this model has no such module with a "
         f"weight{there}. Use the base that it was trained on."
     )
+
+
+def require_depth(config: Config, program: Base) -> None:
+    """Raises BaseMismatchError where PEFT repeats layers of the base, and this model does not have
+    as many of them, each with weights of its own."""
+    asked: Any = config.take("layer_replication", None, list)
+    if not asked:
+        return
+    try:
+        count = sum(int(end) - int(start) for start, end in asked)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{config.where}: layer_replication={asked!r} is no list of [start, end]. Save the "
+            "adapter again."
+        ) from error
+    found = (_LAYER.search(n) for n in program.base.base_tensors())
+    here = 1 + max((int(m[1]) for m in found if m), default=-1)
+    aliases = program.tensors.aliases.items()
+    shared = [n for n, first in aliases if _LAYER.search(n) and _LAYER.search(first)]
+    if here == count and not shared:
+        return
+    have = f"shares weights of its layers ({shared[0]})" if shared else f"has {here} layers"
+    raise BaseMismatchError(
+        f"{config.where}: layer_replication={asked} makes a model of {count} layers of the base, "
+        f"whose adapters these are, and this model {have}. Repeat them before the capture: "
+        f"layers = [copy.deepcopy(model.model.layers[i]) for a, b in {asked} "
+        "for i in range(a, b)]; model.model.layers = nn.ModuleList(layers); "
+        f"model.config.num_hidden_layers = {count}; in each layer i, self_attn.layer_idx = i."
+    )
+
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.")
+"""The names that PEFT looks for when it repeats layers."""

@@ -16,7 +16,7 @@ from ...rewriter.errors import ArtifactError, BaseMismatchError, BaseNeededError
 from ...rewriter.parts.parts import Invoked, LowRank, Part
 from ...rewriter.program.sites import ConvSite, ExpertsSite, LinearSite, WeightSite
 from ..base import CAPTURE, GIVE_BASE, Base, snapshot, values
-from .changes import bias_with, no_module
+from .changes import bias_with, no_module, require_depth
 from .config import Config, by_module, resolved
 
 LEAVES = (
@@ -45,7 +45,7 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
     config.take("trainable_token_indices", None, list, dict)
     config.take("ensure_weight_tying", False)
     config.take("velora_config", None, dict), config.take("monteclora_config", None, dict)
-    _same_depth(config, program)
+    require_depth(config, program)
     if config.take("use_qalora", False) and snapshot(program).knows == "sizes":
         raise BaseNeededError(f"{config.where}: use_qalora pools what the base has. {GIVE_BASE}")
     if config.take("arrow_config", None, dict):
@@ -246,39 +246,6 @@ def _blocks(
             f"{count} blocks. Save the adapter again."
         )
     return a, b
-
-
-def _same_depth(config: Config, program: Base) -> None:
-    """Raises BaseMismatchError where PEFT repeats layers of the base, and this model does not have
-    as many of them, each with weights of its own."""
-    asked: Any = config.take("layer_replication", None, list)
-    if not asked:
-        return
-    try:
-        count = sum(int(end) - int(start) for start, end in asked)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{config.where}: layer_replication={asked!r} is no list of [start, end]. Save the "
-            "adapter again."
-        ) from error
-    found = (_LAYER.search(n) for n in program.base.base_tensors())
-    here = 1 + max((int(m[1]) for m in found if m), default=-1)
-    aliases = program.tensors.aliases.items()
-    shared = [n for n, first in aliases if _LAYER.search(n) and _LAYER.search(first)]
-    if here == count and not shared:
-        return
-    have = f"shares weights of its layers ({shared[0]})" if shared else f"has {here} layers"
-    raise BaseMismatchError(
-        f"{config.where}: layer_replication={asked} makes a model of {count} layers of the base, "
-        f"whose adapters these are, and this model {have}. Repeat them before the capture: "
-        f"layers = [copy.deepcopy(model.model.layers[i]) for a, b in {asked} "
-        "for i in range(a, b)]; model.model.layers = nn.ModuleList(layers); "
-        f"model.config.num_hidden_layers = {count}; in each layer i, self_attn.layer_idx = i."
-    )
-
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.")
-"""The names that PEFT looks for when it repeats layers."""
 
 
 def _dense(config: Config, program: Base, part: LowRank, option: str) -> Tensor:
