@@ -182,7 +182,7 @@ MUTATIONS = tuple(Mutation(*each) for each in [
      "merkle_root(have) != artifact.base_root", "False",
      probe.other_base),
     ("silent skip", "rewriter/storage/folding.py:Folder.folded",
-     "self._if_changed(member, tensor) if needed", "None if needed",
+     "tensor if self.uses", "None if self.uses",
      probe.streamed),
     ("cast", "rewriter/storage/folding.py:Folder._if_changed", ".to(old.dtype)",
      ".to(torch.float8_e4m3fn).to(old.dtype)", probe.streamed),
