@@ -218,7 +218,7 @@ class _Work:
         """A merged tensor."""
         origin = self.origins[name]
         held = {m: self.models[m] for m in origin.names}
-        given = {m: held[m].files.tensor(held[m].stored(n)) for m, n in origin.names.items()}
+        given = {m: held[m].files.mapped(held[m].stored(n)) for m, n in origin.names.items()}
         dtype = self.dtype(name)
         if not self._floats(name):
             first, *rest = given.values()
