@@ -280,6 +280,8 @@ def page(result: dict[str, Any]) -> str:
             cells = [name, f"{own['seconds']:.1f}", f"{over:.2f}" if over else ""]
             cells.append(f"{own['added MB']:,.0f} MB")
             lines.append(f"| {' | '.join(cells)} |")
+        if "mergekit" in done:
+            lines += ["", "mergekit has PEFT merge the adapter into a folder, and copies that."]
         same = done["share of numbers that differ from the loop's"]
         lines += [
             "",
@@ -302,7 +304,9 @@ def page(result: dict[str, Any]) -> str:
             f"Whole models of {done['model MB']:,} MB in bfloat16, two merged (TIES onto a third), "
             f"computed in float32; medians of {done['rounds']} in turns with mergekit, load "
             f"{done['load']:.0f}.",
-            "", "| | mergekit, CPU s | peftfx | over mergekit | memory | differing numbers |",
+            "",
+            "| | mergekit, CPU s | peftfx | over mergekit | memory, mergekit's / ours "
+            "| share of numbers that differ |",
             "|---|---|---|---|---|---|",
         ]  # fmt: skip
         for method in MERGES:
