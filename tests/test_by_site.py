@@ -314,3 +314,32 @@ def test_the_page_of_a_pass_says_so() -> None:
     (rank,) = [o for o in page(peftfx.LoRA).options if o.name == "rank"]
     assert rank.type == "int, or a map from selectors to it"
     assert "first entry that matches" in rank.meaning
+
+
+BEYOND_LORA = {
+    "loha": "loha{rank={q=3,default=2},alpha={v=4.0,default=8.0},where=q|v}",
+    "lokr": "lokr{rank={q=3,default=1},alpha={v=4.0,default=8.0},where=q|v}",
+    "vb_lora": "vb_lora{rank={q=3,default=2},length=8,vectors=6,where=q|v}",
+}
+
+
+@pytest.mark.parametrize("method", BEYOND_LORA)
+def test_factors_of_other_methods(captured: Any, tmp_path: Path, method: str) -> None:
+    """Ranks and scales of each site, in files of ours and, where PEFT has patterns, of PEFT."""
+    model, base = captured["encoder"]
+    program = randomise(peftfx.run(base, BEYOND_LORA[method]), 0.2)
+    found = {a.site: program.branch(a).describe() for a in program.attachments}
+    q, v = found["layers.1.query.weight"], found["layers.1.value.weight"]
+    assert q != v and found["layers.0.query.weight"] == q
+    want = program(**batch(3, 9))
+    peftfx.save(program, tmp_path / "own")
+    again = peftfx.load(model, tmp_path / "own")
+    assert torch.equal(first(again(**batch(3, 9))), first(want))
+    peftfx.save_peft(program, tmp_path / "peft")  # the mixtures of vb_lora as their products
+    other = peftfx.load_peft(base, tmp_path / "peft")
+    torch.testing.assert_close(first(other(**batch(3, 9))), first(want))
+    if method == "vb_lora":
+        return
+    pattern = {"r": 1, "rank_pattern": {"query": 3}, "alpha_pattern": {"query": 6.0}}
+    taken = peftfx.run(base, [type(program.history[-1].applied)(**pattern)])
+    assert len({taken.branch(a).describe() for a in taken.attachments}) == 2

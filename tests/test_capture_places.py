@@ -31,6 +31,23 @@ def learnt(program: peftfx.Program) -> peftfx.Program:
     return program
 
 
+def test_autocast(tmp_path: Path) -> None:
+    """What a program is, and whether passes keep their promises, does not depend on it; what it
+    gives when it is called does."""
+    model = Net().eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        captured = peftfx.capture(model, (X,))
+        program = learnt(peftfx.run(captured, "lora{rank=2,where=linear};oft{where=linear}"))
+        assert all(c.holds for c in program.verify())
+        folded = peftfx.run(program, "fold")
+        peftfx.save(program, tmp_path / "adapter")
+        loaded = peftfx.load(model, tmp_path / "adapter")
+        low = program(X)
+    assert torch.equal(captured(X), model(X)) and torch.equal(loaded(X), program(X))
+    torch.testing.assert_close(folded(X), program(X))
+    assert low.dtype == torch.bfloat16 and program(X).dtype == torch.float32
+
+
 def test_inference_mode() -> None:
     model = Net().eval()
     with torch.inference_mode():

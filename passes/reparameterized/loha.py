@@ -24,8 +24,9 @@ from ...rewriter.branches.branch import Axes, Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.parts.formula_parts import Hadamard
 from ...rewriter.parts.parts import Part
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
+from ...rewriter.pipeline.aliases import PLACES, Alias, by_pattern, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.options import BySite
 from ...rewriter.pipeline.passes import Saved
 from ...rewriter.products.hadamard import hadamard, pairs
 from ...rewriter.program.sites import WeightSite
@@ -95,8 +96,8 @@ class LoHa(Method):
     of its own.
 
     Attributes:
-        rank: of each of the two; their product has its square.
-        alpha: numerator of the scale `alpha / rank`.
+        rank: of each of the two; their product has its square. By site, as of `lora`.
+        alpha: numerator of the scale `alpha / rank`; by site, too.
         init: `kaiming`, or `lycoris`: normal.
         where: the paper replaces all weights; queries and values as LoRA.
     """
@@ -105,13 +106,15 @@ class LoHa(Method):
     named: ClassVar[tuple[str, ...]] = ("conv", "experts")
     aliases: ClassVar[Mapping[str, Alias]] = PLACES | {
         **renamed(r="rank"),
+        "rank_pattern": by_pattern("rank"),
+        "alpha_pattern": by_pattern("alpha"),
         "init_weights": started_by("init", "kaiming"),
         "use_effective_conv2d": instead("a product with a core is read by load_peft, not trained"),
         **dict.fromkeys(("rank_dropout", "module_dropout"), instead("leave it out", 0.0, 0)),
     }
 
-    rank: int = 8
-    alpha: float = 8.0
+    rank: BySite[int] = 8
+    alpha: BySite[float] = 8.0
     init: Literal["kaiming", "lycoris"] = "kaiming"
     where: str = "q|v"
 

@@ -21,8 +21,9 @@ from ...rewriter.branches.branch import Delta
 from ...rewriter.edits.edit import Editor
 from ...rewriter.parts.formula_parts import KRONECKER, Kronecker
 from ...rewriter.parts.parts import Part
-from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed, started_by
+from ...rewriter.pipeline.aliases import PLACES, Alias, by_pattern, instead, renamed, started_by
 from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.options import BySite
 from ...rewriter.pipeline.passes import Saved
 from ...rewriter.products.kronecker import kronecker
 from ...rewriter.program.sites import WeightSite
@@ -39,10 +40,8 @@ class LoKrBranch(Delta):
             self.register_parameter(name, None if own is None else nn.Parameter(own))
 
     def _factor(self, name: str) -> Tensor:
-        whole, a, b = (self._parameters[n] for n in (name, f"{name}_a", f"{name}_b"))
-        if whole is not None or a is None or b is None:
-            return self.get_parameter(name)
-        return a @ b
+        whole = getattr(self, name)
+        return getattr(self, f"{name}_a") @ getattr(self, f"{name}_b") if whole is None else whole
 
     def branch(self, x: Tensor, **operands: Tensor) -> Tensor:
         if self.at_linear:
@@ -83,7 +82,8 @@ class LoKr(Method):
 
     Attributes:
         rank: of factors that are products; they are whole where it is half their longer side.
-        alpha: numerator of the scale `alpha / rank`.
+            By site, as of `lora`.
+        alpha: numerator of the scale `alpha / rank`; by site, too.
         factor: size of C1, where it divides; -1: the nearest to the square root.
         decompose_both: C1 may be a product, too.
         init: `kaiming` (C1 is zero) or `lycoris` (C2 is).
@@ -94,14 +94,16 @@ class LoKr(Method):
     named: ClassVar[tuple[str, ...]] = ("conv",)
     aliases: ClassVar[Mapping[str, Alias]] = PLACES | {
         **renamed(r="rank", decompose_factor="factor"),
+        "rank_pattern": by_pattern("rank"),
+        "alpha_pattern": by_pattern("alpha"),
         "init_weights": started_by("init", "kaiming"),
         "use_effective_conv2d": instead("a product with a core is read by load_peft, not trained"),
         "rank_dropout_scale": lambda value: {},
         **dict.fromkeys(("rank_dropout", "module_dropout"), instead("leave it out", 0.0, 0)),
     }
 
-    rank: int = 8
-    alpha: float = 8.0
+    rank: BySite[int] = 8
+    alpha: BySite[float] = 8.0
     factor: int = -1
     decompose_both: bool = False
     init: Literal["kaiming", "lycoris"] = "kaiming"

@@ -24,6 +24,7 @@ from ...rewriter.edits.edit import Editor
 from ...rewriter.pipeline.aliases import PLACES, Alias, instead, renamed
 from ...rewriter.pipeline.controller import Controller
 from ...rewriter.pipeline.method import Method
+from ...rewriter.pipeline.options import BySite
 from ...rewriter.pipeline.passes import Pass
 from ...rewriter.program.history import Contract, Plan
 from ...rewriter.program.sites import WeightSite
@@ -51,7 +52,7 @@ class VBLoRA(Method):
     """Adds the branches, and the bank of which they are mixed.
 
     Attributes:
-        rank: of the branches.
+        rank: of the branches, maybe by site.
         vectors, length: h and l; l divides the inputs and outputs of a site, others are skipped.
         topk: k.
         bound: the bank starts uniform in +-bound.
@@ -70,7 +71,7 @@ class VBLoRA(Method):
         "save_only_topk_weights": instead("bake the adapter before it is saved"),
     }
 
-    rank: int = 4
+    rank: BySite[int] = 4
     vectors: int = 256
     length: int = 256
     topk: int = 2
@@ -107,8 +108,9 @@ class VBLoRA(Method):
         bank = edit.share("bank", Bank(vectors.to(edit.like(sites[0]))))
         for site in sites:
             _, out, size = site.matrices
-            of_a = self.rank, size // self.length, self.vectors
-            of_b = out // self.length, self.rank, self.vectors
+            rank = self.at_site(plan, site.id).rank
+            of_a = rank, size // self.length, self.vectors
+            of_b = out // self.length, rank, self.vectors
             a, b = (torch.randn(s, generator=edit.generator) * self.std for s in (of_a, of_b))
             like = edit.like(site)
             edit.add(

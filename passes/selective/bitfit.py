@@ -42,5 +42,8 @@ class BitFit(Method):
                 edit.skip(site, "it has no bias and add=false")
                 return
             bias = edit.add_bias(site)
+        if not edit.is_parameter(bias):
+            edit.skip(site, f"its bias {bias} is no parameter")
+            return
         edit.train(bias)
         edit.edited.append(site.id)

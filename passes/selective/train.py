@@ -42,7 +42,7 @@ class Train(Method):
             return
         edit.train(site.weight)
         own = getattr(site, "bias", None)
-        if self.bias and own is not None:
+        if self.bias and own is not None and edit.is_parameter(own):
             edit.train(own)
         edit.edited.append(site.id)
         shared: tuple[str, ...] = getattr(site, "tied", ())

@@ -24,7 +24,8 @@ from ..api import Program
 from ..errors import CaptureError
 from ..graph.aten import placeholders, set_attribute
 from ..graph.modes import follow_modes, restore_modes
-from ..graph.module import CapturedModule, outside_inference, state_tensors
+from ..graph.module import CapturedModule, state_tensors
+from ..graph.outside import outside_modes
 from ..graph.placement import buffers_on_meta, computed_buffers, is_hollow
 from ..graph.symbols import refresh_sizes, unify
 from ..graph.turns import alone
@@ -47,7 +48,7 @@ from .left_out import with_optional
 from .trial import Trial, must_be_equal, settle
 
 
-@outside_inference
+@outside_modes
 def capture(
     model: nn.Module,
     args: Sequence[Any] = (),

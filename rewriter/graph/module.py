@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from .aten import attribute, set_attribute, submodule, written
 from .clone import clone
 from .placement import relocate
 from .walks import Walked, fact, settled
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class CapturedModule(Walked, GraphModule):
@@ -122,19 +119,6 @@ def own_attribute(module: nn.Module, name: str) -> Any:
     """The child, parameter or buffer that a module has under a name, which a class may hide."""
     tables: tuple[Any, ...] = (module._modules, module._parameters, module._buffers)
     return next((table[name] for table in tables if name in table), None)
-
-
-def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
-    """Lets what a function makes be trained, although it is called in inference mode."""
-
-    @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return called
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import CaptureError
 from ..files.identity import merkle_root, tensor_digest
-from ..graph.module import CapturedModule, fork_module, outside_inference, same_view, state_tensors
+from ..graph.module import CapturedModule, fork_module, same_view, state_tensors
+from ..graph.outside import outside_modes
 from ..graph.sharded import equal, reshard
 from ..graph.walks import fact, settled, stored
 from ..inputs.spec import InputSpec
@@ -261,7 +262,7 @@ class State:
             ) from error
         return self._moved(device, {})
 
-    @outside_inference
+    @outside_modes
     def _moved(self, device: torch.device, done: dict[Any, Tensor]) -> Self:
         # `done`: moved tensors by what they were, since what programs share before, they share
         # after; and those that stay.
@@ -281,7 +282,7 @@ class State:
         tensors = replace(moved.tensors, removed=removed)
         return replace(moved, extras=extras, sample=sample, tensors=tensors, origin=origin)
 
-    @outside_inference
+    @outside_modes
     def fork(self, printed: bool = True) -> Self:
         """An independent copy: own Parameter objects, frozen storage shared, trained copied.
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ..errors import VerifyError
 from ..graph.module import state_tensors
+from ..graph.outside import outside_modes
 from ..measure.as_trained import require_kept
 from ..measure.steady import perturbed
 from ..measure.trials import sizes
@@ -40,6 +41,7 @@ def _require_kept(program: State, base: Witness) -> None:
         require_kept(moved, sizes(program)[0], paths, random, "the program")
 
 
+@outside_modes
 def verify_program(program: State) -> list[Certificate]:
     """See `Program.verify`: replays the history from the base and measures each step again."""
     if program.training:  # another thread may move what trains meanwhile, and batch statistics

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..errors import PassError, nearest
 from ..graph.aten import set_attribute
-from ..graph.module import copy_modes, outside_inference, state_tensors
+from ..graph.module import copy_modes, state_tensors
+from ..graph.outside import outside_modes
 from ..graph.sharded import placed_like, whole
 from ..program.history import ITSELF, Plan, Record
 from ..program.state import BRANCHES, AnyProgram, State
@@ -96,7 +97,7 @@ def _is_of(record: Record, name: str) -> bool:
     return record.adapter is None and record.applied.text == name
 
 
-@outside_inference
+@outside_modes
 def replay(program: AnyProgram, adapters: Sequence[str], left_out: str = "") -> AnyProgram:
     """The program with only the given adapters, rebuilt from its base without random choices."""
     require_owned(program)

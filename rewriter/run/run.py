@@ -14,7 +14,8 @@ from typing import Any, cast
 from ..edits.calls.requirements import failing_branch
 from ..edits.edit import Editor
 from ..errors import PassError, RewriteError
-from ..graph.module import all_read, outside_inference
+from ..graph.module import all_read
+from ..graph.outside import outside_modes
 from ..graph.sharded import is_sharded, require_whole
 from ..graph.turns import alone
 from ..graph.walks import settled
@@ -36,7 +37,7 @@ _TOO_LARGE = re.compile("memory|overflow", re.IGNORECASE)
 """What torch says where it cannot allocate."""
 
 
-@outside_inference
+@outside_modes
 def run(
     program: AnyProgram,
     passes: Passes,
@@ -108,7 +109,7 @@ def _step(
         raise
 
 
-@outside_inference
+@outside_modes
 def apply_plan(
     program: AnyProgram,
     item: Pass,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..api import Program
 from ..errors import MetaTensorError
 from ..graph.aten import set_attribute
-from ..graph.module import copy_modes, device_of, outside_inference
+from ..graph.module import copy_modes, device_of
+from ..graph.outside import outside_modes
 from ..graph.placement import relocate, still_hollow
 from ..program.fingerprint import Fingerprints
 from ..program.history import ITSELF
@@ -23,7 +24,7 @@ from ..run.run import apply_plan
 from .safetensors_checkpoint import Checkpoint
 
 
-@outside_inference
+@outside_modes
 def load_weights(
     program: Program,
     directory: str | Path | Checkpoint,

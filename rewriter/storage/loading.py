@@ -21,7 +21,7 @@ from ..errors import (
     nearest,
 )  # fmt: skip
 from ..files.identity import merkle_root
-from ..graph.module import outside_inference
+from ..graph.outside import outside_modes
 from ..graph.sharded import equal
 from ..inputs.probes import fit, probes
 from ..inputs.spec import InputSpec
@@ -50,7 +50,7 @@ _DAMAGE = (
 )  # fmt: skip; the last two are torch's
 
 
-@outside_inference
+@outside_modes
 def load(
     target: nn.Module | Program,
     directory: str | Path,

@@ -42,8 +42,8 @@ from ..files.files import write_tensors as tensor_file
 from ..files.identity import tensor_digest
 from ..files.sealed import compare_versions, sealed, unsealed
 from ..graph.aten import attribute, shape
-from ..graph.module import outside_inference
 from ..graph.output_class import OUTPUTS, portable
+from ..graph.outside import outside_modes
 from ..graph.sharded import require_whole
 from ..graph.turns import alone
 from ..inputs.specfile import read_spec
@@ -194,7 +194,7 @@ def _state_names(program: Program, flat: Program) -> list[str]:
     return list(program.state_names)
 
 
-@outside_inference
+@outside_modes
 def load_program(directory: str | Path) -> Program:
     """Loads what `save_program` wrote; needs neither the model's code nor the methods'.
 

@@ -220,7 +220,7 @@ def weight_of(module: GraphModule, site: WeightSite, call: Node | None) -> Weigh
     Raises:
         PassError: no branch can stand beside the call.
     """
-    bias = whole(module.get_parameter(site.bias).detach()) if site.bias else None
+    bias = whole(attribute(module, site.bias)).detach() if site.bias else None
     shape, stored = shape_of(site, call), stored_of(call)
     if stored is not None:
         parts = {

@@ -23,6 +23,7 @@ TWO = {
     "norms=false,name=b,seed=1}",
     "scales": "ia3{name=a};ia3{name=b}",
     "scales of some sites": "ia3{name=a,where=k|v};ia3{name=b,where=v|ffn.down}",
+    "Kronecker products": "lokr{rank=2,name=a,where=q};lokr{rank=1,name=b,where=q}",
     "embeddings": "lora{rank=2,where=embedding.token,name=a};lora{rank=2,name=b,seed=1,"
     "where=embedding.token}",
     "several slots": "lora{rank=2,name=a,where=q};lora{rank=3,name=b,seed=1,where=q};"

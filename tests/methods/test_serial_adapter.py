@@ -85,6 +85,16 @@ def test_pfeiffers_placement(captured: Any, name: str) -> None:
     assert sum(p.numel() for p in program.trainable_parameters()) == layers * (2 * d * r + r + d)
 
 
+def test_the_stream_is_read_where_outputs_are_written_to(zoo: Any) -> None:
+    """Falcon adds attention to the feed-forward's output in place: what the adapter reads is a
+    copy, which must not do that to the original once more."""
+    base = zoo["falcon"]
+    text = "serial_adapter{bottleneck=4,norms=false,std=0.02,where=sublayer,name=%s}"
+    second = text.replace("where", "placement=pfeiffer,where")
+    program = peftfx.run(base, f"{text % 'a'};{second % 'b'}")
+    assert len(program.attachments) == 8 and all(c.holds for c in randomise(program).verify())
+
+
 def test_pfeiffers_placement_is_adapterhubs(tmp_path: Path) -> None:
     """Its file's tensors in our adapter compute what the library computed, and are written so."""
     base, hub = of_hub("bert"), HUB / "bert-seq_bn"

@@ -18,11 +18,10 @@ from ...graph.aten import (
     is_op,
     parameter_of,
     set_attribute,
-    submodule,
     users,
     value,
 )  # fmt: skip
-from ...graph.weighted_call import take_bias
+from ...graph.weighted_call import WeightedCall, take_bias
 from ...program.sites import ConvSite, LinearSite
 from ...program.state import State
 from ..calls.attach import Attaching
@@ -37,18 +36,36 @@ def add_bias(edit: Attaching, site: LinearSite | ConvSite) -> str:
     else:
         weight = edit.weight(site)
         size = weight.out_features
-    own = {_own_bias(gm, composed_value(edit.node(call)), size) for call in site.nodes}
+    calls = [edit.node(call) for call in site.nodes]
+    own = {_taken(gm, call) or _own_bias(gm, composed_value(call), size) for call in calls}
     if len(own) == 1 and (bias := own.pop()) is not None:
         return bias
     name = _bias_name(program, site.weight)
     if name in program.added:
         return name
+    if any(_given(call) is not None for call in calls):
+        raise PassError(
+            f"{site.id} has a bias already, which is no parameter or not that of all its calls. "
+            "Select other sites with where=."
+        )
     zeros = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     set_attribute(gm, name, nn.Parameter(zeros, requires_grad=False))
     program.tensors = program.tensors.with_added(name)
-    for call in site.nodes:
-        _add(edit, site, edit.node(call), name, size)
+    for call in calls:
+        _add(edit, site, call, name, size)
     return name
+
+
+def _given(call: Node) -> Any:
+    """What a call's operator adds to its product."""
+    parts = WeightedCall.of(call)
+    return None if parts is None else parts.bias
+
+
+def _taken(gm: nn.Module, call: Node) -> str | None:
+    """The parameter that a call's operator adds to its product."""
+    named = parameter_of(_given(call))
+    return named[0] if named and isinstance(attribute(gm, named[0]), nn.Parameter) else None
 
 
 def _add(edit: Attaching, site: LinearSite | ConvSite, node: Node, name: str, size: int) -> None:
@@ -60,14 +77,11 @@ def _add(edit: Attaching, site: LinearSite | ConvSite, node: Node, name: str, si
         _know_bias(edit.program, site.weight, name)
         if any(a.slot == RowScale.slot for a in at_weight(edit.program, site.weight)):
             compose(edit.program, node, site.weight)  # a row scale leaves the bias alone
-    elif is_op(node, ATEN.addmm.default):
-        raise PassError(f"{site.id} has a bias already.")
     else:
         with graph.inserting_before(node):
             if isinstance(site, LinearSite) and site.left:
                 bias = graph.call_function(ATEN.unsqueeze.default, (bias, -1))
-        scaled = (u for u in users(node) if isinstance(submodule(edit.graph_module, u), RowScale))
-        node = next(scaled, node)
+        node = composed_value(node)  # what is composed around a call stays together
         with graph.inserting_after(node):
             added = graph.call_function(ATEN.add.Tensor, (node, bias))
         node.replace_all_uses_with(added, delete_user_cb=lambda u: u is not added)

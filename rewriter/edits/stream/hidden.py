@@ -27,6 +27,7 @@ from ...graph.aten import (
     strip,
     users,
     value,
+    written,
 )
 from ...program.sites import AttentionSite, LinearSite, MixerSite, Site
 from ...program.state import State
@@ -209,6 +210,11 @@ def behind_of(gm: GraphModule, output: Node, add: Node, like: Node) -> Value | N
     outer = {i.name: i for n in path for i in n.all_input_nodes if i not in path}
     place = latest(gm, outer)
     copies: dict[Node, Node] = {}
+    for target in dict.fromkeys(map(written, path)):
+        if target is not None and target not in path:  # what is copied reads it as it was, too
+            with gm.graph.inserting_after(place):
+                place = copies[target] = gm.graph.call_function(ATEN.clone.default, (target,))
+            place.meta["val"] = value(target)
     for node in path:
         with gm.graph.inserting_after(place):
             place = gm.graph.node_copy(node, lambda n: copies.get(n, n))
