@@ -104,6 +104,7 @@ def test_adding_a_bias_where_there_is_one() -> None:
     """The words of the editor: a bias that is there is given back, and none is put over another."""
     base = peftfx.capture(Products().eval(), (torch.randn(2, 5, 8),))
     edit = Editor(base.fork(), "mine")
-    assert edit.add_bias(edit.program.sites["third.weight"]) == "third.bias"
+    sites: Any = edit.program.sites
+    assert edit.add_bias(sites["third.weight"]) == "third.bias"
     with pytest.raises(PassError, match=r"second.weight has a bias already.* Select other"):
-        edit.add_bias(edit.program.sites["second.weight"])
+        edit.add_bias(sites["second.weight"])
