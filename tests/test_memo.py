@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,21 +155,26 @@ def test_programs_are_alike_by_code_and_tensors() -> None:
     assert not runs_alike(one.module, other.module)
 
 
+OURS = tuple(str(Path(str(package.__file__)).parent) for package in (peftfx, torch.fx))
+
+
 def outlining(program: peftfx.Program) -> int:
-    """Python calls that it takes to outline a program."""
+    """Calls of our own functions and of torch.fx's that it takes to outline a program.
+
+    Others' depend on what ran before in the process: once anything was compiled, torch tags every
+    module that is made or dies, and abstract classes ask their subclasses again.
+    """
     count = 0
 
-    def seen(_: Any, event: str, __: Any) -> None:
+    def seen(frame: Any, event: str, __: Any) -> None:
         nonlocal count
-        count += event == "call"
+        count += event == "call" and frame.f_code.co_filename.startswith(OURS)
 
-    gc.disable()  # others' callbacks would be counted
     sys.setprofile(seen)
     try:
         module = peftfx.outline(program)
     finally:
         sys.setprofile(None)
-        gc.enable()
     assert len(module.blocks) > 1
     return count
 
@@ -184,9 +189,7 @@ def test_outline_is_linear_in_adapters() -> None:
     for index in range(1, 9):
         program = peftfx.run(program, f"lora{{rank={index},where=linear,name=a{index}}}")
         counts.append(outlining(program))
-    assert counts[7] - counts[3] == pytest.approx(
-        2 * (counts[3] - counts[1]), rel=0.25
-    )  # not 100 %
+    assert counts[7] - counts[3] == pytest.approx(2 * (counts[3] - counts[1]), rel=0.03)
 
 
 class Branch(nn.Module):
