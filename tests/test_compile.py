@@ -3,14 +3,15 @@
 Every recipe is compiled with `fullgraph=True, dynamic=True` and called at several batch and
 sequence sizes. A graph break is an error there, and so is a second compilation. Training runs
 through the default backend (inductor) for our own operator, with `pytest --inductor` for all
-recipes. Without, they are stacked for what takes long: the trace of their gradients (`aot_eager`),
-which stops before code is generated. It takes four times as long with sizes that vary: one stack has
-them, which the seed of the run draws. Each recipe by itself is traced once outlined, and in
-evaluation mode.
+recipes. Without, methods are stacked, so that the model below them is compiled once for several. The
+trace of their gradients (`aot_eager`) stops before code is generated; it takes four times as long
+with sizes that vary, so one stack has them, which the seed of the run draws. What is no method, and
+what methods settle to, is compiled by itself.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,10 +26,16 @@ import peftfx
 from peftfx.rewriter.pipeline.method import Method
 
 from .models import Encoder, batch, first, moved, randomise
-from .recipes import METHODS, RECIPES, method_class, stacked, stated, turn
+from .recipes import METHODS, RECIPES, method_class, stacked, stated
 
 SIZES = ((3, 9), (5, 12), (2, 17))
-GROUPS = 4
+DRAWING = tuple(m for m in METHODS if stated(m, "DRAWS", False))
+"""Draw random numbers in training."""
+_PLAIN = tuple(m for m in METHODS if m not in DRAWING)
+GROUPS = (*(_PLAIN[i::4] for i in range(4)), DRAWING)
+"""The methods that are in one stack, as far as they stack."""
+OTHERS = tuple(r for r in RECIPES if r not in METHODS)
+"""Passes that are no methods."""
 SETTLED = tuple(
     m for m in METHODS if method_class(m).settle is not Method.settle and stated(m, "SETTLES", True)
 )
@@ -125,12 +132,19 @@ def test_training_our_own_operator_through_inductor() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("group", range(GROUPS))
-def test_stacks_of_methods_compile_once(captured: Any, group: int, seed: int) -> None:
+@pytest.fixture(scope="module")
+def stacks(captured: Any) -> Callable[[int], list[peftfx.Program]]:
+    """Copies of the programs that hold a group's methods, with everything that trains moved."""
+    made = functools.cache(lambda group: stacked(captured, "tiny", GROUPS[group]))
+    return lambda group: [randomise(program.fork()) for program in made(group)]
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_stacks_of_methods_compile_once(stacks: Any, group: int, seed: int) -> None:
     """Every method is in one of the programs; one that does not stack begins another."""
-    for program in stacked(captured, "tiny", METHODS[group::GROUPS]):
+    for program in stacks(group):
         torch._dynamo.reset()
-        trains_alike(randomise(program), "aot_eager", dynamic=group == seed % GROUPS)
+        trains_alike(program, "aot_eager", dynamic=group == seed % len(GROUPS))
 
 
 def trains_alike(program: peftfx.Program, backend: str, dynamic: bool = True) -> None:
@@ -149,17 +163,27 @@ def trains_alike(program: peftfx.Program, backend: str, dynamic: bool = True) ->
         torch.testing.assert_close(same[n], gradient, rtol=1e-3, atol=1e-5 * scale, msg=n)
 
 
-@pytest.mark.parametrize("name", [*METHODS, "lower"])
-def test_blocks_compile_once(captured: Any, name: str) -> None:
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_blocks_of_stacks_compile_once(stacks: Any, group: int, seed: int) -> None:
+    for number, program in enumerate(stacks(group)):
+        torch._dynamo.reset()
+        counters.clear()
+        blocks_compile_once(program, GROUPS[group] is DRAWING, (group + number + seed) % 2 > 0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_blocks_of_what_is_lowered_compile_once(captured: Any, recompute: bool) -> None:
+    blocks_compile_once(made(captured, "lower"), False, recompute)
+
+
+def blocks_compile_once(program: peftfx.Program, draws: bool, recompute: bool) -> None:
     """A checkpointed block, or one whose cheap values are computed again."""
-    program = made(captured, name)
     plain = program.fork()
     # "eager" draws other numbers where a checkpointed block runs again, and "aot_eager" takes four
-    # times as long with sizes that vary: that the method takes them, its evaluation shows
-    draws = stated(name, "DRAWS", False)
+    # times as long with sizes that vary: that methods take them, their evaluation shows
     sizes = SIZES[:1] * len(SIZES) if draws else SIZES
     want = train(plain, plain.module, sizes)
-    again: dict[str, Any] = {"recompute": True} if turn(name) % 2 else {"checkpoint": [0]}
+    again: dict[str, Any] = {"recompute": True} if recompute else {"checkpoint": [0]}
     module = peftfx.outline(program, **again).train()
     backend = "aot_eager" if draws else "eager"
     forward = torch.compile(module, fullgraph=True, dynamic=not draws, backend=backend)
@@ -208,10 +232,21 @@ def test_compiling_in_place(base: Any) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *(f"{m} settled" for m in SETTLED)])
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_evaluation_of_stacks_compiles_once(stacks: Any, group: int) -> None:
+    for program in stacks(group):
+        torch._dynamo.reset()
+        evaluates_alike(program)
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *(f"{m} settled" for m in SETTLED)])
 def test_evaluation_compiles_once(captured: Any, name: str) -> None:
     method, _, after = name.partition(" ")
-    program = settled(captured, method) if after else made(captured, name)
+    evaluates_alike(settled(captured, method) if after else made(captured, name))
+
+
+def evaluates_alike(program: peftfx.Program) -> None:
+    """The same outputs and gradients in evaluation mode, at several sizes and for other choices."""
     forward = compiled(program.eval(), "eager")
     for choice in (i.name for i in program.spec.inputs if i.optional):
         # Adapters and tasks are data: another one runs the same code, and is another one.

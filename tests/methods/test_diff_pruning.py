@@ -23,6 +23,7 @@ from ..models import batch, first, moved, randomise
 from ..zoo import ZOO
 
 SMALL = "diff_pruning{alpha=1,density=0.05}"
+DRAWS = True  # gates
 Values = Mapping[str, Mapping[str, Tensor]]
 
 

@@ -18,6 +18,7 @@ from ..models import batch, first, moved, randomise
 from .common import check, hooked
 
 SMALL = "smop{prompts=6,length=3}"
+DRAWS = True  # noise of the router
 
 
 def own(program: peftfx.Program) -> tuple[Tensor, Tensor]:
