@@ -88,13 +88,15 @@ def refresh(names: Iterable[str]) -> str:
     return REFRESH.format(" ".join(sorted(names)), PAGE.name)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ZOO)
-def test_method_in_architecture(
-    zoo: Zoo, name: str, method: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if name not in drawn(method) and not request.config.getoption("--zoo"):
-        pytest.skip("not drawn: run pytest --zoo for all")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cells: those that are drawn, or with `--zoo` all."""
+    if metafunc.function is test_method_in_architecture:
+        every = metafunc.config.getoption("--zoo")
+        cells = [(n, m) for n in ZOO for m in METHODS if every or n in drawn(m)]
+        metafunc.parametrize(("name", "method"), cells)
+
+
+def test_method_in_architecture(zoo: Zoo, name: str, method: str, tmp_path: Path) -> None:
     model, base = zoo.model(name), zoo[name]
     versions = {n: p._version for n, p in base.module.named_parameters()}
     placement = place(base, method)
