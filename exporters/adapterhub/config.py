@@ -156,9 +156,9 @@ def options_of(data: Mapping[str, Any], where: str) -> list[Options]:
     for one in options:
         if one.architecture not in _DEFAULTS:
             raise ArtifactError(
-                f"{where}: adapters of the architecture {one.architecture!r} are not read. Read "
-                f"are {', '.join(_DEFAULTS)} and unions of them: convert it with the library that "
-                "wrote it."
+                f"{where}: architecture={one.architecture!r} is not read; {', '.join(_DEFAULTS)} "
+                "and unions of them are. Use the adapter with the library that wrote it, or train "
+                "one of these."
             )
         one.require_known()
     names = [one.architecture for one in options]

@@ -38,7 +38,9 @@ def couplings(options: Options, file: File, places: Places) -> list[Part]:
     where = f"{file.where}: {path}"
     own = {name: popped(leaves, key, where) for name, key in COUPLED.items()}
     if leaves:
-        raise ArtifactError(f"{where}: the key ...{next(iter(leaves))!r} is not understood.")
+        raise ArtifactError(
+            f"{where}: the key ...{next(iter(leaves))!r} is not understood. Save the adapter again."
+        )
     part = Coupling(places.beginning(path), **own, activation=options.take_activation())
     factor = options.take("inv_adapter_reduction_factor", float, int)
     for down in (part.first_down, part.second_down):
@@ -71,7 +73,7 @@ def prompts(options: Options, file: File, places: Places) -> list[Part]:
         if leaves or len(given) > 1:
             raise ArtifactError(
                 f"{file.where}: {path}: the key ...{next(iter([*leaves, *given]))!r} is not "
-                "understood."
+                "understood. Save the adapter again."
             )
         if len(rows) != options.take("prompt_length", int):
             raise ArtifactError(

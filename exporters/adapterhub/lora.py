@@ -42,7 +42,10 @@ def low_rank(options: Options, file: File, places: Places) -> list[Part]:
         else:
             parts += _product(options, places, name, own, projections, where)
         if own:
-            raise ArtifactError(f"{where}: the key ...{next(iter(own))!r} is not understood.")
+            raise ArtifactError(
+                f"{where}: the key ...{next(iter(own))!r} is not understood. Save the adapter "
+                "again."
+            )
     return parts
 
 

@@ -203,7 +203,8 @@ def other_copy(tensors: dict[str, Tensor]) -> None:
 
 
 BAD: dict[str, tuple[str, Callable[[Path], Any], type[Exception], str]] = {
-    "architecture": ("bert-lora", options(architecture="reft"), ArtifactError, "architecture 'reft'"),
+    "architecture": ("bert-lora", options(architecture="reft"), ArtifactError,
+                     "architecture='reft' is not read.*Use the adapter with the library"),
     "place of a prompt": ("bert-prompt", options(combine="end"), ArtifactError, "combine='end'"),
     "length of a prompt": ("bert-prompt", options(prompt_length=5), ArtifactError,
                            "prompt_length is 5, and the file has 3 rows"),
