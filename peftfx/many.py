@@ -28,10 +28,12 @@ from .rewriter.capture.capture import capture
 from .rewriter.errors import ArtifactError, OptionError, RewriteError, SystemFailedError
 from .rewriter.files.files import write_file, write_json
 from .rewriter.files.job import finished
+from .rewriter.files.leftovers import make_parents
 from .rewriter.storage.artifact import read
 from .rewriter.storage.filling import load_weights
 from .rewriter.storage.folding import LayoutFolder
 from .rewriter.storage.loading import attach
+from .rewriter.storage.safetensors_checkpoint import Checkpoint
 from .rewriter.storage.stream import (
     RECORD,
     Base,
@@ -120,6 +122,7 @@ def fold_all(
     """
     places = _places(adapters, Path(out), jobs)
     source = Path(weights or base)
+    Checkpoint.read(source)  # else each adapter would fail for it
     outcomes = [Outcome(str(a), str(place)) for a, place in places]
     made_of = [_made_of(o, base, weights) for o in outcomes]
     left = [i for i, made in enumerate(made_of) if made is not None]
@@ -128,6 +131,7 @@ def fold_all(
         work = _Work(named, capturing or {}, source, outcomes, made_of, progress)
         work.spread(left, min(jobs, len(left)))
     report = {"base": str(base), "adapters": [asdict(o) for o in outcomes]}
+    make_parents(Path(out) / REPORT)  # where all have failed
     write_file(Path(out) / REPORT, write_json(report))
     return outcomes
 

@@ -179,6 +179,11 @@ def test_wrong_words_are_told_before_a_model_is_loaded(
             "does not exist",
         ),
         (("demo", "--out", file), "is a file"),
+        (("memory", TINY, "lora", "--optimizer", "adma"), "no optimizer 'adma'. Nearest: adam"),
+        (("memory", TINY, "lora", "--batch", "0"), "is below 1"),
+        (("export", TINY, "--out", tmp_path / "x.onnx", "--tolerance", "-1"), "must be above 0"),
+        (("convert", lora, tmp_path / "x", "--to", "plain-lora", "--rank", "0"), "is below 1"),
+        (("fold-all", tmp_path / "no", lora, "--out", tmp_path / "new"), "not a directory with"),
         (
             (*("combine", TINY, lora, full, file, "--method", "slerp"), "--out", tmp_path / "new"),
             "slerp goes from one adapter to another",

@@ -92,6 +92,12 @@ def test_one_that_fails_does_not_keep_the_others(
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_where_all_fail_the_report_says_why(base: Path, tmp_path: Path) -> None:
+    (done,) = fold_all(base / "base", [tmp_path / "none"], tmp_path / "new" / "out")
+    assert done.status == "failed" and "does not exist" in done.error
+    assert "does not exist" in (tmp_path / "new" / "out" / REPORT).read_text()
+
+
 def test_another_base_has_its_own_exit_code(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     other: Any = llama().to(torch.bfloat16).eval()

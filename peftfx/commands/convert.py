@@ -38,6 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    if options.rank is not None and options.rank < 1:
+        raise OptionError(f"--rank {options.rank} is below 1. Give a rank of 1 or more.")
     if options.to == "hf":
         return _whole_model(options)
     check_adapter(options.out, options.to)

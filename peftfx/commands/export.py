@@ -13,6 +13,7 @@ import torch
 from ..arguments import add_adapter, add_model
 from ..outputs import check_file
 from ..programs import program_of
+from ..rewriter.errors import OptionError
 from ..terminal import progress, say
 
 
@@ -37,6 +38,10 @@ def command(options: Any) -> Any:
 
     check_file(options.out, ".onnx")
     check_opset(options.opset)
+    if options.tolerance is not None and not options.tolerance > 0:
+        raise OptionError(
+            f"--tolerance {options.tolerance} must be above 0, as 1e-5. Give such a one."
+        )
     program = program_of(options, options.passes)
     with progress(options, "exporting to ONNX and running it"):
         report = export_onnx(

@@ -12,6 +12,8 @@ from typing import Any
 
 from ..arguments import add_model
 from ..programs import program_of
+from ..rewriter.errors import OptionError
+from ..rewriter.training.memory import states_of
 from ..terminal import say, say_table
 
 
@@ -26,6 +28,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: Any) -> Any:
     """Runs the command."""
+    states_of(options.optimizer)
+    for name, size in (("batch", options.batch), ("seq", options.seq)):
+        if size is not None and size < 1:
+            raise OptionError(f"--{name} {size} is below 1. Give one of 1 or more.")
     program = program_of(options, options.passes, hollow=True).train()
     sizes = {n: s for n, s in (("batch", options.batch), ("seq", options.seq)) if s is not None}
     memory_report = program.memory(**sizes, optimizer=options.optimizer)

@@ -202,16 +202,26 @@ _SOLID = ("linear", "experts", "conv", "norm", "embedding", "attention", "mixer"
 """Kinds of sites that compute something; the others group them."""
 
 
-def memory(
-    program: State, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
-) -> Memory:
-    """See `Program.memory`; `common` is for all sizes whose names start so."""
+def states_of(optimizer: str) -> int:
+    """How many numbers an optimizer keeps of each that trains.
+
+    Raises:
+        OptionError: nobody knows it here.
+    """
     count = STATES.get(optimizer)
     if count is None:
         raise OptionError(
             f"there is no optimizer {optimizer!r}. Nearest: {nearest(optimizer, STATES)}. "
             f"Optimizers: {', '.join(STATES)}."
         )
+    return count
+
+
+def memory(
+    program: State, common: Mapping[str, int | None], sizes: Mapping[str, int], optimizer: str
+) -> Memory:
+    """See `Program.memory`; `common` is for all sizes whose names start so."""
+    count = states_of(optimizer)
     for word, size in common.items():
         known = [n for n in program.spec.sizes if n.startswith(word)] or [word]
         sizes = {**({} if size is None else dict.fromkeys(known, size)), **sizes}
