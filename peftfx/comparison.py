@@ -112,6 +112,11 @@ def _require_common(one: Described, two: Described) -> None:
         if all(p.change is None for p in adapter.places):
             why = next(p.unknown for p in adapter.places)
             kind = BaseNeededError if why == NEEDS_BASE else OptionError
+            if why != NEEDS_BASE:
+                why = (
+                    f"that of {', '.join(adapter.methods)} is known of a captured model alone. "
+                    "Fold the adapters, and compare what peftfx extract finds"
+                )
             raise kind(f"{adapter.path}: there is no change to compare: {why}.")
     names = [p.target for p in one.places]
     others = {p.target for p in two.places}

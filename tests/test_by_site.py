@@ -343,3 +343,9 @@ def test_factors_of_other_methods(captured: Any, tmp_path: Path, method: str) ->
     pattern = {"r": 1, "rank_pattern": {"query": 3}, "alpha_pattern": {"query": 6.0}}
     taken = peftfx.run(base, [type(program.history[-1].applied)(**pattern)])
     assert len({taken.branch(a).describe() for a in taken.attachments}) == 2
+
+
+def test_a_rank_above_a_matrix_of_vb_lora(captured: Any) -> None:
+    """It was refused for how far outputs start from the model's."""
+    with pytest.raises(OptionError, match=r"rank=33 exceeds its size 32 x 32\. Choose a smaller"):
+        peftfx.run(captured["encoder"][1], "vb_lora{rank=33,length=8,vectors=4}")

@@ -259,3 +259,14 @@ def test_what_files_do_not_tell_is_refused(run: Any) -> None:
     assert code == 2 and "no change of a weight" in said["error"]
     code, said = run("check-merge", directory("bert"), adapter("lora")[0], directory("bert"))
     assert code == 3 and said["kind"] == "base"
+
+
+def test_what_places_share_has_a_name(captured: Any, tmp_path: Path, capsys: Any) -> None:
+    """The one vector of SAID lies at no place; what it changes is no number of the file's."""
+    adapted = peftfx.run(captured["encoder"][1], "said{dimension=64}")
+    peftfx.save(adapted, tmp_path / "said")
+    assert main(["inspect", str(tmp_path / "said")]) == 0
+    assert "(shared) " in capsys.readouterr().out
+    one = describe(tmp_path / "said")
+    with pytest.raises(OptionError, match=r"of said is known of a captured model alone\. Fold"):
+        compare([one, one])

@@ -96,6 +96,8 @@ class VBLoRA(Method):
             return f"length={self.length} does not divide its {out} outputs and {size} inputs"
         if count > 1:
             return "it is of several matrices"
+        if self.rank > min(out, size):
+            return f"rank={self.rank} exceeds its size {out} x {size}. Choose a smaller one"
         lookup = site.kind == "embedding" and self.dropout
         return "ids have no dropout; leave it out" if lookup else ""
 

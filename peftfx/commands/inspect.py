@@ -107,7 +107,7 @@ def _row(name: str, places: Sequence[Place]) -> tuple[str, ...]:
     norm = total_norm(places)
     unknown = next((p.unknown for p in places if p.unknown), "")
     return (
-        name, str(len(places)), _all(p.method for p in places),
+        name or "(shared)", str(len(places)), _all(p.method for p in places),
         _all("" if p.rank is None else str(p.rank) for p in places),
         _all("" if p.alpha is None else f"{p.alpha:.4g}" for p in places),
         f"{sum(p.parameters for p in places):,}", _all(d for p in places for d in p.dtypes),
