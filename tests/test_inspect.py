@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_formats_tell_the_same(run: Any, tmp_path: Path) -> None:
     code, said = run("compare", source, tmp_path / "x.gguf", "--base", model)
     assert code == 0 and said["pairs"][0]["cosine"] == pytest.approx(1.0)
     assert said["pairs"][0]["sign_conflicts"] == 0
+
+
+def test_layers_that_a_base_repeats_need_no_base(tmp_path: Path) -> None:
+    folder = shutil.copytree(adapter("lora")[0], tmp_path / "a")
+    config = folder / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"layer_replication": [[0, 2], [1, 2]]}
+    config.write_text(json.dumps(said))
+    assert all(p.norm for p in describe(folder).places)
 
 
 @pytest.mark.parametrize("case", ["head saved", "token rows", "biases"])

@@ -50,15 +50,19 @@ def entries(data: Any, begin: int, total: int, file: str, where: str) -> dict[st
             elif any(not isinstance(v, str) for v in about.values()):
                 raise ValueError("its __metadata__ are no texts")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptFileError(f"the header of {where} is malformed: {error!r}.") from error
+        raise CorruptFileError(
+            f"the header of {where} is malformed: {error!r}. Copy or save it again."
+        ) from error
     end = begin
     for entry in sorted(found.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != end:
-            raise CorruptFileError(f"{where}: its tensors overlap or leave gaps.")
+            raise CorruptFileError(f"{where}: its tensors overlap or leave gaps. Save it again.")
         end = entry.end
     if end != total:
         what = "truncated" if total < end else "longer than its header says"
-        raise CorruptFileError(f"{where} is {what} ({total} bytes, expected {end}).")
+        raise CorruptFileError(
+            f"{where} is {what} ({total} bytes, expected {end}). Copy or save it again."
+        )
     return found
 
 

@@ -8,6 +8,7 @@ archive whose sizes were checked before.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -56,7 +57,9 @@ def parse_torch_bin(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        foreign = re.search(r"GLOBAL (\S+)", str(error))  # torch then tells how to run it
+        said = foreign[1] if foreign else (str(error).strip() or type(error).__name__)
+        said = said.splitlines()[0]
         raise ArtifactError(
             f"{where} holds something else than tensors, or is damaged ({said}). Save the tensors "
             "alone: torch.save(dict of tensors), or safetensors."

@@ -133,3 +133,14 @@ def test_quotas_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_bin, "LIMIT", 10)
     with pytest.raises(CorruptFileError, match="larger than 10 bytes"):
         parse_torch_bin(PLAIN, "x.bin")
+
+
+def test_a_foreign_object_is_named() -> None:
+    """Not torch's words, which tell how to run it all the same."""
+    data = io.BytesIO()
+    torch.save({"a": torch.nn.Linear(1, 1)}, data)
+    with pytest.raises(
+        ArtifactError, match=r"torch\.nn\.modules\.linear\.Linear.*Save the"
+    ) as told:
+        parse_torch_bin(data.getvalue(), "x.bin")
+    assert "trust" not in str(told.value)
