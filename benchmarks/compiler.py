@@ -2,7 +2,7 @@
 
 One thread, CPU seconds with garbage left where it is meanwhile (as timeit does), PEFT and peftfx
 in turns, medians. Peak memory is measured in a process of its own. Writes
-`benchmarks/compiler.json`.
+`benchmarks/compiler.json`; with `--only WORD`, over the parts whose names hold that.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="a word of the parts to measure again")
     parser.add_argument("--peak", choices=("peft", "peftfx"), help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,23 +229,25 @@ def main() -> None:
     if options.peak:
         print(peak(options.model, options.peak, options.cache))
         return
-    results: dict[str, Any] = {}
-
-    def written(name: str, made: Any) -> None:
-        results[name] = made
-        Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        print(name, json.dumps(made, indent=1), flush=True)
-
+    file = Path(__file__).with_suffix(".json")
+    results: dict[str, Any] = json.loads(file.read_text()) if options.only else {}
     with tempfile.TemporaryDirectory() as folder:
-        cache, model = Path(folder), options.model
-        load = f"load average {os.getloadavg()[0]:.0f}"
-        written("environment", f"{core.environment()}, {load}")
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"135 M parameters, 210 linears, {str(dtype)[6:]} [s]"
-            written(name, large(model, dtype, options.rounds, cache))
-        written("adapters on MiniLM [s]", {str(n): many(n, cache) for n in (8, 16)})
-        written("peak memory added by a fold [MB]", peaks(model, cache))
-        written("outline of 48 and 96 layers [s]", outlining())
+        cache, model, rounds = Path(folder), options.model, options.rounds
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "135 M parameters, 210 linears, float32 [s]":
+                lambda: large(model, torch.float32, rounds, cache),
+            "135 M parameters, 210 linears, bfloat16 [s]":
+                lambda: large(model, torch.bfloat16, rounds, cache),
+            "adapters on MiniLM [s]": lambda: {str(n): many(n, cache) for n in (8, 16)},
+            "peak memory added by a fold [MB]": lambda: dict(peaks(model, cache)),
+            "outline of 48 and 96 layers [s]": lambda: dict(outlining()),
+        }  # fmt: skip
+        for name, part in parts.items():
+            if options.only in name:
+                load = f"load average {os.getloadavg()[0]:.0f}"
+                results[name] = {"environment": f"{core.environment()}, {load}"} | part()
+                file.write_text(json.dumps(results, indent=1) + "\n")
+                print(name, json.dumps(results[name], indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 
 import peftfx
 from peftfx.rewriter.capture import cache, graphfile
+from peftfx.rewriter.capture.trial import Trial
 from peftfx.rewriter.files.files import parse_json, write_json
 from peftfx.rewriter.graph.aten import shape, source_line
 from peftfx.rewriter.graph.symbols import Symbols
@@ -386,6 +387,33 @@ def test_what_is_recalled_is_tried(tmp_path: Path, monkeypatch: Any) -> None:
         notes.append(program.cached)
     assert notes[:2] == ["stored", "recalled"] and notes[3] == "recalled"
     assert notes[2] == "stored again: the model computes something else than it did"
+
+
+class Shifted(nn.Linear):
+    """A linear with a buffer that nothing writes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.shift
+
+
+@pytest.mark.parametrize(("made", "modes"), [(Shifted, 1), (lambda: nn.BatchNorm1d(4), 2)])
+def test_a_graph_without_modes_is_tried_in_one(
+    made: Callable[[], nn.Module], modes: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model, x, ran, of_graph = made().eval(), torch.randn(3, 4), list[Any](), Trial.of_graph
+
+    def counted(self: Trial, inputs: Any, training: bool | None = False) -> Any:
+        ran.append(training)
+        return of_graph(self, inputs, training)
+
+    peftfx.capture(model, (x,), cache=tmp_path)
+    monkeypatch.setattr(Trial, "of_graph", counted)
+    assert peftfx.capture(model, (x,), cache=tmp_path).cached == "recalled"
+    assert ran == [False, True][:modes]
 
 
 class Masked(nn.Module):

@@ -20,9 +20,12 @@ from peftfx.passes.reparameterized.lora import LoRABranch
 from peftfx.rewriter.capture import capture as capturing
 from peftfx.rewriter.graph.clone import clone
 from peftfx.rewriter.measure.likeness import runs_alike
+from peftfx.rewriter.measure.reach import unreached
+from peftfx.rewriter.measure.still import is_modeless
 from peftfx.rewriter.measure.witness import Witness
 from peftfx.rewriter.tracing.memo import Memo
 from peftfx.rewriter.tracing.propagate import _Fakes
+from peftfx.rewriter.verify import checks
 
 from . import models
 
@@ -94,14 +97,35 @@ def test_layers_cost_no_evaluations(
     forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
     assert evaluations == ["LoRABranch", "add.Tensor", "LoRABranch", "add.Tensor"]  # up, down
-    # Of both: at three sizes, in training; of the base again, with its last sample, or token,
-    # changed, and before; of the adapter also with noise: twice, and with each of both changed.
-    assert forwards.count("program") == 4 + 1 + 3 + 4 + 4
+    # Of both: at three sizes; of the base again, with its last sample, or token, changed, and
+    # before; of the adapter also in training, and with noise: twice, and with each of both changed.
+    assert forwards.count("program") == 3 + 1 + 3 + 4 + 4
     branches = 2 * layers * (4 + 1 + 4)  # once more with gradients
     assert forwards.count("a2") == branches + 2 * 5  # alone: only one of each kind, up and down
     forwards.clear()
     peftfx.run(program, "lora{rank=2,where=linear}")
     assert forwards.count("program") == 1 + 4 + 4
+
+
+def test_gradients_are_looked_for_at_the_smallest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def looked(after: Witness, names: Any, inputs: dict[str, Tensor], what: str) -> Any:
+        (x,) = inputs.values()
+        seen.append(tuple(x.shape))
+        return unreached(after, names, inputs, what)
+
+    monkeypatch.setattr(checks, "unreached", looked)
+    peftfx.run(captured(2), "lora{rank=2,where=linear}")
+    assert seen == [(1, 1, 8)]
+
+
+def test_what_both_modes_leave_idle_runs_in_one() -> None:
+    for dropout, idle in ((0.0, True), (0.1, False)):
+        model = nn.Sequential(Layer(), nn.Dropout(dropout), Layer()).eval().requires_grad_(False)
+        program = peftfx.capture(model, (torch.randn(2, 5, 8),))
+        assert is_modeless(program.module) == idle
+        assert not is_modeless(peftfx.run(program, "lora{rank=2,where=linear}").module)
 
 
 def test_the_eighth_adapter_costs_what_the_second_does(
@@ -130,9 +154,9 @@ def test_a_fold_runs_nothing_that_is_known(forwards: list[str]) -> None:
             parameter.add_(0.1)
     forwards.clear()
     folded = peftfx.run(program, "fold")
-    # Of both: at three sizes, again, in training. What is left without branches is known of the
-    # captured program, and what the exported tensors give, of the folded one.
-    assert forwards.count("program") == 5 + 5
+    # Of both: at three sizes, again; with branches also in training. What is left without them is
+    # known of the captured program, and what the exported tensors give, of the folded one.
+    assert forwards.count("program") == 5 + 4
     assert folded.history[-1].certificate.measured["exported"] > 0
 
 

@@ -15,10 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..graph.modes import Attention, Dropout
 from ..graph.module import CapturedModule, state_tensors, twin_module
 from ..graph.sharded import is_sharded, outputs, reshard
+from ..graph.walks import fact
 from ..program.state import State
 
 ATEN: Any = torch.ops.aten
@@ -57,6 +61,24 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
     """What a still module returns for a copy of the inputs, without gradients."""
     with torch.no_grad():
         return outputs(gm, {n: t.clone() for n, t in inputs.items()})
+
+
+def is_modeless(gm: CapturedModule) -> bool:
+    """Whether nothing in a graph tells training from evaluation, or draws random numbers: it calls
+    operators, and modules alone that both modes leave idle."""
+    return fact(gm, "modeless", lambda: all(_is_modeless(gm, n) for n in gm.graph.nodes))
+
+
+def _is_modeless(gm: CapturedModule, node: Node) -> bool:
+    target: Any = node.target
+    if node.op == "call_module":
+        module = gm.get_submodule(target)
+        probability = {Dropout: "p", Attention: "dropout"}.get(type(module))
+        return probability is not None and getattr(module, probability) == 0
+    if node.op == "call_function":
+        known = isinstance(target, OpOverload) and not _is_random(target)
+        return known or getattr(target, "__module__", "") == "_operator"
+    return node.op != "call_method"
 
 
 class Expected(TorchDispatchMode):

@@ -19,6 +19,8 @@ from ..measure.compare import floats
 from ..measure.witness import Witness
 from .silence import silenced
 
+_BLOCK = 1 << 16
+"""Elements that are looked at at a time: as float64, outputs are large."""
 SHARE = 0.1
 """Share of what branches contribute that a rewriting may change in any case."""
 
@@ -49,15 +51,24 @@ def effect(
             resting = before.call(before.completed(inputs))
     bare = _heard(resting, silent)
     square = error = product = 0.0
-    for x, y, z in zip(full, without, bare, strict=True):
-        a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in (x, y, z))
-        size = float(a.square().sum()) or 1.0
-        square += float((a - c).square().sum()) / size
-        error += float((b - a).square().sum()) / size
-        product += float(((b - c) * (a - c)).sum()) / size
+    for each in zip(full, without, bare, strict=True):
+        size, *sums = _sums(*(t.reshape(-1) for t in each))
+        one, two, three = (total / (size or 1.0) for total in sums)
+        square, error, product = square + one, error + two, product + three
     if not square:
         return {}
     return {"effect": math.sqrt(square), "error": math.sqrt(error), "kept": product / square}
+
+
+def _sums(x: Tensor, y: Tensor, z: Tensor) -> list[float]:
+    """Sums over all elements in float64: of `x x`, `(x - z)^2`, `(y - x)^2`, `(y - z)(x - z)`."""
+    sums = [0.0] * 4
+    for parts in zip(*(t.split(_BLOCK) for t in (x, y, z)), strict=True):
+        a, b, c = (torch.nan_to_num(t.double(), 0.0, 0.0, 0.0) for t in parts)
+        added, kept, off = a - c, b - c, b - a
+        for i, (u, v) in enumerate(((a, a), (added, added), (off, off), (kept, added))):
+            sums[i] += float(u @ v)
+    return sums
 
 
 def _heard(output: Any, silent: Collection[int]) -> list[Tensor]:

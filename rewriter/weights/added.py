@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..branches.branch import Branch, Delta, RowScale
 from ..graph.module import same_view
-from .blocks import Added, blocks
+from .blocks import BLOCK, Added, blocks
 from .verdict import (
     TOLERANCE,
     Matrix,
@@ -22,10 +22,6 @@ from .verdict import (
     rows_of,
     square,
 )
-
-_BLOCK = 1 << 16
-"""Elements of a weight that are compared at a time: with three temporaries they stay in the
-cache."""
 
 
 def clearly_added(
@@ -58,7 +54,7 @@ class _Matrix:
     def __init__(self, branch: Delta, dtype: torch.dtype, like: Tensor) -> None:
         exact = Added(branch, torch.float64)
         self.added, self.square = exact.rounded(dtype), exact.square()
-        self.buffer = like.new_empty((rows_of(like, _BLOCK), like.shape[1]), dtype=dtype)
+        self.buffer = like.new_empty((rows_of(like, BLOCK), like.shape[1]), dtype=dtype)
         self.gap = _gap(exact.branch, self.added, self.buffer[:1].expand(like.shape))
 
     def rows(self, rows: slice) -> Tensor:
@@ -90,7 +86,7 @@ def _verdict(before: Matrix, after: Matrix, deltas: Sequence[_Matrix]) -> Verdic
     written, moved = torch.empty_like(first), torch.empty_like(first)
     off = went = 0.0
     size = sizes[0] if len(deltas) == 1 else 0.0
-    for rows in blocks(old, _BLOCK):
+    for rows in blocks(old, BLOCK):
         count = rows.stop - rows.start
         rounded, error = _as(new[rows], written[:count]), moved[:count]
         torch.sub(rounded, _as(old[rows], error), out=error)

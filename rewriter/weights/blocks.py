@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..branches.branch import Delta, RowScale
 from .verdict import alone_in, product, rows_of, square
 
-BLOCK = 1 << 16
-"""Elements of a block: it and what is compared with it stay in the cache."""
+BLOCK = 1 << 18
+"""Elements of a block: enough that calls do not count, and few enough for the cache."""
 
 
 def widest(matrix: Tensor) -> torch.dtype:
