@@ -107,7 +107,7 @@ def test_layers_cost_no_evaluations(
     assert forwards.count("program") == 1 + 4 + 4
 
 
-def test_gradients_are_looked_for_at_the_smallest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_looked_for_at_small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
     def looked(after: Witness, names: Any, inputs: dict[str, Tensor], what: str) -> Any:
@@ -117,7 +117,7 @@ def test_gradients_are_looked_for_at_the_smallest_size(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(checks, "unreached", looked)
     peftfx.run(captured(2), "lora{rank=2,where=linear}")
-    assert seen == [(1, 1, 8)]
+    assert seen == [(2, 2, 8)]
 
 
 def test_what_both_modes_leave_idle_runs_in_one() -> None:

@@ -24,7 +24,7 @@ def probes(spec: InputSpec, sample: Mapping[str, int]) -> list[dict[str, int]]:
     """
     cases: list[dict[str, int]] = []
     order = sorted(spec.sizes, key=lambda name: sample.get(name, 0))  # sums come behind their terms
-    two = [f"{n} >= 2" for n in order if spec.ranges.get(n, (1, None))[1] != 1]
+    two = _without_ones(spec)
     for batches, lengths in zip(_BATCHES, _LENGTHS, strict=True):
         wanted = dict.fromkeys(order, 1)
         count, rows = {True: 0, False: 0}, spec.of_kind("batch")
@@ -37,6 +37,16 @@ def probes(spec: InputSpec, sample: Mapping[str, int]) -> list[dict[str, int]]:
         if sizes is not None and sizes not in cases:
             cases.append(sizes)
     return cases or [dict(sample)]
+
+
+def smallest(spec: InputSpec) -> dict[str, int] | None:
+    """The smallest sizes without ones, which may be a case of their own; None where none were
+    found."""
+    return fit(spec, dict.fromkeys(spec.sizes, 2), _without_ones(spec))
+
+
+def _without_ones(spec: InputSpec) -> list[str]:
+    return [f"{n} >= 2" for n in spec.sizes if spec.ranges.get(n, (1, None))[1] != 1]
 
 
 def _beyond(size: int, spec: InputSpec, name: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import VerifyError
 from ..graph.module import device_of
-from ..inputs.probes import fit, probes
+from ..inputs.probes import fit, probes, smallest
 from ..inputs.spec import InputSpec
 from ..program.state import State
 from .still import forward, still
@@ -43,6 +43,17 @@ def sizes(program: State) -> list[dict[str, Tensor]]:
         rounds = [program.spec.resize(program.sample, **wanted) for wanted in measured(program)]
         _MADE[program] = known = program.spec, program.sample, rounds
     return [{n: t.to(device) for n, t in inputs.items()} for inputs in known[2]]
+
+
+def small(program: State) -> dict[str, Tensor] | None:
+    """The captured example at the smallest sizes without ones; None where the captured model does
+    not run there."""
+    wanted = smallest(program.spec)
+    if wanted is None or _failure(program, wanted):
+        return None
+    device = device_of(program.module)
+    inputs = program.spec.resize(program.sample, **wanted)
+    return {n: t.to(device) for n, t in inputs.items()}
 
 
 def measured(program: State) -> list[dict[str, int]]:

@@ -14,7 +14,7 @@ from ..graph.walks import settle, settled
 from ..measure.as_trained import require_kept
 from ..measure.reach import unreached
 from ..measure.steady import perturbed
-from ..measure.trials import sizes
+from ..measure.trials import sizes, small
 from ..measure.watch import branches, watched
 from ..measure.witness import Witness, different, sharing, whole_tensors
 from ..pipeline.passes import Pass
@@ -200,10 +200,11 @@ def _unreached(after: Witness, fresh: Collection[str], what: str) -> Skipped:
 
 
 def _without_gradient(after: Witness, fresh: Collection[str], what: str) -> Mapping[str, str]:
-    """See `unreached`: at the smallest size, since what an operator gives back at one it does at
-    all; where anything is missing or fails there (batch norm, routing), at the first."""
-    rounds = sizes(after.program)
+    """See `unreached`. Propagation has shown that no branch decides anything by its sizes, so a
+    gradient that arrives at small ones arrives; where one does not, or something fails, the usual
+    sizes tell."""
+    inputs = small(after.program)
     with contextlib.suppress(Exception):
-        if rounds[1:] and not unreached(after, fresh, rounds[-1], what):
+        if inputs is not None and not unreached(after, fresh, inputs, what):
             return {}
-    return unreached(after, fresh, rounds[0], what)
+    return unreached(after, fresh, sizes(after.program)[0], what)
