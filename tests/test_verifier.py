@@ -159,6 +159,16 @@ class RandomInEvaluation(Plain):
         return super().branch(F.dropout(x, 0.5, True)) + 1e-3 * torch.randn_like(x[..., :16])
 
 
+class RandomOnceTrained(Plain):
+    """At the last place alone, and nothing as long as b is zero."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = super().branch(x)
+        last = torch.zeros_like(y)
+        last[(-1,) * (y.dim() - 1)] = 1.0
+        return y * (1 + last * torch.randn_like(y))
+
+
 class Drifting(Plain):
     def __init__(self, site: Any) -> None:
         super().__init__(site)
@@ -274,6 +284,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     # evaluation
     "random in evaluation": ({"branch": RandomInEvaluation, "kind": "trainable"}, "draws random"),
     "random, bounded": ({"branch": RandomInEvaluation, "kind": "bounded"}, "draws random"),
+    "random once trained": ({"branch": RandomOnceTrained}, "draws random"),
     "drifting state": ({"branch": Drifting, "kind": "trainable"}, "drifts in evaluation"),
     "a written buffer": ({"branch": Counting}, "writes .*count in evaluation"),
     # training

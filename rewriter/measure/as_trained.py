@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .branchwise import Call, calls, require_faithful
 from .influence import noise_limit, require_apart
 from .likeness import IncomparableError, Likeness
 from .steady import require_settled
-from .witness import Witness, whole_tensors
+from .still import is_modeless
+from .watch import branches
+from .witness import Witness, different, whole_tensors
 
 
 def require_kept(
@@ -22,6 +25,7 @@ def require_kept(
     random: bool,
     what: str,
     earlier: Collection[str] = (),
+    settled: Collection[str] | None = None,
 ) -> None:
     """Raises VerifyError for what a program does once its branches do something.
 
@@ -33,11 +37,17 @@ def require_kept(
         random: the captured model draws random numbers in evaluation mode.
         what: the pass, for messages.
         earlier: departures of what was in the program before these branches.
+        settled: the modules, by path, that the program before calls, two calls of which have given
+            the same; None where nobody has seen that.
     """
-    with calls(moved, departures) as seen:
-        require_settled(moved, moved.program.base, [inputs])
+    with calls(moved, branches(moved)) as seen:
+        moved.outputs(inputs)
     if not whole_tensors(moved.program):
+        require_settled(moved, moved.program.base, [inputs])
         return
+    kinds = {p: _kind(moved.gm.get_submodule(p), c, departures.get(p, ())) for p, c in seen.items()}
+    if settled is None or not _repeat(moved, seen, kinds, settled):
+        require_settled(moved, moved.program.base, [inputs])
     if random:
         moved.expect()
     allowed = {*earlier, *(d for each in departures.values() for d in each)}
@@ -47,11 +57,26 @@ def require_kept(
     for path, said in departures.items():
         if path not in seen:
             continue
-        kind = _kind(moved.gm.get_submodule(path), seen[path], said) or path
+        kind = kinds[path] or path
         if kind not in looked_at:  # others of a kind run the same code on other numbers
             require_faithful(moved, path, seen[path], limit, said, what)
         looked_at.add(kind)
     moved.reset()
+
+
+def _repeat(
+    moved: Witness, seen: Mapping[str, Call], kinds: Mapping[str, Any], settled: Collection[str]
+) -> bool:
+    """Whether branches alone give again what they gave in the program, one of each kind: then the
+    program does, whose other calls are those of a settled one."""
+    known = {*settled, *branches(moved)}
+    if moved.stateful or moved.moved() or not is_modeless(moved.gm, but=known):
+        return False
+    first = {kinds[path] or path: path for path in reversed(seen)}
+    with torch.no_grad():
+        return not any(
+            different(seen[p].output, seen[p].of(moved.gm.get_submodule(p))) for p in first.values()
+        )
 
 
 def _kind(branch: nn.Module, call: Call, said: Collection[str]) -> Any:

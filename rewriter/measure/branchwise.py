@@ -35,7 +35,7 @@ _USUAL = 1e4
 """What is larger is no activation: a mask."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One call of a branch.
 
@@ -43,11 +43,13 @@ class Call:
         leaves: its operands, flat.
         moving: which of them are floating-point numbers that depend on the program's inputs.
         form: how to make arguments of the leaves.
+        output: what it gave.
     """
 
     leaves: list[Any]
     moving: list[int]
     form: Any
+    output: Any = None
 
     def of(self, module: nn.Module, moved: Mapping[int, Tensor] | None = None) -> Any:
         """What the module returns, with other values for some of the operands."""
@@ -76,7 +78,12 @@ def calls(witness: Witness, paths: Collection[str]) -> Iterator[dict[str, Call]]
                     operands = [t.clone() if i in some else t for i, t in enumerate(leaves)]
                     seen[path] = Call(operands, some, form)
 
+            def leave(_: nn.Module, given: Any, output: Any, path: str = path) -> None:
+                if seen[path].output is None:
+                    seen[path].output = output
+
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
         yield seen
 
 

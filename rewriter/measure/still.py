@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..graph.modes import Attention, Dropout
 from ..graph.module import CapturedModule, state_tensors, twin_module
 from ..graph.sharded import is_sharded, outputs, reshard
-from ..graph.walks import fact
 from ..program.state import State
 
 ATEN: Any = torch.ops.aten
@@ -63,10 +62,11 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
         return outputs(gm, {n: t.clone() for n, t in inputs.items()})
 
 
-def is_modeless(gm: CapturedModule) -> bool:
+def is_modeless(gm: CapturedModule, but: Collection[str] = ()) -> bool:
     """Whether nothing in a graph tells training from evaluation, or draws random numbers: it calls
-    operators, and modules alone that both modes leave idle."""
-    return fact(gm, "modeless", lambda: all(_is_modeless(gm, n) for n in gm.graph.nodes))
+    operators, and modules that both modes leave idle; those at the paths `but` may do anything."""
+    calls = (n for n in gm.graph.nodes if n.op != "call_module" or n.target not in but)
+    return all(_is_modeless(gm, node) for node in calls)
 
 
 def _is_modeless(gm: CapturedModule, node: Node) -> bool:

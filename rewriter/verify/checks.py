@@ -171,7 +171,10 @@ class Checks:
             added = [p for p in branches(moved, paths) if not self.program.inserts(f"{p}.")]
             said = dict.fromkeys(added, item.departures)
             inputs = sizes(after)[0]
-            require_kept(moved, inputs, said, before.expected, str(item), self.departures)
+            calls = before.program.module.graph.find_nodes(op="call_module")
+            settled = {str(n.target) for n in calls} if before.settled else None
+            earlier = self.departures
+            require_kept(moved, inputs, said, before.expected, str(item), earlier, settled)
         return certificate, missing
 
 
