@@ -395,9 +395,10 @@ class Shifted(nn.Linear):
     def __init__(self) -> None:
         super().__init__(4, 4)
         self.register_buffer("shift", torch.ones(4))
+        self.shift: torch.Tensor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + self.shift
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + self.shift
 
 
 @pytest.mark.parametrize(("made", "modes"), [(Shifted, 1), (lambda: nn.BatchNorm1d(4), 2)])

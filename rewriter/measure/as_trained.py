@@ -72,7 +72,7 @@ def _repeat(
     known = {*settled, *branches(moved)}
     if moved.stateful or moved.moved() or not is_modeless(moved.gm, but=known):
         return False
-    first = {kinds[path] or path: path for path in reversed(seen)}
+    first = {kinds[path] or path: path for path in reversed(list(seen))}
     with torch.no_grad():
         return not any(
             different(seen[p].output, seen[p].of(moved.gm.get_submodule(p))) for p in first.values()

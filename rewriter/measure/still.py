@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..graph.modes import Attention, Dropout
@@ -62,19 +62,19 @@ def forward(gm: CapturedModule, inputs: Mapping[str, Tensor]) -> Any:
         return outputs(gm, {n: t.clone() for n, t in inputs.items()})
 
 
-def is_modeless(gm: CapturedModule, but: Collection[str] = ()) -> bool:
+def is_modeless(gm: GraphModule, but: Collection[str] = ()) -> bool:
     """Whether nothing in a graph tells training from evaluation, or draws random numbers: it calls
     operators, and modules that both modes leave idle; those at the paths `but` may do anything."""
     calls = (n for n in gm.graph.nodes if n.op != "call_module" or n.target not in but)
     return all(_is_modeless(gm, node) for node in calls)
 
 
-def _is_modeless(gm: CapturedModule, node: Node) -> bool:
+def _is_modeless(gm: GraphModule, node: Node) -> bool:
     target: Any = node.target
     if node.op == "call_module":
-        module = gm.get_submodule(target)
-        probability = {Dropout: "p", Attention: "dropout"}.get(type(module))
-        return probability is not None and getattr(module, probability) == 0
+        module: Any = gm.get_submodule(target)
+        kind = type(module)
+        return (kind is Dropout and not module.p) or (kind is Attention and not module.dropout)
     if node.op == "call_function":
         known = isinstance(target, OpOverload) and not _is_random(target)
         return known or getattr(target, "__module__", "") == "_operator"
