@@ -26,6 +26,7 @@ import os
 import platform
 import random
 import tarfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ Two rows stay below the head alone. CoDA starts from a model whose blocks skip t
 tokens (`python -m benchmarks.coda_learning` shows what that costs); HyperFormer++ starts from
 random adapters that all layers share, and each of its four tasks gets a quarter of the steps.
 Prompts in front of the input, and P-tuning v2, learn more slowly than the rest.
+
+{absent}
 
 CPU seconds of a step are in `benchmarks/learning.json`. Made by `python -m benchmarks.learning
 DATA`, which says where the texts come from, on {machine}.
@@ -129,6 +132,9 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "LLM-Adapters, parallel": ("llm_adapters{form=parallel,bottleneck=32}", (1e-3, 3e-3)),
     "AutoPEFT, all kinds": ("autopeft", (1e-3, 3e-3)),
 }
+
+DRAWN = ("P-tuning v2", "SMoP", "AdaMix", "AdaMix, LoRA")
+"""What is different in training mode."""
 
 SCORED = "scored"
 """In the name of a row whose places are chosen by gradients: those of the model with a head that
@@ -184,8 +190,7 @@ def split_of(domains: Sequence[Sequence[Text]], seed: int = 0) -> Split:
 class Classifier(nn.Module):
     """MiniLM, the mean over real tokens, and a head `[hidden] -> [2]` that starts at zero.
 
-    Its dropout is off, so that training mode lets methods draw (routes, ranks, noise) and nothing
-    else.
+    Its dropout is off: in training mode, methods draw (routes, ranks, noise) and nothing else.
     """
 
     def __init__(self) -> None:
@@ -303,6 +308,7 @@ def row(base: peftfx.Program, name: str, split: Split, steps: int) -> dict[str, 
     return {
         "recipe": recipe,
         "trained": count,
+        "mode": "training",
         "rate": rate,
         "validation": validation,
         "step [CPU s]": round(seconds, 3),
@@ -337,6 +343,25 @@ def _bits(values: dict[str, Any]) -> np.ndarray:
     return np.asarray([float(b) for b in values["right"]])
 
 
+def page(figures: Mapping[str, Any]) -> str:
+    """Writes it, and returns it; it says which rows have not been computed."""
+    rows = figures["rows"]
+    absent = [n for n in METHODS if n not in rows]
+    old = [n for n in DRAWN if n in rows and "mode" not in rows[n]]
+    told = f"Rows not computed yet: {'; '.join(absent)}." if absent else ""
+    if old:
+        told += (
+            f" {'; '.join(old)} learnt in evaluation mode: mixtures as their mean, without routes, "
+            "others without noise or dropout. The script trains in training mode now."
+        )
+    text = ABOUT.format(
+        **figures, table=table(rows), held_out=HELD_OUT, validation=VALIDATION,
+        absent="\n".join(textwrap.wrap(told, 100)),
+    )  # fmt: skip
+    PAGE.write_text(text, encoding="utf-8")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -364,19 +389,11 @@ def main() -> None:
         if options.again or name not in figures["rows"]:
             begun = time.process_time()
             figures["rows"][name] = row(base, name, split, options.steps)
-            print(
-                name,
-                figures["rows"][name]["accuracy"],
-                f"{time.process_time() - begun:.0f} s",
-                flush=True,
-            )
+            told = figures["rows"][name]["accuracy"]
+            print(name, told, f"{time.process_time() - begun:.0f} s", flush=True)
             figures["rows"] = {n: figures["rows"][n] for n in METHODS if n in figures["rows"]}
             file.write_text(json.dumps(figures, indent=1) + "\n")
-    text = ABOUT.format(
-        **figures, table=table(figures["rows"]), held_out=HELD_OUT, validation=VALIDATION
-    )
-    PAGE.write_text(text, encoding="utf-8")
-    print(text)
+    print(page(figures))
 
 
 if __name__ == "__main__":

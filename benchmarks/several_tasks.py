@@ -315,7 +315,8 @@ def main() -> None:
     torch.manual_seed(0)
     file = Path(__file__).with_suffix(".json")
     figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    task = f"{STEPS} steps of {BATCH} texts a known domain; {options.new} new; examples: {FEW}"
+    steps = "; ".join(f"{n} for {count} examples" for count, n in FEW.items())
+    task = f"{STEPS} steps of {BATCH} texts a known domain, {options.new} new: {steps}"
     if figures.get("task") != task:
         figures = {"task": task, "known": {}, "few": {str(n): {} for n in FEW}}
     figures["machine"] = (
@@ -337,7 +338,7 @@ def main() -> None:
             make = lambda name=name, n=n: further_row(lab, name, n)  # noqa: E731
             keep(figures["few"][str(n)], name, make)
     names = [n for n in DOMAINS if n != options.new] + [options.new]
-    print(page(figures, names))
+    print(page(figures, names, list(KNOWN), list(FURTHER)))
 
 
 if __name__ == "__main__":
