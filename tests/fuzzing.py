@@ -1,6 +1,6 @@
 """Every reader as a function of bytes that raises nothing but what it promises; and where to begin.
 
-`benchmarks/faults.py` drives them by coverage (atheris); `tests/test_damage.py` by fixed mutations.
+`benchmarks/fuzz.py` drives them by coverage (atheris); `tests/test_damage.py` by fixed mutations.
 """
 
 from __future__ import annotations
