@@ -79,8 +79,9 @@ class Verdict:
 
 
 def rows_of(matrix: Tensor, block: int) -> int:
-    """How many rows of a matrix are compared at a time, with so many elements."""
-    return max(1, block * matrix.shape[0] // max(1, matrix.numel()))
+    """How many rows of a matrix are compared at a time, with so many elements at most."""
+    rows = matrix.shape[0]
+    return max(1, min(rows, block * rows // max(1, matrix.numel())))
 
 
 def lost_share(old: Tensor, exact: Tensor, rounded: Tensor) -> float:

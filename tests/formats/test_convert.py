@@ -92,12 +92,22 @@ def test_factors_need_no_base(case: str, tmp_path: Path) -> None:
     near(output(load_adapter(program(name), tmp_path / "plain")(**inputs(name))), want)
 
 
-@pytest.mark.parametrize("case", ["dora", "pissa", "oft", "loha", "shira", "lora bias", "table"])
+@pytest.mark.parametrize("case", ["dora", "pissa", "oft", "shira", "lora bias", "table"])
 def test_what_needs_the_base_says_so(case: str, tmp_path: Path) -> None:
     source, _ = adapter(case)
     with pytest.raises(ArtifactError, match=r"--base|no such module"):
         convert(source, tmp_path / "plain", "plain-lora", rank=4)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_product_of_factors_needs_no_base_and_loses_what_the_rank_cannot_hold(
+    tmp_path: Path,
+) -> None:
+    source, _ = adapter("loha")
+    lost = convert(source, tmp_path / "plain", "plain-lora", rank=4)
+    assert lost == convert(source, tmp_path / "want", "plain-lora", directory("llama"), rank=4)
+    assert lost and all(0 < share < 1 for share in lost.values())
+    same(tmp_path / "want", tmp_path / "plain")
 
 
 def test_only_the_weights_beside_magnitudes_are_read(tmp_path: Path) -> None:
