@@ -56,9 +56,10 @@ learns at three times the rate here, and PHA has adapters of another kind, so it
 sharing. With 64 and 256 examples, some of what goes on from known domains is up to two points above
 a new adapter (PHA, which was before, and TPT's start with 64, more), and MerA and AdapterSoup are
 not clearly above one adapter for all; with 16, nothing is clearly above a new adapter but PHA.
-Prompts hold a point less of the known domains. The start that TPT chooses by neurons is 3.6 and 3.7 points above a new prompt
-with 16 and 64 examples and no better with 256; the one that SPoT chooses by likeness is 1.3 above,
-0.6 below and 0.7 above. One interval in twenty leaves out 0 by chance, and there are some fifty.
+Prompts hold a point less of the known domains. The start that TPT chooses by neurons is 3.6 and 3.7
+points above a new prompt with 16 and 64 examples and no better with 256; the one that SPoT chooses
+by likeness is 1.3 above, 0.6 below and 0.7 above. One interval in twenty leaves out 0 by chance,
+and there are some fifty.
 """
 
 
