@@ -15,6 +15,7 @@ from ..rewriter.files.files import (
     tensor_pieces,
     write_file,
 )
+from ..rewriter.files.torch_bin import LIMIT, parse_torch_bin
 from ..rewriter.storage.artifact import MANIFEST, require_finite, save
 from ..rewriter.storage.loading import load
 from ..rewriter.storage.parts import Parts
@@ -26,7 +27,7 @@ from .base import GIVE_BASE, Base, Files, checkpoint, fitting, require_fit, size
 from .gguf.adapter import read_gguf_adapter, write_gguf_adapter
 from .gguf.file import is_gguf
 from .hf_peft.adapter import inserted, name_of, read_peft, save_peft, write_peft
-from .hf_peft.config import CONFIG, TENSORS
+from .hf_peft.config import CONFIG, PICKLED, TENSORS
 from .mlx import TENSORS as MLX_TENSORS
 from .mlx import is_mlx, read_mlx
 from .onnx.adapter import is_onnx_adapter, read_onnx_adapter, write_onnx_adapter
@@ -266,6 +267,11 @@ def _files(source: str | Path, kind: str, directory: str | Path | None) -> Files
     if kind in _BY_START:
         raise BaseNeededError(f"{source} names weights as its own format does. {GIVE_BASE}")
     file = folder / _TENSORS[kind] if kind in _TENSORS else folder
+    if kind == "peft" and not file.exists() and (pickled := folder / PICKLED).exists():
+        tensors = parse_torch_bin(read_file(pickled, LIMIT), str(pickled))
+        return sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, in_out)
+    if kind in _TENSORS and not file.exists():
+        raise ArtifactError(f"{file} is missing: the adapter is not whole. Save it again.")
     if not file.is_file():
         raise BaseNeededError(f"{file} is missing. {GIVE_BASE}")
     return sizes({name: entry.shape for name, entry in header(file).items()}, in_out)

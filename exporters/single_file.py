@@ -48,6 +48,8 @@ _LEAVES = (
     "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
 )  # fmt: skip
 
+_FORMS = "lora_", "hada_", "lokr_"
+
 Leaves = dict[str, Tensor]
 
 
@@ -94,13 +96,17 @@ def _diffusers(
     config: dict[str, Any] = {
         k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)
     }
-    alphas = {k: float(own.pop(k)) for k in list(own) if k.endswith(".alpha")}
+    alphas = {k: own.pop(k) for k in list(own) if k.endswith(".alpha")}
+    for key, alpha in alphas.items():
+        if f"{key.removesuffix('alpha')}lora_A.weight" not in own:
+            raise ArtifactError(f"{where}: {prefix}{key} is of no LoRA in this file.")
+        _scale(alpha, 1, f"{where}: {prefix}{key.removesuffix('.alpha')}")
     if not config:  # a missing alpha means the module's own rank
         ranks = {k.removesuffix(".lora_A.weight"): len(t) for k, t in own.items() if "lora_A" in k}
         config = {
             "r": 1, "lora_alpha": 1, "rank_pattern": {re.escape(m): r for m, r in ranks.items()},
             "alpha_pattern": {
-                re.escape(m): alphas.get(f"{m}.alpha", float(r)) for m, r in ranks.items()
+                re.escape(m): float(alphas.get(f"{m}.alpha", r)) for m, r in ranks.items()
             },
         }  # fmt: skip
     config["peft_type"] = "LORA"
@@ -122,13 +128,27 @@ def _component(
             raise ArtifactError(
                 f"{where} has nothing of {chosen!r}; it has {', '.join(there) or 'no components'}."
             )
-        return f"{chosen}{separator}"
+        return _all_known(tensors, known, separator, where, f"{chosen}{separator}")
     if len(there) > 1:
         raise ArtifactError(
             f"{where} holds adapters of {', '.join(there)}. Say which this program is: "
             f"component={there[0]!r}."
         )
-    return f"{there[0]}{separator}" if there else ""
+    prefix = f"{there[0]}{separator}" if there else ""
+    return _all_known(tensors, known, separator, where, prefix)
+
+
+def _all_known(
+    tensors: Mapping[str, Tensor], known: tuple[str, ...], separator: str, where: str, prefix: str
+) -> str:
+    """The prefix, where each key has one: what stands beside it is of another component."""
+    starts = tuple(f"{c}{separator}" for c in known)
+    if prefix and (strange := next((k for k in tensors if not k.startswith(starts)), "")):
+        raise ArtifactError(
+            f"{where}: the key {strange!r} starts with no component, beside keys of {prefix!r}. "
+            f"Rename it to {prefix}... if it is of that, or leave it out."
+        )
+    return prefix
 
 
 def _kohya(program: Base, tensors: Mapping[str, Tensor], where: str, component: str) -> Parts:
@@ -195,6 +215,12 @@ def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Pa
     alpha = leaves.pop("alpha", None)
     magnitude = leaves.pop("dora_scale", None)
     wide = {k: t.float() for k, t in leaves.items()}
+    form = next((f for f in _FORMS if any(k.startswith(f) for k in wide)), "")
+    if form and (strange := [k for k in wide if not k.startswith(form)]):
+        raise ArtifactError(
+            f"{where}: {', '.join(strange)} beside {form}...: two forms at one module are not "
+            "read. Fold it with the library that wrote it."
+        )
     if "lora_down.weight" in wide and "lora_mid.weight" not in wide:
         down, up = wide["lora_down.weight"].flatten(1), _needed(wide, "lora_up.weight", where)
         scale = _scale(alpha, len(down), where)
@@ -212,7 +238,9 @@ def _part(program: Base, name: str, leaves: Leaves, where: str) -> tuple[str, Pa
         return "LoKr", _lokr(name, wide, alpha, matrix, where)
     if "diff" in wide and "diff_b" not in wide:
         return "whole", _changed(name, wide["diff"], "whole", matrix, where)
-    raise ArtifactError(f"{where}: {', '.join(sorted(leaves))} is no form that is read.")
+    raise ArtifactError(
+        f"{where}: {', '.join(sorted(leaves)) or 'alpha alone'} is no form that is read."
+    )
 
 
 def _changed(name: str, delta: Tensor, kind: str, matrix: Tensor, where: str) -> Change:
@@ -242,6 +270,11 @@ def _loha(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: 
 def _lokr(name: str, wide: Leaves, alpha: Tensor | None, matrix: Tensor, where: str) -> Part:
     own = {n: wide[f"lokr_{n}"] for n in KRONECKER if f"lokr_{n}" in wide}
     for factor in ("w1", "w2"):
+        if factor in own and {f"{factor}_a", f"{factor}_b"} & own.keys():
+            raise ArtifactError(
+                f"{where}: lokr_{factor} is there whole and in factors; the file does not "
+                "tell which counts. Leave one out."
+            )
         for half in () if factor in own else ("a", "b"):
             _needed(wide, f"lokr_{factor}_{half}", where)
     ranked = own.get("w2_b", own.get("w1_b"))

@@ -93,7 +93,8 @@ class Config:
     def finish(self) -> None:
         """Raises ArtifactError for an option that changes numbers and is not understood."""
         for key in self.data.keys() - self.taken - ABOUT - TARGETS - INERT:
-            if self.data[key] not in (None, False, {}, [], "none"):
+            value = self.data[key]  # 0 is a number that somebody chose, though it equals False
+            if value not in (None, False, {}, [], "none") or type(value) in (int, float):
                 raise ArtifactError(
                     f"{self.where}: the option {key}={self.data[key]!r} of {self.type} is not "
                     "understood, so the adapter would compute something else. Merge it with the "

@@ -41,7 +41,8 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
     scales = _Scales(config)
     start = config.take("init_lora_weights", True, bool, str)
     dropout = float(config.take("lora_dropout", 0.0, float, int))
-    config.take("use_dora", False), config.take("bias", "none"), config.take("lora_bias", False)
+    dora, biased = config.take("use_dora", False), config.take("lora_bias", False)
+    config.take("bias", "none")
     config.take("trainable_token_indices", None, list, dict)
     config.take("ensure_weight_tying", False)
     config.take("velora_config", None, dict), config.take("monteclora_config", None, dict)
@@ -62,6 +63,10 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
     for path, leaves in layers.items():
         for leaf in leaves:
             del tensors[f"{path}.{leaf}"]
+        if dora and not any(leaf.startswith("lora_magnitude_vector") for leaf in leaves):
+            raise _lacking(config, path, "use_dora", "lora_magnitude_vector")
+        if biased and "lora_B.weight" in leaves and "lora_B.bias" not in leaves:
+            raise _lacking(config, path, "lora_bias", "lora_B.bias")
         name, site = stacks[path]
         if config.type == "ADALORA":
             part = _adalora(config, scales, path, name, leaves)
@@ -77,6 +82,13 @@ def lora_parts(config: Config, tensors: dict[str, Tensor], program: Base) -> lis
         if (bias := leaves.get("lora_B.bias")) is not None:
             parts.append(bias_with(program, name, bias.float() * part.scale))
     return parts
+
+
+def _lacking(config: Config, path: str, option: str, leaf: str) -> ArtifactError:
+    return ArtifactError(
+        f"{config.where}: {option}=true, but {path}.{leaf} is missing. The files do not belong "
+        "together; save the adapter again."
+    )
 
 
 class _Scales:

@@ -175,7 +175,11 @@ def require_finite(name: str, tensor: Tensor, remedy: str = "Go back to earlier 
             f"{name} is on the meta device and has no values; load the model's weights first: "
             "peftfx.load_weights(program, directory)."
         )
-    if not tensor.is_floating_point() or math.isfinite(tensor.sum().item()):
+    if not tensor.is_floating_point():
+        return
+    if tensor.itemsize == 1:  # torch adds none of 8 bits
+        tensor = tensor.float()
+    if math.isfinite(tensor.sum().item()):
         return  # a sum is finite only if all of its terms are, and quickly made
     places = (~torch.isfinite(tensor)).nonzero()
     if len(places):

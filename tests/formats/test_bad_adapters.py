@@ -94,6 +94,10 @@ EDITS: dict[str, tuple[Edit, type[Exception], str]] = {
     "a newer option": (put("use_warp", True), ArtifactError,
                        rf"{CONFIG}: the option use_warp=True of LORA is not understood.*write it wi"),
     "a newer option off": (put("rank_schedule", [1, 2]), ArtifactError, "rank_schedule"),
+    "a newer number": (put("new_scale", 0), ArtifactError, "the option new_scale=0 of LORA is not"),
+    "no magnitudes": (put("use_dora", True), ArtifactError,
+                      "use_dora=true, but .*lora_magnitude_vector is missing"),
+    "no biases": (put("lora_bias", True), ArtifactError, "lora_bias=true, but .*lora_B.bias is mis"),
     "rank of the config": (put("r", 8), ArtifactError,
                            "the rank of .*q_proj is 8, but its tensors have 4.*save the adapter again"),
     "rank of a pattern": (put("rank_pattern", {"q_proj": 2}), ArtifactError, "is 2, but its ten"),
@@ -128,6 +132,32 @@ def test_an_altered_adapter_is_refused(fault: str, tmp_path: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
     save_file(tensors, folder / WEIGHTS)
     refused(folder, kind, text)
+
+
+def test_factors_of_eight_bits_are_checked_and_read(tmp_path: Path) -> None:
+    folder, low = copied("lora", tmp_path / "a"), torch.float8_e4m3fn
+    tensors = {n: t.to(low) for n, t in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    got = load_adapter(program("llama"), folder)
+    save_file({n: t.float() for n, t in tensors.items()}, folder / WEIGHTS)
+    same = load_adapter(program("llama"), folder)
+    assert torch.equal(output(got(**inputs("llama"))), output(same(**inputs("llama"))))
+    tensors[f"{QUERY}.{A}"] = torch.full((4, 32), float("nan")).to(low)
+    save_file(tensors, folder / WEIGHTS)
+    refused(folder, NonFiniteError, "holds NaN or infinity")
+
+
+def test_older_files_need_no_base(tmp_path: Path) -> None:
+    folder = copied("lora", tmp_path / "a")
+    convert(folder, tmp_path / "want", "plain-lora")
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    convert(folder, tmp_path / "got", "plain-lora")
+    want, got = (load_file(tmp_path / n / WEIGHTS) for n in ("want", "got"))
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(ArtifactError, match="is missing: the adapter is not whole"):
+        convert(folder, tmp_path / "got", "plain-lora")
 
 
 def test_another_base_is_refused(tmp_path: Path) -> None:

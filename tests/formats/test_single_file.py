@@ -198,6 +198,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "sizes": (lambda t: {k: v[:, :3].contiguous() if "lora_down" in k else v for k, v in t.items()}, ArtifactError,
               "other sizes"),
     "style": (lambda t: {"x.weight": draw(2)}, ArtifactError, "of no style"),
+    "another component's name": (lambda t: {**t, "foo_unet_x.lora_down.weight": draw(2)},
+                                 ArtifactError, "'foo_unet_x.lora_down.weight' starts with no comp"),
+    "a bias beside": (lambda t: {**t, f"{flat(QUERY)}.diff_b": draw(8)}, ArtifactError,
+                      "diff_b beside lora_.*two forms"),
+    "alpha alone": (lambda t: {f"{flat(QUERY)}.alpha": torch.tensor(1.0)}, ArtifactError,
+                    "alpha alone is no form"),
+    "a factor twice": (lambda t: {f"{flat(QUERY)}.lokr_{n}": draw(2, 2) for n in
+                                  ("w1", "w1_a", "w1_b", "w2")}, ArtifactError, "lokr_w1 is there whole"),
     "columns": (lambda t: {**t, f"{flat(QUERY)}.dora_scale": draw(1, 8)}, ArtifactError,
                 "of columns"),
 }  # fmt: skip
@@ -209,6 +217,23 @@ def test_a_bad_file_is_refused(fault: str, tmp_path: Path) -> None:
     tensors, _ = lora(QUERY, 2, 4.0)
     save_file(change(copy.copy(tensors)), tmp_path / "a.safetensors")
     with pytest.raises(kind, match=text):
+        load_adapter(program("unet"), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [({"mid_block.x.lora_A.weight": draw(2, 8)}, "starts with no component"),
+     ({f"unet.{QUERY}.alpha": torch.tensor(float("nan"))}, "alpha is nan"),
+     ({f"unet.{LINEAR}.alpha": torch.tensor(1.0)}, "is of no LoRA in this file")],
+)  # fmt: skip
+def test_a_bad_file_of_diffusers_is_refused(
+    more: dict[str, Tensor], text: str, tmp_path: Path
+) -> None:
+    out, size = shape_of(QUERY)
+    factors = {"A": draw(2, size), "B": draw(out, 2)}
+    tensors = {f"unet.{QUERY}.lora_{n}.weight": t for n, t in factors.items()}
+    save_file(tensors | more, tmp_path / "a.safetensors")
+    with pytest.raises(ArtifactError, match=text):
         load_adapter(program("unet"), tmp_path / "a.safetensors")
 
 
