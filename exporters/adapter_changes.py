@@ -22,7 +22,7 @@ from ..rewriter.pipeline.passes import Saved
 from ..rewriter.storage.artifact import Artifact
 from ..rewriter.storage.artifact import read as read_artifact
 from .base import Base, Files, require_fit
-from .formats import base_of_files, format_of, read_adapter
+from .formats import base_of_files, format_of, read_adapter, require_component
 from .hf_peft.adapter import peft_parts
 from .hf_peft.config import CONFIG
 from .plain_lora import change_of
@@ -140,6 +140,7 @@ def describe(path: str | Path, base: Files | None = None, component: str = "") -
             (BaseMismatchError) it does not fit the base.
     """
     kind = format_of(path)
+    require_component(kind, path, component)
     if kind == "peftfx":
         return _of_artifact(str(path), read_artifact(path), base)
     raw = raw_adapter(path, kind)

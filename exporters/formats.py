@@ -130,13 +130,18 @@ def read_adapter(base: Base, path: str | Path, component: str = "") -> Parts:
             program (ours, and AdapterHub's).
     """
     kind = format_of(path)
-    if component and kind != "single file":
-        raise OptionError(f"component={component!r} goes with a single file, which {path} is not.")
+    require_component(kind, path, component)
     if kind == "single file":
         return read_single_file(base, path, component)
     if kind not in _READERS:
         raise ArtifactError(_NEEDS_PROGRAM[kind].format(path=path))
     return _READERS[kind](base, path)
+
+
+def require_component(kind: str, path: str | Path, component: str) -> None:
+    """Raises OptionError where one of several adapters is asked of a format that holds one."""
+    if component and kind != "single file":
+        raise OptionError(f"component={component!r} goes with a single file, which {path} is not.")
 
 
 def save_adapter(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..rewriter.files.files import JSON_LIMIT, parse_json, read_file, tensor_hea
 from ..rewriter.files.identity import write_tensor
 from ..rewriter.files.job import finished, job
 from ..rewriter.measure.compare import all_finite
+from ..rewriter.pipeline.syntax import Node
 from ..rewriter.storage.artifact import VERSION
 from ..rewriter.storage.card import CARD, whole_card
 from ..rewriter.storage.safetensors_checkpoint import Entry, header_size
@@ -146,7 +147,19 @@ class _Work:
             self._require_everywhere(name, origin)
             if self._floats(name):
                 self._check(name, origin)
+        self._require_filters()
         self._compare_tokenizers()
+
+    def _require_filters(self) -> None:
+        """Raises OptionError for a filter that no tensor's name holds."""
+        configs = {id(o.config): o.config for o in self.origins.values()}.values()
+        nodes = [n for c in configs for own in c.settings.values() for n in own.values()]
+        for wanted, line in dict.fromkeys(f for node in nodes for f in _filters(node)):
+            if not any(wanted in name for name in self.names):
+                raise OptionError(
+                    f"{self.config.where}, line {line}: no tensor's name holds the filter "
+                    f"{wanted!r}; the first is {self.names[0]}."
+                )
 
     def _require_everywhere(self, name: str, origin: Origin) -> None:
         """Raises WeightsError where a model lacks a tensor, or has it in another shape."""
@@ -341,6 +354,17 @@ class _Work:
                     "tensor of its own, and config.json says so"
                 )
         (fresh / path.name).write_bytes(json.dumps(config, indent=2).encode() + b"\n")
+
+
+def _filters(node: Node) -> Iterator[tuple[str, int]]:
+    """The filters inside a parameter, with their lines."""
+    if isinstance(node.value, dict):
+        given = node.value.get("filter")
+        if given is not None and given.value not in (None, "*"):
+            yield given.value, given.line
+    elif isinstance(node.value, tuple):
+        for each in node.value:
+            yield from _filters(each)
 
 
 def _is_tokenizers(name: str) -> bool:

@@ -96,6 +96,11 @@ def test_what_depends_on_the_base_says_so(case: str, run: Any) -> None:
     assert unknown and all(p["unknown"] for p in unknown)
 
 
+def test_a_component_of_what_has_none_is_refused(run: Any) -> None:
+    code, said = run("inspect", adapter("lora")[0], "--component", "unet")
+    assert code == 2 and "goes with a single file" in said["error"]
+
+
 def test_formats_tell_the_same(run: Any, tmp_path: Path) -> None:
     source, model = adapter("lora")[0], directory("llama")
     want = run("inspect", source)[1]

@@ -248,6 +248,8 @@ TASK = "merge_method: ties\nbase_model: base\nmodels:\n  - model: a\n    paramet
         (f"{TASK}      weight: 1\nparameters: {{int8_mask: 3}}", "line 7: int8_mask is true"),
         (f"{TASK}      weight: 1\nparameters: {{gamma: 0.1}}", "line 7: .*no key 'gamma'"),
         (f"{TASK}      weight: [1, {{value: 2}}]", "line 6: weight: a list is of numbers, or of filters"),
+        (f"{TASK}      weight: [{{filter: mpl, value: 0}}, {{value: 1}}]",
+         "line 6: no tensor's name holds the filter 'mpl'; the first is"),
         (f"{TASK}      weight: 1\ndtype: int8", "line 7: dtype must be one of"),
         (f"{TASK}      weight: 1\n      weight: 2", "key 'weight' at line 7 is given twice"),
         (f"{TASK}      weight: 1\ntokenizer_source: c", "line 7: the tokenizer is"),
