@@ -73,10 +73,11 @@ so few steps show no difference.
 
 {table}
 
-Two rows stay below the head alone. CoDA starts from a model whose blocks skip two thirds of the
+Three rows stay below the head alone. CoDA starts from a model whose blocks skip two thirds of the
 tokens (`python -m benchmarks.coda_learning` shows what that costs); HyperFormer++ starts from
-random adapters that all layers share, and each of its four tasks gets a quarter of the steps.
-Prompts in front of the input, and P-tuning v2, learn more slowly than the rest.
+random adapters that all layers share, and each of its four tasks gets a quarter of the steps. Why
+AdaLoRA does is not known yet: its schedule of ranks is pressed into these steps. Prompts in front
+of the input, and P-tuning v2, learn more slowly than the rest.
 
 {absent}
 
